@@ -1,0 +1,30 @@
+"""The Mixture-of-Experts layer as pure functions that compile to one graph."""
+
+from moe_fn.backends import BackendInfo, backends
+from moe_fn.compiling import mark_tokens
+from moe_fn.config import (
+    ActivationConfig,
+    ExpertNormConfig,
+    GroupConfig,
+    LatentConfig,
+    MoEConfig,
+    RouterConfig,
+    SharedExpertsConfig,
+    ZeroExpertsConfig,
+)
+from moe_fn.forward import moe_forward, moe_forward_routed, moe_forward_shared, moe_forward_with_stats
+from moe_fn.records import Dispatched, LatentWeights, MoEWeights, RouterWeights, Routing, RoutingStats, SharedWeights
+from moe_fn.stages.combine import combine
+from moe_fn.stages.dispatch import dispatch
+from moe_fn.stages.experts import experts
+from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
+from moe_fn.stages.route import route
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationConfig", "BackendInfo", "Dispatched", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LatentWeights", "MoEConfig",
+    "MoEWeights", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig", "SharedWeights", "ZeroExpertsConfig",
+    "backends", "combine", "dispatch", "experts", "mark_tokens", "moe_forward", "moe_forward_routed", "moe_forward_shared",
+    "moe_forward_with_stats", "reduce_and_trunc", "route",
+]  # fmt: skip

@@ -1,0 +1,119 @@
+"""Load of experts, losses that even it out, and the update of the correction bias: pure functions, values in and out."""
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.records import Routing, RoutingStats
+from moe_fn.stages.route import scores_of_logits
+
+
+def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """Slots per expert: load[e] = how often e stands in expert_ids; other ids (-1) count for nobody.
+
+    expert_ids [...] integers -> [num_experts] int64.
+
+    >>> expert_load(torch.tensor([[0, 2], [2, -1]]), 3).tolist()
+    [1, 0, 2]
+    """
+    ids = expert_ids.flatten()
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(torch.int64)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add(0, ids, torch.ones_like(ids))
+    return counts.narrow(0, 0, num_experts)
+
+
+def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906). logits [..., E] -> [].
+
+    >>> router_z_loss(torch.zeros(3, 1)).item()
+    0.0
+    """
+    z = logits.to(accumulation_dtype(logits.dtype))
+    z = z if token_mask is None else torch.where(token_mask.unsqueeze(-1), z, 0)
+    return _mean_over_tokens(torch.logsumexp(z, -1).square(), token_mask)
+
+
+def load_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """E * sum over experts of (slots of e / tokens) * (mean score of e): Switch (arXiv 2101.03961) and Mixtral in transformers.
+
+    scores [tokens, E] (softmax probabilities, usually), expert_ids [tokens, top_k] -> []; top_k when perfectly even.
+
+    >>> load_balancing_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]])).item()
+    1.0
+    """
+    experts = scores.shape[-1]
+    ids = expert_ids if token_mask is None else torch.where(token_mask.unsqueeze(-1), expert_ids, -1)
+    load = expert_load(ids, experts).to(scores.dtype)
+    kept = scores if token_mask is None else torch.where(token_mask.unsqueeze(-1), scores, 0)
+    tokens = _tokens(scores, token_mask)
+    return experts * (load / tokens * (kept.sum(0) / tokens)).sum()
+
+
+def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """mean over sequences of sum over experts of f_e * P_e, f_e = E / (top_k S) * slots of e, P_e = mean of the scores of e, normalised.
+
+    scores [B, S, E], expert_ids [B, S, top_k], token_mask [B, S] -> []; 1 when perfectly even. DeepSeek-V3 (arXiv 2412.19437, eq. 17-20).
+
+    >>> sequence_balancing_loss(torch.full((1, 2, 2), 0.5), torch.tensor([[[0], [1]]])).item()
+    1.0
+    """
+    experts, top_k = scores.shape[-1], expert_ids.shape[-1]
+    total = scores.sum(-1, keepdim=True)
+    share = scores / torch.where(total > 0, total, 1)
+    ids = expert_ids if token_mask is None else torch.where(token_mask.unsqueeze(-1), expert_ids, -1)
+    share = share if token_mask is None else torch.where(token_mask.unsqueeze(-1), share, 0)
+    slot_key = torch.where((ids >= 0) & (ids < experts), ids, experts).flatten(-2)
+    load = torch.zeros(ids.shape[0], experts + 1, dtype=torch.int64, device=ids.device).scatter_add(-1, slot_key, torch.ones_like(slot_key))
+    length = torch.full_like(share[:, :, 0], 1).sum(-1) if token_mask is None else token_mask.sum(-1).to(share.dtype)
+    length = length.clamp(min=1).unsqueeze(-1)
+    f = experts / top_k * load.narrow(-1, 0, experts).to(share.dtype) / length
+    return (f * share.sum(1) / length).sum() / max(scores.shape[0], 1)
+
+
+def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """One step of loss-free balancing: bias + rate * sign(mean load - load). Overloaded experts sink, idle ones rise.
+
+    correction_bias, load [E] -> [E], a new tensor. Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
+
+    >>> update_correction_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
+    [-0.5, 0.0, 0.5]
+    """
+    load = load.to(correction_bias.dtype)
+    return correction_bias + rate * torch.sign(load.mean() - load)
+
+
+def stats_of_routing(
+    config: MoEConfig, logits: Tensor, routing: Routing, token_mask: Tensor | None, leading: tuple[int, ...]
+) -> RoutingStats:
+    """All of the above of one call. leading: the dimensions of the tokens before they were laid flat; the last is the sequence."""
+    ids = routing.expert_ids
+    logits = logits if token_mask is None else torch.where(token_mask.unsqueeze(-1), logits, 0)
+    scores = scores_of_logits(config, logits)
+    sequences = (-1, leading[-1]) if len(leading) > 1 else (1, leading[0])
+    real = ids.new_ones(ids.shape, dtype=torch.bool) if token_mask is None else token_mask.unsqueeze(-1)
+    return RoutingStats(
+        expert_ids=ids,
+        expert_load=expert_load(ids, config.num_choices),
+        dropped_slots=((ids < 0) & real).sum(),
+        router_z_loss=router_z_loss(logits.narrow(-1, 0, config.num_choices), token_mask),
+        load_balancing_loss=load_balancing_loss(scores, ids, token_mask),
+        sequence_balancing_loss=sequence_balancing_loss(
+            scores.view(*sequences, scores.shape[-1]),
+            ids.view(*sequences, ids.shape[-1]),
+            None if token_mask is None else token_mask.view(sequences),
+        ),
+    )
+
+
+def _tokens(scores: Tensor, token_mask: Tensor | None) -> Tensor:
+    """How many tokens count, at least one, as a tensor: 0 tokens give a loss of 0."""
+    if token_mask is None:
+        return torch.ones_like(scores.select(-1, 0)).sum().clamp(min=1)
+    return token_mask.sum().clamp(min=1).to(scores.dtype)
+
+
+def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    if token_mask is None:
+        return values.sum() / torch.ones_like(values).sum().clamp(min=1)
+    return torch.where(token_mask, values, 0).sum() / token_mask.sum().clamp(min=1)

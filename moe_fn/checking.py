@@ -1,0 +1,181 @@
+"""Shapes, dtypes and devices against the config: where, what came, what was expected; from Python ints, so it costs no graph node."""
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, as_activation
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
+
+# (shape with names, required): None as shape stands for a tensor that the config has no use for.
+Shape = tuple[tuple[str, int], ...]
+_COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
+_ANY = -1
+
+
+def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
+    """Shape of every weight that fits the config, and whether it must be there; a weight not in the result must not be."""
+    experts, hidden = ("num_experts", config.num_experts), ("hidden_size", config.hidden_size)
+    wide = ("expert_hidden_size", config.expert_hidden_size)
+    inner = ("intermediate_size", config.intermediate_size)
+    gate_up = ("2 * intermediate_size", 2 * config.intermediate_size) if as_activation(config.activation).gated else inner
+    out_in = config.weight_layout == "out_in"
+    choices, logits = ("num_choices", config.num_choices), ("num_logits", config.num_logits)
+    gate_width = hidden if config.router.gate_input == "original" else wide
+    shapes: dict[tuple[str, ...], tuple[Shape, bool]] = {
+        ("gate_up",): ((experts, gate_up, wide) if out_in else (experts, wide, gate_up), True),
+        ("down",): ((experts, wide, inner) if out_in else (experts, inner, wide), True),
+        ("gate_up_bias",): ((experts, gate_up), False),
+        ("down_bias",): ((experts, wide), False),
+        ("router", "gate"): ((logits, gate_width), False),
+        ("router", "bias"): ((logits,), False),
+        ("router", "expert_scale"): ((choices,), False),
+    }
+    if config.expert_norm is not None:
+        shapes[("expert_norm",)] = ((experts, wide), True)
+    if config.zero_experts is not None and config.zero_experts.kind == "constant":
+        shapes[("constants",)] = ((("zero_experts.count", config.zero_experts.count), hidden), True)
+    if config.router.correction_bias != "none":
+        shapes[("router", "correction_bias")] = ((choices,), True)
+    if config.router.selection == "hash":
+        shapes[("router", "expert_ids_of_token")] = ((("vocabulary", _ANY), ("top_k", config.top_k)), True)
+    if config.shared is not None:
+        width = config.shared.count * config.shared.intermediate_size
+        both = 2 * width if as_activation(config.shared.activation).gated else width
+        shapes[("shared", "gate_up")] = ((("shared gate_up", both), hidden), True)
+        shapes[("shared", "down")] = ((hidden, ("shared width", width)), True)
+        shapes[("shared", "gate_up_bias")] = ((("shared gate_up", both),), False)
+        shapes[("shared", "down_bias")] = ((hidden,), False)
+        if config.shared.gate == "sigmoid":
+            shapes[("shared", "gate")] = ((("1", 1), hidden), True)
+    if config.latent is not None:
+        latent = ("latent.size", config.latent.size)
+        shapes[("latent", "input")] = ((latent, hidden), True)
+        shapes[("latent", "output")] = ((hidden, latent), True)
+        for name, dim in (("input_bias", latent), ("output_bias", hidden), ("input_norm", latent), ("output_norm", latent)):
+            shapes[("latent", name)] = ((dim,), False)
+    return shapes
+
+
+def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor) -> None:
+    """Every weight has the shape that the config gives it, a float dtype (that of x for the matrices) and the device of x."""
+    if not isinstance(weights, MoEWeights):
+        raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
+    shapes = expected_shapes(config)
+    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
+        _check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), x.device)
+        if leaf is not None and path in _COMPUTE_DTYPE and leaf.dtype != x.dtype:
+            raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of x, {x.dtype}")
+    if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
+        raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
+
+
+def _check_weight(
+    where: str, name: str, path: tuple[str, ...], leaf: Tensor | None, expected: tuple[Shape, bool] | None, device: torch.device
+) -> None:
+    if leaf is None:
+        if expected is not None and expected[1]:
+            raise ValueError(f"{where}: {name} is None; expected {_words(expected[0])}, for the config asks for it")
+        return
+    if expected is None:
+        raise ValueError(f"{where}: {name} is {tuple(leaf.shape)}; expected None, for the config has no use for it")
+    shape, _ = expected
+    if leaf.ndim != len(shape) or any(size not in (_ANY, actual) for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
+        raise ValueError(f"{where}: {name} is {tuple(leaf.shape)}; expected {_words(shape)}")
+    integer = path == ("router", "expert_ids_of_token")
+    if integer == leaf.dtype.is_floating_point or leaf.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {'an integer' if integer else 'a floating-point'} dtype")
+    if leaf.device != device:
+        raise ValueError(f"{where}: {name} is on {leaf.device}; expected the device of x, {device}")
+
+
+def _words(shape: Shape) -> str:
+    names, sizes = ", ".join(name for name, _ in shape), ", ".join("any" if size == _ANY else str(size) for _, size in shape)
+    return f"({names}) = ({sizes})"
+
+
+def check_x(where: str, config: MoEConfig, x: Tensor) -> None:
+    if not isinstance(config, MoEConfig):
+        raise ValueError(f"{where}: config is a {type(config).__name__}; expected MoEConfig")
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{where}: x is a {type(x).__name__}; expected a Tensor")
+    if x.ndim < 2 or x.shape[-1] != config.hidden_size:
+        raise ValueError(
+            f"{where}: x is {_sizes(x)}; expected (..., hidden_size) with hidden_size={config.hidden_size} and at least 2 dims"
+        )
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{where}: x is {x.dtype}; expected a floating-point dtype")
+
+
+def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[str, int] | None, kind: str) -> None:
+    """A tensor with one entry (or one row of `last` entries) for each token of x."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where}: {name} is a {type(value).__name__}; expected a Tensor")
+    leading = x.ndim - 1
+    if value.ndim != leading + (last is not None) or (last is not None and value.shape[-1] != last[1]):
+        wanted = f"(..., {last[0]}) with {last[0]}={last[1]}" if last else "(...)"
+        raise ValueError(f"{where}: {name} is {_sizes(value)}; expected {wanted} and the leading dims of x, {_sizes(x)}")
+    for dim in range(leading):
+        if torch.compiler.is_compiling():
+            # Sizes may be unbacked here: the check becomes a node of the graph, and Dynamo wants a constant message.
+            torch._check(value.shape[dim] == x.shape[dim], lambda: "moe_fn: x and a tensor beside it differ in their number of tokens")
+        elif value.shape[dim] != x.shape[dim]:
+            raise ValueError(f"{where}: {name} is {_sizes(value)}; expected the leading dims of x, {_sizes(x)}")
+    _check_kind(where, name, value, kind)
+    if value.device != x.device:
+        raise ValueError(f"{where}: {name} is on {value.device}; expected the device of x, {x.device}")
+
+
+def _check_kind(where: str, name: str, value: Tensor, kind: str) -> None:
+    dtype = value.dtype
+    if (
+        dtype.is_complex
+        or {"float": dtype.is_floating_point, "bool": dtype == torch.bool}.get(kind, not dtype.is_floating_point and dtype != torch.bool)
+        is False
+    ):
+        wanted = {"float": "a floating-point dtype", "bool": "bool", "integer": "an integer dtype"}[kind]
+        raise ValueError(f"{where}: {name} is {dtype}; expected {wanted}")
+
+
+def _sizes(t: Tensor) -> str:
+    return "(" + ", ".join(str(size) for size in t.shape) + ")"
+
+
+def check_routing_inputs(
+    config: MoEConfig, router: RouterWeights, logits: Tensor, token_ids: Tensor | None, token_mask: Tensor | None
+) -> None:
+    """What `route` reads, checked where route is called alone."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"route: logits is a {type(logits).__name__}; expected a Tensor")
+    if logits.ndim != 2 or logits.shape[-1] != config.num_logits:
+        raise ValueError(f"route: logits is {_sizes(logits)}; expected (tokens, num_logits) with num_logits={config.num_logits}")
+    _check_kind("route", "logits", logits, "float")
+    check_token_inputs("route", config, logits, token_ids, token_mask)
+    shapes = expected_shapes(config)
+    for name in ("correction_bias", "expert_scale", "expert_ids_of_token"):
+        path = ("router", name)
+        _check_weight("route", f"weights.router.{name}", path, getattr(router, name), shapes.get(path), logits.device)
+
+
+def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None) -> None:
+    hashed = config.router.selection == "hash"
+    if hashed and token_ids is None:
+        raise ValueError(f"{where}: token_ids is None; expected integer ids, for router.selection='hash'")
+    if token_ids is not None:
+        if not hashed:
+            raise ValueError(f"{where}: token_ids would have no effect; expected None, or router.selection='hash'")
+        check_beside_x(where, "token_ids", token_ids, x, None, "integer")
+    if token_mask is not None:
+        check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+
+
+def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) -> None:
+    """A Routing, ours or the caller's own, that fits the config and x."""
+    top_k = ("top_k", config.top_k)
+    check_beside_x(where, "routing.expert_ids", routing.expert_ids, x, top_k, "integer")
+    check_beside_x(where, "routing.weights", routing.weights, x, top_k, "float")
+    weighed = config.shared is not None and config.shared.gate == "router"
+    if weighed != (routing.shared_weights is not None):
+        raise ValueError(f"{where}: routing.shared_weights is {'None' if weighed else 'given'}; expected the opposite for this config")
+    if routing.shared_weights is not None and config.shared is not None:
+        count = ("shared.count", config.shared.count)
+        check_beside_x(where, "routing.shared_weights", routing.shared_weights, x, count, "float")

@@ -1,0 +1,33 @@
+"""Help for callers of torch.compile: which dimension counts tokens."""
+
+import torch._dynamo.decorators
+from torch import Tensor
+
+
+def mark_tokens(*tensors: Tensor | None, dim: int = 0) -> None:
+    """Tell torch.compile that `dim` of these tensors counts tokens, so that one graph serves every count, 0 and 1 included.
+
+    Call it outside the compiled function, on its arguments, before each call; None stands for an argument that is not there.
+
+    Without it torch.compile makes up to four graphs: one for the first count, one for "any count from 2 on", one for 1, one for 0.
+    It wraps `torch._dynamo.decorators.mark_unbacked`: the size becomes a number that the tracer may not look at, so no guard on
+    it can exist and nothing recompiles. Code that branches on the size, in Python, then fails to trace rather than recompile.
+    The mark is an attribute of the tensor object; it changes no value, and views and copies do not inherit it.
+
+    >>> import torch
+    >>> double = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
+    >>> for tokens in (5, 0, 1):
+    ...     x = torch.ones(tokens, 2)
+    ...     mark_tokens(x, None)
+    ...     print(tuple(double(x).shape))
+    (5, 2)
+    (0, 2)
+    (1, 2)
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or not -tensor.ndim <= dim < tensor.ndim:
+            came = f"one of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            raise ValueError(f"mark_tokens: expected tensors (or None) that have a dim {dim}, got {came}")
+        torch._dynamo.decorators.mark_unbacked(tensor, dim % tensor.ndim)

@@ -1,0 +1,29 @@
+"""What a layer computes, as frozen values: `MoEConfig` and the small configs that it nests, one per concern.
+
+No tensors, callables or environment: a config hashes, compares, prints, pickles and round-trips through JSON, and
+`torch.compile` and `torch.export` take it for a constant. Every value is checked when the config is made.
+"""
+
+from torch.utils._pytree import register_constant
+
+from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
+from moe_fn.config.moe import MoEConfig, config_of_json
+from moe_fn.config.parts import ExpertNormConfig, LatentConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.config.router import GroupConfig, RouterConfig
+
+__all__ = [
+    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig", "RouterConfig",
+    "SharedExpertsConfig", "ZeroExpertsConfig", "as_activation", "config_of_json",
+]  # fmt: skip
+
+for _cls in (
+    MoEConfig,
+    RouterConfig,
+    GroupConfig,
+    SharedExpertsConfig,
+    ZeroExpertsConfig,
+    LatentConfig,
+    ExpertNormConfig,
+    ActivationConfig,
+):
+    register_constant(_cls)

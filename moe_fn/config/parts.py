@@ -1,0 +1,78 @@
+"""What may stand around the experts: shared and zero experts, a latent space, a norm."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
+from moe_fn.config.checks import check_choice, check_float, check_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedExpertsConfig:
+    """Experts that every token visits: one dense MLP, `count` experts of `intermediate_size` side by side.
+
+    gate     "none"; "sigmoid": times sigmoid(x . weights.shared.gate), one number a token (Qwen2-MoE); "router": each
+             shared expert is weighted by the router, which has `count` more logits, last, and whose scores share the
+             renormalisation (Inkling)
+    combine  routed + shared ("sum"), or half of it ("average", Cohere2-MoE)
+    """
+
+    intermediate_size: int
+    count: int = 1
+    gate: Literal["none", "sigmoid", "router"] = "none"
+    combine: Literal["sum", "average"] = "sum"
+    activation: ActivationConfig | ActivationName = "silu"
+
+    def __post_init__(self) -> None:
+        check_int("SharedExpertsConfig.intermediate_size", self.intermediate_size, 1)
+        check_int("SharedExpertsConfig.count", self.count, 1)
+        check_choice("SharedExpertsConfig.gate", self.gate, ("none", "sigmoid", "router"))
+        check_choice("SharedExpertsConfig.combine", self.combine, ("sum", "average"))
+        as_activation(self.activation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroExpertsConfig:
+    """Experts that compute nothing: ids num_experts .. num_experts + count - 1 (LongCat-Flash, MoNE).
+
+    kind  "identity" adds w * x, "zero" adds nothing, "constant" adds w * weights.constants[id - num_experts]
+    """
+
+    count: int
+    kind: Literal["identity", "zero", "constant"] = "identity"
+
+    def __post_init__(self) -> None:
+        check_int("ZeroExpertsConfig.count", self.count, 1)
+        check_choice("ZeroExpertsConfig.kind", self.kind, ("identity", "zero", "constant"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """The routed experts work in a narrower space (Nemotron-H, Kimi-K3, Muse-Spark).
+
+        v = norm(x @ weights.latent.input.T);  layer = norm(experts(v)) @ weights.latent.output.T
+
+    Each norm is a root-mean-square norm over `size`, present where weights.latent.input_norm / .output_norm is.
+    """
+
+    size: int
+    norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_int("LatentConfig.size", self.size, 1)
+        check_float("LatentConfig.norm_epsilon", self.norm_epsilon, minimum=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNormConfig:
+    """Root-mean-square norm of each expert's output, before the routing weight (Muse-Spark).
+
+    scale  weights.expert_norm [E, H] multiplies "after" the norm, or "before" it
+    """
+
+    epsilon: float = 1e-6
+    scale: Literal["after", "before"] = "after"
+
+    def __post_init__(self) -> None:
+        check_float("ExpertNormConfig.epsilon", self.epsilon, minimum=0.0)
+        check_choice("ExpertNormConfig.scale", self.scale, ("after", "before"))

@@ -1,0 +1,234 @@
+"""The public layer. What it computes is in `moe_fn.layer`, one screen; this page checks, flattens, and picks how it runs."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.balance import stats_of_routing
+from moe_fn.checking import check_beside_x, check_routing, check_token_inputs, check_weights, check_x
+from moe_fn.chunked import layer_in_chunks, scan_traces
+from moe_fn.config import MoEConfig
+from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens, without_padding
+from moe_fn.records import MoEWeights, Routing, RoutingStats, leaves_of_weights, weights_of_leaves
+from moe_fn.stages.route import without_padding as routing_without_padding
+from moe_fn.whole_layer import layer_as_op
+
+
+def moe_forward(
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    logits: Tensor | None = None,
+    *,
+    token_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """The Mixture-of-Experts layer.
+
+        y[t] = sum over j of  w[t, j] * expert_{ids[t, j]}(x[t])  + shared(x[t]) + zero experts,   (ids, w) = route(logits)
+
+    x [..., H] float, logits [..., num_logits] float (None: x @ weights.router.gate.T + bias), token_ids [...] integers for hash
+    routing, token_mask [...] bool, False for padding. Returns [..., H] in x.dtype, also under autocast (which sets the dtype that
+    the experts compute in). Padding may hold anything and gives zeros.
+
+    Raises ValueError at trace time: where, what came, what was expected. Under fullgraph torch wraps it in an error of its own.
+
+    Laws
+        The layer equals the reference.
+        Gradients equal the reference.
+        The layer commutes with permuting tokens.
+        Relabelling experts changes nothing.
+        The layer splits over concatenating batches.
+        The layer is linear in the routing weights.
+        All experts chosen is the dense mixture.
+        Garbage in padding never reaches the output.
+        Chunked equals unchunked.
+        Opaque equals transparent.
+        Leading dimensions are only a shape.
+        Inputs are never written to.
+        The same inputs give the same bits.
+
+    Source: Shazeer et al. 2017 (arXiv 1701.06538); every published variant in `MoEConfig`.
+
+    >>> from moe_fn import MoEConfig, MoEWeights
+    >>> config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=128)
+    >>> weights = MoEWeights(gate_up=torch.randn(8, 256, 64) / 8, down=torch.randn(8, 64, 128) / 12)
+    >>> moe_forward(config, weights, torch.randn(5, 64), torch.randn(5, 8)).shape
+    torch.Size([5, 64])
+    """
+    call = _enter("moe_forward", config, weights, x, logits, token_ids, token_mask)
+    with _autocast_off(x):
+        routing = None if config.opaque else _route(config, call)
+        (y,) = _run(config, call, routing, with_shared=False)
+        return _leave(call, y)
+
+
+def moe_forward_shared(
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    logits: Tensor | None = None,
+    *,
+    token_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(shared, routed), whose sum is moe_forward: for hosts that reduce or overlap the two separately.
+
+    Arguments and errors of moe_forward; shared is zeros without shared experts. With opaque=True it is one node, as moe_forward is.
+
+    Laws
+        Shared and routed add up to the layer.
+
+    >>> from moe_fn import MoEConfig, MoEWeights
+    >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
+    >>> shared, routed = moe_forward_shared(config, weights, torch.randn(5, 4), torch.randn(5, 2))
+    >>> shared.count_nonzero().item(), routed.shape
+    (0, torch.Size([5, 4]))
+    """
+    call = _enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask)
+    with _autocast_off(x):
+        routing = None if config.opaque else _route(config, call)
+        shared, routed = _run(config, call, routing, with_shared=True)
+        return _leave(call, shared), _leave(call, routed)
+
+
+def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None) -> Tensor:
+    """The layer behind a router of your own: ids of -1 are no expert, weights may be any numbers.
+
+    x [..., H], routing.expert_ids and .weights [..., top_k] -> [..., H]. Errors of moe_forward.
+
+    Laws
+        Any routing equals the reference.
+
+    >>> from moe_fn import MoEConfig, MoEWeights
+    >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
+    >>> routing = Routing(expert_ids=torch.tensor([[0], [-1]]), weights=torch.ones(2, 1))
+    >>> moe_forward_routed(config, weights, torch.randn(2, 4), routing)[1].tolist()
+    [0.0, 0.0, 0.0, 0.0]
+    """
+    check_x("moe_forward_routed", config, x)
+    check_routing("moe_forward_routed", config, x, routing)
+    call = _enter("moe_forward_routed", config, weights, x, None, None, token_mask, routed=True)
+    with _autocast_off(x):
+        (y,) = _run(config, call, _flat_routing(routing, call), with_shared=False)
+        return _leave(call, y)
+
+
+def moe_forward_with_stats(
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    logits: Tensor | None = None,
+    *,
+    token_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, RoutingStats]:
+    """moe_forward, and what the router did: load per expert, dropped slots, balancing losses. Nothing is kept on the side.
+
+    Arguments and errors of moe_forward. The sequences of sequence_balancing_loss are x's last but one dimension.
+
+    Laws
+        Stats leave the output as it is.
+        Expert load counts the slots.
+
+    >>> from moe_fn import MoEConfig, MoEWeights
+    >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
+    >>> y, stats = moe_forward_with_stats(config, weights, torch.randn(3, 4), torch.tensor([[0.0, 1.0]] * 3))
+    >>> stats.expert_load.tolist()
+    [0, 3]
+    """
+    call = _enter("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask)
+    with _autocast_off(x):
+        logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
+        routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask)
+        stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
+        (y,) = _run(config, call, routing, with_shared=False)
+        return _leave(call, y), stats
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call's arguments: checked, tokens flat, padding cleared, in the dtype that the experts compute in."""
+
+    weights: MoEWeights
+    x: Tensor
+    logits: Tensor | None
+    token_ids: Tensor | None
+    token_mask: Tensor | None
+    leading: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _enter(
+    where: str,
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    logits: Tensor | None,
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
+    routed: bool = False,
+) -> _Call:
+    check_x(where, config, x)
+    low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    computed = x if low is None else x.to(low)
+    weights = weights if low is None else _cast(weights, low)
+    check_weights(where, config, weights, computed)
+    if logits is not None:
+        check_beside_x(where, "logits", logits, x, ("num_logits", config.num_logits), "float")
+    if not routed:
+        check_token_inputs(where, config, x, token_ids, token_mask)
+    elif token_mask is not None:
+        check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+    leading = tuple(x.shape[:-1])
+    if x.ndim > 2:
+        computed = computed.flatten(0, -2)
+        logits = None if logits is None else logits.flatten(0, -2)
+        token_ids = None if token_ids is None else token_ids.flatten()
+        token_mask = None if token_mask is None else token_mask.flatten()
+    return _Call(weights, without_padding(computed, token_mask), logits, token_ids, token_mask, leading, x.dtype)
+
+
+def _route(config: MoEConfig, call: _Call) -> Routing:
+    return route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask)
+
+
+def _run(config: MoEConfig, call: _Call, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
+    chunked = config.chunk_tokens is not None
+    if routing is None or config.opaque or (chunked and not scan_traces()):
+        pending = (call.logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
+        return layer_as_op(config, call.weights, call.x, routing, *pending, with_shared)
+    if chunked:
+        return layer_in_chunks(config, call.weights, call.x, routing, with_shared)
+    if with_shared:
+        return parts_of_tokens(config, call.weights, call.x, routing)
+    return (layer_of_tokens(config, call.weights, call.x, routing),)
+
+
+def _leave(call: _Call, y: Tensor) -> Tensor:
+    y = without_padding(y, call.token_mask).to(call.dtype)
+    return y if len(call.leading) == 1 else y.view(*call.leading, y.shape[-1])
+
+
+def _flat_routing(routing: Routing, call: _Call) -> Routing:
+    ids, weights, shared = routing.expert_ids, routing.weights, routing.shared_weights
+    if ids.ndim > 2:
+        ids, weights, shared = ids.flatten(0, -2), weights.flatten(0, -2), None if shared is None else shared.flatten(0, -2)
+    routing = Routing(expert_ids=ids, weights=weights, shared_weights=shared)
+    return routing if call.token_mask is None else routing_without_padding(routing, call.token_mask)
+
+
+def _autocast_off(x: Tensor) -> Any:
+    """Autocast is decided once, in _enter: left on, it would reach eager matmuls but not those inside compiled ops."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _cast(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
+    return weights_of_leaves([t.to(dtype) if t is not None and t.dtype.is_floating_point else t for t in leaves_of_weights(weights)])

@@ -1,0 +1,1 @@
+"""What ops run on real tensors. Nothing here knows of autograd or torch.library."""

@@ -1,0 +1,59 @@
+"""The layer on flat tokens: stages in the order of the contract, and nothing else. `moe_fn.forward` puts the public shape around it."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.records import MoEWeights, Routing
+from moe_fn.stages.combine import combine
+from moe_fn.stages.dispatch import dispatch
+from moe_fn.stages.experts import experts
+from moe_fn.stages.join import addends, join
+from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
+from moe_fn.stages.route import route, router_logits
+from moe_fn.stages.shared import shared_experts
+from moe_fn.stages.transform import transform_input, transform_output
+from moe_fn.stages.zero_experts import zero_experts
+
+
+def logits_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
+    """Logits of the gate inside the layer, from x or from what the experts see."""
+    return router_logits(config, weights, x if config.router.gate_input == "original" else transform_input(config, weights, x))
+
+
+def route_tokens(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor | None, token_ids: Tensor | None, token_mask: Tensor | None
+) -> Routing:
+    """Routing from logits, or from the gate inside the layer."""
+    logits = logits_of_tokens(config, weights, x) if logits is None else logits
+    return route(config, weights, logits, token_ids=token_ids, token_mask=token_mask)
+
+
+def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """Everything behind the router."""
+    y = join(*_parts(config, weights, x, routing))
+    return zero_experts(config, weights, x, routing, y)
+
+
+def parts_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """(shared, routed), whose sum is layer_of_tokens."""
+    routed, shared = _parts(config, weights, x, routing)
+    return torch.zeros_like(routed) if shared is None else shared, zero_experts(config, weights, x, routing, routed)
+
+
+def _parts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+    dispatched = dispatch(config, transform_input(config, weights, x), routing)
+    rows = experts(config, weights, dispatched)
+    routed = combine(config, rows, dispatched, routing)
+    routed = reduce_and_trunc(routed, width=config.routed_size)
+    shared = None
+    if config.shared is not None and weights.shared is not None:
+        shared = shared_experts(config, config.shared, weights.shared, x, routing)
+    return addends(config, routed, shared, functools.partial(transform_output, config, weights))
+
+
+def without_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Zeros in the rows of padding tokens, whatever they held: NaN there must reach neither outputs nor gradients."""
+    return x if token_mask is None else torch.where(token_mask.unsqueeze(-1), x, 0)

@@ -1,0 +1,1 @@
+"""Ops: the only users of torch.library. Each says why it is not plain tensor code, and what would remove it."""

@@ -1,0 +1,121 @@
+"""The one place that talks to torch.library: `define_op` makes an op that survives every transform of torch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
+_library = torch.library.Library("moe_fn", "FRAGMENT")
+
+# The dispatcher's state outside of every mode, taken at import. Kernels run in it.
+_AT_REST = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+Kernel = Callable[..., Any]
+Gradients = Callable[..., Sequence[Tensor | None]]
+
+
+def define_op(
+    schema: str,
+    *,
+    kernel: Kernel,
+    fake: Kernel,
+    vmap: Kernel,
+    backward: Gradients,
+    jvp: Kernel | None = None,
+    visible: Kernel | None = None,
+) -> Callable[..., Any]:
+    """Define `moe_fn::<schema>`: it compiles, exports, differentiates and batches below every transform.
+
+    kernel    runs on real tensors, at rest: without autocast (a caller's mode would reach its matmuls in eager, but not
+              when compiled: 6e-3 apart) and with autograd keys (a dispatch mode, torch.compile's alias check for one,
+              hides them, and func.vjp inside a kernel would fail)
+    fake      the result's shape and dtype
+    vmap      the batching rule, as torch.library.register_vmap takes it
+    backward  (inputs, *gradients) -> one gradient or None per input; it calls ops only, so it differentiates again
+    jvp       (inputs, *tangents) -> the tangent
+    visible   the same in aten ops, which takes the op's place in the graph so that Inductor can fuse it
+
+    Why not torch.library.register_autograd: it fails below torch.func. Why not an autograd.Function around the op: below
+    compile(func.grad) Dynamo drops its backward (zero gradients, no error), it fails below compile(vmap(grad)), and it
+    keeps the whole model out of AOTAutograd's cache. An Autograd kernel made of a single-level function, which functorch
+    itself makes of every autograd.Function, has none of these faults. Remove this when register_autograd survives torch.func.
+    """
+    name = schema[: schema.index("(")]
+    if "=" in schema:
+        raise ValueError(f"define_op: {schema}: expected no defaults, the dispatcher drops arguments that equal theirs")
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.moe_fn, name).default
+
+    def at_rest(*args: Any) -> Any:
+        with torch._C._ForceDispatchKeyGuard(*_AT_REST), torch.no_grad():
+            return kernel(*args)
+
+    _library.impl(name, at_rest, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moe_fn::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"moe_fn::{name}", vmap, lib=_library)
+    if visible is not None:
+        _trace_as(name, visible)
+    function = _single_level_function(name, op, backward, jvp, visible)
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        with enable_single_level_autograd_function():  # always, not only if something requires grad: jvp would lose tangents
+            return function.apply(keyset, *args)
+
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    return op
+
+
+def _trace_as(name: str, visible: Kernel) -> None:
+    """Where autograd keys are off while tracing (inference mode, a scan's body), put `visible` in the graph."""
+
+    def rule(mode: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        with mode:
+            return visible(*args)
+
+    torch.library.register_torch_dispatch(f"moe_fn::{name}", ProxyTorchDispatchMode, rule, lib=_library)
+
+
+def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel | None, visible: Kernel | None) -> Any:
+    def forward(keyset: Any, *args: Any) -> Any:
+        # enable_grad and forward grad: for the levels below this one; without them grad(grad) is zero, silently.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            if visible is not None:
+                return visible(*args)
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        ctx.constants = [None if isinstance(t, Tensor) else (t,) for t in inputs[1:]]  # inputs[0] is the keyset
+        ctx.save_for_backward(*tensors)
+        if jvp is not None:
+            ctx.save_for_forward(*tensors)
+
+    def inputs_of(ctx: Any) -> list[Any]:
+        tensors = iter(ctx.saved_tensors)
+        return [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
+
+    def run_backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[1:]
+        return None, *backward(inputs_of(ctx), needed, *gradients)
+
+    members = {"forward": forward, "setup_context": setup_context, "backward": run_backward}
+    if jvp is not None:
+        forward_mode = jvp
+        members["jvp"] = lambda ctx, _, *tangents: forward_mode(inputs_of(ctx), *tangents)
+    namespace = {key: staticmethod(value) for key, value in members.items()}
+    return type(f"{name}_autograd", (torch.autograd.function._SingleLevelFunction,), namespace)
+
+
+def batch_to_front(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
+    """The tensor with its vmapped dimension in front; one without is repeated (as a view)."""
+    return tensor.movedim(dim, 0) if dim is not None else tensor.unsqueeze(0).expand(batch, *tensor.shape)
+
+
+def batch_end_to_end(index: Tensor, dim: int | None, batch: int, step: int) -> Tensor:
+    """Row numbers of every sample, in the rows of all samples laid end to end, `step` rows each."""
+    index = batch_to_front(index, dim, batch)
+    return (index + torch.arange(batch, device=index.device, dtype=index.dtype).unsqueeze(1) * step).flatten()

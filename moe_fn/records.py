@@ -1,0 +1,145 @@
+"""The values that travel between stages: weights, routing, dispatched rows, statistics.
+
+Axes, and the words other code bases use for them:
+
+    tokens T         positions of the input (M, length)
+    hidden H         model width (D, K)                     expert_hidden Hx  width the experts see (latent, padded)
+    intermediate I   expert width (N, F)                    gate_up           2 I if the activation is gated, else I
+    experts E        experts with weights                   choices           E + zero experts
+    top_k            choices per token (K)                  rows R            T * top_k
+    slot             flat (token, choice) = token * top_k + choice          row   place after sorting by expert
+
+Index maps are called b_of_a: slot_of_row[row] is a slot. expert_ends[e] is where expert e's rows end:
+e owns rows[expert_ends[e - 1] : expert_ends[e]]  (offsets in torch.grouped_mm, bins in megablocks).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterWeights:
+    """gate [logits, H or Hx] and bias [logits]; the rest changes which experts are chosen, or how much they count."""
+
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+    correction_bias: Tensor | None = None  # [choices]: added for the choice only (e_score_correction_bias)
+    expert_scale: Tensor | None = None  # [choices]: multiplies the weight of each expert (Gemma-4)
+    expert_ids_of_token: Tensor | None = None  # [vocabulary, top_k] ints: hash routing (tid2eid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWeights:
+    """gate_up [gate_up S, H] (all gates, then all ups) and down [H, S]; S = count * intermediate_size."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None  # [gate_up S]
+    down_bias: Tensor | None = None  # [H]
+    gate: Tensor | None = None  # [1, H]: the sigmoid gate
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentWeights:
+    """input [L, H] and output [H, L], with optional biases [L], [H] and norm scales [L]."""
+
+    input: Tensor
+    output: Tensor
+    input_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    input_norm: Tensor | None = None
+    output_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEWeights:
+    """All tensors of a layer; a pytree, so it is an argument of compile, export, func.grad and tree_map.
+
+    gate_up [E, gate_up, Hx] and down [E, Hx, I]; with weight_layout="in_out" [E, Hx, gate_up] and [E, I, Hx].
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None  # [E, gate_up]
+    down_bias: Tensor | None = None  # [E, Hx]
+    expert_norm: Tensor | None = None  # [E, Hx]
+    constants: Tensor | None = None  # [zero experts, H]
+    router: RouterWeights | None = None
+    shared: SharedWeights | None = None
+    latent: LatentWeights | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Who goes where. An id of -1 is "no expert"; ids from num_experts on are zero experts; none of them costs a product."""
+
+    expert_ids: Tensor  # [T, top_k] integers, best first
+    weights: Tensor  # [T, top_k] float32 (float64 for float64 logits)
+    shared_weights: Tensor | None = None  # [T, shared experts]: where the router weighs them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatched:
+    """Copies of tokens, sorted by expert. Rows from expert_ends[-1] on belong to no expert."""
+
+    rows: Tensor  # [R, Hx]
+    expert_ends: Tensor  # [E] int32
+    slot_of_row: Tensor  # [R] int64
+    row_of_slot: Tensor  # [R] int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingStats:
+    """What the router did, as values; nothing is recorded on the side. Losses carry gradients to the logits."""
+
+    expert_ids: Tensor  # [T, top_k]
+    expert_load: Tensor  # [choices] int64: slots per expert
+    dropped_slots: Tensor  # [] int64: slots of no expert (id -1) of tokens that are not padding
+    router_z_loss: Tensor  # [] float32
+    load_balancing_loss: Tensor  # [] float32: Switch / Mixtral form over all tokens
+    sequence_balancing_loss: Tensor  # [] float32: DeepSeek form, mean over sequences
+
+
+RECORDS = (RouterWeights, SharedWeights, LatentWeights, MoEWeights, Routing, Dispatched, RoutingStats)
+for _cls in RECORDS:
+    torch.export.register_dataclass(_cls, serialized_type_name=f"moe_fn.{_cls.__name__}")
+
+_NESTED = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights}
+
+
+def _paths() -> tuple[tuple[str, ...], ...]:
+    paths: list[tuple[str, ...]] = []
+    for field in dataclasses.fields(MoEWeights):
+        nested = _NESTED.get(field.name)
+        paths += [(field.name,)] if nested is None else [(field.name, f.name) for f in dataclasses.fields(nested)]
+    return tuple(paths)
+
+
+# Every tensor that MoEWeights can hold, in the order that ops take them: ("gate_up",), ..., ("router", "gate"), ...
+WEIGHT_PATHS = _paths()
+
+
+def leaves_of_weights(weights: MoEWeights) -> list[Tensor | None]:
+    """The tensors in the order of WEIGHT_PATHS, None where there is none."""
+    leaves = []
+    for path in WEIGHT_PATHS:
+        value = weights
+        for name in path:
+            value = None if value is None else getattr(value, name)
+        leaves.append(value)
+    return leaves  # type: ignore[return-value]
+
+
+def weights_of_leaves(leaves: list[Tensor | None]) -> MoEWeights:
+    """The inverse of leaves_of_weights; a nested record all of whose tensors are None is None."""
+    values: dict[str, Tensor | None] = {}
+    nested: dict[str, dict[str, Tensor]] = {}
+    for path, leaf in zip(WEIGHT_PATHS, leaves, strict=True):
+        if len(path) == 1:
+            values[path[0]] = leaf
+        elif leaf is not None:
+            nested.setdefault(path[0], {})[path[1]] = leaf
+    return MoEWeights(**values, **{name: _NESTED[name](**parts) for name, parts in nested.items()})  # type: ignore[arg-type]

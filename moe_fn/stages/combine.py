@@ -1,0 +1,41 @@
+"""combine: rows of experts -> tokens."""
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.rows import gather_rows
+from moe_fn.records import Dispatched, Routing
+
+
+def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
+    """Sum each token's expert outputs, weighted.
+
+        y[t] = sum over j of  weights[t, j] * rows[row_of_slot[t * top_k + j]],  over slots that have an expert
+
+    rows [R, width], routing.weights [tokens, top_k] float32 -> [tokens, width] in the dtype of rows. Multiplies and sums in float32
+    in the order of the slots and rounds once. With weight_on="input" the weights have been used and count as one.
+
+    Laws
+        Combine is linear in the routing weights.
+        Slots of no expert contribute nothing whatever they hold.
+        Combine undoes dispatch.
+
+    Source: semantics of TopKWeightAndReduce in vLLM's modular kernel, in its most exact variant.
+
+    >>> config = MoEConfig(num_experts=2, top_k=2, hidden_size=1, intermediate_size=1)
+    >>> order = torch.tensor([0, 1])
+    >>> d = Dispatched(rows=torch.empty(2, 1), expert_ends=torch.tensor([1, 2], dtype=torch.int32), slot_of_row=order, row_of_slot=order)
+    >>> routing = Routing(expert_ids=torch.tensor([[0, 1]]), weights=torch.tensor([[0.25, 0.75]]))
+    >>> combine(config, torch.tensor([[4.0], [8.0]]), d, routing)
+    tensor([[7.]])
+    """
+    wide = accumulation_dtype(rows.dtype)
+    slots = gather_rows(rows, dispatched.row_of_slot, dispatched.slot_of_row, 1).unflatten(0, (-1, config.top_k)).to(wide)
+    ids = routing.expert_ids
+    has_expert = ((ids >= 0) & (ids < config.num_experts)).unsqueeze(-1)
+    slots = torch.where(has_expert, slots, 0)  # not a product with 0: an unused row may hold NaN
+    if config.router.weight_on == "output":
+        slots = slots * torch.where(has_expert, routing.weights.to(wide).unsqueeze(-1), 0)
+    return slots.sum(1).to(rows.dtype)

@@ -1,0 +1,45 @@
+"""dispatch: tokens -> rows sorted by expert."""
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.ops.rows import gather_rows
+from moe_fn.records import Dispatched, Routing
+
+
+def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
+    """Copy each token to one row per chosen expert, rows sorted by expert.
+
+        rows[r] = x[slot_of_row[r] // top_k]
+
+    x [tokens, width], routing.expert_ids [tokens, top_k] -> rows [tokens * top_k, width]. Ids below 0 or from num_experts on are
+    no expert's: their rows come last, from expert_ends[-1] on. With weight_on="input" rows are w * x, rounded once.
+
+    Laws
+        slot_of_row is a permutation of the slots.
+        The expert of a row never decreases.
+        Rows of one expert keep token order.
+        expert_ends is the running count of rows per expert.
+        Slots of no expert come last.
+
+    Why a stable sort: a tie broken differently by two back-ends would make their outputs differ in the last bit.
+
+    >>> config = MoEConfig(num_experts=3, top_k=1, hidden_size=1, intermediate_size=1)
+    >>> routing = Routing(expert_ids=torch.tensor([[2], [0], [-1], [0]]), weights=torch.ones(4, 1))
+    >>> d = dispatch(config, torch.tensor([[10.0], [20.0], [30.0], [40.0]]), routing)
+    >>> d.rows.flatten().tolist(), d.expert_ends.tolist()
+    ([20.0, 40.0, 10.0, 30.0], [2, 2, 3])
+    """
+    ids = routing.expert_ids.flatten()
+    num_experts = config.num_experts
+    expert_of_slot = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    expert_of_row, slot_of_row = expert_of_slot.sort(stable=True)
+    slots = torch.arange(ids.shape[0], device=ids.device)
+    row_of_slot = torch.zeros_like(slot_of_row).scatter(0, slot_of_row, slots)
+    experts = torch.arange(num_experts, device=ids.device, dtype=expert_of_row.dtype)
+    expert_ends = torch.searchsorted(expert_of_row, experts, right=True).to(torch.int32)
+    if config.router.weight_on == "input":
+        x = (x.to(routing.weights.dtype) * routing.weights).to(x.dtype)  # top_k = 1: one weight a token
+    rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
+    return Dispatched(rows=rows, expert_ends=expert_ends, slot_of_row=slot_of_row, row_of_slot=row_of_slot)

@@ -1,0 +1,153 @@
+"""The layer as one opaque op, without and with a separate shared output: `moe_fn::moe_forward` and `moe_fn::moe_forward_shared`.
+
+Why ops: hosts that want one node per layer (piecewise CUDA graphs, partitioners), and chunking where scan does not compile. Why two:
+an op's schema cannot return "a Tensor or a tuple". What would remove them: union returns, and scan below func.grad and plain compile.
+The config travels by value, as its JSON; every weight is an argument. First order only: their backward has none, and says so.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.chunked import chunk_of_layer
+from moe_fn.config import MoEConfig, config_of_json
+from moe_fn.layer import route_tokens
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.define import define_op
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
+
+# x, then routing's input or routing itself: with expert_ids given there is nothing left to route.
+_TOKEN_ARGS = ("x", "logits", "token_ids", "token_mask", "expert_ids", "expert_weights", "shared_weights")
+_LEAVES = tuple("_".join(path) for path in WEIGHT_PATHS)
+_REQUIRED = {"x", "gate_up", "down"}
+_SCHEMA = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TOKEN_ARGS + _LEAVES)
+
+
+def layer_as_op(
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    routing: Routing | None,
+    logits: Tensor | None,
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
+    with_shared: bool,
+) -> tuple[Tensor, ...]:
+    """(y,) or (shared, routed) from one node. x is free of padding already; routing None means: route inside."""
+    given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
+    args = (config._json, x, logits, token_ids, token_mask, *given, *leaves_of_weights(weights))  # type: ignore[attr-defined]
+    out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
+    return tuple(out)
+
+
+def _rows(args: list[Any], chunk: slice) -> list[Any]:
+    return [None if a is None else a[chunk] for a in args]
+
+
+def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tensor, ...]:
+    x, logits, token_ids, token_mask, ids, w, shared_w, *leaves = args
+    if ids is None:
+        routing = route_tokens(config, weights_of_leaves(leaves), x, logits, token_ids, token_mask)
+        ids, w, shared_w = routing.expert_ids, routing.weights, routing.shared_weights
+    return chunk_of_layer(config, with_shared, [x, ids, w, shared_w, *leaves])
+
+
+def _chunks(config: MoEConfig, x: Tensor) -> list[slice]:
+    size = config.chunk_tokens or max(x.shape[0], 1)
+    return [slice(first, first + size) for first in range(0, max(x.shape[0], 1), size)]
+
+
+def _forward_kernel(with_shared: bool, text: str, *args: Any) -> tuple[Tensor, ...]:
+    config, tokens, leaves = config_of_json(text), list(args[: len(_TOKEN_ARGS)]), args[len(_TOKEN_ARGS) :]
+    chunks = _chunks(config, args[0])
+    if len(chunks) == 1:
+        return _chunk(config, with_shared, [*tokens, *leaves])
+    outs = [args[0].new_empty(args[0].shape) for _ in range(1 + with_shared)]
+    for chunk in chunks:
+        for out, y in zip(outs, _chunk(config, with_shared, [*_rows(tokens, chunk), *leaves]), strict=True):
+            out[chunk] = y
+    return tuple(outs)
+
+
+def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:
+    config, per_token = config_of_json(text), len(_TOKEN_ARGS)
+    with_shared = grad_shared is not None
+    wanted = [i for i, need in enumerate(needed) if need]
+    found = {
+        i: torch.empty_like(args[i]) if i < per_token else torch.zeros_like(args[i], dtype=accumulation_dtype(args[i].dtype))
+        for i in wanted
+    }
+    for rows in _chunks(config, args[0]):
+        chunk = [*_rows(list(args[:per_token]), rows), *args[per_token:]]
+
+        def function(*inputs: Tensor, chunk: list[Any] = chunk) -> tuple[Tensor, ...]:
+            replaced = dict(zip(wanted, inputs, strict=True))
+            return _chunk(config, with_shared, [replaced.get(i, a) for i, a in enumerate(chunk)])
+
+        _, vjp = torch.func.vjp(function, *(chunk[i] for i in wanted))
+        gradients = vjp((grad_shared[rows], grad[rows]) if grad_shared is not None else (grad[rows],))
+        for i, gradient in zip(wanted, gradients, strict=True):
+            if i < per_token:
+                found[i][rows] = gradient
+            else:
+                found[i] += gradient
+    return tuple(found[i].to(args[i].dtype) if i in found else args[0].new_empty(0) for i in range(len(args)))
+
+
+def _backward_fake(grad_shared: Any, grad: Any, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(a, memory_format=torch.contiguous_format) if need else args[0].new_empty(0)
+        for a, need in zip(args, needed, strict=True)
+    )
+
+
+def _gradients(inputs: list[Any], needed: Any, grad_shared: Tensor | None, grad: Tensor) -> tuple[Any, ...]:
+    text, *args = inputs
+    wanted = [bool(need and a is not None and a.is_floating_point()) for a, need in zip(args, needed[1:], strict=True)]
+    if not any(wanted):
+        return (None,) * len(inputs)
+    found = moe_backward_op(grad_shared, grad, wanted, text, *args)
+    return None, *(g if want else None for g, want in zip(found, wanted, strict=True))
+
+
+def _no_second_derivative(inputs: list[Any], needed: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    raise NotImplementedError("moe_fn: the layer as one op has no second derivative; expected MoEConfig(opaque=False, chunk_tokens=None)")
+
+
+def _loop_over_batch(name: str) -> Any:
+    """vmap of a whole-layer op: a loop over the batch, whose size is static below vmap."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        op = getattr(torch.ops.moe_fn, name).default
+        samples = [
+            op(*(a.select(d, b) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))) for b in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+    return rule
+
+
+moe_backward_op = define_op(
+    f"moe_backward(Tensor? grad_shared, Tensor grad, bool[] needed, str config, {_SCHEMA}) -> ({', '.join(['Tensor'] * len(_TOKEN_ARGS + _LEAVES))})",
+    kernel=_backward_kernel,
+    fake=_backward_fake,
+    vmap=_loop_over_batch("moe_backward"),
+    backward=_no_second_derivative,
+)
+moe_forward_op = define_op(
+    f"moe_forward(str config, {_SCHEMA}) -> Tensor",
+    kernel=lambda *args: _forward_kernel(False, *args)[0],
+    fake=lambda config, x, *_: x.new_empty(x.shape),
+    vmap=_loop_over_batch("moe_forward"),
+    backward=lambda inputs, needed, grad: _gradients(inputs, needed, None, grad),
+)
+moe_forward_shared_op = define_op(
+    f"moe_forward_shared(str config, {_SCHEMA}) -> (Tensor, Tensor)",
+    kernel=lambda *args: _forward_kernel(True, *args),
+    fake=lambda config, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    vmap=_loop_over_batch("moe_forward_shared"),
+    backward=lambda inputs, needed, grad_shared, grad: _gradients(inputs, needed, grad_shared, grad),
+)
