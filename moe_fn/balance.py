@@ -1,4 +1,11 @@
-"""Load of experts, losses that even it out, and the update of the correction bias: pure functions, values in and out."""
+"""Load of experts, losses that even it out, and the update of the correction bias: pure functions, values in and out.
+
+Laws
+    Losses equal the reference.
+    The bias of loaded experts sinks and of idle ones rises.
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -60,7 +67,7 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
     """
     experts, top_k = scores.shape[-1], expert_ids.shape[-1]
     total = scores.sum(-1, keepdim=True)
-    share = scores / torch.where(total > 0, total, 1)
+    share = scores / torch.where(total != 0, total, 1)
     ids = expert_ids if token_mask is None else torch.where(token_mask.unsqueeze(-1), expert_ids, -1)
     share = share if token_mask is None else torch.where(token_mask.unsqueeze(-1), share, 0)
     slot_key = torch.where((ids >= 0) & (ids < experts), ids, experts).flatten(-2)
@@ -90,7 +97,7 @@ def stats_of_routing(
     ids = routing.expert_ids
     logits = logits if token_mask is None else torch.where(token_mask.unsqueeze(-1), logits, 0)
     scores = scores_of_logits(config, logits)
-    sequences = (-1, leading[-1]) if len(leading) > 1 else (1, leading[0])
+    sequences = (math.prod(leading[:-1]), leading[-1])
     real = ids.new_ones(ids.shape, dtype=torch.bool) if token_mask is None else token_mask.unsqueeze(-1)
     return RoutingStats(
         expert_ids=ids,

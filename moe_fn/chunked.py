@@ -42,7 +42,7 @@ def scan_traces() -> bool:
     return not torch.compiler.is_compiling() or (not torch._C._are_functorch_transforms_active() and _scalars_allowed())
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _scalars_allowed() -> bool:
     context = torch._guards.TracingContext.try_get()
     return (
@@ -89,7 +89,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
-        args = [next(saved) if there else None for there in ctx.present]
+        args: list[Any] = [next(saved) if there else None for there in ctx.present]
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need and args[i].is_floating_point()]
         per_token, of_weights = [i for i in wanted if i < _PER_TOKEN], [i for i in wanted if i >= _PER_TOKEN]
         tokens, padded = _with_spare_row(args[:_PER_TOKEN]), _with_spare_row(gradients)
@@ -101,7 +101,7 @@ class _Chunked(torch.autograd.Function):
                 replaced = dict(zip(wanted, inputs, strict=True))
                 return chunk_of_layer(ctx.config, ctx.with_shared, [replaced.get(i, a) for i, a in enumerate(chunk)])
 
-            _, vjp = torch.func.vjp(function, *(chunk[i] for i in wanted))
+            vjp = torch.func.vjp(function, *(chunk[i] for i in wanted))[1]
             parts = dict(zip(wanted, vjp(tuple(_pick(padded, rows))), strict=True))
             return tuple(c + parts[i] for c, i in zip(carry, of_weights, strict=True)), tuple(parts[i] for i in per_token)
 

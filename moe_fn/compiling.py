@@ -1,6 +1,5 @@
 """Help for callers of torch.compile: which dimension counts tokens."""
 
-import torch._dynamo.decorators
 from torch import Tensor
 
 
@@ -24,10 +23,12 @@ def mark_tokens(*tensors: Tensor | None, dim: int = 0) -> None:
     (0, 2)
     (1, 2)
     """
+    from torch._dynamo.decorators import mark_unbacked  # here, for it takes a second to import
+
     for tensor in tensors:
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor) or not -tensor.ndim <= dim < tensor.ndim:
             came = f"one of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"mark_tokens: expected tensors (or None) that have a dim {dim}, got {came}")
-        torch._dynamo.decorators.mark_unbacked(tensor, dim % tensor.ndim)
+        mark_unbacked(tensor, dim % tensor.ndim)

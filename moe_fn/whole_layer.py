@@ -85,7 +85,7 @@ def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool
             replaced = dict(zip(wanted, inputs, strict=True))
             return _chunk(config, with_shared, [replaced.get(i, a) for i, a in enumerate(chunk)])
 
-        _, vjp = torch.func.vjp(function, *(chunk[i] for i in wanted))
+        vjp = torch.func.vjp(function, *(chunk[i] for i in wanted))[1]
         gradients = vjp((grad_shared[rows], grad[rows]) if grad_shared is not None else (grad[rows],))
         for i, gradient in zip(wanted, gradients, strict=True):
             if i < per_token:
@@ -118,11 +118,12 @@ def _no_second_derivative(inputs: list[Any], needed: Any, *gradients: Tensor) ->
 def _loop_over_batch(name: str) -> Any:
     """vmap of a whole-layer op: a loop over the batch, whose size is static below vmap."""
 
-    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    def sample(args: Any, in_dims: Any, number: int) -> Any:
         op = getattr(torch.ops.moe_fn, name).default
-        samples = [
-            op(*(a.select(d, b) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))) for b in range(info.batch_size)
-        ]
+        return op(*(a.select(d, number) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        samples = [sample(args, in_dims, number) for number in range(info.batch_size)]
         if isinstance(samples[0], Tensor):
             return torch.stack(samples), 0
         return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0,) * len(samples[0])
@@ -130,8 +131,10 @@ def _loop_over_batch(name: str) -> Any:
     return rule
 
 
+_GRADIENTS = ", ".join(["Tensor"] * len(_TOKEN_ARGS + _LEAVES))
+
 moe_backward_op = define_op(
-    f"moe_backward(Tensor? grad_shared, Tensor grad, bool[] needed, str config, {_SCHEMA}) -> ({', '.join(['Tensor'] * len(_TOKEN_ARGS + _LEAVES))})",
+    f"moe_backward(Tensor? grad_shared, Tensor grad, bool[] needed, str config, {_SCHEMA}) -> ({_GRADIENTS})",
     kernel=_backward_kernel,
     fake=_backward_fake,
     vmap=_loop_over_batch("moe_backward"),

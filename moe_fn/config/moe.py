@@ -94,16 +94,17 @@ class MoEConfig:
             raise ValueError("MoEConfig.router.gate_input='transformed' would have no effect: expected latent or hidden_padding")
         if self.batch_invariant:
             raise ValueError("MoEConfig.batch_invariant=True: no back-end of this version can promise it; expected False")
-        if groups is None:
-            return
-        if choices % groups.count or (groups.score == "top2_sum" and choices < 2 * groups.count):
+        if groups is not None:
+            self._check_groups(groups)
+
+    def _check_groups(self, groups: GroupConfig) -> None:
+        size, rest = divmod(self.num_choices, groups.count)
+        if rest or (groups.score == "top2_sum" and size < 2):
             raise ValueError(
-                f"MoEConfig.router.groups: {choices} experts do not split into {groups.count} equal groups that {groups.score!r} can score"
+                f"MoEConfig.router.groups: {self.num_choices} experts do not split into {groups.count} equal groups with a {groups.score}"
             )
-        if self.top_k > groups.top_k * (choices // groups.count):
-            raise ValueError(
-                f"MoEConfig.top_k={self.top_k}; expected at most the {groups.top_k * (choices // groups.count)} experts of {groups.top_k} groups"
-            )
+        if self.top_k > groups.top_k * size:
+            raise ValueError(f"MoEConfig.top_k={self.top_k}; expected at most the {groups.top_k * size} experts of {groups.top_k} groups")
         if groups.limit == "each" and self.top_k % groups.count:
             raise ValueError(f"MoEConfig.top_k={self.top_k} with groups.limit='each': expected a multiple of groups.count={groups.count}")
 
@@ -134,7 +135,8 @@ class MoEConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The config of `to_dict`. Unknown names raise ValueError."""
-        return _from_dict(cls, values)
+        config: Self = _from_dict(cls, values)
+        return config
 
 
 _NESTED = {

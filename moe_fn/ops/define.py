@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
@@ -48,7 +48,7 @@ def define_op(
     if "=" in schema:
         raise ValueError(f"define_op: {schema}: expected no defaults, the dispatcher drops arguments that equal theirs")
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(torch.ops.moe_fn, name).default
+    op: Callable[..., Any] = getattr(torch.ops.moe_fn, name).default
 
     def at_rest(*args: Any) -> Any:
         with torch._C._ForceDispatchKeyGuard(*_AT_REST), torch.no_grad():
@@ -102,11 +102,11 @@ def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel 
         needed = ctx.needs_input_grad[1:]
         return None, *backward(inputs_of(ctx), needed, *gradients)
 
-    members = {"forward": forward, "setup_context": setup_context, "backward": run_backward}
+    members: dict[str, Any] = {"forward": forward, "setup_context": setup_context, "backward": run_backward}
     if jvp is not None:
         forward_mode = jvp
         members["jvp"] = lambda ctx, _, *tangents: forward_mode(inputs_of(ctx), *tangents)
-    namespace = {key: staticmethod(value) for key, value in members.items()}
+    namespace: dict[str, Any] = {key: staticmethod(value) for key, value in members.items()}
     return type(f"{name}_autograd", (torch.autograd.function._SingleLevelFunction,), namespace)
 
 

@@ -8,7 +8,6 @@ and are never read, so NaN there goes nowhere.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_fn.kernels import torch_grouped as kernels
@@ -22,8 +21,8 @@ def _matmul_fake(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, s
 def _matmul_backward(inputs: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight, ends, transposed, *sets = inputs
     d_rows = grouped_matmul(gradient, weight, ends, not transposed, *sets) if needed[0] else None
-    pair = (gradient, rows) if transposed else (rows, gradient)
-    d_weight = grouped_outer(*pair, ends, *sets) if needed[1] else None
+    left, right = (gradient, rows) if transposed else (rows, gradient)
+    d_weight = grouped_outer(left, right, ends, *sets) if needed[1] else None
     return d_rows, d_weight, None, None, None, None
 
 
@@ -71,7 +70,7 @@ def _outer_vmap(info: Any, in_dims: Any, left: Tensor, right: Tensor, ends: Tens
     return out.unflatten(0, (batch, -1)), 0
 
 
-grouped_matmul = define_op(
+_matmul_op = define_op(
     "grouped_matmul(Tensor rows, Tensor weight, Tensor ends, bool transposed, SymInt segments, SymInt weight_sets) -> Tensor",
     kernel=kernels.grouped_matmul,
     fake=_matmul_fake,
@@ -79,14 +78,7 @@ grouped_matmul = define_op(
     backward=_matmul_backward,
     jvp=_matmul_jvp,
 )
-grouped_matmul.__doc__ = """rows[r] @ weight[e] (or weight[e].T if transposed) for the expert e of row r.
-
-rows [R, K], weight [E, K, N] (transposed: [E, N, K]), ends [E] int32 -> [R, N]. Accumulates in float32 or wider, rounds once.
-Why an op: the loop over experts is ragged, and torch's own grouped product traces in bfloat16 only (torch 2.13) and leaves
-rows past the last end uninitialised. What would remove it: torch.nn.functional.grouped_mm with float32 and float16 fakes.
-"""
-
-grouped_outer = define_op(
+_outer_op = define_op(
     "grouped_outer(Tensor left, Tensor right, Tensor ends, SymInt segments, SymInt weight_sets) -> Tensor",
     kernel=kernels.grouped_outer,
     fake=_outer_fake,
@@ -94,10 +86,26 @@ grouped_outer = define_op(
     backward=_outer_backward,
     jvp=_outer_jvp,
 )
-grouped_outer.__doc__ = """left[rows of e].T @ right[rows of e] for every expert e: the gradient of a weight.
 
-left [R, M], right [R, N], ends [E] int32 -> [E, M, N]; experts without rows give 0. Why an op: as grouped_matmul.
-"""
+
+def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int = 1, weight_sets: int = 1) -> Tensor:
+    """rows[r] @ weight[e] (weight[e].T if transposed) for the expert e of row r.
+
+    rows [R, K], weight [E, K, N] (transposed: [E, N, K]), ends [E] int32 -> [R, N]. Accumulates in float32 or wider, rounds once.
+    Why an op: the loop over experts is ragged, and torch's own grouped product traces in bfloat16 only (torch 2.13) and leaves
+    rows past the last end uninitialised. What would remove it: torch.nn.functional.grouped_mm with float32 and float16 fakes.
+    """
+    out: Tensor = _matmul_op(rows, weight, ends, transposed, segments, weight_sets)
+    return out
+
+
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor, segments: int = 1, weight_sets: int = 1) -> Tensor:
+    """left[rows of e].T @ right[rows of e] for every expert e: the gradient of a weight.
+
+    left [R, M], right [R, N], ends [E] int32 -> [E, M, N]; experts without rows give 0. Why an op: as grouped_matmul.
+    """
+    out: Tensor = _outer_op(left, right, ends, segments, weight_sets)
+    return out
 
 
 def spread_over_rows(values: Tensor, ends: Tensor, num_rows: int) -> Tensor:
@@ -105,4 +113,4 @@ def spread_over_rows(values: Tensor, ends: Tensor, num_rows: int) -> Tensor:
 
     A product with ones, so that its gradient is a segment sum in fixed order instead of a scatter with atomics.
     """
-    return grouped_matmul(values.new_ones(num_rows, 1), values.unsqueeze(1), ends, False, 1, 1)
+    return grouped_matmul(values.new_ones(num_rows, 1), values.unsqueeze(1), ends, False)

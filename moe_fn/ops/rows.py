@@ -32,7 +32,7 @@ def _gather_vmap(info: Any, in_dims: Any, x: Tensor, index: Tensor, inverse: Ten
     return gather_rows(x.flatten(0, 1), index, inverse, repeat).unflatten(0, (batch, -1)), 0
 
 
-gather_rows = define_op(
+_gather_op = define_op(
     "gather_rows(Tensor x, Tensor index, Tensor inverse, int repeat) -> Tensor",
     kernel=_gather,
     fake=lambda x, index, inverse, repeat: x.new_empty(index.shape[0], x.shape[1]),
@@ -41,8 +41,13 @@ gather_rows = define_op(
     jvp=lambda inputs, x_tangent, *_: gather_rows(x_tangent, *inputs[1:]),
     visible=_gather,
 )
-gather_rows.__doc__ = """x[index // repeat], where index is a permutation of range(len(x) * repeat) and inverse undoes it.
 
-x [T, H], index and inverse [T * repeat] -> [T * repeat, H]. Its gradient is a gather by `inverse` and a sum over `repeat`.
-Why an op: only so can the gradient know that index is a permutation; in the graph stands an aten index_select that Inductor fuses.
-"""
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, repeat: int) -> Tensor:
+    """x[index // repeat], where index is a permutation of range(len(x) * repeat) and inverse undoes it.
+
+    x [T, H], index and inverse [T * repeat] -> [T * repeat, H]. Its gradient is a gather by `inverse` and a sum over `repeat`.
+    Why an op: only so can the gradient know that index is a permutation; the graph gets an aten index_select, which Inductor fuses.
+    """
+    rows: Tensor = _gather_op(x, index, inverse, repeat)
+    return rows

@@ -37,11 +37,11 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     """
     rows, ends = dispatched.rows, dispatched.expert_ends
     transposed = config.weight_layout == "out_in"
-    hidden = grouped_matmul(rows, weights.gate_up, ends, transposed, 1, 1).to(accumulation_dtype(rows.dtype))
+    hidden = grouped_matmul(rows, weights.gate_up, ends, transposed).to(accumulation_dtype(rows.dtype))
     if weights.gate_up_bias is not None:
         hidden = hidden + spread_over_rows(weights.gate_up_bias, ends, rows.shape[0])
     hidden = activate(as_activation(config.activation), hidden, config.gate_up_layout).to(rows.dtype)
-    out = grouped_matmul(hidden, weights.down, ends, transposed, 1, 1)
+    out = grouped_matmul(hidden, weights.down, ends, transposed)
     if weights.down_bias is not None:
         out = (out.to(accumulation_dtype(out.dtype)) + spread_over_rows(weights.down_bias, ends, rows.shape[0])).to(out.dtype)
     if config.expert_norm is not None and weights.expert_norm is not None:

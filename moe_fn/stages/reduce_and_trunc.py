@@ -1,6 +1,5 @@
 """reduce_and_trunc: the sum over ranks, and the cut to the width of the model."""
 
-import torch
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
@@ -20,7 +19,7 @@ def reduce_and_trunc(y: Tensor, *, group: str | None = None, width: int | None =
     tensor([[1., 2.]])
     """
     if group is not None:
-        y = collectives.all_reduce(y, "sum", group)
+        y = collectives.all_reduce(y, "sum", group)  # type: ignore[arg-type]
     if width is None or width == y.shape[-1]:
         return y
     if width > y.shape[-1]:

@@ -35,6 +35,7 @@ def route(
     Raises ValueError for shapes and dtypes that do not fit the config, and for router weights that it would ignore.
 
     Laws
+        Routing equals the reference.
         Ids of a token are distinct and in range.
         Weights are finite and float32.
         Ties go to the lowest expert id.
@@ -180,7 +181,8 @@ def _best_of_each_group(groups: GroupConfig, top_k: int, values: Tensor) -> Tens
     by_group = values.unflatten(-1, (groups.count, -1))
     ids = _best(by_group, top_k // groups.count)
     first = torch.arange(groups.count, device=values.device).unsqueeze(-1) * by_group.shape[-1]
-    return (ids + first).flatten(-2)
+    every: Tensor = ids + first
+    return every.flatten(-2)
 
 
 def _hash(config: MoEConfig, extra: RouterWeights, z: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:

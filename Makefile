@@ -1,0 +1,39 @@
+# make demo   trains a small MoE language model and shows it       make bench  times the layer against transformers' back-ends
+# make test   lint, types, doctests, laws, one-graph tests          make test-gpu  the tests that need a CUDA device
+# Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check bench test-gpu wheel clean
+demo: $(INSTALLED)
+	$(BIN)/python examples/tiny_lm.py
+
+test: check
+	$(BIN)/python -m pytest -n 2 --doctest-modules moe_fn property_tests compile_tests
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED) .venv/.bench
+	$(BIN)/python examples/benchmark.py
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu compile_tests property_tests
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --wheel --outdir dist
+
+$(INSTALLED): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[dev,demo]"
+	touch $@
+
+.venv/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[bench]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info out

@@ -1,0 +1,16 @@
+"""The naive reference: the whole layer in float64, one token and one expert at a time.
+
+This package says what the layer means, and judges the fast path; so it imports nothing that it judges, uses no trick,
+and is slow. Gradients to x, the logits and every weight come from autograd. Read `layer.py` first.
+
+Options about speed and precision have no meaning here and are ignored: gate_dtype, score_dtype, chunk_tokens,
+batch_invariant, backend, opaque.
+"""
+
+from moe_fn.reference.layer import moe_forward, moe_forward_routed
+from moe_fn.reference.losses import load_balancing_loss, router_z_loss, sequence_balancing_loss
+from moe_fn.reference.routing import route
+
+__all__ = [
+    "load_balancing_loss", "moe_forward", "moe_forward_routed", "route", "router_z_loss", "sequence_balancing_loss",
+]  # fmt: skip

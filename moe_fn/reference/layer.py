@@ -1,0 +1,182 @@
+"""The whole layer, token by token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, Routing, leaves_of_weights
+from moe_fn.reference.experts import Expert, expert_output, experts_of_weights, shared_output
+from moe_fn.reference.routing import route_comparing_in
+from moe_fn.reference.tensors import float64_weights, is_real, linear, needed, rms_norm, stack_rows, zero_of
+
+
+def moe_forward(
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    logits: Tensor | None = None,
+    *,
+    token_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """The layer: every token visits its top_k experts, and their outputs are added by routing weight.
+
+        y_t = sum over slots (e, w) of w * expert_e(x_t)  + shared experts + zero experts
+
+    x [..., H] and logits [..., num_logits] of any float dtype (without logits: x @ router.gate.T + router.bias),
+    token_ids [...] ints for hash routing, token_mask [...] bool, False for padding, whose result is 0 -> [..., H] float64.
+    Source: semantics.md 5; Shazeer et al. 2017 (arXiv 1701.06538).
+
+    >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1, activation="relu_no_mul")
+    >>> weights = MoEWeights(gate_up=torch.ones(2, 1, 1), down=torch.tensor([[[10.0]], [[20.0]]]))
+    >>> moe_forward(config, weights, torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 5.0], [5.0, 0.0]])).tolist()
+    [[20.0], [20.0]]
+    """
+    if logits is None:  # they count as logits of x's dtype
+        logits, logits_dtype = gate_logits(config, float64_weights(weights), x, token_mask), x.dtype
+    else:
+        logits_dtype = logits.dtype
+    routing = route_comparing_in(logits_dtype, config, weights, logits, token_ids, token_mask)
+    return moe_forward_routed(config, weights, x, routing, token_mask=token_mask)
+
+
+def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None) -> Tensor:
+    """The layer after routing: `moe_forward` for a routing that somebody else made.
+
+        y_t = sum over slots (e, w) of w * expert_e(x_t)  + shared experts + zero experts
+
+    x [..., H], routing.expert_ids and .weights [T, top_k] (slots with other ids than those of experts add nothing),
+    token_mask [...] bool -> [..., H] float64. Source: semantics.md 5.
+
+    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1, activation="relu_no_mul")
+    >>> weights = MoEWeights(gate_up=torch.ones(1, 1, 1), down=torch.ones(1, 1, 1))
+    >>> routing = Routing(expert_ids=torch.tensor([[0], [-1]]), weights=torch.tensor([[0.5], [0.5]]))
+    >>> moe_forward_routed(config, weights, torch.tensor([[3.0], [3.0]]), routing).tolist()
+    [[1.5], [0.0]]
+    """
+    weights64 = float64_weights(weights)
+    experts = experts_of_weights(config, weights64)
+    rows = x.to(torch.float64).reshape(-1, config.hidden_size).unbind(0)
+    slots = slots_of_tokens(config, routing)
+    outputs = []
+    for row, slots_of_row, real in zip(rows, slots, is_real(token_mask, len(rows)), strict=True):
+        if real:
+            outputs.append(token_output(config, weights64, experts, row, slots_of_row, is_float16=x.dtype == torch.float16))
+        else:  # the row is not read: it may hold anything
+            outputs.append(row.new_zeros(config.hidden_size))
+    zero = zero_of(x, routing.weights, routing.shared_weights, *leaves_of_weights(weights))
+    return (stack_rows(outputs, config.hidden_size, zero) + zero).reshape(*x.shape[:-1], config.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """The routing of one token: ids (top_k of them), weights [top_k], shared_weights [shared experts]; all float64."""
+
+    ids: list[int]
+    weights: Tensor
+    shared_weights: Tensor | None
+
+
+def slots_of_tokens(config: MoEConfig, routing: Routing) -> list[Slots]:
+    """The routing, token by token."""
+    ids = routing.expert_ids.reshape(-1, config.top_k).tolist()
+    weights = routing.weights.to(torch.float64).reshape(-1, config.top_k).unbind(0)
+    if routing.shared_weights is None:
+        return [Slots(ids=i, weights=w, shared_weights=None) for i, w in zip(ids, weights, strict=True)]
+    shared = routing.shared_weights.to(torch.float64).reshape(-1, routing.shared_weights.shape[-1]).unbind(0)
+    return [Slots(ids=i, weights=w, shared_weights=s) for i, w, s in zip(ids, weights, shared, strict=True)]
+
+
+def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """The router's logits gate @ v + bias, v the original x or the routed input. x [..., H] -> [T, num_logits] float64."""
+    router = weights.router or RouterWeights()
+    gate = needed(router.gate, "weights.router.gate")
+    rows = x.to(torch.float64).reshape(-1, config.hidden_size).unbind(0)
+    logits = []
+    for row, real in zip(rows, is_real(token_mask, len(rows)), strict=True):
+        if not real:
+            logits.append(row.new_zeros(config.num_logits))
+        elif config.router.gate_input == "transformed":
+            logits.append(linear(gate, routed_input(config, weights, row), router.bias))
+        else:
+            logits.append(linear(gate, row, router.bias))
+    zero = zero_of(x, gate, router.bias)
+    return stack_rows(logits, config.num_logits, zero) + zero
+
+
+def token_output(config: MoEConfig, weights: MoEWeights, experts: list[Expert], x: Tensor, slots: Slots, *, is_float16: bool) -> Tensor:
+    """The layer on one token: x [H] -> [H]."""
+    v = routed_input(config, weights, x)
+    y = routed_sum(config, experts, v, slots)[: config.routed_size]  # what hidden_padding appended is cut off
+    factor, scale_on = config.router.routed_scaling_factor, config.router.scale_on
+    scale_shared = scale_on == "output_float16_safe" and is_float16 and config.shared is not None
+    if scale_on != "weights" and not scale_shared:
+        y = y * factor
+    y = routed_output(config, weights, y)
+    if config.shared is not None:
+        if weights.shared is None:
+            raise ValueError("weights.shared is None; expected weights, for the config asks for them")
+        shared = shared_output(config.shared, weights.shared, x, slots.shared_weights)
+        y = y + (shared / factor if scale_shared else shared)
+        if config.shared.combine == "average":
+            y = y / 2
+    return y + zero_experts(config, weights, x, slots)
+
+
+def routed_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
+    """What the experts see: x, in the latent space if there is one, with zeros appended. x [H] -> [Hx]."""
+    v = x
+    if config.latent is not None:
+        latent = latent_weights(weights)
+        v = linear(latent.input, v, latent.input_bias)
+        if latent.input_norm is not None:
+            v = rms_norm(v, config.latent.norm_epsilon) * latent.input_norm
+    return torch.cat([v, v.new_zeros(config.hidden_padding)])
+
+
+def routed_sum(config: MoEConfig, experts: list[Expert], v: Tensor, slots: Slots) -> Tensor:
+    """sum over slots (e, w) of w * expert_e(v), or of expert_e(w * v) with weight_on="input". v [Hx] -> [Hx]."""
+    total = torch.zeros_like(v)
+    for expert_id, weight in zip(slots.ids, slots.weights.unbind(0), strict=True):
+        if not 0 <= expert_id < config.num_experts:
+            continue  # no expert (-1), or a zero expert
+        expert = experts[expert_id]
+        if config.router.weight_on == "input":
+            total = total + expert_output(config, expert, weight * v)
+        else:
+            total = total + weight * expert_output(config, expert, v)
+    return total
+
+
+def routed_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
+    """The experts' sum back in the model's space: y [L or H] -> [H]."""
+    if config.latent is None:
+        return y
+    latent = latent_weights(weights)
+    if latent.output_norm is not None:
+        y = rms_norm(y, config.latent.norm_epsilon) * latent.output_norm
+    return linear(latent.output, y, latent.output_bias)
+
+
+def zero_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, slots: Slots) -> Tensor:
+    """sum over the slots of zero experts: w * x, nothing, or w * constant. x [H] -> [H]. Source: semantics.md 1.6, 1.7."""
+    total = torch.zeros_like(x)
+    if config.zero_experts is None:
+        return total
+    for expert_id, weight in zip(slots.ids, slots.weights.unbind(0), strict=True):
+        if not config.num_experts <= expert_id < config.num_choices:
+            continue
+        if config.zero_experts.kind == "identity":
+            total = total + weight * x
+        elif config.zero_experts.kind == "constant":
+            total = total + weight * needed(weights.constants, "weights.constants")[expert_id - config.num_experts]
+    return total
+
+
+def latent_weights(weights: MoEWeights) -> LatentWeights:
+    """The latent projections, or a ValueError."""
+    if weights.latent is None:
+        raise ValueError("weights.latent is None; expected weights, for the config asks for them")
+    return weights.latent

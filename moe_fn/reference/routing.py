@@ -1,0 +1,170 @@
+"""From the logits of a token to the experts it visits and how much each counts."""
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import GroupConfig, MoEConfig, RouterConfig
+from moe_fn.records import MoEWeights, RouterWeights, Routing
+from moe_fn.reference.scores import best, comparable, pick, score
+from moe_fn.reference.tensors import float64_weights, is_real, needed, stack_rows, zero_of
+
+
+def route(
+    config: MoEConfig, weights: MoEWeights, logits: Tensor, *, token_ids: Tensor | None = None, token_mask: Tensor | None = None
+) -> Routing:
+    """Choose top_k experts for every token, and their weights.
+
+        z = softcap(logits * multiplier);  ids = top_k(score(z) + correction_bias);  w = score(z)[ids]
+        w = w / norm(w) * expert_scale[ids] * routed_scaling_factor
+
+    logits [..., num_logits] of any float dtype, token_ids [...] ints, token_mask [...] bool (False: padding) ->
+    expert_ids [T, top_k] int64 (-1 on padding), weights [T, top_k] float64 (0 on padding), shared_weights [T, shared experts].
+    Source: semantics.md 1 (Mixtral, DeepSeek-V2/V3/V4, Phi-3.5-MoE, Llama-4, Gemma-4, Inkling).
+
+    >>> config = MoEConfig(num_experts=3, top_k=2, hidden_size=1, intermediate_size=1)
+    >>> weights = MoEWeights(gate_up=torch.zeros(3, 2, 1), down=torch.zeros(3, 1, 1))
+    >>> routing = route(config, weights, torch.tensor([[0.0, 1.0, 1.0]]))
+    >>> routing.expert_ids.tolist(), routing.weights.tolist()
+    ([[1, 2]], [[0.5, 0.5]])
+    """
+    return route_comparing_in(logits.dtype, config, weights, logits, token_ids, token_mask)
+
+
+def route_comparing_in(
+    logits_dtype: torch.dtype, config: MoEConfig, weights: MoEWeights, logits: Tensor, token_ids: Tensor | None, token_mask: Tensor | None
+) -> Routing:
+    """`route`, where float64 logits may stand for logits of another dtype.
+
+    Scores are compared in float32 unless the logits are float64, so that what ties in float32 ties here too.
+    """
+    compare_in = torch.float64 if logits_dtype == torch.float64 else torch.float32
+    router = float64_weights(weights).router or RouterWeights()
+    rows = logits.to(torch.float64).reshape(-1, config.num_logits).unbind(0)
+    hashed = hashed_ids(config, router, token_ids, len(rows))
+    shared_count = config.num_logits - config.num_choices
+    all_ids: list[list[int]] = []
+    all_weights: list[Tensor] = []
+    all_shared: list[Tensor] = []
+    for row, ids_of_hash, real in zip(rows, hashed, is_real(token_mask, len(rows)), strict=True):
+        if real:
+            ids, slot_weights, shared_weights = route_token(config, router, row, ids_of_hash, compare_in)
+        else:  # the row is not read: it may hold anything
+            ids, slot_weights, shared_weights = [-1] * config.top_k, row.new_zeros(config.top_k), row.new_zeros(shared_count)
+        all_ids.append(ids)
+        all_weights.append(slot_weights)
+        all_shared.append(shared_weights)
+    zero = zero_of(logits, router.expert_scale)
+    return Routing(
+        expert_ids=torch.tensor(all_ids, dtype=torch.int64, device=logits.device).reshape(-1, config.top_k),
+        weights=stack_rows(all_weights, config.top_k, zero) + zero,
+        shared_weights=stack_rows(all_shared, shared_count, zero) + zero if shared_count else None,
+    )
+
+
+def hashed_ids(config: MoEConfig, router: RouterWeights, token_ids: Tensor | None, tokens: int) -> list[list[int] | None]:
+    """For every token the experts that its token id stands for; None where the logits choose."""
+    if config.router.selection != "hash":
+        return [None] * tokens
+    table = needed(router.expert_ids_of_token, "weights.router.expert_ids_of_token").tolist()
+    vocabulary = needed(token_ids, "token_ids").reshape(-1).tolist()
+    # A padding token may have any token id; its row is not used.
+    return [table[token] if 0 <= token < len(table) else None for token in vocabulary]
+
+
+def route_token(
+    config: MoEConfig, weights: RouterWeights, row: Tensor, ids_of_hash: list[int] | None, compare_in: torch.dtype
+) -> tuple[list[int], Tensor, Tensor]:
+    """One token: row [num_logits] -> ids (top_k of them), weights [top_k], shared_weights [shared experts or 0]."""
+    router = config.router
+    z = row * router.logit_multiplier
+    if router.logit_softcap is not None:
+        z = router.logit_softcap * torch.tanh(z / router.logit_softcap)
+    z, shared_z = z[: config.num_choices], z[config.num_choices :]
+    shared = score(router.scoring, shared_z) if len(shared_z) else shared_z
+    if router.selection == "sparsemixer":
+        ids, chosen = sparsemixer(router, z, compare_in)
+    elif router.selection == "hash":
+        if ids_of_hash is None:
+            raise ValueError("token_ids: expected ids that weights.router.expert_ids_of_token has a row for")
+        ids, chosen = ids_of_hash, weights_of_ids(router, z, ids_of_hash)
+    else:
+        ids, chosen = top_k(config, weights, z, compare_in)
+    if router.renormalize:
+        divisor = norm_of_weights(router, torch.cat([chosen, shared]))
+        chosen, shared = chosen / divisor, shared / divisor
+    if weights.expert_scale is not None:
+        chosen = chosen * pick(weights.expert_scale, ids, missing=0.0)
+    if router.scale_on == "weights":
+        chosen, shared = chosen * router.routed_scaling_factor, shared * router.routed_scaling_factor
+    return ids, chosen, shared
+
+
+def weights_of_ids(router: RouterConfig, z: Tensor, ids: list[int]) -> Tensor:
+    """What the ids score among all choices, or among themselves. An id that is no choice (-1) scores 0."""
+    if router.scoring_order == "before_top_k":
+        return pick(score(router.scoring, z), ids, missing=0.0)
+    return score(router.scoring, pick(z, ids, missing=-torch.inf))
+
+
+def top_k(config: MoEConfig, weights: RouterWeights, z: Tensor, compare_in: torch.dtype) -> tuple[list[int], Tensor]:
+    """The top_k best choices and their scores; correction_bias counts for the choice, not for the scores."""
+    router = config.router
+    by_logits = router.correction_bias == "logits" or (router.scoring_order == "after_top_k" and router.correction_bias == "none")
+    value = z if by_logits else score(router.scoring, z)
+    if router.correction_bias != "none":
+        value = value + needed(weights.correction_bias, "weights.router.correction_bias")
+    values = comparable(value, compare_in)
+    if router.groups is None:
+        ids = best(values, config.top_k)
+    elif router.groups.limit == "each":
+        ids = best_of_each_group(router.groups, values, config.top_k)
+    else:
+        kept = in_kept_groups(router.groups, values)
+        ids = best(torch.where(kept, values, 0.0 if router.groups.fill == "zero" else -torch.inf), config.top_k)
+        if router.correction_bias == "none":  # then the weights are the filled values themselves
+            return ids, pick(torch.where(kept, score(router.scoring, z), 0.0), ids, missing=0.0)
+    return ids, weights_of_ids(router, z, ids)
+
+
+def best_of_each_group(groups: GroupConfig, values: Tensor, count: int) -> list[int]:
+    """The best count / groups of every group of consecutive choices, group after group."""
+    size = len(values) // groups.count
+    return [g * size + i for g in range(groups.count) for i in best(values[g * size : (g + 1) * size], count // groups.count)]
+
+
+def in_kept_groups(groups: GroupConfig, values: Tensor) -> Tensor:
+    """Which choices [choices] bool are in one of the best groups.
+
+    A group is worth its best value, or its two best together.
+    """
+    by_group = values.reshape(groups.count, -1)
+    worth = by_group.topk(2).values.sum(1) if groups.score == "top2_sum" else by_group.amax(1)
+    kept = best(worth, groups.top_k)
+    size = by_group.shape[1]
+    return torch.tensor([choice // size in kept for choice in range(len(values))], device=values.device)
+
+
+def norm_of_weights(router: RouterConfig, chosen: Tensor) -> Tensor:
+    """D = max((sum |w|^order)^(1/order) + epsilon, minimum), or 1 where that is not positive."""
+    total = chosen.abs().pow(router.renormalize_order).sum()
+    if router.renormalize_order != 1.0 and total > 0:  # the root of 0 is 0, but has no derivative
+        total = total ** (1.0 / router.renormalize_order)
+    total = (total + router.renormalize_epsilon).clamp(min=router.renormalize_minimum)
+    return total if total > 0 else torch.ones_like(total)
+
+
+def sparsemixer(router: RouterConfig, z: Tensor, compare_in: torch.dtype) -> tuple[list[int], Tensor]:
+    """The two best logits, each weighed by a softmax over the logits near it, the second without the first.
+
+    m = z[id];  e is near unless (m - z_e) / max(|z_e|, m) > 2 epsilon.  Source: semantics.md 1.5 (Phi-3.5-MoE).
+    """
+    first, second = best(comparable(z, compare_in), 2)
+    without_first = torch.where(torch.arange(len(z), device=z.device) == first, -torch.inf, z)
+    return [first, second], torch.stack([weight_among_near(router, z, z, first), weight_among_near(router, z, without_first, second)])
+
+
+def weight_among_near(router: RouterConfig, z: Tensor, candidates: Tensor, chosen: int) -> Tensor:
+    """softmax(candidates, those far from z[chosen] left out)[chosen]. A comparison with NaN is false: it stays."""
+    top = z[chosen].detach()
+    far = (top - z.detach()) / torch.maximum(z.detach().abs(), top) > 2.0 * router.sparsemixer_epsilon
+    return score("softmax", torch.where(far, -torch.inf, candidates))[chosen]

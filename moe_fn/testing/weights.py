@@ -1,0 +1,130 @@
+"""Random weights that fit a config."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, as_activation
+from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, SharedWeights
+
+# Correction biases are -1, 0 or 1 times this. Together with the grid of logits in `values.py` it keeps sums of scores and biases, of
+# one expert and of two, more than 1e-5 apart or exactly equal, so float32 and float64 choose alike (test_testing.py checks the table).
+BIAS_STEP = 605 / 1024
+# Softmax scores depend on the whole row, and no step suits all rows; with this one, scores (at most 1 in sum) decide inside a level only.
+SOFTMAX_BIAS_STEP = 1.5
+
+
+def weights_for(
+    config: MoEConfig,
+    seed: int | torch.Generator = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = False,
+    bias: bool = True,
+    scales: bool = True,
+    vocabulary: int = 16,
+) -> MoEWeights:
+    """Random weights that fit the config: all that it requires, a router gate, and by flag what is optional.
+
+    seed           a number, or a CPU generator (which advances); the numbers do not depend on the device
+    dtype          of the layer; the router's gate, bias, correction_bias and expert_scale are float32 for narrower dtypes
+    requires_grad  of every floating tensor but router.correction_bias, which no gradient reaches
+    bias           optional biases: of the experts, the shared experts, the latent projections, and the gate
+    scales         other optional tensors: router.expert_scale, latent.input_norm, latent.output_norm
+    vocabulary     rows of router.expert_ids_of_token, for hash routing; ids of a token are distinct
+
+    Matrices are normal with deviation 1/sqrt(fan in), so numbers stay near 1 at any width; scales lie in 0.5 .. 1.5.
+
+    >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=3, intermediate_size=5)
+    >>> weights = weights_for(config, seed=1, bias=False)
+    >>> weights.gate_up.shape, weights.down.shape, weights.gate_up_bias
+    (torch.Size([4, 10, 3]), torch.Size([4, 3, 5]), None)
+    """
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    make = _Maker(generator, dtype, torch.device(device), requires_grad)
+    experts, width, inner = config.num_experts, config.expert_hidden_size, config.intermediate_size
+    gate_up = 2 * inner if as_activation(config.activation).gated else inner
+    out_in = config.weight_layout == "out_in"
+    constant = config.zero_experts is not None and config.zero_experts.kind == "constant"
+    return MoEWeights(
+        gate_up=make.normal(experts, *((gate_up, width) if out_in else (width, gate_up)), fan_in=width),
+        down=make.normal(experts, *((width, inner) if out_in else (inner, width)), fan_in=inner),
+        gate_up_bias=make.normal(experts, gate_up, fan_in=4) if bias else None,
+        down_bias=make.normal(experts, width, fan_in=4) if bias else None,
+        expert_norm=make.scale(experts, width) if config.expert_norm else None,
+        constants=make.normal(config.num_choices - experts, config.hidden_size) if constant else None,
+        router=_router(config, make, bias, scales, vocabulary),
+        shared=_shared(config, make, bias),
+        latent=_latent(config, make, bias, scales),
+    )
+
+
+def _router(config: MoEConfig, make: "_Maker", bias: bool, scales: bool, vocabulary: int) -> RouterWeights:
+    make = make.at_least_float32()
+    router = config.router
+    seen = config.hidden_size if router.gate_input == "original" else config.expert_hidden_size
+    step = SOFTMAX_BIAS_STEP if router.scoring == "softmax" and router.correction_bias == "scores" else BIAS_STEP
+    return RouterWeights(
+        gate=make.normal(config.num_logits, seen, fan_in=seen),
+        bias=make.normal(config.num_logits, fan_in=4) if bias else None,
+        correction_bias=make.levels(config.num_choices, step=step) if router.correction_bias != "none" else None,
+        expert_scale=make.scale(config.num_choices) if scales else None,
+        expert_ids_of_token=make.choices(vocabulary, config.top_k, of=config.num_choices) if router.selection == "hash" else None,
+    )
+
+
+def _shared(config: MoEConfig, make: "_Maker", bias: bool) -> SharedWeights | None:
+    if config.shared is None:
+        return None
+    hidden, width = config.hidden_size, config.shared.count * config.shared.intermediate_size
+    gate_up = 2 * width if as_activation(config.shared.activation).gated else width
+    return SharedWeights(
+        gate_up=make.normal(gate_up, hidden, fan_in=hidden),
+        down=make.normal(hidden, width, fan_in=width),
+        gate_up_bias=make.normal(gate_up, fan_in=4) if bias else None,
+        down_bias=make.normal(hidden, fan_in=4) if bias else None,
+        gate=make.normal(1, hidden, fan_in=hidden) if config.shared.gate == "sigmoid" else None,
+    )
+
+
+def _latent(config: MoEConfig, make: "_Maker", bias: bool, scales: bool) -> LatentWeights | None:
+    if config.latent is None:
+        return None
+    hidden, size = config.hidden_size, config.latent.size
+    return LatentWeights(
+        input=make.normal(size, hidden, fan_in=hidden),
+        output=make.normal(hidden, size, fan_in=size),
+        input_bias=make.normal(size, fan_in=4) if bias else None,
+        output_bias=make.normal(hidden, fan_in=4) if bias else None,
+        input_norm=make.scale(size) if scales else None,
+        output_norm=make.scale(size) if scales else None,
+    )
+
+
+class _Maker:
+    """Makes tensors on the CPU, where seeds mean the same everywhere, and moves them."""
+
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> None:
+        self.generator, self.dtype, self.device, self.requires_grad = generator, dtype, device, requires_grad
+
+    def at_least_float32(self) -> "_Maker":
+        dtype = self.dtype if self.dtype == torch.float64 else torch.float32
+        return _Maker(self.generator, dtype, self.device, self.requires_grad)
+
+    def normal(self, *shape: int, fan_in: int = 1) -> Tensor:
+        return self._place(torch.randn(shape, generator=self.generator) / math.sqrt(fan_in))
+
+    def scale(self, *shape: int) -> Tensor:
+        return self._place(torch.rand(shape, generator=self.generator) + 0.5)
+
+    def levels(self, *shape: int, step: float) -> Tensor:
+        values = torch.randint(-1, 2, shape, generator=self.generator) * step
+        return values.to(self.device, self.dtype)
+
+    def choices(self, rows: int, count: int, *, of: int) -> Tensor:
+        return torch.rand(rows, of, generator=self.generator).argsort(-1)[:, :count].contiguous().to(self.device)
+
+    def _place(self, values: Tensor) -> Tensor:
+        return values.to(self.device, self.dtype).requires_grad_(self.requires_grad)

@@ -1,0 +1,13 @@
+"""Profiles: `ci` draws the same examples every time; `--hypothesis-profile=dev` draws new ones and remembers failures, `deep` many."""
+
+import torch
+from hypothesis import HealthCheck, settings
+
+_QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
+settings.register_profile(
+    "ci", derandomize=True, database=None, deadline=None, print_blob=True, max_examples=60, suppress_health_check=_QUIET
+)
+settings.register_profile("dev", deadline=None, max_examples=100, suppress_health_check=_QUIET)
+settings.register_profile("deep", deadline=None, max_examples=5000, suppress_health_check=_QUIET)
+settings.load_profile("ci")
+torch.set_num_threads(1)  # problems are tiny; xdist runs one process a core

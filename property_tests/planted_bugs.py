@@ -1,0 +1,471 @@
+"""Bugs that people make, planted on purpose: each must break the law named beside it. A law that no bug can break proves nothing."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_fn import balance, chunked, forward, layer, whole_layer
+from moe_fn.kernels import torch_grouped
+from moe_fn.ops import grouped
+from moe_fn.records import Routing
+from moe_fn.stages import combine, dispatch, experts, join, reduce_and_trunc, route, shared, transform, zero_experts
+
+replace = dataclasses.replace
+
+
+@dataclass(frozen=True)
+class PlantedBug:
+    """`function` (as imported) is replaced by `broken(function)` wherever moe_fn uses it; then `law` must fail."""
+
+    law: str
+    what: str
+    function: Callable[..., Any]
+    broken: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@contextlib.contextmanager
+def planted(bug: PlantedBug) -> Iterator[None]:
+    """Every module of the package that holds the function holds the broken one, until the end."""
+    broken = bug.broken(bug.function)
+    places = [
+        (module, name)
+        for key, module in sys.modules.items()
+        if key.startswith("moe_fn") and not key.startswith(("moe_fn.reference", "moe_fn.testing"))
+        for name, value in vars(module).items()
+        if value is bug.function
+    ]
+    assert places, f"{bug.what}: nobody uses the function"
+    try:
+        for module, name in places:
+            setattr(module, name, broken)
+        yield
+    finally:
+        for module, name in places:
+            setattr(module, name, bug.function)
+
+
+def after(change: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A bug in the result: change(result, *args)."""
+    return lambda f: lambda *args, **kwargs: change(f(*args, **kwargs), *args)
+
+
+def before(change: Callable[..., tuple[Any, ...]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A bug in the arguments: change(*args) are the new ones."""
+    return lambda f: lambda *args, **kwargs: f(*change(*args), **kwargs)
+
+
+def instead(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Another function altogether."""
+    return lambda f: function
+
+
+def with_router(**changes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The router's options are not what the caller said."""
+    return before(lambda config, *rest: (replace(config, router=replace(config.router, **changes)), *rest))
+
+
+def _renormalised_twice(total: Any, router: Any, weights: Any) -> Any:
+    return total * 1.001
+
+
+def _swap_first_and_last(routing: Routing, *args: Any) -> Routing:
+    return replace(routing, weights=routing.weights.flip(-1))
+
+
+def _ends_off_by_one(d: Any, *args: Any) -> Any:
+    return replace(d, expert_ends=(d.expert_ends - 1).clamp(min=0))
+
+
+def _unsorted(d: Any, *args: Any) -> Any:
+    order = torch.arange(len(d.slot_of_row))
+    return replace(d, slot_of_row=order, row_of_slot=order)
+
+
+def _unstable(d: Any, config: Any, x: Any, routing: Any) -> Any:
+    """Rows of the first expert in the opposite order."""
+    n = int(d.expert_ends[0])
+    slots = torch.cat([d.slot_of_row[:n].flip(0), d.slot_of_row[n:]])
+    return replace(d, slot_of_row=slots, row_of_slot=slots.argsort())
+
+
+def _nobody_first(d: Any, *args: Any) -> Any:
+    n = len(d.slot_of_row) - int(d.expert_ends[-1])
+    slots = torch.cat([d.slot_of_row[len(d.slot_of_row) - n :], d.slot_of_row[: len(d.slot_of_row) - n]])
+    return replace(d, slot_of_row=slots, row_of_slot=slots.argsort())
+
+
+def _negative_is_expert_zero(f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda config, x, routing: f(config, x, replace(routing, expert_ids=routing.expert_ids.clamp(min=0)))
+
+
+def _writes_into_x(f: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(config: Any, weights: Any, x: Any) -> Any:
+        x.data.mul_(1.0)
+        x.data.add_(1e-3)
+        return f(config, weights, x)
+
+    return broken
+
+
+def _random_bits(y: Any, *args: Any) -> Any:
+    return y + 1e-3 * torch.rand_like(y)
+
+
+def _zero_padding_by_product(x: Any, token_mask: Any) -> Any:
+    return x if token_mask is None else x * token_mask.unsqueeze(-1)
+
+
+def _depends_on_the_batch(y: Any, *args: Any) -> Any:
+    return y + 0.01 * y.mean(0, keepdim=True) if len(y) else y
+
+
+def _depends_on_the_position(y: Any, *args: Any) -> Any:
+    return y * (1 + 0.01 * torch.arange(len(y)).unsqueeze(-1)).to(y.dtype)
+
+
+def _depends_on_the_label(out: Any, config: Any, weights: Any, d: Any) -> Any:
+    ends = d.expert_ends.clone()
+    return out * torch.where(torch.arange(len(out)) < ends[0], 1.01, 1.0).unsqueeze(-1)
+
+
+def _drops_the_last_chunk(config: Any, step: Any, carry: Any, x: Any) -> Any:
+    tokens, size = x.shape[0], config.chunk_tokens or 1
+    carry, pieces = _scan(config, step, carry, x)
+    kept = max(tokens - tokens % size, 1) if tokens else 0
+    return carry, tuple(torch.cat([p[:kept], torch.zeros_like(p[kept:])]) for p in pieces)
+
+
+_scan = chunked._scan
+
+BUGS = (
+    # route
+    PlantedBug("routing_equals_the_reference", "weights swapped in a row", route.route, after(_swap_first_and_last)),
+    PlantedBug(
+        "routing_equals_the_reference", "the scale is forgotten", route.route, with_router(routed_scaling_factor=1.0, scale_on="weights")
+    ),
+    PlantedBug(
+        "ids_of_a_token_are_distinct_and_in_range",
+        "the first choice is not taken out",
+        route._sparsemixer_choice,
+        before(lambda router, z, candidates: (router, z, z)),
+    ),
+    PlantedBug("ids_of_a_token_are_distinct_and_in_range", "one id too high", route._best, after(lambda ids, *a: ids + 1)),
+    PlantedBug("weights_are_finite_and_float32", "NaN scores stay", route._finite, instead(lambda s: s)),
+    PlantedBug(
+        "weights_are_finite_and_float32", "denominator without a guard", route._norm, instead(lambda router, w: w.sum(-1, keepdim=True))
+    ),
+    PlantedBug(
+        "ties_go_to_the_lowest_expert_id",
+        "ties to the highest id",
+        route._best,
+        instead(lambda v, k: v.shape[-1] - 1 - v.flip(-1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)),
+    ),
+    PlantedBug("renormalised_rows_sum_to_the_scale", "an epsilon of 1e-3", route._norm, after(_renormalised_twice)),
+    PlantedBug(
+        "renormalised_rows_sum_to_the_scale",
+        "scaled before renormalising",
+        route.route,
+        with_router(routed_scaling_factor=1.0, scale_on="weights"),
+    ),
+    PlantedBug(
+        "adding_a_constant_to_a_softmax_row_changes_nothing",
+        "exp without softmax",
+        route._transformed_logits,
+        after(lambda z, *a: z * (1 + z.abs().amax(-1, keepdim=True))),
+    ),
+    PlantedBug(
+        "permuting_experts_permutes_ids",
+        "expert 0 is favoured",
+        route._candidates,
+        after(lambda v, *a: v + torch.nn.functional.one_hot(torch.tensor(0), v.shape[-1])),
+    ),
+    PlantedBug(
+        "groups_never_chosen_contribute_nothing",
+        "groups are not masked",
+        route._kept_experts,
+        after(lambda kept, *a: torch.ones_like(kept)),
+    ),
+    PlantedBug(
+        "groups_never_chosen_contribute_nothing", "the worst groups are kept", route._kept_experts, before(lambda groups, v: (groups, -v))
+    ),
+    PlantedBug(
+        "the_correction_bias_changes_the_choice_but_not_the_weights",
+        "the bias stays in the weights",
+        route._finite,
+        instead(lambda s: s.nan_to_num() + 0.1 * torch.rand_like(s)),
+    ),
+    PlantedBug(
+        "the_correction_bias_changes_the_choice_but_not_the_weights",
+        "the bias is ignored",
+        route._with_bias,
+        instead(lambda router, extra, kind, v: v),
+    ),
+    PlantedBug(
+        "padding_tokens_have_no_expert",
+        "only weights are cleared",
+        route.without_padding,
+        instead(lambda r, mask: replace(r, weights=torch.where(mask.unsqueeze(-1), r.weights, 0))),
+    ),
+    PlantedBug("hash_routing_ignores_how_large_the_logits_are", "ids from the logits", route.route, with_router(selection="top_k")),
+    # dispatch
+    PlantedBug(
+        "slot_of_row_is_a_permutation_of_the_slots",
+        "inverse and map confused",
+        dispatch.dispatch,
+        after(lambda d, *a: replace(d, row_of_slot=d.slot_of_row)),
+    ),
+    PlantedBug("the_expert_of_a_row_never_decreases", "rows are not sorted", dispatch.dispatch, after(_unsorted)),
+    PlantedBug("rows_of_one_expert_keep_token_order", "an unstable sort", dispatch.dispatch, after(_unstable)),
+    PlantedBug("expert_ends_is_the_running_count_of_rows_per_expert", "ends off by one", dispatch.dispatch, after(_ends_off_by_one)),
+    PlantedBug("expert_ends_is_the_running_count_of_rows_per_expert", "-1 counts as expert 0", dispatch.dispatch, _negative_is_expert_zero),
+    PlantedBug("slots_of_no_expert_come_last", "-1 sorts first", dispatch.dispatch, after(_nobody_first)),
+    # experts
+    PlantedBug(
+        "a_row_depends_on_its_own_expert_alone",
+        "the neighbour's weights",
+        torch_grouped._groups,
+        after(lambda gs, *a: ((max(i - 1, 0), s, e) for i, s, e in gs)),
+    ),
+    PlantedBug(
+        "rows_of_no_expert_are_never_read",
+        "the last expert takes the tail",
+        torch_grouped._groups,
+        after(lambda gs, ends, total, *a: ((i, s, total if n == ends.numel() - 1 else e) for n, (i, s, e) in enumerate(gs))),
+    ),
+    PlantedBug(
+        "both_weight_layouts_give_the_same_numbers",
+        "the layout is ignored for the bias",
+        experts.activate,
+        instead(lambda a, h, layout="packed": h[..., : h.shape[-1] // 2] if a.gated else torch.rand_like(h)),
+    ),
+    PlantedBug(
+        "packed_and_interleaved_weights_give_the_same_numbers",
+        "the layout is ignored",
+        experts.activate,
+        before(lambda a, h, layout="packed": (a, h, "packed")),
+    ),
+    PlantedBug("zero_biases_change_nothing", "a bias of ones for zeros", grouped.spread_over_rows, after(lambda s, *a: s + 1)),
+    # combine
+    PlantedBug(
+        "combine_is_linear_in_the_routing_weights",
+        "weights renormalised again",
+        combine.combine,
+        before(lambda c, r, d, routing: (c, r, d, replace(routing, weights=routing.weights / routing.weights.sum(-1, keepdim=True)))),
+    ),
+    PlantedBug(
+        "slots_of_no_expert_contribute_nothing_whatever_they_hold",
+        "masked by a product with 0",
+        combine.combine,
+        instead(
+            lambda c, r, d, routing: (
+                r[d.row_of_slot].view(-1, c.top_k, r.shape[-1]) * (routing.weights * (routing.expert_ids >= 0)).unsqueeze(-1)
+            ).sum(1)
+        ),
+    ),
+    PlantedBug(
+        "combine_undoes_dispatch",
+        "the other permutation",
+        combine.combine,
+        before(lambda c, r, d, routing: (c, r, replace(d, row_of_slot=d.slot_of_row, slot_of_row=d.row_of_slot), routing)),
+    ),
+    # around the experts
+    PlantedBug(
+        "shared_experts_see_the_original_input",
+        "everybody sees the latent input",
+        layer._parts,
+        before(lambda c, w, x, r: (c, w, x * w.latent.input.sum() if w.latent else x, r)),
+    ),
+    PlantedBug(
+        "shared_experts_side_by_side_are_the_sum_of_single_ones",
+        "the mean of them",
+        shared.shared_experts,
+        after(lambda y, config, s, *a: y / s.intermediate_size),
+    ),
+    PlantedBug(
+        "padding_the_hidden_dimension_changes_nothing",
+        "padded with ones",
+        layer.transform_input,
+        after(lambda v, config, *a: torch.cat([v[..., : config.routed_size], torch.ones_like(v[..., config.routed_size :])], -1)),
+    ),
+    PlantedBug(
+        "an_identity_latent_space_changes_nothing",
+        "always normalised",
+        transform.transform_output,
+        after(lambda y, config, *a: y * 1.1 if config.latent else y),
+    ),
+    PlantedBug(
+        "a_scale_on_the_output_equals_a_scale_on_the_weights",
+        "the scale is applied twice",
+        join.addends,
+        after(
+            lambda parts, config, *a: (
+                parts[0] * config.router.routed_scaling_factor if config.router.scale_on != "weights" else parts[0],
+                parts[1],
+            )
+        ),
+    ),
+    PlantedBug(
+        "the_float16_rule_divides_the_whole_layer_by_the_scale",
+        "shared is multiplied instead",
+        join.addends,
+        after(
+            lambda parts, config, *a: (
+                parts[0],
+                parts[1] * 6.25 if parts[1] is not None and config.router.scale_on == "output_float16_safe" else parts[1],
+            )
+        ),
+    ),
+    PlantedBug(
+        "an_average_is_half_of_a_sum",
+        "only the shared part is halved",
+        join.addends,
+        after(
+            lambda parts, config, routed, *a: (parts[0] * 2, parts[1]) if config.shared and config.shared.combine == "average" else parts
+        ),
+    ),
+    PlantedBug(
+        "without_a_group_nothing_but_columns_is_lost",
+        "one column short",
+        reduce_and_trunc.reduce_and_trunc,
+        instead(lambda y, group=None, width=None: y[..., : (width or y.shape[-1]) - 1]),
+    ),
+    PlantedBug(
+        "identity_experts_add_their_weight_times_the_input",
+        "added without weight",
+        zero_experts.zero_experts,
+        before(lambda c, w, x, r, y: (c, w, x, replace(r, weights=torch.ones_like(r.weights)), y)),
+    ),
+    PlantedBug(
+        "zero_experts_cost_nothing_and_add_nothing",
+        "sent to the last real expert",
+        dispatch.dispatch,
+        before(lambda c, x, r: (c, x, replace(r, expert_ids=r.expert_ids.clamp(max=c.num_experts - 1)))),
+    ),
+    PlantedBug(
+        "constant_experts_add_their_weight_times_their_vector",
+        "the next expert's vector",
+        zero_experts.zero_experts,
+        before(lambda c, w, x, r, y: (c, replace(w, constants=None if w.constants is None else w.constants * 2), x, r, y)),
+    ),
+    # the layer
+    PlantedBug(
+        "the_layer_equals_the_reference",
+        "gate and up swapped",
+        experts.activate,
+        before(lambda a, h, layout="packed": (a, h.flip(-1), layout)),
+    ),
+    PlantedBug(
+        "the_layer_equals_the_reference",
+        "double scale",
+        route.route,
+        after(lambda r, config, *a: replace(r, weights=r.weights * config.router.routed_scaling_factor)),
+    ),
+    PlantedBug(
+        "gradients_equal_the_reference",
+        "the weight's gradient misses a row",
+        grouped.grouped_outer,
+        before(lambda left, right, ends, *sets: (left, right, (ends - 1).clamp(min=0), *sets)),
+    ),
+    PlantedBug(
+        "gradients_equal_the_reference",
+        "no gradient to the router",
+        layer.route,
+        after(lambda r, *a: replace(r, weights=r.weights.detach())),
+    ),
+    PlantedBug("the_layer_commutes_with_permuting_tokens", "depends on the position", combine.combine, after(_depends_on_the_position)),
+    PlantedBug("relabelling_experts_changes_nothing", "the first expert is special", experts.experts, after(_depends_on_the_label)),
+    PlantedBug("the_layer_splits_over_concatenating_batches", "a mean over the batch", combine.combine, after(_depends_on_the_batch)),
+    PlantedBug(
+        "the_layer_is_linear_in_the_routing_weights",
+        "weights clamped to 0..1",
+        combine.combine,
+        before(lambda c, r, d, routing: (c, r, d, replace(routing, weights=routing.weights.clamp(0, 1)))),
+    ),
+    PlantedBug(
+        "any_routing_equals_the_reference",
+        "duplicates are counted once",
+        combine.combine,
+        before(
+            lambda c, r, d, routing: (
+                c,
+                r,
+                d,
+                replace(
+                    routing,
+                    weights=torch.where(routing.expert_ids == routing.expert_ids.roll(1, -1), 0, routing.weights)
+                    if c.top_k > 1
+                    else routing.weights,
+                ),
+            )
+        ),
+    ),
+    PlantedBug(
+        "all_experts_chosen_is_the_dense_mixture",
+        "the last choice is lost",
+        combine.combine,
+        before(
+            lambda c, r, d, routing: (
+                c,
+                r,
+                d,
+                replace(routing, weights=torch.cat([routing.weights[:, :-1], 0 * routing.weights[:, -1:]], -1)),
+            )
+        ),
+    ),
+    PlantedBug(
+        "garbage_in_padding_never_reaches_the_output",
+        "padding cleared by a product",
+        layer.without_padding,
+        instead(_zero_padding_by_product),
+    ),
+    PlantedBug("chunked_equals_unchunked", "the last, partial chunk is lost", chunked._scan, instead(_drops_the_last_chunk)),
+    PlantedBug(
+        "opaque_equals_transparent",
+        "the op forgets the mask",
+        whole_layer._chunk,
+        before(
+            lambda config, shared_, args: (config, shared_, [*args[:3], None if args[3] is None else torch.ones_like(args[3]), *args[4:]])
+        ),
+    ),
+    PlantedBug(
+        "opaque_equals_transparent",
+        "the op returns half a gradient",
+        whole_layer._gradients,
+        after(lambda gs, *a: tuple(None if g is None else g / 2 for g in gs)),
+    ),
+    PlantedBug(
+        "leading_dimensions_are_only_a_shape",
+        "the second dimension is the batch",
+        forward._leave,
+        after(lambda y, call, *a: y if y.ndim < 3 else y.flip(0, 1, 2)),
+    ),
+    PlantedBug("inputs_are_never_written_to", "in place on x", transform.transform_input, _writes_into_x),
+    PlantedBug("the_same_inputs_give_the_same_bits", "random rounding", combine.combine, after(_random_bits)),
+    PlantedBug(
+        "shared_and_routed_add_up_to_the_layer", "shared twice", layer.parts_of_tokens, after(lambda parts, *a: (parts[0] * 2, parts[1]))
+    ),
+    PlantedBug(
+        "stats_leave_the_output_as_it_is",
+        "stats route anew",
+        forward.route_tokens,
+        after(lambda r, config, weights, x, logits, *a: replace(r, weights=r.weights * 1.01) if logits is not None else r),
+    ),
+    PlantedBug("expert_load_counts_the_slots", "-1 counts for expert 0", balance.expert_load, before(lambda ids, n: (ids.clamp(min=0), n))),
+    PlantedBug(
+        "losses_equal_the_reference",
+        "mean over slots instead of tokens",
+        balance.load_balancing_loss,
+        after(lambda loss, scores, ids, *a: loss / ids.shape[-1]),
+    ),
+    PlantedBug(
+        "the_bias_of_loaded_experts_sinks_and_of_idle_ones_rises",
+        "the wrong sign",
+        balance.update_correction_bias,
+        before(lambda b, load, rate: (b, load, -rate)),
+    ),
+)

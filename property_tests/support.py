@@ -1,0 +1,96 @@
+"""What the laws share: the `law` decorator, which lets planted bugs run a law again, and small helpers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+import moe_fn
+from moe_fn.config import MoEConfig
+from moe_fn.records import RouterWeights, Routing
+from moe_fn.testing import MoEProblem
+
+
+def law(*strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
+    """A Hypothesis test that keeps its check and its strategies, so that `test_planted_bugs` can run it on broken code."""
+
+    def decorate(check: Callable[..., None]) -> Any:
+        test = given(*strategies)(check)
+        test.check, test.strategies = check, strategies  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+def flat(t: Tensor | None, extra: int = 0) -> Tensor | None:
+    """Token dimensions laid flat; `extra` trailing dimensions stay."""
+    if t is None:
+        return None
+    return t.reshape(-1, *t.shape[t.ndim - extra :])
+
+
+def logits_of(problem: MoEProblem) -> Tensor:
+    """The problem's logits, from its gate if it has none."""
+    logits = problem.logits
+    if logits is None:
+        call = moe_fn.forward._enter("test", problem.config, problem.weights, problem.x, None, problem.token_ids, problem.token_mask)
+        return moe_fn.layer.logits_of_tokens(problem.config, problem.weights, call.x)
+    return flat(logits, 1)  # type: ignore[return-value]
+
+
+def route(problem: MoEProblem, logits: Tensor | None = None, **config_changes: Any) -> Routing:
+    """moe_fn.route of a problem, with flat tokens."""
+    config = dataclasses.replace(problem.config, **config_changes)
+    logits = logits_of(problem) if logits is None else logits
+    return moe_fn.route(config, problem.weights, logits, token_ids=flat(problem.token_ids), token_mask=flat(problem.token_mask))
+
+
+def real_tokens(problem: MoEProblem) -> Tensor:
+    """bool [tokens]: not padding."""
+    tokens = problem.x[..., 0].numel()
+    return torch.ones(tokens, dtype=torch.bool) if problem.token_mask is None else problem.token_mask.flatten()
+
+
+def router_with(problem: MoEProblem, **changes: Any) -> MoEProblem:
+    """The problem with other router weights."""
+    router = dataclasses.replace(problem.weights.router or RouterWeights(), **changes)
+    return problem.replace(weights=dataclasses.replace(problem.weights, router=router))
+
+
+def config_with(problem: MoEProblem, **changes: Any) -> MoEProblem:
+    """The problem with another config; names of RouterConfig fields go to the router."""
+    own = {f.name for f in dataclasses.fields(MoEConfig)}
+    router = dataclasses.replace(problem.config.router, **{k: v for k, v in changes.items() if k not in own})
+    config = dataclasses.replace(problem.config, router=router, **{k: v for k, v in changes.items() if k in own})
+    return problem.replace(config=config)
+
+
+def leaves(*trees: Any) -> list[Tensor]:
+    """Floating-point tensors in a pytree."""
+    return [t for t in torch.utils._pytree.tree_leaves(trees) if isinstance(t, Tensor) and t.dtype.is_floating_point]
+
+
+def with_gradients(problem: MoEProblem) -> MoEProblem:
+    """A copy whose floating-point tensors are leaves that require grad."""
+
+    def fresh(t: Any) -> Any:
+        return t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.dtype.is_floating_point else t
+
+    tree = (problem.weights, problem.x, problem.logits)
+    weights, x, logits = torch.utils._pytree.tree_map(fresh, tree)
+    return problem.replace(weights=weights, x=x, logits=logits)
+
+
+def gradients(problem: MoEProblem, function: Callable[..., Tensor], direction: Tensor) -> list[Tensor]:
+    """Gradients of (function(problem) * direction).sum() to x, logits and every weight; zeros where there is none."""
+    problem = with_gradients(problem)
+    inputs = leaves(problem.weights, problem.x, problem.logits)
+    total = (problem.call(function).to(torch.float64) * direction).sum()
+    if not total.requires_grad:
+        return [torch.zeros_like(t) for t in inputs]
+    found = torch.autograd.grad(total, inputs, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]

@@ -1,0 +1,36 @@
+"""Every law kills a planted bug, and every planted bug is killed by the law that is said to."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from planted_bugs import BUGS, PlantedBug, planted
+
+FOLDER = Path(__file__).parent
+FILES = ("test_route", "test_dispatch", "test_experts", "test_combine", "test_around_the_experts", "test_layer")
+MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)
+LAWS = {name.removeprefix("test_"): value for module in MODULES for name, value in vars(module).items() if hasattr(value, "strategies")}
+QUICK = settings(
+    max_examples=150,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.law}: {bug.what}")
+def test_the_law_kills_the_bug(bug: PlantedBug) -> None:
+    law = LAWS[bug.law]
+    with planted(bug), pytest.raises(Exception) as caught:
+        QUICK(given(*law.strategies)(law.check))()
+    assert isinstance(caught.value, AssertionError | RuntimeError | IndexError | ValueError), caught.value
+
+
+def test_every_law_kills_a_bug() -> None:
+    assert set(LAWS) == {bug.law for bug in BUGS}
+    assert len(LAWS) >= 25

@@ -1,0 +1,129 @@
+"""The house rules that a machine can check: layers, the link between laws and tests, the public surface, sizes."""
+
+import ast
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from test_planted_bugs import LAWS
+
+import moe_fn
+
+PACKAGE = Path(moe_fn.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# Who imports whom, downwards only. A module may import those of lower numbers; stages never each other.
+LAYERS = (
+    ("numerics", "config", "compiling", "backends"),
+    ("records",),
+    ("activations", "kernels"),
+    ("ops",),
+    ("checking",),
+    ("stages",),
+    ("balance", "layer"),
+    ("chunked",),
+    ("whole_layer",),
+    ("forward",),
+    ("",),  # the package itself re-exports
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py").removesuffix("__init__")
+
+
+def imports_of(path: Path) -> list[str]:
+    """Names of the moe_fn modules that a file imports, as "part" or "part.module"."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moe_fn":
+            found.append((node.module or "").partition(".")[2])
+        elif isinstance(node, ast.Import):
+            found += [alias.name.partition(".")[2] for alias in node.names if alias.name.split(".")[0] == "moe_fn"]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_import_downwards_only(path: Path) -> None:
+    part = part_of(path)
+    for module in imports_of(path):
+        other = module.split(".")[0]
+        if part == "reference":
+            assert other in ("reference", "config", "records"), f"the reference imports moe_fn.{module}, which it judges"
+        elif part == "testing":
+            assert other in ("testing", "config", "records", "compiling"), f"testing imports moe_fn.{module}"
+        elif part == "stages":
+            assert other != "stages", f"{path.name} imports another stage, moe_fn.{module}"
+            assert LEVEL[other] < LEVEL["stages"]
+        else:
+            assert other == part or LEVEL[other] < LEVEL[part], f"{path.name} imports upwards: moe_fn.{module}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_ops_talk_to_torch_library_and_only_kernels_to_triton(path: Path) -> None:
+    text = path.read_text()
+    code = "\n".join(line for line in ast.unparse(_without_docstrings(ast.parse(text))).splitlines())
+    assert "torch.library." not in code or part_of(path) == "ops"
+    assert not re.search(r"^\s*(import|from) triton", code, re.MULTILINE) or part_of(path) == "kernels"
+    assert "os.environ" not in code
+    assert not re.search(r"\.(item|tolist|nonzero)\(", code) or part_of(path) in ("kernels", "reference", "testing")
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[0].value.value = ""
+    return tree
+
+
+def laws_in_docstrings() -> set[str]:
+    """Every sentence under "Laws" in a docstring, as the name of a test."""
+    found = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+                continue
+            block = re.search(r"^Laws\n((?:    .+\n?)+)", ast.get_docstring(node) or "", re.MULTILINE)
+            for line in block.group(1).splitlines() if block else ():
+                found.add(re.sub(r"[^a-z0-9_]+", "_", line.strip().rstrip(".").lower()))
+    return found
+
+
+def test_every_law_has_its_test_and_every_test_its_law() -> None:
+    assert laws_in_docstrings() == set(LAWS)
+
+
+def test_files_and_functions_stay_small() -> None:
+    for path in SOURCES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 250, f"{path.name} has more than 250 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                docstring = len((ast.get_docstring(node) or "").splitlines())
+                lines = (node.end_lineno or 0) - node.lineno - docstring
+                assert lines <= 55, f"{path.name}: {node.name} has {lines} lines"
+
+
+def test_the_public_surface_grows_on_purpose_only() -> None:
+    assert sorted(moe_fn.__all__) == moe_fn.__all__
+    assert all(getattr(getattr(moe_fn, name), "__doc__", None) for name in moe_fn.__all__)
+    assert [f.name for f in dataclasses.fields(moe_fn.MoEConfig)] == [
+        "num_experts", "top_k", "hidden_size", "intermediate_size", "router", "activation", "gate_up_layout", "weight_layout",
+        "expert_norm", "shared", "latent", "zero_experts", "hidden_padding", "chunk_tokens", "batch_invariant", "backend", "opaque",
+    ]  # fmt: skip
+
+
+def test_the_readme_shows_the_layer_as_it_is() -> None:
+    readme = PACKAGE.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("installed without the repository")
+    source = (PACKAGE / "layer.py").read_text()
+    shown = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    bodies = [block for block in shown if "def layer_of_tokens" in block]
+    assert bodies, "the README shows layer_of_tokens"
+    for block in bodies:
+        for function in block.strip().split("\n\n\n"):
+            assert function.strip() in source, f"README and layer.py differ:\n{function}"
