@@ -1,5 +1,6 @@
 """The Mixture-of-Experts layer as pure functions that compile to one graph."""
 
+from moe_fn import balance, reference
 from moe_fn.backends import BackendInfo, backends
 from moe_fn.compiling import mark_tokens
 from moe_fn.config import (
@@ -25,6 +26,6 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationConfig", "BackendInfo", "Dispatched", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LatentWeights", "MoEConfig",
     "MoEWeights", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig", "SharedWeights", "ZeroExpertsConfig",
-    "backends", "combine", "dispatch", "experts", "mark_tokens", "moe_forward", "moe_forward_routed", "moe_forward_shared",
-    "moe_forward_with_stats", "reduce_and_trunc", "route",
+    "backends", "balance", "combine", "dispatch", "experts", "mark_tokens", "moe_forward", "moe_forward_routed", "moe_forward_shared",
+    "moe_forward_with_stats", "reduce_and_trunc", "reference", "route",
 ]  # fmt: skip

@@ -77,10 +77,10 @@ def _check_weight(
             raise ValueError(f"{where}: {name} is None; expected {_words(expected[0])}, for the config asks for it")
         return
     if expected is None:
-        raise ValueError(f"{where}: {name} is {tuple(leaf.shape)}; expected None, for the config has no use for it")
+        raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected None, for the config has no use for it")
     shape, _ = expected
     if leaf.ndim != len(shape) or any(size not in (_ANY, actual) for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
-        raise ValueError(f"{where}: {name} is {tuple(leaf.shape)}; expected {_words(shape)}")
+        raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected {_words(shape)}")
     integer = path == ("router", "expert_ids_of_token")
     if integer == leaf.dtype.is_floating_point or leaf.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {'an integer' if integer else 'a floating-point'} dtype")
