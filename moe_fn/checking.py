@@ -1,12 +1,13 @@
 """Shapes, dtypes and devices against the config: where, what came, what was expected; from Python ints, so it costs no graph node."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 
-# (shape with names, required): None as shape stands for a tensor that the config has no use for.
 Shape = tuple[tuple[str, int], ...]
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
 _ANY = -1
@@ -81,9 +82,7 @@ def _check_weight(
     shape, _ = expected
     if leaf.ndim != len(shape) or any(size not in (_ANY, actual) for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected {_words(shape)}")
-    integer = path == ("router", "expert_ids_of_token")
-    if integer == leaf.dtype.is_floating_point or leaf.dtype in (torch.bool, torch.complex64, torch.complex128):
-        raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {'an integer' if integer else 'a floating-point'} dtype")
+    _check_kind(where, name, leaf, "integer" if path == ("router", "expert_ids_of_token") else "float")
     if leaf.device != device:
         raise ValueError(f"{where}: {name} is on {leaf.device}; expected the device of x, {device}")
 
@@ -125,15 +124,17 @@ def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[
         raise ValueError(f"{where}: {name} is on {value.device}; expected the device of x, {x.device}")
 
 
+_KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
+    "float": ("a floating-point dtype", lambda dtype: dtype.is_floating_point),
+    "bool": ("bool", lambda dtype: dtype == torch.bool),
+    "integer": ("an integer dtype", lambda dtype: not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool),
+}
+
+
 def _check_kind(where: str, name: str, value: Tensor, kind: str) -> None:
-    dtype = value.dtype
-    if (
-        dtype.is_complex
-        or {"float": dtype.is_floating_point, "bool": dtype == torch.bool}.get(kind, not dtype.is_floating_point and dtype != torch.bool)
-        is False
-    ):
-        wanted = {"float": "a floating-point dtype", "bool": "bool", "integer": "an integer dtype"}[kind]
-        raise ValueError(f"{where}: {name} is {dtype}; expected {wanted}")
+    wanted, fits = _KINDS[kind]
+    if not fits(value.dtype):
+        raise ValueError(f"{where}: {name} is {value.dtype}; expected {wanted}")
 
 
 def _sizes(t: Tensor) -> str:

@@ -33,25 +33,24 @@ def route_tokens(
 
 def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     """Everything behind the router."""
-    y = join(*_parts(config, weights, x, routing))
-    return zero_experts(config, weights, x, routing, y)
+    routed, shared = routed_and_shared(config, weights, x, routing)
+    return zero_experts(config, weights, x, routing, join(routed, shared))
 
 
-def parts_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """(shared, routed), whose sum is layer_of_tokens."""
-    routed, shared = _parts(config, weights, x, routing)
-    return torch.zeros_like(routed) if shared is None else shared, zero_experts(config, weights, x, routing, routed)
-
-
-def _parts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+def routed_and_shared(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
+    """The two addends of the layer; shared is None where there are no shared experts."""
     dispatched = dispatch(config, transform_input(config, weights, x), routing)
     rows = experts(config, weights, dispatched)
     routed = combine(config, rows, dispatched, routing)
     routed = reduce_and_trunc(routed, width=config.routed_size)
-    shared = None
-    if config.shared is not None and weights.shared is not None:
-        shared = shared_experts(config, config.shared, weights.shared, x, routing)
+    shared = shared_experts(config, weights, x, routing)
     return addends(config, routed, shared, functools.partial(transform_output, config, weights))
+
+
+def parts_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """(shared, routed), whose sum is layer_of_tokens."""
+    routed, shared = routed_and_shared(config, weights, x, routing)
+    return torch.zeros_like(routed) if shared is None else shared, zero_experts(config, weights, x, routing, routed)
 
 
 def without_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:

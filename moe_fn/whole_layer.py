@@ -62,7 +62,8 @@ def _forward_kernel(with_shared: bool, text: str, *args: Any) -> tuple[Tensor, .
     config, tokens, leaves = config_of_json(text), list(args[: len(_TOKEN_ARGS)]), args[len(_TOKEN_ARGS) :]
     chunks = _chunks(config, args[0])
     if len(chunks) == 1:
-        return _chunk(config, with_shared, [*tokens, *leaves])
+        # Contiguous, as the fake says: without shared experts the cut of hidden_padding is a view.
+        return tuple(y.contiguous() for y in _chunk(config, with_shared, [*tokens, *leaves]))
     outs = [args[0].new_empty(args[0].shape) for _ in range(1 + with_shared)]
     for chunk in chunks:
         for out, y in zip(outs, _chunk(config, with_shared, [*_rows(tokens, chunk), *leaves]), strict=True):
@@ -74,10 +75,8 @@ def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool
     config, per_token = config_of_json(text), len(_TOKEN_ARGS)
     with_shared = grad_shared is not None
     wanted = [i for i, need in enumerate(needed) if need]
-    found = {
-        i: torch.empty_like(args[i]) if i < per_token else torch.zeros_like(args[i], dtype=accumulation_dtype(args[i].dtype))
-        for i in wanted
-    }
+    found = {i: args[i].new_empty(args[i].shape) for i in wanted if i < per_token}
+    found |= {i: args[i].new_zeros(args[i].shape, dtype=accumulation_dtype(args[i].dtype)) for i in wanted if i >= per_token}
     for rows in _chunks(config, args[0]):
         chunk = [*_rows(list(args[:per_token]), rows), *args[per_token:]]
 
@@ -96,10 +95,7 @@ def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool
 
 
 def _backward_fake(grad_shared: Any, grad: Any, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(a, memory_format=torch.contiguous_format) if need else args[0].new_empty(0)
-        for a, need in zip(args, needed, strict=True)
-    )
+    return tuple(a.new_empty(a.shape) if need else args[0].new_empty(0) for a, need in zip(args, needed, strict=True))
 
 
 def _gradients(inputs: list[Any], needed: Any, grad_shared: Tensor | None, grad: Tensor) -> tuple[Any, ...]:

@@ -277,14 +277,14 @@ BUGS = (
     PlantedBug(
         "shared_experts_see_the_original_input",
         "everybody sees the latent input",
-        layer._parts,
+        layer.routed_and_shared,
         before(lambda c, w, x, r: (c, w, x * w.latent.input.sum() if w.latent else x, r)),
     ),
     PlantedBug(
         "shared_experts_side_by_side_are_the_sum_of_single_ones",
         "the mean of them",
         shared.shared_experts,
-        after(lambda y, config, s, *a: y / s.intermediate_size),
+        after(lambda y, config, *a: None if y is None else y / config.shared.intermediate_size),
     ),
     PlantedBug(
         "padding_the_hidden_dimension_changes_nothing",

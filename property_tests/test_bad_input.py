@@ -15,7 +15,6 @@ from moe_fn import (
     GroupConfig,
     LatentConfig,
     MoEConfig,
-    MoEWeights,
     RouterConfig,
     RouterWeights,
     Routing,

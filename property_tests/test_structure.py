@@ -116,14 +116,19 @@ def test_the_public_surface_grows_on_purpose_only() -> None:
     ]  # fmt: skip
 
 
+def functions_in(text: str) -> dict[str, str]:
+    """Code of each function by name, without docstrings and comments."""
+    tree = _without_docstrings(ast.parse(text))
+    return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 def test_the_readme_shows_the_layer_as_it_is() -> None:
     readme = PACKAGE.parent / "README.md"
     if not readme.exists():
         pytest.skip("installed without the repository")
-    source = (PACKAGE / "layer.py").read_text()
-    shown = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    bodies = [block for block in shown if "def layer_of_tokens" in block]
-    assert bodies, "the README shows layer_of_tokens"
-    for block in bodies:
-        for function in block.strip().split("\n\n\n"):
-            assert function.strip() in source, f"README and layer.py differ:\n{function}"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    shown = {name: code for block in blocks for name, code in functions_in(block).items()}
+    source = functions_in((PACKAGE / "layer.py").read_text()) | functions_in((PACKAGE / "forward.py").read_text())
+    assert {"moe_forward", "layer_of_tokens", "routed_and_shared"} <= set(shown)
+    for name in set(shown) & set(source):
+        assert shown[name] == source[name], f"README and source of {name} differ"

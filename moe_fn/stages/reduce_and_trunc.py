@@ -15,6 +15,7 @@ def reduce_and_trunc(y: Tensor, *, group: str | None = None, width: int | None =
     Laws
         Without a group nothing but columns is lost.
 
+    >>> import torch
     >>> reduce_and_trunc(torch.tensor([[1.0, 2.0, 0.0]]), width=2)
     tensor([[1., 2.]])
     """

@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 from moe_fn.activations import activate
-from moe_fn.config import MoEConfig, SharedExpertsConfig, as_activation
+from moe_fn.config import MoEConfig, as_activation
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.records import Routing, SharedWeights
+from moe_fn.records import MoEWeights, Routing
 
 
-def shared_experts(config: MoEConfig, shared: SharedExpertsConfig, weights: SharedWeights, x: Tensor, routing: Routing) -> Tensor:
+def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor | None:
     """A dense network beside the routed one, on the original x.
 
         y = down @ (gamma * activation(gate_up @ x + gate_up_bias)) + down_bias;   y *= sigmoid(x . gate)  if gated
 
-    gamma are the router's weights of the shared experts (gate="router"), else absent. x [tokens, H] -> [tokens, H] in x.dtype.
+    gamma are the router's weights of the shared experts (gate="router"), else absent. x [tokens, H] -> [tokens, H] in x.dtype;
+    None where the config has no shared experts.
 
     Laws
         Shared experts see the original input.
@@ -22,23 +23,28 @@ def shared_experts(config: MoEConfig, shared: SharedExpertsConfig, weights: Shar
 
     Source: DeepSeekMoE (arXiv 2401.06066); the sigmoid gate Qwen2-MoE; router-weighted ones Inkling.
 
+    >>> from moe_fn import SharedExpertsConfig, SharedWeights
     >>> shared = SharedExpertsConfig(intermediate_size=1, activation="relu_no_mul")
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1, shared=shared)
     >>> nobody = Routing(expert_ids=torch.full((2, 1), -1), weights=torch.zeros(2, 1))
-    >>> weights = SharedWeights(gate_up=torch.tensor([[2.0]]), down=torch.tensor([[3.0]]))
-    >>> shared_experts(config, shared, weights, torch.tensor([[1.0], [-1.0]]), nobody).flatten().tolist()
+    >>> dense = SharedWeights(gate_up=torch.tensor([[2.0]]), down=torch.tensor([[3.0]]))
+    >>> weights = MoEWeights(gate_up=torch.zeros(1, 2, 1), down=torch.zeros(1, 1, 1), shared=dense)
+    >>> shared_experts(config, weights, torch.tensor([[1.0], [-1.0]]), nobody).flatten().tolist()
     [6.0, 0.0]
     """
+    shared, dense = config.shared, weights.shared
+    if shared is None or dense is None:
+        return None
     wide = accumulation_dtype(x.dtype)
-    hidden = (x @ weights.gate_up.t()).to(wide)
-    if weights.gate_up_bias is not None:
-        hidden = hidden + weights.gate_up_bias
+    hidden = (x @ dense.gate_up.t()).to(wide)
+    if dense.gate_up_bias is not None:
+        hidden = hidden + dense.gate_up_bias
     hidden = activate(as_activation(shared.activation), hidden)
     if shared.gate == "router" and routing.shared_weights is not None:
         hidden = (hidden.unflatten(-1, (shared.count, -1)) * routing.shared_weights.to(wide).unsqueeze(-1)).flatten(-2)
-    y = hidden.to(x.dtype) @ weights.down.t()
-    if weights.down_bias is not None:
-        y = y + weights.down_bias
-    if shared.gate == "sigmoid" and weights.gate is not None:
-        y = (y.to(wide) * torch.sigmoid(x.to(wide) @ weights.gate.to(wide).t())).to(x.dtype)
+    y = hidden.to(x.dtype) @ dense.down.t()
+    if dense.down_bias is not None:
+        y = y + dense.down_bias
+    if shared.gate == "sigmoid" and dense.gate is not None:
+        y = (y.to(wide) * torch.sigmoid(x.to(wide) @ dense.gate.to(wide).t())).to(x.dtype)
     return y
