@@ -12,7 +12,7 @@ from moe_fn.checking import check_beside_x, check_routing, check_token_inputs, c
 from moe_fn.chunked import layer_in_chunks, scan_traces
 from moe_fn.config import MoEConfig
 from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens, without_padding
-from moe_fn.records import MoEWeights, Routing, RoutingStats, leaves_of_weights, weights_of_leaves
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, RoutingStats, leaves_of_weights, weights_of_leaves
 from moe_fn.stages.route import without_padding as routing_without_padding
 from moe_fn.whole_layer import layer_as_op
 
@@ -231,4 +231,7 @@ def _autocast_off(x: Tensor) -> Any:
 
 
 def _cast(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
-    return weights_of_leaves([t.to(dtype) if t is not None and t.dtype.is_floating_point else t for t in leaves_of_weights(weights)])
+    """The weights in another dtype, but for the router's: a correction bias of bfloat16 could not be balanced."""
+    of_router = [path[0] == "router" for path in WEIGHT_PATHS]
+    leaves = leaves_of_weights(weights)
+    return weights_of_leaves([t if t is None or keep else t.to(dtype) for t, keep in zip(leaves, of_router, strict=True)])

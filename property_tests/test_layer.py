@@ -49,6 +49,15 @@ def test_the_layer_equals_the_reference_in_every_dtype(dtype: torch.dtype) -> No
     check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "swigluoai", "relu2_no_mul"])
+def test_errors_at_real_widths_stay_within_the_table(dtype: torch.dtype, activation: Any) -> None:
+    config = MoEConfig(num_experts=8, top_k=3, hidden_size=512, intermediate_size=256, activation=activation)
+    weights = weights_for(config, seed=1, dtype=dtype)
+    x, logits = (torch.randn(24, width, generator=torch.Generator().manual_seed(2)).to(dtype) for width in (512, 8))
+    assert_matches(moe_fn.moe_forward(config, weights, x, logits), reference.moe_forward(config, weights, x, logits))
+
+
 @law(problems())
 def test_gradients_equal_the_reference(problem: MoEProblem) -> None:
     direction = direction_of(problem)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from support import law, logits_of, real_tokens, route, router_with
 from torch import Tensor
 
+import moe_fn
 from moe_fn import reference
-from moe_fn.testing import MoEProblem, assert_matches, configs, problems
+from moe_fn.testing import MoEProblem, assert_matches, configs, problems, weights_for
 
 SEEDS = st.integers(0, 2**20)
 PLAIN = {"correction_bias": "none", "groups": None, "selection": "top_k"}
@@ -167,3 +168,13 @@ def test_hash_routing_ignores_how_large_the_logits_are(problem: MoEProblem) -> N
     ids = route(problem, logits_of(problem).nan_to_num() * -3.0).expert_ids
     table = problem.weights.router.expert_ids_of_token
     assert_matches(ids[real_tokens(problem)], table[problem.token_ids.flatten()][real_tokens(problem)])
+
+
+def test_gradients_stay_finite_where_scores_vanish() -> None:
+    for scoring in ("softmax", "sigmoid", "sqrtsoftplus"):
+        config = moe_fn.MoEConfig(
+            num_experts=3, top_k=2, hidden_size=1, intermediate_size=1, router=moe_fn.RouterConfig(scoring=scoring, renormalize=False)
+        )
+        logits = torch.tensor([[-200.0, -150.0, 3.0], [-1e4, -1e4, -1e4]], requires_grad=True)
+        moe_fn.route(config, weights_for(config), logits).weights.sum().backward()
+        assert logits.grad is not None and torch.isfinite(logits.grad).all(), scoring

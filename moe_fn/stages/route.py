@@ -11,10 +11,17 @@ from moe_fn.config import GroupConfig, MoEConfig, RouterConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.records import MoEWeights, RouterWeights, Routing
 
+
+def _sqrt_softplus(z: Tensor) -> Tensor:
+    softplus = F.softplus(z)
+    positive = softplus > 0  # below -104 it is 0 in float32, where the derivative of the root is infinite, and inf * 0 is NaN
+    return torch.where(positive, torch.where(positive, softplus, 1).sqrt(), 0)
+
+
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda z: torch.softmax(z, -1),
     "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda z: F.softplus(z).sqrt(),
+    "sqrtsoftplus": _sqrt_softplus,
     "identity": lambda z: z,
 }
 
