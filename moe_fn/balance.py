@@ -38,7 +38,10 @@ def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """
     z = logits.to(accumulation_dtype(logits.dtype))
     z = z if token_mask is None else torch.where(token_mask.unsqueeze(-1), z, 0)
-    return _mean_over_tokens(torch.logsumexp(z, -1).square(), token_mask)
+    largest = z.detach().amax(-1, keepdim=True)
+    # torch.logsumexp asks whether there are no tokens, which an unbacked size cannot answer.
+    log_sum_exp = (z - largest).exp().sum(-1).log() + largest.squeeze(-1)
+    return _mean_over_tokens(log_sum_exp.square(), token_mask)
 
 
 def load_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -81,13 +84,13 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
 def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """One step of loss-free balancing: bias + rate * sign(mean load - load). Overloaded experts sink, idle ones rise.
 
-    correction_bias, load [E] -> [E], a new tensor. Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
+    correction_bias, load [..., E] -> [..., E], a new tensor; leading dimensions are layers. Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
 
     >>> update_correction_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
     [-0.5, 0.0, 0.5]
     """
     load = load.to(correction_bias.dtype)
-    return correction_bias + rate * torch.sign(load.mean() - load)
+    return correction_bias + rate * torch.sign(load.mean(-1, keepdim=True) - load)
 
 
 def stats_of_routing(

@@ -8,6 +8,7 @@ compiled checkpoint. `scan_traces` tells the first two; `moe_fn.forward` then ta
 torch.utils.checkpoint around a compiled chunked layer needs opaque=True.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,10 @@ _PER_TOKEN = 4  # x, expert_ids, weights, shared_weights stand before the weight
 
 def layer_in_chunks(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool) -> tuple[Tensor, ...]:
     """(y,) of layer_of_tokens, or (shared, routed) of parts_of_tokens, chunk_tokens tokens at a time."""
-    args = [x, routing.expert_ids, routing.weights, routing.shared_weights, *leaves_of_weights(weights)]
+    # Without the router's weights, which are not read here: Inductor (2.13) gives a carry that a scan hands on unchanged away twice,
+    # and their gradients, zero here, came out wrong.
+    leaves = leaves_of_weights(dataclasses.replace(weights, router=None))
+    args = [x, routing.expert_ids, routing.weights, routing.shared_weights, *leaves]
     if torch.compiler.is_compiling():
         # Dynamo (2.13) takes func.grad's own inputs for constants and would drop the backward; of a view it asks anew.
         args = [None if a is None else a.view_as(a) for a in args]
