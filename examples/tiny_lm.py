@@ -212,7 +212,7 @@ def train(name: str, moe: bool, training: Tensor, held_out: Tensor, steps: int, 
         rate = torch.tensor(learning_rate(step / steps))
         state, loss, load = compiled(state, run.biases, batch, rate, torch.tensor(float(step)))
         if moe:  # overloaded experts become less likely to be chosen: a pure update, apart from the gradients
-            run.biases = update_correction_bias(run.biases, load, BALANCE_RATE)  # of all layers: their mean loads are equal
+            run.biases = update_correction_bias(run.biases, load, BALANCE_RATE)  # of all layers
         if step == 1:
             graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
             print(f"{name}: compiled in {time.perf_counter() - start:.0f} s")

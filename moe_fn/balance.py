@@ -84,7 +84,8 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
 def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """One step of loss-free balancing: bias + rate * sign(mean load - load). Overloaded experts sink, idle ones rise.
 
-    correction_bias, load [..., E] -> [..., E], a new tensor; leading dimensions are layers. Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
+    correction_bias, load [..., E] -> [..., E], a new tensor; leading dimensions may be layers.
+    Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
 
     >>> update_correction_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
     [-0.5, 0.0, 0.5]

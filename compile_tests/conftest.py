@@ -1,0 +1,25 @@
+"""Each test starts with empty compile caches in memory; one thread, for the problems are tiny and tests run side by side."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.config
+
+torch.set_num_threads(1)
+torch._inductor.config.compile_threads = 1  # a pool of compiler processes takes longer to start than these graphs to compile
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,250 @@
+"""One graph: for every token count, forward and backward, without breaks and without a look at values."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import moe_fn
+from compile_tests.cases import FORMS, HIDDEN, Case, as_leaves, cases, every_case
+from compile_tests.graphs import Graphs, graphs_of, new_sizes, nodes, ops, reading_values
+from moe_fn import MoEConfig, MoEWeights, RouterConfig, Routing
+from moe_fn.testing import assert_matches, assert_one_graph, count_graphs, weights_for
+
+TOKENS = (3, 0, 1, 2, 7, 64, 65)
+ATOMICS = ("aten.index_add", "aten.index_put", "aten._unsafe_index_put", "aten.scatter_reduce")
+WHOLE_LAYER = {"moe_forward", "moe_forward_shared", "moe_backward"}
+either = pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "plain compile"])
+all_forms = pytest.mark.parametrize("form", FORMS)
+
+
+@cases()
+def test_fullgraph_makes_one_graph_for_every_token_count(case: Case) -> None:
+    assert_one_graph(case.layer, case.args, TOKENS, backward=True, backend="aot_eager", forbid=ATOMICS)
+
+
+@cases(("everything",))
+def test_plain_compile_makes_one_graph_for_every_token_count(case: Case) -> None:
+    assert_one_graph(case.layer, case.args, TOKENS, fullgraph=False, backward=True, backend="aot_eager", forbid=ATOMICS)
+
+
+@pytest.mark.parametrize("case", [Case("everything"), Case("deepseek", "opaque_chunked")], ids=str)
+def test_inductor_makes_one_graph_for_every_token_count(case: Case) -> None:
+    assert_one_graph(case.layer, case.args, (3, 0, 1, 2, 65), backward=True)
+
+
+@all_forms
+def test_one_graph_serves_a_thousand_tokens_and_eight_thousand(form: str) -> None:
+    case = Case("default", form)
+    config = case.config if case.config.chunk_tokens is None else replace(case.config, chunk_tokens=512)
+
+    def layer(*args: Any) -> Tensor:
+        return moe_fn.moe_forward(config, *args)
+
+    assert_one_graph(layer, lambda tokens: case.args(tokens)[:3], (3, 1000, 8192, 1, 0), backend="aot_eager")
+    assert_one_graph(layer, lambda tokens: case.args(tokens)[:3], (3, 1000, 0), backend="aot_eager", backward=True)
+
+
+@cases(("default",))
+@either
+def test_unmarked_tokens_add_only_the_graphs_that_torch_makes_for_0_and_1(case: Case, fullgraph: bool) -> None:
+    calls = [as_leaves(case.args(tokens)) for tokens in (3, 7, 1, 0, 2, 40)]
+    counts = count_graphs(case.layer, calls, fullgraph=fullgraph, backend="aot_eager")
+    assert counts.graphs <= 4, counts
+    assert counts.breaks == 0, counts
+
+
+@cases()
+def test_explain_finds_no_reason_to_break(case: Case) -> None:
+    explanation = torch._dynamo.explain(case.layer)(*as_leaves(case.args(9)))
+    assert explanation.break_reasons == []
+    assert explanation.graph_count == 1
+
+
+@all_forms
+def test_equal_configs_share_a_graph_and_other_configs_do_not(form: str) -> None:
+    config = Case("everything", form).config
+    twin = MoEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    other = replace(config, router=replace(config.router, routed_scaling_factor=2.5))
+    assert twin == config and twin is not config
+    weights, x, _, mask = Case("everything").args(9)
+
+    def layer(config: MoEConfig) -> Tensor:
+        return moe_fn.moe_forward(config, weights, x, token_mask=mask)
+
+    assert count_graphs(layer, [(config,), (twin,), (config,)]).graphs == 1
+    assert count_graphs(layer, [(config,), (other,), (twin,), (other,)]).graphs == 2
+
+
+GRAPHED = [(case, True) for case in every_case()] + [(Case("default", form), False) for form in FORMS]
+GRAPHED_IDS = [f"{case}-{'fullgraph' if fullgraph else 'plain compile'}" for case, fullgraph in GRAPHED]
+
+
+@pytest.mark.parametrize(("case", "fullgraph"), GRAPHED, ids=GRAPHED_IDS)
+def test_graphs_hold_the_ops_of_their_form_and_never_read_values(case: Case, fullgraph: bool) -> None:
+    args = as_leaves(case.args(9))
+    moe_fn.mark_tokens(*args[1:])
+    graphs = graphs_of(case.layer, args, fullgraph=fullgraph)
+    assert len(graphs.dynamo) == len(graphs.forward) == len(graphs.backward) == 1
+    assert reading_values(graphs.all) == []
+    assert [new_sizes(gm) for gm in graphs.all] == [set(), set(), set()]
+    check = {"plain": assert_aten_and_grouped_products, "chunked": assert_scan}.get(case.form, assert_one_node)
+    (check if fullgraph or case.form == "plain" else assert_one_node)(case, graphs)
+
+
+def assert_aten_and_grouped_products(case: Case, graphs: Graphs) -> None:
+    assert set(ops(graphs.dynamo)) == {"grouped_matmul", "gather_rows"}
+    assert set(ops(graphs.forward)) == {"grouped_matmul"}  # gather_rows has become index_select, which Inductor fuses
+    assert set(ops(graphs.backward)) == {"grouped_matmul", "grouped_outer"}
+    if case.recipe == "default":
+        assert ops(graphs.forward) == {"grouped_matmul": 2}
+        assert ops(graphs.backward) == {"grouped_matmul": 2, "grouped_outer": 2}
+
+
+def assert_scan(case: Case, graphs: Graphs) -> None:
+    assert [_scans(gm) for gm in (*graphs.forward, *graphs.backward)] == [1, 1]
+    assert not WHOLE_LAYER & set(ops(graphs.all))
+
+
+def assert_one_node(case: Case, graphs: Graphs) -> None:
+    """The whole layer: also what chunks are below plain compile, where a scan does not compile."""
+    whole = [{name: count for name, count in ops(gm).items() if name in WHOLE_LAYER} for gm in graphs.all]
+    assert whole == [{"moe_forward": 1}, {"moe_forward": 1}, {"moe_backward": 1}]
+    if "opaque" in case.form:
+        assert [ops(gm) for gm in graphs.all] == whole  # and no other op of ours: even routing is inside
+    assert sum(map(_scans, graphs.all)) == 0
+
+
+def _scans(gm: torch.fx.GraphModule) -> int:
+    return sum(node.target is torch.ops.higher_order.scan for node in nodes(gm))
+
+
+@cases(("everything",), ("opaque",))
+def test_the_opaque_form_with_shared_output_is_one_node_too(case: Case) -> None:
+    graphs = graphs_of(_shared(case), as_leaves(case.args(9)))
+    assert ops(graphs.forward) == {"moe_forward_shared": 1}
+    assert ops(graphs.backward) == {"moe_backward": 1}
+
+
+def _with_stats(case: Case) -> Callable[..., Any]:
+    config = case.config
+    return lambda weights, x, logits, mask: moe_fn.moe_forward_with_stats(config, weights, x, logits, token_mask=mask)
+
+
+def _shared(case: Case) -> Callable[..., Any]:
+    config = case.config
+    return lambda weights, x, logits, mask: moe_fn.moe_forward_shared(config, weights, x, logits, token_mask=mask)
+
+
+@cases(("everything",))
+@pytest.mark.parametrize("make", [_with_stats, _shared])
+def test_the_other_entries_are_one_graph(case: Case, make: Callable[[Case], Callable[..., Any]]) -> None:
+    assert_one_graph(make(case), case.args, (3, 0, 1, 20), backward=True, backend="aot_eager", forbid=ATOMICS)
+
+
+@cases(("everything",))
+def test_the_layer_behind_a_router_of_your_own_is_one_graph(case: Case) -> None:
+    config = case.config
+
+    def make_args(tokens: int) -> tuple[Any, ...]:
+        weights, x, _, mask = case.args(tokens)
+        generator = torch.Generator().manual_seed(tokens)
+        ids = torch.randint(-1, config.num_choices, (tokens, config.top_k), generator=generator)
+        return weights, x, ids, torch.rand(tokens, config.top_k, generator=generator), mask
+
+    def layer(weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor, mask: Tensor | None) -> Tensor:
+        return moe_fn.moe_forward_routed(config, weights, x, Routing(expert_ids=ids, weights=w), token_mask=mask)
+
+    assert_one_graph(layer, make_args, (3, 0, 1, 20), backward=True, backend="aot_eager", forbid=ATOMICS)
+
+
+OTHER_ROUTERS = {
+    "hash": RouterConfig(selection="hash", scoring="sigmoid"),
+    "sparsemixer": RouterConfig(selection="sparsemixer", renormalize=False),
+    "weight on input": RouterConfig(scoring="sigmoid", renormalize=False, weight_on="input"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ROUTERS)
+@pytest.mark.parametrize("form", ["plain", "opaque_chunked"])
+def test_other_routers_are_one_graph(name: str, form: str) -> None:
+    router = OTHER_ROUTERS[name]
+    config = replace(Case("default", form).config, router=router, top_k=1 if router.weight_on == "input" else 2)
+    weights = weights_for(config)
+
+    def make_args(tokens: int) -> tuple[Any, ...]:
+        ids = torch.arange(tokens) % 16 if router.selection == "hash" else None
+        return weights, *Case("default").token_args(tokens)[:2], ids
+
+    def layer(weights: MoEWeights, x: Tensor, logits: Tensor, token_ids: Tensor | None) -> Tensor:
+        return moe_fn.moe_forward(config, weights, x, logits, token_ids=token_ids)
+
+    assert_one_graph(layer, make_args, (3, 0, 1, 20), backward=True, backend="aot_eager", forbid=ATOMICS)
+
+
+@pytest.mark.parametrize("form", ["plain", "chunked", "opaque_chunked"])
+def test_leading_dimensions_stay_one_graph(form: str) -> None:
+    case = Case("everything", form)
+    config, counter = case.config, CompileCounterWithBackend("aot_eager")
+    layer = torch.compile(case.layer, backend=counter, fullgraph=True)
+    for length in (5, 1, 12):  # not 0: torch guards on the strides of [2, 0, H], which are odd, and makes one more graph
+        weights, x, _, mask = case.args(2 * length)
+        x, mask = x.view(2, length, HIDDEN), mask.view(2, length)
+        expected = moe_fn.moe_forward(config, weights, x, token_mask=mask)
+        moe_fn.mark_tokens(x, mask, dim=1)
+        actual = layer(weights, x, None, mask)
+        assert actual.shape == x.shape
+        assert torch.equal(actual, expected)
+    assert counter.frame_count == 1
+
+
+class Model(torch.nn.Module):
+    """Layers with norms, residuals and mixing of tokens by their sum; the last one has the config and weights of the first."""
+
+    def __init__(self, configs: list[MoEConfig]) -> None:
+        super().__init__()
+        weights = [weights_for(config, seed=seed, requires_grad=True) for seed, config in enumerate(configs)]
+        self.layers = [*zip(configs, weights, strict=True), (configs[0], weights[0])]
+        self.mix = torch.nn.ModuleList(torch.nn.Linear(HIDDEN, HIDDEN) for _ in self.layers)
+        self.tensors = [t for t in torch.utils._pytree.tree_leaves(weights) if t.requires_grad] + list(self.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for (config, weights), mix in zip(self.layers, self.mix, strict=True):
+            x = x + mix(torch.nn.functional.rms_norm(x, (HIDDEN,)).sum(0, keepdim=True) / 16)
+            x = x + moe_fn.moe_forward(config, weights, torch.nn.functional.rms_norm(x, (HIDDEN,)))
+        return x
+
+    def gradients(self, y: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(y.square().sum(), self.tensors, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(self.tensors, found, strict=True)]
+
+
+MODELS = [
+    ("plain", "aot_eager", ("deepseek", "gpt_oss")),
+    ("opaque_chunked", "aot_eager", ("deepseek", "gpt_oss")),
+    ("chunked", "aot_eager", ("deepseek",)),
+    ("chunked", "inductor", ("default",)),  # its scan must not carry the router's weights on unchanged: Inductor reuses their buffer
+]
+
+
+@pytest.mark.parametrize(("form", "backend", "recipes"), MODELS)
+def test_a_model_of_several_layers_is_one_graph(form: str, backend: str, recipes: tuple[str, ...]) -> None:
+    model = Model([Case(recipe, form).config for recipe in recipes])
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for tokens in (9, 0, 1, 40):
+        x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens))
+        expected = model(x)
+        wanted = model.gradients(expected)
+        moe_fn.mark_tokens(x)
+        actual = compiled(x)
+        found = model.gradients(actual)
+        assert_matches(actual, expected, tolerance=1e-5)
+        assert_matches(found, wanted, tolerance=1e-4, scale=1e-2)
+        assert_matches(model.gradients(compiled(x)), found, tolerance=0.0, name="once more")
+    assert counter.frame_count == 1

@@ -1,0 +1,174 @@
+"""Every op of the package keeps the contract of torch.library: opcheck, a pure schema, and words that say why it exists."""
+
+import importlib
+import inspect
+import pkgutil
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import moe_fn
+from compile_tests.cases import Case
+from moe_fn.records import leaves_of_weights
+
+for _module in pkgutil.walk_packages(moe_fn.__path__, "moe_fn."):  # an op exists once its module is imported
+    if "integrations" not in _module.name and not _module.name.startswith(("moe_fn.testing", "moe_fn.bench")):
+        importlib.import_module(_module.name)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moe_fn::"))
+WHY = ("why an op", "why ops", "why one op", "why it is an op")
+
+
+def op_of(name: str) -> Any:
+    namespace, _, rest = name.partition("::")
+    name, _, overload = rest.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
+
+
+def make(seed: int, dtype: torch.dtype, requires_grad: bool) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+
+def ends(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def grouped_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    r = make(0, dtype, requires_grad)
+    return [
+        (r(7, 4), r(3, 4, 5), ends(2, 2, 6), False, 1, 1),  # an empty expert and a row of nobody
+        (r(7, 4), r(3, 5, 4), ends(2, 2, 6), True, 1, 1),
+        (r(0, 4), r(3, 4, 5), ends(0, 0, 0), False, 1, 1),
+        (r(8, 4), r(2, 4, 5), ends(1, 4, 5, 8), False, 2, 1),
+        (r(8, 4), r(4, 5, 4), ends(1, 3, 4, 7), True, 2, 2),
+    ]
+
+
+def grouped_outer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    r = make(1, dtype, requires_grad)
+    return [
+        (r(7, 4), r(7, 5), ends(2, 2, 6), 1, 1),
+        (r(0, 4), r(0, 5), ends(0, 0, 0), 1, 1),
+        (r(8, 4), r(8, 5), ends(1, 4, 5, 8), 2, 1),
+        (r(8, 4), r(8, 5), ends(1, 3, 4, 7), 2, 2),
+    ]
+
+
+def gather_rows(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    r, samples = make(2, dtype, requires_grad), []
+    for tokens, repeat in ((3, 2), (5, 1), (0, 2)):
+        order = torch.randperm(tokens * repeat, generator=torch.Generator().manual_seed(tokens))
+        samples.append((r(tokens, 4), order, order.argsort(), repeat))
+    return samples
+
+
+def whole_layer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    samples = []
+    for case, tokens in ((Case("default", "opaque"), 5), (Case("everything", "opaque_chunked"), 20), (Case("deepseek", "opaque"), 0)):
+        weights, x, logits, mask = case.args(tokens, dtype)
+        tensors = [x, logits, None, mask, None, None, None, *leaves_of_weights(weights)]
+        samples.append((case.config._json, *(_leaf(t, requires_grad) for t in tensors)))
+    return samples
+
+
+def _leaf(t: Tensor | None, requires_grad: bool) -> Tensor | None:
+    return t if t is None or not t.is_floating_point() else t.detach().clone().requires_grad_(requires_grad)
+
+
+def moe_backward(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    samples = []
+    for with_shared in (False, True):
+        for config, x, *rest in whole_layer(dtype, False):  # it has no derivative of its own
+            needed = [t is not None and t.is_floating_point() for t in (x, *rest)]
+            gradient = torch.ones_like(x)
+            samples.append((gradient if with_shared else None, gradient, needed, config, x, *rest))
+    return samples
+
+
+SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
+    "moe_fn::grouped_matmul": grouped_matmul,
+    "moe_fn::grouped_outer": grouped_outer,
+    "moe_fn::gather_rows": gather_rows,
+    "moe_fn::moe_forward": whole_layer,
+    "moe_fn::moe_forward_shared": whole_layer,
+    "moe_fn::moe_backward": moe_backward,
+}
+
+
+def test_every_op_has_samples() -> None:
+    assert set(OPS) == set(SAMPLES), "add samples here for each new op"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_passes(name: str, dtype: torch.dtype) -> None:
+    for sample in SAMPLES[name](dtype, True):
+        opcheck(op_of(name), sample)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck_passes_where_nothing_requires_a_gradient(name: str) -> None:
+    for sample in SAMPLES[name](torch.float32, False):
+        opcheck(op_of(name), sample)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_ops_mutate_nothing_and_alias_nothing(name: str) -> None:
+    schema = op_of(name)._schema
+    assert not schema.is_mutable
+    assert all(argument.alias_info is None for argument in (*schema.arguments, *schema.returns))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_ops_leave_their_inputs_as_they_are(name: str) -> None:
+    for sample in SAMPLES[name](torch.float32, False):
+        before = [t.clone() if isinstance(t, Tensor) else t for t in sample]
+        op_of(name)(*sample)
+        for old, new in zip(before, sample, strict=True):
+            assert torch.equal(old, new) if isinstance(old, Tensor) else old is new
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_schemas_have_no_defaults_which_the_dispatcher_would_drop(name: str) -> None:
+    assert not any(argument.has_default_value() for argument in op_of(name)._schema.arguments)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_ops_say_why_they_exist_and_what_would_remove_them(name: str) -> None:
+    op, short = op_of(name), name.removeprefix("moe_fn::")
+    homes = [module for module in _modules() if any(value is op for value in vars(module).values())]
+    assert homes, f"{name} is no module's attribute"
+    documented = [*homes, *(vars(home)[short] for home in homes if short in vars(home))]
+    words = " ".join(inspect.getdoc(thing) or "" for thing in documented).lower()
+    assert any(why in words for why in WHY), f"{name}: expected one of {WHY} in its docstring or its module's"
+
+
+def _modules() -> list[Any]:
+    return [module for name, module in sys.modules.items() if name.startswith("moe_fn.") and module is not None]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_ops_agree_between_eager_and_compiled(name: str) -> None:
+    op = op_of(name)
+    for sample in SAMPLES[name](torch.float32, False):
+        expected = op(*sample)
+        actual = torch.compile(lambda *args: op(*args), backend="aot_eager", fullgraph=True)(*sample)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        torch._dynamo.reset()
+
+
+def test_no_op_warns_that_its_derivative_is_missing() -> None:
+    """torch warns "an autograd kernel was not registered" where a gradient would be silently zero."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("moe_fn::grouped_matmul", "moe_fn::grouped_outer", "moe_fn::gather_rows", "moe_fn::moe_forward"):
+            for sample in SAMPLES[name](torch.float32, True):
+                op_of(name)(*sample).sum().backward()
