@@ -26,6 +26,14 @@ def direction_of(problem: MoEProblem) -> Tensor:
     return torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
+def assert_same_function(problem: MoEProblem, other: MoEProblem) -> None:
+    """Both problems have the same output and the same gradients."""
+    assert_matches(forward(problem), forward(other), scale=0.1)
+    direction = direction_of(problem)
+    actual, expected = (gradients(p, moe_fn.moe_forward, direction) for p in (problem, other))
+    assert_matches(actual, expected, tolerance=1e-5, scale=0.1)
+
+
 def of_tokens(problem: MoEProblem, index: Tensor) -> MoEProblem:
     """The problem of some of its tokens, laid flat."""
     parts: dict[str, Any] = {"x": flat(problem.x, 1)[index], "logits": None if problem.logits is None else flat(problem.logits, 1)[index]}
@@ -166,20 +174,12 @@ def test_garbage_in_padding_never_reaches_the_output(problem: MoEProblem, seed: 
 
 @law(problems(configs(chunk_tokens=st.integers(1, 5), opaque=st.booleans())))
 def test_chunked_equals_unchunked(problem: MoEProblem) -> None:
-    whole = config_with(problem, chunk_tokens=None)
-    assert_matches(forward(problem), forward(whole), scale=0.1)
-    direction = direction_of(problem)
-    for a, e in zip(gradients(problem, moe_fn.moe_forward, direction), gradients(whole, moe_fn.moe_forward, direction), strict=True):
-        assert_matches(a, e, tolerance=1e-5, scale=0.1)
+    assert_same_function(problem, config_with(problem, chunk_tokens=None))
 
 
 @law(problems(configs(opaque=True)))
 def test_opaque_equals_transparent(problem: MoEProblem) -> None:
-    transparent = config_with(problem, opaque=False)
-    assert_matches(forward(problem), forward(transparent), scale=0.1)
-    direction = direction_of(problem)
-    for a, e in zip(gradients(problem, moe_fn.moe_forward, direction), gradients(transparent, moe_fn.moe_forward, direction), strict=True):
-        assert_matches(a, e, tolerance=1e-5, scale=0.1)
+    assert_same_function(problem, config_with(problem, opaque=False))
 
 
 @law(problems(), st.sampled_from([(1, 1), (2, 1), (1, 2, 1)]))

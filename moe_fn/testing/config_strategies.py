@@ -38,8 +38,8 @@ def configs(**fixed: Any) -> SearchStrategy[MoEConfig]:
 
     >>> from hypothesis import find
     >>> config = find(configs(chunk_tokens=2, scoring=st.sampled_from(["sigmoid", "identity"])), lambda config: config.top_k > 1)
-    >>> config.top_k, config.hidden_size, config.chunk_tokens, config.router.scoring
-    (2, 1, 2, 'sigmoid')
+    >>> config.top_k > 1, config.chunk_tokens, config.router.scoring in ("sigmoid", "identity")
+    (True, 2, True)
     """
     unknown = sorted(set(fixed) - set(_FIELDS))
     if unknown:
