@@ -158,7 +158,9 @@ def test_forward_mode_agrees_with_the_jacobian_or_says_that_there_is_none(case: 
         return jvp(lambda x: case.layer(weights, x, *rest), (x,), (direction,))[1]
 
     if case.form != "plain":
-        with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward.mode|moe_fn"):
+        # Chunks raise in the words of torch, for Dynamo takes no autograd.Function that has a jvp.
+        words = "implement the jvp" if case.form == "chunked" else r"no forward mode; expected MoEConfig\(opaque=False"
+        with pytest.raises((NotImplementedError, RuntimeError), match=words):
             directional()
         return
     step = 1e-6

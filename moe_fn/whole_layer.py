@@ -111,6 +111,10 @@ def _no_second_derivative(inputs: list[Any], needed: Any, *gradients: Tensor) ->
     raise NotImplementedError("moe_fn: the layer as one op has no second derivative; expected MoEConfig(opaque=False, chunk_tokens=None)")
 
 
+def _no_forward_mode(inputs: list[Any], *tangents: Any) -> Any:
+    raise NotImplementedError("moe_fn: the layer as one op has no forward mode; expected MoEConfig(opaque=False, chunk_tokens=None)")
+
+
 def _loop_over_batch(name: str) -> Any:
     """vmap of a whole-layer op: a loop over the batch, whose size is static below vmap."""
 
@@ -135,6 +139,7 @@ moe_backward_op = define_op(
     fake=_backward_fake,
     vmap=_loop_over_batch("moe_backward"),
     backward=_no_second_derivative,
+    jvp=_no_forward_mode,
 )
 moe_forward_op = define_op(
     f"moe_forward(str config, {_SCHEMA}) -> Tensor",
@@ -142,6 +147,7 @@ moe_forward_op = define_op(
     fake=lambda config, x, *_: x.new_empty(x.shape),
     vmap=_loop_over_batch("moe_forward"),
     backward=lambda inputs, needed, grad: _gradients(inputs, needed, None, grad),
+    jvp=_no_forward_mode,
 )
 moe_forward_shared_op = define_op(
     f"moe_forward_shared(str config, {_SCHEMA}) -> (Tensor, Tensor)",
@@ -149,4 +155,5 @@ moe_forward_shared_op = define_op(
     fake=lambda config, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
     vmap=_loop_over_batch("moe_forward_shared"),
     backward=lambda inputs, needed, grad_shared, grad: _gradients(inputs, needed, grad_shared, grad),
+    jvp=_no_forward_mode,
 )
