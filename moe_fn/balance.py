@@ -24,10 +24,7 @@ def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
     >>> expert_load(torch.tensor([[0, 2], [2, -1]]), 3).tolist()
     [1, 0, 2]
     """
-    ids = expert_ids.flatten()
-    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(torch.int64)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add(0, ids, torch.ones_like(ids))
-    return counts.narrow(0, 0, num_experts)
+    return _load_of_rows(expert_ids.flatten(), num_experts)
 
 
 def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -56,7 +53,7 @@ def load_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor |
     ids = expert_ids if token_mask is None else torch.where(token_mask.unsqueeze(-1), expert_ids, -1)
     load = expert_load(ids, experts).to(scores.dtype)
     kept = scores if token_mask is None else torch.where(token_mask.unsqueeze(-1), scores, 0)
-    tokens = _tokens(scores, token_mask)
+    tokens = _count_tokens(scores.select(-1, 0), token_mask)
     return experts * (load / tokens * (kept.sum(0) / tokens)).sum()
 
 
@@ -73,11 +70,8 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
     share = scores / torch.where(total != 0, total, 1)
     ids = expert_ids if token_mask is None else torch.where(token_mask.unsqueeze(-1), expert_ids, -1)
     share = share if token_mask is None else torch.where(token_mask.unsqueeze(-1), share, 0)
-    slot_key = torch.where((ids >= 0) & (ids < experts), ids, experts).flatten(-2)
-    load = torch.zeros(ids.shape[0], experts + 1, dtype=torch.int64, device=ids.device).scatter_add(-1, slot_key, torch.ones_like(slot_key))
-    length = torch.full_like(share[:, :, 0], 1).sum(-1) if token_mask is None else token_mask.sum(-1).to(share.dtype)
-    length = length.clamp(min=1).unsqueeze(-1)
-    f = experts / top_k * load.narrow(-1, 0, experts).to(share.dtype) / length
+    length = _count_tokens(share.select(-1, 0), token_mask).unsqueeze(-1)
+    f = experts / top_k * _load_of_rows(ids.flatten(-2), experts).to(share.dtype) / length
     return (f * share.sum(1) / length).sum() / max(scores.shape[0], 1)
 
 
@@ -117,14 +111,20 @@ def stats_of_routing(
     )
 
 
-def _tokens(scores: Tensor, token_mask: Tensor | None) -> Tensor:
-    """How many tokens count, at least one, as a tensor: 0 tokens give a loss of 0."""
-    if token_mask is None:
-        return torch.ones_like(scores.select(-1, 0)).sum().clamp(min=1)
-    return token_mask.sum().clamp(min=1).to(scores.dtype)
+def _load_of_rows(expert_ids: Tensor, num_experts: int) -> Tensor:
+    """expert_load of each row: [..., slots] -> [..., num_experts]. Nobody's slots fall into one more bin, which is cut off."""
+    bins = torch.where((expert_ids >= 0) & (expert_ids < num_experts), expert_ids, num_experts).to(torch.int64)
+    counts = torch.zeros(*bins.shape[:-1], num_experts + 1, dtype=torch.int64, device=bins.device)
+    return counts.scatter_add(-1, bins, torch.ones_like(bins)).narrow(-1, 0, num_experts)
+
+
+def _count_tokens(per_token: Tensor, token_mask: Tensor | None) -> Tensor:
+    """How many tokens of the last dimension count, at least one, as a tensor: 0 tokens give a loss of 0."""
+    count = torch.ones_like(per_token).sum(-1) if token_mask is None else token_mask.sum(-1).to(per_token.dtype)
+    return count.clamp(min=1)
 
 
 def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
-    if token_mask is None:
-        return values.sum() / torch.ones_like(values).sum().clamp(min=1)
-    return torch.where(token_mask, values, 0).sum() / token_mask.sum().clamp(min=1)
+    values, token_mask = values.flatten(), None if token_mask is None else token_mask.flatten()
+    kept = values if token_mask is None else torch.where(token_mask, values, 0)
+    return kept.sum() / _count_tokens(values, token_mask)
