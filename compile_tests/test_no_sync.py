@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from compile_tests.cases import HIDDEN, Case, as_leaves, cases
 from compile_tests.graphs import Graphs, nodes, ops, reading_values
 from moe_fn.kernels import torch_grouped as kernels
+from moe_fn.ops.grouped import GROUPED, GroupedOps
 from moe_fn.testing import assert_matches
 
 BOTH = ("default", "everything")
@@ -77,8 +78,7 @@ def test_compile_sees_cuda_alone_and_no_sync(case: Case, fullgraph: bool, fake: 
 @cases(BOTH, ("plain",))
 def test_the_stages_and_the_blocked_kernels_together_have_no_sync(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops are nodes that hide their kernels: here the kernels that run on a GPU stand in the graph themselves."""
-    monkeypatch.setattr("moe_fn.ops.grouped._matmul_op", kernels.grouped_matmul)
-    monkeypatch.setattr("moe_fn.ops.grouped._outer_op", kernels.grouped_outer)
+    monkeypatch.setitem(GROUPED, "torch", GroupedOps(kernels.grouped_matmul, kernels.grouped_outer))
     with FakeTensorMode():
         weights, *rest = on_fake_cuda(case.args(9))
         graph = make_fx(lambda *rest: case.layer(weights, *rest))(*rest)

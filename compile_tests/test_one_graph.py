@@ -93,17 +93,42 @@ def test_graphs_hold_the_ops_of_their_form_and_never_read_values(case: Case, ful
     assert len(graphs.dynamo) == len(graphs.forward) == len(graphs.backward) == 1
     assert reading_values(graphs.all) == []
     assert [new_sizes(gm) for gm in graphs.all] == [set(), set(), set()]
-    check = {"plain": assert_aten_and_grouped_products, "chunked": assert_scan}.get(case.form, assert_one_node)
+    check = {"plain": assert_aten_and_one_kernel, "chunked": assert_scan}.get(case.form, assert_one_node)
     (check if fullgraph or case.form == "plain" else assert_one_node)(case, graphs)
 
 
-def assert_aten_and_grouped_products(case: Case, graphs: Graphs) -> None:
-    assert set(ops(graphs.dynamo)) == {"grouped_matmul", "gather_rows"}
-    assert set(ops(graphs.forward)) == {"grouped_matmul"}  # gather_rows has become index_select, which Inductor fuses
-    assert set(ops(graphs.backward)) == {"grouped_matmul", "grouped_outer"}
+def assert_aten_and_one_kernel(case: Case, graphs: Graphs) -> None:
+    """The op of the native kernels, whose gradient is made of grouped products; without them, and with expert_norm, products all over."""
+    if case.config.expert_norm is not None or not moe_fn.backends()[1].available:
+        return assert_aten_and_grouped_products(case, graphs)
+    assert ops(graphs.dynamo) == ops(graphs.forward) == {"routed_experts": 1}
+    assert set(ops(graphs.backward)) == {"grouped_matmul_native", "grouped_outer_native"}
     if case.recipe == "default":
-        assert ops(graphs.forward) == {"grouped_matmul": 2}
-        assert ops(graphs.backward) == {"grouped_matmul": 2, "grouped_outer": 2}
+        assert ops(graphs.backward) == {"grouped_matmul_native": 3, "grouped_outer_native": 2}
+
+
+@cases(("default", "deepseek"), ("plain",))
+def test_the_torch_back_end_is_aten_and_grouped_products(case: Case) -> None:
+    config = replace(case.config, backend="torch")
+    args = as_leaves(case.args(9))
+    moe_fn.mark_tokens(*args[1:])
+
+    def layer(weights: MoEWeights, x: Tensor, logits: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
+        return moe_fn.moe_forward(config, weights, x, logits, token_mask=token_mask)
+
+    assert_aten_and_grouped_products(case, graphs_of(layer, args, fullgraph=True))
+
+
+def assert_aten_and_grouped_products(case: Case, graphs: Graphs) -> None:
+    def grouped(of: Any) -> dict[str, int]:
+        return {name.removesuffix("_native"): count for name, count in ops(of).items()}
+
+    assert set(grouped(graphs.dynamo)) == {"grouped_matmul", "gather_rows"}
+    assert set(grouped(graphs.forward)) == {"grouped_matmul"}  # gather_rows has become index_select, which Inductor fuses
+    assert set(grouped(graphs.backward)) == {"grouped_matmul", "grouped_outer"}
+    if case.recipe == "default":
+        assert grouped(graphs.forward) == {"grouped_matmul": 2}
+        assert grouped(graphs.backward) == {"grouped_matmul": 2, "grouped_outer": 2}
 
 
 def assert_scan(case: Case, graphs: Graphs) -> None:

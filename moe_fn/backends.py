@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.kernels import native
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +23,59 @@ class BackendInfo:
 def backends() -> tuple[BackendInfo, ...]:
     """What `MoEConfig.backend` may name, whether it runs here, where "auto" chooses it, and why.
 
-    >>> [info.name for info in backends() if info.available]
-    ['torch']
+    Builds the native kernels if they have not been built on this machine yet.
+
+    >>> [info.name for info in backends()]
+    ['torch', 'native']
     """
+    problem, library = native_problem("cpu", torch.float32), native.active()
+    chosen = problem is None and library.level != "plain"
     return (
         BackendInfo(
             name="torch",
             available=True,
             devices=("cpu", "cuda"),
-            chosen_by_auto_on=("cpu", "cuda"),
+            chosen_by_auto_on=("cuda",) if chosen else ("cpu", "cuda"),
             reason=f"plain torch {torch.__version__}: one product per expert on the CPU, fixed blocks of rows on other devices",
         ),
+        BackendInfo(
+            name="native",
+            available=problem is None,
+            devices=("cpu",),
+            chosen_by_auto_on=("cpu",) if chosen else (),
+            reason=problem or f"C++ kernels for float32 and bfloat16, instruction-set level {library.level}, in {library.path}",
+        ),
     )
+
+
+def native_problem(device: str, dtype: torch.dtype) -> str | None:
+    """Why the native kernels do not run for this device and dtype; None if they do. Builds them on first use."""
+    if device != "cpu":
+        return f"the native kernels run on the CPU, not on {device}"
+    if dtype not in native.DTYPES:
+        return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
+    return native.active().problem
+
+
+# A constant for torch.compile: the choice is made while tracing, and the graph holds the ops of one back-end.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(backend: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The back-end that runs, and what is wrong with it."""
+    if backend == "torch":
+        return "torch", None
+    problem = native_problem(device, dtype)
+    if backend == "native":
+        return "native", problem
+    return ("torch" if problem or native.best_level() == "plain" else "native"), None
+
+
+def backend_of(config: MoEConfig, x: Tensor) -> str:
+    """The back-end of a call: what the config names, or what "auto" chooses for the device and dtype of x.
+
+    Raises ValueError where the named one cannot run: the choice is never changed in silence.
+    """
+    name: str
+    name, problem = _choose(config.backend, x.device.type, x.dtype)
+    if problem is not None:
+        raise ValueError(f"MoEConfig.backend={config.backend!r}: {problem}")
+    return name

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
+from moe_fn.preparing import is_prepared, prepared_shapes
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 
 Shape = tuple[tuple[str, int], ...]
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
 _ANY = -1
+_PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
 
 
 def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
@@ -63,11 +65,20 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
         raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
     shapes = expected_shapes(config)
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
-        _check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), x.device)
+        prepared = leaf is not None and path in _PREPARED and is_prepared(leaf)
+        expected = shapes.get(path) if not prepared else _prepared_shape(config, path, x.dtype)
+        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, x.device)
         if leaf is not None and path in _COMPUTE_DTYPE and leaf.dtype != x.dtype:
             raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of x, {x.dtype}")
+    if is_prepared(weights.gate_up) != is_prepared(weights.down):
+        raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
+
+
+def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype) -> tuple[Shape, bool]:
+    shape = prepared_shapes(config, dtype)[_PREPARED.index(path)]
+    return tuple(zip(("num_experts", "panels", "steps", "columns of a step"), shape, strict=True)), True
 
 
 def _check_weight(
@@ -80,7 +91,7 @@ def _check_weight(
     if expected is None:
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected None, for the config has no use for it")
     shape, _ = expected
-    if leaf.ndim != len(shape) or any(size not in (_ANY, actual) for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
+    if leaf.ndim != len(shape) or any(size != _ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected {_words(shape)}")
     _check_kind(where, name, leaf, "integer" if path == ("router", "expert_ids_of_token") else "float")
     if leaf.device != device:

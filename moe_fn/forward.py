@@ -12,6 +12,7 @@ from moe_fn.checking import check_beside_x, check_routing, check_token_inputs, c
 from moe_fn.chunked import layer_in_chunks, scan_traces
 from moe_fn.config import MoEConfig
 from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens, without_padding
+from moe_fn.preparing import restore_weights
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, RoutingStats, leaves_of_weights, weights_of_leaves
 from moe_fn.stages.route import without_padding as routing_without_padding
 from moe_fn.whole_layer import layer_as_op
@@ -178,7 +179,7 @@ def _enter(
     check_x(where, config, x)
     low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     computed = x if low is None else x.to(low)
-    weights = weights if low is None else _cast(weights, low)
+    weights = weights if low is None else _cast(restore_weights(config, weights), low)
     check_weights(where, config, weights, computed)
     if logits is not None:
         check_beside_x(where, "logits", logits, x, ("num_logits", config.num_logits), "float")

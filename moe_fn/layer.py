@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
+from moe_fn.fused import routed_experts
 from moe_fn.records import MoEWeights, Routing
-from moe_fn.stages.combine import combine
-from moe_fn.stages.dispatch import dispatch
-from moe_fn.stages.experts import experts
 from moe_fn.stages.join import addends, join
 from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
 from moe_fn.stages.route import route, router_logits
@@ -39,9 +37,7 @@ def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: 
 
 def routed_and_shared(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:
     """The two addends of the layer; shared is None where there are no shared experts."""
-    dispatched = dispatch(config, transform_input(config, weights, x), routing)
-    rows = experts(config, weights, dispatched)
-    routed = combine(config, rows, dispatched, routing)
+    routed = routed_experts(config, weights, transform_input(config, weights, x), routing)
     routed = reduce_and_trunc(routed, width=config.routed_size)
     shared = shared_experts(config, weights, x, routing)
     return addends(config, routed, shared, functools.partial(transform_output, config, weights))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_fn import balance, chunked, forward, layer, whole_layer
+from moe_fn import balance, chunked, forward, fused, layer, preparing, whole_layer
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
 from moe_fn.records import Routing
@@ -367,10 +367,24 @@ BUGS = (
     ),
     PlantedBug(
         "gradients_equal_the_reference",
-        "the weight's gradient misses a row",
-        grouped.grouped_outer,
-        before(lambda left, right, ends, *sets: (left, right, (ends - 1).clamp(min=0), *sets)),
+        "the bias's gradient misses a row",
+        fused._segment_sums,
+        before(lambda rows, w, ends, like: (rows, w, (ends - 1).clamp(min=0), like)),
     ),
+    PlantedBug(
+        "the_fused_kernel_equals_the_stages",
+        "the weights are used twice",
+        fused.by_native_op,
+        before(lambda c, w, x, r: (c, w, x, replace(r, weights=r.weights * r.weights))),
+    ),
+    PlantedBug(
+        "prepared_weights_give_the_same_numbers",
+        "panels in the wrong order",
+        preparing.lay_panels,
+        after(lambda laid, *a: tuple(t.flip(3) for t in laid)),
+    ),
+    PlantedBug("restoring_undoes_preparing", "columns in the wrong order", preparing._columns, after(lambda t, *a: t.flip(1))),
+    PlantedBug("preparing_twice_is_preparing_once", "prepared weights are not known", preparing.is_prepared, instead(lambda w: False)),
     PlantedBug(
         "gradients_equal_the_reference",
         "no gradient to the router",
@@ -407,15 +421,8 @@ BUGS = (
     PlantedBug(
         "all_experts_chosen_is_the_dense_mixture",
         "the last choice is lost",
-        combine.combine,
-        before(
-            lambda c, r, d, routing: (
-                c,
-                r,
-                d,
-                replace(routing, weights=torch.cat([routing.weights[:, :-1], 0 * routing.weights[:, -1:]], -1)),
-            )
-        ),
+        fused.routed_experts,
+        before(lambda c, w, x, r: (c, w, x, replace(r, weights=torch.cat([r.weights[:, :-1], r.weights[:, -1:] * 0], 1)))),
     ),
     PlantedBug(
         "garbage_in_padding_never_reaches_the_output",

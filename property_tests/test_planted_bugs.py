@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from planted_bugs import BUGS, PlantedBug, planted
 
 FOLDER = Path(__file__).parent
-FILES = ("test_route", "test_dispatch", "test_experts", "test_combine", "test_around_the_experts", "test_layer")
+FILES = ("test_route", "test_dispatch", "test_experts", "test_combine", "test_around_the_experts", "test_preparing", "test_layer")
 MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)
 LAWS = {name.removeprefix("test_"): value for module in MODULES for name, value in vars(module).items() if hasattr(value, "strategies")}
 QUICK = settings(

@@ -15,16 +15,19 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Who imports whom, downwards only. A module may import those of lower numbers; stages never each other.
 LAYERS = (
-    ("numerics", "config", "compiling", "backends"),
+    ("numerics", "config", "compiling"),
     ("records",),
     ("activations", "kernels"),
-    ("ops",),
+    ("backends", "ops"),
+    ("preparing",),
     ("checking",),
     ("stages",),
-    ("balance", "layer"),
+    ("balance", "fused"),
+    ("layer",),
     ("chunked",),
     ("whole_layer",),
     ("forward",),
+    ("bench",),
     ("",),  # the package itself re-exports
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -54,6 +57,8 @@ def test_modules_import_downwards_only(path: Path) -> None:
             assert other in ("reference", "config", "records"), f"the reference imports moe_fn.{module}, which it judges"
         elif part == "testing":
             assert other in ("testing", "config", "records", "compiling"), f"testing imports moe_fn.{module}"
+        elif part == "bench":
+            assert other != "testing", f"{path.name} imports moe_fn.{module}"
         elif part == "stages":
             assert other != "stages", f"{path.name} imports another stage, moe_fn.{module}"
             assert LEVEL[other] < LEVEL["stages"]
@@ -129,7 +134,9 @@ def test_the_readme_shows_the_layer_as_it_is() -> None:
         pytest.skip("installed without the repository")
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
     shown = {name: code for block in blocks for name, code in functions_in(block).items()}
-    source = functions_in((PACKAGE / "layer.py").read_text()) | functions_in((PACKAGE / "forward.py").read_text())
-    assert {"moe_forward", "layer_of_tokens", "routed_and_shared"} <= set(shown)
+    source = {
+        name: code for file in ("layer.py", "fused.py", "forward.py") for name, code in functions_in((PACKAGE / file).read_text()).items()
+    }
+    assert {"moe_forward", "layer_of_tokens", "routed_and_shared", "by_stages"} <= set(shown)
     for name in set(shown) & set(source):
         assert shown[name] == source[name], f"README and source of {name} differ"

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from moe_fn.activations import activate
+from moe_fn.backends import backend_of
 from moe_fn.config import ExpertNormConfig, MoEConfig, as_activation
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops.grouped import grouped_matmul, spread_over_rows
+from moe_fn.ops.grouped import GROUPED, spread_over_rows
+from moe_fn.preparing import restore_weights
 from moe_fn.records import Dispatched, MoEWeights
 
 
@@ -36,16 +38,18 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     [1.0, 2.0]
     """
     rows, ends = dispatched.rows, dispatched.expert_ends
+    backend, weights = backend_of(config, rows), restore_weights(config, weights)
+    matmul = GROUPED[backend].matmul
     transposed = config.weight_layout == "out_in"
-    hidden = grouped_matmul(rows, weights.gate_up, ends, transposed).to(accumulation_dtype(rows.dtype))
+    hidden = matmul(rows, weights.gate_up, ends, transposed).to(accumulation_dtype(rows.dtype))
     if weights.gate_up_bias is not None:
-        hidden = hidden + spread_over_rows(weights.gate_up_bias, ends, rows.shape[0])
+        hidden = hidden + spread_over_rows(backend, weights.gate_up_bias, ends, rows.shape[0])
     hidden = activate(as_activation(config.activation), hidden, config.gate_up_layout).to(rows.dtype)
-    out = grouped_matmul(hidden, weights.down, ends, transposed)
+    out = matmul(hidden, weights.down, ends, transposed)
     if weights.down_bias is not None:
-        out = (out.to(accumulation_dtype(out.dtype)) + spread_over_rows(weights.down_bias, ends, rows.shape[0])).to(out.dtype)
+        out = (out.to(accumulation_dtype(out.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])).to(out.dtype)
     if config.expert_norm is not None and weights.expert_norm is not None:
-        out = _normalise(config.expert_norm, out, spread_over_rows(weights.expert_norm, ends, rows.shape[0]))
+        out = _normalise(config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0]))
     return out
 
 

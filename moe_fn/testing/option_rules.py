@@ -44,7 +44,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "expert_norm": (None, ExpertNormConfig(epsilon=0.01), ExpertNormConfig(epsilon=0.5, scale="before")),
     "chunk_tokens": (None, None, None, 1, 2, 3, 8),
     "batch_invariant": (False,),
-    "backend": ("auto", "torch"),
+    "backend": ("auto", "torch"),  # not "native", which refuses float64
     "opaque": (False, False, True),
 }
 

@@ -1,0 +1,129 @@
+// The kernels as torch ops. Compiled with NAME, a namespace of this library's own, in which its ops stand beside those of other levels;
+// `install` puts them in place as the CPU kernels of moe_fn's ops.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "experts.h"
+
+namespace {
+using at::Tensor;
+using std::optional;
+using namespace moe_fn;
+
+Pool pool() {
+  return {at::get_num_threads(), [](int workers, Run run, void* context) {
+            at::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+              for (int64_t worker = first; worker < last; worker++) run(context, int(worker));
+            });
+          }};
+}
+Type type_of(const Tensor& t) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, "moe_fn: dtype is ", t.scalar_type(), "; expected float32 or bfloat16");
+  return t.scalar_type() == at::kFloat ? Type::f32 : Type::bf16;
+}
+Weight weight_of(const Tensor& t, int64_t columns, int64_t inner, bool transposed, bool gated, bool interleaved) {
+  Weight w{static_cast<const char*>(t.const_data_ptr()), 0, columns, inner, int(t.element_size()), t.dim() == 4, transposed, gated, interleaved};
+  w.expert_bytes = t.numel() / std::max<int64_t>(t.size(0), 1) * w.element;
+  const bool fits = w.prepared ? t.size(1) == w.panels() && t.size(2) == w.steps() && t.size(3) * w.element == PANEL * 4
+                               : t.dim() == 3 && t.size(1) == (transposed ? columns : inner) && t.size(2) == (transposed ? inner : columns);
+  TORCH_CHECK_VALUE(fits, "moe_fn: weight is ", t.sizes(), "; expected ", columns, " columns of ", inner, " products, plain or prepared");
+  return w;
+}
+Bias bias_of(const optional<Tensor>& t, int64_t experts, int64_t size) {
+  if (!t) return {nullptr, Type::f32, size};
+  TORCH_CHECK_VALUE(t->dim() == 2 && t->size(0) == experts && t->size(1) == size && t->is_contiguous(), "moe_fn: bias is ", t->sizes(), "; expected ", experts, " by ", size);
+  return {t->const_data_ptr(), type_of(*t), size};
+}
+Gate gate_of(c10::string_view name) {
+  const char* names[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "situ"};
+  for (int i = 0; i < 6; i++)
+    if (name == names[i]) return Gate(i);
+  TORCH_CHECK_VALUE(false, "moe_fn: activation function is ", name, "; expected silu, gelu, gelu_tanh, relu, relu2 or situ");
+}
+
+Tensor routed_experts_op(const Tensor& x_, const Tensor& ids_, const Tensor& weights_, const Tensor& gate_up_, const Tensor& down_,
+                      const optional<Tensor>& gate_up_bias_, const optional<Tensor>& down_bias_, int64_t intermediate_size, bool transposed,
+                      c10::string_view function, bool gated, bool interleaved, double alpha, double up_offset, optional<double> limit, bool limit_output,
+                      optional<double> gate_cap, optional<double> up_cap) {
+  const Tensor x = x_.contiguous(), ids = ids_.to(at::kLong).contiguous(), weights = weights_.to(at::kFloat).contiguous();
+  const Tensor gate_up = gate_up_.contiguous(), down = down_.contiguous();
+  auto dense = [](const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : optional<Tensor>(); };
+  const auto gate_up_bias = dense(gate_up_bias_), down_bias = dense(down_bias_);
+  TORCH_CHECK_VALUE(x.dim() == 2 && ids.dim() == 2 && ids.size(0) == x.size(0) && ids.sizes() == weights.sizes(), "moe_fn: x is ", x.sizes(), ", expert_ids ",
+                    ids.sizes(), ", expert_weights ", weights.sizes(), "; expected [tokens, hidden] and twice [tokens, top_k]");
+  TORCH_CHECK_VALUE(gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
+                    down.scalar_type(), "; expected the dtype of x, ", x.scalar_type());
+  TORCH_CHECK_VALUE(gate_up.size(0) == down.size(0), "moe_fn: gate_up and down have ", gate_up.size(0), " and ", down.size(0), " experts");
+  const int64_t hidden = x.size(1), experts = gate_up.size(0), columns = gated ? 2 * intermediate_size : intermediate_size;
+  Tensor out = at::empty(x.sizes(), x.options());
+  constexpr double none = std::numeric_limits<double>::infinity();
+  RoutedExperts q{type_of(x), x.size(0), ids.size(1), experts, hidden, hidden, ids.const_data_ptr<int64_t>(), weights.const_data_ptr<float>(),
+                  x.const_data_ptr(), out.mutable_data_ptr(), weight_of(gate_up, columns, hidden, transposed, gated, interleaved),
+                  weight_of(down, hidden, intermediate_size, transposed, false, false), bias_of(gate_up_bias, experts, columns),
+                  bias_of(down_bias, experts, hidden),
+                  {gate_of(function), gated, limit_output, float(alpha), float(up_offset), float(limit.value_or(none)), float(gate_cap.value_or(none)),
+                   float(up_cap.value_or(none))}};
+  moe_fn::routed_experts(pool(), q);
+  return out;
+}
+
+Groups groups_of(const Tensor& ends, int64_t rows, int64_t segments, int64_t weight_sets) {
+  const int32_t* at = ends.const_data_ptr<int32_t>();
+  const int64_t experts = ends.numel() / std::max<int64_t>(segments, 1);
+  TORCH_CHECK_VALUE(segments > 0 && weight_sets > 0 && experts * segments == ends.numel() && rows % segments == 0, "moe_fn: ", ends.numel(), " ends and ", rows,
+                    " rows do not split into ", segments, " segments");
+  for (int64_t g = 0; g < ends.numel(); g++) {  // memory safety: a wrong end would be a read past the rows
+    const int64_t first = g / experts * (rows / segments), last = first + rows / segments;
+    TORCH_CHECK_VALUE(at[g] >= (g % experts ? at[g - 1] : first) && at[g] <= last, "moe_fn: end ", g, " is ", at[g], "; expected ends that do not decrease, up to ", last);
+  }
+  return {at, ends.numel(), rows, segments, weight_sets};
+}
+
+Tensor grouped_matmul_op(const Tensor& rows_, const Tensor& weight_, const Tensor& ends_, bool transposed, int64_t segments, int64_t weight_sets) {
+  const Tensor rows = rows_.contiguous(), weight = weight_.contiguous(), ends = ends_.to(at::kInt).contiguous();
+  const int64_t columns = weight.size(transposed ? 1 : 2);
+  TORCH_CHECK_VALUE(rows.scalar_type() == weight.scalar_type(), "moe_fn: weight is ", weight.scalar_type(), "; expected the dtype of rows, ", rows.scalar_type());
+  Tensor out = at::empty({rows.size(0), columns}, rows.options());
+  if (rows.size(0))
+    moe_fn::grouped_matmul(pool(), type_of(rows), rows.const_data_ptr(), weight_of(weight, columns, rows.size(1), transposed, false, false),
+                           groups_of(ends, rows.size(0), segments, weight_sets), out.mutable_data_ptr());
+  return out;
+}
+
+Tensor grouped_outer_op(const Tensor& left_, const Tensor& right_, const Tensor& ends_, int64_t segments, int64_t weight_sets) {
+  const Tensor left = left_.contiguous(), right = right_.contiguous(), ends = ends_.to(at::kInt).contiguous();
+  TORCH_CHECK_VALUE(left.size(0) == right.size(0) && left.scalar_type() == right.scalar_type(), "moe_fn: left is ", left.sizes(), ", right ", right.sizes(), "; expected equal rows and dtypes");
+  Tensor out = at::empty({weight_sets * (ends.numel() / segments), left.size(1), right.size(1)}, left.options());
+  moe_fn::grouped_outer(pool(), type_of(left), left.const_data_ptr(), left.size(1), right.const_data_ptr(), right.size(1),
+                        groups_of(ends, left.size(0), segments, weight_sets), out.mutable_data_ptr());
+  return out;
+}
+
+int64_t read_op(const Tensor& t, int64_t first_byte, int64_t num_bytes) {
+  TORCH_CHECK_VALUE(first_byte >= 0 && num_bytes >= 0 && first_byte + num_bytes <= int64_t(t.nbytes()), "moe_fn: bytes ", first_byte, " to ", first_byte + num_bytes, " of ", t.nbytes());
+  return read_bytes(pool(), static_cast<const char*>(t.const_data_ptr()) + first_byte, num_bytes);
+}
+double gemm_op(bool bf16, int64_t repeats) { return tile_rate(pool(), bf16 ? Type::bf16 : Type::f32, repeats); }
+
+void install() {
+  static torch::Library library(torch::Library::IMPL, "moe_fn", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  library.impl("routed_experts", &routed_experts_op);
+  library.impl("grouped_matmul_native", &grouped_matmul_op);
+  library.impl("grouped_outer_native", &grouped_outer_op);
+}
+}  // namespace
+
+
+TORCH_LIBRARY_FRAGMENT(NAME, m) {
+  m.def(
+      "routed_experts(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+      "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, float? limit, "
+      "bool limit_output, float? gate_cap, float? up_cap) -> Tensor", &routed_experts_op);
+  m.def("grouped_matmul(Tensor rows, Tensor weight, Tensor ends, bool transposed, int segments, int weight_sets) -> Tensor", &grouped_matmul_op);
+  m.def("grouped_outer(Tensor left, Tensor right, Tensor ends, int segments, int weight_sets) -> Tensor", &grouped_outer_op);
+  m.def("read(Tensor t, int first_byte, int num_bytes) -> int", &read_op);
+  m.def("gemm(bool bf16, int repeats) -> float", &gemm_op);
+  m.def("install() -> ()", &install);
+}

@@ -1,0 +1,331 @@
+#include <chrono>
+
+#include "experts.h"
+
+namespace moe_fn {
+
+float Bias::at(int64_t expert, int64_t i) const {
+  const int64_t at = expert * size + i;
+  if (type == Type::f32) return static_cast<const float*>(data)[at];
+  uint32_t u = uint32_t(static_cast<const uint16_t*>(data)[at]) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+namespace {
+
+template <class F>
+void with_type(Type type, F f) { type == Type::f32 ? f(F32{}) : f(BF16{}); }
+
+// The bias of the 32 columns of a panel; false if there is none.
+bool panel_bias(const Bias& bias, const Weight& w, int64_t expert, int panel, float* out) {
+  if (!bias.data) return false;
+  const Columns from = columns_of(w, panel);
+  for (int c = 0; c < PANEL; c++) {
+    const int half = c / (PANEL / 2), i = c % (PANEL / 2);
+    out[c] = i < from.count[half] ? bias.at(expert, from.start[half] + int64_t(i) * from.stride) : 0.f;
+  }
+  return true;
+}
+
+template <class D>
+void store_columns(typename D::Element* out, const float* from, int count) {
+  if (count >= PANEL) {
+    for (int v = 0; v < NV; v++) D::store(out + v * WIDTH, load(from + v * WIDTH));
+    return;
+  }
+  typename D::Element all[PANEL];
+  for (int v = 0; v < NV; v++) D::store(all + v * WIDTH, load(from + v * WIDTH));
+  std::memcpy(out, all, sizeof(typename D::Element) * count);
+}
+
+Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk) {
+  Plan plan;
+  const int64_t slots = q.tokens * q.top_k;
+  auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(q.experts); };
+  std::vector<int64_t> at(q.experts + 1, 0);
+  for (int64_t i = 0; i < slots; i++)
+    if (valid(q.expert_ids[i])) at[q.expert_ids[i] + 1]++;
+  for (int64_t e = 0; e < q.experts; e++) at[e + 1] += at[e];
+  plan.source.resize(at[q.experts]);
+  plan.weight.resize(at[q.experts]);
+  std::vector<int64_t> to(at.begin(), at.end() - 1);
+  for (int64_t t = 0, i = 0; t < q.tokens; t++)
+    for (int64_t j = 0; j < q.top_k; j++, i++)
+      if (valid(q.expert_ids[i])) {
+        const int64_t slot = to[q.expert_ids[i]]++;
+        plan.source[slot] = t;
+        plan.weight[slot] = q.expert_weights[i];
+      }
+  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk);
+  return plan;
+}
+
+Plan plan_of_groups(const Groups& g, int rows_of_chunk) {
+  Plan plan;
+  const int64_t experts = g.count / g.segments, rows_of_segment = g.rows / g.segments, sets = g.weight_sets;
+  for (int64_t set = 0; set < sets; set++)
+    for (int64_t e = 0; e < experts; e++) {
+      const int64_t start = int64_t(plan.source.size());
+      for (int64_t s = 0; s < g.segments; s++) {
+        if (s * sets / g.segments != set) continue;
+        const int64_t group = s * experts + e;
+        for (int64_t r = e ? g.ends[group - 1] : s * rows_of_segment; r < g.ends[group]; r++) plan.source.push_back(r);
+      }
+      plan.add(set * experts + e, start, int64_t(plan.source.size()), rows_of_chunk);
+    }
+  return plan;
+}
+
+// First product and activation: hidden rows, packed as the second product reads them.
+template <class D>
+void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, float* hidden, int padded) {
+  const int per_panel = q.activation.gated ? PANEL / 2 : PANEL;
+  by_rows<D>(pool, plan, q.x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, const float* tile) {
+    float bias[PANEL];
+    const bool biased = panel_bias(q.gate_up_bias, q.gate_up, chunk.expert, panel, bias);
+    const int dword = panel * per_panel / D::PER_DWORD, there = columns_of(q.gate_up, panel).count[0];
+    for (int r = 0; r < block.rows; r++, tile += PANEL) {
+      float* to = hidden + block.start * padded + int64_t(dword / CHUNK) * block.rows * CHUNK + r * CHUNK + dword % CHUNK;
+      for (int c = 0; c < PANEL / 2; c += WIDTH) {
+        vec g = load(tile + c), u = load(tile + PANEL / 2 + c);
+        if (biased) g += load(bias + c), u += load(bias + PANEL / 2 + c);
+        auto* element = (typename D::Element*)to + c;
+        if (q.activation.gated) {
+          D::store(element, activate(q.activation, g, u));
+          // Columns past the last one would be NaN for infinite x, and NaN times a padded zero weight is NaN.
+          for (int i = std::max(there - c, 0); i < WIDTH; i++) element[i] = 0;
+        } else {
+          D::store(element, gate_function(q.activation, g));
+          // The second half of 32 float32 columns is the next chunk of 16 dwords.
+          auto* second = D::PER_DWORD == 1 ? (typename D::Element*)(to + block.rows * CHUNK) + c : element + PANEL / 2;
+          D::store(second, gate_function(q.activation, u));
+        }
+      }
+    }
+  });
+}
+
+// Second product and weighted sum: a task owns output columns and goes through all experts in order, so there is no combine pass, no
+// buffer of rows x hidden, and one order of every sum.
+template <class D>
+void second_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, const float* hidden, int padded) {
+  using Element = typename D::Element;
+  const Weight& w = q.down;
+  const int panels = w.panels(), steps = w.steps(), workers = pool.workers, chunks = int(plan.chunks.size());
+  int per = std::clamp(panels / (workers * 2), 1, 8);
+  int tasks = (panels + per - 1) / per;
+  tasks = std::min(panels, round_up(tasks, workers));
+  per = (panels + tasks - 1) / tasks;
+  auto from = [&](int task) { return int(int64_t(panels) * task / tasks); };
+  const int ldo = per * PANEL;
+  const int64_t sums_size = int64_t(plan.most_rows) * PANEL * (block_steps(steps) == steps ? 1 : per + 1);
+  std::atomic<int> counter{0};
+  pool([&](int) {
+    Buffer all = buffer(q.tokens * ldo), sums = buffer(sums_size), scratch = buffer(w.prepared ? 0 : int64_t(block_steps(steps)) * PANEL);
+    float* y = all.get();
+    for (int task = counter++, following; task < tasks; task = following) {
+      following = counter++;
+      const int first = from(task), last = from(task + 1);
+      std::memset(y, 0, size_t(q.tokens) * ldo * 4);
+      for (int c = 0; c < chunks; c++) {
+        const Chunk& chunk = plan.chunks[c];
+        const float* next = nullptr;
+        if (w.prepared && c + 1 < chunks) next = Panels<D>(w, plan.chunks[c + 1].expert).at(first, 0);
+        else if (w.prepared && following < tasks) next = Panels<D>(w, plan.chunks[0].expert).at(from(following), 0);
+        const RowBlock* blocks = plan.blocks.data() + chunk.first_block;
+        auto place = [&](int p, const RowBlock& block, int r) { return y + plan.source[block.start + r] * ldo + (p - first) * PANEL; };
+        multiply<D>(
+            blocks, chunk.last_block - chunk.first_block, [&](int b) { return hidden + blocks[b].start * padded; }, Panels<D>(w, chunk.expert), first,
+            last, next, sums.get(), scratch.get(),
+            [&](int p, int b) {
+              for (int r = 0; r < blocks[b].rows; r++)
+                for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch((const char*)place(p, blocks[b], r) + line, 1, 3);
+            },
+            [&](int p, int b, const float* tile) {
+              float bias[PANEL];
+              const bool biased = panel_bias(q.down_bias, w, chunk.expert, p, bias);
+              for (int r = 0; r < blocks[b].rows; r++, tile += PANEL) {
+                float* to = place(p, blocks[b], r);
+                const vec weight = splat(plan.weight[blocks[b].start + r]);
+                for (int v = 0; v < PANEL; v += WIDTH) {
+                  vec product = load(tile + v);
+                  if (biased) product += load(bias + v);
+                  store(to + v, load(to + v) + weight * product);
+                }
+              }
+            });
+      }
+      for (int64_t t = 0; t < q.tokens; t++)
+        for (int p = first; p < last; p++)
+          store_columns<D>(static_cast<Element*>(q.out) + t * q.hidden_out + int64_t(p) * PANEL, y + t * ldo + (p - first) * PANEL,
+                           int(std::min<int64_t>(PANEL, q.hidden_out - int64_t(p) * PANEL)));
+    }
+  });
+}
+
+}  // namespace
+
+void routed_experts(const Pool& pool, const RoutedExperts& q) {
+  with_type(q.type, [&](auto d) {
+    using D = decltype(d);
+    if (!q.tokens) return;
+    const Plan plan = plan_of_routing(q, chunk_rows(q.gate_up));
+    // Prepared or not, the inner dimension of the second product covers whole panels of the first one: what is past its end is zero.
+    const int width = q.gate_up.panels() * (q.activation.gated ? PANEL / 2 : PANEL);
+    const int padded = round_up(std::max(width / D::PER_DWORD, q.down.steps()), CHUNK);
+    const int64_t rows = int64_t(plan.source.size());
+    Buffer hidden = buffer(rows * padded);
+    if (width / D::PER_DWORD < padded) std::memset(hidden.get(), 0, size_t(rows) * padded * 4);
+    first_product<D>(pool, plan, q, hidden.get(), padded);
+    second_product<D>(pool, plan, q, hidden.get(), padded);
+  });
+}
+
+void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight& weight, const Groups& groups, void* out) {
+  with_type(type, [&](auto d) {
+    using D = decltype(d);
+    using Element = typename D::Element;
+    const Plan plan = plan_of_groups(groups, chunk_rows(weight));
+    Element* to = static_cast<Element*>(out);
+    const int64_t n = weight.columns;
+    // Rows of nobody give 0.
+    int64_t done = 0;
+    auto clear = [&](int64_t until) {
+      if (until > done) std::memset(to + done * n, 0, size_t(until - done) * n * sizeof(Element));
+    };
+    const int64_t experts = groups.count / groups.segments, rows_of_segment = groups.rows / groups.segments;
+    for (int64_t s = 0; s < groups.segments; s++) {
+      clear(s * rows_of_segment);
+      done = groups.ends[(s + 1) * experts - 1];
+    }
+    clear(groups.rows);
+    by_rows<D>(pool, plan, rows, weight, [&](const Chunk&, int panel, const RowBlock& block, const float* tile) {
+      for (int r = 0; r < block.rows; r++)
+        store_columns<D>(to + plan.source[block.start + r] * n + int64_t(panel) * PANEL, tile + r * PANEL, int(std::min<int64_t>(PANEL, n - int64_t(panel) * PANEL)));
+    });
+  });
+}
+
+namespace {
+
+// Columns [start, start + count) of rows row(0..inner) as packed rows of one block: the transposed left side of an outer product.
+template <class D, class Row>
+void pack_columns(Row row, int64_t inner, int64_t start, int count, int padded, float* out) {
+  using Element = typename D::Element;
+  for (int s = 0; s < padded; s++) {
+    float* to = out + int64_t(s / CHUNK) * count * CHUNK + s % CHUNK;
+    const int64_t r = int64_t(s) * D::PER_DWORD;
+    for (int i = 0; i < count; i++) {
+      float dword = 0;
+      if (r < inner) std::memcpy(&dword, (const Element*)row(r) + start + i, sizeof(Element));
+      if (D::PER_DWORD == 2 && r + 1 < inner) std::memcpy((char*)&dword + sizeof(Element), (const Element*)row(r + 1) + start + i, sizeof(Element));
+      to[i * CHUNK] = dword;
+    }
+  }
+}
+
+}  // namespace
+
+void grouped_outer(const Pool& pool, Type type, const void* left, int64_t m, const void* right, int64_t n, const Groups& groups, void* out) {
+  with_type(type, [&](auto d) {
+    using D = decltype(d);
+    using Element = typename D::Element;
+    constexpr int BLOCK_STEPS = 512;
+    const Plan plan = plan_of_groups(groups, 1 << 30);  // one chunk an expert
+    const int64_t experts = groups.count / groups.segments * groups.weight_sets;
+    Element* to = static_cast<Element*>(out);
+    std::vector<int> chunk_of_expert(experts, -1);
+    int64_t most = 0;
+    for (int c = 0; c < int(plan.chunks.size()); c++) {
+      chunk_of_expert[plan.chunks[c].expert] = c;
+      most = std::max<int64_t>(most, plan.chunks[c].rows);
+    }
+    const int most_steps = round_up(int(std::min<int64_t>((most + D::PER_DWORD - 1) / D::PER_DWORD, BLOCK_STEPS)), CHUNK);
+    // 256 KB of packed rows and 128 KB of sums: a task is `rows` of m times 8 panels.
+    const int rows = int(std::min<int64_t>(std::clamp(256 * 256 / std::max(most_steps, 1) / MAX_ROWS, 1, 16) * int64_t(MAX_ROWS), round_up(int(m), MAX_ROWS)));
+    constexpr int PANELS = 8;
+    const Weight shape{nullptr, 0, n, 0, int(sizeof(Element)), false, false, false, false};
+    const int64_t row_tasks = (m + rows - 1) / rows, panel_tasks = (shape.panels() + PANELS - 1) / PANELS, tasks = experts * row_tasks * panel_tasks;
+    std::atomic<int64_t> counter{0};
+    pool([&](int) {
+      Buffer packed = buffer(int64_t(rows) * most_steps), sums = buffer(int64_t(rows) * PANEL * PANELS), panel = buffer(int64_t(most_steps) * PANEL);
+      for (int64_t task = counter++; task < tasks; task = counter++) {
+        const int64_t expert = task / (row_tasks * panel_tasks), i0 = task / panel_tasks % row_tasks * rows;
+        const int first = int(task % panel_tasks) * PANELS, last = std::min(first + PANELS, shape.panels());
+        const int here = int(std::min<int64_t>(rows, m - i0));
+        Element* result = to + expert * m * n;
+        const int c = chunk_of_expert[expert];
+        const int64_t inner = c < 0 ? 0 : plan.chunks[c].rows, steps = (inner + D::PER_DWORD - 1) / D::PER_DWORD;
+        if (!inner) {
+          for (int i = 0; i < here; i++) {
+            const int64_t column = int64_t(first) * PANEL;
+            std::memset(result + (i0 + i) * n + column, 0, size_t(std::min<int64_t>(n - column, PANELS * PANEL)) * sizeof(Element));
+          }
+          continue;
+        }
+        const int64_t* source = plan.source.data() + plan.chunks[c].start;
+        auto row_of = [&](const void* x, int64_t width) {
+          return [=](int64_t r) { return static_cast<const char*>(x) + source[r] * width * int64_t(sizeof(Element)); };
+        };
+        for (int64_t k = 0; k < steps; k += BLOCK_STEPS) {
+          const int steps_here = int(std::min<int64_t>(BLOCK_STEPS, steps - k)), padded = round_up(steps_here, CHUNK);
+          auto left_row = row_of(left, m), right_row = row_of(right, n);
+          for (int i = 0; i < here; i += MAX_ROWS)
+            pack_columns<D>([&](int64_t r) { return left_row(r + k * D::PER_DWORD); }, inner - k * D::PER_DWORD, i0 + i, std::min(MAX_ROWS, here - i), padded,
+                            packed.get() + int64_t(i) * padded);
+          for (int p = first; p < last; p++) {
+            lay_rows<D>(columns_of(shape, p), inner, right_row, int(k), steps_here, panel.get());
+            for (int i = 0; i < here; i += MAX_ROWS) {
+              const int count = std::min(MAX_ROWS, here - i);
+              float* sum = sums.get() + (int64_t(p - first) * rows + i) * PANEL;
+              tiles<D>.of[count](packed.get() + int64_t(i) * padded, panel.get(), steps_here, sum, k > 0, nullptr, 0);
+              if (k + steps_here == steps)
+                for (int r = 0; r < count; r++)
+                  store_columns<D>(result + (i0 + i + r) * n + int64_t(p) * PANEL, sum + r * PANEL, int(std::min<int64_t>(PANEL, n - int64_t(p) * PANEL)));
+            }
+          }
+        }
+      }
+    });
+  });
+}
+
+int64_t read_bytes(const Pool& pool, const void* data, int64_t bytes) {
+  std::atomic<int64_t> total{0};
+  const int64_t share = bytes / pool.workers / 512 * 256;  // two streams a worker
+  pool([&](int worker) {
+    const char *one = static_cast<const char*>(data) + 2 * share * worker, *two = one + share;
+    veci a{}, b{};
+    for (int64_t i = 0; i < share; i += 256)
+#pragma GCC unroll 16
+      for (int u = 0; u < 256; u += WIDTH * 4) a += (veci)load(one + i + u), b += (veci)load(two + i + u);
+    int64_t sum = 0;
+    for (int i = 0; i < WIDTH; i++) sum += a[i] + int64_t(b[i]);
+    total += sum;
+  });
+  return total;
+}
+
+double tile_rate(const Pool& pool, Type type, int64_t repeats) {
+  double seconds = 0;
+  constexpr int STEPS = 512, BLOCKS = 8;  // 224 KB of rows, 64 KB of panel
+  with_type(type, [&](auto d) {
+    using D = decltype(d);
+    auto start = std::chrono::steady_clock::now();
+    pool([&](int) {
+      Buffer a = buffer(BLOCKS * MAX_ROWS * STEPS), b = buffer(STEPS * PANEL), c = buffer(MAX_ROWS * PANEL);
+      std::memset(a.get(), 0, BLOCKS * MAX_ROWS * STEPS * 4);
+      std::memset(b.get(), 0, STEPS * PANEL * 4);
+      for (int64_t i = 0; i < repeats; i++)
+        for (int block = 0; block < BLOCKS; block++)
+          tiles<D>.of[MAX_ROWS](a.get() + int64_t(block) * MAX_ROWS * STEPS, b.get(), STEPS, c.get(), false, nullptr, 0);
+    });
+    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    seconds /= 2.0 * MAX_ROWS * PANEL * STEPS * D::PER_DWORD * BLOCKS * double(repeats) * pool.workers;
+  });
+  return 1e-9 / seconds;
+}
+
+}  // namespace moe_fn

@@ -1,0 +1,183 @@
+// Products of sorted rows with their experts' matrices: who computes which rows times which panels, in which order.
+#pragma once
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "panels.h"
+
+namespace moe_fn {
+
+// run(context, worker) for every worker, on the caller's thread pool.
+using Run = void (*)(void*, int);
+struct Pool {
+  int workers;
+  void (*start)(int workers, Run run, void* context);
+  template <class F>
+  void operator()(F&& f) const { start(workers, [](void* context, int worker) { (*static_cast<F*>(context))(worker); }, (void*)&f); }
+};
+
+// Memory for one call. Huge pages from 4 MB on: faults of fresh small pages cost as much as the weighted sum (30-60 MB at 1024 tokens).
+struct Free { void operator()(void* p) const { std::free(p); } };
+using Buffer = std::unique_ptr<float[], Free>;
+static inline Buffer buffer(int64_t floats) {
+  const size_t bytes = (size_t(std::max<int64_t>(floats, 1)) * 4 + 127) / 64 * 64, large = size_t(1) << 21;
+  const bool huge = bytes >= 2 * large;
+  void* p = std::aligned_alloc(huge ? large : 64, huge ? (bytes + large - 1) / large * large : bytes);
+  if (!p) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  if (huge) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  return Buffer(static_cast<float*>(p));
+}
+
+struct RowBlock { int64_t start; int rows; };                                  // sorted slots [start, start + rows)
+struct Chunk { int64_t expert, start; int first_block, last_block, rows; };    // row blocks of one expert that fit in L2 together
+struct Plan {
+  std::vector<int64_t> source;  // of a sorted slot: its row in x
+  std::vector<float> weight;    // of a sorted slot; empty: 1
+  std::vector<RowBlock> blocks;
+  std::vector<Chunk> chunks;
+  int most_rows = 0;  // of a chunk
+
+  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows) {
+    const int64_t n = end - start;
+    if (n <= 0) return;
+    const int64_t nb = (n + MAX_ROWS - 1) / MAX_ROWS, per = std::max(1, chunk_rows / MAX_ROWS), nc = (nb + per - 1) / per;
+    for (int64_t c = 0, b = 0; c < nc; c++) {
+      Chunk chunk{expert, start, int(blocks.size()), 0, 0};
+      for (const int64_t last = nb * (c + 1) / nc; b < last; b++) {
+        const int rows = int(n / nb + (b < n % nb));
+        blocks.push_back({start, rows});
+        start += rows;
+      }
+      chunk.last_block = int(blocks.size());
+      chunk.rows = int(start - chunk.start);
+      most_rows = std::max(most_rows, chunk.rows);
+      chunks.push_back(chunk);
+    }
+  }
+};
+
+static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+static inline int padded_steps(const Weight& w) { return round_up(w.steps(), CHUNK); }
+// Steps of a block of the inner dimension; a function of the matrix alone, so that the order of sums does not depend on the batch.
+static inline int block_steps(int steps) {
+  if (steps <= 768) return steps;
+  const int blocks = (steps + 511) / 512;
+  return round_up((steps + blocks - 1) / blocks, CHUNK);
+}
+static inline int chunk_rows(const Weight& w) {  // 512 KB of packed rows, half of L2
+  return std::max(2 * MAX_ROWS, 512 * 256 / std::min(w.steps(), 768));
+}
+
+// One chunk times panels [first, last): rows(b) are the packed rows of block b; before(panel, b) runs ahead of the tile that finishes, and
+// epilogue(panel, b, tile) takes it. `next` is what will be read after this, or null. sums: rows x 32 x panels floats if steps come in blocks.
+template <class D, class Rows, class Before, class Epilogue>
+inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<D>& panels, int first, int last, const float* next, float* sums,
+                     float* scratch, Before before, Epilogue epilogue) {
+  const int steps = panels.w.steps(), block = block_steps(steps);
+  const int64_t start = blocks[0].start, total = blocks[count - 1].start + blocks[count - 1].rows - start;
+  if (panels.suits_dots(total)) {
+    for (int p = first; p < last; p++) {
+      const Columns from = columns_of(panels.w, p);
+      for (int b = 0; b < count; b++) {
+        before(p, b);
+        dots<D>(rows(b), blocks[b].rows, [&](int c) { return panels.column(from, c); }, panels.w.inner * panels.w.element, sums);
+        epilogue(p, b, sums);
+      }
+    }
+    return;
+  }
+  // Panels outside and blocks of steps inside if there is one block (of steps or of rows); else the other way round: rows stay in L2.
+  const bool panels_outside = count == 1 || block == steps;
+  const int per = (8 + count - 1) / count;  // lines to prefetch per 4 steps of one tile
+  auto one = [&](int p, int k) {
+    const int steps_here = std::min(block, steps - k);
+    const bool final = k + steps_here == steps;
+    const float* b = panels.get(p, k, steps_here, scratch);
+    const float* ahead = nullptr;
+    if (panels.w.prepared) {
+      if (panels_outside)
+        ahead = !final ? b + int64_t(steps_here) * PANEL : p + 1 < last ? panels.at(p + 1, 0) : next;
+      else
+        ahead = p + 1 < last ? panels.at(p + 1, k) : !final ? panels.at(first, k + steps_here) : next;
+    }
+    for (int i = 0; i < count; i++) {
+      const int64_t line = int64_t(i) * (steps_here / 4) * per;
+      const bool on = ahead && line < 2 * steps_here;
+      float* c = panels_outside ? sums : sums + (int64_t(p - first) * total + blocks[i].start - start) * PANEL;
+      if (panels_outside && block != steps) c = sums + (blocks[i].start - start) * PANEL;
+      if (final) before(p, i);
+      tiles<D>.of[blocks[i].rows](rows(i) + int64_t(k) * blocks[i].rows, b, steps_here, c, k > 0, (const char*)ahead + line * 64, on ? per : 0);
+      if (final) epilogue(p, i, c);
+    }
+  };
+  if (panels_outside) {
+    for (int p = first; p < last; p++)
+      for (int k = 0; k < steps; k += block) one(p, k);
+  } else {
+    for (int k = 0; k < steps; k += block)
+      for (int p = first; p < last; p++) one(p, k);
+  }
+}
+
+template <class D>
+inline void pack_rows(const Plan& plan, const Chunk& chunk, const void* x, int64_t row_bytes, int padded, float* out) {
+  for (int b = chunk.first_block; b < chunk.last_block; b++) {
+    const RowBlock& block = plan.blocks[b];
+    for (int r = 0; r < block.rows; r++) {
+      const char* from = static_cast<const char*>(x) + plan.source[block.start + r] * row_bytes;
+      char* to = (char*)(out + (block.start - chunk.start) * padded + r * CHUNK);
+      int64_t left = row_bytes;
+      for (; left >= CHUNK * 4; left -= CHUNK * 4, from += CHUNK * 4, to += int64_t(block.rows) * CHUNK * 4) std::memcpy(to, from, CHUNK * 4);
+      if (left) {
+        std::memcpy(to, from, left);
+        std::memset(to + left, 0, CHUNK * 4 - left);
+      }
+    }
+  }
+}
+
+// Tasks (chunk, group of panels) in the order in which weights lie in memory; epilogue(chunk, panel, block, tile).
+template <class D, class Epilogue>
+void by_rows(const Pool& pool, const Plan& plan, const void* x, const Weight& w, Epilogue epilogue) {
+  const int panels = w.panels(), chunks = int(plan.chunks.size()), padded = padded_steps(w), steps = w.steps(), workers = pool.workers;
+  const int64_t row_bytes = w.inner * w.element;
+  if (!chunks) return;
+  // 24 tasks a worker, in pairs of panels, so that none waits long for the last one.
+  int groups = chunks >= 24 * workers ? 1 : std::min(std::max(panels / 2, 1), (24 * workers + chunks - 1) / chunks);
+  // Sums of all panels of a task are alive between blocks of steps: 256 KB of them beside 512 KB of rows.
+  if (block_steps(steps) != steps) groups = std::max(groups, int(int64_t(plan.most_rows) * PANEL * 4 * panels / (256 << 10)));
+  groups = std::clamp(groups, 1, panels);
+  auto from = [&](int g) { int p = int(int64_t(panels) * g / groups); return g == groups ? panels : groups * 2 <= panels ? p & ~1 : p; };
+  const int64_t sums_size = int64_t(plan.most_rows) * PANEL * (block_steps(steps) == steps ? 1 : panels / groups + 3);
+  const int64_t rows_size = int64_t(plan.most_rows) * padded, scratch_size = w.prepared ? 0 : int64_t(block_steps(steps)) * PANEL;
+  std::atomic<int64_t> counter{0};
+  const int64_t tasks = int64_t(chunks) * groups;
+  pool([&](int) {
+    Buffer rows = buffer(rows_size), sums = buffer(sums_size), scratch = buffer(scratch_size);
+    int64_t have = -1;
+    for (int64_t task = counter++, following; task < tasks; task = following) {
+      following = counter++;
+      const Chunk& chunk = plan.chunks[task / groups];
+      const int first = from(int(task % groups)), last = from(int(task % groups) + 1);
+      if (first >= last) continue;
+      if (have != task / groups) pack_rows<D>(plan, chunk, x, row_bytes, padded, rows.get());
+      have = task / groups;
+      const float* next = nullptr;
+      if (w.prepared && following < tasks) next = Panels<D>(w, plan.chunks[following / groups].expert).at(from(int(following % groups)), 0);
+      const RowBlock* blocks = plan.blocks.data() + chunk.first_block;
+      multiply<D>(
+          blocks, chunk.last_block - chunk.first_block, [&](int b) { return rows.get() + (blocks[b].start - chunk.start) * padded; },
+          Panels<D>(w, chunk.expert), first, last, next, sums.get(), scratch.get(), [](int, int) {},
+          [&](int p, int b, const float* c) { epilogue(chunk, p, blocks[b], c); });
+    }
+  });
+}
+
+}  // namespace moe_fn

@@ -1,0 +1,101 @@
+// Vectors of one instruction-set level, in the compilers' own vector types, so that one source serves every level. The level is what the
+// file is compiled for (flags in native.py): AVX-512 with or without bfloat16 products, AVX2, or whatever the plain target has.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace moe_fn {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, MAX_ROWS = 14;  // 14 rows x 2 vectors of sums, 2 of weights, 1 broadcast: 31 of 32 registers
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8, MAX_ROWS = 3;
+#else
+constexpr int WIDTH = 4, MAX_ROWS = 1;
+#endif
+constexpr int PANEL = 32;              // columns of a panel of weights
+constexpr int NV = PANEL / WIDTH;      // vectors of a panel
+constexpr int CHUNK = 16;              // steps that lie together in packed rows
+
+typedef float vec __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t veci __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t vech __attribute__((vector_size(WIDTH * 2)));
+
+static inline vec load(const void* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
+static inline void store(void* p, vec v) { std::memcpy(p, &v, sizeof v); }
+static inline vec splat(float s) { return s - vec{}; }  // s - 0 is s exactly, -0 too
+static inline veci splat_int(int32_t s) { return s - veci{}; }
+static inline vec select(veci mask, vec a, vec b) { return (vec)((mask & (veci)a) | (~mask & (veci)b)); }
+
+// Lanes of two vectors alternating: the first halves, the second halves; and every other lane of two vectors in a row.
+#if defined(__AVX512F__)
+static inline vec low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
+static inline vec high(vec a, vec b) { return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
+static inline vec even(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30); }
+static inline vec odd(vec a, vec b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31); }
+#elif defined(__AVX2__)
+static inline vec low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+static inline vec high(vec a, vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+static inline vec even(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+static inline vec odd(vec a, vec b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+#else
+static inline vec low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+static inline vec high(vec a, vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+static inline vec even(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+static inline vec odd(vec a, vec b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
+#endif
+
+// bfloat16 <-> float32, to the nearest, ties to even, NaN stays NaN.
+static inline vec widen(const uint16_t* p) {
+  vech h; std::memcpy(&h, p, sizeof h);
+  return (vec)(__builtin_convertvector(h, veci) << 16);
+}
+static inline void narrow(uint16_t* p, vec v) {
+#if defined(__AVX512BF16__)
+  __m256bh h = _mm512_cvtneps_pbh((__m512)v); std::memcpy(p, &h, sizeof h);
+#else
+  veci u = (veci)v, odd_bit = (u >> 16) & 1;
+  veci rounded = (veci)select(v == v, (vec)(u + 0x7fff + odd_bit), (vec)splat_int(0x7fc00000));
+  vech h = __builtin_convertvector((rounded >> 16) & 0xffff, vech); std::memcpy(p, &h, sizeof h);
+#endif
+}
+
+// One dword of a product's inner dimension: one float32, or a pair of bfloat16. "mac" adds the product of a broadcast dword and a
+// vector of dwords to sums; "dot" that of two vectors of dwords, lane by lane.
+struct F32 {
+  using Element = float;
+  static constexpr int PER_DWORD = 1;
+  struct Split { vec all; };
+  static inline Split split(vec b) { return {b}; }
+  static inline vec mac(vec sum, const float* a, Split b) { return sum + splat(*a) * b.all; }
+  static inline vec dot(vec sum, vec a, vec b) { return sum + a * b; }
+  static inline vec load(const float* p) { return moe_fn::load(p); }
+  static inline void store(float* p, vec v) { moe_fn::store(p, v); }
+};
+struct BF16 {
+  using Element = uint16_t;
+  static constexpr int PER_DWORD = 2;
+#if defined(__AVX512BF16__)
+  struct Split { vec all; };
+  static inline Split split(vec b) { return {b}; }
+  static inline vec mac(vec sum, const float* a, Split b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b.all); }
+  static inline vec dot(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#else
+  struct Split { vec first, second; };
+  static inline Split split(vec b) { return {(vec)((veci)b << 16), (vec)((veci)b & splat_int(int32_t(0xffff0000)))}; }
+  static inline vec mac(vec sum, const float* a, Split b) {
+    uint32_t u, one, two; std::memcpy(&u, a, 4);
+    one = u << 16, two = u & 0xffff0000u;
+    float x, y; std::memcpy(&x, &one, 4); std::memcpy(&y, &two, 4);
+    return sum + splat(x) * b.first + splat(y) * b.second;
+  }
+  static inline vec dot(vec sum, vec a, vec b) { Split p = split(a), q = split(b); return sum + p.first * q.first + p.second * q.second; }
+#endif
+  static inline vec load(const uint16_t* p) { return widen(p); }
+  static inline void store(uint16_t* p, vec v) { narrow(p, v); }
+};
+
+}  // namespace moe_fn

@@ -1,0 +1,170 @@
+"""The native library at every level that this CPU has, forced one by one, and the machine without a compiler."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import moe_fn
+from moe_fn import MoEConfig, MoEWeights, Routing
+from moe_fn.config import ActivationConfig, as_activation
+from moe_fn.kernels import native
+from moe_fn.preparing import lay_panels
+from moe_fn.testing import assert_matches
+
+LEVELS = list(native.LEVELS)
+RUNNABLE = LEVELS[LEVELS.index(native.best_level()) :] if native.active().problem is None else []
+ACTIVATIONS: list[Any] = ["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "relu2_no_mul", "gelu_no_mul", "relu"]
+ACTIVATIONS.append(ActivationConfig(function="situ", gate_cap=3.0, up_cap=2.0))
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
+
+
+def call(level: str, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """The op of one level's own library."""
+    a = as_activation(config.activation)
+    out: Tensor = native.library(level).ops.routed_experts(  # type: ignore[attr-defined]
+        x, routing.expert_ids, routing.weights, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
+        config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
+        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap,
+    )  # fmt: skip
+    return out
+
+
+def problem(config: MoEConfig, tokens: int, dtype: torch.dtype, seed: int) -> tuple[MoEWeights, Tensor, Routing]:
+    generator = torch.Generator().manual_seed(seed)
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    both = 2 * inner if as_activation(config.activation).gated else inner
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    gate_up, down = normal(experts, both, hidden, scale=hidden**-0.5), normal(experts, hidden, inner, scale=inner**-0.5)
+    if config.weight_layout == "in_out":
+        gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
+    weights = MoEWeights(gate_up=gate_up, down=down, gate_up_bias=normal(experts, both), down_bias=normal(experts, hidden))
+    ids = torch.randint(-1, experts, (tokens, config.top_k), generator=generator)
+    return weights, normal(tokens, hidden), Routing(expert_ids=ids, weights=torch.rand(tokens, config.top_k, generator=generator))
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
+@given(
+    st.sampled_from([(5, 2, 33, 17), (3, 3, 64, 48), (4, 2, 130, 90), (2, 1, 1, 1), (1, 1, 1600, 40)]),
+    st.integers(0, 64),
+    st.sampled_from(ACTIVATIONS),
+    st.sampled_from(["out_in", "in_out"]),
+    st.booleans(),
+    DTYPES,
+)
+def test_every_level_equals_the_reference(
+    level: str, shape: tuple[int, ...], tokens: int, activation: Any, layout: Any, other: bool, dtype: torch.dtype
+) -> None:
+    experts, top_k, hidden, inner = shape
+    gated = as_activation(activation).gated
+    config = MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        activation=activation,
+        weight_layout=layout,
+        gate_up_layout="interleaved" if other and gated else "packed",
+    )
+    weights, x, routing = problem(config, tokens, dtype, tokens)
+    expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
+    gate_up, down = lay_panels(config, weights.gate_up, weights.down)
+    for w in (weights, MoEWeights(gate_up=gate_up, down=down, gate_up_bias=weights.gate_up_bias, down_bias=weights.down_bias)):
+        assert_matches(call(level, config, w, x, routing), expected, scale=1.0)
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 70), st.integers(1, 70), DTYPES)
+def test_grouped_products_of_every_level(level: str, counts: list[int], extra: int, m: int, n: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(m)
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    total = int(ends[-1]) + extra
+    left, right = (torch.randn(total, width, generator=generator).to(dtype) for width in (m, n))
+    weight = torch.randn(len(counts), m, n, generator=generator).to(dtype)
+    left[int(ends[-1]) :] = math.nan  # rows of nobody are never read
+    ops: Any = native.library(level).ops
+    outer = ops.grouped_outer(left, right, ends, 1, 1)
+    product, transposed = (
+        ops.grouped_matmul(left, weight, ends, False, 1, 1),
+        ops.grouped_matmul(left, weight.mT.contiguous(), ends, True, 1, 1),
+    )
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        rows = left[start:end].double()
+        assert_matches(outer[expert], rows.mT @ right[start:end].double(), scale=1.0)
+        for out in (product, transposed):
+            assert_matches(out[start:end], rows @ weight[expert].double(), scale=1.0)
+        start = end
+    assert not product[start:].any() and not transposed[start:].any()
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
+def test_infinite_and_missing_values_stay_in_their_rows(level: str) -> None:
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=33, intermediate_size=17)
+    weights, x, routing = problem(config, 20, torch.float32, 0)
+    clean = call(level, config, weights, x, routing)
+    spoiled = x.clone()
+    spoiled[3], spoiled[7] = math.nan, math.inf
+    out = call(level, config, weights, spoiled, routing)
+    rest = [t for t in range(20) if t not in (3, 7)]
+    assert_matches(out[rest], clean[rest], scale=1.0)
+
+
+def test_thread_counts_do_not_change_the_numbers_beyond_rounding() -> None:
+    config = MoEConfig(num_experts=6, top_k=2, hidden_size=96, intermediate_size=64)
+    weights, x, routing = problem(config, 50, torch.float32, 1)
+    threads = torch.get_num_threads()
+    try:
+        outs = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            outs.append(call(RUNNABLE[0], config, weights, x, routing))
+    finally:
+        torch.set_num_threads(threads)
+    for out in outs:
+        assert_matches(out, outs[0], tolerance=0.0)
+
+
+def test_wrong_shapes_raise_in_words() -> None:
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
+    weights, x, routing = problem(config, 3, torch.float32, 0)
+    ops: Any = native.library(RUNNABLE[0]).ops
+    with pytest.raises(ValueError, match="expected 8 columns of 5 products"):
+        call(RUNNABLE[0], config, weights, torch.ones(3, 5), routing)
+    for ends in ([2, 1], [1, 9], [-1, 1]):
+        with pytest.raises(ValueError, match="expected ends that do not decrease"):
+            ops.grouped_matmul(x, weights.gate_up, torch.tensor(ends, dtype=torch.int32), True, 1, 1)
+
+
+WITHOUT_COMPILER = """
+import torch, moe_fn
+config = moe_fn.MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8)
+weights = moe_fn.MoEWeights(gate_up=torch.randn(4, 16, 8), down=torch.randn(4, 8, 8))
+assert moe_fn.prepare_weights(config, weights) is weights
+x, logits = torch.randn(5, 8), torch.randn(5, 4)
+y = moe_fn.moe_forward(config, weights, x, logits)
+torch.testing.assert_close(y.double(), moe_fn.reference.moe_forward(config, weights, x, logits), rtol=1e-5, atol=1e-5)
+info = {info.name: info for info in moe_fn.backends()}
+assert not info["native"].available and "cpu" in info["torch"].chosen_by_auto_on
+print(info["native"].reason)
+"""
+
+
+def test_without_a_compiler_torch_runs_and_says_why(tmp_path: Path) -> None:
+    settings = ["CC=/no/such/compiler", "CXX=/no/such/compiler", f"XDG_CACHE_HOME={tmp_path}"]
+    command = ["env", *settings, sys.executable, "-c", WITHOUT_COMPILER]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(moe_fn.__file__).parents[1])
+    assert run.returncode == 0, run.stderr
+    assert "no native CPU kernels" in run.stderr and "/no/such/compiler" in run.stdout + run.stderr

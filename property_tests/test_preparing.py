@@ -1,0 +1,112 @@
+"""Laws of prepared weights and of the kernel that reads them."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from support import law, leaves
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import moe_fn
+from moe_fn import MoEConfig, MoEWeights, Routing, fused
+from moe_fn.kernels import native
+from moe_fn.testing import assert_matches, configs, weights_for
+
+NATIVE = native.active().problem is None
+pytestmark = pytest.mark.skipif(not NATIVE, reason="no native kernels here")
+
+PLAIN = configs(expert_norm=None, shared=None, latent=None, zero_experts=None, opaque=False, chunk_tokens=None, backend="auto")
+CASES = st.tuples(PLAIN, st.integers(0, 40), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**20))
+Case = tuple[MoEConfig, int, bool, torch.dtype, int]
+
+
+def problem_of(case: Case) -> tuple[MoEConfig, MoEWeights, Tensor, Routing]:
+    """Weights, tokens and any routing at all: -1 and ids past the last expert among the ids."""
+    config, tokens, one_expert, dtype, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    weights = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, weights_for(config, generator, bias=True))
+    x = torch.randn(tokens, config.expert_hidden_size, generator=generator).to(dtype)
+    ids = torch.randint(-1, config.num_experts + 1, (tokens, config.top_k), generator=generator)
+    ids = torch.full_like(ids, config.num_experts - 1) if one_expert else ids
+    return config, weights, x, Routing(expert_ids=ids, weights=torch.rand(tokens, config.top_k, generator=generator))
+
+
+@law(CASES)
+def test_prepared_weights_give_the_same_numbers(case: Case) -> None:
+    config, weights, x, routing = problem_of(case)
+    prepared = moe_fn.prepare_weights(config, weights)
+    assert prepared.gate_up.ndim == 4
+    actual, expected = (fused.routed_experts(config, w, x, routing) for w in (prepared, weights))
+    assert_matches(actual, expected, scale=0.5)
+    # A back-end that has no use for them restores them.
+    assert_matches(fused.by_stages(config, prepared, x, routing), fused.by_stages(config, weights, x, routing), tolerance=0.0)
+
+
+@law(CASES)
+def test_restoring_undoes_preparing(case: Case) -> None:
+    config, weights, _, _ = problem_of(case)
+    restored = moe_fn.restore_weights(config, moe_fn.prepare_weights(config, weights))
+    for name in ("gate_up", "down"):
+        assert torch.equal(getattr(restored, name), getattr(weights, name))
+
+
+@law(CASES)
+def test_preparing_twice_is_preparing_once(case: Case) -> None:
+    config, weights, _, _ = problem_of(case)
+    once = moe_fn.prepare_weights(config, weights)
+    assert moe_fn.prepare_weights(config, once) is once
+
+
+@law(CASES)
+def test_the_fused_kernel_equals_the_stages(case: Case) -> None:
+    config, weights, x, routing = problem_of(case)
+    if config.router.weight_on == "input":
+        routing = dataclasses.replace(routing, weights=torch.ones_like(routing.weights))
+    staged = dataclasses.replace(config, backend="torch")
+
+    def run(function: Any, config: MoEConfig) -> list[Tensor]:
+        inputs = tree_map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, (weights, x, routing))
+        y = function(config, *inputs)
+        found = torch.autograd.grad(y.square().sum(), leaves(inputs), allow_unused=True)
+        return [y, *(torch.zeros(0) if g is None else g for g in found)]
+
+    for actual, expected in zip(run(fused.by_native_op, config), run(fused.by_stages, staged), strict=True):
+        assert_matches(actual.to(x.dtype), expected.to(x.dtype), scale=1.0)  # the routing weights' gradient is as good as x is
+
+
+def test_the_input_is_left_alone_and_what_cannot_be_laid_comes_back() -> None:
+    config = MoEConfig(num_experts=3, top_k=1, hidden_size=5, intermediate_size=7)
+    weights = weights_for(config, torch.Generator().manual_seed(0))
+    before = weights.gate_up.clone()
+    moe_fn.prepare_weights(config, weights)
+    assert torch.equal(weights.gate_up, before)
+    for dtype in (torch.float64, torch.float16):
+        other = dataclasses.replace(weights, gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype))
+        assert moe_fn.prepare_weights(config, other) is other
+    assert moe_fn.prepare_weights(dataclasses.replace(config, backend="torch"), weights) is weights
+
+
+def test_wrong_shapes_are_named() -> None:
+    config = MoEConfig(num_experts=3, top_k=1, hidden_size=5, intermediate_size=7)
+    weights = weights_for(config, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"prepare_weights: gate_up and down are .*expected \(3, 14, 5\)"):
+        moe_fn.prepare_weights(config, dataclasses.replace(weights, gate_up=weights.gate_up[:, :-1]))
+    prepared = moe_fn.prepare_weights(config, weights)
+    x, logits = torch.ones(2, 5), torch.ones(2, 3)
+    for wrong, words in (
+        (dataclasses.replace(prepared, down=weights.down), "one of weights.gate_up and weights.down is prepared"),
+        (dataclasses.replace(prepared, gate_up=prepared.gate_up[:, :, :-1]), "weights.gate_up is .*steps"),
+        (tree_map(lambda t: t.bfloat16(), prepared), "expected the dtype of x|steps"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            moe_fn.moe_forward(config, wrong, x, logits)
+
+
+def test_a_back_end_that_cannot_run_says_so() -> None:
+    config = MoEConfig(num_experts=3, top_k=1, hidden_size=5, intermediate_size=7, backend="native")
+    weights = tree_map(lambda t: t.double(), weights_for(config, torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match=r"MoEConfig.backend='native': .*float64"):
+        moe_fn.moe_forward(config, weights, torch.ones(2, 5).double(), torch.ones(2, 3))
