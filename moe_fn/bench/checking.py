@@ -1,0 +1,86 @@
+"""Whether a contestant's answer is the layer: a fast wrong one is no contestant."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import moe_fn.reference
+from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.config import MoEConfig, RouterConfig
+from moe_fn.records import MoEWeights, Routing
+
+TOKENS = 4  # that are checked; the reference is slow
+# Relative error of the median token. The median, because a tie among rounded logits may go either way.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the reference says of the first TOKENS tokens: y and, where gradients are timed, x_grad; both [<= TOKENS, H] float64."""
+
+    y: Tensor
+    x_grad: Tensor | None
+
+
+def expected_of(problem: Problem, token_input: TokenInput) -> Expected:
+    """The reference, one token at a time and with that token's experts only: a whole layer in float64 may not fit in memory."""
+    outputs: list[Tensor] = []
+    grads: list[Tensor] = []
+    for token in range(min(TOKENS, len(token_input.x))):
+        x = token_input.x[token : token + 1].detach().to("cpu", torch.float64).requires_grad_(problem.backward)
+        y = _token_output(problem, token_input, x, token)
+        outputs.append(y.detach())
+        if token_input.grad is not None:
+            grads += torch.autograd.grad(y, x, token_input.grad[token : token + 1].to(y))
+    return Expected(y=torch.cat(outputs), x_grad=torch.cat(grads) if grads else None)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| of the median token; more tokens than expected has are not looked at."""
+    difference = actual[: len(expected)].detach().to(expected) - expected
+    return float((difference.norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+def _token_output(problem: Problem, token_input: TokenInput, x: Tensor, token: int) -> Tensor:
+    routing = _routing_of_layer(problem, x) if problem.part == "layer" else _on_cpu(token_input.routing, token)
+    config, ids = problem.config, routing.expert_ids[0]
+    slots = torch.arange(config.top_k).unsqueeze(0)
+    routing = Routing(expert_ids=slots, weights=routing.weights)
+    return moe_fn.reference.moe_forward_routed(_config_of_slots(config), _weights_of_slots(problem.weights, ids), x, routing)
+
+
+def _routing_of_layer(problem: Problem, x: Tensor) -> Routing:
+    config, router = problem.config, problem.weights.router
+    if router is None or router.gate is None:
+        raise ValueError("problem.weights.router.gate is None; expected the gate of the layer")
+    bias = 0.0 if router.bias is None else router.bias.detach().to("cpu", torch.float64)
+    logits = x @ router.gate.detach().to("cpu", torch.float64).T + bias
+    if config.router.gate_dtype == "input":
+        logits = logits.to(problem.dtype)  # what rounding makes a tie is one
+    correction = None if router.correction_bias is None else router.correction_bias.detach().cpu()
+    alone = dataclasses.replace(router, gate=None, bias=None, correction_bias=correction)
+    empty = torch.empty(0)  # the reference's router does not look at the experts
+    return moe_fn.reference.route(config, MoEWeights(gate_up=empty, down=empty, router=alone), logits)
+
+
+def _on_cpu(routing: Routing, token: int) -> Routing:
+    one = slice(token, token + 1)
+    return Routing(expert_ids=routing.expert_ids[one].cpu(), weights=routing.weights[one].cpu())
+
+
+def _config_of_slots(config: MoEConfig) -> MoEConfig:
+    router = RouterConfig(weight_on=config.router.weight_on)
+    return dataclasses.replace(config, num_experts=config.top_k, router=router)
+
+
+def _weights_of_slots(weights: MoEWeights, ids: Tensor) -> MoEWeights:
+    def chosen(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach()[ids.to(tensor.device)].cpu()
+
+    gate_up, down = weights.gate_up.detach(), weights.down.detach()
+    at = ids.to(gate_up.device)
+    return MoEWeights(
+        gate_up=gate_up[at].cpu(), down=down[at].cpu(), gate_up_bias=chosen(weights.gate_up_bias), down_bias=chosen(weights.down_bias)
+    )

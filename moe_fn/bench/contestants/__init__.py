@@ -1,0 +1,26 @@
+"""Who can be timed: one row each. A contestant's own package is imported when it is built, never before."""
+
+from moe_fn.bench.contestants.entry import Contestant
+from moe_fn.bench.contestants.onnx_runtime import ONNX_RUNTIME
+from moe_fn.bench.contestants.ours import OURS
+from moe_fn.bench.contestants.torch_grouped import TORCH_GROUPED
+from moe_fn.bench.contestants.transformers_experts import TRANSFORMERS
+from moe_fn.bench.contestants.vllm_cpu import VLLM_CPU
+from moe_fn.bench.contestants.zen import ZENTORCH
+
+CONTESTANTS: tuple[Contestant, ...] = (*OURS, *TRANSFORMERS, *TORCH_GROUPED, ONNX_RUNTIME, VLLM_CPU, ZENTORCH)
+
+
+def contestants_of_names(text: str, table: tuple[Contestant, ...] = CONTESTANTS) -> tuple[Contestant, ...]:
+    """The rows of a comma-separated list: "all", names, or the first word of several names.
+
+    >>> [row.name for row in contestants_of_names("torch,moe_fn")]
+    ['moe_fn', 'torch grouped_mm', 'torch grouped_mm compiled']
+    """
+    chosen: set[str] = set()
+    for part in (part.strip() for part in text.split(",")):
+        names = [row.name for row in table if part in ("all", row.name)] or [row.name for row in table if row.name.split()[0] == part]
+        if not names:
+            raise ValueError(f"--contestants {part}: expected all, or some of {', '.join(row.name for row in table)}")
+        chosen.update(names)
+    return tuple(row for row in table if row.name in chosen)

@@ -1,0 +1,111 @@
+"""What a row of the table of contestants is, and what several rows need."""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config.activation import PRESETS
+from moe_fn.records import MoEWeights, leaves_of_weights
+
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A contestant that has its weights. bind makes an input ready, untimed; calling what it returns gives y [T, H].
+
+    leaves: the tensors to differentiate, beside x.
+    """
+
+    bind: Callable[[TokenInput], Run]
+    leaves: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One row.
+
+    installed  why it cannot run here at all, or None
+    refuses    why it cannot do this problem with so many tokens, or None
+    build      the layer; what it raises is reported, and the others go on
+    copies     how many more times the weights it holds in memory
+    """
+
+    name: str
+    installed: Callable[[], str | None]
+    refuses: Callable[[Problem, int], str | None]
+    build: Callable[[Problem], Layer]
+    copies: int = 0
+    ours: bool = False
+
+
+def always_installed() -> str | None:
+    """For what needs nothing but torch."""
+    return None
+
+
+def missing(*modules: str) -> str | None:
+    """Which of these packages cannot be found, as a reason."""
+    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def activation_name(config: MoEConfig) -> str | None:
+    """The published name of the config's activation, or None if it has none."""
+    activation = as_activation(config.activation)
+    return next((name for name, preset in PRESETS.items() if preset == activation), None)
+
+
+def refuses_weight_on_input(problem: Problem) -> str | None:
+    """For those who weigh what experts give, not what they get."""
+    return "weighs the experts' output only" if problem.config.router.weight_on == "input" else None
+
+
+def only_on_cpu_forward(problem: Problem) -> str | None:
+    """For ops of a CPU library without gradients."""
+    if problem.device.type != "cpu":
+        return f"runs on cpu, not {problem.device.type}"
+    return "has no gradients" if problem.backward else None
+
+
+def trained_leaves(weights: MoEWeights, with_router: bool) -> tuple[Tensor, ...]:
+    """The floating-point tensors that a training step differentiates."""
+    of_router = () if weights.router is None else (weights.router.gate, weights.router.bias)
+    leaves = [leaf for leaf in leaves_of_weights(weights) if leaf is not None]
+    experts = [t for t in (weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias) if t is not None]
+    routers = [t for t in leaves if any(t is other for other in of_router)]
+    return tuple(experts + routers) if with_router else tuple(experts)
+
+
+def out_in(config: MoEConfig, weight: Tensor) -> Tensor:
+    """The weight as [E, out, in], contiguous; the same tensor if it is so already."""
+    return weight.transpose(1, 2).contiguous() if config.weight_layout == "in_out" else weight
+
+
+def interleaved(rows: Tensor) -> Tensor:
+    """Rows [E, 2 I, ...] of all gates, then all ups -> gate, up, gate, up, ...
+
+    >>> interleaved(torch.tensor([[0, 1, 10, 11]])).tolist()
+    [[0, 10, 1, 11]]
+    """
+    gate, up = rows.chunk(2, dim=1)
+    return torch.stack((gate, up), dim=2).flatten(1, 2)
+
+
+def packed(rows: Tensor) -> Tensor:
+    """The inverse of interleaved."""
+    return torch.cat((rows[:, 0::2], rows[:, 1::2]), dim=1)

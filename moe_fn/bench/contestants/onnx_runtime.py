@@ -1,0 +1,121 @@
+"""ONNX Runtime: its contrib op com.microsoft.MoE in a model of that one node (with the gate's product before it for the layer)."""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.bench.contestants.entry import (
+    Contestant,
+    Layer,
+    Run,
+    activation_name,
+    interleaved,
+    missing,
+    only_on_cpu_forward,
+    out_in,
+    refuses_weight_on_input,
+)
+from moe_fn.bench.contestants.routers import is_softmax, renormalizes
+from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.records import RouterWeights
+
+# The op's attributes. Its swiglu is gate * sigmoid(alpha * gate) * (up + beta), rows interleaved (swiglu_fusion=1);
+# its gelu is another than torch's (1e-4 apart), so it is left out.
+_ATTRIBUTES: dict[str, dict[str, object]] = {
+    "silu": {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0},
+    "swigluoai": {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 7.0},
+    "silu_no_mul": {"activation_type": "silu"},
+    "relu_no_mul": {"activation_type": "relu"},
+}
+_DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16"}
+
+
+def _weights(problem: Problem) -> dict[str, Tensor]:
+    config, weights = problem.config, problem.weights
+    gate_up, bias = out_in(config, weights.gate_up), weights.gate_up_bias
+    if activation_name(config) in ("silu", "swigluoai") and config.gate_up_layout == "packed":
+        gate_up, bias = interleaved(gate_up), None if bias is None else interleaved(bias)
+    found = {"gate_up": gate_up, "down": out_in(config, weights.down), "gate_up_bias": bias, "down_bias": weights.down_bias}
+    if problem.part == "layer":
+        router = weights.router or RouterWeights()
+        found |= {"gate": None if router.gate is None else router.gate.t().contiguous(), "gate_bias": router.bias}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _model(problem: Problem, weights: dict[str, Tensor]) -> Any:
+    onnx, helper = importlib.import_module("onnx"), importlib.import_module("onnx.helper")
+    config = problem.config
+    dtype = getattr(onnx.TensorProto, _DTYPES[problem.dtype])
+    inputs = {"x": config.hidden_size} | ({} if problem.part == "layer" else {"logits": config.num_experts})
+    nodes = []
+    if problem.part == "layer":
+        product = "product" if "gate_bias" in weights else "logits"
+        nodes.append(helper.make_node("MatMul", ["x", "gate"], [product]))
+        if "gate_bias" in weights:
+            nodes.append(helper.make_node("Add", ["product", "gate_bias"], ["logits"]))
+    biases = [name if name in weights else "" for name in ("gate_up_bias", "down_bias")]
+    attributes = _ATTRIBUTES[activation_name(config) or ""] | {"k": config.top_k}
+    attributes["normalize_routing_weights"] = int(renormalizes(config.router))
+    names = ["x", "logits", "gate_up", biases[0], "down", biases[1]]
+    nodes.append(helper.make_node("MoE", names, ["y"], domain="com.microsoft", **attributes))
+    graph = helper.make_graph(
+        nodes,
+        "moe",
+        [helper.make_tensor_value_info(name, dtype, ["tokens", width]) for name, width in inputs.items()],
+        [helper.make_tensor_value_info("y", dtype, ["tokens", config.hidden_size])],
+        [_outside(onnx, name, dtype, tensor) for name, tensor in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _outside(onnx: Any, name: str, dtype: int, tensor: Tensor) -> Any:
+    """An initializer whose values are handed over when the session is made: a model file holds 2 GB at most."""
+    proto = onnx.TensorProto(name=name, data_type=dtype, dims=tensor.shape, data_location=onnx.TensorProto.EXTERNAL)
+    location = proto.external_data.add()
+    location.key, location.value = "location", "memory"
+    return proto
+
+
+def _build(problem: Problem) -> Layer:
+    runtime = importlib.import_module("onnxruntime")
+    weights = _weights(problem)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = problem.threads
+    # Its threads would go on spinning while the next contestant is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    values = [runtime.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in weights.values()]
+    options.add_external_initializers(list(weights), values)
+    session = runtime.InferenceSession(_model(problem, weights).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def run(feeds: dict[str, Any]) -> Tensor:
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    def bind(token_input: TokenInput) -> Run:
+        feeds = {"x": token_input.x} | ({} if problem.part == "layer" else {"logits": token_input.logits})
+        return functools.partial(run, {name: tensor.numpy() for name, tensor in feeds.items()})
+
+    return Layer(bind=bind)
+
+
+def _refuses(problem: Problem, tokens: int) -> str | None:
+    config = problem.config
+    if problem.dtype not in _DTYPES:
+        return "its MoE op is for f32 and f16"
+    if not is_softmax(config.router):
+        return "its MoE op routes by softmax and top-k only"
+    if activation_name(config) not in _ATTRIBUTES:
+        return f"its MoE op does not have this activation, {config.activation}"
+    return only_on_cpu_forward(problem) or refuses_weight_on_input(problem)
+
+
+ONNX_RUNTIME = Contestant(
+    name="onnxruntime",
+    installed=functools.partial(missing, "onnxruntime", "onnx"),
+    refuses=_refuses,
+    build=_build,
+    copies=2,  # interleaved, and packed by the session
+)

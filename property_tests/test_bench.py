@@ -1,0 +1,251 @@
+"""The benchmark's own arithmetic, words and honesty; its numbers are nobody's business here."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_fn.bench.__main__ import main
+from moe_fn.bench.checking import expected_of, relative_error
+from moe_fn.bench.combination import Cell, Combination, Outcome, Result, run_combination
+from moe_fn.bench.contestants import CONTESTANTS, contestants_of_names
+from moe_fn.bench.contestants.entry import Contestant, Layer, interleaved, packed
+from moe_fn.bench.floor import Reader, floor_ms, product_flops, read_bytes
+from moe_fn.bench.models import MODELS, Model, matrices, model_of_name, model_of_shape
+from moe_fn.bench.problem import INPUTS, distinct_experts, problem_of_model, token_inputs, weight_bytes
+from moe_fn.bench.report import gemm_rate, markdown, summary
+from moe_fn.bench.timing import TURNS, take_turns
+from moe_fn.config import MoEConfig
+
+SHAPE = "8,2,64,32"
+CPU = torch.device("cpu")
+
+
+def small(model: Model) -> Model:
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, hidden_size=64, intermediate_size=32))
+
+
+def combination(tokens: tuple[int, ...] = (1, 3)) -> Combination:
+    return Combination(
+        model=model_of_shape(SHAPE), dtype="f32", device="cpu", threads=1, part="experts", backward=False, tokens=tokens, seconds=0
+    )
+
+
+def row(name: str, layer: Layer | Exception, refuses: str | None = None, absent: str | None = None) -> Contestant:
+    def build(problem: object) -> Layer:
+        if isinstance(layer, Exception):
+            raise layer
+        return layer
+
+    return Contestant(name=name, installed=lambda: absent, refuses=lambda problem, tokens: refuses, build=build)
+
+
+WRONG = Layer(bind=lambda token_input: lambda: token_input.x)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> object:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_table_holds_the_shapes_that_were_asked_for() -> None:
+    names = [model.name for model in MODELS]
+    assert len(set(names)) == len(names) >= 17
+    sizes = {m.name: (m.config.num_experts, m.config.top_k, m.config.hidden_size, m.config.intermediate_size) for m in MODELS}
+    assert sizes["qwen3-30b-a3b"] == (128, 8, 2048, 768)
+    assert sizes["olmoe"] == (64, 8, 2048, 1024)
+    assert sizes["mixtral-half"] == (8, 2, 2048, 7168)
+    assert sizes["gpt-oss-1440"] == (32, 4, 1440, 1440)
+    assert model_of_name("gpt-oss-1440").biases
+    assert all(isinstance(model.config, MoEConfig) for model in MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_every_model_is_right_with_its_own_router(model: Model) -> None:
+    problem = problem_of_model(small(model), torch.float32, CPU, 1, "layer", False)
+    token_input = token_inputs(problem, 3)[0]
+    (ours,) = contestants_of_names("moe_fn eager")
+    y = ours.build(problem).bind(token_input)()
+    assert relative_error(y, expected_of(problem, token_input).y) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["experts", "layer"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_torch_alone_is_right(part: str, backward: bool) -> None:
+    only = dataclasses.replace(combination((3,)), part=part, backward=backward)
+    (cell,) = run_combination(only, contestants_of_names("moe_fn eager,torch grouped_mm"), lambda what: None).cells
+    assert [outcome.status for outcome in cell.outcomes.values()] == ["timed", "timed"]
+
+
+def test_a_tiny_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out.json"
+    names = "moe_fn eager,torch grouped_mm"
+    assert main(["--shape", SHAPE, "--tokens", "1,3", "--dtype", "f32", "--seconds", "0", "--contestants", names, "--json", str(path)]) == 0
+    written = json.loads(path.read_text())
+    assert set(written) == {"machine", "options", "left_out", "results"}
+    assert {"cpu", "cores", "versions", "commit", "date"} <= set(written["machine"])
+    (result,) = written["results"]
+    assert {"model", "config", "dtype", "threads", "part", "backward", "gemm_gflops", "gemm_rate_gflops", "read_with"} <= set(result)
+    assert [cell["tokens"] for cell in result["cells"]] == [1, 3]
+    for cell in result["cells"]:
+        assert cell["floor_ms"] > 0
+        assert cell["best_other"] == "torch grouped_mm"
+        for outcome in cell["outcomes"].values():
+            assert outcome["status"] == "timed"
+            assert outcome["error"] < 1e-5
+            assert outcome["turns"] >= TURNS
+            assert 0 < outcome["least_ms"] <= outcome["median_ms"]
+    out = capsys.readouterr().out
+    assert "| tokens | floor | moe_fn eager | torch grouped_mm | share of floor | best other / moe_fn eager |" in out
+    assert "| geomean |" in out
+
+
+def test_a_wrong_contestant_is_called_wrong_and_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    table = (*contestants_of_names("moe_fn eager"), row("planted", WRONG))
+    assert main(["--shape", SHAPE, "--tokens", "3", "--dtype", "f32", "--seconds", "0"], table) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"\| 3 \| [\d.]+ \| [\d.]+ \| wrong \|", out)
+    assert re.search(r"- planted: wrong, y is \S+ from the reference; expected at most 1e-05", out)
+
+
+def test_nan_is_wrong() -> None:
+    nan = Layer(bind=lambda token_input: lambda: torch.full_like(token_input.x, torch.nan))
+    (cell,) = run_combination(combination((3,)), (row("nan", nan),), lambda what: None).cells
+    assert cell.outcomes["nan"].status == "wrong"
+
+
+def test_a_wrong_gradient_is_wrong() -> None:
+    ours = contestants_of_names("moe_fn eager")[0]
+
+    def build(problem: object) -> Layer:
+        right = ours.build(problem)
+
+        def bind(token_input: object) -> object:
+            run = right.bind(token_input)
+            return lambda: _right_forward_wrong_backward(run())
+
+        return Layer(bind=bind, leaves=right.leaves)
+
+    planted = dataclasses.replace(ours, name="planted", build=build)
+    only = dataclasses.replace(combination((3,)), backward=True)
+    (cell,) = run_combination(only, (ours, planted), lambda what: None).cells
+    assert [cell.outcomes[name].status for name in ("moe_fn eager", "planted")] == ["timed", "wrong"]
+    assert "gradient of x" in (cell.outcomes["planted"].reason or "")
+
+
+def _right_forward_wrong_backward(y: Tensor) -> Tensor:
+    return y.detach() + 2 * (y - y.detach())
+
+
+def test_who_is_absent_refuses_or_fails_is_named_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    table = (
+        *contestants_of_names("moe_fn eager"),
+        row("absent", WRONG, absent="not installed: absent"),
+        row("refuser", WRONG, refuses="only on Sundays"),
+        row("broken", RuntimeError("it fell")),
+    )
+    assert main(["--shape", SHAPE, "--tokens", "3", "--dtype", "f32", "--seconds", "0"], table) == 0
+    captured = capsys.readouterr()
+    assert "absent is left out: not installed: absent" in captured.err
+    assert "absent is left out: not installed: absent" in captured.out
+    assert "- refuser: only on Sundays" in captured.out
+    assert "- broken: failed, RuntimeError: it fell" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "8,2,64"], "--shape 8,2,64: expected four integers E,k,H,I"),
+        (["--shape", "8,9,64,32"], "top_k=9; expected at most the 8 experts"),
+        (["--model", "gpt-7"], "--model gpt-7: expected some of mixtral-8x7b"),
+        (["--tokens", "1,x"], "--tokens 1,x: expected positive integers"),
+        (["--tokens", "0"], "--tokens 0: expected positive integers"),
+        (["--threads", ""], "--threads : expected positive integers"),
+        (["--dtype", "f64"], "--dtype f64: expected some of bf16, f16, f32"),
+        (["--device", "tpu"], "--device tpu: expected cpu or cuda"),
+        (["--contestants", "nobody"], "--contestants nobody: expected all, or some of moe_fn"),
+        (["--part", "router"], "argument --part"),
+        (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: the folder does not exist"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_list_names_every_model_and_contestant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in [m.name for m in MODELS] + [c.name for c in CONTESTANTS])
+
+
+def test_the_floor_is_its_formula() -> None:
+    config = model_of_name("qwen3-30b-a3b").config
+    expert = 3 * 2048 * 768
+    assert read_bytes(config, 8, torch.bfloat16, backward=False) == 8 * expert * 2
+    assert read_bytes(config, 8, torch.float32, backward=True) == (2 * 8 + 128) * expert * 4
+    assert product_flops(config, 4, backward=False) == 4 * 8 * 6 * 2048 * 768
+    assert product_flops(config, 4, backward=True) == 3 * 4 * 8 * 6 * 2048 * 768
+    assert floor_ms(2.0, 9e9, 1000.0) == 9.0
+    assert floor_ms(12.0, 9e9, 1000.0) == 12.0
+    ungated = model_of_name("nemotron-3-nano").config
+    assert (matrices(config), matrices(ungated)) == (3, 2)
+    assert weight_bytes(ungated, torch.bfloat16) == 128 * 2 * 2688 * 1856 * 2
+
+
+def test_the_best_rate_of_the_run_counts_and_ratios_are_against_it() -> None:
+    def result(rate: float) -> Result:
+        outcomes = {"moe_fn eager": Outcome(status="timed", median_ms=4.0), "torch grouped_mm": Outcome(status="timed", median_ms=6.0)}
+        cell = Cell(tokens=1, distinct_experts=2, bytes=1e6, read_ms=1.0, flops=2e9, outcomes=outcomes)
+        return Result(combination=combination(), gemm_gflops={"torch.mm": (rate,)}, read_with="torch.sum", cells=(cell,))
+
+    results, rows = (result(500.0), result(1000.0)), contestants_of_names("moe_fn eager,torch grouped_mm")
+    assert gemm_rate(results[0], results) == 1000.0
+    one = summary(results[0].cells[0], 1000.0, rows)
+    assert one == {"floor_ms": 2.0, "share_of_floor": 0.5, "best_other": "torch grouped_mm", "best_other_over_ours": 1.5}
+    assert "share of floor 0.50, best other / ours 1.50" in markdown(results, rows, {})
+
+
+def test_turns_alternate_and_rotate() -> None:
+    order: list[tuple[str, int]] = []
+    runs = {name: lambda turn, name=name: lambda: order.append((name, turn)) for name in "ab"}
+    times = take_turns(runs, lambda run: (run(), 1.0)[1], seconds=0, inputs=1)  # type: ignore[func-returns-value]
+    assert order[:6] == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    assert {name: len(values) for name, values in times.items()} == {"a": TURNS, "b": TURNS}
+
+
+def test_the_floor_reads_so_many_bytes_at_other_places_each_turn() -> None:
+    seen: list[tuple[int, int]] = []
+    reader = Reader(name="", buffer=torch.zeros(256), read=lambda buffer, first, count: seen.append((first, count)))
+    for turn in range(4):
+        reader.run_of_turn(turn, 400)()  # 384, in whole cache lines, of 1024
+    assert seen == [(0, 384), (384, 384), (768, 256), (0, 128), (128, 384)]
+
+
+def test_inputs_differ_and_so_do_their_experts() -> None:
+    problem = problem_of_model(model_of_shape(SHAPE), torch.float32, CPU, 1, "experts", False)
+    inputs = token_inputs(problem, 2)
+    assert len({tuple(token_input.routing.expert_ids.flatten().tolist()) for token_input in inputs}) > INPUTS // 2
+    assert all(2 <= distinct_experts(token_input) <= 4 for token_input in inputs)
+    assert not torch.equal(problem.weights.gate_up[0], problem.weights.gate_up[1])
+
+
+def test_interleaved_and_packed_are_inverse() -> None:
+    rows = torch.arange(24).view(2, 6, 2)
+    assert torch.equal(packed(interleaved(rows)), rows)
+
+
+def test_importing_the_package_does_not_import_the_benchmark() -> None:
+    code = "import sys, moe_fn; sys.exit(any(name.startswith('moe_fn.bench') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
