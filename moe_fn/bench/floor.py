@@ -25,6 +25,9 @@ LEAST_BUFFER_BYTES = 2**26
 class Probes(Protocol):
     """What the native library measures with."""
 
+    def empty(self, num_bytes: int) -> Tensor:
+        """Memory to read, in huge pages where there are any."""
+
     def read(self, tensor: Tensor, first_byte: int, num_bytes: int) -> int:
         """Reads so many bytes of the tensor with all threads; a checksum."""
 
@@ -62,11 +65,10 @@ def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
     size = min(BUFFER_BYTES, max(LEAST_BUFFER_BYTES, 16 * num_bytes)) // 64 * 64
     if device.type == "cuda":  # where a buffer of the cache's size would flatter the memory
         size = BUFFER_BYTES
-    buffer = torch.ones(size // 4, device=device)
     probes = native_probes() if device.type == "cpu" else None
     if probes is None:
-        return Reader(name="torch.sum", buffer=buffer, read=_sum)
-    return Reader(name="native", buffer=buffer, read=probes.read)
+        return Reader(name="torch.sum", buffer=torch.ones(size // 4, device=device), read=_sum)
+    return Reader(name="native", buffer=probes.empty(size).fill_(1), read=probes.read)
 
 
 def native_probes() -> Probes | None:

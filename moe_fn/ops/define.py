@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
@@ -48,7 +49,7 @@ def define_op(
     if "=" in schema:
         raise ValueError(f"define_op: {schema}: expected no defaults, the dispatcher drops arguments that equal theirs")
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op: Callable[..., Any] = getattr(torch.ops.moe_fn, name).default
+    op: Any = getattr(torch.ops.moe_fn, name).default
 
     def at_rest(*args: Any) -> Any:
         with torch._C._ForceDispatchKeyGuard(*_AT_REST), torch.no_grad():
@@ -62,11 +63,20 @@ def define_op(
     function = _single_level_function(name, op, backward, jvp, visible)
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        with enable_single_level_autograd_function():  # always, not only if something requires grad: jvp would lose tangents
+        if visible is None and _nothing_to_differentiate(args):
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)  # 50 us less than the function below
+        with enable_single_level_autograd_function():
             return function.apply(keyset, *args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     return op
+
+
+def _nothing_to_differentiate(args: tuple[Any, ...]) -> bool:
+    """No transform is active (forward mode would lose its tangents), and nothing requires a gradient."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args))
 
 
 def _trace_as(name: str, visible: Kernel) -> None:

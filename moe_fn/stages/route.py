@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_fn.backends import backend_of
 from moe_fn.checking import check_routing_inputs
 from moe_fn.config import GroupConfig, MoEConfig, RouterConfig
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.grouped import GROUPED
 from moe_fn.records import MoEWeights, RouterWeights, Routing
 
 
@@ -90,7 +92,12 @@ def router_logits(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
     if router is None or router.gate is None:
         raise ValueError("moe_forward: logits is None and weights.router.gate too; expected one of them")
     dtype = accumulation_dtype(x.dtype) if config.router.gate_dtype == "float32" else x.dtype
-    logits = x.to(dtype) @ router.gate.to(dtype).t()
+    x, gate = x.to(dtype), router.gate.to(dtype)
+    if backend_of(config, x) == "native":  # a product with one expert: at 1 token torch's own, on one core, costs 100 us more
+        ends = torch.full((1,), x.shape[0], dtype=torch.int32)
+        logits = GROUPED["native"].matmul(x, gate.unsqueeze(0), ends, True)
+    else:
+        logits = x @ gate.t()
     return logits if router.bias is None else logits + router.bias.to(dtype)
 
 
@@ -135,8 +142,18 @@ def _norm(router: RouterConfig, weights: Tensor) -> Tensor:
 
 
 def _best(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest, descending, ties to the lowest: a stable sort, for topk promises nothing about ties."""
-    return values.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, count)
+    """Indices of the `count` largest, descending, ties to the lowest, for which topk promises nothing: so no two keys are alike.
+
+    A key is the number's bits, made to order as integers do, above the index counted from the end. A stable sort (float64, whose bits
+    leave no room) takes five times as long: 2.5 ms for 1024 tokens of 128 experts.
+    """
+    if values.dtype == torch.float64:
+        return values.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, count)
+    bits = (values.to(torch.float32) + 0.0).view(torch.int32)  # + 0: -0 is as large as 0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    from_the_end = torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
+    best: Tensor = ((ordered << 32) + from_the_end).topk(count, -1).indices
+    return best
 
 
 def _candidates(values: Tensor) -> Tensor:

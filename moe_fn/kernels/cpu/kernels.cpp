@@ -123,7 +123,7 @@ void second_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, 
   const int64_t sums_size = int64_t(plan.most_rows) * PANEL * (block_steps(steps) == steps ? 1 : per + 1);
   std::atomic<int> counter{0};
   pool([&](int) {
-    Buffer all = buffer(q.tokens * ldo), sums = buffer(sums_size), scratch = buffer(w.prepared ? 0 : int64_t(block_steps(steps)) * PANEL);
+    Buffer all = buffer(q.tokens * ldo), sums = buffer(sums_size), scratch = buffer(scratch_floats(w));
     float* y = all.get();
     for (int task = counter++, following; task < tasks; task = following) {
       following = counter++;
@@ -210,21 +210,37 @@ void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight&
 
 namespace {
 
-// Columns [start, start + count) of rows row(0..inner) as packed rows of one block: the transposed left side of an outer product.
+// Columns [start, start + count) of rows row(0 .. inner), `width` wide, as packed rows of one block: the left side of an outer product.
 template <class D, class Row>
-void pack_columns(Row row, int64_t inner, int64_t start, int count, int padded, float* out) {
+void pack_columns(Row row, int64_t inner, int64_t width, int64_t start, int count, int padded, float* out) {
   using Element = typename D::Element;
-  for (int s = 0; s < padded; s++) {
-    float* to = out + int64_t(s / CHUNK) * count * CHUNK + s % CHUNK;
-    const int64_t r = int64_t(s) * D::PER_DWORD;
-    for (int i = 0; i < count; i++) {
-      float dword = 0;
-      if (r < inner) std::memcpy(&dword, (const Element*)row(r) + start + i, sizeof(Element));
-      if (D::PER_DWORD == 2 && r + 1 < inner) std::memcpy((char*)&dword + sizeof(Element), (const Element*)row(r + 1) + start + i, sizeof(Element));
-      to[i * CHUNK] = dword;
+  auto one = [&](int s) { const int64_t r = int64_t(s) * D::PER_DWORD; return r < inner ? (const Element*)row(r) + start : nullptr; };
+  auto two = [&](int s) { const int64_t r = int64_t(s) * D::PER_DWORD + 1; return D::PER_DWORD == 2 && r < inner ? (const Element*)row(r) + start : nullptr; };
+  for (int s0 = 0; s0 < padded; s0 += WIDTH) {
+    float* to = out + int64_t(s0 / CHUNK) * count * CHUNK + s0 % CHUNK;
+    for (int i0 = 0; i0 < count; i0 += WIDTH) {
+      const int here = std::min(WIDTH, count - i0);
+      if (start + i0 + WIDTH <= width) {  // a whole vector of columns lies in the row, though not all of it is asked for
+        vec x[WIDTH];
+        for (int s = 0; s < WIDTH; s++) x[s] = one(s0 + s) ? step_of_rows<D>(one(s0 + s) + i0, two(s0 + s) ? two(s0 + s) + i0 : nullptr) : vec{};
+        if (here == WIDTH) {
+          transpose(x, to + i0 * CHUNK, CHUNK);
+        } else {
+          float all[WIDTH * WIDTH];
+          transpose(x, all, WIDTH);
+          for (int i = 0; i < here; i++) store(to + (i0 + i) * CHUNK, load(all + i * WIDTH));
+        }
+      } else {
+        for (int s = 0; s < WIDTH; s++)
+          for (int i = 0; i < here; i++)
+            to[(i0 + i) * CHUNK + s] = one(s0 + s) ? dword_of_rows<D>(one(s0 + s) + i0 + i, two(s0 + s) ? two(s0 + s) + i0 + i : nullptr) : 0.f;
+      }
     }
   }
 }
+
+// One task of an outer product: rows [first, last) of the result of one expert, panels [first_panel, last_panel).
+struct OuterTask { int64_t expert, first, last; int first_panel, last_panel; };
 
 }  // namespace
 
@@ -236,54 +252,55 @@ void grouped_outer(const Pool& pool, Type type, const void* left, int64_t m, con
     const Plan plan = plan_of_groups(groups, 1 << 30);  // one chunk an expert
     const int64_t experts = groups.count / groups.segments * groups.weight_sets;
     Element* to = static_cast<Element*>(out);
-    std::vector<int> chunk_of_expert(experts, -1);
-    int64_t most = 0;
-    for (int c = 0; c < int(plan.chunks.size()); c++) {
-      chunk_of_expert[plan.chunks[c].expert] = c;
-      most = std::max<int64_t>(most, plan.chunks[c].rows);
-    }
-    const int most_steps = round_up(int(std::min<int64_t>((most + D::PER_DWORD - 1) / D::PER_DWORD, BLOCK_STEPS)), CHUNK);
-    // 256 KB of packed rows and 128 KB of sums: a task is `rows` of m times 8 panels.
-    const int rows = int(std::min<int64_t>(std::clamp(256 * 256 / std::max(most_steps, 1) / MAX_ROWS, 1, 16) * int64_t(MAX_ROWS), round_up(int(m), MAX_ROWS)));
-    constexpr int PANELS = 8;
+    std::vector<const Chunk*> chunk_of_expert(experts, nullptr);
+    for (const Chunk& chunk : plan.chunks) chunk_of_expert[chunk.expert] = &chunk;
+    const int64_t steps_of_most = (plan.most_rows + D::PER_DWORD - 1) / D::PER_DWORD;
+    const int most = round_up(int(steps_of_most), CHUNK);
     const Weight shape{nullptr, 0, n, 0, int(sizeof(Element)), false, false, false, false};
-    const int64_t row_tasks = (m + rows - 1) / rows, panel_tasks = (shape.panels() + PANELS - 1) / PANELS, tasks = experts * row_tasks * panel_tasks;
+    // Both sides are laid once a task: `rows` of the left one at a time (256 KB, in L2), a group of panels of the right one (4 MB).
+    const int rows = std::clamp(256 * 256 / std::max(most, 1) / MAX_ROWS, 1, 16) * MAX_ROWS;
+    const int panels_at_once = int(std::clamp<int64_t>((4 << 20) / (int64_t(std::max(most, 1)) * PANEL * 4), 1, shape.panels()));
+    const int64_t parts = std::clamp<int64_t>((8 * pool.workers + experts - 1) / std::max<int64_t>(experts, 1), 1, (m + rows - 1) / rows);
+    std::vector<OuterTask> tasks;
+    for (int64_t e = 0; e < experts; e++)
+      for (int64_t part = 0; part < parts; part++)
+        for (int p = 0; p < shape.panels(); p += panels_at_once)
+          tasks.push_back({e, m * part / parts, m * (part + 1) / parts, p, std::min(p + panels_at_once, shape.panels())});
     std::atomic<int64_t> counter{0};
     pool([&](int) {
-      Buffer packed = buffer(int64_t(rows) * most_steps), sums = buffer(int64_t(rows) * PANEL * PANELS), panel = buffer(int64_t(most_steps) * PANEL);
-      for (int64_t task = counter++; task < tasks; task = counter++) {
-        const int64_t expert = task / (row_tasks * panel_tasks), i0 = task / panel_tasks % row_tasks * rows;
-        const int first = int(task % panel_tasks) * PANELS, last = std::min(first + PANELS, shape.panels());
-        const int here = int(std::min<int64_t>(rows, m - i0));
-        Element* result = to + expert * m * n;
-        const int c = chunk_of_expert[expert];
-        const int64_t inner = c < 0 ? 0 : plan.chunks[c].rows, steps = (inner + D::PER_DWORD - 1) / D::PER_DWORD;
-        if (!inner) {
-          for (int i = 0; i < here; i++) {
-            const int64_t column = int64_t(first) * PANEL;
-            std::memset(result + (i0 + i) * n + column, 0, size_t(std::min<int64_t>(n - column, PANELS * PANEL)) * sizeof(Element));
-          }
+      Buffer packed = buffer(int64_t(rows) * most), panels = buffer(int64_t(panels_at_once) * most * PANEL), sum = buffer(MAX_ROWS * PANEL);
+      for (int64_t t = counter++; t < int64_t(tasks.size()); t = counter++) {
+        const OuterTask& task = tasks[t];
+        Element* result = to + task.expert * m * n;
+        const int64_t column = int64_t(task.first_panel) * PANEL, columns = std::min<int64_t>(n, int64_t(task.last_panel) * PANEL) - column;
+        const Chunk* chunk = chunk_of_expert[task.expert];
+        if (!chunk) {
+          for (int64_t i = task.first; i < task.last; i++) std::memset(result + i * n + column, 0, size_t(columns) * sizeof(Element));
           continue;
         }
-        const int64_t* source = plan.source.data() + plan.chunks[c].start;
-        auto row_of = [&](const void* x, int64_t width) {
-          return [=](int64_t r) { return static_cast<const char*>(x) + source[r] * width * int64_t(sizeof(Element)); };
-        };
-        for (int64_t k = 0; k < steps; k += BLOCK_STEPS) {
-          const int steps_here = int(std::min<int64_t>(BLOCK_STEPS, steps - k)), padded = round_up(steps_here, CHUNK);
-          auto left_row = row_of(left, m), right_row = row_of(right, n);
+        const int64_t inner = chunk->rows, *source = plan.source.data() + chunk->start;
+        const int steps = int((inner + D::PER_DWORD - 1) / D::PER_DWORD), padded = round_up(steps, CHUNK);
+        auto left_row = [&](int64_t r) { return static_cast<const char*>(left) + source[r] * m * int64_t(sizeof(Element)); };
+        auto right_row = [&](int64_t r) { return static_cast<const char*>(right) + source[r] * n * int64_t(sizeof(Element)); };
+        for (int p = task.first_panel; p < task.last_panel; p += PANELS_AT_ONCE) {
+          const int together = std::min(PANELS_AT_ONCE, task.last_panel - p);
+          Columns from[PANELS_AT_ONCE];
+          for (int i = 0; i < together; i++) from[i] = columns_of(shape, p + i);
+          lay_rows<D>(from, together, inner, right_row, 0, steps, panels.get() + int64_t(p - task.first_panel) * steps * PANEL);
+        }
+        for (int64_t i0 = task.first; i0 < task.last; i0 += rows) {
+          const int here = int(std::min<int64_t>(rows, task.last - i0));
           for (int i = 0; i < here; i += MAX_ROWS)
-            pack_columns<D>([&](int64_t r) { return left_row(r + k * D::PER_DWORD); }, inner - k * D::PER_DWORD, i0 + i, std::min(MAX_ROWS, here - i), padded,
-                            packed.get() + int64_t(i) * padded);
-          for (int p = first; p < last; p++) {
-            lay_rows<D>(columns_of(shape, p), inner, right_row, int(k), steps_here, panel.get());
+            pack_columns<D>(left_row, inner, m, i0 + i, std::min(MAX_ROWS, here - i), padded, packed.get() + int64_t(i) * padded);
+          for (int p = task.first_panel; p < task.last_panel; p++) {
+            const float* panel = panels.get() + int64_t(p - task.first_panel) * steps * PANEL;
             for (int i = 0; i < here; i += MAX_ROWS) {
               const int count = std::min(MAX_ROWS, here - i);
-              float* sum = sums.get() + (int64_t(p - first) * rows + i) * PANEL;
-              tiles<D>.of[count](packed.get() + int64_t(i) * padded, panel.get(), steps_here, sum, k > 0, nullptr, 0);
-              if (k + steps_here == steps)
-                for (int r = 0; r < count; r++)
-                  store_columns<D>(result + (i0 + i + r) * n + int64_t(p) * PANEL, sum + r * PANEL, int(std::min<int64_t>(PANEL, n - int64_t(p) * PANEL)));
+              for (int k = 0; k < steps; k += BLOCK_STEPS)
+                tiles<D>.of[count](packed.get() + int64_t(i) * padded + int64_t(k) * count, panel + int64_t(k) * PANEL, std::min(BLOCK_STEPS, steps - k), sum.get(), k > 0,
+                                   nullptr, 0);
+              for (int r = 0; r < count; r++)
+                store_columns<D>(result + (i0 + i + r) * n + int64_t(p) * PANEL, sum.get() + r * PANEL, int(std::min<int64_t>(PANEL, n - int64_t(p) * PANEL)));
             }
           }
         }

@@ -33,11 +33,9 @@ static inline Columns columns_of(const Weight& w, int panel) {
   return {{first, pairs + first}, 1, {n, n}};
 }
 
-// out[j * ldo + i] = in[i][j] for WIDTH x WIDTH dwords.
-static inline void transpose(const char* const* in, float* out, int64_t ldo) {
-  vec x[WIDTH], y[WIDTH];
-#pragma GCC unroll 16
-  for (int i = 0; i < WIDTH; i++) x[i] = load(in[i]);
+// out[j * ldo + i] = x[i][j] for WIDTH x WIDTH dwords; x is spoiled.
+static inline void transpose(vec* x, float* out, int64_t ldo) {
+  vec y[WIDTH];
 #pragma GCC unroll 4
   for (int stage = 1; stage < WIDTH; stage *= 2) {
 #pragma GCC unroll 8
@@ -57,12 +55,17 @@ static inline void lay_transposed(const Weight& w, const char* matrix, const Col
       const int there = std::clamp(from.count[half] - c0, 0, WIDTH);
       float* to = out + half * (PANEL / 2) + c0;
       auto row = [&](int i) { return matrix + (from.start[half] + int64_t(c0 + i) * from.stride) * row_bytes + int64_t(first) * 4; };
+      const int64_t following = WIDTH * from.stride * row_bytes;  // as in `dot`
       int s = 0;
       if (there == WIDTH)
         for (; s + WIDTH <= count && (int64_t(first) + s + WIDTH) * 4 <= row_bytes; s += WIDTH) {
-          const char* in[WIDTH];
-          for (int i = 0; i < WIDTH; i++) in[i] = row(i) + int64_t(s) * 4;
-          transpose(in, to + int64_t(s) * PANEL, PANEL);
+          vec x[WIDTH];
+#pragma GCC unroll 16
+          for (int i = 0; i < WIDTH; i++) {
+            x[i] = load(row(i) + int64_t(s) * 4);
+            __builtin_prefetch(row(i) + int64_t(s) * 4 + following, 0, 2);
+          }
+          transpose(x, to + int64_t(s) * PANEL, PANEL);
         }
       for (; s < count; s++)
         for (int i = 0; i < WIDTH; i++) {
@@ -73,41 +76,51 @@ static inline void lay_transposed(const Weight& w, const char* matrix, const Col
     }
 }
 
-// Half a panel's dwords of one step from [inner, columns] rows: `one` is the row of the step, `two` the next one (bfloat16 pairs) or null.
+// WIDTH dwords of one step from rows as they lie: `one` is the row of the step, `two` the next one (bfloat16 pairs) or null.
+template <class D>
+inline vec step_of_rows(const typename D::Element* one, const typename D::Element* two) {
+  if constexpr (D::PER_DWORD == 1) {
+    return load(one);
+  } else {
+    const vec hi = two ? D::load(two) : vec{};
+    return (vec)((veci)hi | (((veci)D::load(one) >> 16) & 0xffff));
+  }
+}
+template <class D>
+inline float dword_of_rows(const typename D::Element* one, const typename D::Element* two) {
+  float dword = 0;
+  std::memcpy(&dword, one, sizeof *one);
+  if (D::PER_DWORD == 2 && two) std::memcpy((char*)&dword + sizeof *two, two, sizeof *two);
+  return dword;
+}
+
+// Half a panel's dwords of one step from [inner, columns] rows.
 template <class D>
 inline void lay_step(const char* one, const char* two, int64_t start, int stride, int there, float* out) {
   constexpr int half = PANEL / 2;
   using Element = typename D::Element;
   const Element *x = (const Element*)one + start, *y = two ? (const Element*)two + start : nullptr;
   if (there == half && stride == 1) {
-    for (int c = 0; c < half; c += WIDTH) {
-      if constexpr (D::PER_DWORD == 1) {
-        store(out + c, load(x + c));
-      } else {
-        vec hi = y ? D::load(y + c) : vec{};
-        store(out + c, (vec)((veci)hi | (veci)((__builtin_convertvector((veci)D::load(x + c), veci) >> 16) & 0xffff)));
-      }
-    }
+    for (int c = 0; c < half; c += WIDTH) store(out + c, step_of_rows<D>(x + c, y ? y + c : nullptr));
     return;
   }
   for (int c = 0; c < half; c++) {
-    float dword = 0;
-    if (c < there) {
-      std::memcpy(&dword, x + int64_t(c) * stride, sizeof(Element));
-      if (y) std::memcpy((char*)&dword + sizeof(Element), y + int64_t(c) * stride, sizeof(Element));
-    }
-    out[c] = dword;
+    const int64_t i = int64_t(c) * stride;
+    out[c] = c < there ? dword_of_rows<D>(x + i, y ? y + i : nullptr) : 0.f;
   }
 }
 
-// The panel of the rows that row(r) gives, r from `first` steps on: [inner, columns] weights, or the right side of an outer product.
+// Panels of the rows that row(r) gives, r from `first` steps on: of [inner, columns] weights, or of the right side of an outer product.
+// Several at once, for a row's next columns are a page away in memory: one by one, every line of a panel is a TLB miss.
+constexpr int PANELS_AT_ONCE = 4;
 template <class D, class Row>
-inline void lay_rows(const Columns& from, int64_t inner, Row row, int first, int count, float* out) {
+inline void lay_rows(const Columns* from, int panels, int64_t inner, Row row, int first, int count, float* out) {
   for (int s = 0; s < count; s++) {
     const int64_t r = (int64_t(first) + s) * D::PER_DWORD;
     const char *one = row(r), *two = D::PER_DWORD == 2 && r + 1 < inner ? row(r + 1) : nullptr;
-    for (int half = 0; half < 2; half++)
-      lay_step<D>(one, two, from.start[half], from.stride, from.count[half], out + int64_t(s) * PANEL + half * (PANEL / 2));
+    for (int p = 0; p < panels; p++)
+      for (int half = 0; half < 2; half++)
+        lay_step<D>(one, two, from[p].start[half], from[p].stride, from[p].count[half], out + (int64_t(p) * count + s) * PANEL + half * (PANEL / 2));
   }
 }
 
@@ -120,14 +133,21 @@ struct Panels {
   const char* matrix;
   Panels(const Weight& w, int64_t expert) : w(w), matrix(w.data + expert * w.expert_bytes) {}
   const float* at(int panel, int first) const { return (const float*)matrix + (int64_t(panel) * w.steps() + first) * PANEL; }  // prepared
-  const float* get(int panel, int first, int count, float* scratch) const {
+  int at_once() const { return w.prepared || w.transposed ? 1 : PANELS_AT_ONCE; }
+  // Panel `panel` of a walk from begin to end, at steps [first, first + count); the scratch keeps what was laid with the one before.
+  const float* get(int panel, int begin, int end, int first, int count, float* scratch) const {
     if (w.prepared) return at(panel, first);
-    const Columns from = columns_of(w, panel);
-    if (w.transposed)
-      lay_transposed(w, matrix, from, first, count, scratch);
-    else
-      lay_rows<D>(from, w.inner, [&](int64_t r) { return matrix + r * w.columns * w.element; }, first, count, scratch);
-    return scratch;
+    if (w.transposed) {
+      lay_transposed(w, matrix, columns_of(w, panel), first, count, scratch);
+      return scratch;
+    }
+    const int ahead = (panel - begin) % PANELS_AT_ONCE, here = std::min(PANELS_AT_ONCE, end - panel);
+    if (ahead == 0) {
+      Columns from[PANELS_AT_ONCE];
+      for (int p = 0; p < here; p++) from[p] = columns_of(w, panel + p);
+      lay_rows<D>(from, here, w.inner, [&](int64_t r) { return matrix + r * w.columns * w.element; }, first, count, scratch);
+    }
+    return scratch + int64_t(ahead) * count * PANEL;
   }
   bool suits_dots(int64_t rows) const { return !w.prepared && w.transposed && rows <= DOTS_UNTIL; }
   const char* column(const Columns& from, int c) const {

@@ -71,8 +71,11 @@ static inline int block_steps(int steps) {
   const int blocks = (steps + 511) / 512;
   return round_up((steps + blocks - 1) / blocks, CHUNK);
 }
+static inline int64_t scratch_floats(const Weight& w) {
+  return w.prepared ? 0 : int64_t(block_steps(w.steps())) * PANEL * (w.transposed ? 1 : PANELS_AT_ONCE);
+}
 static inline int chunk_rows(const Weight& w) {  // 512 KB of packed rows, half of L2
-  return std::max(2 * MAX_ROWS, 512 * 256 / std::min(w.steps(), 768));
+  return std::max(2 * MAX_ROWS, (w.prepared ? 1 : 2) * 512 * 256 / std::min(w.steps(), 768));
 }
 
 // One chunk times panels [first, last): rows(b) are the packed rows of block b; before(panel, b) runs ahead of the tile that finishes, and
@@ -94,12 +97,12 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
     return;
   }
   // Panels outside and blocks of steps inside if there is one block (of steps or of rows); else the other way round: rows stay in L2.
-  const bool panels_outside = count == 1 || block == steps;
+  const bool panels_outside = block == steps || (count == 1 && panels.at_once() == 1);
   const int per = (8 + count - 1) / count;  // lines to prefetch per 4 steps of one tile
   auto one = [&](int p, int k) {
     const int steps_here = std::min(block, steps - k);
     const bool final = k + steps_here == steps;
-    const float* b = panels.get(p, k, steps_here, scratch);
+    const float* b = panels.get(p, first, last, k, steps_here, scratch);
     const float* ahead = nullptr;
     if (panels.w.prepared) {
       if (panels_outside)
@@ -156,7 +159,7 @@ void by_rows(const Pool& pool, const Plan& plan, const void* x, const Weight& w,
   groups = std::clamp(groups, 1, panels);
   auto from = [&](int g) { int p = int(int64_t(panels) * g / groups); return g == groups ? panels : groups * 2 <= panels ? p & ~1 : p; };
   const int64_t sums_size = int64_t(plan.most_rows) * PANEL * (block_steps(steps) == steps ? 1 : panels / groups + 3);
-  const int64_t rows_size = int64_t(plan.most_rows) * padded, scratch_size = w.prepared ? 0 : int64_t(block_steps(steps)) * PANEL;
+  const int64_t rows_size = int64_t(plan.most_rows) * padded, scratch_size = scratch_floats(w);
   std::atomic<int64_t> counter{0};
   const int64_t tasks = int64_t(chunks) * groups;
   pool([&](int) {

@@ -86,8 +86,13 @@ void dot(const float* a, int64_t ahead, Column column, int64_t bytes, float* c) 
         }
     };
     const char* from[DOT_COLUMNS];
+    // The columns after the next ones: one is often just a page, past whose end the hardware does not prefetch (0.56 to 0.77 of the floor).
+    const int64_t following = 2 * DOT_COLUMNS * (w[1] - w[0]);
     for (int64_t i = 0; i < whole; i++) {
-      for (int j = 0; j < DOT_COLUMNS; j++) from[j] = w[j] + i * CHUNK * 4;
+      for (int j = 0; j < DOT_COLUMNS; j++) {
+        from[j] = w[j] + i * CHUNK * 4;
+        __builtin_prefetch(from[j] + following, 0, 2);
+      }
       chunk(a + i * ahead, from);
     }
     if (const int64_t rest = bytes % (CHUNK * 4)) {  // behind the last column's end may lie anything, NaN too
