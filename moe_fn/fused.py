@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
 from moe_fn.config import ActivationConfig, MoEConfig, ZeroExpertsConfig, as_activation
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
-from moe_fn.ops.routed import NUM_TENSORS, define_routed_experts
+from moe_fn.ops.routed import DIFFERENTIABLE, NUM_TENSORS, define_routed_experts, define_routed_experts_backward
 from moe_fn.ops.rows import gather_rows
-from moe_fn.preparing import is_prepared, lay_panels, restore_weights
+from moe_fn.preparing import is_prepared, lay_down, lay_gate_up, restore_weights
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch
@@ -103,12 +104,26 @@ def _in_torch(*args: Any) -> Tensor:
 
 
 def _backward(args: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of all tensors, from the arguments alone: the first product is computed again, the second never.
+    """Gradients of all tensors, from the arguments alone: by one op, or below torch.func's transforms by ops that batch."""
+    wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
+    config, weights, *_ = _unpacked(args)
+    plain = restore_weights(config, weights)
+    plain_args = (*args[:3], plain.gate_up, plain.down, *args[5:])
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    found = (_gradients if transformed else routed_experts_backward_op)(gradient, wanted, *plain_args)
+    d_x, d_w, d_gate_up, d_down, *d_biases = (g if want else None for g, want in zip(found, wanted, strict=True))
+    if is_prepared(weights.gate_up):
+        d_gate_up = None if d_gate_up is None else lay_gate_up(config, d_gate_up)
+        d_down = None if d_down is None else lay_down(config, d_down)
+    return d_x, None, d_w, d_gate_up, d_down, *d_biases, *(None,) * (len(args) - NUM_TENSORS)
+
+
+def _gradients(gradient: Tensor, wanted: list[bool], *args: Any) -> tuple[Tensor, ...]:
+    """What routed_experts_backward computes, in grouped ops: the first product again, the second never.
 
     d a = down[e].T @ g;  d w = a . d a + down_bias . g;  d h = activation'(h) * w * d a;  d x = sum of gate_up[e].T @ d h
     """
     config, weights, x, routing = _unpacked(args)
-    plain = restore_weights(config, weights)
     ops, wide, transposed = GROUPED["native"], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
     d = dispatch(config, x, routing)
     ends, rows = d.expert_ends, d.rows
@@ -116,12 +131,12 @@ def _backward(args: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Te
     def spread(bias: Tensor) -> Tensor:
         return spread_over_rows("native", bias, ends, rows.shape[0])
 
-    hidden = ops.matmul(rows, plain.gate_up, ends, transposed).to(wide)
+    hidden = ops.matmul(rows, weights.gate_up, ends, transposed).to(wide)
     hidden = hidden if weights.gate_up_bias is None else hidden + spread(weights.gate_up_bias)
     activation = functools.partial(activate, as_activation(config.activation), layout=config.gate_up_layout)
     a, pull = torch.func.vjp(activation, hidden)[:2]
     g = gather_rows(gradient, d.slot_of_row, d.row_of_slot, config.top_k)
-    d_a = ops.matmul(g, plain.down, ends, not transposed).to(wide)
+    d_a = ops.matmul(g, weights.down, ends, not transposed).to(wide)
 
     has_expert = (torch.arange(rows.shape[0], device=x.device) < ends[-1]).unsqueeze(1)
     w = gather_rows(routing.weights.reshape(-1, 1), d.slot_of_row, d.row_of_slot, 1)
@@ -130,25 +145,45 @@ def _backward(args: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Te
     d_w = d_w if weights.down_bias is None else d_w + (g.to(wide) * spread(weights.down_bias)).sum(-1, keepdim=True)
     d_w = gather_rows(torch.where(has_expert, d_w, 0), d.row_of_slot, d.slot_of_row, 1).view_as(routing.weights)
     d_hidden = pull(d_a * w)[0].to(x.dtype)
-    d_x = gather_rows(ops.matmul(d_hidden, plain.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
+    d_x = gather_rows(ops.matmul(d_hidden, weights.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
     d_x = d_x.unflatten(0, (-1, config.top_k)).sum(1, dtype=wide).to(x.dtype)
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
         return ops.outer(left, right, ends) if transposed else ops.outer(right, left, ends)
 
-    d_gate_up = outer(d_hidden, rows) if needed[3] else None
-    d_down = outer(g, (a * w).to(x.dtype)) if needed[4] else None
-    if is_prepared(weights.gate_up) and d_gate_up is not None and d_down is not None:
-        d_gate_up, d_down = lay_panels(config, d_gate_up, d_down)
-    d_gate_up_bias = _segment_sums(d_hidden, torch.ones_like(w), ends, weights.gate_up_bias) if needed[5] else None
-    d_down_bias = _segment_sums(g, w, ends, weights.down_bias) if needed[6] else None
-    gradients = (d_x, None, d_w.to(routing.weights.dtype), d_gate_up, d_down, d_gate_up_bias, d_down_bias)
-    return *gradients, *(None,) * (len(args) - NUM_TENSORS)
+    none = x.new_empty(0)
+    return (
+        d_x,
+        d_w.to(routing.weights.dtype),
+        outer(d_hidden, rows) if wanted[2] else none,
+        outer(g, (a * w).to(x.dtype)) if wanted[3] else none,
+        _segment_sums(d_hidden, torch.ones_like(w), ends, weights.gate_up_bias) if wanted[4] else none,
+        _segment_sums(g, w, ends, weights.down_bias) if wanted[5] else none,
+    )
 
 
-def _segment_sums(rows: Tensor, w: Tensor, ends: Tensor, like: Tensor | None) -> Tensor | None:
+def _second_backward(inputs: list[Any], needed: list[bool], *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the gradients, through the grouped ops."""
+    gradient, wanted, *args = inputs
+    moving = [i for i in (-1, *DIFFERENTIABLE) if (needed[0] if i < 0 else needed[2 + i] and args[i] is not None)]
+
+    def function(*moved: Tensor) -> tuple[Tensor, ...]:
+        by_position = dict(zip(moving, moved, strict=True))
+        found = _gradients(by_position.get(-1, gradient), wanted, *(by_position.get(i, a) for i, a in enumerate(args)))
+        return tuple(g for g, want in zip(found, wanted, strict=True) if want)
+
+    values, pull = torch.func.vjp(function, *(gradient if i < 0 else args[i] for i in moving))[:2]
+    given = [c for c, want in zip(cotangents, wanted, strict=True) if want]
+    second = dict(
+        zip(moving, pull(tuple(torch.zeros_like(v) if c is None else c for v, c in zip(values, given, strict=True))), strict=True)
+    )
+    return second.get(-1), None, *(second.get(i) for i in range(len(args)))
+
+
+def _segment_sums(rows: Tensor, w: Tensor, ends: Tensor, like: Tensor | None) -> Tensor:
     """Sum of w * rows over the rows of each expert, in fixed order: [R, N] -> [E, N]."""
-    return None if like is None else GROUPED["native"].outer(w.to(rows.dtype), rows, ends).squeeze(1).to(like.dtype)
+    sums = GROUPED["native"].outer(w.to(rows.dtype), rows, ends).squeeze(1)
+    return sums if like is None else sums.to(like.dtype)
 
 
 def _jvp(args: list[Any], *tangents: Any) -> Tensor:
@@ -165,3 +200,4 @@ def _jvp(args: list[Any], *tangents: Any) -> Tensor:
 
 
 routed_experts_op = define_routed_experts(_in_torch, _backward, _jvp)
+routed_experts_backward_op = define_routed_experts_backward(_gradients, _second_backward)

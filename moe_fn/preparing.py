@@ -50,7 +50,17 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
 
 def lay_panels(config: MoEConfig, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Plain gate_up and down as panels, whatever the back-end."""
-    return _panels(_by_panel(config, _out_in(config, gate_up))), _panels(_pad(_out_in(config, down), 1, PANEL))
+    return lay_gate_up(config, gate_up), lay_down(config, down)
+
+
+def lay_gate_up(config: MoEConfig, gate_up: Tensor) -> Tensor:
+    """Plain gate_up as panels."""
+    return _panels(_by_panel(config, _out_in(config, gate_up)))
+
+
+def lay_down(config: MoEConfig, down: Tensor) -> Tensor:
+    """Plain down as panels."""
+    return _panels(_pad(_out_in(config, down), 1, PANEL))
 
 
 def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:

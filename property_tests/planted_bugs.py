@@ -367,9 +367,9 @@ BUGS = (
     ),
     PlantedBug(
         "gradients_equal_the_reference",
-        "the bias's gradient misses a row",
-        fused._segment_sums,
-        before(lambda rows, w, ends, like: (rows, w, (ends - 1).clamp(min=0), like)),
+        "the native gradient to the routing weights is doubled",
+        fused.routed_experts_backward_op,
+        after(lambda found, *a: (found[0], found[1] * 2, *found[2:])),
     ),
     PlantedBug(
         "the_fused_kernel_equals_the_stages",

@@ -74,7 +74,8 @@ def test_the_fused_kernel_equals_the_stages(case: Case) -> None:
         return [y, *(torch.zeros(0) if g is None else g for g in found)]
 
     for actual, expected in zip(run(fused.by_native_op, config), run(fused.by_stages, staged), strict=True):
-        assert_matches(actual.to(x.dtype), expected.to(x.dtype), scale=1.0)  # the routing weights' gradient is as good as x is
+        # The routing weights' gradient is as good as x is; in bfloat16 both sides have rounded.
+        assert_matches(actual.to(x.dtype), expected.to(x.dtype), tolerance=2e-2 if x.dtype == torch.bfloat16 else 4e-6, scale=1.0)
 
 
 def test_the_input_is_left_alone_and_what_cannot_be_laid_comes_back() -> None:

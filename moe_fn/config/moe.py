@@ -72,6 +72,12 @@ class MoEConfig:
         # Not a field: what the whole-layer op takes, ready before any tracing (json does not trace).
         object.__setattr__(self, "_json", json.dumps(self.to_dict(), sort_keys=True))
 
+    def __eq__(self, other: object) -> bool:
+        # Itself first: torch.compile guards on a config by comparing it in every call, nearly always with itself.
+        if self is other or not isinstance(other, MoEConfig):
+            return self is other
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self))
+
     def _check_routing(self) -> None:
         choices, router, groups = self.num_choices, self.router, self.router.groups
         if self.top_k > choices:

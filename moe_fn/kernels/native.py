@@ -140,7 +140,7 @@ def _build(level: str, name: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         extension = Extension(
             name,
-            [str(SOURCES / "kernels.cpp"), str(SOURCES / "binding.cpp")],
+            [str(SOURCES / name) for name in ("kernels.cpp", "backward.cpp", "binding.cpp")],
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=["c10", "torch", "torch_cpu"],

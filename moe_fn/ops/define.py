@@ -69,7 +69,8 @@ def define_op(
             return function.apply(keyset, *args)
 
     _library.impl(name, autograd, "Autograd", with_keyset=True)
-    return op
+    defined: Callable[..., Any] = op
+    return defined
 
 
 def _nothing_to_differentiate(args: tuple[Any, ...]) -> bool:

@@ -1,6 +1,6 @@
-"""Dispatch, experts and combine as one op, where one kernel does all three: `moe_fn::routed_experts`.
+"""Dispatch, experts and combine as one op, where one kernel does all three, and its gradients as another; `moe_fn.fused` says why.
 
-What it saves for backward are its arguments, nothing else; `moe_fn.fused` gives it gradients made of the grouped ops.
+`moe_fn::routed_experts` keeps nothing for its gradients but its arguments; `moe_fn::routed_experts_backward` starts from them.
 """
 
 from typing import Any
@@ -11,12 +11,13 @@ from torch import Tensor
 from moe_fn.kernels import native
 from moe_fn.ops.define import Gradients, Kernel, batch_to_front, define_op
 
-_SCHEMA = (
-    "routed_experts(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
-    "Tensor? down_bias, int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, "
-    "float up_offset, float? limit, bool limit_output, float? gate_cap, float? up_cap) -> Tensor"
+_ARGUMENTS = (
+    "Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+    "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, float? limit, "
+    "bool limit_output, float? gate_cap, float? up_cap"
 )
 NUM_TENSORS = 7  # the arguments that are tensors come first
+DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)  # which of them have gradients
 
 
 def define_routed_experts(otherwise: Kernel, backward: Gradients, jvp: Kernel) -> Kernel:
@@ -24,22 +25,44 @@ def define_routed_experts(otherwise: Kernel, backward: Gradients, jvp: Kernel) -
 
     `otherwise` computes it in torch where there is no native library; it takes the op's arguments.
     """
-
-    def kernel(*args: Any) -> Tensor:
-        fits = args[0].device.type == "cpu" and args[0].dtype in native.DTYPES
-        library = native.active() if fits else None
-        out: Tensor = otherwise(*args) if library is None or library.problem else library.ops.routed_experts(*args)  # type: ignore[attr-defined]
-        return out
-
     op = define_op(
-        _SCHEMA,
-        kernel=kernel,
+        f"routed_experts({_ARGUMENTS}) -> Tensor",
+        kernel=lambda *args: _kernel("routed_experts", otherwise, args[0], args),
         fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
         vmap=lambda info, in_dims, *args: _vmap(op, info.batch_size, in_dims, args),
         backward=backward,
         jvp=jvp,
     )
     return op
+
+
+def define_routed_experts_backward(otherwise: Kernel, backward: Gradients) -> Kernel:
+    """The op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), the arguments -> their gradients, empty where not needed.
+
+    Weights are plain. Below transforms of torch.func the grouped ops stand in its place, so it has no batching rule of its own.
+    """
+    return define_op(
+        f"routed_experts_backward(Tensor gradient, bool[] needed, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
+        kernel=lambda *args: _kernel("routed_experts_backward", otherwise, args[0], args),
+        fake=_gradients_fake,
+        vmap=_no_vmap,
+        backward=backward,
+    )
+
+
+def _kernel(name: str, otherwise: Kernel, like: Tensor, args: tuple[Any, ...]) -> Any:
+    fits = like.device.type == "cpu" and like.dtype in native.DTYPES
+    library = native.active() if fits else None
+    return otherwise(*args) if library is None or library.problem else getattr(library.ops, name)(*args)
+
+
+def _gradients_fake(gradient: Tensor, needed: list[bool], *args: Any) -> tuple[Tensor, ...]:
+    wanted = (args[i] if need else None for i, need in zip(DIFFERENTIABLE, needed, strict=True))
+    return tuple(gradient.new_empty(0) if a is None else a.new_empty(a.shape) for a in wanted)
+
+
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise NotImplementedError("moe_fn::routed_experts_backward has no batching rule; below torch.func the grouped ops stand in its place")
 
 
 def _vmap(op: Kernel, batch: int, in_dims: Any, args: tuple[Any, ...]) -> tuple[Tensor, int]:

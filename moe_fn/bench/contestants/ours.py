@@ -9,18 +9,12 @@ from torch import Tensor
 import moe_fn
 from moe_fn.bench.contestants.entry import Contestant, Layer, Run, always_installed, trained_leaves
 from moe_fn.bench.problem import Problem, TokenInput
-from moe_fn.config import MoEConfig
-from moe_fn.records import MoEWeights
-
-
-def _prepare() -> Callable[[MoEConfig, MoEWeights], MoEWeights] | None:
-    return getattr(moe_fn, "prepare_weights", None)
 
 
 def _build(problem: Problem, compiled: bool, prepared: bool) -> Layer:
-    config, weights, prepare = problem.config, problem.weights, _prepare()
-    if prepared and prepare is not None and not problem.backward:
-        weights = prepare(config, weights)
+    config, weights = problem.config, problem.weights
+    if prepared and not problem.backward:
+        weights = moe_fn.prepare_weights(config, weights)
     layer = problem.part == "layer"
     function: Callable[..., Tensor] = moe_fn.moe_forward if layer else moe_fn.moe_forward_routed
     if compiled:
@@ -38,9 +32,7 @@ def _refuses_nothing(problem: Problem, tokens: int) -> str | None:
 
 
 def _refuses_what_is_the_same(problem: Problem, tokens: int) -> str | None:
-    if problem.backward:
-        return "is moe_fn: gradients go to the weights as they are"
-    return "is moe_fn: there is no prepare_weights" if _prepare() is None else None
+    return "is moe_fn: gradients go to the weights as they are" if problem.backward else None
 
 
 OURS: tuple[Contestant, ...] = (

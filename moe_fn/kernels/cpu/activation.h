@@ -76,4 +76,52 @@ static inline vec activate(const Activation& a, vec g, vec u) {
   return f * (u + a.up_offset);
 }
 
+// f(g) and its derivative.
+struct Slope { vec value, slope; };
+static inline Slope gate_slope(const Activation& a, vec g) {
+  switch (a.gate) {
+    case Gate::silu: {
+      const vec s = sigmoid(a.alpha * g);
+      return {g * s, s + a.alpha * g * s * (1.f - s)};
+    }
+    case Gate::gelu: {
+      const vec half = 0.5f * (1.f + erf(g * 0.70710678118654752f));
+      return {g * half, half + g * 0.39894228040143268f * exp(-0.5f * g * g)};
+    }
+    case Gate::gelu_tanh: {
+      const vec t = tanh(0.79788456080286536f * (g + 0.044715f * g * g * g));
+      const vec inner = 0.79788456080286536f * (1.f + 3.f * 0.044715f * g * g);
+      return {0.5f * g * (1.f + t), 0.5f * (1.f + t) + 0.5f * g * (1.f - t * t) * inner};
+    }
+    case Gate::relu: return {select(g < 0.f, vec{}, g), select(g > 0.f, splat(1.f), vec{})};
+    case Gate::relu2: { const vec r = select(g < 0.f, vec{}, g); return {r * r, 2.f * r}; }
+    case Gate::situ: {
+      const vec s = sigmoid(g), t = tanh(g / a.gate_cap);
+      return {a.gate_cap * t * s, (1.f - t * t) * s + a.gate_cap * t * s * (1.f - s)};
+    }
+  }
+  return {g, splat(1.f)};
+}
+// The activation, and its derivatives to g and u.
+struct Slopes { vec value, to_gate, to_up; };
+static inline Slopes activation_slopes(const Activation& a, vec g, vec u) {
+  constexpr float none = std::numeric_limits<float>::infinity();
+  const vec zero{}, one = splat(1.f);
+  vec pass_g = one, pass_u = one;
+  if (a.limit != none) {
+    if (!a.limit_output) pass_g = select(g > a.limit, zero, one), g = select(g > a.limit, splat(a.limit), g);
+    pass_u = select(u > a.limit, zero, select(u < -a.limit, zero, one));
+    u = select(u > a.limit, splat(a.limit), select(u < -a.limit, splat(-a.limit), u));
+  }
+  Slope f = gate_slope(a, g);
+  if (a.limit_output) f = {select(f.value > a.limit, splat(a.limit), f.value), select(f.value > a.limit, zero, f.slope)};
+  if (a.up_cap != none) {
+    const vec t = tanh(u / a.up_cap);
+    pass_u = pass_u * (1.f - t * t);
+    u = a.up_cap * t;
+  }
+  u = u + a.up_offset;
+  return {f.value * u, f.slope * pass_g * u, f.value * pass_u};
+}
+
 }  // namespace moe_fn

@@ -54,30 +54,67 @@ Gate gate_of(c10::string_view name) {
   TORCH_CHECK_VALUE(false, "moe_fn: activation function is ", name, "; expected silu, gelu, gelu_tanh, relu, relu2 or situ");
 }
 
-Tensor routed_experts_op(const Tensor& x_, const Tensor& ids_, const Tensor& weights_, const Tensor& gate_up_, const Tensor& down_,
-                      const optional<Tensor>& gate_up_bias_, const optional<Tensor>& down_bias_, int64_t intermediate_size, bool transposed,
-                      c10::string_view function, bool gated, bool interleaved, double alpha, double up_offset, optional<double> limit, bool limit_output,
-                      optional<double> gate_cap, optional<double> up_cap) {
-  const Tensor x = x_.contiguous(), ids = ids_.to(at::kLong).contiguous(), weights = weights_.to(at::kFloat).contiguous();
-  const Tensor gate_up = gate_up_.contiguous(), down = down_.contiguous();
+// The arguments of routed_experts, contiguous and checked; the tensors live as long as the problem that points into them.
+struct Call {
+  Tensor x, ids, weights, gate_up, down;
+  optional<Tensor> gate_up_bias, down_bias;
+  RoutedExperts problem;
+};
+Call call_of(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate_up, const Tensor& down, const optional<Tensor>& gate_up_bias,
+             const optional<Tensor>& down_bias, int64_t intermediate_size, bool transposed, c10::string_view function, bool gated, bool interleaved, double alpha,
+             double up_offset, optional<double> limit, bool limit_output, optional<double> gate_cap, optional<double> up_cap) {
   auto dense = [](const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : optional<Tensor>(); };
-  const auto gate_up_bias = dense(gate_up_bias_), down_bias = dense(down_bias_);
+  Call c{x.contiguous(), ids.to(at::kLong).contiguous(), weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}};
   TORCH_CHECK_VALUE(x.dim() == 2 && ids.dim() == 2 && ids.size(0) == x.size(0) && ids.sizes() == weights.sizes(), "moe_fn: x is ", x.sizes(), ", expert_ids ",
                     ids.sizes(), ", expert_weights ", weights.sizes(), "; expected [tokens, hidden] and twice [tokens, top_k]");
   TORCH_CHECK_VALUE(gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected the dtype of x, ", x.scalar_type());
   TORCH_CHECK_VALUE(gate_up.size(0) == down.size(0), "moe_fn: gate_up and down have ", gate_up.size(0), " and ", down.size(0), " experts");
   const int64_t hidden = x.size(1), experts = gate_up.size(0), columns = gated ? 2 * intermediate_size : intermediate_size;
-  Tensor out = empty(x.sizes(), x.options());
   constexpr double none = std::numeric_limits<double>::infinity();
-  RoutedExperts q{type_of(x), x.size(0), ids.size(1), experts, hidden, hidden, ids.const_data_ptr<int64_t>(), weights.const_data_ptr<float>(),
-                  x.const_data_ptr(), out.mutable_data_ptr(), weight_of(gate_up, columns, hidden, transposed, gated, interleaved),
-                  weight_of(down, hidden, intermediate_size, transposed, false, false), bias_of(gate_up_bias, experts, columns),
-                  bias_of(down_bias, experts, hidden),
-                  {gate_of(function), gated, limit_output, float(alpha), float(up_offset), float(limit.value_or(none)), float(gate_cap.value_or(none)),
-                   float(up_cap.value_or(none))}};
-  moe_fn::routed_experts(pool(), q);
+  c.problem = {type_of(x), x.size(0), ids.size(1), experts, hidden, hidden, c.ids.const_data_ptr<int64_t>(), c.weights.const_data_ptr<float>(),
+               c.x.const_data_ptr(), nullptr, weight_of(c.gate_up, columns, hidden, transposed, gated, interleaved),
+               weight_of(c.down, hidden, intermediate_size, transposed, false, false), bias_of(c.gate_up_bias, experts, columns),
+               bias_of(c.down_bias, experts, hidden),
+               {gate_of(function), gated, limit_output, float(alpha), float(up_offset), float(limit.value_or(none)), float(gate_cap.value_or(none)),
+                float(up_cap.value_or(none))}};
+  return c;
+}
+
+#define ARGUMENTS                                                                                                                                              \
+  const Tensor &x, const Tensor &ids, const Tensor &weights, const Tensor &gate_up, const Tensor &down, const optional<Tensor>&gate_up_bias,                   \
+      const optional<Tensor>&down_bias, int64_t intermediate_size, bool transposed, c10::string_view function, bool gated, bool interleaved, double alpha,      \
+      double up_offset, optional<double> limit, bool limit_output, optional<double> gate_cap, optional<double> up_cap
+#define PASSED                                                                                                                                                 \
+  x, ids, weights, gate_up, down, gate_up_bias, down_bias, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit, limit_output, \
+      gate_cap, up_cap
+
+Tensor routed_experts_op(ARGUMENTS) {
+  Call c = call_of(PASSED);
+  Tensor out = empty(x.sizes(), x.options());
+  c.problem.out = out.mutable_data_ptr();
+  moe_fn::routed_experts(pool(), c.problem);
   return out;
+}
+
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, ARGUMENTS) {
+  Call c = call_of(PASSED);
+  const Tensor gradient = gradient_.contiguous();
+  TORCH_CHECK_VALUE(!c.problem.gate_up.prepared && gradient.sizes() == x.sizes() && gradient.scalar_type() == x.scalar_type(), "moe_fn: gradient is ",
+                    gradient.sizes(), " ", gradient.scalar_type(), "; expected that of x, and plain weights");
+  auto make = [&](int i, const optional<Tensor>& like, bool f32) {
+    if (!needed[i] || !like) return at::empty({0}, x.options());
+    return empty(like->sizes(), f32 ? x.options().dtype(at::kFloat) : like->options());
+  };
+  Tensor d_x = make(0, x, false), d_w = make(1, weights, true), d_gate_up = make(2, gate_up, false), d_down = make(3, down, false);
+  Tensor d_gate_up_bias = make(4, gate_up_bias, true), d_down_bias = make(5, down_bias, true);
+  auto wanted = [](const Tensor& t) { return t.dim() > 1 ? t.mutable_data_ptr() : nullptr; };
+  auto floats = [&](const Tensor& t) { return static_cast<float*>(wanted(t)); };
+  moe_fn::routed_experts_backward(
+      pool(), c.problem, {gradient.const_data_ptr(), wanted(d_x), wanted(d_gate_up), wanted(d_down), floats(d_w), floats(d_gate_up_bias), floats(d_down_bias)});
+  auto as = [](const Tensor& t, const optional<Tensor>& like) { return like && t.dim() > 1 ? t.to(like->scalar_type()) : t; };
+  return {d_x, as(d_w, weights), d_gate_up, d_down, as(d_gate_up_bias, gate_up_bias), as(d_down_bias, down_bias)};
 }
 
 Groups groups_of(const Tensor& ends, int64_t rows, int64_t segments, int64_t weight_sets) {
@@ -120,20 +157,28 @@ int64_t read_op(const Tensor& t, int64_t first_byte, int64_t num_bytes) {
 }
 double gemm_op(bool bf16, int64_t repeats) { return tile_rate(pool(), bf16 ? Type::bf16 : Type::f32, repeats); }
 
-void install() {
-  static torch::Library library(torch::Library::IMPL, "moe_fn", c10::DispatchKey::CPU, __FILE__, __LINE__);
-  library.impl("routed_experts", &routed_experts_op);
-  library.impl("grouped_matmul_native", &grouped_matmul_op);
-  library.impl("grouped_outer_native", &grouped_outer_op);
+void install() {  // once, whatever thread comes first
+  static const bool done = [] {
+    static torch::Library library(torch::Library::IMPL, "moe_fn", c10::DispatchKey::CPU, __FILE__, __LINE__);
+    library.impl("routed_experts", &routed_experts_op);
+    library.impl("routed_experts_backward", &routed_experts_backward_op);
+    library.impl("grouped_matmul_native", &grouped_matmul_op);
+    library.impl("grouped_outer_native", &grouped_outer_op);
+    return true;
+  }();
+  (void)done;
 }
 }  // namespace
 
 
 TORCH_LIBRARY_FRAGMENT(NAME, m) {
-  m.def(
-      "routed_experts(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+  const std::string arguments =
+      "Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
       "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, float? limit, "
-      "bool limit_output, float? gate_cap, float? up_cap) -> Tensor", &routed_experts_op);
+      "bool limit_output, float? gate_cap, float? up_cap)";
+  m.def(("routed_experts(" + arguments + " -> Tensor").c_str(), &routed_experts_op);
+  m.def(("routed_experts_backward(Tensor gradient, bool[] needed, " + arguments + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str(),
+        &routed_experts_backward_op);
   m.def("grouped_matmul(Tensor rows, Tensor weight, Tensor ends, bool transposed, int segments, int weight_sets) -> Tensor", &grouped_matmul_op);
   m.def("grouped_outer(Tensor left, Tensor right, Tensor ends, int segments, int weight_sets) -> Tensor", &grouped_outer_op);
   m.def("empty_like(Tensor t) -> Tensor", &empty_like_op);

@@ -26,6 +26,14 @@ struct RoutedExperts {
 };
 void routed_experts(const Pool& pool, const RoutedExperts& problem);
 
+// Gradients of routed_experts, from its arguments (plain weights) and the gradient of its result. Null: not wanted.
+struct RoutedGradients {
+  const void* gradient;
+  void *x, *gate_up, *down;
+  float *expert_weights, *gate_up_bias, *down_bias;
+};
+void routed_experts_backward(const Pool& pool, const RoutedExperts& problem, const RoutedGradients& gradients);
+
 // Groups of sorted rows, as moe_fn.ops.grouped has them.
 struct Groups {
   const int32_t* ends;

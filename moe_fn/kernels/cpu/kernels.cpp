@@ -1,6 +1,6 @@
-#include <chrono>
+#include "kernels.h"
 
-#include "experts.h"
+#include <chrono>
 
 namespace moe_fn {
 
@@ -14,53 +14,6 @@ float Bias::at(int64_t expert, int64_t i) const {
 }
 
 namespace {
-
-template <class F>
-void with_type(Type type, F f) { type == Type::f32 ? f(F32{}) : f(BF16{}); }
-
-// The bias of the 32 columns of a panel; false if there is none.
-bool panel_bias(const Bias& bias, const Weight& w, int64_t expert, int panel, float* out) {
-  if (!bias.data) return false;
-  const Columns from = columns_of(w, panel);
-  for (int c = 0; c < PANEL; c++) {
-    const int half = c / (PANEL / 2), i = c % (PANEL / 2);
-    out[c] = i < from.count[half] ? bias.at(expert, from.start[half] + int64_t(i) * from.stride) : 0.f;
-  }
-  return true;
-}
-
-template <class D>
-void store_columns(typename D::Element* out, const float* from, int count) {
-  if (count >= PANEL) {
-    for (int v = 0; v < NV; v++) D::store(out + v * WIDTH, load(from + v * WIDTH));
-    return;
-  }
-  typename D::Element all[PANEL];
-  for (int v = 0; v < NV; v++) D::store(all + v * WIDTH, load(from + v * WIDTH));
-  std::memcpy(out, all, sizeof(typename D::Element) * count);
-}
-
-Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk) {
-  Plan plan;
-  const int64_t slots = q.tokens * q.top_k;
-  auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(q.experts); };
-  std::vector<int64_t> at(q.experts + 1, 0);
-  for (int64_t i = 0; i < slots; i++)
-    if (valid(q.expert_ids[i])) at[q.expert_ids[i] + 1]++;
-  for (int64_t e = 0; e < q.experts; e++) at[e + 1] += at[e];
-  plan.source.resize(at[q.experts]);
-  plan.weight.resize(at[q.experts]);
-  std::vector<int64_t> to(at.begin(), at.end() - 1);
-  for (int64_t t = 0, i = 0; t < q.tokens; t++)
-    for (int64_t j = 0; j < q.top_k; j++, i++)
-      if (valid(q.expert_ids[i])) {
-        const int64_t slot = to[q.expert_ids[i]]++;
-        plan.source[slot] = t;
-        plan.weight[slot] = q.expert_weights[i];
-      }
-  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk);
-  return plan;
-}
 
 Plan plan_of_groups(const Groups& g, int rows_of_chunk) {
   Plan plan;
@@ -103,64 +56,6 @@ void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, f
           D::store(second, gate_function(q.activation, u));
         }
       }
-    }
-  });
-}
-
-// Second product and weighted sum: a task owns output columns and goes through all experts in order, so there is no combine pass, no
-// buffer of rows x hidden, and one order of every sum.
-template <class D>
-void second_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, const float* hidden, int padded) {
-  using Element = typename D::Element;
-  const Weight& w = q.down;
-  const int panels = w.panels(), steps = w.steps(), workers = pool.workers, chunks = int(plan.chunks.size());
-  int per = std::clamp(panels / (workers * 2), 1, 8);
-  int tasks = (panels + per - 1) / per;
-  tasks = std::min(panels, round_up(tasks, workers));
-  per = (panels + tasks - 1) / tasks;
-  auto from = [&](int task) { return int(int64_t(panels) * task / tasks); };
-  const int ldo = per * PANEL;
-  const int64_t sums_size = int64_t(plan.most_rows) * PANEL * (block_steps(steps) == steps ? 1 : per + 1);
-  std::atomic<int> counter{0};
-  pool([&](int) {
-    Buffer all = buffer(q.tokens * ldo), sums = buffer(sums_size), scratch = buffer(scratch_floats(w));
-    float* y = all.get();
-    for (int task = counter++, following; task < tasks; task = following) {
-      following = counter++;
-      const int first = from(task), last = from(task + 1);
-      std::memset(y, 0, size_t(q.tokens) * ldo * 4);
-      for (int c = 0; c < chunks; c++) {
-        const Chunk& chunk = plan.chunks[c];
-        const float* next = nullptr;
-        if (w.prepared && c + 1 < chunks) next = Panels<D>(w, plan.chunks[c + 1].expert).at(first, 0);
-        else if (w.prepared && following < tasks) next = Panels<D>(w, plan.chunks[0].expert).at(from(following), 0);
-        const RowBlock* blocks = plan.blocks.data() + chunk.first_block;
-        auto place = [&](int p, const RowBlock& block, int r) { return y + plan.source[block.start + r] * ldo + (p - first) * PANEL; };
-        multiply<D>(
-            blocks, chunk.last_block - chunk.first_block, [&](int b) { return hidden + blocks[b].start * padded; }, Panels<D>(w, chunk.expert), first,
-            last, next, sums.get(), scratch.get(),
-            [&](int p, int b) {
-              for (int r = 0; r < blocks[b].rows; r++)
-                for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch((const char*)place(p, blocks[b], r) + line, 1, 3);
-            },
-            [&](int p, int b, const float* tile) {
-              float bias[PANEL];
-              const bool biased = panel_bias(q.down_bias, w, chunk.expert, p, bias);
-              for (int r = 0; r < blocks[b].rows; r++, tile += PANEL) {
-                float* to = place(p, blocks[b], r);
-                const vec weight = splat(plan.weight[blocks[b].start + r]);
-                for (int v = 0; v < PANEL; v += WIDTH) {
-                  vec product = load(tile + v);
-                  if (biased) product += load(bias + v);
-                  store(to + v, load(to + v) + weight * product);
-                }
-              }
-            });
-      }
-      for (int64_t t = 0; t < q.tokens; t++)
-        for (int p = first; p < last; p++)
-          store_columns<D>(static_cast<Element*>(q.out) + t * q.hidden_out + int64_t(p) * PANEL, y + t * ldo + (p - first) * PANEL,
-                           int(std::min<int64_t>(PANEL, q.hidden_out - int64_t(p) * PANEL)));
     }
   });
 }
@@ -208,104 +103,11 @@ void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight&
   });
 }
 
-namespace {
-
-// Columns [start, start + count) of rows row(0 .. inner), `width` wide, as packed rows of one block: the left side of an outer product.
-template <class D, class Row>
-void pack_columns(Row row, int64_t inner, int64_t width, int64_t start, int count, int padded, float* out) {
-  using Element = typename D::Element;
-  auto one = [&](int s) { const int64_t r = int64_t(s) * D::PER_DWORD; return r < inner ? (const Element*)row(r) + start : nullptr; };
-  auto two = [&](int s) { const int64_t r = int64_t(s) * D::PER_DWORD + 1; return D::PER_DWORD == 2 && r < inner ? (const Element*)row(r) + start : nullptr; };
-  for (int s0 = 0; s0 < padded; s0 += WIDTH) {
-    float* to = out + int64_t(s0 / CHUNK) * count * CHUNK + s0 % CHUNK;
-    for (int i0 = 0; i0 < count; i0 += WIDTH) {
-      const int here = std::min(WIDTH, count - i0);
-      if (start + i0 + WIDTH <= width) {  // a whole vector of columns lies in the row, though not all of it is asked for
-        vec x[WIDTH];
-        for (int s = 0; s < WIDTH; s++) x[s] = one(s0 + s) ? step_of_rows<D>(one(s0 + s) + i0, two(s0 + s) ? two(s0 + s) + i0 : nullptr) : vec{};
-        if (here == WIDTH) {
-          transpose(x, to + i0 * CHUNK, CHUNK);
-        } else {
-          float all[WIDTH * WIDTH];
-          transpose(x, all, WIDTH);
-          for (int i = 0; i < here; i++) store(to + (i0 + i) * CHUNK, load(all + i * WIDTH));
-        }
-      } else {
-        for (int s = 0; s < WIDTH; s++)
-          for (int i = 0; i < here; i++)
-            to[(i0 + i) * CHUNK + s] = one(s0 + s) ? dword_of_rows<D>(one(s0 + s) + i0 + i, two(s0 + s) ? two(s0 + s) + i0 + i : nullptr) : 0.f;
-      }
-    }
-  }
-}
-
-// One task of an outer product: rows [first, last) of the result of one expert, panels [first_panel, last_panel).
-struct OuterTask { int64_t expert, first, last; int first_panel, last_panel; };
-
-}  // namespace
-
 void grouped_outer(const Pool& pool, Type type, const void* left, int64_t m, const void* right, int64_t n, const Groups& groups, void* out) {
   with_type(type, [&](auto d) {
-    using D = decltype(d);
-    using Element = typename D::Element;
-    constexpr int BLOCK_STEPS = 512;
-    const Plan plan = plan_of_groups(groups, 1 << 30);  // one chunk an expert
-    const int64_t experts = groups.count / groups.segments * groups.weight_sets;
-    Element* to = static_cast<Element*>(out);
-    std::vector<const Chunk*> chunk_of_expert(experts, nullptr);
-    for (const Chunk& chunk : plan.chunks) chunk_of_expert[chunk.expert] = &chunk;
-    const int64_t steps_of_most = (plan.most_rows + D::PER_DWORD - 1) / D::PER_DWORD;
-    const int most = round_up(int(steps_of_most), CHUNK);
-    const Weight shape{nullptr, 0, n, 0, int(sizeof(Element)), false, false, false, false};
-    // Both sides are laid once a task: `rows` of the left one at a time (256 KB, in L2), a group of panels of the right one (4 MB).
-    const int rows = std::clamp(256 * 256 / std::max(most, 1) / MAX_ROWS, 1, 16) * MAX_ROWS;
-    const int panels_at_once = int(std::clamp<int64_t>((4 << 20) / (int64_t(std::max(most, 1)) * PANEL * 4), 1, shape.panels()));
-    const int64_t parts = std::clamp<int64_t>((8 * pool.workers + experts - 1) / std::max<int64_t>(experts, 1), 1, (m + rows - 1) / rows);
-    std::vector<OuterTask> tasks;
-    for (int64_t e = 0; e < experts; e++)
-      for (int64_t part = 0; part < parts; part++)
-        for (int p = 0; p < shape.panels(); p += panels_at_once)
-          tasks.push_back({e, m * part / parts, m * (part + 1) / parts, p, std::min(p + panels_at_once, shape.panels())});
-    std::atomic<int64_t> counter{0};
-    pool([&](int) {
-      Buffer packed = buffer(int64_t(rows) * most), panels = buffer(int64_t(panels_at_once) * most * PANEL), sum = buffer(MAX_ROWS * PANEL);
-      for (int64_t t = counter++; t < int64_t(tasks.size()); t = counter++) {
-        const OuterTask& task = tasks[t];
-        Element* result = to + task.expert * m * n;
-        const int64_t column = int64_t(task.first_panel) * PANEL, columns = std::min<int64_t>(n, int64_t(task.last_panel) * PANEL) - column;
-        const Chunk* chunk = chunk_of_expert[task.expert];
-        if (!chunk) {
-          for (int64_t i = task.first; i < task.last; i++) std::memset(result + i * n + column, 0, size_t(columns) * sizeof(Element));
-          continue;
-        }
-        const int64_t inner = chunk->rows, *source = plan.source.data() + chunk->start;
-        const int steps = int((inner + D::PER_DWORD - 1) / D::PER_DWORD), padded = round_up(steps, CHUNK);
-        auto left_row = [&](int64_t r) { return static_cast<const char*>(left) + source[r] * m * int64_t(sizeof(Element)); };
-        auto right_row = [&](int64_t r) { return static_cast<const char*>(right) + source[r] * n * int64_t(sizeof(Element)); };
-        for (int p = task.first_panel; p < task.last_panel; p += PANELS_AT_ONCE) {
-          const int together = std::min(PANELS_AT_ONCE, task.last_panel - p);
-          Columns from[PANELS_AT_ONCE];
-          for (int i = 0; i < together; i++) from[i] = columns_of(shape, p + i);
-          lay_rows<D>(from, together, inner, right_row, 0, steps, panels.get() + int64_t(p - task.first_panel) * steps * PANEL);
-        }
-        for (int64_t i0 = task.first; i0 < task.last; i0 += rows) {
-          const int here = int(std::min<int64_t>(rows, task.last - i0));
-          for (int i = 0; i < here; i += MAX_ROWS)
-            pack_columns<D>(left_row, inner, m, i0 + i, std::min(MAX_ROWS, here - i), padded, packed.get() + int64_t(i) * padded);
-          for (int p = task.first_panel; p < task.last_panel; p++) {
-            const float* panel = panels.get() + int64_t(p - task.first_panel) * steps * PANEL;
-            for (int i = 0; i < here; i += MAX_ROWS) {
-              const int count = std::min(MAX_ROWS, here - i);
-              for (int k = 0; k < steps; k += BLOCK_STEPS)
-                tiles<D>.of[count](packed.get() + int64_t(i) * padded + int64_t(k) * count, panel + int64_t(k) * PANEL, std::min(BLOCK_STEPS, steps - k), sum.get(), k > 0,
-                                   nullptr, 0);
-              for (int r = 0; r < count; r++)
-                store_columns<D>(result + (i0 + i + r) * n + int64_t(p) * PANEL, sum.get() + r * PANEL, int(std::min<int64_t>(PANEL, n - int64_t(p) * PANEL)));
-            }
-          }
-        }
-      }
-    });
+    const Plan plan = plan_of_groups(groups, 1 << 30);
+    const std::vector<int64_t> starts = starts_of_plan(plan, groups.count / groups.segments * groups.weight_sets);
+    outer_products<decltype(d)>(pool, {left, m, plan.source.data()}, {right, n, plan.source.data()}, starts, out);
   });
 }
 

@@ -39,7 +39,8 @@ struct RowBlock { int64_t start; int rows; };                                  /
 struct Chunk { int64_t expert, start; int first_block, last_block, rows; };    // row blocks of one expert that fit in L2 together
 struct Plan {
   std::vector<int64_t> source;  // of a sorted slot: its row in x
-  std::vector<float> weight;    // of a sorted slot; empty: 1
+  std::vector<float> weight;    // of a sorted slot
+  std::vector<int64_t> slot;    // of a sorted slot: its place in [tokens, top_k]
   std::vector<RowBlock> blocks;
   std::vector<Chunk> chunks;
   int most_rows = 0;  // of a chunk

@@ -1,0 +1,174 @@
+// Gradients of routed_experts: the first product again, its activation's derivatives in the epilogue of the product with down, and outer
+// products. Nothing was kept from the forward; nothing [rows x hidden] is made.
+#include "kernels.h"
+
+namespace moe_fn {
+namespace {
+
+// Where element i of the activation's input and output columns lie in a row of the first product.
+struct Pair { int64_t gate, up; };
+Pair pair_of(const RoutedExperts& q, int64_t inner, int64_t i) { return q.gate_up.interleaved ? Pair{2 * i, 2 * i + 1} : Pair{i, inner + i}; }
+
+template <class D>
+float element(const typename D::Element* p) {
+  if constexpr (D::PER_DWORD == 1) {
+    return *p;
+  } else {
+    const uint32_t u = uint32_t(*p) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+  }
+}
+
+// The first product, with its bias, as rows of D's elements in the order of the weights' columns.
+template <class D>
+void hidden_again(const Pool& pool, const Plan& plan, const RoutedExperts& q, typename D::Element* hidden) {
+  const int64_t width = q.gate_up.columns;
+  by_rows<D>(pool, plan, q.x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, const float* tile) {
+    float bias[PANEL];
+    const bool biased = panel_bias(q.gate_up_bias, q.gate_up, chunk.expert, panel, bias);
+    const Columns to = columns_of(q.gate_up, panel);
+    for (int r = 0; r < block.rows; r++, tile += PANEL) {
+      typename D::Element out[PANEL], *row = hidden + (block.start + r) * width;
+      for (int v = 0; v < PANEL; v += WIDTH) D::store(out + v, biased ? load(tile + v) + load(bias + v) : load(tile + v));
+      for (int half = 0; half < 2; half++)
+        for (int i = 0; i < to.count[half]; i++) row[to.start[half] + int64_t(i) * to.stride] = out[half * (PANEL / 2) + i];
+    }
+  });
+}
+
+// d a = down.T g; in its epilogue hidden becomes d hidden, `scaled` the weighted activation, and `dots` a . d a, one number a panel.
+template <class D>
+void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* gradient, typename D::Element* hidden,
+                        typename D::Element* scaled, float* dots) {
+  using Element = typename D::Element;
+  const int64_t inner = q.down.inner, width = q.gate_up.columns;
+  Weight flipped = q.down;
+  std::swap(flipped.columns, flipped.inner);
+  flipped.transposed = !flipped.transposed;
+  const int panels = flipped.panels();
+  by_rows<D>(pool, plan, gradient, flipped, [&](const Chunk&, int panel, const RowBlock& block, const float* tile) {
+    const int64_t first = int64_t(panel) * PANEL;
+    const int count = int(std::min<int64_t>(PANEL, inner - first));
+    for (int r = 0; r < block.rows; r++, tile += PANEL) {
+      const int64_t slot = block.start + r;
+      Element* row = hidden + slot * width;
+      float g[PANEL] = {}, u[PANEL] = {}, d_g[PANEL], d_u[PANEL], a[PANEL];
+      for (int i = 0; i < count; i++) {
+        const Pair at = q.activation.gated ? pair_of(q, inner, first + i) : Pair{first + i, 0};
+        g[i] = element<D>(row + at.gate);
+        if (q.activation.gated) u[i] = element<D>(row + at.up);
+      }
+      vec sum{};
+      const vec weight = splat(plan.weight[slot]);
+      for (int v = 0; v < PANEL; v += WIDTH) {
+        const vec d_a = load(tile + v);
+        Slopes s;
+        if (q.activation.gated) {
+          s = activation_slopes(q.activation, load(g + v), load(u + v));
+        } else {
+          const Slope f = gate_slope(q.activation, load(g + v));
+          s = {f.value, f.slope, vec{}};
+        }
+        sum += d_a * s.value;
+        store(a + v, weight * s.value);
+        store(d_g + v, weight * d_a * s.to_gate);
+        store(d_u + v, weight * d_a * s.to_up);
+      }
+      float total = 0;
+      for (int i = 0; i < WIDTH; i++) total += sum[i];
+      dots[slot * panels + panel] = total;
+      Element out[3][PANEL];
+      for (int v = 0; v < PANEL; v += WIDTH) D::store(out[0] + v, load(d_g + v)), D::store(out[1] + v, load(d_u + v)), D::store(out[2] + v, load(a + v));
+      for (int i = 0; i < count; i++) {
+        const Pair at = q.activation.gated ? pair_of(q, inner, first + i) : Pair{first + i, 0};
+        row[at.gate] = out[0][i];
+        if (q.activation.gated) row[at.up] = out[1][i];
+      }
+      std::memcpy(scaled + slot * inner + first, out[2], sizeof(Element) * count);
+    }
+  });
+}
+
+// d x: the second product's walk, with d hidden for hidden rows, gate_up for down, and no weights.
+template <class D>
+void gradient_of_x(const Pool& pool, const Plan& plan, const RoutedExperts& q, const typename D::Element* d_hidden, void* out) {
+  RoutedExperts back = q;
+  back.down = q.gate_up;
+  back.down.gated = back.down.interleaved = false;
+  std::swap(back.down.columns, back.down.inner);
+  back.down.transposed = !back.down.transposed;
+  back.down_bias = {nullptr, Type::f32, 0};
+  back.out = out;
+  back.hidden_out = q.hidden_in;
+  const int padded = padded_steps(back.down);
+  Plan ones = plan, in_order = plan;
+  std::fill(ones.weight.begin(), ones.weight.end(), 1.f);
+  for (size_t i = 0; i < in_order.source.size(); i++) in_order.source[i] = int64_t(i);
+  Buffer packed = buffer(int64_t(plan.source.size()) * padded);
+  std::atomic<size_t> counter{0};
+  pool([&](int) {
+    for (size_t c = counter++; c < plan.chunks.size(); c = counter++)
+      pack_rows<D>(in_order, plan.chunks[c], d_hidden, back.down.inner * back.down.element, padded, packed.get() + plan.chunks[c].start * padded);
+  });
+  second_product<D>(pool, ones, back, packed.get(), padded);
+}
+
+template <class D>
+void small_gradients(const Pool& pool, const Plan& plan, const RoutedExperts& q, const RoutedGradients& to, const std::vector<int64_t>& starts,
+                     const typename D::Element* d_hidden, const float* dots, int panels) {
+  using Element = typename D::Element;
+  const int64_t hidden = q.hidden_out, width = q.gate_up.columns;
+  const Element* g = static_cast<const Element*>(to.gradient);
+  if (to.expert_weights) std::memset(to.expert_weights, 0, size_t(q.tokens) * q.top_k * 4);
+  std::atomic<int64_t> counter{0};
+  pool([&](int) {
+    for (int64_t e = counter++; e < q.experts; e = counter++) {
+      float* of_gate_up = to.gate_up_bias ? to.gate_up_bias + e * width : nullptr;
+      float* of_down = to.down_bias ? to.down_bias + e * hidden : nullptr;
+      if (of_gate_up) std::memset(of_gate_up, 0, size_t(width) * 4);
+      if (of_down) std::memset(of_down, 0, size_t(hidden) * 4);
+      for (int64_t slot = starts[e]; slot < starts[e + 1]; slot++) {
+        const Element* row = g + plan.source[slot] * hidden;
+        if (to.expert_weights) {
+          float sum = 0;
+          for (int p = 0; p < panels; p++) sum += dots[slot * panels + p];
+          if (q.down_bias.data)
+            for (int64_t i = 0; i < hidden; i++) sum += element<D>(row + i) * q.down_bias.at(e, i);
+          to.expert_weights[plan.slot[slot]] = sum;
+        }
+        if (of_down)
+          for (int64_t i = 0; i < hidden; i++) of_down[i] += plan.weight[slot] * element<D>(row + i);
+        if (of_gate_up)
+          for (int64_t i = 0; i < width; i++) of_gate_up[i] += element<D>(d_hidden + slot * width + i);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void routed_experts_backward(const Pool& pool, const RoutedExperts& q, const RoutedGradients& to) {
+  with_type(q.type, [&](auto d) {
+    using D = decltype(d);
+    using Element = typename D::Element;
+    const Plan plan = plan_of_routing(q, chunk_rows(q.gate_up));
+    const std::vector<int64_t> starts = starts_of_plan(plan, q.experts);
+    const int64_t rows = int64_t(plan.source.size()), width = q.gate_up.columns, inner = q.down.inner;
+    const int panels = int((inner + PANEL - 1) / PANEL);
+    auto elements = [](int64_t n) { return buffer((n * int64_t(sizeof(Element)) + 3) / 4); };
+    Buffer hidden = elements(rows * width), scaled = elements(rows * inner), dots = buffer(rows * panels);
+    Element *h = (Element*)hidden.get(), *a = (Element*)scaled.get();
+    hidden_again<D>(pool, plan, q, h);
+    through_activation<D>(pool, plan, q, to.gradient, h, a, dots.get());
+    small_gradients<D>(pool, plan, q, to, starts, h, dots.get(), panels);
+    if (to.x) gradient_of_x<D>(pool, plan, q, h, to.x);
+    const Side x{q.x, q.hidden_in, plan.source.data()}, g{to.gradient, q.hidden_out, plan.source.data()}, d_h{h, width, nullptr}, s{a, inner, nullptr};
+    const bool out_in = q.gate_up.transposed;
+    if (to.gate_up) outer_products<D>(pool, out_in ? d_h : x, out_in ? x : d_h, starts, to.gate_up);
+    if (to.down) outer_products<D>(pool, out_in ? g : s, out_in ? s : g, starts, to.down);
+  });
+}
+
+}  // namespace moe_fn
