@@ -93,13 +93,13 @@ def test_they_are_saved_moved_and_loaded_like_any_tensor() -> None:
 
 
 def test_inductor_makes_few_kernels() -> None:
-    """The layer behind given logits: scores, and weights from chosen scores; top-k and the experts are calls."""
+    """The layer behind given logits: scores, their keys, and weights from chosen scores; top-k and the experts are calls."""
     weights = prepared()
     torch._dynamo.reset()
     metrics.reset()
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):  # from a cache none would be generated
         torch.compile(layer, fullgraph=True)(weights, *tokens_of(9))
-    assert metrics.generated_kernel_count <= 3
+    assert 1 <= metrics.generated_kernel_count <= 5
 
 
 PEAK = """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_fn.compiling import constant_while_tracing
 from moe_fn.config import MoEConfig
 from moe_fn.kernels import native
 
@@ -58,7 +59,7 @@ def native_problem(device: str, dtype: torch.dtype) -> str | None:
 
 
 # A constant for torch.compile: the choice is made while tracing, and the graph holds the ops of one back-end.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_tracing
 def _choose(backend: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
     """The back-end that runs, and what is wrong with it."""
     if backend == "torch":

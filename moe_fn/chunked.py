@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moe_fn.compiling import constant_while_tracing
 from moe_fn.config import MoEConfig
 from moe_fn.layer import layer_of_tokens, parts_of_tokens
 from moe_fn.numerics import accumulation_dtype
@@ -46,7 +47,7 @@ def scan_traces() -> bool:
     return not torch.compiler.is_compiling() or (not torch._C._are_functorch_transforms_active() and _scalars_allowed())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_tracing
 def _scalars_allowed() -> bool:
     context = torch._guards.TracingContext.try_get()
     return (

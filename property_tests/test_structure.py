@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,8 @@ def test_the_readme_shows_the_layer_as_it_is() -> None:
     assert {"moe_forward", "layer_of_tokens", "routed_and_shared", "by_stages"} <= set(shown)
     for name in set(shown) & set(source):
         assert shown[name] == source[name], f"README and source of {name} differ"
+
+
+def test_importing_does_not_import_the_compiler() -> None:
+    code = "import sys, moe_fn; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0, "it takes 1.7 s"
