@@ -29,7 +29,7 @@ def backends() -> tuple[BackendInfo, ...]:
     >>> [info.name for info in backends()]
     ['torch', 'native']
     """
-    problem, library = native_problem("cpu", torch.float32), native.active()
+    problem, library = native.problem("cpu", torch.float32), native.active()
     chosen = problem is None and library.level != "plain"
     return (
         BackendInfo(
@@ -49,22 +49,13 @@ def backends() -> tuple[BackendInfo, ...]:
     )
 
 
-def native_problem(device: str, dtype: torch.dtype) -> str | None:
-    """Why the native kernels do not run for this device and dtype; None if they do. Builds them on first use."""
-    if device != "cpu":
-        return f"the native kernels run on the CPU, not on {device}"
-    if dtype not in native.DTYPES:
-        return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
-    return native.active().problem
-
-
 # A constant for torch.compile: the choice is made while tracing, and the graph holds the ops of one back-end.
 @constant_while_tracing
 def _choose(backend: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
     """The back-end that runs, and what is wrong with it."""
     if backend == "torch":
         return "torch", None
-    problem = native_problem(device, dtype)
+    problem = native.problem(device, dtype)
     if backend == "native":
         return "native", problem
     return ("torch" if problem or native.best_level() == "plain" else "native"), None

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
-from moe_fn.preparing import is_prepared, prepared_shapes
+from moe_fn.preparing import Shape, is_prepared, plain_shapes, prepared_shapes
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 
-Shape = tuple[tuple[str, int], ...]
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
 _ANY = -1
 _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
@@ -19,16 +18,15 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
     """Shape of every weight that fits the config, and whether it must be there; a weight not in the result must not be."""
     experts, hidden = ("num_experts", config.num_experts), ("hidden_size", config.hidden_size)
     wide = ("expert_hidden_size", config.expert_hidden_size)
-    inner = ("intermediate_size", config.intermediate_size)
-    gate_up = ("2 * intermediate_size", 2 * config.intermediate_size) if as_activation(config.activation).gated else inner
-    out_in = config.weight_layout == "out_in"
+    gate_up, down = plain_shapes(config)
+    outputs = 1 if config.weight_layout == "out_in" else 2
     choices, logits = ("num_choices", config.num_choices), ("num_logits", config.num_logits)
     gate_width = hidden if config.router.gate_input == "original" else wide
     shapes: dict[tuple[str, ...], tuple[Shape, bool]] = {
-        ("gate_up",): ((experts, gate_up, wide) if out_in else (experts, wide, gate_up), True),
-        ("down",): ((experts, wide, inner) if out_in else (experts, inner, wide), True),
-        ("gate_up_bias",): ((experts, gate_up), False),
-        ("down_bias",): ((experts, wide), False),
+        ("gate_up",): (gate_up, True),
+        ("down",): (down, True),
+        ("gate_up_bias",): ((experts, gate_up[outputs]), False),
+        ("down_bias",): ((experts, down[outputs]), False),
         ("router", "gate"): ((logits, gate_width), False),
         ("router", "bias"): ((logits,), False),
         ("router", "expert_scale"): ((choices,), False),

@@ -6,7 +6,7 @@ remove it: an Inductor that generates grouped products with a gather in front an
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from torch.autograd import forward_ad
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
 from moe_fn.config import ActivationConfig, MoEConfig, ZeroExpertsConfig, as_activation
+from moe_fn.kernels import native
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.define import Kernel
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
 from moe_fn.ops.routed import DIFFERENTIABLE, NUM_TENSORS, define_routed_experts, define_routed_experts_backward
 from moe_fn.ops.rows import gather_rows
 from moe_fn.preparing import is_prepared, lay_down, lay_gate_up, restore_weights
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.combine import combine
-from moe_fn.stages.dispatch import dispatch
+from moe_fn.stages.dispatch import dispatch, weighted_input
 from moe_fn.stages.experts import experts
 
 Routed = Callable[[MoEConfig, MoEWeights, Tensor, Routing], Tensor]
@@ -37,8 +39,9 @@ def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
     Laws
         The fused kernel equals the stages.
     """
-    backend = "torch" if config.expert_norm is not None else backend_of(config, x)  # a norm needs whole rows before the sum
-    return ROUTED[backend](config, weights, x, routing)
+    if config.expert_norm is not None:  # a norm needs whole rows before the sum
+        return by_stages(config, weights, x, routing)
+    return BY_OP.get(backend_of(config, x), by_stages)(config, weights, x, routing)
 
 
 def by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
@@ -50,11 +53,18 @@ def by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routin
 
 def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     """One op; the hidden rows stay in the cache."""
+    return _by_op(routed_experts_op, config, weights, x, routing)
+
+
+BY_OP: dict[str, Routed] = {"native": by_native_op}  # the back-ends that have an op for all three
+
+
+def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     w = routing.weights
     if config.router.weight_on == "input":
-        x, w = (x.to(w.dtype) * w).to(x.dtype), torch.ones_like(w)  # top_k = 1: one weight a token
+        x, w = weighted_input(x, routing), torch.ones_like(w)
     a = as_activation(config.activation)
-    y: Tensor = routed_experts_op(
+    y: Tensor = op(
         x, routing.expert_ids, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
         config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
         a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap,
@@ -62,15 +72,12 @@ def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
     return y
 
 
-ROUTED: dict[str, Routed] = {"torch": by_stages, "native": by_native_op}
-
-
 @functools.lru_cache
 def _config_of(
     num_experts: int, top_k: int, hidden: int, intermediate: int, transposed: bool, function: Any, gated: bool, interleaved: bool,
     alpha: float, up_offset: float, limit: float | None, limit_output: bool, gate_cap: float | None, up_cap: float | None,
 ) -> MoEConfig:  # fmt: skip
-    """What by_native_op told the op, as a config again."""
+    """What _by_op told the op, as a config again."""
     return MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
@@ -92,7 +99,7 @@ def _config_of(
     )
 
 
-def _unpacked(args: Any) -> tuple[MoEConfig, MoEWeights, Tensor, Routing]:
+def _unpacked(args: Sequence[Any]) -> tuple[MoEConfig, MoEWeights, Tensor, Routing]:
     x, ids, w, gate_up, down, gate_up_bias, down_bias = args[:NUM_TENSORS]
     config = _config_of(int(gate_up.shape[0]), int(ids.shape[1]), int(x.shape[1]), *args[NUM_TENSORS:])
     weights = MoEWeights(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
@@ -103,14 +110,14 @@ def _in_torch(*args: Any) -> Tensor:
     return by_stages(*_unpacked(args))
 
 
-def _backward(args: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of all tensors, from the arguments alone: by one op, or below torch.func's transforms by ops that batch."""
+def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors, from the arguments alone: by `op`, or below torch.func's transforms by ops that batch."""
     wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
     config, weights, *_ = _unpacked(args)
     plain = restore_weights(config, weights)
     plain_args = (*args[:3], plain.gate_up, plain.down, *args[5:])
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    found = (_gradients if transformed else routed_experts_backward_op)(gradient, wanted, *plain_args)
+    found = _gradients(backend, gradient, wanted, *plain_args) if transformed else op(gradient, wanted, *plain_args)
     d_x, d_w, d_gate_up, d_down, *d_biases = (g if want else None for g, want in zip(found, wanted, strict=True))
     if is_prepared(weights.gate_up):
         d_gate_up = None if d_gate_up is None else lay_gate_up(config, d_gate_up)
@@ -118,18 +125,18 @@ def _backward(args: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Te
     return d_x, None, d_w, d_gate_up, d_down, *d_biases, *(None,) * (len(args) - NUM_TENSORS)
 
 
-def _gradients(gradient: Tensor, wanted: list[bool], *args: Any) -> tuple[Tensor, ...]:
-    """What routed_experts_backward computes, in grouped ops: the first product again, the second never.
+def _gradients(backend: str, gradient: Tensor, wanted: list[bool], *args: Any) -> tuple[Tensor, ...]:
+    """What routed_experts_backward computes, in the grouped ops of a back-end: the first product again, the second never.
 
     d a = down[e].T @ g;  d w = a . d a + down_bias . g;  d h = activation'(h) * w * d a;  d x = sum of gate_up[e].T @ d h
     """
     config, weights, x, routing = _unpacked(args)
-    ops, wide, transposed = GROUPED["native"], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
+    ops, wide, transposed = GROUPED[backend], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
     d = dispatch(config, x, routing)
     ends, rows = d.expert_ends, d.rows
 
     def spread(bias: Tensor) -> Tensor:
-        return spread_over_rows("native", bias, ends, rows.shape[0])
+        return spread_over_rows(backend, bias, ends, rows.shape[0])
 
     hidden = ops.matmul(rows, weights.gate_up, ends, transposed).to(wide)
     hidden = hidden if weights.gate_up_bias is None else hidden + spread(weights.gate_up_bias)
@@ -151,53 +158,58 @@ def _gradients(gradient: Tensor, wanted: list[bool], *args: Any) -> tuple[Tensor
     def outer(left: Tensor, right: Tensor) -> Tensor:
         return ops.outer(left, right, ends) if transposed else ops.outer(right, left, ends)
 
+    def sums(rows: Tensor, w: Tensor, like: Tensor | None) -> Tensor:  # of w * rows over each expert's rows, in fixed order
+        of_expert = ops.outer(w.to(rows.dtype), rows, ends).squeeze(1)
+        return of_expert if like is None else of_expert.to(like.dtype)
+
     none = x.new_empty(0)
     return (
         d_x,
         d_w.to(routing.weights.dtype),
         outer(d_hidden, rows) if wanted[2] else none,
         outer(g, (a * w).to(x.dtype)) if wanted[3] else none,
-        _segment_sums(d_hidden, torch.ones_like(w), ends, weights.gate_up_bias) if wanted[4] else none,
-        _segment_sums(g, w, ends, weights.down_bias) if wanted[5] else none,
+        sums(d_hidden, torch.ones_like(w), weights.gate_up_bias) if wanted[4] else none,
+        sums(g, w, weights.down_bias) if wanted[5] else none,
     )
 
 
-def _second_backward(inputs: list[Any], needed: list[bool], *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+def _second_backward(backend: str, inputs: list[Any], needed: list[bool], *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the gradients, through the grouped ops."""
-    gradient, wanted, *args = inputs
-    moving = [i for i in (-1, *DIFFERENTIABLE) if (needed[0] if i < 0 else needed[2 + i] and args[i] is not None)]
+    wanted = inputs[1]
+    moving = [i for i in (0, *(2 + argument for argument in DIFFERENTIABLE)) if needed[i] and inputs[i] is not None]
 
     def function(*moved: Tensor) -> tuple[Tensor, ...]:
-        by_position = dict(zip(moving, moved, strict=True))
-        found = _gradients(by_position.get(-1, gradient), wanted, *(by_position.get(i, a) for i, a in enumerate(args)))
+        found = _gradients(backend, *_with(inputs, moving, moved))
         return tuple(g for g, want in zip(found, wanted, strict=True) if want)
 
-    values, pull = torch.func.vjp(function, *(gradient if i < 0 else args[i] for i in moving))[:2]
+    values, pull = torch.func.vjp(function, *(inputs[i] for i in moving))[:2]
     given = [c for c, want in zip(cotangents, wanted, strict=True) if want]
-    second = dict(
-        zip(moving, pull(tuple(torch.zeros_like(v) if c is None else c for v, c in zip(values, given, strict=True))), strict=True)
-    )
-    return second.get(-1), None, *(second.get(i) for i in range(len(args)))
-
-
-def _segment_sums(rows: Tensor, w: Tensor, ends: Tensor, like: Tensor | None) -> Tensor:
-    """Sum of w * rows over the rows of each expert, in fixed order: [R, N] -> [E, N]."""
-    sums = GROUPED["native"].outer(w.to(rows.dtype), rows, ends).squeeze(1)
-    return sums if like is None else sums.to(like.dtype)
+    second = pull(tuple(torch.zeros_like(v) if c is None else c for v, c in zip(values, given, strict=True)))
+    return tuple(_with([None] * len(inputs), moving, second))
 
 
 def _jvp(args: list[Any], *tangents: Any) -> Tensor:
     """The tangent, as the gradient of a gradient: v -> (d y / d args).T v is linear in v, and its transpose is what is wanted."""
     moving = [i for i, tangent in enumerate(tangents[:NUM_TENSORS]) if tangent is not None]
-
-    def function(*moved: Tensor) -> Tensor:
-        by_position = dict(zip(moving, moved, strict=True))
-        return _in_torch(*(by_position.get(i, a) for i, a in enumerate(args)))
-
-    y, pull = torch.func.vjp(function, *(args[i] for i in moving))[:2]
+    y, pull = torch.func.vjp(lambda *moved: _in_torch(*_with(args, moving, moved)), *(args[i] for i in moving))[:2]
     tangent: Tensor = torch.func.vjp(pull, torch.zeros_like(y))[1](tuple(tangents[i] for i in moving))[0]
     return tangent
 
 
-routed_experts_op = define_routed_experts(_in_torch, _backward, _jvp)
-routed_experts_backward_op = define_routed_experts_backward(_gradients, _second_backward)
+def _with(args: list[Any], places: list[int], values: Sequence[Any]) -> list[Any]:
+    """The arguments, with other values in some places."""
+    value_of_place = dict(zip(places, values, strict=True))
+    return [value_of_place.get(i, a) for i, a in enumerate(args)]
+
+
+routed_experts_backward_op = define_routed_experts_backward(
+    "",
+    kernel=functools.partial(native.run, "routed_experts_backward", functools.partial(_gradients, "native")),
+    backward=functools.partial(_second_backward, "native"),
+)
+routed_experts_op = define_routed_experts(
+    "",
+    kernel=functools.partial(native.run, "routed_experts", _in_torch),
+    backward=lambda *args: _backward("native", routed_experts_backward_op, *args),
+    jvp=_jvp,
+)

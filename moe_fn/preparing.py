@@ -10,6 +10,7 @@ from moe_fn.config import MoEConfig, as_activation
 from moe_fn.kernels import native
 from moe_fn.records import MoEWeights
 
+Shape = tuple[tuple[str, int], ...]  # name and size of each dim
 PANEL = 32  # columns of a panel; a gated first product has 16 gates, then the 16 ups that match
 
 
@@ -39,7 +40,7 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     >>> torch.equal(restored.gate_up, weights.gate_up) and torch.equal(restored.down, weights.down)
     True
     """
-    _check(config, weights)
+    _check("prepare_weights", config, weights)
     if backend_of(config, weights.gate_up) != "native" or is_prepared(weights.gate_up):
         return weights
     gate_up, down = lay_panels(config, weights.gate_up, weights.down)
@@ -65,7 +66,7 @@ def lay_down(config: MoEConfig, down: Tensor) -> Tensor:
 
 def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     """The plain weights that prepare_weights came from, bit for bit; plain weights come back as they are."""
-    _check(config, weights)
+    _check("restore_weights", config, weights)
     if not is_prepared(weights.gate_up):
         return weights
     experts, inner, hidden = config.num_experts, config.intermediate_size, config.expert_hidden_size
@@ -82,6 +83,16 @@ def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
 def is_prepared(weight: Tensor) -> bool:
     """Whether a gate_up or down is one that prepare_weights has laid."""
     return weight.ndim == 4
+
+
+def plain_shapes(config: MoEConfig) -> tuple[Shape, Shape]:
+    """Shapes of plain gate_up and down."""
+    experts, hidden = ("num_experts", config.num_experts), ("expert_hidden_size", config.expert_hidden_size)
+    inner = ("intermediate_size", config.intermediate_size)
+    gate_up = ("2 * intermediate_size", 2 * config.intermediate_size) if as_activation(config.activation).gated else inner
+    if config.weight_layout == "out_in":
+        return (experts, gate_up, hidden), (experts, hidden, inner)
+    return (experts, hidden, gate_up), (experts, inner, hidden)
 
 
 def prepared_shapes(config: MoEConfig, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -101,15 +112,11 @@ def per_step_of(dtype: torch.dtype) -> int:
     return max(4 // dtype.itemsize, 1)
 
 
-def _check(config: MoEConfig, weights: MoEWeights) -> None:
-    experts, hidden, inner = config.num_experts, config.expert_hidden_size, config.intermediate_size
-    both = 2 * inner if as_activation(config.activation).gated else inner
-    plain = (experts, both, hidden), (experts, hidden, inner)
-    if config.weight_layout == "in_out":
-        plain = (experts, hidden, both), (experts, inner, hidden)
+def _check(where: str, config: MoEConfig, weights: MoEWeights) -> None:
+    plain = tuple(tuple(size for _, size in shape) for shape in plain_shapes(config))
     found = tuple(weights.gate_up.shape), tuple(weights.down.shape)
     if found != plain and found != prepared_shapes(config, weights.gate_up.dtype):
-        raise ValueError(f"prepare_weights: gate_up and down are {found[0]} and {found[1]}; expected {plain[0]} and {plain[1]}")
+        raise ValueError(f"{where}: gate_up and down are {found[0]} and {found[1]}; expected {plain[0]} and {plain[1]}")
 
 
 def _out_in(config: MoEConfig, weight: Tensor) -> Tensor:

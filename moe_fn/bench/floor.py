@@ -6,33 +6,19 @@ Both rates are measured in the run that they judge: memory gets faster and slowe
 """
 
 import contextlib
-import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moe_fn.bench.models import matrices
 from moe_fn.config import MoEConfig
+from moe_fn.kernels import native
 
 BUFFER_BYTES = 2**30  # more than any cache holds
 LEAST_BUFFER_BYTES = 2**26
-
-
-class Probes(Protocol):
-    """What the native library measures with."""
-
-    def empty(self, num_bytes: int) -> Tensor:
-        """Memory to read, in huge pages where there are any."""
-
-    def read(self, tensor: Tensor, first_byte: int, num_bytes: int) -> int:
-        """Reads so many bytes of the tensor with all threads; a checksum."""
-
-    def gemm(self, dtype: torch.dtype, repeats: int) -> float:
-        """GFLOP/s of all threads, from the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,26 +51,16 @@ def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
     size = min(BUFFER_BYTES, max(LEAST_BUFFER_BYTES, 16 * num_bytes)) // 64 * 64
     if device.type == "cuda":  # where a buffer of the cache's size would flatter the memory
         size = BUFFER_BYTES
-    probes = native_probes() if device.type == "cpu" else None
+    probes = native.probes() if device.type == "cpu" else None
     if probes is None:
         return Reader(name="torch.sum", buffer=torch.ones(size // 4, device=device), read=_sum)
     return Reader(name="native", buffer=probes.empty(size).fill_(1), read=probes.read)
 
 
-def native_probes() -> Probes | None:
-    """The native library's probes, where it is built."""
-    try:
-        native = importlib.import_module("moe_fn.kernels.native")
-    except ImportError:
-        return None
-    probes: Probes | None = native.probes()
-    return probes
-
-
 def gemm_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """GFLOP/s of each way to measure it; the best of them all is the rate."""
     rates = {"torch.mm": _mm_rate(dtype, device)}
-    probes = native_probes() if device.type == "cpu" else None
+    probes = native.probes() if device.type == "cpu" else None
     if probes is not None:
         with contextlib.suppress(ValueError, RuntimeError):  # no kernel for this dtype
             rates["native"] = _probe_rate(probes, dtype)
@@ -129,7 +105,7 @@ def _mm_rate(dtype: torch.dtype, device: torch.device) -> float:
     return float(2 * size**3 / best / 1e9)
 
 
-def _probe_rate(probes: Probes, dtype: torch.dtype) -> float:
+def _probe_rate(probes: native.Probes, dtype: torch.dtype) -> float:
     repeats = 64
     while True:  # until a call is long enough for the clock
         start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_fn.config import ActivationName, GroupConfig, MoEConfig, RouterConfig
+from moe_fn.config import ActivationName, GroupConfig, MoEConfig, RouterConfig, as_activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,7 @@ def model_of_name(name: str) -> Model:
 
 def matrices(config: MoEConfig) -> int:
     """How many H x I matrices an expert has: gate, up and down, or up and down."""
-    return 3 if _gated(config) else 2
-
-
-def _gated(config: MoEConfig) -> bool:
-    return not config.activation.endswith("_no_mul") if isinstance(config.activation, str) else config.activation.gated
+    return 3 if as_activation(config.activation).gated else 2
 
 
 # The gate computes in the dtype of x, as transformers has it for these families.

@@ -11,8 +11,10 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ class Probes:
         return out
 
     def read(self, tensor: Tensor, first_byte: int, num_bytes: int) -> int:
-        """Read the bytes of a tensor with all threads, two streams each."""
+        """Read the bytes of a tensor with all threads, two streams each; a checksum."""
         return int(self.library.ops.read(tensor, first_byte, num_bytes))  # type: ignore[attr-defined]
 
     def gemm(self, dtype: torch.dtype, repeats: int) -> float:
@@ -99,6 +101,24 @@ def active() -> Library:
     else:
         _log.warning("moe_fn: no native CPU kernels (%s); torch's own products run instead", found.problem)
     return found
+
+
+def problem(device: str, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not run for this device and dtype; None if they do. Builds them on first use."""
+    if device != "cpu":
+        return f"the native kernels run on the CPU, not on {device}"
+    if dtype not in DTYPES:
+        return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
+    return active().problem
+
+
+def run(name: str, otherwise: Callable[..., Any], like: Tensor, *rest: Any) -> Any:
+    """The library's op on (like, *rest), or where it cannot run for such a tensor, `otherwise`.
+
+    What moe_fn's native ops run until the library is in their place, which the first call sees to.
+    """
+    function = otherwise if problem(like.device.type, like.dtype) else getattr(active().ops, name)
+    return function(like, *rest)
 
 
 def probes() -> Probes | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_fn.kernels import native, native_kernels, torch_grouped
+from moe_fn.kernels import native, torch_grouped
 from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
 
 
@@ -129,7 +129,12 @@ def _define(backend: str, suffix: str, matmul: Kernel, outer: Kernel) -> tuple[K
 
 
 torch_matmul, torch_outer = _define("torch", "", torch_grouped.grouped_matmul, torch_grouped.grouped_outer)
-native_matmul, native_outer = _define("native", "_native", native_kernels.grouped_matmul, native_kernels.grouped_outer)
+native_matmul, native_outer = _define(
+    "native",
+    "_native",
+    partial(native.run, "grouped_matmul", torch_grouped.grouped_matmul),
+    partial(native.run, "grouped_outer", torch_grouped.grouped_outer),
+)
 
 GROUPED: dict[str, GroupedOps] = {"torch": GroupedOps(torch_matmul, torch_outer), "native": GroupedOps(native_matmul, native_outer)}
 

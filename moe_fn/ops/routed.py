@@ -1,6 +1,7 @@
 """Dispatch, experts and combine as one op, where one kernel does all three, and its gradients as another; `moe_fn.fused` says why.
 
-`moe_fn::routed_experts` keeps nothing for its gradients but its arguments; `moe_fn::routed_experts_backward` starts from them.
+`moe_fn::routed_experts` keeps nothing for its gradients but its arguments; `moe_fn::routed_experts_backward` starts from them. Each
+back-end with such kernels has a pair of ops of its own, as in `moe_fn.ops.grouped`.
 """
 
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.kernels import native
 from moe_fn.ops.define import Gradients, Kernel, batch_to_front, define_op
 
 _ARGUMENTS = (
@@ -20,14 +20,11 @@ NUM_TENSORS = 7  # the arguments that are tensors come first
 DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)  # which of them have gradients
 
 
-def define_routed_experts(otherwise: Kernel, backward: Gradients, jvp: Kernel) -> Kernel:
-    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared -> [T, H].
-
-    `otherwise` computes it in torch where there is no native library; it takes the op's arguments.
-    """
+def define_routed_experts(suffix: str, kernel: Kernel, backward: Gradients, jvp: Kernel) -> Kernel:
+    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared -> [T, H]."""
     op = define_op(
-        f"routed_experts({_ARGUMENTS}) -> Tensor",
-        kernel=lambda *args: _kernel("routed_experts", otherwise, args[0], args),
+        f"routed_experts{suffix}({_ARGUMENTS}) -> Tensor",
+        kernel=kernel,
         fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
         vmap=lambda info, in_dims, *args: _vmap(op, info.batch_size, in_dims, args),
         backward=backward,
@@ -36,24 +33,18 @@ def define_routed_experts(otherwise: Kernel, backward: Gradients, jvp: Kernel) -
     return op
 
 
-def define_routed_experts_backward(otherwise: Kernel, backward: Gradients) -> Kernel:
+def define_routed_experts_backward(suffix: str, kernel: Kernel, backward: Gradients) -> Kernel:
     """The op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), the arguments -> their gradients, empty where not needed.
 
     Weights are plain. Below transforms of torch.func the grouped ops stand in its place, so it has no batching rule of its own.
     """
     return define_op(
-        f"routed_experts_backward(Tensor gradient, bool[] needed, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
-        kernel=lambda *args: _kernel("routed_experts_backward", otherwise, args[0], args),
+        f"routed_experts_backward{suffix}(Tensor gradient, bool[] needed, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
+        kernel=kernel,
         fake=_gradients_fake,
         vmap=_no_vmap,
         backward=backward,
     )
-
-
-def _kernel(name: str, otherwise: Kernel, like: Tensor, args: tuple[Any, ...]) -> Any:
-    fits = like.device.type == "cpu" and like.dtype in native.DTYPES
-    library = native.active() if fits else None
-    return otherwise(*args) if library is None or library.problem else getattr(library.ops, name)(*args)
 
 
 def _gradients_fake(gradient: Tensor, needed: list[bool], *args: Any) -> tuple[Tensor, ...]:

@@ -27,36 +27,23 @@ def _build(problem: Problem, compiled: bool, prepared: bool) -> Layer:
     return Layer(bind=bind, leaves=trained_leaves(weights, with_router=layer))
 
 
-def _refuses_nothing(problem: Problem, tokens: int) -> str | None:
-    return None
+def _refuses(problem: Problem, tokens: int, prepared: bool) -> str | None:
+    return None if prepared or not problem.backward else "is moe_fn: gradients go to the weights as they are"
 
 
-def _refuses_what_is_the_same(problem: Problem, tokens: int) -> str | None:
-    return "is moe_fn: gradients go to the weights as they are" if problem.backward else None
+def _row(name: str, compiled: bool, prepared: bool) -> Contestant:
+    return Contestant(
+        name=name,
+        installed=always_installed,
+        refuses=functools.partial(_refuses, prepared=prepared),
+        build=functools.partial(_build, compiled=compiled, prepared=prepared),
+        copies=1 if prepared else 0,
+        ours=True,
+    )
 
 
 OURS: tuple[Contestant, ...] = (
-    Contestant(
-        name="moe_fn",
-        installed=always_installed,
-        refuses=_refuses_nothing,
-        build=functools.partial(_build, compiled=True, prepared=True),
-        copies=1,
-        ours=True,
-    ),
-    Contestant(
-        name="moe_fn plain",
-        installed=always_installed,
-        refuses=_refuses_what_is_the_same,
-        build=functools.partial(_build, compiled=True, prepared=False),
-        ours=True,
-    ),
-    Contestant(
-        name="moe_fn eager",
-        installed=always_installed,
-        refuses=_refuses_nothing,
-        build=functools.partial(_build, compiled=False, prepared=True),
-        copies=1,
-        ours=True,
-    ),
+    _row("moe_fn", compiled=True, prepared=True),
+    _row("moe_fn plain", compiled=True, prepared=False),
+    _row("moe_fn eager", compiled=False, prepared=True),
 )

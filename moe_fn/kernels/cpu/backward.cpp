@@ -9,18 +9,6 @@ namespace {
 struct Pair { int64_t gate, up; };
 Pair pair_of(const RoutedExperts& q, int64_t inner, int64_t i) { return q.gate_up.interleaved ? Pair{2 * i, 2 * i + 1} : Pair{i, inner + i}; }
 
-template <class D>
-float element(const typename D::Element* p) {
-  if constexpr (D::PER_DWORD == 1) {
-    return *p;
-  } else {
-    const uint32_t u = uint32_t(*p) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-  }
-}
-
 // The first product, with its bias, as rows of D's elements in the order of the weights' columns.
 template <class D>
 void hidden_again(const Pool& pool, const Plan& plan, const RoutedExperts& q, typename D::Element* hidden) {
@@ -44,21 +32,19 @@ void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts&
                         typename D::Element* scaled, float* dots) {
   using Element = typename D::Element;
   const int64_t inner = q.down.inner, width = q.gate_up.columns;
-  Weight flipped = q.down;
-  std::swap(flipped.columns, flipped.inner);
-  flipped.transposed = !flipped.transposed;
+  const Weight flipped = q.down.flipped();
   const int panels = flipped.panels();
   by_rows<D>(pool, plan, gradient, flipped, [&](const Chunk&, int panel, const RowBlock& block, const float* tile) {
     const int64_t first = int64_t(panel) * PANEL;
-    const int count = int(std::min<int64_t>(PANEL, inner - first));
+    const int count = columns_here(inner, panel);
     for (int r = 0; r < block.rows; r++, tile += PANEL) {
       const int64_t slot = block.start + r;
       Element* row = hidden + slot * width;
       float g[PANEL] = {}, u[PANEL] = {}, d_g[PANEL], d_u[PANEL], a[PANEL];
       for (int i = 0; i < count; i++) {
         const Pair at = q.activation.gated ? pair_of(q, inner, first + i) : Pair{first + i, 0};
-        g[i] = element<D>(row + at.gate);
-        if (q.activation.gated) u[i] = element<D>(row + at.up);
+        g[i] = widen_one(row[at.gate]);
+        if (q.activation.gated) u[i] = widen_one(row[at.up]);
       }
       vec sum{};
       const vec weight = splat(plan.weight[slot]);
@@ -79,14 +65,14 @@ void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts&
       float total = 0;
       for (int i = 0; i < WIDTH; i++) total += sum[i];
       dots[slot * panels + panel] = total;
-      Element out[3][PANEL];
-      for (int v = 0; v < PANEL; v += WIDTH) D::store(out[0] + v, load(d_g + v)), D::store(out[1] + v, load(d_u + v)), D::store(out[2] + v, load(a + v));
+      Element out[2][PANEL];
+      for (int v = 0; v < PANEL; v += WIDTH) D::store(out[0] + v, load(d_g + v)), D::store(out[1] + v, load(d_u + v));
       for (int i = 0; i < count; i++) {
         const Pair at = q.activation.gated ? pair_of(q, inner, first + i) : Pair{first + i, 0};
         row[at.gate] = out[0][i];
         if (q.activation.gated) row[at.up] = out[1][i];
       }
-      std::memcpy(scaled + slot * inner + first, out[2], sizeof(Element) * count);
+      store_panel<D>(scaled + slot * inner, inner, panel, a);
     }
   });
 }
@@ -95,24 +81,18 @@ void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts&
 template <class D>
 void gradient_of_x(const Pool& pool, const Plan& plan, const RoutedExperts& q, const typename D::Element* d_hidden, void* out) {
   RoutedExperts back = q;
-  back.down = q.gate_up;
-  back.down.gated = back.down.interleaved = false;
-  std::swap(back.down.columns, back.down.inner);
-  back.down.transposed = !back.down.transposed;
+  back.down = q.gate_up.flipped();
   back.down_bias = {nullptr, Type::f32, 0};
   back.out = out;
   back.hidden_out = q.hidden_in;
   const int padded = padded_steps(back.down);
-  Plan ones = plan, in_order = plan;
-  std::fill(ones.weight.begin(), ones.weight.end(), 1.f);
-  for (size_t i = 0; i < in_order.source.size(); i++) in_order.source[i] = int64_t(i);
   Buffer packed = buffer(int64_t(plan.source.size()) * padded);
   std::atomic<size_t> counter{0};
   pool([&](int) {
     for (size_t c = counter++; c < plan.chunks.size(); c = counter++)
-      pack_rows<D>(in_order, plan.chunks[c], d_hidden, back.down.inner * back.down.element, padded, packed.get() + plan.chunks[c].start * padded);
+      pack_rows<D>(plan, plan.chunks[c], nullptr, d_hidden, back.down.inner * back.down.element, padded, packed.get() + plan.chunks[c].start * padded);
   });
-  second_product<D>(pool, ones, back, packed.get(), padded);
+  second_product<D>(pool, plan, nullptr, back, packed.get(), padded);
 }
 
 template <class D>
@@ -135,13 +115,13 @@ void small_gradients(const Pool& pool, const Plan& plan, const RoutedExperts& q,
           float sum = 0;
           for (int p = 0; p < panels; p++) sum += dots[slot * panels + p];
           if (q.down_bias.data)
-            for (int64_t i = 0; i < hidden; i++) sum += element<D>(row + i) * q.down_bias.at(e, i);
+            for (int64_t i = 0; i < hidden; i++) sum += widen_one(row[i]) * q.down_bias.at(e, i);
           to.expert_weights[plan.slot[slot]] = sum;
         }
         if (of_down)
-          for (int64_t i = 0; i < hidden; i++) of_down[i] += plan.weight[slot] * element<D>(row + i);
+          for (int64_t i = 0; i < hidden; i++) of_down[i] += plan.weight[slot] * widen_one(row[i]);
         if (of_gate_up)
-          for (int64_t i = 0; i < width; i++) of_gate_up[i] += element<D>(d_hidden + slot * width + i);
+          for (int64_t i = 0; i < width; i++) of_gate_up[i] += widen_one(d_hidden[slot * width + i]);
       }
     }
   });

@@ -54,15 +54,22 @@ Gate gate_of(c10::string_view name) {
   TORCH_CHECK_VALUE(false, "moe_fn: activation function is ", name, "; expected silu, gelu, gelu_tanh, relu, relu2 or situ");
 }
 
+// The arguments of routed_experts; moe_fn.ops.routed names them, and torch compares its schema with this when the ops are installed.
+#define ARGUMENTS                                                                                                                                              \
+  const Tensor &x, const Tensor &ids, const Tensor &weights, const Tensor &gate_up, const Tensor &down, const optional<Tensor>&gate_up_bias,                   \
+      const optional<Tensor>&down_bias, int64_t intermediate_size, bool transposed, c10::string_view function, bool gated, bool interleaved, double alpha,      \
+      double up_offset, optional<double> limit, bool limit_output, optional<double> gate_cap, optional<double> up_cap
+#define PASSED                                                                                                                                                 \
+  x, ids, weights, gate_up, down, gate_up_bias, down_bias, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit, limit_output, \
+      gate_cap, up_cap
+
 // The arguments of routed_experts, contiguous and checked; the tensors live as long as the problem that points into them.
 struct Call {
   Tensor x, ids, weights, gate_up, down;
   optional<Tensor> gate_up_bias, down_bias;
   RoutedExperts problem;
 };
-Call call_of(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate_up, const Tensor& down, const optional<Tensor>& gate_up_bias,
-             const optional<Tensor>& down_bias, int64_t intermediate_size, bool transposed, c10::string_view function, bool gated, bool interleaved, double alpha,
-             double up_offset, optional<double> limit, bool limit_output, optional<double> gate_cap, optional<double> up_cap) {
+Call call_of(ARGUMENTS) {
   auto dense = [](const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : optional<Tensor>(); };
   Call c{x.contiguous(), ids.to(at::kLong).contiguous(), weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}};
   TORCH_CHECK_VALUE(x.dim() == 2 && ids.dim() == 2 && ids.size(0) == x.size(0) && ids.sizes() == weights.sizes(), "moe_fn: x is ", x.sizes(), ", expert_ids ",
@@ -80,14 +87,6 @@ Call call_of(const Tensor& x, const Tensor& ids, const Tensor& weights, const Te
                 float(up_cap.value_or(none))}};
   return c;
 }
-
-#define ARGUMENTS                                                                                                                                              \
-  const Tensor &x, const Tensor &ids, const Tensor &weights, const Tensor &gate_up, const Tensor &down, const optional<Tensor>&gate_up_bias,                   \
-      const optional<Tensor>&down_bias, int64_t intermediate_size, bool transposed, c10::string_view function, bool gated, bool interleaved, double alpha,      \
-      double up_offset, optional<double> limit, bool limit_output, optional<double> gate_cap, optional<double> up_cap
-#define PASSED                                                                                                                                                 \
-  x, ids, weights, gate_up, down, gate_up_bias, down_bias, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit, limit_output, \
-      gate_cap, up_cap
 
 Tensor routed_experts_op(ARGUMENTS) {
   Call c = call_of(PASSED);
@@ -170,19 +169,13 @@ void install() {  // once, whatever thread comes first
 }
 }  // namespace
 
-
-TORCH_LIBRARY_FRAGMENT(NAME, m) {
-  const std::string arguments =
-      "Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
-      "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, float? limit, "
-      "bool limit_output, float? gate_cap, float? up_cap)";
-  m.def(("routed_experts(" + arguments + " -> Tensor").c_str(), &routed_experts_op);
-  m.def(("routed_experts_backward(Tensor gradient, bool[] needed, " + arguments + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str(),
-        &routed_experts_backward_op);
-  m.def("grouped_matmul(Tensor rows, Tensor weight, Tensor ends, bool transposed, int segments, int weight_sets) -> Tensor", &grouped_matmul_op);
-  m.def("grouped_outer(Tensor left, Tensor right, Tensor ends, int segments, int weight_sets) -> Tensor", &grouped_outer_op);
-  m.def("empty_like(Tensor t) -> Tensor", &empty_like_op);
-  m.def("read(Tensor t, int first_byte, int num_bytes) -> int", &read_op);
-  m.def("gemm(bool bf16, int repeats) -> float", &gemm_op);
-  m.def("install() -> ()", &install);
+TORCH_LIBRARY_FRAGMENT(NAME, m) {  // schemas follow from the functions' types
+  m.def("routed_experts", &routed_experts_op);
+  m.def("routed_experts_backward", &routed_experts_backward_op);
+  m.def("grouped_matmul", &grouped_matmul_op);
+  m.def("grouped_outer", &grouped_outer_op);
+  m.def("empty_like", &empty_like_op);
+  m.def("read", &read_op);
+  m.def("gemm", &gemm_op);
+  m.def("install", &install);
 }

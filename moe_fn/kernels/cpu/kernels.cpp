@@ -6,11 +6,7 @@ namespace moe_fn {
 
 float Bias::at(int64_t expert, int64_t i) const {
   const int64_t at = expert * size + i;
-  if (type == Type::f32) return static_cast<const float*>(data)[at];
-  uint32_t u = uint32_t(static_cast<const uint16_t*>(data)[at]) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
+  return type == Type::f32 ? static_cast<const float*>(data)[at] : widen_one(static_cast<const uint16_t*>(data)[at]);
 }
 
 namespace {
@@ -74,7 +70,7 @@ void routed_experts(const Pool& pool, const RoutedExperts& q) {
     Buffer hidden = buffer(rows * padded);
     if (width / D::PER_DWORD < padded) std::memset(hidden.get(), 0, size_t(rows) * padded * 4);
     first_product<D>(pool, plan, q, hidden.get(), padded);
-    second_product<D>(pool, plan, q, hidden.get(), padded);
+    second_product<D>(pool, plan, plan.weight.data(), q, hidden.get(), padded);
   });
 }
 
@@ -98,7 +94,7 @@ void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight&
     clear(groups.rows);
     by_rows<D>(pool, plan, rows, weight, [&](const Chunk&, int panel, const RowBlock& block, const float* tile) {
       for (int r = 0; r < block.rows; r++)
-        store_columns<D>(to + plan.source[block.start + r] * n + int64_t(panel) * PANEL, tile + r * PANEL, int(std::min<int64_t>(PANEL, n - int64_t(panel) * PANEL)));
+        store_panel<D>(to + plan.source[block.start + r] * n, n, panel, tile + r * PANEL);
     });
   });
 }

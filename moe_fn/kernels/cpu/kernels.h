@@ -18,9 +18,14 @@ inline bool panel_bias(const Bias& bias, const Weight& w, int64_t expert, int pa
   return true;
 }
 
+// Columns of a panel that lie in a row of so many.
+inline int columns_here(int64_t columns, int panel) { return int(std::min<int64_t>(PANEL, columns - int64_t(panel) * PANEL)); }
+
 template <class D>
-void store_columns(typename D::Element* out, const float* from, int count) {
-  if (count >= PANEL) {
+void store_panel(typename D::Element* row, int64_t columns, int panel, const float* from) {
+  typename D::Element* out = row + int64_t(panel) * PANEL;
+  const int count = columns_here(columns, panel);
+  if (count == PANEL) {
     for (int v = 0; v < NV; v++) D::store(out + v * WIDTH, load(from + v * WIDTH));
     return;
   }
@@ -54,9 +59,9 @@ inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk) {
 }
 
 // Second product and weighted sum: a task owns output columns and goes through all experts in order, so there is no combine pass, no
-// buffer of rows x hidden, and one order of every sum.
+// buffer of rows x hidden, and one order of every sum. weights: of the sorted slots; null: 1.
 template <class D>
-void second_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, const float* hidden, int padded) {
+void second_product(const Pool& pool, const Plan& plan, const float* weights, const RoutedExperts& q, const float* hidden, int padded) {
   using Element = typename D::Element;
   const Weight& w = q.down;
   const int panels = w.panels(), steps = w.steps(), workers = pool.workers, chunks = int(plan.chunks.size());
@@ -94,7 +99,7 @@ void second_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, 
               const bool biased = panel_bias(q.down_bias, w, chunk.expert, p, bias);
               for (int r = 0; r < blocks[b].rows; r++, tile += PANEL) {
                 float* to = place(p, blocks[b], r);
-                const vec weight = splat(plan.weight[blocks[b].start + r]);
+                const vec weight = splat(weights ? weights[blocks[b].start + r] : 1.f);
                 for (int v = 0; v < PANEL; v += WIDTH) {
                   vec product = load(tile + v);
                   if (biased) product += load(bias + v);
@@ -105,8 +110,7 @@ void second_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, 
       }
       for (int64_t t = 0; t < q.tokens; t++)
         for (int p = first; p < last; p++)
-          store_columns<D>(static_cast<Element*>(q.out) + t * q.hidden_out + int64_t(p) * PANEL, y + t * ldo + (p - first) * PANEL,
-                           int(std::min<int64_t>(PANEL, q.hidden_out - int64_t(p) * PANEL)));
+          store_panel<D>(static_cast<Element*>(q.out) + t * q.hidden_out, q.hidden_out, p, y + t * ldo + (p - first) * PANEL);
     }
   });
 }
@@ -206,8 +210,7 @@ void outer_products(const Pool& pool, const Side& left, const Side& right, const
             for (int k = 0; k < steps; k += BLOCK_STEPS)
               tiles<D>.of[count](packed.get() + int64_t(i) * padded + int64_t(k) * count, panel + int64_t(k) * PANEL, std::min(BLOCK_STEPS, steps - k), sum.get(), k > 0,
                                  nullptr, 0);
-            for (int r = 0; r < count; r++)
-              store_columns<D>(result + (i0 + i + r) * n + int64_t(p) * PANEL, sum.get() + r * PANEL, int(std::min<int64_t>(PANEL, n - int64_t(p) * PANEL)));
+            for (int r = 0; r < count; r++) store_panel<D>(result + (i0 + i + r) * n, n, p, sum.get() + r * PANEL);
           }
         }
       }

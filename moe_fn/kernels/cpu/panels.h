@@ -15,6 +15,7 @@ struct Weight {
   bool prepared, transposed, gated, interleaved;  // transposed: [columns, inner]; interleaved: gate and up alternate
   int panels() const { return int(gated ? (columns / 2 + PANEL / 2 - 1) / (PANEL / 2) : (columns + PANEL - 1) / PANEL); }
   int steps() const { return int((inner * element + 3) / 4); }
+  Weight flipped() const { return {data, expert_bytes, inner, columns, element, prepared, !transposed, false, false}; }  // of plain ones
 };
 
 // Where the two halves of a panel come from: 16 columns each from `start`, `stride` apart, `count` of them there.

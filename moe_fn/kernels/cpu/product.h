@@ -115,7 +115,6 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
       const int64_t line = int64_t(i) * (steps_here / 4) * per;
       const bool on = ahead && line < 2 * steps_here;
       float* c = panels_outside ? sums : sums + (int64_t(p - first) * total + blocks[i].start - start) * PANEL;
-      if (panels_outside && block != steps) c = sums + (blocks[i].start - start) * PANEL;
       if (final) before(p, i);
       tiles<D>.of[blocks[i].rows](rows(i) + int64_t(k) * blocks[i].rows, b, steps_here, c, k > 0, (const char*)ahead + line * 64, on ? per : 0);
       if (final) epilogue(p, i, c);
@@ -130,12 +129,13 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
   }
 }
 
+// A chunk's rows of x, each at its source, or in order if that is null.
 template <class D>
-inline void pack_rows(const Plan& plan, const Chunk& chunk, const void* x, int64_t row_bytes, int padded, float* out) {
+inline void pack_rows(const Plan& plan, const Chunk& chunk, const int64_t* source, const void* x, int64_t row_bytes, int padded, float* out) {
   for (int b = chunk.first_block; b < chunk.last_block; b++) {
     const RowBlock& block = plan.blocks[b];
     for (int r = 0; r < block.rows; r++) {
-      const char* from = static_cast<const char*>(x) + plan.source[block.start + r] * row_bytes;
+      const char* from = static_cast<const char*>(x) + (source ? source[block.start + r] : block.start + r) * row_bytes;
       char* to = (char*)(out + (block.start - chunk.start) * padded + r * CHUNK);
       int64_t left = row_bytes;
       for (; left >= CHUNK * 4; left -= CHUNK * 4, from += CHUNK * 4, to += int64_t(block.rows) * CHUNK * 4) std::memcpy(to, from, CHUNK * 4);
@@ -171,7 +171,7 @@ void by_rows(const Pool& pool, const Plan& plan, const void* x, const Weight& w,
       const Chunk& chunk = plan.chunks[task / groups];
       const int first = from(int(task % groups)), last = from(int(task % groups) + 1);
       if (first >= last) continue;
-      if (have != task / groups) pack_rows<D>(plan, chunk, x, row_bytes, padded, rows.get());
+      if (have != task / groups) pack_rows<D>(plan, chunk, plan.source.data(), x, row_bytes, padded, rows.get());
       have = task / groups;
       const float* next = nullptr;
       if (w.prepared && following < tasks) next = Panels<D>(w, plan.chunks[following / groups].expert).at(from(int(following % groups)), 0);

@@ -53,6 +53,12 @@ static inline vec widen(const uint16_t* p) {
   vech h; std::memcpy(&h, p, sizeof h);
   return (vec)(__builtin_convertvector(h, veci) << 16);
 }
+static inline float widen_one(uint16_t h) {
+  const uint32_t u = uint32_t(h) << 16;
+  float f; std::memcpy(&f, &u, 4);
+  return f;
+}
+static inline float widen_one(float f) { return f; }
 static inline void narrow(uint16_t* p, vec v) {
 #if defined(__AVX512BF16__)
   __m256bh h = _mm512_cvtneps_pbh((__m512)v); std::memcpy(p, &h, sizeof h);
