@@ -60,11 +60,12 @@ class Case:
 
     recipe: str
     form: str = "plain"
+    backend: Any = "auto"
 
     @property
     def config(self) -> MoEConfig:
         sizes = {"num_experts": NUM_EXPERTS, "top_k": 2, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
-        return MoEConfig(**(sizes | RECIPES[self.recipe] | FORMS[self.form]))
+        return MoEConfig(**(sizes | RECIPES[self.recipe] | FORMS[self.form]), backend=self.backend)
 
     @property
     def layer(self) -> Callable[..., Tensor]:

@@ -102,22 +102,17 @@ def assert_aten_and_one_kernel(case: Case, graphs: Graphs) -> None:
     if case.config.expert_norm is not None or not moe_fn.backends()[1].available:
         return assert_aten_and_grouped_products(case, graphs)
     gate = {"grouped_matmul_native": 1} if case.recipe in GATE_INSIDE else {}
-    assert ops(graphs.dynamo) == ops(graphs.forward) == {"routed_experts": 1} | gate
-    assert ops(graphs.backward)["routed_experts_backward"] == 1
+    assert ops(graphs.dynamo) == ops(graphs.forward) == {"routed_experts_native": 1} | gate
+    assert ops(graphs.backward)["routed_experts_backward_native"] == 1
     if case.recipe == "default":
-        assert ops(graphs.backward) == {"routed_experts_backward": 1}
+        assert ops(graphs.backward) == {"routed_experts_backward_native": 1}
 
 
 @cases(("default", "deepseek"), ("plain",))
 def test_the_torch_back_end_is_aten_and_grouped_products(case: Case) -> None:
-    config = replace(case.config, backend="torch")
     args = as_leaves(case.args(9))
     moe_fn.mark_tokens(*args[1:])
-
-    def layer(weights: MoEWeights, x: Tensor, logits: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
-        return moe_fn.moe_forward(config, weights, x, logits, token_mask=token_mask)
-
-    assert_aten_and_grouped_products(case, graphs_of(layer, args, fullgraph=True))
+    assert_aten_and_grouped_products(case, graphs_of(replace(case, backend="torch").layer, args, fullgraph=True))
 
 
 def assert_aten_and_grouped_products(case: Case, graphs: Graphs) -> None:

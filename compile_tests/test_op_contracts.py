@@ -71,15 +71,15 @@ def routed_experts(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, .
         weights = (r(3, 6, 4), r(3, 4, 3)) if transposed else (r(3, 4, 6), r(3, 3, 4))
         biases = (r(3, 6), r(3, 4)) if biased else (None, None)
         routing = torch.rand(tokens, 2).requires_grad_(requires_grad)
-        samples.append((r(tokens, 4), ids, routing, *weights, *biases, 3, transposed, *activation))
+        samples.append((r(tokens, 4), ids, routing, *weights, *biases, 3, transposed, *activation, requires_grad))
     return samples
 
 
 def routed_experts_backward(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     samples = []
-    for x, *rest in routed_experts(dtype, requires_grad):
+    for x, *rest, _ in routed_experts(dtype, requires_grad):
         needed = [True, True, True, True, rest[4] is not None, rest[5] is not None]
-        samples.append((torch.ones_like(x).requires_grad_(requires_grad), needed, x, *rest))
+        samples.append((torch.ones_like(x).requires_grad_(requires_grad), needed, x.new_empty(0), x, *rest))
     return samples
 
 
@@ -119,8 +119,8 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "moe_fn::grouped_outer": grouped_outer,
     "moe_fn::grouped_matmul_native": grouped_matmul,
     "moe_fn::grouped_outer_native": grouped_outer,
-    "moe_fn::routed_experts": routed_experts,
-    "moe_fn::routed_experts_backward": routed_experts_backward,
+    "moe_fn::routed_experts_native": routed_experts,
+    "moe_fn::routed_experts_backward_native": routed_experts_backward,
     "moe_fn::gather_rows": gather_rows,
     "moe_fn::moe_forward": whole_layer,
     "moe_fn::moe_forward_shared": whole_layer,
@@ -128,7 +128,12 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
 }
 
 
-NATIVE = ("moe_fn::grouped_matmul_native", "moe_fn::grouped_outer_native", "moe_fn::routed_experts", "moe_fn::routed_experts_backward")
+NATIVE = (
+    "moe_fn::grouped_matmul_native",
+    "moe_fn::grouped_outer_native",
+    "moe_fn::routed_experts_native",
+    "moe_fn::routed_experts_backward_native",
+)
 
 
 def test_every_op_has_samples() -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -166,6 +167,19 @@ def test_forward_mode_agrees_with_the_jacobian_or_says_that_there_is_none(case: 
     step = 1e-6
     ahead, behind = (case.layer(weights, x + sign * step * direction, *rest) for sign in (1, -1))
     torch.testing.assert_close(directional(), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
+@cases(("default", "deepseek"), ("plain",))
+@pytest.mark.parametrize("through", [lambda f: f, compiled], ids=["eager", "compiled"])
+def test_forward_mode_of_kernels_is_that_of_the_torch_back_end(case: Case, through: Callable[..., Any]) -> None:
+    weights, x, *rest = case.args(3)
+
+    def directional(case: Case) -> Callable[[Tensor], Tensor]:
+        layer = case.layer
+        return lambda x: jvp(lambda x: layer(weights, x, *rest), (x,), (x.cos(),))[1]
+
+    expected = directional(replace(case, backend="torch"))(x)
+    torch.testing.assert_close(through(directional(case))(x), expected, rtol=1e-5, atol=1e-6)
 
 
 @cases(BOTH)

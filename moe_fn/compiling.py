@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -46,3 +47,9 @@ def mark_tokens(*tensors: Tensor | None, dim: int = 0) -> None:
             came = f"one of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"mark_tokens: expected tensors (or None) that have a dim {dim}, got {came}")
         mark_unbacked(tensor, dim % tensor.ndim)
+
+
+@constant_while_tracing
+def in_forward_mode() -> bool:
+    """Whether tangents may be about. A constant while tracing: torch.compile guards the level of forward mode by itself."""
+    return forward_ad._current_level >= 0

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
+from moe_fn.compiling import in_forward_mode
 from moe_fn.config import ActivationConfig, MoEConfig, ZeroExpertsConfig, as_activation
 from moe_fn.kernels import native
 from moe_fn.numerics import accumulation_dtype
@@ -39,9 +40,13 @@ def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
     Laws
         The fused kernel equals the stages.
     """
-    if config.expert_norm is not None:  # a norm needs whole rows before the sum
-        return by_stages(config, weights, x, routing)
-    return BY_OP.get(backend_of(config, x), by_stages)(config, weights, x, routing)
+    backend = backend_of(config, x)
+    if config.expert_norm is None and backend in BY_OP and not in_forward_mode():  # a norm needs whole rows before the sum
+        return BY_OP[backend](config, weights, x, routing)
+    if config.recompute:
+        what = "an expert_norm" if config.expert_norm is not None else "forward mode" if backend in BY_OP else f"back-end {backend!r}"
+        raise ValueError(f"MoEConfig.recompute=True with {what}: expected False, and torch.utils.checkpoint around the layer")
+    return by_stages(config, weights, x, routing)
 
 
 def by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
@@ -53,7 +58,7 @@ def by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routin
 
 def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     """One op; the hidden rows stay in the cache."""
-    return _by_op(routed_experts_op, config, weights, x, routing)
+    return _by_op(native_op, config, weights, x, routing)
 
 
 BY_OP: dict[str, Routed] = {"native": by_native_op}  # the back-ends that have an op for all three
@@ -64,12 +69,21 @@ def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     if config.router.weight_on == "input":
         x, w = weighted_input(x, routing), torch.ones_like(w)
     a = as_activation(config.activation)
-    y: Tensor = op(
+    y: Tensor
+    y, _ = op(
         x, routing.expert_ids, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
         config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
-        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap,
+        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap, _keeps(config, weights, x, w),
     )  # fmt: skip
     return y
+
+
+def _keeps(config: MoEConfig, weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
+    """Whether what the activations got is kept for gradients: 2 of 9 parts of all products, for rows x 2I elements."""
+    if config.recompute or config.chunk_tokens is not None or not torch.is_grad_enabled():  # chunks are there to bound memory
+        return False
+    inputs = (x, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
+    return any(t is not None and t.requires_grad for t in inputs)
 
 
 @functools.lru_cache
@@ -106,16 +120,16 @@ def _unpacked(args: Sequence[Any]) -> tuple[MoEConfig, MoEWeights, Tensor, Routi
     return config, weights, x, Routing(expert_ids=ids, weights=w)
 
 
-def _in_torch(*args: Any) -> Tensor:
-    return by_stages(*_unpacked(args))
+def _in_torch(*args: Any) -> tuple[Tensor, Tensor]:
+    return by_stages(*_unpacked(args[:-1])), args[0].new_empty(0)
 
 
-def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of all tensors, from the arguments alone: by `op`, or below torch.func's transforms by ops that batch."""
+def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], pre: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that batch."""
     wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
-    config, weights, *_ = _unpacked(args)
+    config, weights, *_ = _unpacked(args[:-1])
     plain = restore_weights(config, weights)
-    plain_args = (*args[:3], plain.gate_up, plain.down, *args[5:])
+    plain_args = (pre, *args[:3], plain.gate_up, plain.down, *args[5:-1])
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     found = _gradients(backend, gradient, wanted, *plain_args) if transformed else op(gradient, wanted, *plain_args)
     d_x, d_w, d_gate_up, d_down, *d_biases = (g if want else None for g, want in zip(found, wanted, strict=True))
@@ -125,8 +139,8 @@ def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], gra
     return d_x, None, d_w, d_gate_up, d_down, *d_biases, *(None,) * (len(args) - NUM_TENSORS)
 
 
-def _gradients(backend: str, gradient: Tensor, wanted: list[bool], *args: Any) -> tuple[Tensor, ...]:
-    """What routed_experts_backward computes, in the grouped ops of a back-end: the first product again, the second never.
+def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """What routed_experts_backward computes, in the grouped ops of a back-end: the first product always again, for pre has no derivative.
 
     d a = down[e].T @ g;  d w = a . d a + down_bias . g;  d h = activation'(h) * w * d a;  d x = sum of gate_up[e].T @ d h
     """
@@ -162,21 +176,23 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], *args: Any) -
         of_expert = ops.outer(w.to(rows.dtype), rows, ends).squeeze(1)
         return of_expert if like is None else of_expert.to(like.dtype)
 
-    none = x.new_empty(0)
+    def none() -> Tensor:  # one for each: results of an op are not each other's aliases
+        return x.new_empty(0)
+
     return (
         d_x,
         d_w.to(routing.weights.dtype),
-        outer(d_hidden, rows) if wanted[2] else none,
-        outer(g, (a * w).to(x.dtype)) if wanted[3] else none,
-        sums(d_hidden, torch.ones_like(w), weights.gate_up_bias) if wanted[4] else none,
-        sums(g, w, weights.down_bias) if wanted[5] else none,
+        outer(d_hidden, rows) if wanted[2] else none(),
+        outer(g, (a * w).to(x.dtype)) if wanted[3] else none(),
+        sums(d_hidden, torch.ones_like(w), weights.gate_up_bias) if wanted[4] else none(),
+        sums(g, w, weights.down_bias) if wanted[5] else none(),
     )
 
 
 def _second_backward(backend: str, inputs: list[Any], needed: list[bool], *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the gradients, through the grouped ops."""
     wanted = inputs[1]
-    moving = [i for i in (0, *(2 + argument for argument in DIFFERENTIABLE)) if needed[i] and inputs[i] is not None]
+    moving = [i for i in (0, *(3 + argument for argument in DIFFERENTIABLE)) if needed[i] and inputs[i] is not None]
 
     def function(*moved: Tensor) -> tuple[Tensor, ...]:
         found = _gradients(backend, *_with(inputs, moving, moved))
@@ -188,28 +204,19 @@ def _second_backward(backend: str, inputs: list[Any], needed: list[bool], *cotan
     return tuple(_with([None] * len(inputs), moving, second))
 
 
-def _jvp(args: list[Any], *tangents: Any) -> Tensor:
-    """The tangent, as the gradient of a gradient: v -> (d y / d args).T v is linear in v, and its transpose is what is wanted."""
-    moving = [i for i, tangent in enumerate(tangents[:NUM_TENSORS]) if tangent is not None]
-    y, pull = torch.func.vjp(lambda *moved: _in_torch(*_with(args, moving, moved)), *(args[i] for i in moving))[:2]
-    tangent: Tensor = torch.func.vjp(pull, torch.zeros_like(y))[1](tuple(tangents[i] for i in moving))[0]
-    return tangent
-
-
 def _with(args: list[Any], places: list[int], values: Sequence[Any]) -> list[Any]:
     """The arguments, with other values in some places."""
     value_of_place = dict(zip(places, values, strict=True))
     return [value_of_place.get(i, a) for i, a in enumerate(args)]
 
 
-routed_experts_backward_op = define_routed_experts_backward(
-    "",
+native_backward_op = define_routed_experts_backward(
+    "native",
     kernel=functools.partial(native.run, "routed_experts_backward", functools.partial(_gradients, "native")),
     backward=functools.partial(_second_backward, "native"),
 )
-routed_experts_op = define_routed_experts(
-    "",
+native_op = define_routed_experts(
+    "native",
     kernel=functools.partial(native.run, "routed_experts", _in_torch),
-    backward=lambda *args: _backward("native", routed_experts_backward_op, *args),
-    jvp=_jvp,
+    backward=lambda *args: _backward("native", native_backward_op, *args),
 )

@@ -368,7 +368,7 @@ BUGS = (
     PlantedBug(
         "gradients_equal_the_reference",
         "the native gradient to the routing weights is doubled",
-        fused.routed_experts_backward_op,
+        fused.native_backward_op,
         after(lambda found, *a: (found[0], found[1] * 2, *found[2:])),
     ),
     PlantedBug(

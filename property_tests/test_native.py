@@ -34,8 +34,8 @@ def call(level: str, config: MoEConfig, weights: MoEWeights, x: Tensor, routing:
     out: Tensor = native.library(level).ops.routed_experts(  # type: ignore[attr-defined]
         x, routing.expert_ids, routing.weights, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
         config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
-        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap,
-    )  # fmt: skip
+        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap, False,
+    )[0]  # fmt: skip
     return out
 
 

@@ -22,6 +22,7 @@ class MoEConfig:
     weight_layout    weights are [E, out, in], or [E, in, out] ("in_out": Llama-4, gpt-oss)
     hidden_padding   zeros appended to the routed input, and cut off its output: the experts are wider than the model
     chunk_tokens     tokens worked on at a time, which bounds peak memory in forward and backward; None: all
+    recompute        gradients compute the first product again (2 of 9 parts of all products) instead of keeping rows x 2I for it
     batch_invariant  a token's bits do not depend on the batch; a back-end that cannot promise it raises
     backend          what computes the experts; `moe_fn.backends()` says what there is
     opaque           the whole layer is one node in the graph, for hosts that want it
@@ -47,6 +48,7 @@ class MoEConfig:
     zero_experts: ZeroExpertsConfig | None = None
     hidden_padding: int = 0
     chunk_tokens: int | None = None
+    recompute: bool = False
     batch_invariant: bool = False
     backend: Backend = "auto"
     opaque: bool = False
@@ -60,6 +62,7 @@ class MoEConfig:
         check_choice("MoEConfig.gate_up_layout", self.gate_up_layout, ("packed", "interleaved"))
         check_choice("MoEConfig.weight_layout", self.weight_layout, ("out_in", "in_out"))
         check_choice("MoEConfig.backend", self.backend, get_args(Backend))
+        check_bool("MoEConfig.recompute", self.recompute)
         check_bool("MoEConfig.batch_invariant", self.batch_invariant)
         check_bool("MoEConfig.opaque", self.opaque)
         for name, kind in _NESTED.items():

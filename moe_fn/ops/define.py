@@ -28,6 +28,7 @@ def define_op(
     backward: Gradients,
     jvp: Kernel | None = None,
     visible: Kernel | None = None,
+    keeps: int | None = None,
 ) -> Callable[..., Any]:
     """Define `moe_fn::<schema>`: it compiles, exports, differentiates and batches below every transform.
 
@@ -39,6 +40,7 @@ def define_op(
     backward  (inputs, *gradients) -> one gradient or None per input; it calls ops only, so it differentiates again
     jvp       (inputs, *tangents) -> the tangent
     visible   the same in aten ops, which takes the op's place in the graph so that Inductor can fuse it
+    keeps     which output has no gradient and is handed to backward, between the inputs and the gradients
 
     Why not torch.library.register_autograd: it fails below torch.func. Why not an autograd.Function around the op: below
     compile(func.grad) Dynamo drops its backward (zero gradients, no error), it fails below compile(vmap(grad)), and it
@@ -60,7 +62,7 @@ def define_op(
     torch.library.register_vmap(f"moe_fn::{name}", vmap, lib=_library)
     if visible is not None:
         _trace_as(name, visible)
-    function = _single_level_function(name, op, backward, jvp, visible)
+    function = _single_level_function(name, op, backward, jvp, visible, keeps)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if visible is None and _nothing_to_differentiate(args):
@@ -90,7 +92,7 @@ def _trace_as(name: str, visible: Kernel) -> None:
     torch.library.register_torch_dispatch(f"moe_fn::{name}", ProxyTorchDispatchMode, rule, lib=_library)
 
 
-def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel | None, visible: Kernel | None) -> Any:
+def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel | None, visible: Kernel | None, keeps: int | None) -> Any:
     def forward(keyset: Any, *args: Any) -> Any:
         # enable_grad and forward grad: for the levels below this one; without them grad(grad) is zero, silently.
         with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
@@ -101,22 +103,29 @@ def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         tensors = [t for t in inputs if isinstance(t, Tensor)]
         ctx.constants = [None if isinstance(t, Tensor) else (t,) for t in inputs[1:]]  # inputs[0] is the keyset
-        ctx.save_for_backward(*tensors)
+        kept = () if keeps is None else (output[keeps],)
+        ctx.save_for_backward(*tensors, *kept)
+        if keeps is not None:
+            ctx.mark_non_differentiable(*kept)
+            ctx.set_materialize_grads(False)  # or its gradient would be made, as zeros
         if jvp is not None:
             ctx.save_for_forward(*tensors)
 
-    def inputs_of(ctx: Any) -> list[Any]:
-        tensors = iter(ctx.saved_tensors)
+    def inputs_of(ctx: Any, saved: Sequence[Tensor]) -> list[Any]:
+        tensors = iter(saved)
         return [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
 
     def run_backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[1:]
-        return None, *backward(inputs_of(ctx), needed, *gradients)
+        needed, saved = ctx.needs_input_grad[1:], ctx.saved_tensors  # once: torch.utils.checkpoint allows no second look
+        if keeps is None:
+            return None, *backward(inputs_of(ctx, saved), needed, *gradients)
+        others = (g for i, g in enumerate(gradients) if i != keeps)
+        return None, *backward(inputs_of(ctx, saved), needed, saved[-1], *others)
 
     members: dict[str, Any] = {"forward": forward, "setup_context": setup_context, "backward": run_backward}
     if jvp is not None:
         forward_mode = jvp
-        members["jvp"] = lambda ctx, _, *tangents: forward_mode(inputs_of(ctx), *tangents)
+        members["jvp"] = lambda ctx, _, *tangents: forward_mode(inputs_of(ctx, ctx.saved_tensors), *tangents)
     namespace: dict[str, Any] = {key: staticmethod(value) for key, value in members.items()}
     return type(f"{name}_autograd", (torch.autograd.function._SingleLevelFunction,), namespace)
 

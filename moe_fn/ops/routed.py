@@ -1,7 +1,8 @@
 """Dispatch, experts and combine as one op, where one kernel does all three, and its gradients as another; `moe_fn.fused` says why.
 
-`moe_fn::routed_experts` keeps nothing for its gradients but its arguments; `moe_fn::routed_experts_backward` starts from them. Each
-back-end with such kernels has a pair of ops of its own, as in `moe_fn.ops.grouped`.
+`moe_fn::routed_experts_<backend>` keeps for its gradients its arguments and, if asked to, what the activations got (`pre`: rows x 2I);
+without that `moe_fn::routed_experts_backward_<backend>` computes the first product again. Each back-end with such kernels has a pair of
+ops of its own, as in `moe_fn.ops.grouped`.
 """
 
 from typing import Any
@@ -16,30 +17,35 @@ _ARGUMENTS = (
     "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, float? limit, "
     "bool limit_output, float? gate_cap, float? up_cap"
 )
+_RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 NUM_TENSORS = 7  # the arguments that are tensors come first
 DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)  # which of them have gradients
 
 
-def define_routed_experts(suffix: str, kernel: Kernel, backward: Gradients, jvp: Kernel) -> Kernel:
-    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared -> [T, H]."""
+def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
+    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared, keep -> y [T, H], pre.
+
+    pre [T * k, columns of gate_up], slots sorted by expert, is without gradient, for the backward; empty unless kept. There is no forward
+    mode: a rule of an op cannot itself start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
+    """
     op = define_op(
-        f"routed_experts{suffix}({_ARGUMENTS}) -> Tensor",
+        f"routed_experts_{backend}({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)",
         kernel=kernel,
-        fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+        fake=_fake,
         vmap=lambda info, in_dims, *args: _vmap(op, info.batch_size, in_dims, args),
         backward=backward,
-        jvp=jvp,
+        keeps=1,
     )
     return op
 
 
-def define_routed_experts_backward(suffix: str, kernel: Kernel, backward: Gradients) -> Kernel:
-    """The op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), the arguments -> their gradients, empty where not needed.
+def define_routed_experts_backward(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
+    """The op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), pre, the arguments -> their gradients, empty where not needed.
 
     Weights are plain. Below transforms of torch.func the grouped ops stand in its place, so it has no batching rule of its own.
     """
     return define_op(
-        f"routed_experts_backward{suffix}(Tensor gradient, bool[] needed, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})",
+        f"routed_experts_backward_{backend}(Tensor gradient, bool[] needed, Tensor pre, {_ARGUMENTS}) -> ({_RESULTS})",
         kernel=kernel,
         fake=_gradients_fake,
         vmap=_no_vmap,
@@ -47,17 +53,23 @@ def define_routed_experts_backward(suffix: str, kernel: Kernel, backward: Gradie
     )
 
 
-def _gradients_fake(gradient: Tensor, needed: list[bool], *args: Any) -> tuple[Tensor, ...]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x, ids, gated, keep = args[0], args[1], args[NUM_TENSORS + 3], args[-1]
+    columns = args[NUM_TENSORS] * (2 if gated else 1)
+    return x.new_empty(x.shape), x.new_empty((ids.shape[0] * ids.shape[1], columns) if keep else (0,))
+
+
+def _gradients_fake(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
     wanted = (args[i] if need else None for i, need in zip(DIFFERENTIABLE, needed, strict=True))
     return tuple(gradient.new_empty(0) if a is None else a.new_empty(a.shape) for a in wanted)
 
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise NotImplementedError("moe_fn::routed_experts_backward has no batching rule; below torch.func the grouped ops stand in its place")
+    raise NotImplementedError("moe_fn::routed_experts_backward_* has no batching rule; below torch.func the grouped ops stand in its place")
 
 
-def _vmap(op: Kernel, batch: int, in_dims: Any, args: tuple[Any, ...]) -> tuple[Tensor, int]:
-    """A batch of tokens is more tokens; a batch of weights is more experts."""
+def _vmap(op: Kernel, batch: int, in_dims: Any, args: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """A batch of tokens is more tokens; a batch of weights is more experts. Nothing is kept: below transforms gradients start anew."""
     x, ids, weights = (batch_to_front(a, d, batch) for a, d in zip(args[:3], in_dims[:3], strict=True))
     leaves, dims = args[3:NUM_TENSORS], in_dims[3:NUM_TENSORS]
     if any(d is not None for d in dims):
@@ -66,5 +78,5 @@ def _vmap(op: Kernel, batch: int, in_dims: Any, args: tuple[Any, ...]) -> tuple[
         first = torch.arange(batch, device=ids.device).view(-1, 1, 1) * experts
         ids = torch.where((ids >= 0) & (ids < experts), ids + first, -1)
         leaves = tuple(None if a is None else a.flatten(0, 1) for a in batched)
-    out = op(x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1), *leaves, *args[NUM_TENSORS:])
-    return out.unflatten(0, (batch, x.shape[1])), 0
+    out, pre = op(x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1), *leaves, *args[NUM_TENSORS:-1], False)
+    return (out.unflatten(0, (batch, x.shape[1])), pre), (0, None)

@@ -4,7 +4,7 @@ This package says what the layer means, and judges the fast path; so it imports 
 and is slow. Gradients to x, the logits and every weight come from autograd. Read `layer.py` first.
 
 Options about speed and precision have no meaning here and are ignored: gate_dtype, score_dtype, chunk_tokens,
-batch_invariant, backend, opaque.
+recompute, batch_invariant, backend, opaque.
 """
 
 from moe_fn.reference.layer import moe_forward, moe_forward_routed

@@ -1,5 +1,5 @@
-// Gradients of routed_experts: the first product again, its activation's derivatives in the epilogue of the product with down, and outer
-// products. Nothing was kept from the forward; nothing [rows x hidden] is made.
+// Gradients of routed_experts: the activation's derivatives in the epilogue of the product with down, and outer products. The first product
+// is computed again if the forward did not keep it (2 of 9 parts of all products); nothing [rows x hidden] is made.
 #include "kernels.h"
 
 namespace moe_fn {
@@ -17,19 +17,15 @@ void hidden_again(const Pool& pool, const Plan& plan, const RoutedExperts& q, ty
     float bias[PANEL];
     const bool biased = panel_bias(q.gate_up_bias, q.gate_up, chunk.expert, panel, bias);
     const Columns to = columns_of(q.gate_up, panel);
-    for (int r = 0; r < block.rows; r++, tile += PANEL) {
-      typename D::Element out[PANEL], *row = hidden + (block.start + r) * width;
-      for (int v = 0; v < PANEL; v += WIDTH) D::store(out + v, biased ? load(tile + v) + load(bias + v) : load(tile + v));
-      for (int half = 0; half < 2; half++)
-        for (int i = 0; i < to.count[half]; i++) row[to.start[half] + int64_t(i) * to.stride] = out[half * (PANEL / 2) + i];
-    }
+    for (int r = 0; r < block.rows; r++) store_pre<D>(to, tile + r * PANEL, biased ? bias : nullptr, hidden + (block.start + r) * width);
   });
 }
 
-// d a = down.T g; in its epilogue hidden becomes d hidden, `scaled` the weighted activation, and `dots` a . d a, one number a panel.
+// d a = down.T g; its epilogue makes d hidden of what the activation got, `pre` (which may be the same memory), `scaled` of the weighted
+// activation, and `dots` of a . d a, one number a panel.
 template <class D>
-void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* gradient, typename D::Element* hidden,
-                        typename D::Element* scaled, float* dots) {
+void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* gradient, const typename D::Element* pre,
+                        typename D::Element* d_hidden, typename D::Element* scaled, float* dots) {
   using Element = typename D::Element;
   const int64_t inner = q.down.inner, width = q.gate_up.columns;
   const Weight flipped = q.down.flipped();
@@ -39,12 +35,13 @@ void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts&
     const int count = columns_here(inner, panel);
     for (int r = 0; r < block.rows; r++, tile += PANEL) {
       const int64_t slot = block.start + r;
-      Element* row = hidden + slot * width;
+      const Element* given = pre + slot * width;
+      Element* row = d_hidden + slot * width;
       float g[PANEL] = {}, u[PANEL] = {}, d_g[PANEL], d_u[PANEL], a[PANEL];
       for (int i = 0; i < count; i++) {
         const Pair at = q.activation.gated ? pair_of(q, inner, first + i) : Pair{first + i, 0};
-        g[i] = widen_one(row[at.gate]);
-        if (q.activation.gated) u[i] = widen_one(row[at.up]);
+        g[i] = widen_one(given[at.gate]);
+        if (q.activation.gated) u[i] = widen_one(given[at.up]);
       }
       vec sum{};
       const vec weight = splat(plan.weight[slot]);
@@ -140,8 +137,8 @@ void routed_experts_backward(const Pool& pool, const RoutedExperts& q, const Rou
     auto elements = [](int64_t n) { return buffer((n * int64_t(sizeof(Element)) + 3) / 4); };
     Buffer hidden = elements(rows * width), scaled = elements(rows * inner), dots = buffer(rows * panels);
     Element *h = (Element*)hidden.get(), *a = (Element*)scaled.get();
-    hidden_again<D>(pool, plan, q, h);
-    through_activation<D>(pool, plan, q, to.gradient, h, a, dots.get());
+    if (!to.pre) hidden_again<D>(pool, plan, q, h);
+    through_activation<D>(pool, plan, q, to.gradient, to.pre ? static_cast<const Element*>(to.pre) : h, h, a, dots.get());
     small_gradients<D>(pool, plan, q, to, starts, h, dots.get(), panels);
     if (to.x) gradient_of_x<D>(pool, plan, q, h, to.x);
     const Side x{q.x, q.hidden_in, plan.source.data()}, g{to.gradient, q.hidden_out, plan.source.data()}, d_h{h, width, nullptr}, s{a, inner, nullptr};

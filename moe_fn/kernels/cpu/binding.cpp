@@ -80,7 +80,7 @@ Call call_of(ARGUMENTS) {
   const int64_t hidden = x.size(1), experts = gate_up.size(0), columns = gated ? 2 * intermediate_size : intermediate_size;
   constexpr double none = std::numeric_limits<double>::infinity();
   c.problem = {type_of(x), x.size(0), ids.size(1), experts, hidden, hidden, c.ids.const_data_ptr<int64_t>(), c.weights.const_data_ptr<float>(),
-               c.x.const_data_ptr(), nullptr, weight_of(c.gate_up, columns, hidden, transposed, gated, interleaved),
+               c.x.const_data_ptr(), nullptr, nullptr, weight_of(c.gate_up, columns, hidden, transposed, gated, interleaved),
                weight_of(c.down, hidden, intermediate_size, transposed, false, false), bias_of(c.gate_up_bias, experts, columns),
                bias_of(c.down_bias, experts, hidden),
                {gate_of(function), gated, limit_output, float(alpha), float(up_offset), float(limit.value_or(none)), float(gate_cap.value_or(none)),
@@ -88,18 +88,22 @@ Call call_of(ARGUMENTS) {
   return c;
 }
 
-Tensor routed_experts_op(ARGUMENTS) {
+std::tuple<Tensor, Tensor> routed_experts_op(ARGUMENTS, bool keep) {
   Call c = call_of(PASSED);
-  Tensor out = empty(x.sizes(), x.options());
+  Tensor out = empty(x.sizes(), x.options()), pre = keep ? empty({ids.numel(), c.problem.gate_up.columns}, x.options()) : at::empty({0}, x.options());
   c.problem.out = out.mutable_data_ptr();
+  c.problem.pre = keep ? pre.mutable_data_ptr() : nullptr;
   moe_fn::routed_experts(pool(), c.problem);
-  return out;
+  return {out, pre};
 }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, ARGUMENTS) {
+Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, const Tensor& pre_, ARGUMENTS) {
   Call c = call_of(PASSED);
-  const Tensor gradient = gradient_.contiguous();
+  const Tensor gradient = gradient_.contiguous(), pre = pre_.contiguous();
+  const bool kept = pre.dim() == 2;
+  TORCH_CHECK_VALUE(!kept || (pre.size(0) == ids.numel() && pre.size(1) == c.problem.gate_up.columns && pre.scalar_type() == x.scalar_type()), "moe_fn: pre is ",
+                    pre.sizes(), "; expected ", ids.numel(), " by ", c.problem.gate_up.columns, " or nothing");
   TORCH_CHECK_VALUE(!c.problem.gate_up.prepared && gradient.sizes() == x.sizes() && gradient.scalar_type() == x.scalar_type(), "moe_fn: gradient is ",
                     gradient.sizes(), " ", gradient.scalar_type(), "; expected that of x, and plain weights");
   auto make = [&](int i, const optional<Tensor>& like, bool f32) {
@@ -111,7 +115,7 @@ Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, 
   auto wanted = [](const Tensor& t) { return t.dim() > 1 ? t.mutable_data_ptr() : nullptr; };
   auto floats = [&](const Tensor& t) { return static_cast<float*>(wanted(t)); };
   moe_fn::routed_experts_backward(
-      pool(), c.problem, {gradient.const_data_ptr(), wanted(d_x), wanted(d_gate_up), wanted(d_down), floats(d_w), floats(d_gate_up_bias), floats(d_down_bias)});
+      pool(), c.problem, {gradient.const_data_ptr(), kept ? pre.const_data_ptr() : nullptr, wanted(d_x), wanted(d_gate_up), wanted(d_down), floats(d_w), floats(d_gate_up_bias), floats(d_down_bias)});
   auto as = [](const Tensor& t, const optional<Tensor>& like) { return like && t.dim() > 1 ? t.to(like->scalar_type()) : t; };
   return {d_x, as(d_w, weights), d_gate_up, d_down, as(d_gate_up_bias, gate_up_bias), as(d_down_bias, down_bias)};
 }
@@ -159,8 +163,8 @@ double gemm_op(bool bf16, int64_t repeats) { return tile_rate(pool(), bf16 ? Typ
 void install() {  // once, whatever thread comes first
   static const bool done = [] {
     static torch::Library library(torch::Library::IMPL, "moe_fn", c10::DispatchKey::CPU, __FILE__, __LINE__);
-    library.impl("routed_experts", &routed_experts_op);
-    library.impl("routed_experts_backward", &routed_experts_backward_op);
+    library.impl("routed_experts_native", &routed_experts_op);
+    library.impl("routed_experts_backward_native", &routed_experts_backward_op);
     library.impl("grouped_matmul_native", &grouped_matmul_op);
     library.impl("grouped_outer_native", &grouped_outer_op);
     return true;

@@ -19,16 +19,17 @@ struct RoutedExperts {
   const int64_t* expert_ids;
   const float* expert_weights;
   const void* x;
-  void* out;
+  void *out, *pre;  // pre: [slots, columns of gate_up] to keep what the activation gets, slots in the order of the plan; or null
   Weight gate_up, down;
   Bias gate_up_bias, down_bias;
   Activation activation;
 };
 void routed_experts(const Pool& pool, const RoutedExperts& problem);
 
-// Gradients of routed_experts, from its arguments (plain weights) and the gradient of its result. Null: not wanted.
+// Gradients of routed_experts, from its arguments (plain weights), the gradient of its result, and what it kept (null: computed again).
+// Results that are null are not wanted.
 struct RoutedGradients {
-  const void* gradient;
+  const void *gradient, *pre;
   void *x, *gate_up, *down;
   float *expert_weights, *gate_up_bias, *down_bias;
 };

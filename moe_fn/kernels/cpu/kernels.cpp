@@ -34,8 +34,10 @@ void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, f
   by_rows<D>(pool, plan, q.x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, const float* tile) {
     float bias[PANEL];
     const bool biased = panel_bias(q.gate_up_bias, q.gate_up, chunk.expert, panel, bias);
-    const int dword = panel * per_panel / D::PER_DWORD, there = columns_of(q.gate_up, panel).count[0];
+    const Columns from = columns_of(q.gate_up, panel);
+    const int dword = panel * per_panel / D::PER_DWORD, there = from.count[0];
     for (int r = 0; r < block.rows; r++, tile += PANEL) {
+      if (q.pre) store_pre<D>(from, tile, biased ? bias : nullptr, static_cast<typename D::Element*>(q.pre) + (block.start + r) * q.gate_up.columns);
       float* to = hidden + block.start * padded + int64_t(dword / CHUNK) * block.rows * CHUNK + r * CHUNK + dword % CHUNK;
       for (int c = 0; c < PANEL / 2; c += WIDTH) {
         vec g = load(tile + c), u = load(tile + PANEL / 2 + c);
@@ -69,6 +71,10 @@ void routed_experts(const Pool& pool, const RoutedExperts& q) {
     const int64_t rows = int64_t(plan.source.size());
     Buffer hidden = buffer(rows * padded);
     if (width / D::PER_DWORD < padded) std::memset(hidden.get(), 0, size_t(rows) * padded * 4);
+    if (q.pre) {  // rows of no expert: a result of an op holds nothing that was there before
+      const int64_t row = q.gate_up.columns * int64_t(sizeof(typename D::Element));
+      std::memset(static_cast<char*>(q.pre) + rows * row, 0, size_t(q.tokens * q.top_k - rows) * row);
+    }
     first_product<D>(pool, plan, q, hidden.get(), padded);
     second_product<D>(pool, plan, plan.weight.data(), q, hidden.get(), padded);
   });

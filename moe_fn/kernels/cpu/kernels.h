@@ -34,6 +34,19 @@ void store_panel(typename D::Element* row, int64_t columns, int panel, const flo
   std::memcpy(out, all, sizeof(typename D::Element) * count);
 }
 
+// One row of a tile of the first product, rounded, to its columns' places in a row of the weights' order.
+template <class D>
+void store_pre(const Columns& to, const float* tile, const float* bias, typename D::Element* row) {
+  typename D::Element out[PANEL];
+  for (int v = 0; v < PANEL; v += WIDTH) D::store(out + v, bias ? load(tile + v) + load(bias + v) : load(tile + v));
+  for (int half = 0; half < 2; half++) {
+    const typename D::Element* from = out + half * (PANEL / 2);
+    if (to.stride == 1) std::memcpy(row + to.start[half], from, sizeof(*from) * std::max(to.count[half], 0));
+    else
+      for (int i = 0; i < to.count[half]; i++) row[to.start[half] + int64_t(i) * to.stride] = from[i];
+  }
+}
+
 inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk) {
   Plan plan;
   const int64_t slots = q.tokens * q.top_k;
