@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_fn import balance, chunked, forward, fused, layer, preparing, whole_layer
+from moe_fn import balance, chunked, forward, fused, layer, preparing, selection, whole_layer
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
 from moe_fn.records import Routing
@@ -151,18 +151,18 @@ BUGS = (
     PlantedBug(
         "ids_of_a_token_are_distinct_and_in_range",
         "the first choice is not taken out",
-        route._sparsemixer_choice,
+        selection._sparsemixer_choice,
         before(lambda router, z, candidates: (router, z, z)),
     ),
-    PlantedBug("ids_of_a_token_are_distinct_and_in_range", "one id too high", route._best, after(lambda ids, *a: ids + 1)),
-    PlantedBug("weights_are_finite_and_float32", "NaN scores stay", route._finite, instead(lambda s: s)),
+    PlantedBug("ids_of_a_token_are_distinct_and_in_range", "one id too high", selection._best, after(lambda ids, *a: ids + 1)),
+    PlantedBug("weights_are_finite_and_float32", "NaN scores stay", selection.finite, instead(lambda s: s)),
     PlantedBug(
         "weights_are_finite_and_float32", "denominator without a guard", route._norm, instead(lambda router, w: w.sum(-1, keepdim=True))
     ),
     PlantedBug(
         "ties_go_to_the_lowest_expert_id",
         "ties to the highest id",
-        route._best,
+        selection._best,
         instead(lambda v, k: v.shape[-1] - 1 - v.flip(-1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)),
     ),
     PlantedBug("renormalised_rows_sum_to_the_scale", "an epsilon of 1e-3", route._norm, after(_renormalised_twice)),
@@ -175,34 +175,37 @@ BUGS = (
     PlantedBug(
         "adding_a_constant_to_a_softmax_row_changes_nothing",
         "exp without softmax",
-        route._transformed_logits,
+        selection.transformed_logits,
         after(lambda z, *a: z * (1 + z.abs().amax(-1, keepdim=True))),
     ),
     PlantedBug(
         "permuting_experts_permutes_ids",
         "expert 0 is favoured",
-        route._candidates,
+        selection._candidates,
         after(lambda v, *a: v + torch.nn.functional.one_hot(torch.tensor(0), v.shape[-1])),
     ),
     PlantedBug(
         "groups_never_chosen_contribute_nothing",
         "groups are not masked",
-        route._kept_experts,
+        selection._kept_experts,
         after(lambda kept, *a: torch.ones_like(kept)),
     ),
     PlantedBug(
-        "groups_never_chosen_contribute_nothing", "the worst groups are kept", route._kept_experts, before(lambda groups, v: (groups, -v))
+        "groups_never_chosen_contribute_nothing",
+        "the worst groups are kept",
+        selection._kept_experts,
+        before(lambda groups, v: (groups, -v)),
     ),
     PlantedBug(
         "the_correction_bias_changes_the_choice_but_not_the_weights",
         "the bias stays in the weights",
-        route._finite,
+        selection.finite,
         instead(lambda s: s.nan_to_num() + 0.1 * torch.rand_like(s)),
     ),
     PlantedBug(
         "the_correction_bias_changes_the_choice_but_not_the_weights",
         "the bias is ignored",
-        route._with_bias,
+        selection._with_bias,
         instead(lambda router, extra, kind, v: v),
     ),
     PlantedBug(

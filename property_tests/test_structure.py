@@ -21,7 +21,7 @@ LAYERS = (
     ("records",),
     ("activations", "kernels"),
     ("backends", "ops"),
-    ("preparing",),
+    ("preparing", "selection"),
     ("checking",),
     ("stages",),
     ("balance", "fused"),
