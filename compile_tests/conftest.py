@@ -1,9 +1,14 @@
 """Each test starts with empty compile caches in memory; one thread, for the problems are tiny and tests run side by side."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
+
 import torch._dynamo
 import torch._inductor.config
 

@@ -1,6 +1,7 @@
 """The layer never makes a GPU wait for the host: traced on fake CUDA tensors, and run in real CUDA graphs where there is a GPU."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,7 @@ def test_compile_sees_cuda_alone_and_no_sync(case: Case, fullgraph: bool, fake: 
 def test_the_stages_and_the_blocked_kernels_together_have_no_sync(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops are nodes that hide their kernels: here the kernels that run on a GPU stand in the graph themselves."""
     monkeypatch.setitem(GROUPED, "torch", GroupedOps(kernels.grouped_matmul, kernels.grouped_outer))
+    case = replace(case, backend="torch")
     with FakeTensorMode():
         weights, *rest = on_fake_cuda(case.args(9))
         graph = make_fx(lambda *rest: case.layer(weights, *rest))(*rest)

@@ -1,11 +1,13 @@
 """Every op of the package keeps the contract of torch.library: opcheck, a pure schema, and words that say why it exists."""
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,11 +17,12 @@ from torch.library import opcheck
 
 import moe_fn
 from compile_tests.cases import Case
-from moe_fn.kernels import native
+from moe_fn.config import RouterConfig
+from moe_fn.kernels import gpu, native
 from moe_fn.records import leaves_of_weights
 
 for _module in pkgutil.walk_packages(moe_fn.__path__, "moe_fn."):  # an op exists once its module is imported
-    if "integrations" not in _module.name and not _module.name.startswith(("moe_fn.testing", "moe_fn.bench")):
+    if "integrations" not in _module.name and not _module.name.startswith(("moe_fn.testing", "moe_fn.bench", "moe_fn.kernels.triton")):
         importlib.import_module(_module.name)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,11 +66,11 @@ def grouped_outer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ..
     ]
 
 
-def routed_experts(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1) -> list[tuple[Any, ...]]:
     r, samples = make(3, dtype, requires_grad), []
     silu, oai = ("silu", True, False, 1.0, 0.0, None, False, None, None), ("silu", True, True, 1.702, 1.0, 7.0, False, None, None)
     for tokens, transposed, biased, activation in ((5, True, False, silu), (0, True, True, oai), (3, False, True, oai)):
-        ids = torch.randint(-1, 3, (tokens, 2), generator=torch.Generator().manual_seed(tokens))
+        ids = torch.randint(lowest_id, 3, (tokens, 2), generator=torch.Generator().manual_seed(tokens))
         weights = (r(3, 6, 4), r(3, 4, 3)) if transposed else (r(3, 4, 6), r(3, 3, 4))
         biases = (r(3, 6), r(3, 4)) if biased else (None, None)
         routing = torch.rand(tokens, 2).requires_grad_(requires_grad)
@@ -81,6 +84,12 @@ def routed_experts_backward(dtype: torch.dtype, requires_grad: bool) -> list[tup
         needed = [True, True, True, True, rest[4] is not None, rest[5] is not None]
         samples.append((torch.ones_like(x).requires_grad_(requires_grad), needed, x.new_empty(0), x, *rest))
     return samples
+
+
+def route_top_k(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    r, config = make(2, dtype, requires_grad), Case("deepseek").config
+    biased, plain = config._json, dataclasses.replace(config, router=RouterConfig())._json
+    return [(r(5, 8), torch.randn(8), biased), (r(3, 8), None, plain), (r(0, 8), None, plain)]
 
 
 def gather_rows(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
@@ -121,6 +130,11 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "moe_fn::grouped_outer_native": grouped_outer,
     "moe_fn::routed_experts_native": routed_experts,
     "moe_fn::routed_experts_backward_native": routed_experts_backward,
+    "moe_fn::grouped_matmul_triton": grouped_matmul,
+    "moe_fn::grouped_outer_triton": grouped_outer,
+    "moe_fn::routed_experts_triton": partial(routed_experts, lowest_id=0),  # rows of no expert are left as they are in what it keeps
+    "moe_fn::routed_experts_backward_triton": routed_experts_backward,
+    "moe_fn::route_top_k_triton": route_top_k,
     "moe_fn::gather_rows": gather_rows,
     "moe_fn::moe_forward": whole_layer,
     "moe_fn::moe_forward_shared": whole_layer,
@@ -128,12 +142,13 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
 }
 
 
-NATIVE = (
-    "moe_fn::grouped_matmul_native",
-    "moe_fn::grouped_outer_native",
-    "moe_fn::routed_experts_native",
-    "moe_fn::routed_experts_backward_native",
-)
+def refuses(name: str, dtype: torch.dtype) -> str | None:
+    """Why an op does not run here for a dtype."""
+    if name.endswith("_native"):
+        return native.problem("cpu", dtype)
+    if name.endswith("_triton"):
+        return gpu.problem("cpu", dtype) or ("Triton's interpreter multiplies bfloat16 as integers" if dtype == torch.bfloat16 else None)
+    return None
 
 
 def test_every_op_has_samples() -> None:
@@ -143,8 +158,8 @@ def test_every_op_has_samples() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck_passes(name: str, dtype: torch.dtype) -> None:
-    if name in NATIVE and dtype not in native.DTYPES:
-        pytest.skip("the native kernels say that they compute in float32 and bfloat16")
+    if reason := refuses(name, dtype):
+        pytest.skip(reason)
     for sample in SAMPLES[name](dtype, True):
         opcheck(op_of(name), sample)
 

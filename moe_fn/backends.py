@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_fn.compiling import constant_while_tracing
 from moe_fn.config import MoEConfig
-from moe_fn.kernels import native
+from moe_fn.kernels import gpu, native
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +27,18 @@ def backends() -> tuple[BackendInfo, ...]:
     Builds the native kernels if they have not been built on this machine yet.
 
     >>> [info.name for info in backends()]
-    ['torch', 'native']
+    ['torch', 'native', 'triton']
     """
     problem, library = native.problem("cpu", torch.float32), native.active()
     chosen = problem is None and library.level != "plain"
+    on_gpu, on_cpu = (gpu.problem(device, torch.float32) for device in ("cuda", "cpu"))
+    gpu_there = on_gpu is None and torch.cuda.is_available()
     return (
         BackendInfo(
             name="torch",
             available=True,
             devices=("cpu", "cuda"),
-            chosen_by_auto_on=("cuda",) if chosen else ("cpu", "cuda"),
+            chosen_by_auto_on=tuple(device for device, taken in (("cpu", chosen), ("cuda", on_gpu is None)) if not taken),
             reason=f"plain torch {torch.__version__}: one product per expert on the CPU, fixed blocks of rows on other devices",
         ),
         BackendInfo(
@@ -46,7 +48,22 @@ def backends() -> tuple[BackendInfo, ...]:
             chosen_by_auto_on=("cpu",) if chosen else (),
             reason=problem or f"C++ kernels for float32 and bfloat16, instruction-set level {library.level}, in {library.path}",
         ),
+        BackendInfo(
+            name="triton",
+            available=gpu_there or on_cpu is None,
+            devices=("cuda",) if on_cpu else ("cuda", "cpu"),
+            chosen_by_auto_on=() if on_gpu else ("cuda",),
+            reason=_of_triton(on_gpu, on_cpu, gpu_there),
+        ),
     )
+
+
+def _of_triton(on_gpu: str | None, on_cpu: str | None, gpu_there: bool) -> str:
+    if on_gpu is not None:
+        return on_gpu
+    if gpu_there:
+        return "Triton kernels for float32, bfloat16 and float16, compiled on first use"
+    return "no CUDA or ROCm device here" if on_cpu else "no CUDA or ROCm device here; Triton's interpreter runs the kernels, for tests"
 
 
 # A constant for torch.compile: the choice is made while tracing, and the graph holds the ops of one back-end.
@@ -55,10 +72,18 @@ def _choose(backend: str, device: str, dtype: torch.dtype) -> tuple[str, str | N
     """The back-end that runs, and what is wrong with it."""
     if backend == "torch":
         return "torch", None
+    if backend == "triton" or (backend == "auto" and device != "cpu"):
+        problem = gpu.problem(device, dtype)
+        return ("torch", None) if problem and backend == "auto" else ("triton", problem)
     problem = native.problem(device, dtype)
     if backend == "native":
         return "native", problem
     return ("torch" if problem or native.best_level() == "plain" else "native"), None
+
+
+def runs(backend: str, config: MoEConfig, x: Tensor) -> bool:
+    """Whether `backend` is the one of a call and can compute with x; never raises."""
+    return _choose(config.backend, x.device.type, x.dtype) == (backend, None)
 
 
 def backend_of(config: MoEConfig, x: Tensor) -> str:

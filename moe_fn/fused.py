@@ -17,7 +17,7 @@ from moe_fn.activations import activate
 from moe_fn.backends import backend_of
 from moe_fn.compiling import in_forward_mode
 from moe_fn.config import ActivationConfig, MoEConfig, ZeroExpertsConfig, as_activation
-from moe_fn.kernels import native
+from moe_fn.kernels import gpu, native
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import Kernel
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
@@ -61,7 +61,12 @@ def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
     return _by_op(native_op, config, weights, x, routing)
 
 
-BY_OP: dict[str, Routed] = {"native": by_native_op}  # the back-ends that have an op for all three
+def by_triton_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """One op of 4 kernels, 2 where nearly every slot has an expert of its own: nothing waits for the device between them."""
+    return _by_op(triton_op, config, restore_weights(config, weights), x, routing)
+
+
+BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}  # the back-ends that have an op for all three
 
 
 def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
@@ -219,4 +224,12 @@ native_op = define_routed_experts(
     "native",
     kernel=functools.partial(native.run, "routed_experts", _in_torch),
     backward=lambda *args: _backward("native", native_backward_op, *args),
+)
+triton_backward_op = define_routed_experts_backward(
+    "triton", kernel=functools.partial(gpu.run, "routed_experts_backward"), backward=functools.partial(_second_backward, "triton")
+)
+triton_op = define_routed_experts(
+    "triton",
+    kernel=functools.partial(gpu.run, "routed_experts"),
+    backward=lambda *args: _backward("triton", triton_backward_op, *args),
 )

@@ -1,7 +1,12 @@
 """Profiles: `ci` draws the same examples every time; `--hypothesis-profile=dev` draws new ones and remembers failures, `deep` many."""
 
+import os
+
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 settings.register_profile(

@@ -11,7 +11,7 @@ from moe_fn.config.checks import check_bool, check_choice, check_int
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 
-Backend = Literal["auto", "torch", "native"]
+Backend = Literal["auto", "torch", "native", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from moe_fn.kernels import native, torch_grouped
+from moe_fn.kernels import gpu, native, torch_grouped
 from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
 
 
@@ -27,6 +28,7 @@ class GroupedOps:
 
     matmul_op: Kernel
     outer_op: Kernel
+    dtypes: tuple[torch.dtype, ...] | None = None  # None: all
 
     def matmul(self, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int = 1, weight_sets: int = 1) -> Tensor:
         """rows[r] @ weight[e] (weight[e].T if transposed) for the expert e of row r.
@@ -136,7 +138,13 @@ native_matmul, native_outer = _define(
     partial(native.run, "grouped_outer", torch_grouped.grouped_outer),
 )
 
-GROUPED: dict[str, GroupedOps] = {"torch": GroupedOps(torch_matmul, torch_outer), "native": GroupedOps(native_matmul, native_outer)}
+triton_matmul, triton_outer = _define("triton", "_triton", partial(gpu.run, "grouped_matmul"), partial(gpu.run, "grouped_outer"))
+
+GROUPED: dict[str, GroupedOps] = {
+    "torch": GroupedOps(torch_matmul, torch_outer),
+    "native": GroupedOps(native_matmul, native_outer, native.DTYPES),
+    "triton": GroupedOps(triton_matmul, triton_outer, gpu.DTYPES),
+}
 
 
 def spread_over_rows(backend: str, values: Tensor, ends: Tensor, num_rows: int) -> Tensor:
@@ -144,5 +152,6 @@ def spread_over_rows(backend: str, values: Tensor, ends: Tensor, num_rows: int) 
 
     A product with ones, so that its gradient is a segment sum in fixed order instead of a scatter with atomics.
     """
-    ops = GROUPED[backend if values.dtype in native.DTYPES else "torch"]
+    dtypes = GROUPED[backend].dtypes
+    ops = GROUPED[backend if dtypes is None or values.dtype in dtypes else "torch"]
     return ops.matmul(values.new_ones(num_rows, 1), values.unsqueeze(1), ends, False)

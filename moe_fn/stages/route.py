@@ -1,15 +1,18 @@
-"""route: logits -> Routing."""
+"""route: logits -> Routing. By torch's ops, or by one op where a kernel knows the router; why an op: `moe_fn.ops.top_k`."""
 
 import torch
 from torch import Tensor
 
-from moe_fn.backends import backend_of
+from moe_fn.backends import backend_of, runs
 from moe_fn.checking import check_routing_inputs
+from moe_fn.compiling import in_forward_mode
 from moe_fn.config import MoEConfig, RouterConfig
+from moe_fn.kernels.triton.coverage import covers
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED
+from moe_fn.ops.top_k import define_route_top_k
 from moe_fn.records import MoEWeights, RouterWeights, Routing
-from moe_fn.selection import SCORES, SELECTIONS, finite, transformed_logits
+from moe_fn.selection import SCORES, SELECTIONS, finite, top_k_weights, transformed_logits
 
 
 def route(
@@ -51,19 +54,25 @@ def route(
     check_routing_inputs(config, extra, logits, token_ids, token_mask)
     if token_mask is not None:
         logits = torch.where(token_mask.unsqueeze(-1), logits, 0)
-    ids, chosen, shared = _in_torch(config, extra, logits, token_ids)
+    if extra.expert_scale is None and covers(config, logits.dtype) and runs("triton", config, logits) and not in_forward_mode():
+        chosen, ids = route_top_k_op(logits, extra.correction_bias, config._json)  # type: ignore[attr-defined]
+        shared = None
+    else:
+        ids, chosen, shared = _in_torch(config, extra, logits, token_ids)
     routing = Routing(expert_ids=ids, weights=chosen, shared_weights=shared)
     return routing if token_mask is None else without_padding(routing, token_mask)
 
 
-def _in_torch(config: MoEConfig, extra: RouterWeights, logits: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids, their weights, and those of shared experts."""
+def _in_torch(
+    config: MoEConfig, extra: RouterWeights, logits: Tensor, token_ids: Tensor | None, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, their weights, and those of shared experts; `ids`: where the choice has been made."""
     router = config.router
     z = transformed_logits(router, logits)
     shared = z.narrow(-1, config.num_choices, z.shape[-1] - config.num_choices) if z.shape[-1] > config.num_choices else None
     z = z.narrow(-1, 0, config.num_choices) if shared is not None else z
     shared = None if shared is None else finite(SCORES[router.scoring](shared))
-    ids, chosen = SELECTIONS[router.selection](config, extra, z, token_ids)
+    ids, chosen = SELECTIONS[router.selection](config, extra, z, token_ids) if ids is None else (ids, top_k_weights(config, extra, z, ids))
     if router.renormalize:
         total = _norm(router, chosen if shared is None else torch.cat([chosen, shared], -1))
         chosen, shared = chosen / total, None if shared is None else shared / total
@@ -75,6 +84,14 @@ def _in_torch(config: MoEConfig, extra: RouterWeights, logits: Tensor, token_ids
         shared = None if shared is None else shared * router.routed_scaling_factor
     dtype = accumulation_dtype(logits.dtype)
     return ids, chosen.to(dtype), None if shared is None else shared.to(dtype)
+
+
+def _weights_of_ids(config: MoEConfig, logits: Tensor, correction_bias: Tensor | None, ids: Tensor) -> Tensor:
+    """What the chosen experts weigh, as a function of the logits."""
+    return _in_torch(config, RouterWeights(correction_bias=correction_bias), logits, None, ids)[1]
+
+
+route_top_k_op = define_route_top_k(_weights_of_ids)
 
 
 def router_logits(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""The Triton back-end in graphs: its ops are what stands there, one graph serves every token count, and no launch waits for the device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import moe_fn
+from compile_tests.cases import Case, as_leaves
+from compile_tests.graphs import graphs_of, ops
+from moe_fn import MoEWeights
+from moe_fn.kernels import gpu
+from moe_fn.testing import assert_matches, assert_one_graph
+
+if gpu.problem("cpu", torch.float32):
+    pytest.skip("the Triton kernels run on the CPU only under Triton's interpreter", allow_module_level=True)
+
+CASES = [Case("default", backend="triton"), Case("deepseek", backend="triton"), Case("gpt_oss", backend="triton")]
+
+
+def args_of(case: Case, tokens: int) -> tuple[Any, ...]:
+    """Without scales of experts, which the router's kernel leaves to torch."""
+    weights, *rest = case.args(tokens)
+    router = None if weights.router is None else replace(weights.router, expert_scale=None)
+    return replace(weights, router=router), *rest
+
+
+each = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@each
+@pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "plain compile"])
+def test_the_graph_holds_the_ops_of_the_back_end(case: Case, fullgraph: bool) -> None:
+    args = as_leaves(args_of(case, 9))
+    moe_fn.mark_tokens(*args[1:])
+    graphs = graphs_of(case.layer, args, fullgraph=fullgraph)
+    assert len(graphs.dynamo) == len(graphs.forward) == len(graphs.backward) == 1
+    assert ops(graphs.forward) == {"routed_experts_triton": 1, "route_top_k_triton": 1}
+    assert ops(graphs.backward) == {"routed_experts_backward_triton": 1}
+
+
+@each
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_one_graph_serves_every_token_count(case: Case, backward: bool) -> None:
+    def make_args(tokens: int) -> tuple[Any, ...]:
+        args = args_of(case, tokens)
+        return tuple(as_leaves(args)) if backward else args
+
+    assert_one_graph(case.layer, make_args, (3, 0, 1, 2, 40), backward=backward, tolerance=1e-5, scale=0.1)
+
+
+def test_an_exported_layer_gives_the_same_numbers() -> None:
+    case = CASES[0]  # in torch's guard text `gate_up` and `gate_up_bias` get mixed up
+    layer = case.layer
+
+    class Layer(nn.Module):
+        def forward(self, weights: MoEWeights, x: Tensor, logits: Tensor) -> Tensor:
+            return layer(weights, x, logits)
+
+    args = args_of(case, 9)[:3]
+    program = torch.export.export(Layer(), args, strict=False)
+    assert_matches(program.module()(*args), layer(*args), tolerance=1e-6)
+
+
+def test_an_expert_norm_runs_by_the_grouped_products_of_the_back_end() -> None:
+    case = Case("everything", backend="triton")
+    graphs = graphs_of(case.layer, as_leaves(case.args(9)), fullgraph=True)
+    assert ops(graphs.forward)["grouped_matmul_triton"] >= 2
+
+
+@contextmanager
+def launches_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """On fake CUDA tensors: every operation around the kernels runs as it would, launches are noted. A sync would raise."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from moe_fn.kernels.triton import grouped, layer
+
+    launched: list[str] = []
+
+    def launcher(self: Any, grid: Any) -> Any:
+        return lambda *args, **kwargs: launched.append(self.fn.__name__)
+
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", launcher)
+    for module in (grouped, layer):
+        monkeypatch.setattr(module, "architecture_of", lambda device: "sm_90")
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        yield launched
+
+
+def cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+OPTIONS = (64, True, "silu", True, False, 1.0, 0.0, None, False, None, None)  # of 64 = intermediate_size
+
+
+@pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (100, 4), (4096, 6)])
+def test_launches_of_a_forward_and_no_sync(tokens: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_fn.kernels.triton import entry
+
+    with launches_counted(monkeypatch) as launched:
+        args = (
+            cuda(tokens, 32),
+            cuda(tokens, 2, dtype=torch.int64),
+            cuda(tokens, 2, dtype=torch.float32),
+            cuda(16, 128, 32),
+            cuda(16, 32, 64),
+        )
+        y, _ = entry.routed_experts(*args, None, None, *OPTIONS, False)
+        assert y.shape == (tokens, 32) and y.device.type == "cuda"
+    assert len(launched) == launches, launched
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_backward_has_no_sync(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_fn.kernels.triton import entry
+
+    with launches_counted(monkeypatch) as launched:
+        args = cuda(100, 32), cuda(100, 2, dtype=torch.int64), cuda(100, 2, dtype=torch.float32), cuda(16, 128, 32), cuda(16, 32, 64)
+        biases = cuda(16, 128), cuda(16, 32)
+        pre = cuda(200, 128) if kept else cuda(0)
+        found = entry.routed_experts_backward(cuda(100, 32), [True] * 6, pre, *args, *biases, *OPTIONS)
+        assert [g.shape for g in found] == [a.shape for a in (args[0], *args[2:], *biases)]
+        assert all(g.device.type == "cuda" for g in found)
+    assert ("_up_kernel" in launched) != kept
+
+
+def test_grouped_products_have_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_fn.kernels.triton import entry
+
+    with launches_counted(monkeypatch):
+        ends = cuda(6, dtype=torch.int32)
+        for segments, sets in ((1, 1), (2, 1), (2, 2)):
+            weight = cuda(6 // segments * sets, 32, 64)
+            assert entry.grouped_matmul(cuda(100, 32), weight, ends, False, segments, sets).shape == (100, 64)
+            assert entry.grouped_outer(cuda(100, 32), cuda(100, 64), ends, segments, sets).shape == weight.shape
+
+
+def test_the_router_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_fn.kernels.triton import entry
+
+    config = replace(Case("deepseek").config)
+    with launches_counted(monkeypatch) as launched:
+        ids, weights = entry.route_top_k(cuda(7, 8), cuda(8, dtype=torch.float32), config)
+        assert ids.shape == weights.shape == (7, 2)
+    assert len(launched) == 1

@@ -1,0 +1,38 @@
+"""The Triton kernels behind a door that opens when one is needed: Triton is not imported before."""
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def problem(device: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels do not run for this device and dtype; None if they do."""
+    if device not in ("cuda", "cpu"):
+        return f"the Triton kernels run on CUDA and ROCm devices, not on {device}"
+    if dtype not in DTYPES:
+        return f"the Triton kernels compute in float32, bfloat16 and float16, not in {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cpu" and not interpreted():
+        return "the Triton kernels run on the CPU only under Triton's interpreter (start Python with TRITON_INTERPRET=1), for tests"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether kernels made from now on are Triton's interpreter's."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def run(name: str, like: Tensor, *rest: Any) -> Any:
+    """The function `name` of moe_fn.kernels.triton.entry on (like, *rest)."""
+    wrong = problem(like.device.type, like.dtype)
+    if wrong is not None:
+        raise RuntimeError(f"moe_fn::{name}_triton: {wrong}")
+    return getattr(importlib.import_module("moe_fn.kernels.triton.entry"), name)(like, *rest)

@@ -1,0 +1,183 @@
+"""The router kernel under Triton's interpreter against moe_fn.route, over every config that it covers."""
+
+import dataclasses
+import itertools
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("needs TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
+
+from moe_fn.config import GroupConfig, MoEConfig, RouterConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.kernels.triton.coverage import LANES, MOST_GROUPS, covers
+from moe_fn.kernels.triton.top_k import route_top_k
+from moe_fn.records import MoEWeights, RouterWeights
+from moe_fn.stages.route import route
+from moe_fn.testing import assert_matches
+
+SEEDS = st.integers(0, 2**20)
+WILD = torch.tensor([-20.0, 20.0, -40.0, torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 1e-30, 0.0, -0.0, 88.0, -104.0])
+NORMS = (
+    {},
+    {"renormalize": False, "routed_scaling_factor": 2.5},
+    {"renormalize": False, "routed_scaling_factor": 2.5, "scale_on": "output"},
+    {"renormalize_order": 2.0, "renormalize_epsilon": 1e-3},
+    {"renormalize_minimum": 0.5, "routed_scaling_factor": 0.3},
+)
+LOGITS = ({}, {"logit_multiplier": 0.25}, {"logit_softcap": 1.5}, {"logit_multiplier": -2.0, "logit_softcap": 3.0})
+
+
+def config_of(choices: int, top_k: int, router: RouterConfig, zero_experts: int = 0) -> MoEConfig:
+    zero = ZeroExpertsConfig(count=zero_experts) if zero_experts else None
+    return MoEConfig(num_experts=choices - zero_experts, top_k=top_k, hidden_size=1, intermediate_size=1, router=router, zero_experts=zero)
+
+
+@st.composite
+def router_configs(draw: DrawFn, most_choices: int = 70) -> MoEConfig:
+    """Configs that the kernel covers; some of scale_on="output" have zero experts in the choices only where they may."""
+    order = draw(st.sampled_from(["before_top_k", "after_top_k"]))
+    bias = draw(st.sampled_from(["none", "scores", "logits"]))
+    groups, choices = None, draw(st.integers(1, most_choices))
+    if order == "before_top_k" and bias != "logits" and draw(st.booleans()):
+        score, count = draw(st.sampled_from(["max", "top2_sum"])), draw(st.integers(1, 9))
+        size = draw(st.integers(1 if score == "max" else 2, 7))
+        groups = GroupConfig(count=count, top_k=draw(st.integers(1, count)), score=score, fill=draw(st.sampled_from(["-inf", "zero"])))
+        choices, most = count * size, groups.top_k * size
+    else:
+        most = choices
+    norm = draw(st.sampled_from(NORMS))
+    router = RouterConfig(
+        scoring=draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus", "identity"])),
+        scoring_order=order,
+        correction_bias=bias,
+        groups=groups,
+        **norm,
+        **draw(st.sampled_from(LOGITS)),
+    )
+    zero = draw(st.integers(0, min(2, choices - 1))) if router.scale_on == "weights" else 0
+    return config_of(choices, draw(st.integers(1, min(8, most))), router, zero)
+
+
+def problem_of(config: MoEConfig, num_tokens: int, seed: int, wild: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Logits and correction bias on a grid of quarters, so that what is not equal is well apart, and ties are plenty."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_tokens, config.num_choices)
+    logits = torch.randint(-12, 13, shape, generator=generator) / 4.0
+    if wild:
+        chosen = WILD[torch.randint(len(WILD), shape, generator=generator)]
+        logits = torch.where(torch.rand(shape, generator=generator) < 0.4, chosen, logits)
+    bias = torch.randint(-8, 9, (config.num_choices,), generator=generator) / 4.0 if config.router.correction_bias != "none" else None
+    return logits, bias
+
+
+def both(config: MoEConfig, logits: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(ids, weights) of the kernel and of route."""
+    router = None if bias is None else RouterWeights(correction_bias=bias)
+    size = config.num_experts
+    expected = route(config, MoEWeights(gate_up=torch.zeros(size, 2, 1), down=torch.zeros(size, 1, 1), router=router), logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of NaN and infinities, which a GPU makes without a word
+        actual = route_top_k(config, logits, bias)
+    return actual, (expected.expert_ids, expected.weights)
+
+
+def values_for_choice(config: MoEConfig, logits: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    """What was compared to choose the ids, groups aside: route's weights of all choices one by one, plus the bias."""
+    plain = dataclasses.replace(config.router, groups=None, correction_bias="none", renormalize=False, scale_on="weights")
+    plain = dataclasses.replace(plain, routed_scaling_factor=1.0, renormalize_epsilon=0.0, renormalize_minimum=0.0, renormalize_order=1.0)
+    if config.router.correction_bias == "logits" or (config.router.scoring_order, config.router.correction_bias) == ("after_top_k", "none"):
+        plain = dataclasses.replace(plain, scoring="identity")
+    every = config_of(config.num_choices, config.num_choices, dataclasses.replace(plain, scoring_order="before_top_k"))
+    (_, _), (order, sorted_values) = both(every, logits, None)
+    values = torch.zeros_like(sorted_values).scatter(1, order, sorted_values)
+    return (values if bias is None else values + bias).gather(1, ids)
+
+
+def assert_same_routing(config: MoEConfig, logits: Tensor, bias: Tensor | None) -> None:
+    """Ids are equal, or differ where scores do by less than 1e-6: exp is not the same to the last bit in numpy, torch and a GPU."""
+    assert covers(config, logits.dtype)
+    (ids, weights), (expected_ids, expected_weights) = both(config, logits, bias)
+    assert ids.dtype == torch.int64 and weights.dtype == torch.float32 and ids.shape == weights.shape == expected_ids.shape
+    different = (ids != expected_ids).any(1)
+    if different.any():
+        assert config.router.groups is None, f"{ids[different]} != {expected_ids[different]}"
+        chosen, wanted = (values_for_choice(config, logits, bias, i)[different] for i in (ids, expected_ids))
+        torch.testing.assert_close(chosen, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(weights[~different], expected_weights[~different], rtol=2e-6, atol=1e-30)
+
+
+@given(router_configs(), st.integers(0, 9), SEEDS)
+@settings(max_examples=60)
+def test_routing_equals_route(config: MoEConfig, num_tokens: int, seed: int) -> None:
+    logits, bias = problem_of(config, num_tokens, seed)
+    assert_same_routing(config, logits, bias)
+
+
+@given(router_configs(24), st.integers(1, 9), SEEDS)
+@settings(max_examples=60)
+def test_what_is_no_number_counts_as_in_route(config: MoEConfig, num_tokens: int, seed: int) -> None:
+    if config.router.scoring == "identity":  # which passes 1e30 on, and a norm of such numbers overflows in some order of the sum
+        config = dataclasses.replace(config, router=dataclasses.replace(config.router, scoring="softmax"))
+    logits, bias = problem_of(config, num_tokens, seed, wild=True)
+    assert_same_routing(config, logits, bias)
+
+
+@given(router_configs(40), st.sampled_from([torch.float16, torch.float32]), st.booleans(), SEEDS)
+@settings(max_examples=20)
+def test_any_logits_of_any_dtype_and_stride(config: MoEConfig, dtype: torch.dtype, narrowed: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, config.num_choices + 3, generator=generator).to(dtype)
+    logits = logits[:, : config.num_choices] if narrowed else logits[:, 3:].mT.contiguous().mT
+    config = dataclasses.replace(config, router=dataclasses.replace(config.router, groups=None))
+    _, bias = problem_of(config, 0, seed)
+    assert_same_routing(config, logits, bias)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus", "identity"])
+def test_ties_go_to_the_lowest_id_and_minus_zero_is_zero(scoring: str) -> None:
+    config = config_of(7, 3, RouterConfig(scoring=scoring, renormalize=False))
+    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0, 0.0, 0.0], [-1.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0], [-5.0] * 7])
+    (ids, weights), expected = both(config, logits, None)
+    assert ids.tolist() == [[0, 1, 2], [1, 3, 6], [0, 1, 2]]
+    assert_matches((ids, weights), expected)
+
+
+@pytest.mark.parametrize(("choices", "top_k"), [(1, 1), (2, 2), (33, 33), (300, 20)])
+def test_sizes_at_the_edges(choices: int, top_k: int) -> None:
+    config = config_of(choices, top_k, RouterConfig())
+    assert_same_routing(config, *problem_of(config, 40 if choices < 33 else 5, choices))
+
+
+def test_what_is_not_covered_is_said() -> None:
+    def covered(dtype: torch.dtype = torch.float32, choices: int = 8, top_k: int = 2, **router: object) -> bool:
+        return covers(config_of(choices, top_k, RouterConfig(**router)), dtype)  # type: ignore[arg-type]
+
+    assert covered() and covered(torch.bfloat16) and covered(torch.float16) and covered(choices=LANES)
+    assert covered(score_dtype="input")
+    assert not covered(torch.float64) and not covered(torch.float16, score_dtype="input") and not covered(choices=LANES + 1)
+    assert not covered(selection="hash") and not covered(selection="sparsemixer", renormalize=False)
+    assert not covered(renormalize_order=3.0)
+    assert not covered(groups=GroupConfig(count=2, top_k=2, limit="each"))
+    assert not covered(choices=9 * 100, groups=GroupConfig(count=9, top_k=2))  # 16 * 128 lanes
+    assert not covered(choices=2 * MOST_GROUPS, groups=GroupConfig(count=2 * MOST_GROUPS, top_k=2))
+    shared = SharedExpertsConfig(intermediate_size=1, gate="router")
+    by_router = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1, router=RouterConfig(scoring="sigmoid"), shared=shared)
+    assert not covers(by_router, torch.float32)
+
+
+def test_every_option_has_its_case() -> None:
+    """The plain products of options, small, so that none is left to a draw."""
+    scorings, orders = ("softmax", "sigmoid", "sqrtsoftplus", "identity"), ("before_top_k", "after_top_k")
+    for place, (scoring, order, bias) in enumerate(itertools.product(scorings, orders, ("none", "scores", "logits"))):
+        router = RouterConfig(
+            scoring=scoring, scoring_order=order, correction_bias=bias, **NORMS[place % len(NORMS)], **LOGITS[place % len(LOGITS)]
+        )
+        config = config_of(11, 3, router)
+        assert_same_routing(config, *problem_of(config, 4, place))
