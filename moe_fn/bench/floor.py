@@ -23,15 +23,25 @@ LEAST_BUFFER_BYTES = 2**26
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A buffer that is read at other addresses in every turn; name says with what."""
+    """A buffer that is read at other addresses in every turn; name says with what.
+
+    whole: a turn reads all of it whatever it is asked for, and its time counts by `share`.
+    """
 
     name: str
     buffer: Tensor
     read: Callable[[Tensor, int, int], object]
+    whole: bool = False
+
+    def share(self, num_bytes: float) -> float:
+        """Which part of a turn's time so many bytes take."""
+        return num_bytes / (self.buffer.numel() * self.buffer.itemsize) if self.whole else 1.0
 
     def run_of_turn(self, turn: int, num_bytes: int) -> Callable[[], None]:
         """The call that reads so many bytes. Turns follow one another through the buffer, and begin again at its end."""
         size = self.buffer.numel() * self.buffer.itemsize
+        if self.whole:
+            turn, num_bytes = 0, size
         num_bytes = max(64, num_bytes // 64 * 64)
         pieces, first = [], turn * num_bytes % size
         while num_bytes > 0:
@@ -48,10 +58,12 @@ class Reader:
 
 def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
     """The fastest way to read that there is: the native loop on a CPU, else torch.sum. num_bytes: what a turn will read at most."""
+    if device.type == "cuda":
+        from moe_fn.bench.floor_cuda import reader_on_cuda
+
+        return reader_on_cuda(device)
     size = min(BUFFER_BYTES, max(LEAST_BUFFER_BYTES, 16 * num_bytes)) // 64 * 64
-    if device.type == "cuda":  # where a buffer of the cache's size would flatter the memory
-        size = BUFFER_BYTES
-    probes = native.probes() if device.type == "cpu" else None
+    probes = native.probes()
     if probes is None:
         return Reader(name="torch.sum", buffer=torch.ones(size // 4, device=device), read=_sum)
     return Reader(name="native", buffer=probes.empty(size).fill_(1), read=probes.read)
@@ -59,8 +71,12 @@ def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
 
 def gemm_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """GFLOP/s of each way to measure it; the best of them all is the rate."""
+    if device.type == "cuda":
+        from moe_fn.bench.floor_cuda import gemm_rates_on_cuda
+
+        return gemm_rates_on_cuda(dtype, device)
     rates = {"torch.mm": _mm_rate(dtype, device)}
-    probes = native.probes() if device.type == "cpu" else None
+    probes = native.probes()
     if probes is not None:
         with contextlib.suppress(ValueError, RuntimeError):  # no kernel for this dtype
             rates["native"] = _probe_rate(probes, dtype)
@@ -93,14 +109,12 @@ def _sum(buffer: Tensor, first_byte: int, num_bytes: int) -> Tensor:
 
 
 def _mm_rate(dtype: torch.dtype, device: torch.device) -> float:
-    size = 8192 if device.type == "cuda" else 1536
+    size = 1536
     a, b = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(3):
-        _wait(device)
         start = time.perf_counter()
         torch.mm(a, b)
-        _wait(device)
         best = min(best, time.perf_counter() - start)
     return float(2 * size**3 / best / 1e9)
 
@@ -113,8 +127,3 @@ def _probe_rate(probes: native.Probes, dtype: torch.dtype) -> float:
         if time.perf_counter() - start > 0.02 or repeats > 10**7:
             return max(rate, probes.gemm(dtype, repeats), probes.gemm(dtype, repeats))
         repeats *= 4
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

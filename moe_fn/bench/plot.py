@@ -4,10 +4,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from moe_fn.bench.combination import Result
 from moe_fn.bench.contestants.entry import Contestant
 from moe_fn.bench.floor import floor_ms
 from moe_fn.bench.report import gemm_rate, title
+from moe_fn.bench.results import Result
 
 _COLUMNS = 3
 

@@ -51,10 +51,10 @@ def problem_of_model(model: Model, dtype: torch.dtype, device: torch.device, thr
 
 def token_inputs(problem: Problem, tokens: int) -> tuple[TokenInput, ...]:
     """INPUTS different inputs of so many tokens."""
-    generator = torch.Generator().manual_seed(tokens)
+    generator = torch.Generator(problem.device).manual_seed(tokens)
 
     def normal() -> Tensor:
-        return torch.empty(tokens, problem.config.hidden_size).normal_(generator=generator).to(problem.device, problem.dtype)
+        return torch.empty(tokens, problem.config.hidden_size, device=problem.device).normal_(generator=generator).to(problem.dtype)
 
     inputs = []
     with torch.no_grad():
@@ -76,26 +76,33 @@ def weight_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
     return config.num_experts * matrices(config) * config.hidden_size * config.intermediate_size * dtype.itemsize
 
 
+def step_bytes(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool) -> int:
+    """Roughly what so many tokens take beside the weights: the inputs, and rows copied, gate_up, activated and down, forward or both."""
+    inputs = INPUTS * tokens * config.hidden_size * (2 if backward else 1)
+    rows = tokens * config.top_k * (2 * config.hidden_size + 3 * config.intermediate_size)
+    return (inputs + rows * (3 if backward else 1)) * dtype.itemsize
+
+
 def _random_weights(model: Model, dtype: torch.dtype, device: torch.device) -> MoEWeights:
-    config, generator = model.config, torch.Generator().manual_seed(0)
+    config, generator = model.config, torch.Generator(device).manual_seed(0)
     experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
     gate_up = (matrices(config) - 1) * inner
-    noise = torch.empty(gate_up * hidden + 977 * experts, dtype=dtype).normal_(generator=generator)
+    noise = torch.empty(gate_up * hidden + 977 * experts, dtype=dtype, device=device).normal_(generator=generator)
 
     def normal(rows: int, columns: int) -> Tensor:
         # Each expert is a shifted window of the same noise: drawing a gigabyte of normal numbers takes longer than timing it.
-        matrix = torch.empty((experts, rows, columns), dtype=dtype)
+        matrix = torch.empty((experts, rows, columns), dtype=dtype, device=device)
         for expert in range(experts):
             window = noise[977 * expert : 977 * expert + rows * columns].view(rows, columns)
             torch.mul(window, columns**-0.5, out=matrix[expert])
-        return (matrix.transpose(1, 2).contiguous() if config.weight_layout == "in_out" else matrix).to(device)
+        return matrix.transpose(1, 2).contiguous() if config.weight_layout == "in_out" else matrix
 
     def small(*shape: int) -> Tensor:
-        return torch.empty(shape).normal_(0, 0.1, generator=generator).to(device, dtype)
+        return torch.empty(shape, device=device).normal_(0, 0.1, generator=generator).to(dtype)
 
     corrects = config.router.correction_bias != "none"
     router = RouterWeights(
-        gate=torch.empty(experts, hidden).normal_(0, hidden**-0.5, generator=generator).to(device, dtype),
+        gate=torch.empty(experts, hidden, device=device).normal_(0, hidden**-0.5, generator=generator).to(dtype),
         bias=small(experts) if model.biases else None,
         correction_bias=torch.zeros(experts, device=device) if corrects else None,
     )

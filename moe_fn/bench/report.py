@@ -1,11 +1,25 @@
 """Tables and JSON of the results."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
-from moe_fn.bench.combination import Cell, Result, result_as_json
 from moe_fn.bench.contestants.entry import Contestant
 from moe_fn.bench.floor import floor_ms
+from moe_fn.bench.memory import sonic_bytes
+from moe_fn.bench.problem import DTYPES
+from moe_fn.bench.results import Cell, Result, result_as_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a device's times are written: digits of a millisecond, and whether TFLOP/s are."""
+
+    digits: int
+    tflops: bool
+
+
+STYLES = {"cpu": Style(digits=3, tflops=False), "cuda": Style(digits=4, tflops=True)}
 
 
 def title(result: Result) -> str:
@@ -24,7 +38,7 @@ def gemm_rate(result: Result, results: tuple[Result, ...]) -> float:
 
 
 def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, Any]:
-    """The cell's floor in ms, our time's share of it, and the best other contestant's time over ours; None where there is none."""
+    """The cell's floor in ms, our time's share of it, TFLOP/s, and the best other contestant's time over ours; None where there is none."""
     floor = floor_ms(cell.read_ms, cell.flops, rate)
     times = {name: outcome.median_ms for name, outcome in cell.outcomes.items() if outcome.median_ms is not None}
     mine = next((times[row.name] for row in rows if row.ours and row.name in times), None)
@@ -33,6 +47,7 @@ def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, 
     return {
         "floor_ms": floor,
         "share_of_floor": None if mine is None else floor / mine,
+        "tflops": None if mine is None else cell.flops / mine / 1e9,
         "best_other": best,
         "best_other_over_ours": None if mine is None or best is None else others[best] / mine,
     }
@@ -75,38 +90,69 @@ def as_json(
 
 
 def _table(result: Result, rate: float, rows: tuple[Contestant, ...]) -> str:
-    if result.failure is not None:
-        return f"### {title(result)}\n\n{result.failure}"
+    left_out = "\n".join(f"- {tokens} tokens are left out: {reason}" for tokens, reason in result.left_out.items())
+    if result.failure is not None or not result.cells:
+        return f"### {title(result)}\n\n{result.failure or left_out}"
+    style = STYLES[result.combination.device.split(":")[0]]
     mine = next((row.name for row in rows if row.ours), "ours")
-    header = ["tokens", "floor", *(row.name for row in rows), "share of floor", f"best other / {mine}"]
+    speed = ["TFLOP/s"] if style.tflops else []
+    header = ["tokens", "floor", *(row.name for row in rows), "share of floor", *speed, f"best other / {mine}"]
     lines = [header, ["--:"] * len(header)]
     summaries = [summary(cell, rate, rows) for cell in result.cells]
     for cell, one in zip(result.cells, summaries, strict=True):
-        times = [_entry(cell, row) for row in rows]
-        ratios = [_number(one["share_of_floor"], 2), _number(one["best_other_over_ours"], 2)]
-        lines.append([str(cell.tokens), _number(one["floor_ms"], 3), *times, *ratios])
-    means = [geomean([one[key] for one in summaries]) for key in ("share_of_floor", "best_other_over_ours")]
-    lines.append(["geomean", "", *("" for _ in rows), *(_number(value, 2) for value in means)])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        times = [_entry(cell, row, style) for row in rows]
+        speeds = [_number(one["tflops"], 1)] if style.tflops else []
+        ratios = [_number(one["share_of_floor"], 2), *speeds, _number(one["best_other_over_ours"], 2)]
+        lines.append([str(cell.tokens), _number(one["floor_ms"], style.digits), *times, *ratios])
+    means = [_number(geomean([one[key] for one in summaries]), 2) for key in ("share_of_floor", "best_other_over_ours")]
+    lines.append(["geomean", "", *("" for _ in rows), means[0], *("" for _ in speed), means[1]])
+    parts = (f"### {title(result)}", _rows(lines), _measured(result, rate), _memory(result, rows), _notes(result), left_out)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rows(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _measured(result: Result, rate: float) -> str:
     bandwidths = [cell.bytes / cell.read_ms / 1e6 for cell in result.cells]
-    measured = f"Medians in ms. Floor: {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s ({result.read_with}), {rate:,.0f} GFLOP/s."
-    return "\n\n".join(part for part in (f"### {title(result)}", table, measured, _notes(result)) if part)
+    launches = [cell.launch_ms for cell in result.cells if cell.launch_ms is not None]
+    launch = f" A graph of one empty kernel: {min(launches):.4f} to {max(launches):.4f} ms." if launches else ""
+    floor = f"Floor: {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s ({result.read_with}), {rate:,.0f} GFLOP/s."
+    return f"Medians in ms. {floor}{launch}"
 
 
-def _entry(cell: Cell, row: Contestant) -> str:
+def _memory(result: Result, rows: tuple[Contestant, ...]) -> str:
+    """What a training step keeps for its gradients and takes at most, in MB, where it was counted."""
+    done = result.combination
+    named = [row.name for row in rows if any(cell.outcomes[row.name].memory is not None for cell in result.cells)]
+    if not named:
+        return ""
+    header = ["tokens", "SonicMoE's formula", *named]
+    lines = [header, ["--:"] * len(header)]
+    for cell in result.cells:
+        formula = sonic_bytes(done.model.config, cell.tokens, DTYPES[done.dtype].itemsize)
+        counts = [cell.outcomes[name].memory for name in named]
+        lines.append([str(cell.tokens), f"{formula / 1e6:.1f}", *(f"{m.kept / 1e6:.1f}, {m.peak / 1e6:.1f}" if m else "-" for m in counts)])
+    return f"Activation memory in MB: kept for the backward pass, and the peak of both passes with all gradients.\n\n{_rows(lines)}"
+
+
+def _entry(cell: Cell, row: Contestant, style: Style) -> str:
     outcome = cell.outcomes[row.name]
     if outcome.median_ms is not None:
-        return _number(outcome.median_ms, 3)
+        return _number(outcome.median_ms, style.digits) + ("*" if outcome.why is not None else "")
     return "-" if outcome.status == "refused" else outcome.status
 
 
 def _notes(result: Result) -> str:
-    """Why a contestant has no time, each reason once with the tokens that it holds for."""
+    """Why a contestant has no time, or not that of a graph, each reason once with the tokens that it holds for."""
     tokens: dict[tuple[str, str, str], list[int]] = {}
     for cell in result.cells:
         for name, outcome in cell.outcomes.items():
             if outcome.median_ms is None:
                 tokens.setdefault((name, outcome.status, outcome.reason or ""), []).append(cell.tokens)
+            elif outcome.why is not None:
+                tokens.setdefault((f"{name}*", "called, not replayed as a graph", outcome.why), []).append(cell.tokens)
     everywhere = len(result.cells)
     return "\n".join(
         f"- {name}: {status + ', ' if status != 'refused' else ''}{reason}"

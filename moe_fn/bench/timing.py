@@ -1,19 +1,63 @@
-"""Turns and medians."""
+"""Turns, medians, and the clock of a device."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-Run = Callable[[], object]
+Run = Callable[[], Any]
 Timer = Callable[[Run], float]
+How = Literal["wall", "graph", "events"]
 TURNS = 5  # at least
 WARM_UP_SECONDS = 1.0  # at most, but for one call, for each contestant
 
 
-def timer_of_device(device: torch.device) -> Timer:
-    """What measures one call, in milliseconds."""
-    return _time_on_cuda if device.type == "cuda" else _time_on_cpu
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A contestant's calls, one for each input, as the clock will time them.
+
+    how      "wall": as they are, with the host's clock; "graph": replays of CUDA graphs; "events": as they are, between CUDA events
+    reason   why they are not graphs, where the clock would have liked that
+    outputs  what a graph of the first input writes when it is replayed
+    """
+
+    runs: tuple[Run, ...]
+    how: How
+    reason: str | None = None
+    outputs: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """How a device's calls are timed.
+
+    time    milliseconds of one call
+    ready   what a contestant's calls are turned into, before the turns
+    launch  the least that can be timed, where that is not nothing
+    """
+
+    time: Timer
+    ready: Callable[[tuple[Run, ...]], Ready]
+    launch: Run | None = None
+
+
+# By type of device, in words.
+METHODS = {
+    "cpu": "the host's clock around a call",
+    "cuda": "a CUDA graph for each input, replayed between two events on a stream that is busy until then; before each replay a buffer of "
+    "several times the L2 cache is written and read, untimed; contestants that cannot be captured are called between the events",
+}
+
+
+def clock_of_device(device: torch.device) -> Clock:
+    """The device's clock; a new one for each number of tokens."""
+    if device.type == "cuda":
+        from moe_fn.bench.timing_cuda import clock_on_cuda
+
+        return clock_on_cuda(device)
+    return Clock(time=_time_on_cpu, ready=lambda runs: Ready(runs=runs, how="wall"))
 
 
 def take_turns(runs: Mapping[str, Callable[[int], Run]], timer: Timer, seconds: float, inputs: int) -> dict[str, tuple[float, ...]]:
@@ -36,6 +80,19 @@ def take_turns(runs: Mapping[str, Callable[[int], Run]], timer: Timer, seconds: 
     return {name: tuple(values) for name, values in times.items()}
 
 
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that so many per cent of the values are not above, between two of them in proportion.
+
+    >>> percentile([4.0, 1.0, 2.0], 50), percentile([0.0, 10.0], 90)
+    (2.0, 9.0)
+    """
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
 def _warm_up(run_of_turn: Callable[[int], Run], inputs: int) -> None:
     """Every input once, as far as the time goes: some libraries lay an expert's weights out when it is first visited."""
     end = time.perf_counter() + WARM_UP_SECONDS
@@ -49,13 +106,3 @@ def _time_on_cpu(run: Run) -> float:
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e3
-
-
-def _time_on_cuda(run: Run) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))

@@ -1,20 +1,35 @@
 """Who can be timed: one row each. A contestant's own package is imported when it is built, never before."""
 
 from moe_fn.bench.contestants.entry import Contestant
+from moe_fn.bench.contestants.liger import LIGER
 from moe_fn.bench.contestants.onnx_runtime import ONNX_RUNTIME
 from moe_fn.bench.contestants.ours import OURS
+from moe_fn.bench.contestants.scatter_moe import SCATTERMOE
 from moe_fn.bench.contestants.torch_grouped import TORCH_GROUPED
 from moe_fn.bench.contestants.transformers_experts import TRANSFORMERS
+from moe_fn.bench.contestants.triton_kernels import TRITON_KERNELS
 from moe_fn.bench.contestants.vllm_cpu import VLLM_CPU
+from moe_fn.bench.contestants.vllm_triton import VLLM
 from moe_fn.bench.contestants.zen import ZENTORCH
 
-CONTESTANTS: tuple[Contestant, ...] = (*OURS, *TRANSFORMERS, *TORCH_GROUPED, ONNX_RUNTIME, VLLM_CPU, ZENTORCH)
+ON_CPU = (ONNX_RUNTIME, VLLM_CPU, ZENTORCH)
+ON_GPU = (VLLM, TRITON_KERNELS, LIGER, SCATTERMOE)
+CONTESTANTS: tuple[Contestant, ...] = (*OURS, *TRANSFORMERS, *TORCH_GROUPED, *ON_CPU, *ON_GPU)
+
+
+def contestants_of_device(device: str, table: tuple[Contestant, ...] = CONTESTANTS) -> tuple[Contestant, ...]:
+    """The rows that are offered there.
+
+    >>> [row.name for row in contestants_of_device("cuda:0") if row.ours]
+    ['moe_fn', 'moe_fn eager', 'moe_fn torch']
+    """
+    return tuple(row for row in table if device.split(":")[0] in row.devices)
 
 
 def contestants_of_names(text: str, table: tuple[Contestant, ...] = CONTESTANTS) -> tuple[Contestant, ...]:
     """The rows of a comma-separated list: "all", names, or the first word of several names.
 
-    >>> [row.name for row in contestants_of_names("torch,moe_fn")]
+    >>> [row.name for row in contestants_of_names("torch,moe_fn", contestants_of_device("cpu"))]
     ['moe_fn', 'torch grouped_mm', 'torch grouped_mm compiled']
     """
     chosen: set[str] = set()

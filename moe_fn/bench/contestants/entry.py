@@ -33,6 +33,7 @@ class Contestant:
 
     installed  why it cannot run here at all, or None
     refuses    why it cannot do this problem with so many tokens, or None
+    devices    where it is offered
     build      the layer; what it raises is reported, and the others go on
     copies     how many more times the weights it holds in memory
     """
@@ -43,6 +44,7 @@ class Contestant:
     build: Callable[[Problem], Layer]
     copies: int = 0
     ours: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def always_installed() -> str | None:
@@ -52,8 +54,16 @@ def always_installed() -> str | None:
 
 def missing(*modules: str) -> str | None:
     """Which of these packages cannot be found, as a reason."""
-    absent = [name for name in modules if importlib.util.find_spec(name) is None]
+    absent = [name for name in modules if not _is_there(name)]
     return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def _is_there(module: str) -> bool:
+    """Whether it could be imported; of a dotted name the packages before the dot are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def version_of(distribution: str) -> str | None:

@@ -118,4 +118,5 @@ ONNX_RUNTIME = Contestant(
     refuses=_refuses,
     build=_build,
     copies=2,  # interleaved, and packed by the session
+    devices=("cpu",),
 )

@@ -1,5 +1,6 @@
-"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels."""
+"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels, and its plain torch back-end."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -11,8 +12,10 @@ from moe_fn.bench.contestants.entry import Contestant, Layer, Run, always_instal
 from moe_fn.bench.problem import Problem, TokenInput
 
 
-def _build(problem: Problem, compiled: bool, prepared: bool) -> Layer:
+def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool) -> Layer:
     config, weights = problem.config, problem.weights
+    if only_torch:
+        config = dataclasses.replace(config, backend="torch")
     if prepared and not problem.backward:
         weights = moe_fn.prepare_weights(config, weights)
     layer = problem.part == "layer"
@@ -27,23 +30,25 @@ def _build(problem: Problem, compiled: bool, prepared: bool) -> Layer:
     return Layer(bind=bind, leaves=trained_leaves(weights, with_router=layer))
 
 
-def _refuses(problem: Problem, tokens: int, prepared: bool) -> str | None:
-    return None if prepared or not problem.backward else "is moe_fn: gradients go to the weights as they are"
+def _refuses(problem: Problem, tokens: int, plain: bool) -> str | None:
+    return None if not plain or not problem.backward else "is moe_fn: gradients go to the weights as they are"
 
 
-def _row(name: str, compiled: bool, prepared: bool) -> Contestant:
+def _row(name: str, compiled: bool, devices: tuple[str, ...], prepared: bool = True, only_torch: bool = False) -> Contestant:
     return Contestant(
         name=name,
         installed=always_installed,
-        refuses=functools.partial(_refuses, prepared=prepared),
-        build=functools.partial(_build, compiled=compiled, prepared=prepared),
+        refuses=functools.partial(_refuses, plain=not prepared),
+        build=functools.partial(_build, compiled=compiled, prepared=prepared, only_torch=only_torch),
         copies=1 if prepared else 0,
         ours=True,
+        devices=devices,
     )
 
 
 OURS: tuple[Contestant, ...] = (
-    _row("moe_fn", compiled=True, prepared=True),
-    _row("moe_fn plain", compiled=True, prepared=False),
-    _row("moe_fn eager", compiled=False, prepared=True),
+    _row("moe_fn", compiled=True, devices=("cpu", "cuda")),
+    _row("moe_fn plain", compiled=True, devices=("cpu",), prepared=False),  # the kernels of a GPU read weights as they are
+    _row("moe_fn eager", compiled=False, devices=("cpu", "cuda")),
+    _row("moe_fn torch", compiled=True, devices=("cuda",), only_torch=True),
 )

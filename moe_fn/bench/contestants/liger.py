@@ -1,0 +1,32 @@
+"""Liger-Kernel's fused MoE: SonicMoE's algorithm in plain Triton, and the nearest relative of ours.
+
+Releases read the number of tiles on the host (`.item()`), so they cannot be captured and are timed call by call.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from moe_fn.bench.contestants.entry import Contestant, Layer, missing, out_in
+from moe_fn.bench.contestants.on_gpu import GPU, layer_of_experts, packed_gate_up, refuses_of_library
+from moe_fn.bench.problem import Problem
+
+
+def _build(problem: Problem) -> Layer:
+    function = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction
+    config, weights = problem.config, problem.weights
+    gate_up, down = packed_gate_up(problem, out_in(config, weights.gate_up)), out_in(config, weights.down)
+
+    def experts(x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
+        y: Tensor = function.apply(x, gate_up, down, ids, routing_weights.to(x.dtype))
+        return y
+
+    return layer_of_experts(problem, experts, torch.int32, leaves=(gate_up, down))
+
+
+def _refuses(problem: Problem, tokens: int) -> str | None:
+    return refuses_of_library(problem, ("silu",), biases=False, gradients=True)
+
+
+LIGER = Contestant(name="liger", installed=lambda: missing("liger_kernel"), refuses=_refuses, build=_build, copies=1, devices=GPU)
