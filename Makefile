@@ -36,6 +36,8 @@ bench-gpu: $(INSTALLED) .venv/.bench
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu compile_tests property_tests
+	if command -v compute-sanitizer > /dev/null; then compute-sanitizer --error-exitcode 1 \
+	  $(BIN)/python -m pytest -m gpu compile_tests/test_triton_on_gpu.py -k "odd and bfloat16 and 64"; fi
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --wheel --outdir dist

@@ -61,7 +61,7 @@ def excesses(report: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_with_every_tile_is_within_its_budget(arch: str, tmp_path: Path) -> None:
     status, report = compiled(arch, tmp_path / "report.json")
-    assert len(report["cases"]) > 150
+    assert len(report["cases"]) > 100
     assert excesses(report, json.loads(BUDGETS.read_text())) == []
     assert status == 0
 

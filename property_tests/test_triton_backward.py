@@ -15,7 +15,7 @@ from triton_problems import ACTIVATIONS, DTYPES, SIZES, TILES, Rows, double, in_
 
 from moe_fn.activations import activate
 from moe_fn.config import ActivationConfig
-from moe_fn.kernels.triton.down_backward import down_backward
+from moe_fn.kernels.triton.down_backward import _sum_partials_kernel, down_backward
 from moe_fn.kernels.triton.outer import grouped_outer, segment_sums
 from moe_fn.kernels.triton.tiles import Tile
 from moe_fn.testing import assert_matches
@@ -108,3 +108,11 @@ def test_gradients_are_the_same_bits_on_every_call() -> None:
     tile = Tile(16, 16, 16, 1, 1)
     assert torch.equal(grouped_outer(rows, rows, starts, ends, tile), grouped_outer(rows, rows, starts, ends, tile))
     assert torch.equal(segment_sums(rows, starts, ends), segment_sums(rows, starts, ends))
+
+
+def test_weights_of_slots_without_an_expert_have_no_gradient() -> None:
+    """And the row before the first one, where -1 would lead, is not read."""
+    before_and_partials = torch.tensor([[torch.nan] * 3, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    row_of_slot, out = torch.tensor([-1, 1, 0, -1], dtype=torch.int32), torch.full((4,), torch.nan)
+    _sum_partials_kernel[(1,)](before_and_partials[1:], row_of_slot, out, 4, 3, BLOCK=16, WIDTH=4)
+    assert out.tolist() == [0.0, 15.0, 6.0, 0.0]

@@ -35,4 +35,6 @@ def run(name: str, like: Tensor, *rest: Any) -> Any:
     wrong = problem(like.device.type, like.dtype)
     if wrong is not None:
         raise RuntimeError(f"moe_fn::{name}_triton: {wrong}")
-    return getattr(importlib.import_module("moe_fn.kernels.triton.entry"), name)(like, *rest)
+    function = getattr(importlib.import_module("moe_fn.kernels.triton.entry"), name)
+    with torch.cuda.device_of(like):  # Triton launches on the current device
+        return function(like, *rest)

@@ -43,10 +43,10 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     # Epsilons are large: small ones multiply the rounding error of a tiny vector by 1/sqrt(epsilon), and would not show in the numbers.
     "expert_norm": (None, ExpertNormConfig(epsilon=0.01), ExpertNormConfig(epsilon=0.5, scale="before")),
     "chunk_tokens": (None, None, None, 1, 2, 3, 8),
-    "recompute": (False,),  # not True, which the torch back-end refuses
     "batch_invariant": (False,),
     "backend": ("auto", "torch"),  # not "native", which refuses float64
     "opaque": (False, False, True),
+    "recompute": (False,),  # not True, which the torch back-end refuses
 }
 
 

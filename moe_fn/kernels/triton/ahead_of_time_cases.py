@@ -85,7 +85,8 @@ def grouped_case(kind: str, arch: str, tile: Tile, dtype: str, options: Options)
         contiguous, other = ("stride_out", "stride_in") if options.get("in_out", "in_out" in kind) else ("stride_in", "stride_out")
         types, fixed = {**types, other: "i32"}, {contiguous: 1}
     config = PRESETS[options.get("activation", "silu")]
-    possible = {**dict.fromkeys(FLAGS, False), **_of_tile(kind, tile, config.gated), **up.activation_arguments(config)}
+    possible = {**dict.fromkeys(FLAGS, False), **up.activation_arguments(config)}
+    possible |= _of_tile(kind, tile, config.gated, config.gated and options.get("INTERLEAVED", False))
     possible |= {"EVEN": "odd" not in options, "VECTOR": 1 if "odd" in options else 16, "STORE_ACTIVATED": True}
     possible |= {name: value for name, value in options.items() if name.isupper()}
     names = set(signature.kernel.arg_names) - set(types)
@@ -107,8 +108,8 @@ def grouped_case(kind: str, arch: str, tile: Tile, dtype: str, options: Options)
     )
 
 
-def _of_tile(kind: str, tile: Tile, gated: bool) -> dict[str, int]:
+def _of_tile(kind: str, tile: Tile, gated: bool, interleaved: bool) -> dict[str, int]:
     """The tile as the kernels' constants name it."""
-    pieces = up.pieces_of(tile, gated) if kind == "up" else down_backward.pieces_of(tile)
+    pieces = up.pieces_of(tile, gated) if kind == "up" else down_backward.pieces_of(tile, interleaved)
     grouped = {"BM": tile.rows, "BN": tile.columns, "BK": tile.inner, "PIECES": pieces}
     return {**grouped, "COLUMNS": tile.columns, "INNER": tile.inner, "STAGES": tile.stages, "CHOICES": tile.rows, "TOP_K": tile.rows}

@@ -110,7 +110,7 @@ VARIANTS: dict[str, tuple[Options, ...]] = {
         {"EVEN": False, "activation": "relu2_no_mul"},
         {"STORE_ACTIVATED": False, "activation": "gelu"},
     ),
-    "outer": ({}, {"GATHER_LEFT": True}, {"GATHER_RIGHT": True}, {"out": "fp32"}, {"odd": True}),
+    "outer": ({}, {"GATHER_LEFT": True}, {"GATHER_RIGHT": True}, {"out": "fp32"}),
     "decode_up": ({}, {"BIAS": True, "activation": "swigluoai"}, {"activation": "relu2_no_mul"}),
     "decode_up_in_out": ({}, {"BIAS": True, "INTERLEAVED": True, "activation": "swigluoai"}, {"activation": "relu2_no_mul"}),
     "decode_down": ({}, {"BIAS": True}),
@@ -120,6 +120,7 @@ ODD_VARIANTS: dict[str, tuple[Options, ...]] = {
     "up": ({"odd": True, "KEEP": True, "activation": "gelu"},),
     "product": ({"odd": True}, {"odd": True, "in_out": True}),
     "down_backward": ({"odd": True, "activation": "gelu_tanh"},),
+    "outer": ({"odd": True, "GATHER_LEFT": True},),
 }
 
 _BINS = {"EXPERTS": 256, "CHUNK": 128, "TILE_ROWS": (16, 64, 128)}

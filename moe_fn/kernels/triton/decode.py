@@ -21,9 +21,10 @@ def _gate_and_up(h, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATED: t
     """Columns as they were loaded -> gates and ups; twice the columns themselves if not gated."""
     if not GATED:
         return h, h
-    if INTERLEAVED:
+    elif INTERLEAVED:  # elif and else: what stands behind a return is compiled all the same
         return tl.split(tl.reshape(h, (ACTIVATED, 2)))
-    return tl.split(tl.trans(tl.reshape(h, (2, ACTIVATED))))
+    else:
+        return tl.split(tl.trans(tl.reshape(h, (2, ACTIVATED))))
 
 
 @triton.jit

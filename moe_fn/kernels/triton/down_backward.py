@@ -129,8 +129,8 @@ def _sum_partials_kernel(partials, row_of_slot, out, num_slots, num_partials, BL
     row = tl.load(row_of_slot + slot, mask=slot < num_slots, other=-1)
     i = tl.arange(0, WIDTH)
     place = partials + row.to(tl.int64)[:, None] * num_partials + i[None, :]
-    parts = tl.load(place, mask=(row >= 0)[:, None] & (i < num_partials)[None, :], other=0.0)
-    tl.store(out + slot, tl.sum(parts, 1), mask=slot < num_slots)
+    found = tl.load(place, mask=(row >= 0)[:, None] & (i < num_partials)[None, :], other=0.0)
+    tl.store(out + slot, tl.sum(found, 1), mask=slot < num_slots)
 
 
 def pieces_of(tile: Tile, interleaved: bool = False) -> int:
@@ -159,6 +159,7 @@ def down_backward(
     None for ones. Rows of no expert are not written, d_weights of their slots are 0. Without store_activated the second is [0].
     """
     num_rows, (_, intermediate, hidden) = slots.slot_of_row.shape[0], down.shape
+    pre = pre.contiguous()
     d_pre, weighted = torch.empty_like(pre), pre.new_empty((num_rows, intermediate) if store_activated else (0,))
     d_weights = torch.empty((gradient.shape[0], slots.top_k), dtype=torch.float32, device=pre.device)
     if num_rows == 0:

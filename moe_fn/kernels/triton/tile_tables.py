@@ -51,7 +51,7 @@ UP: tuple[Row, ...] = (
     ("sm", 2, math.inf, Tile(128, 256, 64, 8, 4)),
     ("sm", 4, 16, Tile(16, 64, 32, 4, 3)),
     ("sm", 4, 48, Tile(32, 64, 32, 4, 3)),
-    ("sm", 4, math.inf, Tile(64, 64, 32, 4, 3)),
+    ("sm", 4, math.inf, Tile(64, 64, 32, 8, 3)),
     ("gfx", 2, 8, Tile(16, 128, 128, 4, 2)),
     ("gfx", 2, 48, Tile(32, 128, 64, 4, 2)),
     ("gfx", 2, 96, Tile(64, 128, 64, 4, 2)),
@@ -116,7 +116,7 @@ DECODE_UP_IN_OUT: tuple[Row, ...] = (
 )
 DECODE_DOWN: tuple[Row, ...] = (
     ("sm", 2, 2, Tile(2, 16, 256, 4, 3)),
-    ("sm_100", 2, 4, Tile(4, 8, 256, 4, 3)),  # eight warps spill 8 bytes a thread there
+    ("sm_100", 2, 4, Tile(4, 8, 128, 4, 4)),  # 256 deep and with eight warps, it spills 8 bytes a thread there
     ("sm", 2, 4, Tile(4, 8, 256, 8, 3)),
     ("sm_100", 2, math.inf, Tile(8, 4, 256, 4, 3)),
     ("sm", 2, math.inf, Tile(8, 4, 256, 8, 3)),
@@ -135,6 +135,7 @@ DECODE_DOWN_IN_OUT: tuple[Row, ...] = (
     ("sm", 2, 4, Tile(4, 64, 32, 4, 3)),
     ("sm", 2, math.inf, Tile(8, 64, 16, 4, 3)),
     ("sm", 4, 2, Tile(2, 64, 32, 4, 3)),
+    ("sm_100", 4, 4, Tile(4, 32, 16, 4, 3)),
     ("sm", 4, 4, Tile(4, 64, 16, 4, 3)),
     ("sm", 4, math.inf, Tile(8, 32, 16, 4, 3)),
     ("gfx", 2, 4, Tile(4, 64, 32, 4, 2)),

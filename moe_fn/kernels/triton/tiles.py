@@ -47,6 +47,7 @@ def down_backward_tile(rows: int, experts: int, inner: int, columns: int, dtype_
 def outer_tile(rows: int, experts: int, left: int, right: int, dtype_bytes: int, arch: str) -> Tile:
     """left [R, left]^T @ right [R, right] for each expert; tile.rows of left, tile.columns of right, tile.inner rows of R a step."""
     tile = _row("outer", rows / max(experts, 1), dtype_bytes, arch)
+    tile = tile if divisible(left, right) else _plainer(tile, dtype_bytes)
     tile = replace(tile, rows=min(tile.rows, _power_of_two(left)), columns=min(tile.columns, _power_of_two(right)))
     return _shallower(tile, dtype_bytes, arch)
 
@@ -72,12 +73,12 @@ def tiles_of(kind: str, dtype_bytes: int, arch: str, odd: bool = False) -> froze
     """
     found: set[Tile] = set()
     for _, tile in rows_of(kind, dtype_bytes, arch):
+        tile = _plainer(tile, dtype_bytes) if odd else tile
         if kind.startswith("decode"):
             found.add(tile)
         elif kind == "outer":
             found.add(_shallower(tile, dtype_bytes, arch))
         else:
-            tile = _plainer(tile) if odd else tile
             least = min(_least_columns(tile), tile.columns)
             widths = (tile.columns >> halvings for halvings in range(4) if tile.columns >> halvings >= least)
             steps = (tile.inner,) if odd else (tile.inner, tile.inner // 2 if tile.inner > LEAST_STEP else tile.inner)
@@ -130,7 +131,7 @@ def _row(kind: str, number: float, dtype_bytes: int, arch: str) -> Tile:
 def _fitted(kind: str, rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str) -> Tile:
     """No wider or deeper than the matrices, narrow enough to give every processor two programs, and within shared memory."""
     tile = _row(kind, rows / max(experts, 1), dtype_bytes, arch)
-    tile = tile if divisible(inner, columns) else _plainer(tile)
+    tile = tile if divisible(inner, columns) else _plainer(tile, dtype_bytes)
     width = min(tile.columns, _power_of_two(columns))
     least = min(width, _least_columns(tile))
     rows_of_tiles = min(rows, experts) * _quotient(_quotient(rows, max(experts, 1)), tile.rows)
@@ -144,12 +145,13 @@ def divisible(inner: int, columns: int) -> bool:
     return inner % 16 == 0 and columns % 32 == 0
 
 
-def _plainer(tile: Tile) -> Tile:
+def _plainer(tile: Tile, dtype_bytes: int) -> Tile:
     """Elements that are loaded one by one go through registers, each with a pointer of 8 bytes: wider or deeper tiles spill up to 3 KB.
 
     Such loads are not asynchronous, so stages would change nothing.
     """
-    return replace(tile, columns=min(tile.columns, 64), inner=min(tile.inner, 32), stages=2)
+    warps = tile.warps if dtype_bytes == 2 else min(tile.warps, 4)
+    return replace(tile, columns=min(tile.columns, 128 // dtype_bytes), inner=min(tile.inner, 32), warps=warps, stages=2)
 
 
 def _least_columns(tile: Tile) -> int:
