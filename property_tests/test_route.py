@@ -129,7 +129,8 @@ def test_groups_never_chosen_contribute_nothing(problem: MoEProblem) -> None:
         if not real:
             continue
         size = config.num_choices // groups.count
-        scores = torch.sigmoid(torch.tensor(row) * config.router.logit_multiplier).tolist()
+        z, cap = torch.tensor(row) * config.router.logit_multiplier, config.router.logit_softcap
+        scores = torch.sigmoid(z if cap is None else cap * torch.tanh(z / cap)).tolist()
         best = [sorted(scores[g * size : (g + 1) * size])[::-1] for g in range(groups.count)]
         worth = [b[0] if groups.score == "max" else b[0] + b[1] for b in best]
         kept = {e // size for e in ids}
