@@ -14,6 +14,7 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves, tree_map
 
 import moe_fn
+from compile_tests.cases import TORCH_2_11
 from moe_fn import MoEConfig, MoEWeights
 from moe_fn.kernels import native
 from moe_fn.testing import assert_matches, assert_one_graph, weights_for
@@ -99,7 +100,7 @@ def test_inductor_makes_few_kernels() -> None:
     metrics.reset()
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):  # from a cache none would be generated
         torch.compile(layer, fullgraph=True)(weights, *tokens_of(9))
-    assert 1 <= metrics.generated_kernel_count <= 5
+    assert 1 <= metrics.generated_kernel_count <= (9 if TORCH_2_11 else 5)
 
 
 PEAK = """
