@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
 from moe_fn.compiling import in_forward_mode
-from moe_fn.config import ActivationConfig, MoEConfig, ZeroExpertsConfig, as_activation
+from moe_fn.config import MoEConfig, ZeroExpertsConfig, as_activation
+from moe_fn.config.activation import activation_of_scalars
 from moe_fn.kernels import gpu, native
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import Kernel
@@ -103,16 +104,7 @@ def _config_of(
         zero_experts=ZeroExpertsConfig(count=top_k - num_experts) if top_k > num_experts else None,  # who else could be chosen
         hidden_size=hidden,
         intermediate_size=intermediate,
-        activation=ActivationConfig(
-            function=function,
-            gated=gated,
-            limit=limit,
-            limit_at="output" if limit_output else "input",
-            alpha=alpha,
-            up_offset=up_offset,
-            gate_cap=gate_cap,
-            up_cap=up_cap,
-        ),
+        activation=activation_of_scalars(function, gated, alpha, up_offset, limit, limit_output, gate_cap, up_cap),
         gate_up_layout="interleaved" if interleaved else "packed",
         weight_layout="out_in" if transposed else "in_out",
     )

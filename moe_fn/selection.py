@@ -56,11 +56,14 @@ def _best(values: Tensor, count: int) -> Tensor:
     return best
 
 
+# Before torch 2.13 a view of numbers as integers has no batching rule.
+_BITS_BATCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
 @constant_while_tracing
 def _bits_can_be_seen() -> bool:
-    """Before torch 2.13 a view of numbers as integers has no batching rule: below torch.func they are sorted."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    return version >= (2, 13) or not torch._C._are_functorch_transforms_active()
+    """Whether numbers may be viewed as integers here; if not, they are sorted."""
+    return _BITS_BATCH or not torch._C._are_functorch_transforms_active()
 
 
 def _candidates(values: Tensor) -> Tensor:

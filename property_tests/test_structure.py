@@ -75,7 +75,9 @@ def test_only_ops_talk_to_torch_library_and_only_kernels_to_triton(path: Path) -
     assert "torch.library." not in code or part_of(path) == "ops"
     assert not re.search(r"^\s*(import|from) triton", code, re.MULTILINE) or part_of(path) == "kernels"
     assert "os.environ" not in code
-    assert not re.search(r"\.(item|tolist|nonzero)\(", code) or part_of(path) in ("kernels", "reference", "testing")
+    assert not re.search(r"\.(item|tolist|nonzero)\(", code) or (
+        part_of(path) in ("kernels", "reference", "testing") and path.parent.name != "triton"  # a launch must not wait for the device
+    )
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None, table: tuple[Contestant, ...] = CON
     print(json.dumps(about))
     print("\n" + markdown(results, rows, absent))
     if options.json is not None:
-        values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        values = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
         options.json.write_text(json.dumps(as_json(results, rows, absent, about, values), indent=1) + "\n")
     if options.plot is not None:
         from moe_fn.bench.plot import plot

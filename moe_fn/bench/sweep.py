@@ -17,13 +17,13 @@ from torch import Tensor
 
 from moe_fn.bench.models import Model, model_of_name, model_of_shape
 from moe_fn.bench.problem import DTYPES
-from moe_fn.bench.timing import Run, take_turns
+from moe_fn.bench.timing import Run, Timer, take_turns
+from moe_fn.bench.timing_cuda import cold_timer
 from moe_fn.config import as_activation
 from moe_fn.kernels.triton import tiles
 from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Tile
 
 MARGIN = 0.03  # what a tile must win to replace the table's: medians repeat to 1 or 2 %
-FLUSHED_BYTES = 512 << 20  # ten times an H200's L2; writing them takes 0.1 ms, in which the host queues the launch that is timed
 ACCUMULATORS = 128  # float32 of a thread at most: with more, nothing is left of 255 registers for the loads
 Launch = Callable[[Tile], Run]
 
@@ -106,7 +106,7 @@ def launches(model: Model, tokens: int, dtype: torch.dtype, device: torch.device
     ids = torch.rand(tokens, config.num_experts, device=device).topk(config.top_k).indices
     weights = torch.rand(tokens, config.top_k, device=device)
     slots, maps = sort_slots(ids, config.num_experts, (16, 32, 64, 128, 256))
-    map_of, starts, ends = {tile_map.rows: tile_map for tile_map in maps}, slots.starts[:-1], slots.starts[1:]
+    map_of = {tile_map.rows: tile_map for tile_map in maps}
     activated, pre = x.new_ones(rows, inner), x.new_ones(rows, columns)
 
     def tile(choose: Callable[..., Tile], *sizes: int) -> Tile:
@@ -119,7 +119,7 @@ def launches(model: Model, tokens: int, dtype: torch.dtype, device: torch.device
         ),
         "product": (
             tile(tiles.product_tile, inner, hidden),
-            lambda t: lambda: grouped_product(activated, down, ends, map_of[t.rows], t),
+            lambda t: lambda: grouped_product(activated, down, slots.ends, map_of[t.rows], t),
         ),
         "down_backward": (
             tile(tiles.down_backward_tile, hidden, inner),
@@ -127,7 +127,7 @@ def launches(model: Model, tokens: int, dtype: torch.dtype, device: torch.device
         ),
         "outer": (
             tile(tiles.outer_tile, columns, hidden),
-            lambda t: lambda: grouped_outer(pre, x, starts, ends, t, slots.slot_of_row, slots.top_k, gather_right=True),
+            lambda t: lambda: grouped_outer(pre, x, slots.begins, slots.ends, t, slots.slot_of_row, slots.top_k, gather_right=True),
         ),
     }
     return found | (_decode_launches(model, x, gate_up, down, ids, weights) if rows * 4 <= config.num_experts else {})
@@ -170,9 +170,7 @@ def _matrices(model: Model, tokens: int, dtype: torch.dtype, device: torch.devic
     return torch.randn(tokens, hidden, device=device, dtype=dtype), weight(hidden, columns), weight(inner, hidden)
 
 
-def measure(
-    model: Model, tokens: int, dtype: torch.dtype, device: torch.device, timer: Callable[[Run], float], seconds: float
-) -> list[Measured]:
+def measure(model: Model, tokens: int, dtype: torch.dtype, device: torch.device, timer: Timer, seconds: float) -> list[Measured]:
     """Every kind of kernel of the layer, with every candidate that compiles; seconds for each kind."""
     found = []
     for kind, (chosen, launch) in launches(model, tokens, dtype, device).items():
@@ -194,22 +192,6 @@ def measure(
         found.append(Measured(kind, number, chosen, medians))
         print(report(found[-1], model, tokens), flush=True)
     return found
-
-
-def cold_timer(device: torch.device) -> Callable[[Run], float]:
-    """Milliseconds on the GPU of a call that finds nothing of its own in L2."""
-    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
-
-    def time(run: Run) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flushed.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
-
-    return time
 
 
 def report(one: Measured, model: Model, tokens: int) -> str:

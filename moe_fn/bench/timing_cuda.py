@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.bench.timing import Clock, Ready, Run
+from moe_fn.bench.timing import Clock, Ready, Run, Timer
 
 LEAST_FLUSH_BYTES = 2**28  # also what keeps the GPU busy while the host launches: 0.1 ms and more
 
@@ -33,13 +33,17 @@ def clock_on_cuda(device: torch.device) -> Clock:
         torch.cuda.set_device(device)
     gc.collect()
     torch.cuda.empty_cache()  # what the graphs of the number of tokens before held
-    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-    buffer = torch.zeros(flush_bytes(cache) // 4, device=device)
     pool, stream, one = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.zeros(1, device=device)
     _on_stream(stream, one.zero_)
     launch, _ = _capture(pool, stream, one.zero_)  # kept by the clock: a pool without a graph would be given up
     ready = functools.partial(_ready, pool, stream)
-    return Clock(time=functools.partial(_time, buffer), ready=ready, launch=launch)
+    return Clock(time=cold_timer(device), ready=ready, launch=launch)
+
+
+def cold_timer(device: torch.device) -> Timer:
+    """Milliseconds on the GPU of a call that finds nothing of its own in the L2 cache."""
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return functools.partial(_time, torch.zeros(flush_bytes(cache) // 4, device=device))
 
 
 def _time(buffer: Tensor, run: Run) -> float:

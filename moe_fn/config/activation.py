@@ -1,5 +1,6 @@
 """Which activation: its parameters, and the published names for sets of them."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -77,3 +78,21 @@ def as_activation(activation: ActivationConfig | ActivationName) -> ActivationCo
         return activation
     check_choice("activation", activation, tuple(PRESETS))
     return PRESETS[activation]
+
+
+@functools.lru_cache
+def activation_of_scalars(
+    function: GateFunction, gated: bool, alpha: float, up_offset: float, limit: float | None, limit_output: bool,
+    gate_cap: float | None, up_cap: float | None,
+) -> ActivationConfig:  # fmt: skip
+    """The parameters as the ops take them, made a config again; kept, for it is asked for at every launch."""
+    return ActivationConfig(
+        function=function,
+        gated=gated,
+        limit=limit,
+        limit_at="output" if limit_output else "input",
+        alpha=alpha,
+        up_offset=up_offset,
+        gate_cap=gate_cap,
+        up_cap=up_cap,
+    )

@@ -54,7 +54,7 @@ def route(
     check_routing_inputs(config, extra, logits, token_ids, token_mask)
     if token_mask is not None:
         logits = torch.where(token_mask.unsqueeze(-1), logits, 0)
-    if extra.expert_scale is None and covers(config, logits.dtype) and runs("triton", config, logits) and not in_forward_mode():
+    if runs("triton", config, logits) and extra.expert_scale is None and covers(config, logits.dtype) and not in_forward_mode():
         chosen, ids = route_top_k_op(logits, extra.correction_bias, config._json)  # type: ignore[attr-defined]
         shared = None
     else:

@@ -119,3 +119,11 @@ def interleaved(rows: Tensor) -> Tensor:
 def packed(rows: Tensor) -> Tensor:
     """The inverse of interleaved."""
     return torch.cat((rows[:, 0::2], rows[:, 1::2]), dim=1)
+
+
+def rows_as_wanted(problem: Problem, rows: Tensor) -> Tensor:
+    """gate_up [E, 2 I, ...] as these libraries want it: gates, then ups; for swigluoai alternating."""
+    wanted = "interleaved" if activation_name(problem.config) == "swigluoai" else "packed"
+    if wanted == problem.config.gate_up_layout:
+        return rows
+    return interleaved(rows) if wanted == "interleaved" else packed(rows)

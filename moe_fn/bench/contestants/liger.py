@@ -8,15 +8,15 @@ import importlib
 import torch
 from torch import Tensor
 
-from moe_fn.bench.contestants.entry import Contestant, Layer, missing, out_in
-from moe_fn.bench.contestants.on_gpu import GPU, layer_of_experts, packed_gate_up, refuses_of_library
+from moe_fn.bench.contestants.entry import Contestant, Layer, missing, out_in, rows_as_wanted
+from moe_fn.bench.contestants.on_gpu import GPU, layer_of_experts, refuses_of_library
 from moe_fn.bench.problem import Problem
 
 
 def _build(problem: Problem) -> Layer:
     function = importlib.import_module("liger_kernel.ops").LigerFusedMoEFunction
     config, weights = problem.config, problem.weights
-    gate_up, down = packed_gate_up(problem, out_in(config, weights.gate_up)), out_in(config, weights.down)
+    gate_up, down = rows_as_wanted(problem, out_in(config, weights.gate_up)), out_in(config, weights.down)
 
     def experts(x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
         y: Tensor = function.apply(x, gate_up, down, ids, routing_weights.to(x.dtype))

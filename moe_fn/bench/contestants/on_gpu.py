@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_fn.bench.contestants.entry import Layer, Run, activation_name, packed, refuses_weight_on_input
+from moe_fn.bench.contestants.entry import Layer, Run, activation_name, refuses_weight_on_input
 from moe_fn.bench.contestants.routers import refuses_router, routing_of
 from moe_fn.bench.problem import Problem, TokenInput
 
@@ -28,11 +28,6 @@ def layer_of_experts(problem: Problem, experts: Experts, ids_dtype: torch.dtype,
         return functools.partial(experts, token_input.x, routing.expert_ids.to(ids_dtype), routing.weights)
 
     return Layer(bind=bind, leaves=leaves)
-
-
-def packed_gate_up(problem: Problem, rows: Tensor) -> Tensor:
-    """gate_up [E, 2 I, ...] with the gates first, then the ups."""
-    return packed(rows) if problem.config.gate_up_layout == "interleaved" else rows
 
 
 def refuses_of_library(problem: Problem, activations: tuple[str, ...], biases: bool, gradients: bool) -> str | None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_fn.bench.contestants.entry import Contestant, Layer, missing, out_in
-from moe_fn.bench.contestants.zen import layer_of_op, refuses_of_library, rows_as_wanted
+from moe_fn.bench.contestants.entry import Contestant, Layer, missing, out_in, rows_as_wanted
+from moe_fn.bench.contestants.zen import layer_of_op, refuses_of_library
 from moe_fn.bench.problem import Problem
 
 _ALIGNMENT = 32  # of hidden_size and intermediate_size

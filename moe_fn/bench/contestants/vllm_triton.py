@@ -5,10 +5,10 @@ import importlib
 import torch
 from torch import Tensor
 
-from moe_fn.bench.contestants.entry import Contestant, Layer, activation_name, missing, out_in
+from moe_fn.bench.contestants.entry import Contestant, Layer, activation_name, missing, out_in, rows_as_wanted
 from moe_fn.bench.contestants.on_gpu import GPU, layer_of_experts, refuses_of_library
-from moe_fn.bench.contestants.zen import rows_as_wanted
 from moe_fn.bench.problem import Problem
+from moe_fn.config import as_activation
 
 _FOLDER = "vllm.model_executor.layers.fused_moe"
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2_no_mul", "swigluoai")
@@ -18,7 +18,7 @@ def _build(problem: Problem) -> Layer:
     fused_experts = importlib.import_module(_FOLDER).fused_experts
     activation = importlib.import_module(f"{_FOLDER}.activation").MoEActivation(activation_name(problem.config))
     config, weights = problem.config, problem.weights
-    gated = weights.gate_up.numel() != weights.down.numel()
+    gated = as_activation(config.activation).gated
     gate_up, down = out_in(config, weights.gate_up), out_in(config, weights.down)
     gate_up = rows_as_wanted(problem, gate_up) if gated else gate_up
     quant_config = None

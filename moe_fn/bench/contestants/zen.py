@@ -14,26 +14,17 @@ from moe_fn.bench.contestants.entry import (
     Layer,
     Run,
     activation_name,
-    interleaved,
     missing,
     only_on_cpu_forward,
     out_in,
-    packed,
     refuses_weight_on_input,
+    rows_as_wanted,
     version_of,
 )
 from moe_fn.bench.contestants.routers import refuses_router, routing_of
 from moe_fn.bench.problem import Problem, TokenInput
 
 ACTIVATIONS = ("silu", "gelu", "swigluoai")
-
-
-def rows_as_wanted(problem: Problem, rows: Tensor) -> Tensor:
-    """gate_up [E, 2 I, ...] as these libraries want it: gates, then ups; for swigluoai alternating."""
-    wanted = "interleaved" if activation_name(problem.config) == "swigluoai" else "packed"
-    if wanted == problem.config.gate_up_layout:
-        return rows
-    return interleaved(rows) if wanted == "interleaved" else packed(rows)
 
 
 def refuses_of_library(problem: Problem, tokens: int, dtypes: tuple[torch.dtype, ...]) -> str | None:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.config import ActivationConfig, MoEConfig
+from moe_fn.config import MoEConfig
+from moe_fn.config.activation import activation_of_scalars
 from moe_fn.kernels.triton import top_k
 from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer
 from moe_fn.kernels.triton.layer import Problem, backward, forward
@@ -36,16 +37,6 @@ def _problem(
     down_bias: Tensor | None, intermediate_size: int, transposed: bool, function: Any, gated: bool, interleaved: bool, alpha: float,
     up_offset: float, limit: float | None, limit_output: bool, gate_cap: float | None, up_cap: float | None,
 ) -> Problem:  # fmt: skip
-    activation = ActivationConfig(
-        function=function,
-        gated=gated,
-        limit=limit,
-        limit_at="output" if limit_output else "input",
-        alpha=alpha,
-        up_offset=up_offset,
-        gate_cap=gate_cap,
-        up_cap=up_cap,
-    )
     return Problem(
         x=x.contiguous(),
         expert_ids=expert_ids.contiguous(),
@@ -54,6 +45,6 @@ def _problem(
         down=down.mT if transposed else down,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
-        activation=activation,
+        activation=activation_of_scalars(function, gated, alpha, up_offset, limit, limit_output, gate_cap, up_cap),
         interleaved=interleaved,
     )

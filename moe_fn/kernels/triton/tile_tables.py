@@ -4,6 +4,7 @@ A row of a table is a tile by rows per expert (t = rows / experts): vLLM's tuned
 911 rows for H100 and H200, and within a factor of two in 99 %. `python -m moe_fn.bench.sweep` times the neighbours of a row.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -158,10 +159,11 @@ TABLES: dict[str, tuple[Row, ...]] = {
 }
 
 
-def rows_of(kind: str, dtype_bytes: int, arch: str) -> list[tuple[float, Tile]]:
-    """(rows per expert at most, tile) of a kind, rising: of two rows with one border the first holds."""
+@functools.cache
+def rows_of(kind: str, dtype_bytes: int, arch: str) -> tuple[tuple[float, Tile], ...]:
+    """(rows per expert at most, tile) of a kind, rising: of two rows with one border the first holds. Asked at every launch."""
     found: dict[float, Tile] = {}
     for start, width, most, tile in TABLES[kind]:
         if arch.startswith(start) and width == dtype_bytes:
             found.setdefault(most, tile)
-    return list(found.items())
+    return tuple(found.items())
