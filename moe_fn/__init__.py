@@ -9,6 +9,7 @@ from moe_fn.config import (
     GroupConfig,
     LatentConfig,
     MoEConfig,
+    NormsConfig,
     RouterConfig,
     SharedExpertsConfig,
     ZeroExpertsConfig,
@@ -26,7 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationConfig", "BackendInfo", "Dispatched", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LatentWeights", "MoEConfig",
-    "MoEWeights", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig", "SharedWeights", "ZeroExpertsConfig",
-    "backends", "balance", "combine", "dispatch", "experts", "mark_tokens", "moe_forward", "moe_forward_routed", "moe_forward_shared",
-    "moe_forward_with_stats", "prepare_weights", "reduce_and_trunc", "reference", "restore_weights", "route",
+    "MoEWeights", "NormsConfig", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig", "SharedWeights",
+    "ZeroExpertsConfig", "backends", "balance", "combine", "dispatch", "experts", "mark_tokens", "moe_forward", "moe_forward_routed",
+    "moe_forward_shared", "moe_forward_with_stats", "prepare_weights", "reduce_and_trunc", "reference", "restore_weights", "route",
 ]  # fmt: skip

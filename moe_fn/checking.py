@@ -29,10 +29,14 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
         ("down_bias",): ((experts, down[outputs]), False),
         ("router", "gate"): ((logits, gate_width), False),
         ("router", "bias"): ((logits,), False),
-        ("router", "expert_scale"): ((choices,), False),
+        ("router", "expert_scale"): ((logits,), False),
     }
     if config.expert_norm is not None:
         shapes[("expert_norm",)] = ((experts, wide), True)
+    if config.norms is not None:
+        for name in ("input", "output"):
+            if getattr(config.norms, name):
+                shapes[(f"{name}_norm",)] = ((hidden,), True)
     if config.zero_experts is not None and config.zero_experts.kind == "constant":
         shapes[("constants",)] = ((("zero_experts.count", config.zero_experts.count), hidden), True)
     if config.router.correction_bias != "none":

@@ -62,7 +62,7 @@ def moe_forward(
     """
     call = _enter("moe_forward", config, weights, x, logits, token_ids, token_mask)
     with _autocast_off(x):
-        routing = None if config.opaque else _route(config, call)
+        routing = None if _routes_inside(config) else _route(config, call)
         (y,) = _run(config, call, routing, with_shared=False)
         return _leave(call, y)
 
@@ -90,9 +90,11 @@ def moe_forward_shared(
     >>> shared.count_nonzero().item(), routed.shape
     (0, torch.Size([5, 4]))
     """
+    if isinstance(config, MoEConfig) and config.norms is not None and config.norms.output:
+        raise ValueError("moe_forward_shared: MoEConfig.norms.output=True norms the sum of the two; expected False, or moe_forward")
     call = _enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask)
     with _autocast_off(x):
-        routing = None if config.opaque else _route(config, call)
+        routing = None if _routes_inside(config) else _route(config, call)
         shared, routed = _run(config, call, routing, with_shared=True)
         return _leave(call, shared), _leave(call, routed)
 
@@ -147,7 +149,7 @@ def moe_forward_with_stats(
     call = _enter("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask)
     with _autocast_off(x):
         logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
-        routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask)
+        routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading)
         stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
         (y,) = _run(config, call, routing, with_shared=False)
         return _leave(call, y), stats
@@ -197,7 +199,12 @@ def _enter(
 
 
 def _route(config: MoEConfig, call: _Call) -> Routing:
-    return route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask)
+    return route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading)
+
+
+def _routes_inside(config: MoEConfig) -> bool:
+    """Whether the op routes: tokens are flat there, and a capacity counts within sequences."""
+    return config.opaque and config.router.capacity is None
 
 
 def _run(config: MoEConfig, call: _Call, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:

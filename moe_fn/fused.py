@@ -27,7 +27,7 @@ from moe_fn.ops.rows import gather_rows
 from moe_fn.preparing import is_prepared, lay_down, lay_gate_up, restore_weights
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.combine import combine
-from moe_fn.stages.dispatch import dispatch, weighted_input
+from moe_fn.stages.dispatch import dispatch, weighted
 from moe_fn.stages.experts import experts
 
 Routed = Callable[[MoEConfig, MoEWeights, Tensor, Routing], Tensor]
@@ -71,13 +71,20 @@ BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}  # t
 
 
 def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    w = routing.weights
-    if config.router.weight_on == "input":
-        x, w = weighted_input(x, routing), torch.ones_like(w)
+    ids, w = routing.expert_ids, routing.weights
+    if config.router.weight_on == "output":
+        return _launch(op, config, weights, x, ids, w)
+    # Every slot is a token of its own, w * x, with one expert; the sum over a token's slots comes after.
+    slots = weighted(x.unsqueeze(1), w.unsqueeze(-1)).flatten(0, 1)
+    y = _launch(op, config, weights, slots, ids.reshape(-1, 1), torch.ones_like(w).reshape(-1, 1))
+    return y if config.top_k == 1 else y.unflatten(0, (-1, config.top_k)).sum(1, dtype=accumulation_dtype(y.dtype)).to(y.dtype)
+
+
+def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     a = as_activation(config.activation)
     y: Tensor
     y, _ = op(
-        x, routing.expert_ids, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
+        x, ids, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
         config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
         a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap, _keeps(config, weights, x, w),
     )  # fmt: skip

@@ -12,27 +12,34 @@ from moe_fn.stages.join import addends, join
 from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
 from moe_fn.stages.route import route, router_logits
 from moe_fn.stages.shared import shared_experts
-from moe_fn.stages.transform import transform_input, transform_output
+from moe_fn.stages.transform import norm_for_gate, norm_output, transform_input, transform_output
 from moe_fn.stages.zero_experts import zero_experts
 
 
 def logits_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
     """Logits of the gate inside the layer, from x or from what the experts see."""
-    return router_logits(config, weights, x if config.router.gate_input == "original" else transform_input(config, weights, x))
+    seen = norm_for_gate(config, x) if config.router.gate_input == "original" else transform_input(config, weights, x)
+    return router_logits(config, weights, seen)
 
 
 def route_tokens(
-    config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor | None, token_ids: Tensor | None, token_mask: Tensor | None
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    logits: Tensor | None,
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
+    leading: tuple[int, ...] | None = None,
 ) -> Routing:
     """Routing from logits, or from the gate inside the layer."""
     logits = logits_of_tokens(config, weights, x) if logits is None else logits
-    return route(config, weights, logits, token_ids=token_ids, token_mask=token_mask)
+    return route(config, weights, logits, token_ids=token_ids, token_mask=token_mask, leading=leading)
 
 
 def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     """Everything behind the router."""
     routed, shared = routed_and_shared(config, weights, x, routing)
-    return zero_experts(config, weights, x, routing, join(routed, shared))
+    return norm_output(config, weights, zero_experts(config, weights, x, routing, join(routed, shared)))
 
 
 def routed_and_shared(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor | None]:

@@ -27,7 +27,7 @@ class RouterWeights:
     gate: Tensor | None = None
     bias: Tensor | None = None
     correction_bias: Tensor | None = None  # [choices]: added for the choice only (e_score_correction_bias)
-    expert_scale: Tensor | None = None  # [choices]: multiplies the weight of each expert (Gemma-4)
+    expert_scale: Tensor | None = None  # [logits]: multiplies the weight of each expert (Gemma-4), shared ones too (Inkling)
     expert_ids_of_token: Tensor | None = None  # [vocabulary, top_k] ints: hash routing (tid2eid)
 
 
@@ -67,6 +67,8 @@ class MoEWeights:
     down_bias: Tensor | None = None  # [E, Hx]
     expert_norm: Tensor | None = None  # [E, Hx]
     constants: Tensor | None = None  # [zero experts, H]
+    input_norm: Tensor | None = None  # [H]: scale of the norm before the routed experts
+    output_norm: Tensor | None = None  # [H]: scale of the norm after everything
     router: RouterWeights | None = None
     shared: SharedWeights | None = None
     latent: LatentWeights | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moe_fn import balance, chunked, forward, fused, layer, preparing, selection, whole_layer
+from moe_fn import balance, chunked, forward, fused, layer, numerics, preparing, selection, whole_layer
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
 from moe_fn.records import Routing
@@ -215,6 +215,25 @@ BUGS = (
         instead(lambda r, mask: replace(r, weights=torch.where(mask.unsqueeze(-1), r.weights, 0))),
     ),
     PlantedBug("hash_routing_ignores_how_large_the_logits_are", "ids from the logits", route.route, with_router(selection="top_k")),
+    PlantedBug(
+        "a_capacity_keeps_the_first_slots_of_every_expert",
+        "one slot too many",
+        route._within_capacity,
+        before(lambda config, routing, capacity, leading: (config, routing, capacity + 1, leading)),
+    ),
+    PlantedBug(
+        "a_capacity_keeps_the_first_slots_of_every_expert",
+        "sequences share their capacity",
+        route._within_capacity,
+        before(lambda config, routing, capacity, leading: (config, routing, capacity, None)),
+    ),
+    PlantedBug(
+        "norms_around_the_layer_equal_the_reference",
+        "the scale is forgotten",
+        numerics.rms_norm,
+        before(lambda x, scale, eps: (x, None, eps)),
+    ),
+    PlantedBug("a_norm_for_the_gate_is_the_gate_of_the_norm", "not normed", transform.norm_for_gate, instead(lambda config, x: x)),
     # dispatch
     PlantedBug(
         "slot_of_row_is_a_permutation_of_the_slots",

@@ -46,7 +46,8 @@ def route(problem: MoEProblem, logits: Tensor | None = None, **config_changes: A
     """moe_fn.route of a problem, with flat tokens."""
     config = dataclasses.replace(problem.config, **config_changes)
     logits = logits_of(problem) if logits is None else logits
-    return moe_fn.route(config, problem.weights, logits, token_ids=flat(problem.token_ids), token_mask=flat(problem.token_mask))
+    ids, mask = flat(problem.token_ids), flat(problem.token_mask)
+    return moe_fn.route(config, problem.weights, logits, token_ids=ids, token_mask=mask, leading=tuple(problem.x.shape[:-1]))
 
 
 def real_tokens(problem: MoEProblem) -> Tensor:

@@ -4,11 +4,12 @@ import dataclasses
 
 import torch
 from hypothesis import strategies as st
-from support import config_with, law, real_tokens
+from support import config_with, gradients, law, real_tokens
 from torch import Tensor
 
 import moe_fn
-from moe_fn import LatentConfig, LatentWeights, MoEConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn import LatentConfig, LatentWeights, MoEConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.stages.route import router_logits
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems
 
 LATENT = st.builds(LatentConfig, size=st.integers(1, 5))
@@ -79,6 +80,27 @@ def test_an_identity_latent_space_changes_nothing(problem: MoEProblem) -> None:
     assert_matches(latent.call(moe_fn.moe_forward), problem.call(moe_fn.moe_forward), scale=0.1)
 
 
+NORMS = [NormsConfig(epsilon=0.1, input=True), NormsConfig(epsilon=0.5, output=True), NormsConfig(epsilon=0.1, input=True, output=True)]
+
+
+@law(problems(configs(norms=st.sampled_from(NORMS), backend="auto"), logits="grid"))
+def test_norms_around_the_layer_equal_the_reference(problem: MoEProblem) -> None:
+    assert_matches(problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward), scale=0.1)
+    direction = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    actual, expected = (gradients(problem, f, direction) for f in (moe_fn.moe_forward, moe_fn.reference.moe_forward))
+    assert_matches(actual, expected, tolerance=2e-5, scale=1.0)
+
+
+@law(problems(configs(gate_input="original"), logits="gate"))
+def test_a_norm_for_the_gate_is_the_gate_of_the_norm(problem: MoEProblem) -> None:
+    normed = config_with(problem, norms=NormsConfig(epsilon=0.1, gate=True))
+    x = moe_fn.layer.without_padding(problem.x, problem.token_mask)
+    seen = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1)
+    logits = router_logits(problem.config, problem.weights, seen.flatten(0, -2))
+    given = problem.replace(logits=logits.view(*x.shape[:-1], problem.config.num_logits))
+    assert_matches(normed.call(moe_fn.moe_forward), given.call(moe_fn.moe_forward), scale=0.1)
+
+
 ON_OUTPUT = {"routed_scaling_factor": 2.5, "zero_experts": None, "latent": None}
 
 
@@ -93,6 +115,8 @@ def test_a_scale_on_the_output_equals_a_scale_on_the_weights(problem: MoEProblem
         else:
             problem = problem.replace(logits=problem.logits[..., :keep])
             router = None if router is None else dataclasses.replace(router, gate=None, bias=None)
+        if router is not None and router.expert_scale is not None:
+            router = dataclasses.replace(router, expert_scale=router.expert_scale[:keep])
         problem = problem.replace(weights=dataclasses.replace(problem.weights, router=router))
     expected = config_with(problem, scale_on="weights").call(moe_fn.moe_forward)
     assert_matches(problem.call(moe_fn.moe_forward), expected, scale=0.1)

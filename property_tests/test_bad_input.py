@@ -15,6 +15,7 @@ from moe_fn import (
     GroupConfig,
     LatentConfig,
     MoEConfig,
+    NormsConfig,
     RouterConfig,
     RouterWeights,
     Routing,
@@ -59,7 +60,11 @@ BAD_CONFIGS = {
     "equal groups with a top2_sum": config(router=RouterConfig(scoring="sigmoid", groups=GroupConfig(count=4, top_k=2, score="top2_sum"))),
     "at most the 1 experts of 1 groups": config(router=RouterConfig(groups=GroupConfig(count=4, top_k=1))),
     "expected a multiple of groups.count=4": config(router=RouterConfig(groups=GroupConfig(count=4, top_k=4, limit="each"))),
-    "weight_on='input': expected 1": config(router=RouterConfig(weight_on="input")),
+    "capacity is 0": router(capacity=0),
+    "NormsConfig would have no effect": lambda: NormsConfig(),
+    "norms.gate=True with router.gate_input='transformed'": config(
+        norms=NormsConfig(gate=True), hidden_padding=1, router=RouterConfig(gate_input="transformed")
+    ),
     "'sparsemixer': expected 2": config(top_k=3, router=RouterConfig(selection="sparsemixer", renormalize=False)),
     "zero_experts: expected router.scale_on='weights'": config(
         zero_experts=ZeroExpertsConfig(count=1), router=RouterConfig(scale_on="output", routed_scaling_factor=2.0)

@@ -445,7 +445,7 @@ def rich_problem(seed: int) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor]:
     weights = MoEWeights(
         gate_up=randn(3, 3, 4), down=randn(3, 2, 3), gate_up_bias=randn(3, 4), down_bias=randn(3, 3),
         expert_norm=randn(3, 3), constants=randn(1, 2),
-        router=RouterWeights(gate=randn(6, 3), bias=randn(6), correction_bias=randn(4), expert_scale=randn(4)),
+        router=RouterWeights(gate=randn(6, 3), bias=randn(6), correction_bias=randn(4), expert_scale=randn(6)),
         shared=SharedWeights(gate_up=randn(4, 2), down=randn(2, 2), gate_up_bias=randn(4), down_bias=randn(2)),
         latent=LatentWeights(
             input=randn(2, 2), output=randn(2, 2), input_bias=randn(2), output_bias=randn(2), input_norm=randn(2), output_norm=randn(2)

@@ -1,10 +1,11 @@
 """Laws of route, under the names that its docstring gives them."""
 
 import dataclasses
+import itertools
 
 import torch
 from hypothesis import strategies as st
-from support import law, logits_of, real_tokens, route, router_with
+from support import config_with, law, logits_of, real_tokens, route, router_with
 from torch import Tensor
 
 import moe_fn
@@ -105,7 +106,7 @@ def test_permuting_experts_permutes_ids(problem: MoEProblem, seed: int) -> None:
     old_of_new = new_of_old.argsort()
     columns = torch.cat([old_of_new, torch.arange(choices, logits.shape[-1])])
     scale = problem.weights.router.expert_scale if problem.weights.router else None
-    moved = router_with(problem, expert_scale=None if scale is None else scale[old_of_new])
+    moved = router_with(problem, expert_scale=None if scale is None else scale[columns])
     before, after = route(problem, logits), route(moved, logits[:, columns])
     ids = torch.where(before.expert_ids < 0, before.expert_ids, new_of_old[before.expert_ids])
     assert_matches(after.expert_ids, ids)
@@ -162,6 +163,23 @@ def test_padding_tokens_have_no_expert(problem: MoEProblem, seed: int) -> None:
     assert (routing.expert_ids[padding] == -1).all()
     assert (routing.weights[padding] == 0).all()
     assert (routing.expert_ids[~padding] >= 0).all()
+
+
+@law(problems(configs(capacity=st.integers(1, 3))))
+def test_a_capacity_keeps_the_first_slots_of_every_expert(problem: MoEProblem) -> None:
+    config, capacity = problem.config, problem.config.router.capacity
+    all_ids, kept = route(config_with(problem, capacity=None)).expert_ids, route(problem).expert_ids
+    length = problem.x.shape[-2] or 1
+    for before, after in zip(all_ids.split(length), kept.split(length), strict=True):
+        room = dict.fromkeys(range(config.num_experts), capacity)
+        for choice, token in itertools.product(range(config.top_k), range(len(before))):
+            expert = int(before[token, choice])
+            fits = room.get(expert, 1) > 0
+            assert int(after[token, choice]) == (expert if fits else -1)
+            if expert in room:
+                room[expert] -= 1
+    if len(kept):
+        assert_matches(problem.call(moe_fn.moe_forward), problem.call(reference.moe_forward), scale=0.1)
 
 
 @law(problems(configs(selection="hash")))

@@ -29,6 +29,7 @@ LAYERS = (
     ("chunked",),
     ("whole_layer",),
     ("forward",),
+    ("families",),
     ("bench",),
     ("",),  # the package itself re-exports
 )
@@ -122,8 +123,8 @@ def test_the_public_surface_grows_on_purpose_only() -> None:
     assert all(getattr(getattr(moe_fn, name), "__doc__", None) for name in moe_fn.__all__)
     assert [f.name for f in dataclasses.fields(moe_fn.MoEConfig)] == [
         "num_experts", "top_k", "hidden_size", "intermediate_size", "router", "activation", "gate_up_layout", "weight_layout",
-        "expert_norm", "shared", "latent", "zero_experts", "hidden_padding", "chunk_tokens", "recompute", "batch_invariant", "backend",
-        "opaque",
+        "expert_norm", "shared", "latent", "zero_experts", "norms", "hidden_padding", "chunk_tokens", "recompute",
+        "batch_invariant", "backend", "opaque",
     ]  # fmt: skip
 
 

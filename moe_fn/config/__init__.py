@@ -8,11 +8,11 @@ from torch.utils._pytree import register_constant
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
 from moe_fn.config.moe import MoEConfig, config_of_json
-from moe_fn.config.parts import ExpertNormConfig, LatentConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 
 __all__ = [
-    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig", "RouterConfig",
+    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig", "NormsConfig", "RouterConfig",
     "SharedExpertsConfig", "ZeroExpertsConfig", "as_activation", "config_of_json",
 ]  # fmt: skip
 
@@ -24,6 +24,7 @@ for _cls in (
     ZeroExpertsConfig,
     LatentConfig,
     ExpertNormConfig,
+    NormsConfig,
     ActivationConfig,
 ):
     register_constant(_cls)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
 from moe_fn.config.checks import check_bool, check_choice, check_int
-from moe_fn.config.parts import ExpertNormConfig, LatentConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 
 Backend = Literal["auto", "torch", "native", "triton"]
@@ -20,6 +20,7 @@ class MoEConfig:
 
     gate_up_layout   columns of gate_up's product: gate then up ("packed"), or alternating ("interleaved", gpt-oss)
     weight_layout    weights are [E, out, in], or [E, in, out] ("in_out": Llama-4, gpt-oss)
+    norms            root-mean-square norms before the gate, before the routed experts, after everything
     hidden_padding   zeros appended to the routed input, and cut off its output: the experts are wider than the model
     chunk_tokens     tokens worked on at a time, which bounds peak memory in forward and backward; None: all
     recompute        gradients compute the first product again (2 of 9 parts of all products) instead of keeping rows x 2I for it
@@ -46,6 +47,7 @@ class MoEConfig:
     shared: SharedExpertsConfig | None = None
     latent: LatentConfig | None = None
     zero_experts: ZeroExpertsConfig | None = None
+    norms: NormsConfig | None = None
     hidden_padding: int = 0
     chunk_tokens: int | None = None
     recompute: bool = False
@@ -85,8 +87,6 @@ class MoEConfig:
         choices, router, groups = self.num_choices, self.router, self.router.groups
         if self.top_k > choices:
             raise ValueError(f"MoEConfig.top_k={self.top_k}; expected at most the {choices} experts there are to choose from")
-        if router.weight_on == "input" and self.top_k != 1:
-            raise ValueError(f"MoEConfig.top_k={self.top_k} with router.weight_on='input': expected 1")
         if router.selection == "sparsemixer" and self.top_k != 2:
             raise ValueError(f"MoEConfig.top_k={self.top_k} with router.selection='sparsemixer': expected 2")
         if self.zero_experts is not None and (router.scale_on != "weights" or router.weight_on == "input"):
@@ -99,6 +99,8 @@ class MoEConfig:
             raise ValueError(
                 "MoEConfig.shared.gate='router' with router.scoring='softmax': expected a score of one logit alone, such as 'sigmoid'"
             )
+        if router.gate_input == "transformed" and self.norms is not None and self.norms.gate:
+            raise ValueError("MoEConfig.norms.gate=True with router.gate_input='transformed': expected a gate that sees the original input")
         if router.gate_input == "transformed" and self.latent is None and self.hidden_padding == 0:
             raise ValueError("MoEConfig.router.gate_input='transformed' would have no effect: expected latent or hidden_padding")
         if self.batch_invariant:
@@ -154,6 +156,7 @@ _NESTED = {
     "shared": SharedExpertsConfig | None,
     "latent": LatentConfig | None,
     "zero_experts": ZeroExpertsConfig | None,
+    "norms": NormsConfig | None,
 }
 _DATACLASS_OF_FIELD: dict[str, type] = {
     "router": RouterConfig,
@@ -163,6 +166,7 @@ _DATACLASS_OF_FIELD: dict[str, type] = {
     "shared": SharedExpertsConfig,
     "latent": LatentConfig,
     "zero_experts": ZeroExpertsConfig,
+    "norms": NormsConfig,
 }
 
 

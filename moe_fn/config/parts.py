@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
-from moe_fn.config.checks import check_choice, check_float, check_int
+from moe_fn.config.checks import check_bool, check_choice, check_float, check_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +76,25 @@ class ExpertNormConfig:
     def __post_init__(self) -> None:
         check_float("ExpertNormConfig.epsilon", self.epsilon, minimum=0.0)
         check_choice("ExpertNormConfig.scale", self.scale, ("after", "before"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormsConfig:
+    """Root-mean-square norms around the layer: n(v) = v / sqrt(mean(v^2) + epsilon).
+
+    input   the routed experts see n(x) * weights.input_norm (Gemma-4); shared and zero experts see x itself
+    gate    the gate inside the layer sees n(x), without a scale of its own: fold one into weights.router.gate (Gemma-4)
+    output  the layer is n(y) * weights.output_norm, of everything that is added up (A.X-K1, Gemma-4)
+    """
+
+    epsilon: float = 1e-6
+    input: bool = False
+    gate: bool = False
+    output: bool = False
+
+    def __post_init__(self) -> None:
+        check_float("NormsConfig.epsilon", self.epsilon, minimum=0.0)
+        for name in ("input", "gate", "output"):
+            check_bool(f"NormsConfig.{name}", getattr(self, name))
+        if not (self.input or self.gate or self.output):
+            raise ValueError("NormsConfig would have no effect: expected input, gate or output")

@@ -51,7 +51,9 @@ class RouterConfig:
     routed_scaling_factor    gamma, on the "weights" or on the routed "output"; "output_float16_safe" leaves float16 layers
                              with shared experts divided by gamma instead (routed + shared / gamma), which the model compensates
     logit_multiplier         z * multiplier, then softcap * tanh(z / softcap) when logit_softcap is given
-    weight_on                the routing weight multiplies the expert's "output", or its "input" (Llama-4, top_k = 1)
+    weight_on                the routing weight multiplies the expert's "output", or its "input" (Llama-4)
+    capacity                 slots that an expert takes in each sequence (x's last but one dimension): first choices of all tokens
+                             before second ones, tokens in order; slots beyond are dropped (id -1). None: all (Switch, GShard)
     gate_dtype, score_dtype  "float32", or the dtype of the "input"
     gate_input               the gate inside the layer sees the "original" x, or the "transformed" one (latent and padded)
     """
@@ -71,6 +73,7 @@ class RouterConfig:
     logit_softcap: float | None = None
     sparsemixer_epsilon: float = 0.01
     weight_on: Literal["output", "input"] = "output"
+    capacity: int | None = None
     gate_dtype: Precision = "float32"
     score_dtype: Precision = "float32"
     gate_input: Literal["original", "transformed"] = "original"
@@ -91,6 +94,8 @@ class RouterConfig:
             check_float("RouterConfig.logit_softcap", self.logit_softcap, above=0.0)
         check_float("RouterConfig.sparsemixer_epsilon", self.sparsemixer_epsilon, minimum=0.0)
         check_choice("RouterConfig.weight_on", self.weight_on, ("output", "input"))
+        if self.capacity is not None:
+            check_int("RouterConfig.capacity", self.capacity, 1)
         check_choice("RouterConfig.gate_dtype", self.gate_dtype, get_args(Precision))
         check_choice("RouterConfig.score_dtype", self.score_dtype, get_args(Precision))
         check_choice("RouterConfig.gate_input", self.gate_input, ("original", "transformed"))

@@ -36,6 +36,7 @@ def moe_forward(
     """
     if logits is None:  # they count as logits of x's dtype
         logits, logits_dtype = gate_logits(config, float64_weights(weights), x, token_mask), x.dtype
+        logits = logits.reshape(*x.shape[:-1], config.num_logits)
     else:
         logits_dtype = logits.dtype
     routing = route_comparing_in(logits_dtype, config, weights, logits, token_ids, token_mask)
@@ -101,7 +102,8 @@ def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: T
         elif config.router.gate_input == "transformed":
             logits.append(linear(gate, routed_input(config, weights, row), router.bias))
         else:
-            logits.append(linear(gate, row, router.bias))
+            seen = rms_norm(row, config.norms.epsilon) if config.norms is not None and config.norms.gate else row
+            logits.append(linear(gate, seen, router.bias))
     zero = zero_of(x, gate, router.bias)
     return stack_rows(logits, config.num_logits, zero) + zero
 
@@ -122,12 +124,17 @@ def token_output(config: MoEConfig, weights: MoEWeights, experts: list[Expert], 
         y = y + (shared / factor if scale_shared else shared)
         if config.shared.combine == "average":
             y = y / 2
-    return y + zero_experts(config, weights, x, slots)
+    y = y + zero_experts(config, weights, x, slots)
+    if config.norms is not None and config.norms.output:
+        y = rms_norm(y, config.norms.epsilon) * needed(weights.output_norm, "weights.output_norm")
+    return y
 
 
 def routed_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
     """What the experts see: x, in the latent space if there is one, with zeros appended. x [H] -> [Hx]."""
     v = x
+    if config.norms is not None and config.norms.input:
+        v = rms_norm(v, config.norms.epsilon) * needed(weights.input_norm, "weights.input_norm")
     if config.latent is not None:
         latent = latent_weights(weights)
         v = linear(latent.input, v, latent.input_bias)

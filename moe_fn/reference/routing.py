@@ -50,15 +50,37 @@ def route_comparing_in(
             ids, slot_weights, shared_weights = route_token(config, router, row, ids_of_hash, compare_in)
         else:  # the row is not read: it may hold anything
             ids, slot_weights, shared_weights = [-1] * config.top_k, row.new_zeros(config.top_k), row.new_zeros(shared_count)
-        all_ids.append(ids)
+        all_ids.append(list(ids))  # a copy: tokens of equal token ids share a row of the table
         all_weights.append(slot_weights)
         all_shared.append(shared_weights)
+    if config.router.capacity is not None:
+        drop_beyond_capacity(config, config.router.capacity, logits.shape[-2] if logits.ndim > 2 else len(rows), all_ids, all_weights)
     zero = zero_of(logits, router.expert_scale)
     return Routing(
         expert_ids=torch.tensor(all_ids, dtype=torch.int64, device=logits.device).reshape(-1, config.top_k),
         weights=stack_rows(all_weights, config.top_k, zero) + zero,
         shared_weights=stack_rows(all_shared, shared_count, zero) + zero if shared_count else None,
     )
+
+
+def drop_beyond_capacity(config: MoEConfig, capacity: int, sequence: int, ids: list[list[int]], weights: list[Tensor]) -> None:
+    """Ids become -1 and weights 0 (in the lists) once an expert has had its capacity of slots in a sequence of tokens.
+
+    First choices of all tokens come before second choices. Source: Switch (arXiv 2101.03961), GShard (2006.16668).
+    """
+    for start in range(0, len(ids), max(sequence, 1)):
+        taken = [0] * config.num_experts
+        for choice in range(config.top_k):
+            for token in range(start, min(start + sequence, len(ids))):
+                expert = ids[token][choice]
+                if not 0 <= expert < config.num_experts:
+                    continue
+                taken[expert] += 1
+                if taken[expert] > capacity:
+                    ids[token][choice] = -1
+                    kept = torch.ones(config.top_k, dtype=weights[token].dtype, device=weights[token].device)
+                    kept[choice] = 0.0
+                    weights[token] = weights[token] * kept
 
 
 def hashed_ids(config: MoEConfig, router: RouterWeights, token_ids: Tensor | None, tokens: int) -> list[list[int] | None]:
@@ -94,6 +116,7 @@ def route_token(
         chosen, shared = chosen / divisor, shared / divisor
     if weights.expert_scale is not None:
         chosen = chosen * pick(weights.expert_scale, ids, missing=0.0)
+        shared = shared * weights.expert_scale[config.num_choices :]
     if router.scale_on == "weights":
         chosen, shared = chosen * router.routed_scaling_factor, shared * router.routed_scaling_factor
     return ids, chosen, shared

@@ -39,12 +39,12 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     row_of_slot = torch.zeros_like(slot_of_row).scatter(0, slot_of_row, slots)
     experts = torch.arange(num_experts, device=ids.device, dtype=expert_of_row.dtype)
     expert_ends = torch.searchsorted(expert_of_row, experts, right=True).to(torch.int32)
-    if config.router.weight_on == "input":
-        x = weighted_input(x, routing)
     rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
+    if config.router.weight_on == "input":
+        rows = weighted(rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
     return Dispatched(rows=rows, expert_ends=expert_ends, slot_of_row=slot_of_row, row_of_slot=row_of_slot)
 
 
-def weighted_input(x: Tensor, routing: Routing) -> Tensor:
-    """w * x, rounded once, for weight_on="input", where top_k = 1: one weight a token."""
-    return (x.to(routing.weights.dtype) * routing.weights).to(x.dtype)
+def weighted(x: Tensor, weights: Tensor) -> Tensor:
+    """w * x, rounded once, for weight_on="input": x [..., width], weights [..., 1]."""
+    return (x.to(weights.dtype) * weights).to(x.dtype)

@@ -1,5 +1,7 @@
 """route: logits -> Routing. By torch's ops, or by one op where a kernel knows the router; why an op: `moe_fn.ops.top_k`."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,13 @@ from moe_fn.selection import SCORES, SELECTIONS, finite, top_k_weights, transfor
 
 
 def route(
-    config: MoEConfig, weights: MoEWeights, logits: Tensor, *, token_ids: Tensor | None = None, token_mask: Tensor | None = None
+    config: MoEConfig,
+    weights: MoEWeights,
+    logits: Tensor,
+    *,
+    token_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    leading: tuple[int, ...] | None = None,
 ) -> Routing:
     """Choose experts for every token, and how much each counts.
 
@@ -25,7 +33,8 @@ def route(
         w = s[ids];   w /= max(sum w + epsilon, minimum) or 1 where that is 0;   w *= expert_scale[ids] * routed_scaling_factor
 
     logits [tokens, config.num_logits], any float dtype; token_ids [tokens] integers, for hash routing; token_mask [tokens] bool,
-    False for padding, which gets ids -1 and weights 0. Returns ids int64 [tokens, top_k], weights float32 (float64 for float64).
+    False for padding, which gets ids -1 and weights 0; leading: dims that the tokens had, whose last is a sequence, where a capacity
+    counts (None: all are one). Returns ids int64 [tokens, top_k], weights float32 (float64 for float64).
     Other forms (scores after the choice, sparsemixer, hash, per-group choice): `RouterConfig`, `GroupConfig`.
 
     Raises ValueError for shapes and dtypes that do not fit the config, and for router weights that it would ignore.
@@ -41,6 +50,7 @@ def route(
         Groups never chosen contribute nothing.
         The correction bias changes the choice but not the weights.
         Padding tokens have no expert.
+        A capacity keeps the first slots of every expert.
         Hash routing ignores how large the logits are.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538); groups and bias DeepSeek-V2/V3 (2405.04434, 2412.19437); the models in `RouterConfig`.
@@ -60,7 +70,18 @@ def route(
     else:
         ids, chosen, shared = _in_torch(config, extra, logits, token_ids)
     routing = Routing(expert_ids=ids, weights=chosen, shared_weights=shared)
-    return routing if token_mask is None else without_padding(routing, token_mask)
+    routing = routing if token_mask is None else without_padding(routing, token_mask)
+    return routing if config.router.capacity is None else _within_capacity(config, routing, config.router.capacity, leading)
+
+
+def _within_capacity(config: MoEConfig, routing: Routing, capacity: int, leading: tuple[int, ...] | None) -> Routing:
+    """Slots beyond an expert's capacity go nowhere. Counted with comparisons and a running sum: [slots, experts] numbers, no sync."""
+    ids = routing.expert_ids
+    in_order = (ids.unsqueeze(0) if leading is None else ids.view(*leading, ids.shape[-1])).transpose(-1, -2).flatten(-2)
+    taken = in_order.unsqueeze(-1) == torch.arange(config.num_experts, device=ids.device)
+    place = (taken.to(torch.int32).cumsum(-2, dtype=torch.int32) * taken).sum(-1)  # 1, 2, ...; 0 for those who want no expert
+    fits = (place <= capacity).unflatten(-1, (ids.shape[-1], -1)).transpose(-1, -2).reshape(ids.shape)
+    return dataclasses.replace(routing, expert_ids=torch.where(fits, ids, -1), weights=torch.where(fits, routing.weights, 0))
 
 
 def _in_torch(
@@ -77,8 +98,10 @@ def _in_torch(
         total = _norm(router, chosen if shared is None else torch.cat([chosen, shared], -1))
         chosen, shared = chosen / total, None if shared is None else shared / total
     if extra.expert_scale is not None:
+        scale = extra.expert_scale.to(chosen.dtype)
         # A gather of an expanded row, whose gradient is a sum in fixed order; indexing it would scatter with atomics.
-        chosen = chosen * extra.expert_scale.to(chosen.dtype).expand(z.shape).gather(-1, ids)
+        chosen = chosen * scale.narrow(0, 0, config.num_choices).expand(z.shape).gather(-1, ids)
+        shared = None if shared is None else shared * scale.narrow(0, config.num_choices, shared.shape[-1])
     if router.scale_on == "weights" and router.routed_scaling_factor != 1.0:
         chosen = chosen * router.routed_scaling_factor
         shared = None if shared is None else shared * router.routed_scaling_factor

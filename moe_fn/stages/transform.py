@@ -1,31 +1,33 @@
-"""transform_input and transform_output: to the space that the routed experts work in, and back."""
+"""transform_input, transform_output: to the space that the routed experts work in, and back; norms of the gate's input and of all."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
-from moe_fn.numerics import accumulation_dtype
+from moe_fn.numerics import rms_norm
 from moe_fn.records import MoEWeights
 
 
 def transform_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
-    """What the routed experts see: the latent projection of x, if there is one, with zeros up to the experts' width.
+    """What the routed experts see: x normed, in the latent space if there is one, with zeros up to the experts' width.
 
-        v = norm(x @ latent.input.T + latent.input_bias);   [tokens, H] -> [tokens, expert_hidden_size]
+        v = norm(norm(x) @ latent.input.T + latent.input_bias);   [tokens, H] -> [tokens, expert_hidden_size]
 
     Laws
         Padding the hidden dimension changes nothing.
 
+    >>> import torch
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1, hidden_padding=1)
     >>> transform_input(config, MoEWeights(gate_up=torch.zeros(1, 2, 3), down=torch.zeros(1, 3, 1)), torch.ones(1, 2))
     tensor([[1., 1., 0.]])
     """
     latent = weights.latent
+    if config.norms is not None and config.norms.input:
+        x = rms_norm(x, weights.input_norm, config.norms.epsilon)
     if config.latent is not None and latent is not None:
         x = x @ latent.input.t()
         x = x if latent.input_bias is None else x + latent.input_bias
-        x = x if latent.input_norm is None else _rms_norm(x, latent.input_norm, config.latent.norm_epsilon)
+        x = x if latent.input_norm is None else rms_norm(x, latent.input_norm, config.latent.norm_epsilon)
     return F.pad(x, (0, config.hidden_padding)) if config.hidden_padding else x
 
 
@@ -37,6 +39,7 @@ def transform_output(config: MoEConfig, weights: MoEWeights, routed: Tensor) -> 
     Laws
         An identity latent space changes nothing.
 
+    >>> import torch
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1)
     >>> transform_output(config, MoEWeights(gate_up=torch.zeros(1, 2, 2), down=torch.zeros(1, 2, 1)), torch.ones(1, 2))
     tensor([[1., 1.]])
@@ -44,11 +47,41 @@ def transform_output(config: MoEConfig, weights: MoEWeights, routed: Tensor) -> 
     latent = weights.latent
     if config.latent is None or latent is None:
         return routed
-    routed = routed if latent.output_norm is None else _rms_norm(routed, latent.output_norm, config.latent.norm_epsilon)
+    routed = routed if latent.output_norm is None else rms_norm(routed, latent.output_norm, config.latent.norm_epsilon)
     y = routed @ latent.output.t()
     return y if latent.output_bias is None else y + latent.output_bias
 
 
-def _rms_norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
-    wide = x.to(accumulation_dtype(x.dtype))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * scale).to(x.dtype)
+def norm_for_gate(config: MoEConfig, x: Tensor) -> Tensor:
+    """What the gate inside the layer sees of x: itself, or its norm without scale. [tokens, H] -> [tokens, H].
+
+    Laws
+        A norm for the gate is the gate of the norm.
+
+    Source: Gemma-4.
+
+    >>> import torch
+    >>> from moe_fn.config import NormsConfig
+    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1, norms=NormsConfig(epsilon=0.0, gate=True))
+    >>> norm_for_gate(config, torch.tensor([[3.0, 4.0]]))
+    tensor([[0.8485, 1.1314]])
+    """
+    return rms_norm(x, None, config.norms.epsilon) if config.norms is not None and config.norms.gate else x
+
+
+def norm_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
+    """The layer's norm of everything that it added up; y as it is where the config has none. [tokens, H] -> [tokens, H].
+
+    Laws
+        Norms around the layer equal the reference.
+
+    Source: A.X-K1 (post_mlp_layernorm).
+
+    >>> import torch
+    >>> from moe_fn.config import NormsConfig
+    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1, norms=NormsConfig(epsilon=0.0, output=True))
+    >>> weights = MoEWeights(gate_up=torch.zeros(1, 2, 2), down=torch.zeros(1, 2, 1), output_norm=torch.tensor([1.0, 0.5]))
+    >>> norm_output(config, weights, torch.tensor([[3.0, 4.0]]))
+    tensor([[0.8485, 0.5657]])
+    """
+    return rms_norm(y, weights.output_norm, config.norms.epsilon) if config.norms is not None and config.norms.output else y

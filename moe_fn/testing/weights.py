@@ -55,6 +55,8 @@ def weights_for(
         down_bias=make.normal(experts, width, fan_in=4) if bias else None,
         expert_norm=make.scale(experts, width) if config.expert_norm else None,
         constants=make.normal(config.num_choices - experts, config.hidden_size) if constant else None,
+        input_norm=make.scale(config.hidden_size) if config.norms and config.norms.input else None,
+        output_norm=make.scale(config.hidden_size) if config.norms and config.norms.output else None,
         router=_router(config, make, bias, scales, vocabulary),
         shared=_shared(config, make, bias),
         latent=_latent(config, make, bias, scales),
@@ -70,7 +72,7 @@ def _router(config: MoEConfig, make: "_Maker", bias: bool, scales: bool, vocabul
         gate=make.normal(config.num_logits, seen, fan_in=seen),
         bias=make.normal(config.num_logits, fan_in=4) if bias else None,
         correction_bias=make.levels(config.num_choices, step=step) if router.correction_bias != "none" else None,
-        expert_scale=make.scale(config.num_choices) if scales else None,
+        expert_scale=make.scale(config.num_logits) if scales else None,
         expert_ids_of_token=make.choices(vocabulary, config.top_k, of=config.num_choices) if router.selection == "hash" else None,
     )
 
