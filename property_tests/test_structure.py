@@ -30,7 +30,7 @@ LAYERS = (
     ("whole_layer",),
     ("forward",),
     ("families",),
-    ("bench",),
+    ("bench", "integrations", "checkpoint"),
     ("",),  # the package itself re-exports
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
