@@ -14,7 +14,7 @@ from moe_fn.config import (
     SharedExpertsConfig,
     ZeroExpertsConfig,
 )
-from moe_fn.forward import moe_forward, moe_forward_routed, moe_forward_shared, moe_forward_with_stats
+from moe_fn.forward import moe_forward, moe_forward_routed, moe_forward_shared, moe_forward_with_stats, moe_route
 from moe_fn.preparing import prepare_weights, restore_weights
 from moe_fn.records import Dispatched, LatentWeights, MoEWeights, RouterWeights, Routing, RoutingStats, SharedWeights
 from moe_fn.stages.combine import combine
@@ -29,5 +29,6 @@ __all__ = [
     "ActivationConfig", "BackendInfo", "Dispatched", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LatentWeights", "MoEConfig",
     "MoEWeights", "NormsConfig", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig", "SharedWeights",
     "ZeroExpertsConfig", "backends", "balance", "combine", "dispatch", "experts", "mark_tokens", "moe_forward", "moe_forward_routed",
-    "moe_forward_shared", "moe_forward_with_stats", "prepare_weights", "reduce_and_trunc", "reference", "restore_weights", "route",
+    "moe_forward_shared", "moe_forward_with_stats", "moe_route", "prepare_weights", "reduce_and_trunc", "reference", "restore_weights",
+    "route",
 ]  # fmt: skip

@@ -122,6 +122,37 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
         return _leave(call, y)
 
 
+def moe_route(
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    logits: Tensor | None = None,
+    *,
+    token_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> tuple[Tensor, Routing]:
+    """(logits, routing): the first half of moe_forward, for hosts that look at the router; moe_forward_routed is the second.
+
+    Arguments and errors of moe_forward. logits [..., num_logits] are those given, or the gate's; routing [..., top_k].
+
+    Laws
+        The router and then the routed layer are the layer.
+
+    >>> from moe_fn import MoEConfig, MoEWeights
+    >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
+    >>> moe_route(config, weights, torch.randn(3, 4), torch.tensor([[0.0, 1.0]] * 3))[1].expert_ids.flatten().tolist()
+    [1, 1, 1]
+    """
+    call = _enter("moe_route", config, weights, x, logits, token_ids, token_mask)
+    with _autocast_off(x):
+        logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
+        routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading)
+        parts = (logits, routing.expert_ids, routing.weights, routing.shared_weights)
+        logits, ids, w, shared = (None if t is None else t.view(*call.leading, t.shape[-1]) for t in parts)
+        return logits, Routing(expert_ids=ids, weights=w, shared_weights=shared)  # type: ignore[return-value, arg-type]
+
+
 def moe_forward_with_stats(
     config: MoEConfig,
     weights: MoEWeights,

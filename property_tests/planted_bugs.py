@@ -234,6 +234,17 @@ BUGS = (
         before(lambda x, scale, eps: (x, None, eps)),
     ),
     PlantedBug("a_norm_for_the_gate_is_the_gate_of_the_norm", "not normed", transform.norm_for_gate, instead(lambda config, x: x)),
+    PlantedBug(
+        "the_router_and_then_the_routed_layer_are_the_layer",
+        "weights are given unscaled",
+        forward.moe_route,
+        after(
+            lambda out, *a: (
+                out[0],
+                _swap_first_and_last(out[1]) if out[1].weights.shape[-1] > 1 else replace(out[1], weights=out[1].weights * 2),
+            )
+        ),
+    ),
     # dispatch
     PlantedBug(
         "slot_of_row_is_a_permutation_of_the_slots",

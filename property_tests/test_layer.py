@@ -106,6 +106,14 @@ def test_the_layer_splits_over_concatenating_batches(problem: MoEProblem, seed: 
     assert_matches(torch.cat(parts), forward(of_tokens(problem, tokens)), scale=0.1)
 
 
+@law(problems())
+def test_the_router_and_then_the_routed_layer_are_the_layer(problem: MoEProblem) -> None:
+    logits, routing = problem.call(moe_fn.moe_route)
+    assert logits.shape == (*problem.x.shape[:-1], problem.config.num_logits)
+    y = moe_fn.moe_forward_routed(problem.config, problem.weights, problem.x, routing, token_mask=problem.token_mask)
+    assert_matches(y, forward(problem), scale=0.1)
+
+
 ROUTED = configs(weight_on="output", opaque=st.booleans()).flatmap(lambda config: st.tuples(st.just(config), routings(config), SEEDS))
 RoutedCase = tuple[MoEConfig, Routing, int]
 

@@ -31,12 +31,15 @@ SCALE = word(
     ".routed_scaling_factor", ".route_scale", ".router_scaling_factor", "routed_scaling_factor", "route_scale", "router_scaling_factor",
     "moe_routed_scaling_factor", "moe_router_scaling_factor", default=1.0,
 )  # fmt: skip
-ACT = word("hidden_act", "hidden_activation", "activation_function", default="silu", values=ACTIVATIONS)
+ACT = word(
+    ".act_fn", ".activation_fn", ".activation", "hidden_act", "hidden_activation", "activation_function",
+    default="silu", values=ACTIVATIONS,
+)  # fmt: skip
 LIMIT = Positive(word(".limit", ".swiglu_limit", "swiglu_limit", default=None))
 ALPHA = word(".alpha", ".swiglu_alpha", "swiglu_alpha", default=1.702)
 
 PLAIN: Mapping[str, Any] = {"act": ACT}
-SILU: Mapping[str, Any] = {"function": "silu"}
+SILU: dict[str, Any] = {"function": "silu"}
 CLAMPED: Mapping[str, Any] = {"act": ACT, "limit": LIMIT}
 OAI: Mapping[str, Any] = {"function": "silu", "alpha": ALPHA, "limit": LIMIT, "up_offset": 1.0}
 

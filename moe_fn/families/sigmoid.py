@@ -5,12 +5,14 @@ from moe_fn.families.row import (
     ACTIVATIONS,
     CLAMPED,
     HIDDEN,
+    LIMIT,
     NORM_TOP_K,
     NUM_SHARED,
     OAI,
     PLAIN,
     SCALE,
     SHARED_BY_SIZE,
+    SILU,
     WIDTH,
     Family,
     Shared,
@@ -26,6 +28,8 @@ _BIASED = {"scoring": "sigmoid", "correction_bias": "scores"}
 _FLAG = Word(NORM_TOP_K.names, True)
 # DeepSeek-V3: sigmoid, bias for the choice, groups by their two best, renormalised, scaled.
 _V3 = _BIASED | {"groups": _GROUPS, "renormalize": _FLAG, "renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE}
+
+_SILU_CLAMPED = SILU | {"limit": LIMIT}  # whatever hidden_act says
 
 WITH_GROUPS: tuple[Family, ...] = (
     Family(
@@ -70,13 +74,13 @@ WITH_GROUPS: tuple[Family, ...] = (
     Family(("axk1",), ("AXK1MoE",), _V3, shared=Shared(), layer={"norms": {"epsilon": word("rms_norm_eps", default=1e-6), "output": True}}),
     Family(("axk2",), ("AXK2MoE",), _V3 | {"groups": _GROUPS | {"fill": "zero"}}, shared=Shared()),
     Family(("beam",), ("BeamMoE",), _V3 | {"scale_on": "output"}),
-    Family(("glm5_next_text", "glm5_next"), ("Glm5NextTextMoE",), _V3, CLAMPED, shared=Shared()),
-    Family(("hy_v4",), ("HYV4MoE",), _V3, CLAMPED, shared=Shared(activation=PLAIN)),
+    Family(("glm5_next_text", "glm5_next"), ("Glm5NextTextMoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=CLAMPED)),
+    Family(("hy_v4",), ("HYV4MoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=PLAIN)),
     Family(
         ("nemotron_h",),
         ("NemotronHMoE",),
         _V3,
-        {"act": word("mlp_hidden_act", default="relu2", values=ACTIVATIONS), "gated": False},
+        {"act": word(".act_fn", "mlp_hidden_act", default="relu2", values=ACTIVATIONS), "gated": False},
         shared=Shared(width=word("moe_shared_expert_intermediate_size", default=0)),
         layer={"latent": {"size": word("moe_latent_size", default=None)}},
     ),

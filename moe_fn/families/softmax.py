@@ -105,7 +105,7 @@ BEFORE_TOP_K: tuple[Family, ...] = (
             "gate_dtype": "input",
             "score_dtype": "input",
         },
-        activation={"act": word("ffn_act_fn", default="silu", values=ACTIVATIONS)},
+        activation={"act": word(".activation_fn", "ffn_act_fn", default="silu", values=ACTIVATIONS)},
     ),
 )
 
