@@ -1,20 +1,14 @@
-"""The public layer. What it computes is in `moe_fn.layer`, one screen; this page checks, flattens, and picks how it runs."""
+"""The public layer. What it computes is in `moe_fn.layer`, one screen; `moe_fn.calls` checks and flattens; this page picks how it runs."""
 
-import contextlib
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from moe_fn.balance import stats_of_routing
-from moe_fn.checking import check_beside_x, check_routing, check_token_inputs, check_weights, check_x
+from moe_fn.calls import Call, autocast_off, enter, flat_routing, leave
+from moe_fn.checking import check_routing, check_x
 from moe_fn.chunked import layer_in_chunks, scan_traces
 from moe_fn.config import MoEConfig
-from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens, without_padding
-from moe_fn.preparing import restore_weights
-from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, RoutingStats, leaves_of_weights, weights_of_leaves
-from moe_fn.stages.route import without_padding as routing_without_padding
+from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens
+from moe_fn.records import MoEWeights, Routing, RoutingStats
 from moe_fn.whole_layer import layer_as_op
 
 
@@ -54,17 +48,18 @@ def moe_forward(
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538); every published variant in `MoEConfig`.
 
+    >>> import torch
     >>> from moe_fn import MoEConfig, MoEWeights
     >>> config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=128)
     >>> weights = MoEWeights(gate_up=torch.randn(8, 256, 64) / 8, down=torch.randn(8, 64, 128) / 12)
     >>> moe_forward(config, weights, torch.randn(5, 64), torch.randn(5, 8)).shape
     torch.Size([5, 64])
     """
-    call = _enter("moe_forward", config, weights, x, logits, token_ids, token_mask)
-    with _autocast_off(x):
+    call = enter("moe_forward", config, weights, x, logits, token_ids, token_mask)
+    with autocast_off(x):
         routing = None if _routes_inside(config) else _route(config, call)
         (y,) = _run(config, call, routing, with_shared=False)
-        return _leave(call, y)
+        return leave(call, y)
 
 
 def moe_forward_shared(
@@ -83,6 +78,7 @@ def moe_forward_shared(
     Laws
         Shared and routed add up to the layer.
 
+    >>> import torch
     >>> from moe_fn import MoEConfig, MoEWeights
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
     >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
@@ -92,11 +88,11 @@ def moe_forward_shared(
     """
     if isinstance(config, MoEConfig) and config.norms is not None and config.norms.output:
         raise ValueError("moe_forward_shared: MoEConfig.norms.output=True norms the sum of the two; expected False, or moe_forward")
-    call = _enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask)
-    with _autocast_off(x):
+    call = enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask)
+    with autocast_off(x):
         routing = None if _routes_inside(config) else _route(config, call)
         shared, routed = _run(config, call, routing, with_shared=True)
-        return _leave(call, shared), _leave(call, routed)
+        return leave(call, shared), leave(call, routed)
 
 
 def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None) -> Tensor:
@@ -107,6 +103,7 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     Laws
         Any routing equals the reference.
 
+    >>> import torch
     >>> from moe_fn import MoEConfig, MoEWeights
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
     >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
@@ -116,10 +113,10 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     """
     check_x("moe_forward_routed", config, x)
     check_routing("moe_forward_routed", config, x, routing)
-    call = _enter("moe_forward_routed", config, weights, x, None, None, token_mask, routed=True)
-    with _autocast_off(x):
-        (y,) = _run(config, call, _flat_routing(routing, call), with_shared=False)
-        return _leave(call, y)
+    call = enter("moe_forward_routed", config, weights, x, None, None, token_mask, routed=True)
+    with autocast_off(x):
+        (y,) = _run(config, call, flat_routing(routing, call), with_shared=False)
+        return leave(call, y)
 
 
 def moe_route(
@@ -138,14 +135,15 @@ def moe_route(
     Laws
         The router and then the routed layer are the layer.
 
+    >>> import torch
     >>> from moe_fn import MoEConfig, MoEWeights
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
     >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
     >>> moe_route(config, weights, torch.randn(3, 4), torch.tensor([[0.0, 1.0]] * 3))[1].expert_ids.flatten().tolist()
     [1, 1, 1]
     """
-    call = _enter("moe_route", config, weights, x, logits, token_ids, token_mask)
-    with _autocast_off(x):
+    call = enter("moe_route", config, weights, x, logits, token_ids, token_mask)
+    with autocast_off(x):
         logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
         routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading)
         parts = (logits, routing.expert_ids, routing.weights, routing.shared_weights)
@@ -170,6 +168,7 @@ def moe_forward_with_stats(
         Stats leave the output as it is.
         Expert load counts the slots.
 
+    >>> import torch
     >>> from moe_fn import MoEConfig, MoEWeights
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
     >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
@@ -177,59 +176,16 @@ def moe_forward_with_stats(
     >>> stats.expert_load.tolist()
     [0, 3]
     """
-    call = _enter("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask)
-    with _autocast_off(x):
+    call = enter("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask)
+    with autocast_off(x):
         logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
         routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading)
         stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
         (y,) = _run(config, call, routing, with_shared=False)
-        return _leave(call, y), stats
+        return leave(call, y), stats
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call's arguments: checked, tokens flat, padding cleared, in the dtype that the experts compute in."""
-
-    weights: MoEWeights
-    x: Tensor
-    logits: Tensor | None
-    token_ids: Tensor | None
-    token_mask: Tensor | None
-    leading: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _enter(
-    where: str,
-    config: MoEConfig,
-    weights: MoEWeights,
-    x: Tensor,
-    logits: Tensor | None,
-    token_ids: Tensor | None,
-    token_mask: Tensor | None,
-    routed: bool = False,
-) -> _Call:
-    check_x(where, config, x)
-    low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    computed = x if low is None else x.to(low)
-    weights = weights if low is None else _cast(restore_weights(config, weights), low)
-    check_weights(where, config, weights, computed)
-    if logits is not None:
-        check_beside_x(where, "logits", logits, x, ("num_logits", config.num_logits), "float")
-    if not routed:
-        check_token_inputs(where, config, x, token_ids, token_mask)
-    elif token_mask is not None:
-        check_beside_x(where, "token_mask", token_mask, x, None, "bool")
-    leading = tuple(x.shape[:-1])
-    if x.ndim > 2:
-        computed = computed.flatten(0, -2)
-        logits = None if logits is None else logits.flatten(0, -2)
-        token_ids = None if token_ids is None else token_ids.flatten()
-        token_mask = None if token_mask is None else token_mask.flatten()
-    return _Call(weights, without_padding(computed, token_mask), logits, token_ids, token_mask, leading, x.dtype)
-
-
-def _route(config: MoEConfig, call: _Call) -> Routing:
+def _route(config: MoEConfig, call: Call) -> Routing:
     return route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading)
 
 
@@ -238,7 +194,7 @@ def _routes_inside(config: MoEConfig) -> bool:
     return config.opaque and config.router.capacity is None
 
 
-def _run(config: MoEConfig, call: _Call, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
+def _run(config: MoEConfig, call: Call, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
     chunked = config.chunk_tokens is not None
     if routing is None or config.opaque or (chunked and not scan_traces()):
         pending = (call.logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
@@ -248,29 +204,3 @@ def _run(config: MoEConfig, call: _Call, routing: Routing | None, with_shared: b
     if with_shared:
         return parts_of_tokens(config, call.weights, call.x, routing)
     return (layer_of_tokens(config, call.weights, call.x, routing),)
-
-
-def _leave(call: _Call, y: Tensor) -> Tensor:
-    y = without_padding(y, call.token_mask).to(call.dtype)
-    return y if len(call.leading) == 1 else y.view(*call.leading, y.shape[-1])
-
-
-def _flat_routing(routing: Routing, call: _Call) -> Routing:
-    ids, weights, shared = routing.expert_ids, routing.weights, routing.shared_weights
-    if ids.ndim > 2:
-        ids, weights, shared = ids.flatten(0, -2), weights.flatten(0, -2), None if shared is None else shared.flatten(0, -2)
-    routing = Routing(expert_ids=ids, weights=weights, shared_weights=shared)
-    return routing if call.token_mask is None else routing_without_padding(routing, call.token_mask)
-
-
-def _autocast_off(x: Tensor) -> Any:
-    """Autocast is decided once, in _enter: left on, it would reach eager matmuls but not those inside compiled ops."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
-def _cast(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
-    """The weights in another dtype, but for the router's: a correction bias of bfloat16 could not be balanced."""
-    of_router = [path[0] == "router" for path in WEIGHT_PATHS]
-    leaves = leaves_of_weights(weights)
-    return weights_of_leaves([t if t is None or keep else t.to(dtype) for t, keep in zip(leaves, of_router, strict=True)])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_fn import balance, chunked, forward, fused, layer, numerics, preparing, selection, whole_layer
+from moe_fn import balance, calls, chunked, forward, fused, layer, numerics, preparing, selection, whole_layer
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
 from moe_fn.records import Routing
@@ -236,14 +237,9 @@ BUGS = (
     PlantedBug("a_norm_for_the_gate_is_the_gate_of_the_norm", "not normed", transform.norm_for_gate, instead(lambda config, x: x)),
     PlantedBug(
         "the_router_and_then_the_routed_layer_are_the_layer",
-        "weights are given unscaled",
+        "weights are given twice",
         forward.moe_route,
-        after(
-            lambda out, *a: (
-                out[0],
-                _swap_first_and_last(out[1]) if out[1].weights.shape[-1] > 1 else replace(out[1], weights=out[1].weights * 2),
-            )
-        ),
+        after(lambda out, *a: (out[0], replace(out[1], weights=2 * out[1].weights))),
     ),
     # dispatch
     PlantedBug(
@@ -481,7 +477,7 @@ BUGS = (
     PlantedBug(
         "leading_dimensions_are_only_a_shape",
         "the second dimension is the batch",
-        forward._leave,
+        calls.leave,
         after(lambda y, call, *a: y if y.ndim < 3 else y.flip(0, 1, 2)),
     ),
     PlantedBug("inputs_are_never_written_to", "in place on x", transform.transform_input, _writes_into_x),
@@ -509,3 +505,23 @@ BUGS = (
         before(lambda b, load, rate: (b, load, -rate)),
     ),
 )
+
+# Bugs of what needs packages that users of the layer alone do not have.
+if importlib.util.find_spec("transformers") is not None:
+    from moe_fn.integrations.transformers import blocks
+    from moe_fn.integrations.transformers import replace as replacing
+
+    BUGS += (
+        PlantedBug(
+            "a_block_of_transformers_equals_its_config_and_weights",
+            "gates and ups change places",
+            blocks.weights_of_block,
+            after(lambda weights, *a: replace(weights, gate_up=weights.gate_up.flip(1))),
+        ),
+        PlantedBug(
+            "a_replaced_model_computes_the_same",
+            "the correction bias is left out",
+            replacing._unpack,
+            after(lambda out, *a: (out[0], replace(out[1], expert_ids=out[0].topk(out[1].expert_ids.shape[-1]).indices))),
+        ),
+    )

@@ -155,7 +155,7 @@ def zero_case(kind: str) -> st.SearchStrategy[MoEProblem]:
 
 def split(problem: MoEProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(layer with zero experts, layer without their slots, their ids with -1 for others, their weights)."""
-    call = moe_fn.forward._enter("test", problem.config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
+    call = moe_fn.calls.enter("test", problem.config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
     config: MoEConfig = problem.config
     routing = moe_fn.forward._route(config, call)
     is_zero = routing.expert_ids >= config.num_experts

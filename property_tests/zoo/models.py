@@ -218,7 +218,7 @@ MODELS: dict[str, ModelRow] = {
     "laguna": ModelRow("LagunaConfig", "LagunaForCausalLM", {**QWEN_SHARED, **SECOND, "moe_routed_scaling_factor": 2.5}),
     "afmoe": ModelRow("AfmoeConfig", "AfmoeForCausalLM", {**QWEN, **HEAD, "num_shared_experts": 1, "num_dense_layers": 1}),
     "hy_v3": ModelRow("HYV3Config", "HYV3ForCausalLM", {**QWEN, **HEAD, **SECOND, "num_shared_experts": 1}),
-    "flint": ModelRow("FlintConfig", "FlintForCausalLM", QWEN_SHARED),
+    "flint": ModelRow("FlintConfig", "FlintForCausalLM", {**QWEN_SHARED, "mlp_only_layers": [0]}),
     "kolibri1": ModelRow("Kolibri1Config", "Kolibri1ForCausalLM", without(QWEN_SHARED, "intermediate_size")),
     "lfm2_moe": ModelRow("Lfm2MoeConfig", "Lfm2MoeForCausalLM", {**QWEN, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "inkling": ModelRow("InklingTextConfig", "InklingForCausalLM", {**DEEPSEEK, **HEAD, **SECOND, "n_shared_experts": 2}),

@@ -46,14 +46,14 @@ class Shape:
 
     router     name of the module whose output transformers records as router_logits
     logits_at  where it looks for them in what the router returns
-    takes      the second argument of the block, if it has one that counts
+    stateful   the router keeps a state from layer to layer, and stays the model's own
     returns    what the block's callers want
     jitter     attributes of noise that the block adds to its input in training, which moe_forward has not
     """
 
     router: str = "gate"
     logits_at: int = 0
-    takes: str | None = None
+    stateful: bool = False
     returns: str = "y"
     jitter: tuple[str, ...] = ("jitter_noise", "input_jitter_noise", "router.moe_jitter_eps", "router.jitter_noise")
 
@@ -73,8 +73,7 @@ SHAPES: dict[str, Shape] = {  # by the first name of a family
     "openai_privacy_filter": Shape(router="router", returns="y, weights"),
     "llama4_text": Shape(router="router", logits_at=1, returns="flat y, logits"),
     "ernie4_5_vl_moe_bank": Shape(returns="flat y, flat logits"),
-    "deepseek_v4": Shape(takes="token_ids"),
-    "zaya": Shape(takes="router_states", returns="y, states"),
+    "zaya": Shape(stateful=True, returns="y, states"),
 }
 
 # (y [..., H], logits [T, L], weights [T, K], what else the router gave) -> what the block returns
@@ -154,7 +153,7 @@ def _swap(block: Any, swap: Swap, family: str) -> None:
         block.router.forward = functools.partial(gemma_router_forward, block, swap)
         block.experts.forward = functools.partial(experts_forward, block.experts)
         return
-    if swap.shape.takes != "router_states":  # Zaya's router is a network of its own
+    if not swap.shape.stateful:
         router = getattr(block, swap.shape.router)
         router.forward = functools.partial(router_forward, swap)
     block.forward = functools.partial(block_forward, block, swap)
@@ -168,11 +167,11 @@ def block_forward(block: nn.Module, swap: Swap, hidden_states: Tensor, extra: Te
     weights = weights_of_block(config, block, swap.plan)
     rest: Any = None
     x = hidden_states if hidden_states.ndim > 1 else hidden_states.view(-1, config.hidden_size)
-    if swap.shape.takes == "router_states":
+    if swap.shape.stateful:
         logits, *_, rest = router(x, router_states=extra)
         logits, routing = moe_route(config, weights, x, logits.view(*x.shape[:-1], -1))
     else:
-        logits, routing = _unpack(swap.shape, router(x, weights, extra if swap.shape.takes == "token_ids" else None))
+        logits, routing = _unpack(swap.shape, router(x, weights, extra if config.router.selection == "hash" else None))
     y = moe_forward_routed(config, weights, x, routing)
     flat_weights = routing.weights.flatten(0, -2).to(x.dtype)
     return RETURNS[swap.shape.returns](y, logits.flatten(0, -2), flat_weights, rest)

@@ -1,0 +1,84 @@
+"""Whole models with replaced blocks: one graph for every length, forward and backward, in every dtype, and exported."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers_models import make_model, make_token_ids
+
+from moe_fn.integrations.transformers import replace_moe_blocks
+from moe_fn.testing import assert_matches
+
+# Groups and shared experts, biases and interleaved, clamps and hash layers, weights on the input, states between layers, norms around.
+MODELS = ("deepseek_v3", "gpt_oss", "deepseek_v4", "llama4", "zaya", "axk1")
+LOW = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def replaced(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    model = make_model(name, seed=0).to(dtype)
+    assert replace_moe_blocks(model).replaced
+    return model
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    found: Tensor = model(ids, use_cache=False).logits
+    return found
+
+
+def compiled(model: Any, backend: str, fullgraph: bool = True) -> tuple[Any, CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounterWithBackend(backend)  # type: ignore[arg-type]
+    return torch.compile(model, backend=counter, fullgraph=fullgraph), counter
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_replaced_model_is_one_graph_for_every_length_forward_and_backward(name: str) -> None:
+    model = replaced(name)
+    function, counter = compiled(model, "aot_eager")
+    for batch, length in ((2, 5), (3, 9)):
+        ids = make_token_ids(length, batch, length)
+        torch._dynamo.mark_dynamic(ids, 0)
+        torch._dynamo.mark_dynamic(ids, 1)
+        y, wanted = logits(function, ids), logits(model, make_token_ids(length, batch, length))
+        assert_matches(y, wanted, tolerance=1e-5, name="logits")
+        weights = [p for n, p in model.named_parameters() if p.requires_grad and ("expert" in n or "gate" in n or "router" in n)]
+        found, expected = (torch.autograd.grad(out.square().sum(), weights, allow_unused=True) for out in (y, wanted))
+        for actual, right in zip(found, expected, strict=True):
+            assert (actual is None) == (right is None)
+            if right is not None:
+                assert_matches(actual, right, tolerance=1e-4, scale=1e-3)
+    assert counter.frame_count == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_a_replaced_model_compiles_with_inductor_in_every_dtype(dtype: torch.dtype) -> None:
+    model, ids = replaced("deepseek_v3", dtype), make_token_ids(3)
+    function, counter = compiled(model, "inductor", fullgraph=False)
+    with torch.no_grad():
+        assert_matches(logits(function, ids).float(), logits(model, ids).float(), tolerance=LOW[dtype], name="logits")
+    assert counter.frame_count == 1 and not counters["graph_break"]
+
+
+def test_a_replaced_model_is_exported() -> None:
+    model, ids = replaced("qwen3_moe"), make_token_ids(3)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return logits(self.model, ids)
+
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(Logits(), (ids,), dynamic_shapes={"ids": {1: length}}, strict=False)
+    other = make_token_ids(4, 2, 9)
+    with torch.no_grad():
+        assert_matches(exported.module()(other), logits(model, other), tolerance=1e-5)

@@ -1,0 +1,87 @@
+"""Around a call of the layer: checks, tokens laid flat, autocast decided once; and the way back to the caller's shape and dtype."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.checking import check_beside_x, check_token_inputs, check_weights, check_x
+from moe_fn.config import MoEConfig
+from moe_fn.layer import without_padding
+from moe_fn.preparing import restore_weights
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
+from moe_fn.stages.route import without_padding as routing_without_padding
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's arguments: checked, tokens flat, padding cleared, in the dtype that the experts compute in."""
+
+    weights: MoEWeights
+    x: Tensor
+    logits: Tensor | None
+    token_ids: Tensor | None
+    token_mask: Tensor | None
+    leading: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def enter(
+    where: str,
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    logits: Tensor | None,
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
+    routed: bool = False,
+) -> Call:
+    """The call, checked: ValueError for what does not fit."""
+    check_x(where, config, x)
+    low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    computed = x if low is None else x.to(low)
+    weights = weights if low is None else _cast(restore_weights(config, weights), low)
+    check_weights(where, config, weights, computed)
+    if logits is not None:
+        check_beside_x(where, "logits", logits, x, ("num_logits", config.num_logits), "float")
+    if not routed:
+        check_token_inputs(where, config, x, token_ids, token_mask)
+    elif token_mask is not None:
+        check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+    leading = tuple(x.shape[:-1])
+    if x.ndim > 2:
+        computed = computed.flatten(0, -2)
+        logits = None if logits is None else logits.flatten(0, -2)
+        token_ids = None if token_ids is None else token_ids.flatten()
+        token_mask = None if token_mask is None else token_mask.flatten()
+    return Call(weights, without_padding(computed, token_mask), logits, token_ids, token_mask, leading, x.dtype)
+
+
+def leave(call: Call, y: Tensor) -> Tensor:
+    """The result in the shape and dtype of the caller's x."""
+    y = without_padding(y, call.token_mask).to(call.dtype)
+    return y if len(call.leading) == 1 else y.view(*call.leading, y.shape[-1])
+
+
+def flat_routing(routing: Routing, call: Call) -> Routing:
+    """A caller's routing, flat, with padding sent nowhere."""
+    ids, weights, shared = routing.expert_ids, routing.weights, routing.shared_weights
+    if ids.ndim > 2:
+        ids, weights, shared = ids.flatten(0, -2), weights.flatten(0, -2), None if shared is None else shared.flatten(0, -2)
+    routing = Routing(expert_ids=ids, weights=weights, shared_weights=shared)
+    return routing if call.token_mask is None else routing_without_padding(routing, call.token_mask)
+
+
+def autocast_off(x: Tensor) -> Any:
+    """Autocast is decided once, in enter: left on, it would reach eager matmuls but not those inside compiled ops."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _cast(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
+    """The weights in another dtype, but for the router's: a correction bias of bfloat16 could not be balanced."""
+    of_router = [path[0] == "router" for path in WEIGHT_PATHS]
+    leaves = leaves_of_weights(weights)
+    return weights_of_leaves([t if t is None or keep else t.to(dtype) for t, keep in zip(leaves, of_router, strict=True)])
