@@ -14,6 +14,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from transformers_models import MODELS, make_model, make_token_ids  # noqa: E402
 from zoo import ROWS, TOKEN_CHOICE, BlockResult, BlockRow, make_block, make_config, make_input, run_block  # noqa: E402
 
 ALL = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -48,6 +49,7 @@ def parts_of(row: BlockRow, block: Any) -> dict[str, torch.Tensor]:
 def test_a_row_builds_and_runs(row: BlockRow) -> None:
     block, x, result = ran(row)
     assert not block.training
+    assert {name for name, _ in block.named_buffers()} <= set(block.state_dict()), "a buffer that is not saved is not random either"
     assert all(tensor.dtype == torch.float32 for tensor in block.state_dict().values() if tensor.is_floating_point())
     assert result.y.shape == x.shape and result.y.dtype == torch.float32
     assert result.y.isfinite().all() and result.y.std() > 1e-3
@@ -156,12 +158,14 @@ def test_a_row_speaks_its_configs_words(row: BlockRow) -> None:
     assert not unknown
 
 
+@functools.cache
 def classes_in_sources() -> dict[tuple[str, str], bool]:
     """(family, class) of every class of a modeling file that is an MoE class by its name or decorator; True where decorated."""
     found = {}
     by_name = re.compile(r"(Experts|ParallelExperts|SparseMLP|SparseMoeBlock|SparseMoEBlock|MoE|Moe|CDMoE|MoA|MoELayer|NaiveMoe)$")
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        for node in ast.parse(path.read_text()).body:
+        text = path.read_text()
+        for node in ast.parse(text).body if re.search("[Ee]xperts|Moe|MoE|MoA", text) else ():
             if isinstance(node, ast.ClassDef):
                 decorated = any("use_experts_implementation" in ast.unparse(decorator) for decorator in node.decorator_list)
                 if decorated or by_name.search(node.name):
@@ -184,3 +188,30 @@ def test_rows_are_told_apart_and_say_where_they_stand() -> None:
     assert {row.table for row in ROWS} == set("ABCDE")
     assert {row.family for row in ROWS if row.refused} == {"jetmoe", "switch_transformers", "nllb_moe", "doge", "vitpose_backbone"}
     assert all(row.same_numbers_as in {"", *(r.variant for r in ROWS if r.family == row.family)} for row in ROWS)
+
+
+WHOLE = pytest.mark.parametrize("name", MODELS)
+
+
+@WHOLE
+def test_a_model_runs_and_repeats(name: str) -> None:
+    token_ids = make_token_ids(0)
+    with torch.no_grad():
+        logits = make_model(name, 0)(token_ids).logits
+        again = make_model(name, 0, "grouped_mm" if MODELS[name].registered else "eager")
+        other = make_model(name, 1)(token_ids).logits
+        assert logits.shape == (2, 5, 128) and logits.isfinite().all() and logits.std() > 1e-2
+        assert torch.allclose(again(token_ids).logits, logits, atol=1e-4 * float(logits.std()))
+        assert (other - logits).norm() > 0.1 * logits.norm()
+        tokens = again.generate(token_ids, max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (2, 9) and torch.equal(tokens[:, :5], token_ids)
+
+
+def test_models_speak_their_configs_words_and_hold_experts() -> None:
+    for name, row in MODELS.items():
+        model = make_model(name, 0)
+        words = {field.name for field in dataclasses.fields(model.config)} | set(model.config.attribute_map)
+        assert set(row.arguments) <= words, f"{name} does not know {set(row.arguments) - words}"
+        modules = {type(module).__name__ for module in model.modules()}
+        assert any(row.block in modules for row in TOKEN_CHOICE if row.family == name), f"{name} has no Mixture of Experts"
+        assert row.registered == any(is_decorated for (family, _), is_decorated in classes_in_sources().items() if family == name)

@@ -47,10 +47,16 @@ def make_block(row: BlockRow, seed: int) -> nn.Module:
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Draws every parameter and buffer anew. A tensor's numbers depend on the seed, its name and its shape: variants share theirs."""
+    """Draws every parameter and every saved buffer anew; buffers that are not saved, such as rotary frequencies, follow from the config.
+
+    A tensor's numbers depend on the seed, its name and its shape: variants of a block share theirs.
+    """
+    saved = module.state_dict().keys()
     norms = {name for name, child in module.named_modules() if "norm" in type(child).__name__.lower()}
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name not in saved:
+                continue
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             tensor.copy_(draw(name, tensor, generator, norms, module))
 

@@ -1,0 +1,26 @@
+"""Whole models of transformers, tiny and random, made from the zoo's rows."""
+
+import importlib
+from typing import Any
+
+import torch
+from zoo import randomise
+from zoo.models import MODELS, ModelRow
+
+__all__ = ["MODELS", "ModelRow", "make_model", "make_token_ids"]
+
+
+def make_model(name: str, seed: int, experts_implementation: str = "eager") -> Any:
+    """The model of a row in float32 and eval mode, every parameter and saved buffer random; equal seeds give equal numbers."""
+    row = MODELS[name]
+    config_class = getattr(importlib.import_module(f"transformers.models.{name}.configuration_{name}"), row.config)
+    model_class = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), row.model)
+    with torch.random.fork_rng(devices=[]):
+        model = model_class._from_config(config_class(**row.arguments), experts_implementation=experts_implementation)
+    randomise(model.float(), seed)
+    return model.eval()
+
+
+def make_token_ids(seed: int, batch: int = 2, seq: int = 5) -> torch.Tensor:
+    """Ids [batch, seq] of words, none of them the padding."""
+    return torch.randint(2, 128, (batch, seq), generator=torch.Generator().manual_seed(seed))
