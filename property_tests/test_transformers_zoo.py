@@ -190,6 +190,33 @@ def test_rows_are_told_apart_and_say_where_they_stand() -> None:
     assert all(row.same_numbers_as in {"", *(r.variant for r in ROWS if r.family == row.family)} for row in ROWS)
 
 
+GEMMAS = pytest.mark.parametrize("row", [row for row in ROWS if row.takes == "gemma_layer"], ids=lambda row: row.name)
+
+
+class _NoAttention(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        return hidden_states, None
+
+
+@GEMMAS
+def test_the_branch_of_a_gemma_layer_is_what_its_forward_computes(row: BlockRow) -> None:
+    """The layer's own forward, attention aside: what its router read is x, what the norm behind the experts read is y."""
+    layer = make_block(row, 0)
+    layer.self_attn = _NoAttention()
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name in ("router", "experts", "post_feedforward_layernorm_2"):
+        layer.get_submodule(name).register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+    with torch.no_grad():
+        layer(make_input(row, 1))
+        theirs = dict(seen)
+        x = theirs["router"][0].view(2, 11, -1)
+        ours = run_block(row, layer, x)
+    assert torch.equal(ours.y, theirs["post_feedforward_layernorm_2"][0])
+    assert torch.equal(ours.after_norm, theirs["post_feedforward_layernorm_2"][1])
+    assert torch.equal(ours.experts_input.flatten(0, 1), theirs["experts"][0])
+    assert torch.equal(ours.expert_ids, theirs["router"][1][2]) and torch.equal(ours.weights, theirs["router"][1][1])
+
+
 WHOLE = pytest.mark.parametrize("name", MODELS)
 
 
