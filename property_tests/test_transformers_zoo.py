@@ -158,12 +158,14 @@ def test_a_row_speaks_its_configs_words(row: BlockRow) -> None:
     assert not unknown
 
 
+@functools.cache
 def classes_in_sources() -> dict[tuple[str, str], bool]:
     """(family, class) of every class of a modeling file that is an MoE class by its name or decorator; True where decorated."""
     found = {}
     by_name = re.compile(r"(Experts|ParallelExperts|SparseMLP|SparseMoeBlock|SparseMoEBlock|MoE|Moe|CDMoE|MoA|MoELayer|NaiveMoe)$")
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        for node in ast.parse(path.read_text()).body:
+        text = path.read_text()
+        for node in ast.parse(text).body if re.search("[Ee]xperts|Moe|MoE|MoA", text) else ():
             if isinstance(node, ast.ClassDef):
                 decorated = any("use_experts_implementation" in ast.unparse(decorator) for decorator in node.decorator_list)
                 if decorated or by_name.search(node.name):
@@ -188,6 +190,33 @@ def test_rows_are_told_apart_and_say_where_they_stand() -> None:
     assert all(row.same_numbers_as in {"", *(r.variant for r in ROWS if r.family == row.family)} for row in ROWS)
 
 
+GEMMAS = pytest.mark.parametrize("row", [row for row in ROWS if row.takes == "gemma_layer"], ids=lambda row: row.name)
+
+
+class _NoAttention(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+        return hidden_states, None
+
+
+@GEMMAS
+def test_the_branch_of_a_gemma_layer_is_what_its_forward_computes(row: BlockRow) -> None:
+    """The layer's own forward, attention aside: what its router read is x, what the norm behind the experts read is y."""
+    layer = make_block(row, 0)
+    layer.self_attn = _NoAttention()
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name in ("router", "experts", "post_feedforward_layernorm_2"):
+        layer.get_submodule(name).register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+    with torch.no_grad():
+        layer(make_input(row, 1))
+        theirs = dict(seen)
+        x = theirs["router"][0].view(2, 11, -1)
+        ours = run_block(row, layer, x)
+    assert torch.equal(ours.y, theirs["post_feedforward_layernorm_2"][0])
+    assert torch.equal(ours.after_norm, theirs["post_feedforward_layernorm_2"][1])
+    assert torch.equal(ours.experts_input.flatten(0, 1), theirs["experts"][0])
+    assert torch.equal(ours.expert_ids, theirs["router"][1][2]) and torch.equal(ours.weights, theirs["router"][1][1])
+
+
 WHOLE = pytest.mark.parametrize("name", MODELS)
 
 
@@ -209,7 +238,7 @@ def test_models_speak_their_configs_words_and_hold_experts() -> None:
     for name, row in MODELS.items():
         model = make_model(name, 0)
         words = {field.name for field in dataclasses.fields(model.config)} | set(model.config.attribute_map)
-        assert set(row.arguments) <= words, f"{name}: {set(row.arguments) - words}"
+        assert set(row.arguments) <= words, f"{name} does not know {set(row.arguments) - words}"
         modules = {type(module).__name__ for module in model.modules()}
         assert any(row.block in modules for row in TOKEN_CHOICE if row.family == name), f"{name} has no Mixture of Experts"
         assert row.registered == any(is_decorated for (family, _), is_decorated in classes_in_sources().items() if family == name)

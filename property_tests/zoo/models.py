@@ -181,7 +181,9 @@ MODELS: dict[str, ModelRow] = {
     "kimi_linear": ModelRow(
         "KimiLinearConfig", "KimiLinearForCausalLM", {**KIMI, "linear_head_dim": 16, "linear_num_heads": 4, **MLA, **SECOND, **HYBRID}
     ),
-    "bailing_hybrid": ModelRow("BailingHybridConfig", "BailingHybridForCausalLM", {**KIMI, **MLA, **SECOND, **HYBRID, **GROUPS}),
+    "bailing_hybrid": ModelRow(
+        "BailingHybridConfig", "BailingHybridForCausalLM", {**KIMI, **without(MLA, "q_lora_rank"), **SECOND, **HYBRID, **GROUPS}
+    ),
     "exaone_moe": ModelRow("ExaoneMoeConfig", "ExaoneMoeForCausalLM", {**QWEN, **SECOND, "num_shared_experts": 1}),
     "axk1": ModelRow("AXK1Config", "AXK1ForCausalLM", {**DEEPSEEK, **MLA, **SECOND, **GROUPS}),
     "axk2": ModelRow("AXK2Config", "AXK2ForCausalLM", {**DEEPSEEK, **MLA, **SECOND, **INDEXER}),

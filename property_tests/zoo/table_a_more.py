@@ -81,7 +81,7 @@ OTHERS = (
         "gemma4",
         "Gemma4TextConfig",
         "Gemma4TextDecoderLayer",
-        {**_GEMMA, "enable_moe_block": True},
+        {**_GEMMA, "enable_moe_block": True, "hidden_size_per_layer_input": 0},
         {"layer": {}, "silu": {"hidden_activation": "silu"}},
         _GEMMA_LAYER,
     ),
