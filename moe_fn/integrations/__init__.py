@@ -1,0 +1,1 @@
+"""What other people's models and hosts need to call moe_fn."""
