@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchtitan_interface as stated
 from hypothesis import given
 from hypothesis import strategies as st
@@ -254,3 +255,62 @@ def test_the_statement_has_the_signatures_of_the_real_classes() -> None:
     ]  # fmt: skip
     for real, ours in pairs:
         assert list(inspect.signature(real).parameters) == list(inspect.signature(ours).parameters), real.__qualname__
+
+
+@pytest.fixture
+def one_rank_mesh() -> Any:
+    """A process group of this process alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("kind", stated.KINDS)
+@pytest.mark.parametrize("how", ["DTensor parameters", "fully_shard"])
+def test_sharded_parameters_give_the_same_numbers(kind: Any, how: str, one_rank_mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
+    moe = stated.build_moe(kind)
+    plain = copy.deepcopy(moe)
+    for layer in (moe, plain):
+        titan.replace_grouped_experts(layer)
+    experts = moe.routed_experts.inner_experts
+    if how == "fully_shard":
+        fully_shard(experts, mesh=one_rank_mesh)
+    else:
+        for name, parameter in list(experts.named_parameters()):
+            experts.register_parameter(name, nn.Parameter(DTensor.from_local(parameter.detach(), one_rank_mesh, [Shard(0)])))
+    x = torch.randn(2, 7, stated.SIZES.dim)
+    y, y_plain = moe(x), plain(x)
+    assert torch.equal(y, y_plain)
+    y.sum().backward()
+    y_plain.sum().backward()
+    for name, parameter in plain.named_parameters():
+        gradient = moe.get_parameter(name).grad
+        assert torch.equal(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient, parameter.grad), name
+
+
+@pytest.mark.parametrize("name", ["GptOssGroupedExperts", "FusedGroupedExperts"])
+def test_the_real_classes_beside_grouped_experts(name: str) -> None:
+    pytest.importorskip("torchtitan.models.common.moe")
+    from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+    from torchtitan.overrides.fused_swiglu import FusedGroupedExperts
+
+    real = {"GptOssGroupedExperts": GptOssGroupedExperts, "FusedGroupedExperts": FusedGroupedExperts}[name]
+    s = stated.SIZES
+    torch.manual_seed(0)
+    ours = real.Config(dim=s.dim, hidden_dim=s.hidden, num_experts=s.experts).build()
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    said = getattr(stated, name).Config(dim=s.dim, hidden_dim=s.hidden, num_experts=s.experts).build()
+    said.load_state_dict(ours.state_dict())
+    said.compute_dtype = None
+    theirs, x, counts = copy.deepcopy(ours), torch.randn(24, s.dim), torch.tensor([3] * 8)
+    titan.replace_grouped_experts(ours)
+    assert relative_rms(ours(x, counts), said(x, counts)) <= CLOSE
+    if name == "GptOssGroupedExperts":  # the other's activation is a Triton kernel, which a CPU has not got
+        assert relative_rms(ours(x, counts), theirs(x, counts)) <= 2e-2

@@ -7,8 +7,8 @@ Their split is ours: RoutedExperts is `token_dispatcher.dispatch`, `inner_expert
     moe_forward(config_of_moe(moe), weights_of_state(moe.state_dict()), x)         their layer as our pure function
 
 Written against torchtitan 0.3.0 (wheel of 2026-09-03). Nothing here imports torchtitan, but for `overrides`: classes are made of
-the base class that is there. Run on one CPU process only: FSDP, expert parallelism (parameters as DTensors) and GPUs were read
-in their source, not run.
+the base class that is there. Run on one CPU process, with torchtitan's own classes, with fully_shard, and with DTensor parameters of a
+group of one. Never run: several ranks (expert parallelism keeps torchtitan's dispatchers), its trainer, its `parallelize`, GPUs.
 """
 
 from moe_fn.integrations.torchtitan.dispatcher import DispatchMetadata, combine_rows, dispatch_tokens, dispatcher_class
