@@ -39,6 +39,15 @@ def dispatch_tokens(
     """LocalTokenDispatcher.dispatch as a function: (rows [T * K, D] sorted by expert, the counts as they came, metadata).
 
     Rows of one expert keep the order of their tokens, as with their stable argsort. Weights are applied by combine_rows.
+
+    >>> import torch
+    >>> config = MoEConfig(num_experts=2, top_k=2, hidden_size=1, intermediate_size=1)
+    >>> ids, scores, counts = torch.tensor([[1, 0], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([2, 2])
+    >>> rows, _, metadata = dispatch_tokens(config, torch.tensor([[10.0], [20.0]]), scores, ids, counts)
+    >>> rows.flatten().tolist(), metadata.token_indices_experts_sorted_N.tolist()
+    ([10.0, 20.0, 10.0, 20.0], [0, 1, 0, 1])
+    >>> combine_rows(config, torch.tensor([[0.0], [0.0], [4.0], [4.0]]), metadata).flatten().tolist()
+    [3.0, 2.0]
     """
     routing = Routing(expert_ids=topk_expert_ids_TK, weights=topk_scores_TK)
     d = dispatch(config, x_TD, routing)

