@@ -10,11 +10,14 @@ from moe_fn.config import (
     LatentConfig,
     MoEConfig,
     NormsConfig,
+    ParallelConfig,
+    RankGroup,
     RouterConfig,
     SharedExpertsConfig,
     ZeroExpertsConfig,
 )
 from moe_fn.forward import moe_forward, moe_forward_routed, moe_forward_shared, moe_forward_with_stats, moe_route
+from moe_fn.parallel import join_weights, shard_weights
 from moe_fn.preparing import prepare_weights, restore_weights
 from moe_fn.records import Dispatched, LatentWeights, MoEWeights, RouterWeights, Routing, RoutingStats, SharedWeights
 from moe_fn.stages.combine import combine
@@ -27,8 +30,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationConfig", "BackendInfo", "Dispatched", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LatentWeights", "MoEConfig",
-    "MoEWeights", "NormsConfig", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig", "SharedWeights",
-    "ZeroExpertsConfig", "backends", "balance", "combine", "dispatch", "experts", "mark_tokens", "moe_forward", "moe_forward_routed",
-    "moe_forward_shared", "moe_forward_with_stats", "moe_route", "prepare_weights", "reduce_and_trunc", "reference", "restore_weights",
-    "route",
+    "MoEWeights", "NormsConfig", "ParallelConfig", "RankGroup", "RouterConfig", "RouterWeights", "Routing", "RoutingStats",
+    "SharedExpertsConfig", "SharedWeights", "ZeroExpertsConfig", "backends", "balance", "combine", "dispatch", "experts", "join_weights",
+    "mark_tokens", "moe_forward", "moe_forward_routed", "moe_forward_shared", "moe_forward_with_stats", "moe_route", "prepare_weights",
+    "reduce_and_trunc", "reference", "restore_weights", "route", "shard_weights",
 ]  # fmt: skip

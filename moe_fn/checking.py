@@ -16,9 +16,10 @@ _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
 
 def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
     """Shape of every weight that fits the config, and whether it must be there; a weight not in the result must not be."""
-    experts, hidden = ("num_experts", config.num_experts), ("hidden_size", config.hidden_size)
+    own = config.own  # with parallel, the rank's part
+    experts, hidden = ("num_experts", own.num_experts), ("hidden_size", config.hidden_size)
     wide = ("expert_hidden_size", config.expert_hidden_size)
-    gate_up, down = plain_shapes(config)
+    gate_up, down = plain_shapes(own)
     outputs = 1 if config.weight_layout == "out_in" else 2
     choices, logits = ("num_choices", config.num_choices), ("num_logits", config.num_logits)
     gate_width = hidden if config.router.gate_input == "original" else wide
@@ -44,7 +45,7 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
     if config.router.selection == "hash":
         shapes[("router", "expert_ids_of_token")] = ((("vocabulary", _ANY), ("top_k", config.top_k)), True)
     if config.shared is not None:
-        width = config.shared.count * config.shared.intermediate_size
+        width = config.shared.count * config.shared.intermediate_size // _slices_of_shared(config)
         both = 2 * width if as_activation(config.shared.activation).gated else width
         shapes[("shared", "gate_up")] = ((("shared gate_up", both), hidden), True)
         shapes[("shared", "down")] = ((hidden, ("shared width", width)), True)
@@ -59,6 +60,11 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
         for name, dim in (("input_bias", latent), ("output_bias", hidden), ("input_norm", latent), ("output_norm", latent)):
             shapes[("latent", name)] = ((dim,), False)
     return shapes
+
+
+def _slices_of_shared(config: MoEConfig) -> int:
+    parallel = config.parallel
+    return parallel.tp.size if parallel is not None and parallel.tp is not None and parallel.shared == "sharded" else 1
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor) -> None:
@@ -79,7 +85,7 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
 
 
 def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype) -> tuple[Shape, bool]:
-    shape = prepared_shapes(config, dtype)[_PREPARED.index(path)]
+    shape = prepared_shapes(config.own, dtype)[_PREPARED.index(path)]
     return tuple(zip(("num_experts", "panels", "steps", "columns of a step"), shape, strict=True)), True
 
 

@@ -1,5 +1,7 @@
 """The public layer. What it computes is in `moe_fn.layer`, one screen; `moe_fn.calls` checks and flattens; this page picks how it runs."""
 
+import dataclasses
+
 from torch import Tensor
 
 from moe_fn.balance import stats_of_routing
@@ -8,6 +10,8 @@ from moe_fn.checking import check_routing, check_x
 from moe_fn.chunked import layer_in_chunks, scan_traces
 from moe_fn.config import MoEConfig
 from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens
+from moe_fn.parallel.formats import may_overflow
+from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.records import MoEWeights, Routing, RoutingStats
 from moe_fn.whole_layer import layer_as_op
 
@@ -86,6 +90,8 @@ def moe_forward_shared(
     >>> shared.count_nonzero().item(), routed.shape
     (0, torch.Size([5, 4]))
     """
+    if isinstance(config, MoEConfig) and config.parallel is not None:
+        raise ValueError("moe_forward_shared: MoEConfig.parallel sums routed and shared together; expected None, or moe_forward")
     if isinstance(config, MoEConfig) and config.norms is not None and config.norms.output:
         raise ValueError("moe_forward_shared: MoEConfig.norms.output=True norms the sum of the two; expected False, or moe_forward")
     call = enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask)
@@ -181,6 +187,11 @@ def moe_forward_with_stats(
         logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
         routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading)
         stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
+        if config.parallel is not None:
+            y, overflow = layer_over_ranks(config, config.parallel, call.weights, call.x, routing, logits)
+            if overflow is not None:
+                stats = dataclasses.replace(stats, dropped_slots=stats.dropped_slots + overflow)
+            return leave(call, y), stats
         (y,) = _run(config, call, routing, with_shared=False)
         return leave(call, y), stats
 
@@ -195,6 +206,8 @@ def _routes_inside(config: MoEConfig) -> bool:
 
 
 def _run(config: MoEConfig, call: Call, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
+    if config.parallel is not None and routing is not None:
+        return (_run_over_ranks(config, call, routing),)
     chunked = config.chunk_tokens is not None
     if routing is None or config.opaque or (chunked and not scan_traces()):
         pending = (call.logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
@@ -204,3 +217,14 @@ def _run(config: MoEConfig, call: Call, routing: Routing | None, with_shared: bo
     if with_shared:
         return parts_of_tokens(config, call.weights, call.x, routing)
     return (layer_of_tokens(config, call.weights, call.x, routing),)
+
+
+def _run_over_ranks(config: MoEConfig, call: Call, routing: Routing) -> Tensor:
+    if config.parallel is None or may_overflow(config):
+        raise ValueError(
+            "moe_forward: ParallelConfig.capacity may drop slots; expected None, or moe_forward_with_stats, which returns how many"
+        )
+    logits = call.logits
+    if logits is None and config.parallel.gather == "logits":
+        logits = logits_of_tokens(config, call.weights, call.x)
+    return layer_over_ranks(config, config.parallel, call.weights, call.x, routing, logits)[0]

@@ -40,6 +40,7 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     >>> torch.equal(restored.gate_up, weights.gate_up) and torch.equal(restored.down, weights.down)
     True
     """
+    config = config.own
     _check("prepare_weights", config, weights)
     if backend_of(config, weights.gate_up) != "native" or is_prepared(weights.gate_up):
         return weights
@@ -66,6 +67,7 @@ def lay_down(config: MoEConfig, down: Tensor) -> Tensor:
 
 def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     """The plain weights that prepare_weights came from, bit for bit; plain weights come back as they are."""
+    config = config.own
     _check("restore_weights", config, weights)
     if not is_prepared(weights.gate_up):
         return weights

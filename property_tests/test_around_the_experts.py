@@ -8,9 +8,9 @@ from support import config_with, gradients, law, real_tokens
 from torch import Tensor
 
 import moe_fn
-from moe_fn import LatentConfig, LatentWeights, MoEConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn import LatentConfig, LatentWeights, MoEConfig, NormsConfig, ParallelConfig, RankGroup, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.stages.route import router_logits
-from moe_fn.testing import MoEProblem, assert_matches, configs, problems
+from moe_fn.testing import MoEProblem, assert_matches, configs, problems, weights_for
 
 LATENT = st.builds(LatentConfig, size=st.integers(1, 5))
 SHARED = st.builds(SharedExpertsConfig, intermediate_size=st.integers(1, 5), gate=st.sampled_from(["none", "sigmoid"]))
@@ -192,3 +192,28 @@ def test_constant_experts_add_their_weight_times_their_vector(problem: MoEProble
     assert constants is not None
     added = (torch.where(ids >= 0, w, 0).unsqueeze(-1) * constants[ids.clamp(min=0)]).sum(1)
     assert_matches(y, rest + added, scale=0.1)
+
+
+def ranks_of(name: str, size: int) -> list[RankGroup]:
+    return [RankGroup(name=name, size=size, rank=rank) for rank in range(size)]
+
+
+@law(
+    configs(num_experts=st.integers(3, 6), intermediate_size=st.sampled_from([4, 8]), chunk_tokens=None, opaque=False, expert_norm=None,
+            shared=st.sampled_from([None, SharedExpertsConfig(intermediate_size=4, count=2)])),
+    st.sampled_from(["linear", "round_robin", (1, 0, 1)]),
+    st.integers(1, 2),
+)  # fmt: skip
+def test_joining_undoes_sharding(config: MoEConfig, placement: str | tuple[int, ...], slices: int) -> None:
+    if isinstance(placement, tuple):
+        placement = tuple(placement[expert % 3] for expert in range(config.num_experts))
+    parallels = [
+        ParallelConfig(ep=ep, tp=tp if slices > 1 else None, placement=placement) for ep in ranks_of("0", 2) for tp in ranks_of("1", slices)
+    ]
+    shared_configs = [dataclasses.replace(config, parallel=parallel) for parallel in parallels]
+    weights = weights_for(config)
+    shards = [moe_fn.shard_weights(each, weights) for each in shared_configs]
+    joined = moe_fn.join_weights(shared_configs[::-1], shards[::-1])
+    assert_matches(joined, weights, tolerance=0.0)
+    for each, shard in zip(shared_configs, shards, strict=True):
+        assert shard.gate_up.shape[0] == each.own.num_experts and shard.down.shape[0] == each.own.num_experts

@@ -8,12 +8,13 @@ from torch.utils._pytree import register_constant
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
 from moe_fn.config.moe import MoEConfig, config_of_json
+from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 
 __all__ = [
-    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig", "NormsConfig", "RouterConfig",
-    "SharedExpertsConfig", "ZeroExpertsConfig", "as_activation", "config_of_json",
+    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig", "NormsConfig", "ParallelConfig",
+    "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig", "as_activation", "config_of_json",
 ]  # fmt: skip
 
 for _cls in (
@@ -25,6 +26,8 @@ for _cls in (
     LatentConfig,
     ExpertNormConfig,
     NormsConfig,
+    ParallelConfig,
+    RankGroup,
     ActivationConfig,
 ):
     register_constant(_cls)

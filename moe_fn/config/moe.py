@@ -8,8 +8,10 @@ from typing import Any, Literal, Self, get_args
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
 from moe_fn.config.checks import check_bool, check_choice, check_int
+from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
+from moe_fn.config.sharing import own_fields
 
 Backend = Literal["auto", "torch", "native", "triton"]
 
@@ -21,6 +23,7 @@ class MoEConfig:
     gate_up_layout   columns of gate_up's product: gate then up ("packed"), or alternating ("interleaved", gpt-oss)
     weight_layout    weights are [E, out, in], or [E, in, out] ("in_out": Llama-4, gpt-oss)
     norms            root-mean-square norms before the gate, before the routed experts, after everything
+    parallel         which ranks share the layer; sizes above stay those of the whole, weights are this rank's (`moe_fn.shard_weights`)
     hidden_padding   zeros appended to the routed input, and cut off its output: the experts are wider than the model
     chunk_tokens     tokens worked on at a time, which bounds peak memory in forward and backward; None: all
     recompute        gradients compute the first product again (2 of 9 parts of all products) instead of keeping rows x 2I for it
@@ -48,6 +51,7 @@ class MoEConfig:
     latent: LatentConfig | None = None
     zero_experts: ZeroExpertsConfig | None = None
     norms: NormsConfig | None = None
+    parallel: ParallelConfig | None = None
     hidden_padding: int = 0
     chunk_tokens: int | None = None
     recompute: bool = False
@@ -76,6 +80,7 @@ class MoEConfig:
         self._check_routing()
         # Not a field: what the whole-layer op takes, ready before any tracing (json does not trace).
         object.__setattr__(self, "_json", json.dumps(self.to_dict(), sort_keys=True))
+        object.__setattr__(self, "_own", None if self.parallel is None else MoEConfig(**own_fields(self, self.parallel)))
 
     def __eq__(self, other: object) -> bool:
         # Itself first: torch.compile guards on a config by comparing it in every call, nearly always with itself.
@@ -120,6 +125,11 @@ class MoEConfig:
             raise ValueError(f"MoEConfig.top_k={self.top_k} with groups.limit='each': expected a multiple of groups.count={groups.count}")
 
     @property
+    def own(self) -> "MoEConfig":
+        """The layer of this rank's experts alone, with the sizes of its weights; the config itself without `parallel`."""
+        return self._own or self  # type: ignore[attr-defined, no-any-return]
+
+    @property
     def num_choices(self) -> int:
         """How many experts a token can be sent to: those with weights, then the zero experts."""
         return self.num_experts + (self.zero_experts.count if self.zero_experts else 0)
@@ -157,6 +167,7 @@ _NESTED = {
     "latent": LatentConfig | None,
     "zero_experts": ZeroExpertsConfig | None,
     "norms": NormsConfig | None,
+    "parallel": ParallelConfig | None,
 }
 _DATACLASS_OF_FIELD: dict[str, type] = {
     "router": RouterConfig,
@@ -167,6 +178,8 @@ _DATACLASS_OF_FIELD: dict[str, type] = {
     "latent": LatentConfig,
     "zero_experts": ZeroExpertsConfig,
     "norms": NormsConfig,
+    "parallel": ParallelConfig,
+    **dict.fromkeys(("tp", "ep", "dp", "sp"), RankGroup),
 }
 
 

@@ -31,7 +31,7 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     >>> d.rows.flatten().tolist(), d.expert_ends.tolist()
     ([20.0, 40.0, 10.0, 30.0], [2, 2, 3])
     """
-    ids = routing.expert_ids.flatten()
+    ids = routing.expert_ids.flatten().to(torch.int64)  # num_experts, the word for none, may not fit into a small dtype
     num_experts = config.num_experts
     expert_of_slot = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     expert_of_row, slot_of_row = expert_of_slot.sort(stable=True)

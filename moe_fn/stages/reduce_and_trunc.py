@@ -1,16 +1,18 @@
 """reduce_and_trunc: the sum over ranks, and the cut to the width of the model."""
 
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
+from moe_fn.config import RankGroup
+from moe_fn.ops.collectives import sum_over_ranks
 
-def reduce_and_trunc(y: Tensor, *, group: str | None = None, width: int | None = None) -> Tensor:
+
+def reduce_and_trunc(y: Tensor, *, group: RankGroup | None = None, width: int | None = None) -> Tensor:
     """Sum over the ranks of a process group, then keep the first `width` columns; either may be None.
 
         y[t, :width] summed over the group
 
-    y [..., columns] -> [..., width]. `group` is the name of a process group of torch.distributed. Raises ValueError where there are
-    fewer columns than width.
+    y [..., columns] -> [..., width]. Which group sums when: the table of `moe_fn.parallel.layer.layer_over_ranks`. The result
+    is the same on each rank, and so is its gradient, which is not summed again. Raises ValueError where there are fewer columns than width.
 
     Laws
         Without a group nothing but columns is lost.
@@ -19,8 +21,7 @@ def reduce_and_trunc(y: Tensor, *, group: str | None = None, width: int | None =
     >>> reduce_and_trunc(torch.tensor([[1.0, 2.0, 0.0]]), width=2)
     tensor([[1., 2.]])
     """
-    if group is not None:
-        y = collectives.all_reduce(y, "sum", group)  # type: ignore[arg-type]
+    y = sum_over_ranks(y, group)
     if width is None or width == y.shape[-1]:
         return y
     if width > y.shape[-1]:

@@ -1,0 +1,166 @@
+"""How a layer is spread over the ranks of torch.distributed, as values: names and sizes of groups, no handles."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from moe_fn.config.checks import check_bool, check_choice, check_int
+
+Dispatch = Literal["replicated", "all_gather", "all_to_all", "all_to_all_static"]
+Placement = Literal["linear", "round_robin"] | tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankGroup:
+    """A process group as this rank sees it: its name in torch.distributed, how many ranks it has, and which one this is."""
+
+    name: str
+    size: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"RankGroup.name is {self.name!r}; expected the name of a process group")
+        check_int("RankGroup.size", self.size, 1)
+        check_int("RankGroup.rank", self.rank, 0, self.size - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Which ranks share a layer, and how tokens find their experts. Made by `from_mesh`; each rank has its own.
+
+    tp          ranks with the same tokens, each with a slice of every expert's intermediate size; one sum over them
+    ep          ranks with experts of their own
+    dp          ranks with other tokens and the same weights, which need nothing of each other in forward (but see all_gather)
+    sp          sequence parallel: ranks that come and go with the same tokens, and work on a part of the rows each; they are among ep's
+    dispatch    "replicated": ep's ranks have the same tokens, each does its experts' part, one sum. With other tokens on each rank of ep:
+                "all_gather": everybody works on everybody's tokens with its own experts, and sums are scattered back. Without ep the
+                tokens of dp's ranks are gathered, and weights are sliced over dp x tp; "all_to_all": each choice of each token travels to
+                its expert's rank and back, with split sizes from the data (one host sync); "all_to_all_static": the same in blocks of
+                `capacity` slots for each pair of ranks, no sync
+    gather      what travels with the tokens of all_gather: their "routing" (ids and weights), or their "logits", routed by everybody
+    placement   which rank of ep has an expert: "linear" (the first ranks have one more where they do not divide), "round_robin", or
+                a rank for each expert
+    max_tokens  most tokens that a rank brings, for all_gather and all_to_all_static; None: asked of the others in every call (a host
+                sync), and not possible for all_to_all_static
+    capacity    slots that one rank can send another in all_to_all_static; None: max_tokens * top_k, all that there can be. With fewer,
+                slots that do not fit are dropped, and `moe_forward_with_stats` counts them; moe_forward refuses
+    shared      shared experts are "sharded" over tp like the routed ones, or "replicated" on every rank
+
+    >>> tp = RankGroup(name="0", size=2, rank=1)
+    >>> ParallelConfig(tp=tp).slices
+    (2, 1)
+    """
+
+    tp: RankGroup | None = None
+    ep: RankGroup | None = None
+    dp: RankGroup | None = None
+    sp: RankGroup | None = None
+    dispatch: Dispatch = "replicated"
+    gather: Literal["routing", "logits"] = "routing"
+    placement: Placement = "linear"
+    max_tokens: int | None = None
+    capacity: int | None = None
+    shared: Literal["sharded", "replicated"] = "sharded"
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "ep", "dp", "sp"):
+            if not isinstance(getattr(self, name), RankGroup | None):
+                raise ValueError(f"ParallelConfig.{name} is {getattr(self, name)!r}; expected a RankGroup or None")
+        check_choice("ParallelConfig.dispatch", self.dispatch, get_args(Dispatch))
+        check_choice("ParallelConfig.gather", self.gather, ("routing", "logits"))
+        check_choice("ParallelConfig.shared", self.shared, ("sharded", "replicated"))
+        if isinstance(self.placement, list):
+            object.__setattr__(self, "placement", tuple(self.placement))  # as JSON has it
+        if isinstance(self.placement, tuple):
+            for expert, rank in enumerate(self.placement):
+                check_int(f"ParallelConfig.placement[{expert}]", rank, 0, (self.ep.size if self.ep else 1) - 1)
+        else:
+            check_choice("ParallelConfig.placement", self.placement, ("linear", "round_robin"))
+        for name in ("max_tokens", "capacity"):
+            if getattr(self, name) is not None:
+                check_int(f"ParallelConfig.{name}", getattr(self, name), 1)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.dispatch.startswith("all_to_all") and self.ep is None:
+            raise ValueError(f"ParallelConfig.dispatch={self.dispatch!r}: expected ep, the ranks that tokens travel between")
+        if self.dispatch == "all_gather" and self.ep is None and self.dp is None:
+            raise ValueError("ParallelConfig.dispatch='all_gather': expected ep or dp, the ranks whose tokens are gathered")
+        if self.dispatch == "all_to_all_static" and self.max_tokens is None:
+            raise ValueError("ParallelConfig.max_tokens is None with dispatch='all_to_all_static': expected a number")
+        if self.max_tokens is not None and self.dispatch not in ("all_gather", "all_to_all_static"):
+            raise ValueError(f"ParallelConfig.max_tokens would have no effect with dispatch={self.dispatch!r}: expected None")
+        if self.capacity is not None and self.dispatch != "all_to_all_static":
+            raise ValueError(f"ParallelConfig.capacity would have no effect with dispatch={self.dispatch!r}: expected None")
+        if self.gather != "routing" and self.dispatch != "all_gather":
+            raise ValueError(f"ParallelConfig.gather='logits' would have no effect with dispatch={self.dispatch!r}: expected 'routing'")
+        if self.placement != "linear" and self.ep is None:
+            raise ValueError("ParallelConfig.placement would have no effect without ep: expected 'linear'")
+        if self.sp is not None and (self.tp is not None or self.ep is None or self.dispatch == "replicated"):
+            raise ValueError("ParallelConfig.sp: expected no tp, an ep that has sp's ranks in it, and a dispatch other than 'replicated'")
+        if self.sp is not None and self.shared == "sharded":
+            raise ValueError("ParallelConfig.shared='sharded' with sp: expected 'replicated', each rank has rows of its own")
+
+    @property
+    def slices(self) -> tuple[int, int]:
+        """How many slices the intermediate size is cut into, and which one is this rank's."""
+        size, rank = (self.tp.size, self.tp.rank) if self.tp else (1, 0)
+        if self.dispatch == "all_gather" and self.ep is None and self.dp is not None:
+            return self.dp.size * size, self.dp.rank * size + rank
+        return size, rank
+
+    @classmethod
+    def from_mesh(
+        cls,
+        mesh: Any,
+        *,
+        tp: str | None = None,
+        ep: str | None = None,
+        dp: str | None = None,
+        sequence_parallel: bool = False,
+        dispatch: Dispatch | None = None,
+        gather: Literal["routing", "logits"] = "routing",
+        placement: Placement = "linear",
+        max_tokens: int | None = None,
+        capacity: int | None = None,
+        shared: Literal["sharded", "replicated"] | None = None,
+    ) -> Self:
+        """The config of this rank in a torch.distributed.device_mesh.DeviceMesh, whose dimensions are named.
+
+        sequence_parallel: the ranks of `tp` divide rows and experts instead of slices; ep is then (ep x) tp. Defaults: dispatch
+        "all_to_all" with ep, else "replicated"; shared "sharded", "replicated" with sequence_parallel. Dimensions of one rank are left out.
+        Raises ValueError for names that the mesh does not have.
+        """
+        check_bool("ParallelConfig.from_mesh: sequence_parallel", sequence_parallel)
+        names = tuple(mesh.mesh_dim_names or ())
+        for word, name in (("tp", tp), ("ep", ep), ("dp", dp)):
+            if name is not None and name not in names:
+                raise ValueError(f"ParallelConfig.from_mesh: {word}={name!r}; expected one of the mesh's dimensions, {names}")
+        if sequence_parallel and tp is None:
+            raise ValueError("ParallelConfig.from_mesh: sequence_parallel=True without tp: expected the ranks that divide the sequence")
+        groups = {"tp": _group(mesh, tp), "ep": _group(mesh, ep), "dp": _group(mesh, dp)}
+        sp = None
+        if sequence_parallel and groups["tp"] is not None:
+            sp, groups["tp"] = groups["tp"], None
+            both = tuple(name for name in names if name in (ep, tp))
+            groups["ep"] = sp if groups["ep"] is None else _group_of_mesh(mesh[both]._flatten("_".join(both)))
+        default = "all_to_all" if groups["ep"] is not None else "replicated"
+        return cls(
+            **groups,
+            sp=sp,
+            dispatch=dispatch or default,  # type: ignore[arg-type]
+            gather=gather,
+            placement=placement,
+            max_tokens=max_tokens,
+            capacity=capacity,
+            shared=shared or ("sharded" if sp is None else "replicated"),
+        )
+
+
+def _group(mesh: Any, name: str | None) -> RankGroup | None:
+    return None if name is None else _group_of_mesh(mesh[name])
+
+
+def _group_of_mesh(mesh: Any) -> RankGroup | None:
+    """A mesh of one dimension; ranks that are alone need no group."""
+    return None if mesh.size() == 1 else RankGroup(name=mesh.get_group().group_name, size=mesh.size(), rank=mesh.get_local_rank())

@@ -1,0 +1,64 @@
+"""What of a layer is a rank's own: pure arithmetic on the config."""
+
+from typing import Any
+
+from moe_fn.config.parallel import ParallelConfig
+from moe_fn.config.parts import ZeroExpertsConfig
+
+
+def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
+    """Fields of the MoEConfig of a rank's own routed experts, on what they see: no latent space, no shared experts, a default router.
+
+    Raises ValueError for what cannot be shared so.
+    """
+    _check(config, parallel)
+    counts = [sum(rank == r for rank in ranks_of_experts(config, parallel)) for r in range(parallel.ep.size if parallel.ep else 1)]
+    if min(counts) == 0:
+        raise ValueError(f"MoEConfig.parallel leaves ranks of ep without an expert: {counts}; expected at least one on each")
+    experts = counts[parallel.ep.rank if parallel.ep else 0]
+    by_slot = parallel.dispatch.startswith("all_to_all") or config.router.weight_on == "input"  # each slot is a row of its own
+    top_k = 1 if by_slot else config.top_k
+    return {
+        "num_experts": experts,
+        "top_k": top_k,
+        # A rank may have fewer experts than a token chooses; the others' slots go nowhere.
+        "zero_experts": ZeroExpertsConfig(count=top_k - experts, kind="zero") if top_k > experts else None,
+        "hidden_size": config.expert_hidden_size,
+        "intermediate_size": config.intermediate_size // parallel.slices[0],
+        **{name: getattr(config, name) for name in _SAME},
+    }
+
+
+_SAME = ("activation", "gate_up_layout", "weight_layout", "expert_norm", "recompute", "backend")
+
+
+def _check(config: Any, parallel: ParallelConfig) -> None:
+    slices, _ = parallel.slices
+    if config.chunk_tokens is not None or config.opaque:
+        raise ValueError("MoEConfig.parallel with chunk_tokens or opaque: expected neither, ranks must meet in every collective")
+    if config.intermediate_size % slices:
+        raise ValueError(f"MoEConfig.intermediate_size={config.intermediate_size}; expected a multiple of the {slices} slices of parallel")
+    if config.expert_norm is not None and slices > 1:
+        raise ValueError("MoEConfig.expert_norm with slices of experts: expected ep, for a norm wants the whole output of an expert")
+    if isinstance(parallel.placement, tuple) and len(parallel.placement) != config.num_experts:
+        raise ValueError(
+            f"ParallelConfig.placement has {len(parallel.placement)} ranks; expected one for each of {config.num_experts} experts"
+        )
+    if parallel.gather == "logits" and config.router.selection == "hash":
+        raise ValueError("ParallelConfig.gather='logits' with router.selection='hash': expected 'routing', for token ids do not travel")
+    if parallel.gather == "logits" and config.router.capacity is not None:
+        raise ValueError("ParallelConfig.gather='logits' with router.capacity: expected 'routing', it counts a rank's own tokens")
+    tp, shared = parallel.tp, config.shared
+    if shared is not None and tp is not None and parallel.shared == "sharded" and shared.intermediate_size % tp.size:
+        raise ValueError(f"SharedExpertsConfig.intermediate_size={shared.intermediate_size}; expected a multiple of tp's {tp.size}")
+
+
+def ranks_of_experts(config: Any, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Which rank of ep each expert is on."""
+    experts, ranks = config.num_experts, parallel.ep.size if parallel.ep else 1
+    if isinstance(parallel.placement, tuple):
+        return parallel.placement
+    if parallel.placement == "round_robin":
+        return tuple(expert % ranks for expert in range(experts))
+    each, more = divmod(experts, ranks)
+    return tuple(rank for rank in range(ranks) for _ in range(each + (rank < more)))

@@ -1,0 +1,190 @@
+"""Collectives as ops with gradients of ours: in the graph they are torch's functional collectives, which Inductor schedules.
+
+Why ops: torch's own gradients add up over ranks whatever the ranks mean. Where ranks hold the same tokens (tensor and sequence parallel)
+the loss is the same on each of them, and adding it up would count it once a rank. What would remove them: collectives in torch that say
+whether their input is replicated. Each is linear, so each one's gradient is another of them:
+
+    sum_over_ranks   x -> sum over ranks, the same everywhere        gradient: itself       (each rank has a part of a sum)
+    copy_to_ranks    x -> x, the same everywhere                     gradient: its sum      (each rank uses it for a part)
+    gather_ranks     rows of every rank end to end                   gradient: scatter_ranks
+    scatter_ranks    sum over ranks, this rank's block of rows       gradient: gather_ranks
+    own_rows         x, the same everywhere -> this rank's block     gradient: join_rows
+    join_rows        blocks -> all rows, the same everywhere         gradient: own_rows
+    exchange_ranks   block r of mine <-> my block of rank r          gradient: itself
+    exchange_splits  the same, of blocks of given sizes              gradient: itself, sizes swapped
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # defines the ops
+from torch import Tensor
+
+from moe_fn.config import RankGroup
+from moe_fn.ops.define import Kernel, define_op
+
+
+def _no_vmap(name: str) -> Kernel:
+    def rule(*args: Any) -> Any:
+        raise NotImplementedError(f"moe_fn::{name} has no batching rule: vmap of a layer that is shared by ranks; expected parallel=None")
+
+    return rule
+
+
+def _op(schema: str, kernel: Kernel, fake: Kernel, backward: Callable[[list[Any], Tensor], Tensor], again: Callable[..., Tensor]) -> Any:
+    """An op that is linear in its first argument. again: the op itself, for tangents."""
+    name = schema[: schema.index("(")]
+    return define_op(
+        schema,
+        kernel=kernel,
+        fake=fake,
+        vmap=_no_vmap(name),
+        backward=lambda inputs, needed, gradient: (backward(inputs, gradient), *[None] * (len(inputs) - 1)),
+        jvp=lambda inputs, tangent, *_: again(tangent, *inputs[1:]),
+        visible=kernel,
+    )
+
+
+# torch's functional collectives by the names of their ops: the Python functions around them change from version to version.
+_functional: Any = torch.ops._c10d_functional
+
+
+def _wait(x: Tensor) -> Tensor:
+    y: Tensor = _functional.wait_tensor(x)
+    return y
+
+
+def _all_reduce(x: Tensor, group: str) -> Tensor:
+    return _wait(_functional.all_reduce(x.contiguous(), "sum", group))
+
+
+def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
+    return _wait(_functional.all_gather_into_tensor(x.contiguous(), size, group))
+
+
+def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
+    return _wait(_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+
+
+def _block(x: Tensor, group: str, size: int, rank: int) -> Tensor:
+    rows = x.shape[0] // size
+    return x.narrow(0, rank * rows, rows).clone()
+
+
+def _blocks(x: Tensor, group: str, size: int, rank: int) -> Tensor:
+    return _all_gather(x, group, size)
+
+
+def _all_to_all(x: Tensor, group: str, size: int) -> Tensor:
+    blocks = [x.shape[0] // size] * size
+    return _wait(_functional.all_to_all_single(x.contiguous(), blocks, blocks, group))
+
+
+def _all_to_all_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: str) -> Tensor:
+    return _wait(_functional.all_to_all_single(x.contiguous(), list(received), list(sent), group))
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_sum: Any = _op("sum_over_ranks(Tensor x, str group) -> Tensor", _all_reduce, _like, lambda i, g: g.clone(), lambda *a: _sum(*a))
+_copy: Any = _op(
+    "copy_to_ranks(Tensor x, str group) -> Tensor", lambda x, group: x.clone(), _like, lambda i, g: _sum(g, i[1]), lambda *a: _copy(*a)
+)
+_gather: Any = _op(
+    "gather_ranks(Tensor x, str group, int size) -> Tensor",
+    _all_gather,
+    lambda x, group, size: x.new_empty(x.shape[0] * size, *x.shape[1:]),
+    lambda i, g: _scatter(g, i[1], i[2]),
+    lambda *a: _gather(*a),
+)
+_scatter: Any = _op(
+    "scatter_ranks(Tensor x, str group, int size) -> Tensor",
+    _reduce_scatter,
+    lambda x, group, size: x.new_empty(x.shape[0] // size, *x.shape[1:]),
+    lambda i, g: _gather(g, i[1], i[2]),
+    lambda *a: _scatter(*a),
+)
+_own: Any = _op(
+    "own_rows(Tensor x, str group, int size, int rank) -> Tensor",
+    _block,
+    lambda x, group, size, rank: x.new_empty(x.shape[0] // size, *x.shape[1:]),
+    lambda i, g: _join(g, i[1], i[2], i[3]),
+    lambda *a: _own(*a),
+)
+_join: Any = _op(
+    "join_rows(Tensor x, str group, int size, int rank) -> Tensor",
+    _blocks,
+    lambda x, group, size, rank: x.new_empty(x.shape[0] * size, *x.shape[1:]),
+    lambda i, g: _own(g, i[1], i[2], i[3]),
+    lambda *a: _join(*a),
+)
+_exchange: Any = _op(
+    "exchange_ranks(Tensor x, str group, int size) -> Tensor",
+    _all_to_all,
+    _like,
+    lambda i, g: _exchange(g, i[1], i[2]),
+    lambda *a: _exchange(*a),
+)
+_exchange_splits: Any = _op(
+    "exchange_splits(Tensor x, SymInt[] sent, SymInt[] received, str group) -> Tensor",
+    _all_to_all_splits,
+    lambda x, sent, received, group: x.new_empty(sum(received), *x.shape[1:]),
+    lambda i, g: _exchange_splits(g, i[2], i[1], i[3]),
+    lambda *a: _exchange_splits(*a),
+)
+
+
+def sum_over_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
+    """The sum over the group's ranks, x as it is without one; its gradient is the same on each rank already."""
+    y: Tensor = x if group is None else _sum(x, group.name)
+    return y
+
+
+def copy_to_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
+    """x, of which each rank of the group uses what it needs: gradients are summed."""
+    y: Tensor = x if group is None else _copy(x, group.name)
+    return y
+
+
+def gather_ranks(x: Tensor, group: RankGroup) -> Tensor:
+    """Rows of every rank, end to end; as many on each."""
+    y: Tensor = _gather(x, group.name, group.size)
+    return y
+
+
+def scatter_ranks(x: Tensor, group: RankGroup) -> Tensor:
+    """The sum over ranks of this rank's block of rows."""
+    y: Tensor = _scatter(x, group.name, group.size)
+    return y
+
+
+def own_rows(x: Tensor, group: RankGroup) -> Tensor:
+    """This rank's block of rows that all ranks have."""
+    y: Tensor = _own(x, group.name, group.size, group.rank)
+    return y
+
+
+def join_rows(x: Tensor, group: RankGroup) -> Tensor:
+    """All blocks of rows, on each rank."""
+    y: Tensor = _join(x, group.name, group.size, group.rank)
+    return y
+
+
+def exchange_ranks(x: Tensor, group: RankGroup) -> Tensor:
+    """Block r of my rows goes to rank r, and mine of its rows comes: [size * n, ...] -> [size * n, ...]."""
+    y: Tensor = _exchange(x, group.name, group.size)
+    return y
+
+
+def exchange_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
+    """The same, of sent[r] rows to rank r and received[r] rows from it."""
+    y: Tensor = _exchange_splits(x, sent, received, group.name)
+    return y
+
+
+def most_of_ranks(x: Tensor, group: RankGroup) -> Tensor:
+    """The largest of the ranks' numbers, without gradient."""
+    return _wait(_functional.all_reduce(x.contiguous(), "max", group.name))

@@ -1,0 +1,8 @@
+"""A layer that ranks of torch.distributed share: sharding of weights, formats of dispatch, and what is summed when.
+
+The config says how (`moe_fn.ParallelConfig`), the weights are this rank's (`shard_weights`), and moe_forward is called as ever.
+"""
+
+from moe_fn.parallel.sharding import join_weights, shard_weights
+
+__all__ = ["join_weights", "shard_weights"]

@@ -1,0 +1,224 @@
+"""Tokens through experts that other ranks have, and back: one function a format, a table of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, RankGroup
+from moe_fn.fused import routed_experts
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops import collectives
+from moe_fn.ops.rows import gather_rows
+from moe_fn.parallel.places import places_of_experts
+from moe_fn.parallel.sizes import longest_of_ranks, numbers
+from moe_fn.records import Dispatched, MoEWeights, Routing
+from moe_fn.stages.combine import combine
+from moe_fn.stages.dispatch import weighted
+from moe_fn.stages.route import route
+
+Overflow = Tensor | None  # how many slots of this rank found no room
+
+
+def _own_ids(config: MoEConfig, ids: Tensor) -> Tensor:
+    """Ids among this rank's experts, -1 for all others."""
+    parallel = config.parallel
+    mine = parallel.ep.rank if parallel is not None and parallel.ep is not None else 0
+    rank, own = places_of_experts(config, ids)
+    return torch.where(rank == mine, own, -1)
+
+
+def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """This rank's part of y for tokens x [T, Hx], own ids and weights [T, K] -> [T, Hx]."""
+    if config.router.weight_on == "output":
+        return routed_experts(config.own, weights, x, Routing(expert_ids=ids, weights=w))
+    slots = (x.unsqueeze(1).to(w.dtype) * w.unsqueeze(-1)).to(x.dtype).flatten(0, 1)
+    y = routed_experts(config.own, weights, slots, Routing(expert_ids=ids.reshape(-1, 1), weights=torch.ones_like(w).reshape(-1, 1)))
+    total: Tensor = y.unflatten(0, (-1, ids.shape[-1])).sum(1, dtype=w.dtype).to(y.dtype)
+    return total
+
+
+def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None) -> tuple[Tensor, Overflow]:
+    """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes a rank: 2 (n-1)/n of [T, Hx]."""
+    ep = config.parallel.ep if config.parallel else None
+    x, w = collectives.copy_to_ranks(x, ep), collectives.copy_to_ranks(routing.weights, ep)
+    y = _compute(config, weights, x, _own_ids(config, routing.expert_ids), w)
+    return collectives.sum_over_ranks(y, ep), None
+
+
+def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None) -> tuple[Tensor, Overflow]:
+    """Everybody's tokens to everybody, own experts on all of them, sums scattered back.
+
+    Bytes a rank, of n ranks with at most M tokens each: (n-1) M (Hx + 8 K + 4 K) there, (n-1) M Hx back, Hx in bytes of its dtype.
+    """
+    group = _token_group(config)
+    tokens = x.shape[0]
+    room = _room(config, tokens, group, routing.expert_ids)
+    rows = collectives.gather_ranks(_padded(x, room), group)
+    if logits is not None and config.parallel is not None and config.parallel.gather == "logits":
+        everybody = route(config, weights, collectives.gather_ranks(_padded(logits, room), group))
+        real = collectives.gather_ranks(_padded(torch.ones_like(routing.expert_ids[:, :1]), room), group) > 0
+        ids, w = torch.where(real, everybody.expert_ids, -1), everybody.weights
+    else:
+        ids = collectives.gather_ranks(_padded(routing.expert_ids + 1, room), group) - 1  # padding has id -1
+        w = collectives.gather_ranks(_padded(routing.weights, room), group)
+    y = _compute(config, weights, rows, _own_ids(config, ids), w)
+    return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), None
+
+
+def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None) -> tuple[Tensor, Overflow]:
+    """Each choice of each token to its expert's rank and back; sizes from the data, so one wait for the device.
+
+    Bytes a rank: S (Hx + 8) there and S Hx back, S slots that leave it, Hx in bytes of its dtype; 8 n before.
+    """
+    group = _ep(config)
+    sorted_ = _by_rank(config, x, routing, group)
+    sent = _counts(sorted_.rank_of_row, group.size)
+    both = torch.stack([sent, collectives.exchange_ranks(sent, group)])
+    sizes = numbers(both)
+    total = sum(sizes[0])
+    torch._check(total <= sorted_.rows.shape[0])
+    got = collectives.exchange_splits(sorted_.rows.narrow(0, 0, total), sizes[0], sizes[1], group)
+    ids = collectives.exchange_splits(sorted_.own_of_row.narrow(0, 0, total), sizes[0], sizes[1], group)
+    y = _of_slots(config, weights, got, ids)
+    back = collectives.exchange_splits(y, sizes[1], sizes[0], group)
+    rows = torch.cat([back, back.new_zeros(sorted_.rows.shape[0] - total, back.shape[1])])
+    return _combined(config, rows, sorted_, routing), None
+
+
+def all_to_all_static(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None
+) -> tuple[Tensor, Overflow]:
+    """The same in blocks of C slots for each pair of ranks, empty places without an expert: no sizes from the data, no wait.
+
+    Bytes a rank: (n-1) C (Hx + 8) there, (n-1) C Hx back. Slots beyond C of a pair are dropped, and counted in the second result.
+    Why not a block for each expert: it would hold num_experts * max_tokens rows where this holds n * max_tokens * top_k, and rows of no
+    expert cost the kernels nothing.
+    """
+    group, capacity = _ep(config), _capacity(config)
+    check_room(x.shape[0], config.parallel.max_tokens if config.parallel and config.parallel.max_tokens else x.shape[0])
+    sorted_ = _by_rank(config, x, routing, group)
+    slots = sorted_.rank_of_row.shape[0]
+    counts = _counts(sorted_.rank_of_row, group.size)
+    starts = counts.cumsum(0) - counts
+    place = torch.arange(capacity, device=x.device)
+    row_of_place = (starts.unsqueeze(1) + place).flatten()
+    taken = (place < counts.unsqueeze(1)).flatten()
+    row_of_place = torch.where(taken, row_of_place, slots)  # one row of zeros stands behind all others
+    rows = _with_spare(sorted_.rows).index_select(0, row_of_place)
+    ids = torch.where(taken, _with_spare(sorted_.own_of_row).index_select(0, row_of_place), -1)
+    got, got_ids = collectives.exchange_ranks(rows, group), collectives.exchange_ranks(ids, group)
+    y = collectives.exchange_ranks(_of_slots(config, weights, got, got_ids), group)
+    own_place = torch.arange(slots, device=x.device) - _with_spare(starts).index_select(0, sorted_.rank_of_row)
+    goes = sorted_.rank_of_row < group.size
+    fits = goes & (own_place < capacity)
+    place_of_row = torch.where(fits, sorted_.rank_of_row * capacity + own_place, group.size * capacity)
+    back = _with_spare(y).index_select(0, place_of_row)
+    return _combined(config, back, sorted_, routing), (goes & ~fits).sum()
+
+
+@dataclass(frozen=True)
+class SortedByRank:
+    """Slots in the order of the ranks that they go to; those of no expert come last, with ep's size for a rank."""
+
+    rows: Tensor  # [R, Hx]
+    own_of_row: Tensor  # [R]: number of the expert on its rank
+    rank_of_row: Tensor  # [R]
+    slot_of_row: Tensor  # [R]
+    row_of_slot: Tensor  # [R]
+
+
+def _by_rank(config: MoEConfig, x: Tensor, routing: Routing, group: RankGroup) -> SortedByRank:
+    ranks, own = places_of_experts(config, routing.expert_ids.flatten())
+    rank_of_row, slot_of_row = ranks.sort(stable=True)
+    slots = torch.arange(ranks.shape[0], device=x.device)
+    row_of_slot = torch.zeros_like(slot_of_row).scatter(0, slot_of_row, slots)
+    rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
+    if config.router.weight_on == "input":
+        rows = weighted(rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
+    own_of_row = own.index_select(0, slot_of_row)
+    return SortedByRank(rows=rows, own_of_row=own_of_row, rank_of_row=rank_of_row, slot_of_row=slot_of_row, row_of_slot=row_of_slot)
+
+
+def _of_slots(config: MoEConfig, weights: MoEWeights, rows: Tensor, own_ids: Tensor) -> Tensor:
+    """Rows that came, through their experts, unweighted: weights stay with the token."""
+    ones = torch.ones(rows.shape[0], 1, dtype=accumulation_dtype(rows.dtype), device=rows.device)
+    return routed_experts(config.own, weights, rows, Routing(expert_ids=own_ids.unsqueeze(1), weights=ones))
+
+
+def _combined(config: MoEConfig, rows: Tensor, sorted_: SortedByRank, routing: Routing) -> Tensor:
+    """The weighted sum over a token's slots, at its own rank."""
+    d = Dispatched(rows=rows, expert_ends=sorted_.rank_of_row, slot_of_row=sorted_.slot_of_row, row_of_slot=sorted_.row_of_slot)
+    return combine(config, rows, d, routing)
+
+
+def _counts(sorted_ranks: Tensor, ranks: int) -> Tensor:
+    """How many rows go to each rank."""
+    every = torch.arange(ranks, device=sorted_ranks.device, dtype=sorted_ranks.dtype)
+    ends = torch.searchsorted(sorted_ranks, every, right=True)
+    return torch.diff(ends, prepend=ends.new_zeros(1))
+
+
+def _with_spare(rows: Tensor) -> Tensor:
+    """The rows and one of zeros, for indices to nothing."""
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+
+
+def _padded(rows: Tensor, room: int) -> Tensor:
+    """Rows with zeros behind, `room` in all."""
+    return torch.cat([rows, rows.new_zeros(room - rows.shape[0], *rows.shape[1:])])
+
+
+def _room(config: MoEConfig, tokens: int, group: RankGroup, like: Tensor) -> int:
+    """How many rows each rank contributes: what the config says, or the most that a rank has."""
+    given = config.parallel.max_tokens if config.parallel else None
+    if given is None:
+        given = longest_of_ranks(tokens, group, like)
+        torch._check(given >= tokens)
+    else:
+        check_room(tokens, given)
+    return given
+
+
+def check_room(tokens: int, max_tokens: int) -> None:
+    """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not known yet."""
+    if isinstance(tokens, int) and tokens > max_tokens:
+        raise ValueError(f"moe_forward: {tokens} tokens on this rank; expected at most ParallelConfig.max_tokens={max_tokens}")
+    torch._check(tokens <= max_tokens, lambda: "moe_fn: more tokens on this rank than ParallelConfig.max_tokens")
+
+
+def _capacity(config: MoEConfig) -> int:
+    parallel = config.parallel
+    most = (parallel.max_tokens or 0) * config.top_k if parallel else 0
+    return most if parallel is None or parallel.capacity is None else min(parallel.capacity, most)
+
+
+def may_overflow(config: MoEConfig) -> bool:
+    """Whether slots may find no room."""
+    parallel = config.parallel
+    return parallel is not None and parallel.capacity is not None and parallel.capacity < (parallel.max_tokens or 0) * config.top_k
+
+
+def _ep(config: MoEConfig) -> RankGroup:
+    if config.parallel is None or config.parallel.ep is None:
+        raise ValueError("MoEConfig.parallel.ep is None; expected the ranks that experts are on")
+    return config.parallel.ep
+
+
+def _token_group(config: MoEConfig) -> RankGroup:
+    """Whose tokens are gathered."""
+    parallel = config.parallel
+    group = None if parallel is None else parallel.ep or parallel.dp
+    if group is None:
+        raise ValueError("MoEConfig.parallel has neither ep nor dp; expected the ranks whose tokens are gathered")
+    return group
+
+
+Format = Callable[[MoEConfig, MoEWeights, Tensor, Routing, Tensor | None], tuple[Tensor, Overflow]]
+FORMATS: dict[str, Format] = {
+    "replicated": replicated,
+    "all_gather": all_gather,
+    "all_to_all": all_to_all,
+    "all_to_all_static": all_to_all_static,
+}

@@ -1,0 +1,108 @@
+"""The layer behind the router, on the ranks that share it."""
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from moe_fn.config import MoEConfig, ParallelConfig
+from moe_fn.ops import collectives
+from moe_fn.parallel.formats import FORMATS, Overflow
+from moe_fn.records import MoEWeights, Routing
+from moe_fn.stages.join import addends, join
+from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
+from moe_fn.stages.shared import shared_experts
+from moe_fn.stages.transform import norm_output, transform_input, transform_output
+from moe_fn.stages.zero_experts import zero_experts
+
+
+def layer_over_ranks(
+    config: MoEConfig, parallel: ParallelConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None
+) -> tuple[Tensor, Overflow]:
+    """(y, slots that found no room) for this rank's tokens: what layer_of_tokens computes with all weights in one place.
+
+    Who sums what, and when:
+
+        dispatch              over ep                       over tp
+        replicated            right after the experts       late: once, of routed + shared
+        all_gather            scattered, with the tokens    late
+        all_gather without ep, over dp: scattered           late
+        all_to_all (static)   at the token's own rank       late
+        any, with a latent space or replicated shared       early: the routed part alone, before its output transform (which need not be
+        experts                                             linear, and whose bias counts once); sharded shared experts by themselves
+        any, with sp          as above                      rows are joined at the end, nothing is summed
+
+    Zero experts and the norm of the output come after every sum, once. Gradients of weights that all ranks of tp (of sp) have are
+    complete on each of them; of those that ranks with other tokens have (ep, dp) each has its tokens' part, as in data parallelism.
+
+    Laws
+        Sharded equals unsharded.
+    """
+    if parallel.sp is None:
+        return _layer(config, parallel, weights, x, routing, logits)
+    tokens = x.shape[0]
+    size = parallel.sp.size
+    rows = -(-tokens // size) * size
+    x, routing, logits = (tree_map(functools.partial(_own, parallel, rows), part) for part in (x, _no_expert_as_zero(routing), logits))
+    routing = dataclasses.replace(routing, expert_ids=routing.expert_ids - 1)
+    y, overflow = _layer(config, parallel, _used_by_each(parallel, weights), x, routing, logits)
+    return collectives.join_rows(y, parallel.sp).narrow(0, 0, tokens), overflow
+
+
+def _layer(
+    config: MoEConfig, parallel: ParallelConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None
+) -> tuple[Tensor, Overflow]:
+    tp = parallel.tp
+    v = collectives.copy_to_ranks(transform_input(config, weights, x), tp)
+    w = collectives.copy_to_ranks(routing.weights, tp)
+    logits = None if logits is None else collectives.copy_to_ranks(logits, tp)
+    routed, overflow = FORMATS[parallel.dispatch](config, weights, v, dataclasses.replace(routing, weights=w), logits)
+    routed = reduce_and_trunc(routed, width=config.routed_size)
+    sharded = tp is not None and parallel.shared == "sharded"
+    shared = _shared(config, parallel, weights, x, routing) if sharded else shared_experts(config, weights, x, routing)
+    late = config.latent is None and (shared is None or sharded)
+    if not late:
+        routed = reduce_and_trunc(routed, group=tp)
+        shared = reduce_and_trunc(shared, group=tp) if shared is not None and sharded else shared
+    routed, shared = addends(config, routed, shared, functools.partial(transform_output, config, weights))
+    y = join(routed, shared)
+    y = reduce_and_trunc(y, group=tp if late else None)
+    return norm_output(config, weights, zero_experts(config, weights, x, routing, y)), overflow
+
+
+def _shared(config: MoEConfig, parallel: ParallelConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor | None:
+    """This rank's slice of the shared experts, a part of a sum over tp."""
+    if config.shared is None or weights.shared is None or parallel.tp is None:
+        return None
+    narrow = dataclasses.replace(weights.shared, gate=_copied(weights.shared.gate, parallel))
+    shared_weights = _copied(routing.shared_weights, parallel)
+    routing = dataclasses.replace(routing, shared_weights=shared_weights)
+    return shared_experts(config, dataclasses.replace(weights, shared=narrow), collectives.copy_to_ranks(x, parallel.tp), routing)
+
+
+def _copied(t: Tensor | None, parallel: ParallelConfig) -> Tensor | None:
+    return None if t is None else collectives.copy_to_ranks(t, parallel.tp)
+
+
+def _used_by_each(parallel: ParallelConfig, weights: MoEWeights) -> MoEWeights:
+    """Weights that every rank of sp has and uses for its own rows: their gradients are sums over sp."""
+
+    def copied(t: Tensor | None) -> Tensor | None:
+        return None if t is None else collectives.copy_to_ranks(t, parallel.sp)
+
+    names = ("shared", "latent", "constants", "input_norm", "output_norm")
+    return dataclasses.replace(weights, **{name: tree_map(copied, getattr(weights, name)) for name in names})
+
+
+def _no_expert_as_zero(routing: Routing) -> Routing:
+    """Ids one higher, so that padding with zeros is padding with -1."""
+    return dataclasses.replace(routing, expert_ids=routing.expert_ids + 1)
+
+
+def _own(parallel: ParallelConfig, rows: int, t: Tensor | None) -> Tensor | None:
+    if parallel.sp is None or t is None:
+        return t
+    padded = torch.cat([t, t.new_zeros(rows - t.shape[0], *t.shape[1:])])
+    return collectives.own_rows(padded, parallel.sp)

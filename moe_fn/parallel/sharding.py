@@ -1,0 +1,153 @@
+"""shard_weights: what of a layer's weights one rank has; and back."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config.sharing import ranks_of_experts
+from moe_fn.records import MoEWeights, SharedWeights
+
+
+def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
+    """This rank's part of a layer's weights, by config.parallel: its experts, its slice of each, its slice of the shared experts.
+
+        gate_up [E, gate_up, Hx] -> [own E, gate_up / slices, Hx];  down [E, Hx, I] -> [own E, Hx, I / slices]
+
+    Biases of down (and of shared.down) are on the first slice alone: the others' would be added once a rank. Everything else every rank
+    has. Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the rest are the same tensors.
+    Raises ValueError where the config has no `parallel`, and for weights that do not fit it.
+
+    Laws
+        Joining undoes sharding.
+
+    >>> from moe_fn import ParallelConfig, RankGroup
+    >>> ranks = ParallelConfig(ep=RankGroup(name="0", size=2, rank=1))
+    >>> config = MoEConfig(num_experts=3, top_k=1, hidden_size=4, intermediate_size=2, parallel=ranks)
+    >>> shard_weights(config, MoEWeights(gate_up=torch.zeros(3, 4, 4), down=torch.zeros(3, 4, 2))).down.shape
+    torch.Size([1, 4, 2])
+    """
+    parallel = config.parallel
+    if parallel is None:
+        raise ValueError("shard_weights: config.parallel is None; expected a ParallelConfig")
+    if weights.gate_up.shape[0] != config.num_experts:
+        raise ValueError(f"shard_weights: gate_up has {weights.gate_up.shape[0]} experts; expected all {config.num_experts}")
+    mine = parallel.ep.rank if parallel.ep else 0
+    experts = torch.tensor([e for e, rank in enumerate(ranks_of_experts(config, parallel)) if rank == mine], device=weights.gate_up.device)
+    slices, number = parallel.slices
+    out, inner = (1, 2) if config.weight_layout == "out_in" else (2, 1)
+    gated, packed = as_activation(config.activation).gated, config.gate_up_layout == "packed"
+
+    def of_experts(t: Tensor | None) -> Tensor | None:
+        return t if t is None or len(experts) == config.num_experts else t.index_select(0, experts)
+
+    def columns(t: Tensor | None, dim: int, halves: int) -> Tensor | None:
+        return None if t is None else _slice(t, dim, halves, slices, number)
+
+    halves = 2 if gated and packed else 1
+    return dataclasses.replace(
+        weights,
+        gate_up=columns(of_experts(weights.gate_up), out, halves),  # type: ignore[arg-type]
+        down=columns(of_experts(weights.down), inner, 1),  # type: ignore[arg-type]
+        gate_up_bias=columns(of_experts(weights.gate_up_bias), 1, halves),
+        down_bias=of_experts(weights.down_bias) if number == 0 else None,
+        expert_norm=of_experts(weights.expert_norm),
+        shared=_shard_shared(config, weights.shared),
+    )
+
+
+def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeights | None:
+    parallel = config.parallel
+    if shared is None or config.shared is None or parallel is None or parallel.tp is None or parallel.shared == "replicated":
+        return shared
+    size, rank = parallel.tp.size, parallel.tp.rank
+    gated = as_activation(config.shared.activation).gated
+    parts = (2 if gated else 1) * config.shared.count  # each expert is cut by itself: the router may weigh it
+
+    def cut(t: Tensor | None, dim: int, parts: int) -> Tensor | None:
+        return None if t is None else _slice(t, dim, parts, size, rank)
+
+    return dataclasses.replace(
+        shared,
+        gate_up=cut(shared.gate_up, 0, parts),  # type: ignore[arg-type]
+        down=cut(shared.down, 1, config.shared.count),  # type: ignore[arg-type]
+        gate_up_bias=cut(shared.gate_up_bias, 0, parts),
+        down_bias=shared.down_bias if rank == 0 else None,
+    )
+
+
+def _slice(t: Tensor, dim: int, parts: int, slices: int, number: int) -> Tensor:
+    """Slice `number` of each of `parts` equal parts of a dim."""
+    if slices == 1:
+        return t
+    by_part: Tensor = t.unflatten(dim, (parts, slices, -1))
+    return by_part.select(dim + 1, number).flatten(dim, dim + 1).contiguous()
+
+
+def _joined(pieces: Sequence[Tensor], dim: int, parts: int) -> Tensor:
+    """The inverse of _slice, from the pieces of all slices in order."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.stack([piece.unflatten(dim, (parts, -1)) for piece in pieces], dim + 1).flatten(dim, dim + 2)
+
+
+def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> MoEWeights:
+    """All weights again, from the shards of every rank that has a part of its own, in any order: the inverse of shard_weights.
+
+    configs and shards are of the same ranks. Ranks that have the same part (dp) may be left out.
+    Raises ValueError where parts are missing.
+    """
+    first = configs[0]
+    found: dict[tuple[int, int], tuple[MoEConfig, MoEWeights]] = {}
+    for config, shard in zip(configs, shards, strict=True):
+        if config.parallel is None:
+            raise ValueError("join_weights: config.parallel is None; expected a ParallelConfig")
+        found[(config.parallel.ep.rank if config.parallel.ep else 0, config.parallel.slices[1])] = (config, shard)
+    parallel = first.parallel
+    if parallel is None:
+        raise ValueError("join_weights: config.parallel is None; expected a ParallelConfig")
+    ranks, slices = parallel.ep.size if parallel.ep else 1, parallel.slices[0]
+    missing = [(rank, number) for rank in range(ranks) for number in range(slices) if (rank, number) not in found]
+    if missing:
+        raise ValueError(f"join_weights: no shard of (rank of ep, slice) {missing}; expected {ranks} x {slices}")
+    owners = ranks_of_experts(first, parallel)
+    out, inner = (1, 2) if first.weight_layout == "out_in" else (2, 1)
+    halves = 2 if as_activation(first.activation).gated and first.gate_up_layout == "packed" else 1
+    order = torch.tensor(sorted(range(first.num_experts), key=lambda expert: (owners[expert], expert)), device=shards[0].gate_up.device)
+
+    def of_experts(name: str, dim: int | None, parts: int) -> Tensor | None:
+        rows = []
+        for rank in range(ranks):
+            pieces = [getattr(found[(rank, number)][1], name) for number in (range(slices) if dim is not None else (0,))]
+            if pieces[0] is None:
+                return None
+            rows.append(pieces[0] if dim is None else _joined(pieces, dim, parts))
+        return torch.cat(rows).index_select(0, order.argsort())
+
+    zero = found[(0, 0)][1]
+    return dataclasses.replace(
+        zero,
+        gate_up=of_experts("gate_up", out, halves),  # type: ignore[arg-type]
+        down=of_experts("down", inner, 1),  # type: ignore[arg-type]
+        gate_up_bias=of_experts("gate_up_bias", 1, halves),
+        down_bias=of_experts("down_bias", None, 1),
+        expert_norm=of_experts("expert_norm", None, 1),
+        shared=_join_shared(first, [found[(0, number)][1].shared for number in range(slices)]),
+    )
+
+
+def _join_shared(config: MoEConfig, parts: Sequence[SharedWeights | None]) -> SharedWeights | None:
+    parallel, shared = config.parallel, parts[0]
+    if shared is None or config.shared is None or parallel is None or parallel.tp is None or parallel.shared == "replicated":
+        return shared
+    pieces = [part for part in parts[: parallel.tp.size] if part is not None]
+    halves = (2 if as_activation(config.shared.activation).gated else 1) * config.shared.count
+    bias = None if shared.gate_up_bias is None else _joined([p.gate_up_bias for p in pieces if p.gate_up_bias is not None], 0, halves)
+    return dataclasses.replace(
+        shared,
+        gate_up=_joined([piece.gate_up for piece in pieces], 0, halves),
+        down=_joined([piece.down for piece in pieces], 1, config.shared.count),
+        gate_up_bias=bias,
+    )

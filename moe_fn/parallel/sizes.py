@@ -1,0 +1,21 @@
+"""Sizes that ranks must tell each other: the only place where a layer waits for the device, and only in formats whose sizes are data."""
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import RankGroup
+from moe_fn.ops.collectives import most_of_ranks
+
+
+def longest_of_ranks(rows: int, group: RankGroup, like: Tensor) -> int:
+    """The largest of the ranks' numbers of rows."""
+    return int(most_of_ranks(like.new_full((1,), rows), group).item())
+
+
+def numbers(counts: Tensor) -> list[list[int]]:
+    """The numbers of a matrix, none of them negative."""
+    rows: list[list[int]] = counts.tolist()
+    for row in rows:
+        for number in row:
+            torch._check(number >= 0)
+    return rows

@@ -1,0 +1,40 @@
+"""Bugs planted in what ranks do together: each must break "sharded equals unsharded" on the case beside it, and hang nobody."""
+
+import dataclasses
+from typing import Any
+
+from planted_bugs import PlantedBug, after, instead
+from rank_cases import EP, TP, Case
+
+from moe_fn.ops import collectives
+from moe_fn.parallel import formats, sharding
+
+LAW = "sharded_equals_unsharded"
+replace = dataclasses.replace
+
+
+def _bias_on_every_rank(weights: Any, config: Any, full: Any) -> Any:
+    return replace(weights, down_bias=full.down_bias)
+
+
+RANK_BUGS = (
+    PlantedBug(LAW, "the sum over tp is forgotten", collectives.sum_over_ranks, instead(lambda x, group: x)),
+    PlantedBug(LAW, "gradients of copies are not summed", collectives.copy_to_ranks, instead(lambda x, group: x)),
+    PlantedBug(LAW, "down's bias is on every slice", sharding.shard_weights, after(_bias_on_every_rank)),
+    PlantedBug(LAW, "the neighbour's experts", formats.places_of_experts, after(lambda p, *a: (p[0], p[1].clamp(min=0) * 0))),
+    PlantedBug(LAW, "weights applied on the way there too", formats._of_slots, after(lambda y, *a: y * 1.01)),
+    PlantedBug(LAW, "rows of another rank", formats._padded, after(lambda rows, *a: rows.flip(0))),
+    PlantedBug(LAW, "rows of the sequence change places", collectives.join_rows, after(lambda rows, *a: rows.flip(0))),
+    PlantedBug(LAW, "one place too few in a block", formats._capacity, after(lambda capacity, *a: 1)),
+)  # fmt: skip
+_CASES = (
+    Case(((TP, 2),), {"dispatch": "replicated"}),
+    Case(((TP, 2),), {"dispatch": "replicated"}),
+    Case(((TP, 2),), {"dispatch": "replicated"}),
+    Case(((EP, 2),), {"dispatch": "all_to_all"}),
+    Case(((EP, 2),), {"dispatch": "all_to_all"}),
+    Case(((EP, 2),), {"dispatch": "all_gather"}),
+    Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_gather"}),
+    Case(((EP, 2),), {"dispatch": "all_to_all_static", "max_tokens": 5}),
+)
+CASE_OF_BUG = {bug.what: case for bug, case in zip(RANK_BUGS, _CASES, strict=True)}

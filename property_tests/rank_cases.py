@@ -1,0 +1,234 @@
+"""What several ranks compute together, and what one rank with all weights computes: run by `test_parallel` in real processes (gloo)."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import moe_fn
+from moe_fn import MoEConfig, MoEWeights, ParallelConfig, RouterConfig, SharedExpertsConfig
+from moe_fn.config import LatentConfig, NormsConfig, ZeroExpertsConfig
+from moe_fn.testing import assert_matches, weights_for
+
+BASE = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=8)
+LAYERS: dict[str, MoEConfig] = {
+    "plain": BASE,
+    "shared": dataclasses.replace(BASE, shared=SharedExpertsConfig(intermediate_size=8, gate="sigmoid", combine="average")),
+    "scale on the output, zero experts": dataclasses.replace(BASE, zero_experts=ZeroExpertsConfig(count=2), top_k=3),
+    "latent, padding": dataclasses.replace(
+        BASE, latent=LatentConfig(size=6), hidden_padding=2, shared=SharedExpertsConfig(intermediate_size=4, count=2)
+    ),
+    "router-weighted shared": dataclasses.replace(
+        BASE,
+        router=RouterConfig(scoring="sigmoid", correction_bias="scores", routed_scaling_factor=2.0, scale_on="output"),
+        shared=SharedExpertsConfig(intermediate_size=4, count=2, gate="router"),
+    ),
+    "in_out, interleaved, weight on input": dataclasses.replace(
+        BASE,
+        weight_layout="in_out",
+        gate_up_layout="interleaved",
+        router=RouterConfig(scoring="sigmoid", weight_on="input", renormalize=False),
+    ),
+    "norms, not gated": dataclasses.replace(
+        BASE, activation="relu2_no_mul", norms=NormsConfig(epsilon=0.1, input=True, output=True), num_experts=7, top_k=5
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh (names and sizes), how the layer is spread over it, and how many tokens each rank that has its own brings."""
+
+    mesh: tuple[tuple[str, int], ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    layer: str = "plain"
+    tokens: tuple[int, ...] = (5, 0, 3, 1)
+
+    @property
+    def world(self) -> int:
+        size = 1
+        for _, n in self.mesh:
+            size *= n
+        return size
+
+    @property
+    def name(self) -> str:
+        mesh = "x".join(f"{name}{n}" for name, n in self.mesh)
+        return f"{mesh} {' '.join(f'{k}={v}' for k, v in self.options.items())} {self.layer}"
+
+
+TP, EP, DP = "tp", "ep", "dp"
+MESHES: tuple[tuple[tuple[str, int], ...], ...] = (
+    ((EP, 1),), ((TP, 2),), ((EP, 2),), ((DP, 2),), ((TP, 4),), ((EP, 4),), ((EP, 2), (TP, 2)), ((DP, 2), (EP, 2)), ((DP, 2), (TP, 2)),
+)  # fmt: skip
+
+
+def formats(mesh: tuple[tuple[str, int], ...]) -> Iterator[dict[str, Any]]:
+    """Every format that fits a mesh."""
+    names = {name for name, n in mesh if n > 1}
+    yield {"dispatch": "replicated"}
+    if EP in names:
+        yield {"dispatch": "all_gather"}
+        yield {"dispatch": "all_gather", "gather": "logits", "max_tokens": 6, "placement": "round_robin"}
+        yield {"dispatch": "all_to_all"}
+        yield {"dispatch": "all_to_all_static", "max_tokens": 5}
+    elif DP in names:
+        yield {"dispatch": "all_gather"}
+    if TP in names:
+        yield {"sequence_parallel": True, "dispatch": "all_to_all"}
+        yield {"sequence_parallel": True, "dispatch": "all_gather"}
+        yield {"sequence_parallel": True, "dispatch": "all_to_all_static", "max_tokens": 3}
+
+
+def cases(world: int) -> list[Case]:
+    """Every format on every mesh, the layers in turn; and every layer on the richest meshes."""
+    layers = itertools.cycle(LAYERS)
+    found = [Case(mesh, options, next(layers)) for mesh in MESHES for options in formats(mesh)]
+    found += [Case(((EP, 2), (TP, 2)), options, layer) for options in formats(((EP, 2), (TP, 2))) for layer in LAYERS]
+    found += [Case(((TP, 2),), options, layer) for options in formats(((TP, 2),)) for layer in LAYERS]
+    found += [Case(((EP, 4),), {"dispatch": "all_to_all", "placement": (3, 0, 0, 1, 2, 3)}, "plain")]
+    return list({case.name: case for case in found if case.world == world}.values())
+
+
+def parallel_of(case: Case, mesh: DeviceMesh) -> ParallelConfig:
+    names = {name: name for name, _ in case.mesh}
+    return ParallelConfig.from_mesh(mesh, **names, **case.options)
+
+
+def token_set(case: Case, parallel: ParallelConfig, coordinate: dict[str, int]) -> tuple[int, ...]:
+    """Which tokens a rank has: ranks that must have the same ones have the same set."""
+    same = {TP} | ({EP} if case.options.get("dispatch") == "replicated" else set())
+    return tuple(coordinate[name] for name, _ in case.mesh if name not in same)
+
+
+def coordinates(case: Case) -> list[dict[str, int]]:
+    """Of every rank, in order."""
+    names = [name for name, _ in case.mesh]
+    return [dict(zip(names, place, strict=True)) for place in itertools.product(*(range(n) for _, n in case.mesh))]
+
+
+def inputs_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """x, logits and the direction of the loss of a set of tokens."""
+    number = 0
+    for place, (_, n) in zip(which, case.mesh, strict=False):
+        number = number * n + place
+    tokens = case.tokens[number % len(case.tokens)]
+    generator = torch.Generator().manual_seed(100 + number)
+    x = torch.randn(tokens, config.hidden_size, generator=generator)
+    return x, torch.randn(tokens, config.num_logits, generator=generator), torch.randn(tokens, config.hidden_size, generator=generator)
+
+
+def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] = moe_fn.moe_forward) -> None:
+    """Assert that this rank's outputs and gradients are those of all weights in one place."""
+    whole = LAYERS[case.layer]
+    parallel = parallel_of(case, mesh)
+    config = dataclasses.replace(whole, parallel=parallel)
+    full = weights_for(whole, seed=3)
+    every = coordinates(case)
+    mine = token_set(case, parallel, every[rank])
+    x, logits, direction = (t.clone() for t in inputs_of(case, whole, mine))
+    local = _leaves(moe_fn.shard_weights(config, full))
+    x.requires_grad_(), logits.requires_grad_()
+    y = forward(config, local, x, logits)
+    expected_x, expected_logits, all_y, all_weights = _expected(case, parallel, whole, full, every, rank)
+    tensors = [t for t in torch.utils._pytree.tree_leaves(local) if t.is_floating_point()]
+    found = torch.autograd.grad((y * direction).sum(), [x, logits, *tensors], allow_unused=True)
+    # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
+    assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
+    assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
+    assert_matches(_zeros(found[1], logits), expected_logits, tolerance=1e-5, scale=0.1, name="gradient of logits")
+    gradients = dict(zip(map(id, tensors), found[2:], strict=True))
+    wanted = moe_fn.shard_weights(config, all_weights)
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+        ours, theirs = getattr(local, name), getattr(wanted, name)
+        assert (ours is None) == (theirs is None), name
+        if ours is not None:
+            assert_matches(_zeros(gradients[id(ours)], ours), theirs, tolerance=1e-5, scale=0.3, name=f"gradient of {name}")
+    _check_gradients_of_what_all_have(case, whole, full, mine, local, gradients)
+
+
+def _check_gradients_of_what_all_have(
+    case: Case, whole: MoEConfig, full: MoEWeights, mine: tuple[int, ...], local: MoEWeights, gradients: dict[int, Any]
+) -> None:
+    """Latent projections and norms: complete for this rank's tokens."""
+    x, logits, direction = inputs_of(case, whole, mine)
+    leaves = _leaves(full)
+    y = moe_fn.moe_forward(whole, leaves, x, logits)
+    for path in (("latent", "input"), ("latent", "output"), ("output_norm",), ("input_norm",), ("shared", "gate")):
+        ours, theirs = local, leaves
+        for name in path:
+            ours, theirs = getattr(ours, name, None), getattr(theirs, name, None)
+        if theirs is not None:
+            (right,) = torch.autograd.grad((y * direction).sum(), [theirs], allow_unused=True, retain_graph=True)
+            assert_matches(_zeros(gradients[id(ours)], ours), _zeros(right, theirs), tolerance=1e-5, scale=0.3, name=f"gradient of {path}")
+
+
+def _expected(
+    case: Case, parallel: ParallelConfig, whole: MoEConfig, full: MoEWeights, every: list[dict[str, int]], rank: int
+) -> tuple[Tensor, Tensor, Tensor, MoEWeights]:
+    """Gradients of x and logits, y, and gradients of the weights: of the tokens of all ranks that this one works with."""
+    mine = token_set(case, parallel, every[rank])
+    together = {token_set(case, parallel, c) for c in every if _works_with(case, every[rank], c)}
+    leaves = _leaves(full)
+    total = torch.zeros(())
+    for which in sorted(together):
+        x, logits, direction = inputs_of(case, whole, which)
+        x.requires_grad_(), logits.requires_grad_()
+        y = moe_fn.moe_forward(whole, leaves, x, logits)
+        total = total + (y * direction).sum()
+        if which == mine:
+            own = (x, logits, y)
+    tensors = [t for t in torch.utils._pytree.tree_leaves(leaves) if t.is_floating_point()]
+    found = torch.autograd.grad(total, [own[0], own[1], *tensors], allow_unused=True)
+    by_id = {id(t): _zeros(g, t) for t, g in zip(tensors, found[2:], strict=True)}
+    gradients = torch.utils._pytree.tree_map(lambda t: by_id.get(id(t), t), leaves)
+    return _zeros(found[0], own[0]), _zeros(found[1], own[1]), own[2].detach(), gradients
+
+
+def _works_with(case: Case, one: dict[str, int], other: dict[str, int]) -> bool:
+    """Ranks of a data-parallel dim share nothing in forward, unless weights are sliced over it."""
+    apart = DP in one and not (case.options.get("dispatch") == "all_gather" and EP not in one and not case.options.get("sequence_parallel"))
+    return not apart or one[DP] == other[DP]
+
+
+def _leaves(weights: MoEWeights) -> MoEWeights:
+    return torch.utils._pytree.tree_map(lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t, weights)  # type: ignore[no-any-return]
+
+
+def _zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
+
+
+def worker(rank: int, world: int, store: str, results: Any, bugs: bool = False) -> None:
+    """One rank: every case of its world, in order; (name, error or None) of each into the queue. With bugs: every planted one's case."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    meshes: dict[Any, DeviceMesh] = {}
+    for name, case, broken in _jobs(world, bugs):
+        if case.mesh not in meshes:
+            names, sizes = zip(*case.mesh, strict=True)
+            meshes[case.mesh] = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        try:
+            with broken:
+                run(case, meshes[case.mesh], rank)
+            results.put((rank, name, None))
+        except Exception as error:
+            results.put((rank, name, f"{type(error).__name__}: {str(error)[:600]}"))
+    dist.destroy_process_group()
+
+
+def _jobs(world: int, bugs: bool) -> list[tuple[str, Case, Any]]:
+    if not bugs:
+        return [(case.name, case, contextlib.nullcontext()) for case in cases(world)]
+    from planted_bugs import planted
+    from rank_bugs import CASE_OF_BUG, RANK_BUGS
+
+    return [(bug.what, CASE_OF_BUG[bug.what], planted(bug)) for bug in RANK_BUGS]

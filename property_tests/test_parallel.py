@@ -1,0 +1,51 @@
+"""Sharded equals unsharded, values and gradients, in real processes: every format on every mesh of 1, 2 and 4 ranks."""
+
+import queue
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_bugs import RANK_BUGS
+from rank_cases import cases, worker
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+TIMEOUT_S = 180
+
+
+def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[int, str | None]]:
+    """Errors by case and rank."""
+    context: Any = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    store = str(folder / "store")
+    processes = [context.Process(target=worker, args=(rank, world, store, results, bugs), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    found: dict[str, dict[int, str | None]] = {}
+    try:
+        for _ in range(world * (len(RANK_BUGS) if bugs else len(cases(world)))):
+            rank, name, error = results.get(timeout=TIMEOUT_S)
+            found.setdefault(name, {})[rank] = error
+    except queue.Empty:
+        pytest.fail(f"{world} ranks: no word for {TIMEOUT_S} s after {len(found)} cases, the last {list(found)[-1:]}")
+    finally:
+        for process in processes:
+            process.join(timeout=20)
+            process.kill()
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_sharded_equals_unsharded(world: int, tmp_path: Path) -> None:
+    found = run_world(world, tmp_path)
+    wrong = {f"{name}, rank {rank}": error for name, ranks in found.items() for rank, error in ranks.items() if error}
+    assert not wrong, "\n".join(f"{place}: {error}" for place, error in list(wrong.items())[:20])
+    assert len(found) == len(cases(world))
+
+
+def test_the_law_kills_every_planted_bug(tmp_path: Path) -> None:
+    found = run_world(2, tmp_path, bugs=True)
+    assert set(found) == {bug.what for bug in RANK_BUGS}
+    survived = [name for name, ranks in found.items() if not any(ranks.values())]
+    assert not survived, survived
