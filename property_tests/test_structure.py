@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Who imports whom, downwards only. A module may import those of lower numbers; stages never each other.
 LAYERS = (
-    ("numerics", "config", "compiling"),
+    ("numerics", "config", "compiling", "progress"),
     ("records",),
     ("activations", "kernels"),
     ("backends", "ops"),
