@@ -1,5 +1,6 @@
 """Blocks of every family, named on disk by transformers' own conversions, come back as configs and weights that compute the same."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -165,6 +166,23 @@ def test_a_saved_model_comes_back(row: BlockRow, tmp_path: Path) -> None:
         fused = getattr(getattr(block, "experts", None), "gate_up_proj", None)
         assert fused is None or row.family == "longcat_flash" or torch.equal(weights.gate_up, fused), prefix
         check(row, block, config, weights)
+
+
+JUNK = (None, "x", [1], [], {}, {"a": 1}, -1, 0, 1e99, True, 2.5, 10**30)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "mistral4", "inkling", "nemotron_h", "dbrx"])
+def test_no_config_is_a_crash(family: str) -> None:
+    words = make_config(next(row for row in WHOLE_BLOCKS if row.family == family)).to_dict()
+    for name in words:
+        for value in JUNK:
+            with contextlib.suppress(ValueError):
+                assert config_of_layer({**words, name: value}, 1).num_experts > 0
+    if family == "mixtral":
+        with pytest.raises(
+            ValueError, match="hidden_size or d_model is None in the model's config; expected a whole number, the hidden_size"
+        ):
+            config_of_layer({**words, "hidden_size": None}, 1)
 
 
 def test_every_family_has_a_layout() -> None:
