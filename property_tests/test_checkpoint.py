@@ -89,3 +89,26 @@ def test_several_blocks_share_a_folder(block: Block, shard_bytes: int) -> None:
             assert same_bits(load_moe_weights(path, prefix, block.config, layout=block.layout), block.weights)
         with pytest.raises(ValueError, match="already"):
             save_moe_weights(path, other, block.config, block.weights, layout=block.layout)
+
+
+@given(blocks(), st.data())
+def test_ranks_may_repeat_experts(block: Block, data: st.DataObject) -> None:
+    """Redundant experts, in any order: each is a copy."""
+    experts = data.draw(st.lists(st.integers(0, block.config.num_experts - 1), min_size=1, max_size=6))
+    with folder() as path:
+        save_moe_weights(path, block.prefix, block.config, block.weights, layout=block.layout)
+        mine = load_moe_weights(path, block.prefix, block.config, layout=block.layout, experts=experts)
+    assert torch.equal(mine.gate_up, block.weights.gate_up[experts]) and torch.equal(mine.down, block.weights.down[experts])
+    if mine.down_bias is not None and block.weights.down_bias is not None:
+        assert torch.equal(mine.down_bias, block.weights.down_bias[experts])
+
+
+@given(blocks(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+def test_a_dtype_is_for_all_but_the_router(block: Block, dtype: torch.dtype) -> None:
+    with folder() as path:
+        save_moe_weights(path, block.prefix, block.config, block.weights, layout=block.layout)
+        loaded = load_moe_weights(path, block.prefix, block.config, layout=block.layout, dtype=dtype)
+    for name, t, original in zip(WEIGHT_PATHS, leaves_of_weights(loaded), leaves_of_weights(block.weights), strict=True):
+        if t is not None and original is not None:
+            assert torch.equal(t, original if name[0] == "router" else original.to(dtype)), name
+            assert t.dtype == (original.dtype if name[0] == "router" else dtype)

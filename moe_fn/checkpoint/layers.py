@@ -43,6 +43,19 @@ def moe_layers(path: str | Path) -> list[MoELayer]:
     """The Mixture-of-Experts layers of a checkpoint, in order; headers are read and checked, tensors are not.
 
     Raises ValueError for a folder without safetensors, and for headers that lie. What is wrong with one layer is in its `problem`.
+
+    >>> import json, tempfile
+    >>> from moe_fn import RouterWeights
+    >>> from moe_fn.checkpoint import save_moe_weights
+    >>> words = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 3, "intermediate_size": 4}
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 3), down=torch.randn(2, 3, 4), router=RouterWeights(gate=torch.randn(2, 3)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_moe_weights(folder, "model.layers.0.block_sparse_moe", config_of_layer(words, 0), weights, layout="mixtral")
+    ...     _ = (Path(folder) / "config.json").write_text(json.dumps(words))
+    ...     (layer,) = moe_layers(folder)
+    ...     config, loaded = load_moe_layer(folder, layer.index)
+    >>> layer.prefix, layer.config == config, torch.equal(loaded.down, weights.down)
+    ('model.layers.0.block_sparse_moe', True, True)
     """
     checkpoint = open_checkpoint(path)
     headers = read_headers(checkpoint, sorted(set(checkpoint.file_of_tensor.values())))

@@ -45,6 +45,8 @@ def load_moe_weights(
     Laws
         Slices of ranks make up the whole.
 
+    Source: the safetensors format (github.com/huggingface/safetensors); names as transformers 5.23 converts them.
+
     >>> import tempfile
     >>> from moe_fn import RouterWeights
     >>> from moe_fn.checkpoint import save_moe_weights
