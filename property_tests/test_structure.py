@@ -29,7 +29,7 @@ LAYERS = (
     ("chunked",),
     ("whole_layer",),
     ("forward",),
-    ("bench",),
+    ("bench", "integrations"),
     ("",),  # the package itself re-exports
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
