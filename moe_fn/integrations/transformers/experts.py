@@ -1,0 +1,196 @@
+"""Our experts in transformers' ExpertsInterface: routers, blocks, checkpoints and `generate` stay the model's own."""
+
+import functools
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from moe_fn.backends import backend_of
+from moe_fn.compiling import constant_while_tracing
+from moe_fn.config import MoEConfig, ZeroExpertsConfig, as_activation
+from moe_fn.forward import moe_forward_routed
+from moe_fn.integrations.transformers.gates import activation_of, places_of_numbers
+from moe_fn.ops.grouped import GROUPED, spread_over_rows
+from moe_fn.records import MoEWeights, Routing
+from moe_fn.stages.combine import combine
+from moe_fn.stages.dispatch import dispatch
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def register(name: str = "moe_fn") -> None:
+    """Make `name` an experts implementation of transformers, for every model whose experts are in its interface.
+
+        y[t] = sum over j of  weights[t, j] * norm(down[e] @ gate(up[e] @ x[t] + b) + c),   e = ids[t, j]
+
+    Afterwards `model.set_experts_implementation(name)` and `from_pretrained(..., experts_implementation=name)` compute so. All that an
+    experts module may ask for is honoured: layouts, biases, no gate, a gate or norm of its own, ids of other ranks (num_experts and
+    beyond, or below 0: they add nothing, whatever their weight), any integer and float dtypes, top_k beyond num_experts, no tokens.
+    Gates and activations that are ours too run in the fused op of the back-end (`moe_fn.backends`); any other is called as it is,
+    between grouped products. Nothing is kept on the module.
+
+    Rounding: the products compute in the dtype of the experts' weights (under autocast, in autocast's) and accumulate in float32; gates,
+    biases, routing weights and the sum over experts are float32, rounded once, where transformers rounds every step. The result has the
+    dtype of the input. float64 stays float64.
+
+    Raises ValueError if the name is taken, and when a module is called whose weights are quantised, distributed or of other shapes.
+    A second call changes nothing.
+
+    Source: the interface is transformers.integrations.moe.ExpertsInterface (5.20 and later).
+
+    >>> import transformers
+    >>> register()
+    >>> config = transformers.MixtralConfig(
+    ...     num_hidden_layers=1, hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, vocab_size=32
+    ... )
+    >>> model = transformers.MixtralForCausalLM(config).eval()
+    >>> ids = torch.tensor([[3, 1, 4]])
+    >>> theirs = model(ids).logits
+    >>> model.set_experts_implementation("moe_fn")
+    >>> torch.testing.assert_close(model(ids).logits, theirs)
+    """
+    from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+    from transformers.integrations.moe import ExpertsInterface
+
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"register: name is {name!r}; expected a word")
+    # Modules with float8 weights look here: with us in it they say what is wrong, and do not claim that the name is unknown.
+    interfaces = (ExpertsInterface, FP8ExpertsInterface)
+    if name == "eager" or any(interface().get(name, experts_forward) is not experts_forward for interface in interfaces):
+        raise ValueError(f"register: {name!r} is an implementation that transformers has; expected a name of its own, such as 'moe_fn'")
+    for interface in interfaces:
+        interface.register(name, experts_forward)
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls for each experts module: x [T, H], ids and weights [T, K] -> [T, H] in the dtype of x."""
+    part: Any = module
+    gate, act = _gate_of(module), _act_of(module)
+    weights = _weights_of(module)
+    if hidden_states.ndim != 2:
+        raise ValueError(f"{_name(module)}: hidden_states has {hidden_states.ndim} dims; expected (tokens, hidden)")
+    places = places_of_numbers(part.has_gate, gate, act)
+    numbers = () if places is None else tuple(_text(_number(module, place)) for place in places)
+    sizes = [_text(n) for n in (weights.gate_up.shape[0], top_k_index.shape[-1], *weights.down.shape[1:])]
+    known = places is not None
+    key = _key_of_config(known, part.has_gate, part.is_transposed, gate if known else None, act if known else None, *sizes, *numbers)
+    config = _CONFIGS[key]
+    # Words for "no expert", the number of experts for one, may not fit into a small dtype.
+    ids = top_k_index if top_k_index.dtype in (torch.int64, torch.int32) else top_k_index.to(torch.int64)
+    routing = Routing(expert_ids=ids, weights=top_k_weights)
+    x = hidden_states.to(weights.gate_up.dtype)
+    if known and not part.has_post_expert_norm:
+        return moe_forward_routed(config, weights, x, routing).to(hidden_states.dtype)
+    return by_stages_of_module(module, config, weights, x, routing).to(hidden_states.dtype)
+
+
+def by_stages_of_module(module: nn.Module, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """Dispatch, product, the module's own gate, product, the module's own norm, combine.
+
+    Rows of no expert are ones where code that is not ours sees them: zeros may have no finite gradient there (a norm, a root).
+    """
+    part: Any = module
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dispatched = dispatch(config, x.to(dtype), routing)
+    rows, ends, transposed = dispatched.rows, dispatched.expert_ends, config.weight_layout == "out_in"
+    backend = backend_of(config, rows)
+    has_expert = (torch.arange(rows.shape[0], device=x.device) < ends[-1]).unsqueeze(1)
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = GROUPED[backend].matmul(rows.to(dtype), weight.to(dtype), ends, transposed)
+        return out if bias is None else (out + spread_over_rows(backend, bias, ends, rows.shape[0])).to(dtype)
+
+    rows = torch.where(has_expert, product(rows, weights.gate_up, weights.gate_up_bias), 1)
+    rows = part._apply_gate(rows) if part.has_gate else part.act_fn(rows)
+    if rows.shape[-1] != config.intermediate_size:
+        raise ValueError(f"{_name(module)}: its gate gives {rows.shape[-1]} columns; expected {config.intermediate_size}")
+    rows = product(rows, weights.down, weights.down_bias)
+    if part.has_post_expert_norm:
+        rows = part.post_expert_norm(torch.where(has_expert, rows, 1))
+    return combine(config, rows, dispatched, routing)
+
+
+# Configs by their text. Dynamo cannot make a config, and what it is handed as a constant must be a word: so they are made outside of
+# what it traces and looked up inside. Equal modules share one, and a graph guards on its identity.
+_CONFIGS: dict[str, MoEConfig] = {}
+
+
+@constant_while_tracing
+def _key_of_config(known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None) -> str:
+    return _make_config(known, gated, in_out, gate, act, *texts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _make_config(known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None) -> str:
+    """The key of the config; texts are num_experts, top_k, the inner sizes of down, then the numbers of the gate."""
+    numbers = tuple(None if text is None else float.fromhex(text) for text in texts)
+    experts, top_k, *inner = (int(n or 0) for n in numbers[:4])
+    hidden, intermediate = reversed(inner) if in_out else inner
+    activation, interleaved = activation_of(gated, gate, act, numbers[4:]) if known else (as_activation("silu"), False)
+    config = MoEConfig(
+        num_experts=experts,
+        top_k=top_k,
+        # One rank's share of the experts may be fewer than a token chooses.
+        zero_experts=ZeroExpertsConfig(count=top_k - experts, kind="zero") if top_k > experts else None,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        activation=activation,
+        gate_up_layout="interleaved" if interleaved else "packed",
+        weight_layout="in_out" if in_out else "out_in",
+    )
+    key = repr(config)
+    _CONFIGS.setdefault(key, config)
+    return key
+
+
+def _text(number: float | None) -> str | None:
+    """The number exactly. Dynamo makes a symbol of one that differs between layers or calls, never of a text."""
+    return None if number is None else float(number).hex()
+
+
+def _number(module: nn.Module, place: str | None) -> float | None:
+    value: Any = module
+    if place is None:
+        return None
+    for name in place.split("."):
+        value = getattr(value, name)
+    return value  # type: ignore[no-any-return]
+
+
+def _gate_of(module: nn.Module) -> object:
+    """The function behind `module._apply_gate`; None if the module has one of its own, beside its class."""
+    cls: Any = type(module)
+    return None if "_apply_gate" in module.__dict__ else cls._apply_gate
+
+
+def _act_of(module: nn.Module) -> object:
+    """The class of act_fn, or act_fn if it is a function; None if there is none, or somebody's hook hangs on it and must be called."""
+    act = getattr(module, "act_fn", None)
+    if isinstance(act, nn.Module):
+        return None if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks else type(act)
+    return act if isinstance(act, FunctionType | BuiltinFunctionType) else None
+
+
+def _weights_of(module: nn.Module) -> MoEWeights:
+    """The module's own parameters, none copied."""
+    part: Any = module
+    up = "gate_up_proj" if part.has_gate else "up_proj"
+    gate_up, down = getattr(part, up), part.down_proj
+    for name, weight in ((up, gate_up), ("down_proj", down)):
+        if weight.dtype not in _DTYPES or weight.dtype != gate_up.dtype:
+            raise ValueError(f"{_name(module)}: {name} is {weight.dtype}; expected float weights of one dtype, not quantised ones")
+        if is_traceable_wrapper_subclass(weight):
+            kind = type(weight).__name__
+            raise ValueError(f"{_name(module)}: {name} is a {kind}; expected a plain tensor, neither quantised nor distributed")
+        if weight.ndim != 3 or weight.shape[0] != part.num_experts:
+            shape = tuple(weight.shape)
+            raise ValueError(f"{_name(module)}: {name} is {shape}; expected 3 dims, the first num_experts={part.num_experts}")
+    gate_up_bias, down_bias = (getattr(part, f"{up}_bias"), part.down_proj_bias) if part.has_bias else (None, None)
+    return MoEWeights(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
+
+
+def _name(module: nn.Module) -> str:
+    return f"experts_implementation of {type(module).__name__}"
