@@ -1,0 +1,464 @@
+"""register(): experts modules of transformers compute on moe_fn what their own code computes, sentinels and gradients included."""
+
+import copy
+import dataclasses
+import importlib
+import io
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation  # noqa: E402
+
+from moe_fn.integrations.transformers import experts, register  # noqa: E402
+from moe_fn.integrations.transformers.gates import ACTIVATIONS, places_of_numbers  # noqa: E402
+from moe_fn.testing import assert_matches  # noqa: E402
+
+register()
+
+# One rounding of each dtype on either side: transformers rounds after every step, and some of its classes compute in float32 only.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 4e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def settings_of_experts(**changes: Any) -> SimpleNamespace:
+    """A config with every word that an experts class reads."""
+    words = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6)
+    words |= dict.fromkeys(("hidden_size", "moe_hidden_size"), 16)
+    words |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 12)
+    acts = dict.fromkeys(("hidden_act", "hidden_activation"), "silu") | {"mlp_hidden_act": "relu2"}
+    numbers = {"swiglu_limit": 0.7, "swiglu_alpha": 1.3, "mlp_gate_softcap": 0.9, "mlp_up_softcap": 1.1, "post_norm_eps": 1e-5}
+    return SimpleNamespace(**(words | acts | numbers | {"moe_latent_size": None, "_experts_implementation": "eager"} | changes))
+
+
+def decorated() -> dict[str, tuple[Path, str]]:
+    """Every class in transformers.models that `use_experts_implementation` decorates."""
+    root = Path(transformers.__file__).parent / "models"
+    found = {}
+    for path in sorted(root.glob("*/modeling_*.py")):
+        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text(), re.MULTILINE):
+            found[name] = path, name
+    return found
+
+
+CLASSES = decorated()
+
+
+def module_of(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    path, _ = CLASSES[name]
+    module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+    return randomised(getattr(module, name)(settings_of_experts(**changes)), dtype)
+
+
+def randomised(module: Any, dtype: torch.dtype, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        fan_in = parameter.shape[-2 if module.is_transposed else -1] if parameter.ndim == 3 else 1
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / math.sqrt(fan_in)
+        parameter.data = (values.abs() + 0.5 if "norm" in name else values).to(dtype)
+    return module
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What a block hands to its experts."""
+
+    x: Tensor
+    ids: Tensor
+    w: Tensor
+
+
+def tokens_of(
+    module: Any, tokens: int = 9, top_k: int = 3, dtype: torch.dtype = torch.float32, seed: int = 1, strangers: tuple[int, ...] = ()
+) -> Tokens:
+    """Distinct experts for each token; a third of the ids are `strangers`, which are no expert's, if there are any."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = module.down_proj
+    hidden, experts = weight.shape[2 if module.is_transposed else 1], module.num_experts
+    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64).to(dtype)
+    order = torch.rand(tokens, max(top_k, experts), generator=generator).argsort(-1)[:, :top_k] % experts
+    w = (torch.rand(tokens, top_k, generator=generator, dtype=torch.float64) + 0.1).to(dtype)
+    if strangers:
+        choice = torch.tensor(strangers)[torch.randint(len(strangers), order.shape, generator=generator)]
+        order = torch.where(torch.rand(order.shape, generator=generator) < 0.3, choice, order)
+    return Tokens(x, order, w)
+
+
+def run(module: Any, implementation: str, given: Tokens, direction: Tensor | None = None) -> list[Tensor]:
+    """The output, and gradients to x, to the routing weights and to every parameter."""
+    module.config._experts_implementation = implementation
+    inputs = [given.x.detach().clone().requires_grad_(), given.w.detach().clone().requires_grad_()]
+    y = module(inputs[0], given.ids, inputs[1])
+    direction = torch.arange(1, y.numel() + 1, dtype=torch.float64).cos().view(y.shape) if direction is None else direction
+    wanted = [*inputs, *module.parameters()]
+    found = torch.autograd.grad((y.to(torch.float64) * direction).sum(), wanted, allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))]
+
+
+def theirs(module: Any, given: Tokens, implementation: str = "eager") -> list[Tensor]:
+    """What their code computes, where slots of no expert are slots of expert 0 with weight 0: so it need not know sentinels."""
+    real = (given.ids >= 0) & (given.ids < module.num_experts)
+    out = run(module, implementation, Tokens(given.x, torch.where(real, given.ids, 0).to(torch.int64), torch.where(real, given.w, 0)))
+    out[2] = torch.where(real, out[2], 0)
+    return out
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], module: Any, scale: float = 0.1) -> None:
+    names = ["y", "d x", "d weights", *(f"d {name}" for name, _ in module.named_parameters())]
+    for name, got, wanted in zip(names, actual, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        assert_matches(got, wanted, tolerance=TOLERANCES, scale=scale, name=name)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_decorated_class_computes_what_its_own_code_does(name: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        module = module_of(name, dtype)
+        before = set(module.__dict__)
+        given = tokens_of(module, dtype=dtype, strangers=(6, 7, 1000, -1))
+        given.w[given.ids == 7] = 0.0
+        assert_equal(run(module, "moe_fn", given), theirs(module, given), module)
+        assert set(module.__dict__) == before, "something is kept on the module"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_low_precision_is_as_near_to_float64_as_theirs(name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        module = module_of(name, dtype)
+        given = tokens_of(module, dtype=dtype)
+        given = Tokens(given.x, given.ids, given.w.to(torch.float32))  # routers keep float32
+        double = copy.deepcopy(module).to(torch.float64)
+        exact = run(double, "eager", Tokens(given.x.double(), given.ids, given.w.double()))
+        for got, wanted in zip(run(module, "moe_fn", given), exact, strict=True):
+            assert_matches(got, wanted, tolerance={**TOLERANCES, torch.float32: TOLERANCES[dtype]}, scale=0.1)
+
+
+def test_all_classes_of_this_version_are_found_and_known() -> None:
+    assert len(CLASSES) == 65
+    by_stages = set()
+    for name in CLASSES:
+        module = module_of(name)
+        known = places_of_numbers(module.has_gate, experts._gate_of(module), experts._act_of(module))
+        assert known is not None, f"{name}: its gate is not in the tables"
+        by_stages |= {name} if module.has_post_expert_norm else set()
+    assert by_stages == {"MuseSparkExperts"}
+
+
+def test_numbers_of_a_gate_are_read_from_the_module_at_every_call() -> None:
+    module = module_of("GptOssExperts")
+    given = tokens_of(module)
+    for limit, alpha in ((0.7, 1.3), (0.2, 1.3), (3, 0.5)):
+        module.limit, module.alpha = limit, alpha
+        assert_equal(run(module, "moe_fn", given), run(module, "eager", given), module)
+
+
+# --- classes of somebody's own -------------------------------------------------------------------------------------------------------
+
+
+def _gate_of_power(self: Any, gate_up: Tensor) -> Tensor:
+    """Not ours; its derivative is infinite at 0."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate.abs().sqrt() * up * self.slope.to(gate.dtype)
+
+
+def _gate_own(self: Any, gate_up: Tensor) -> Tensor:
+    """Not ours, learned, and not 0 at 0."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.tanh(gate) * up * self.slope.to(gate.dtype) + 0.2
+
+
+def _gate_of_deepseek(self: Any, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)  # word for word DeepSeek-V4's
+    gate = gate.clamp(max=self.limit)
+    up = up.clamp(min=-self.limit, max=self.limit)
+    return self.act_fn(gate) * up
+
+
+def _gate_nearly_of_deepseek(self: Any, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=self.limit)
+    up = up.clamp(min=-self.limit, max=2 * self.limit)
+    return self.act_fn(gate) * up
+
+
+class _Norm(nn.Module):
+    """Without epsilon a row of zeros has no finite norm, let alone a gradient."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.epsilon).rsqrt() * self.weight
+
+
+GATES: dict[str, Callable[..., Any] | None] = {
+    "default": None,
+    "own": _gate_own,
+    "power": _gate_of_power,
+    "deepseek": _gate_of_deepseek,
+    "nearly": _gate_nearly_of_deepseek,
+}
+NAMED_ACTS = (
+    "silu", "swish", "quick_gelu", "gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_new", "gelu_accurate", "gelu_fast", "relu", "relu2",
+    "mish", "leaky_relu", "prelu",
+)  # fmt: skip
+ACTS: dict[str, Callable[[], Any]] = {
+    **{name: partial(ACT2FN.__getitem__, name) for name in NAMED_ACTS},
+    "F.silu": lambda: F.silu,
+    "F.gelu": lambda: F.gelu,
+    "lambda": lambda: lambda x: x * x.sigmoid() + 0.1,
+    "partial": lambda: partial(F.gelu, approximate="tanh"),
+}
+
+
+def own_class(
+    gate: str, act: str, *, has_bias: bool, is_transposed: bool, has_gate: bool, norm: bool, epsilon: float = 0.1
+) -> type[nn.Module]:
+    """Experts as a user would write them, with the eager loop of transformers' own docstring."""
+
+    class Own(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+            wide = 2 * inner if has_gate else inner
+            shapes = {"gate_up_proj" if has_gate else "up_proj": (wide, hidden), "down_proj": (hidden, inner)}
+            for name, (rows, columns) in shapes.items():
+                shape = (columns, rows) if is_transposed else (rows, columns)
+                setattr(self, name, nn.Parameter(torch.empty(self.num_experts, *shape)))
+                if has_bias:
+                    setattr(self, f"{name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
+            self.act_fn, self.limit = ACTS[act](), 0.8
+            self.slope = nn.Parameter(torch.tensor(1.5))
+            if norm:
+                self.post_expert_norm = _Norm(hidden, epsilon)
+
+        def forward(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+            y = torch.zeros_like(x)
+
+            def product(rows: Tensor, name: str, e: int) -> Tensor:
+                weight = getattr(self, name)[e]
+                out = rows @ (weight if is_transposed else weight.t())
+                return out + getattr(self, f"{name}_bias")[e] if has_bias else out
+
+            for e in range(self.num_experts):
+                token, slot = torch.where(ids == e)
+                h = product(x[token], "gate_up_proj" if has_gate else "up_proj", e)
+                h = product(self._apply_gate(h) if has_gate else self.act_fn(h), "down_proj", e)
+                h = self.post_expert_norm(h) if norm else h
+                y = y.index_add(0, token, (h * w[token, slot, None]).to(y.dtype))
+            return y
+
+    if GATES[gate] is not None:
+        Own._apply_gate = GATES[gate]  # type: ignore[attr-defined]
+    return use_experts_implementation(Own, is_transposed=is_transposed, has_bias=has_bias, has_gate=has_gate, has_post_expert_norm=norm)  # type: ignore[no-any-return]
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_any_experts_module_computes_what_its_own_code_does(data: st.DataObject) -> None:
+    flag = st.booleans()
+    cls = own_class(
+        data.draw(st.sampled_from(("default", "own", "deepseek", "nearly")), "gate"),
+        data.draw(st.sampled_from(sorted(ACTS)), "act"),
+        has_bias=data.draw(flag, "bias"),
+        is_transposed=data.draw(flag, "transposed"),
+        has_gate=data.draw(flag, "gated"),
+        norm=data.draw(flag, "norm"),
+    )
+    sizes = {name: data.draw(st.integers(1, 12), name) for name in ("num_experts", "hidden_size", "intermediate_size")}
+    dtype = data.draw(st.sampled_from((torch.float32, torch.float64)), "dtype")
+    module = randomised(cls(settings_of_experts(**sizes)), dtype, seed=data.draw(st.integers(0, 99), "seed"))
+    top_k = data.draw(st.integers(1, sizes["num_experts"] + 2), "top_k")
+    strangers = data.draw(st.sampled_from(((), (sizes["num_experts"],), (sizes["num_experts"], 127, -1))), "strangers")
+    given = tokens_of(module, data.draw(st.integers(0, 12), "tokens"), top_k, dtype, strangers=strangers)
+    w = given.w.to(data.draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16)), "dtype of weights"))
+    exact = Tokens(given.x, given.ids, w.to(dtype))
+    expected = theirs(module, exact)
+    ids = given.ids.to(data.draw(st.sampled_from(INTEGERS), "dtype of ids"))
+    actual = run(module, "moe_fn", Tokens(given.x, ids, w))
+    assert all(t.isfinite().all() for t in actual)
+    actual[2], expected[2] = actual[2].to(dtype), expected[2].to(w.dtype).to(dtype)
+    assert_equal(actual, expected, module, scale=1.0)  # sums of drawn sizes may cancel
+
+
+def test_only_code_that_is_known_is_taken_for_known() -> None:
+    def places(gate: str, act: str) -> Any:
+        module = own_class(gate, act, has_bias=False, is_transposed=False, has_gate=True, norm=False)(settings_of_experts())
+        return places_of_numbers(True, experts._gate_of(module), experts._act_of(module))
+
+    assert places("deepseek", "silu") == ("limit", None, None, None), "comments are not code"
+    assert places("nearly", "silu") is None and places("power", "silu") is None
+    assert places("default", "mish") is None and places("default", "lambda") is None and places("default", "partial") is None
+    assert all(places("default", name) == (None,) * 4 for name in ("silu", "gelu_new", "quick_gelu", "F.silu"))
+    for path in ACTIVATIONS:
+        module, _, name = path.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name)), f"{path} is not there"
+
+
+def test_a_gate_or_a_hook_of_one_module_alone_is_called() -> None:
+    module = module_of("MixtralExperts")
+    given, seen = tokens_of(module), []
+    handle = module.act_fn.register_forward_hook(lambda act, args, out: seen.append(out.shape) or 2 * out)
+    changed = run(module, "moe_fn", given)
+    assert_equal(changed, run(module, "eager", given), module)
+    handle.remove()
+    assert len(seen) > 1
+    module._apply_gate = partial(_gate_nearly_of_deepseek, SimpleNamespace(limit=0.1, act_fn=F.silu))
+    assert_equal(run(module, "moe_fn", given), run(module, "grouped_mm", given), module)
+
+
+def test_rows_of_no_expert_never_reach_anybody() -> None:
+    for norm in (False, True):
+        cls = own_class("power", "silu", has_bias=True, is_transposed=False, has_gate=True, norm=norm, epsilon=0.0)
+        module = randomised(cls(settings_of_experts()), torch.float32)
+        given = tokens_of(module, strangers=(6, 9, -1))
+        given.x[2], given.ids[2], given.w[2] = torch.nan, 6, 0.0  # a token of other ranks alone, and nobody knows what it holds
+        y, dx, dw, *rest = run(module, "moe_fn", given)
+        assert all(t.isfinite().all() for t in (y, dx, dw, *rest))
+        assert not y[2].any() and not dx[2].any() and not dw[given.ids == 6].any()
+
+
+def test_ranks_add_up_to_the_layer() -> None:
+    for name in ("MixtralExperts", "GptOssExperts", "NemotronHExperts", "MuseSparkExperts"):
+        whole = module_of(name)
+        given = tokens_of(whole, top_k=5)
+        parts = []
+        for rank in range(3):
+            part = copy.deepcopy(whole)
+            part.num_experts, part._is_expert_parallel = 2, True
+            for parameter in part.parameters():
+                parameter.data = parameter.data[2 * rank : 2 * rank + 2] if parameter.shape[0] == 6 else parameter.data
+            elsewhere = given.ids // 2 != rank
+            local = Tokens(given.x, torch.where(elsewhere, 2, given.ids % 2), given.w.masked_fill(elsewhere, 0.0))
+            parts.append(run(part, "moe_fn", local)[:3])
+            assert_matches(parts[-1][0], run(part, "grouped_mm", local)[0], tolerance=TOLERANCES, scale=0.1)
+        wanted = run(whole, "eager", given)
+        for index in (0, 1):
+            assert_matches(sum(part[index] for part in parts), wanted[index], tolerance=TOLERANCES, scale=0.1)
+
+
+def test_a_rank_with_nothing_to_do_runs_one_row_of_zeros() -> None:
+    for name in ("MixtralExperts", "GptOssExperts", "MuseSparkExperts"):
+        module = module_of(name)
+        nothing = torch.zeros(0, 16, requires_grad=True)
+        module.config._experts_implementation = "moe_fn"
+        y = module(nothing.sum(0, keepdim=True), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))[:0]
+        (y.sum() + nothing.sum()).backward()
+        assert y.shape == (0, 16) and nothing.grad is not None
+        assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+        assert module(torch.zeros(0, 16), torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3)).shape == (0, 16)
+
+
+def test_autocast_and_mixed_dtypes_compute_as_theirs() -> None:
+    for name in ("MixtralExperts", "GptOssExperts", "MuseSparkExperts"):
+        module = module_of(name, intermediate_size=24, moe_intermediate_size=24)  # their grouped_mm wants rows of 16 bytes
+        given = tokens_of(module)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, eager = run(module, "moe_fn", given)[0], run(module, "eager", given)[0]
+        assert ours.dtype == given.x.dtype
+        assert (ours - run(module, "eager", given)[0]).norm() > 1e-4 * ours.norm(), "autocast is not honoured"
+        assert_matches(ours, eager, tolerance=2e-2, scale=0.1)
+        low = copy.deepcopy(module).to(torch.bfloat16)
+        ours, grouped = run(low, "moe_fn", given), run(low, "grouped_mm", given)
+        assert ours[0].dtype == torch.float32
+        assert_matches(ours[0], grouped[0], tolerance=2e-2, scale=0.1)
+
+
+def test_weights_may_be_made_by_a_parametrization() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    module = module_of("MixtralExperts")
+    torch.nn.utils.parametrize.register_parametrization(module, "down_proj", Doubled())
+    given = tokens_of(module)
+    assert_equal(run(module, "moe_fn", given), run(module, "eager", given), module)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------------------
+
+
+def call(module: Any) -> Tensor:
+    given = tokens_of(module)
+    module.config._experts_implementation = "moe_fn"
+    y: Tensor = module(given.x, given.ids, given.w)
+    return y
+
+
+def test_quantised_distributed_and_misfitting_weights_are_refused() -> None:
+    module = module_of("MixtralExperts")
+    whole = module.gate_up_proj.data
+    module.gate_up_proj = nn.Parameter(whole.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"MixtralExperts: gate_up_proj is torch.float8_e4m3fn; expected .* not quantised"):
+        call(module)
+    module.gate_up_proj = nn.Parameter(TwoTensor(whole, whole.clone()))
+    with pytest.raises(ValueError, match="gate_up_proj is a TwoTensor; expected a plain tensor"):
+        call(module)
+    module.gate_up_proj = nn.Parameter(torch.cat([whole, whole]))
+    with pytest.raises(ValueError, match=r"gate_up_proj is \(12, 24, 16\); expected 3 dims, the first num_experts=6"):
+        call(module)
+    module.gate_up_proj = nn.Parameter(whole[:, :-2])
+    with pytest.raises(ValueError, match="gate_up"):
+        call(module)
+    given = tokens_of(module)
+    with pytest.raises(ValueError, match="hidden_states has 3 dims"):
+        module(given.x.unsqueeze(0), given.ids, given.w)
+    own = own_class("power", "silu", has_bias=False, is_transposed=False, has_gate=True, norm=False)(settings_of_experts())
+    own._apply_gate = lambda gate_up: gate_up
+    with pytest.raises(ValueError, match="its gate gives 24 columns; expected 12"):
+        call(randomised(own, torch.float32))
+
+
+def test_float8_experts_say_what_is_wrong() -> None:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+
+    class Quantised(FP8Experts):
+        pass
+
+    cls = use_experts_implementation(Quantised, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+    module = cls(settings_of_experts(swiglu_alpha=None, mlp_gate_softcap=None, _experts_implementation="moe_fn"), block_size=(4, 4))
+    with pytest.raises(ValueError, match=r"Quantised: gate_up_proj is torch.float8_e4m3fn; expected .* not quantised"):
+        module(torch.zeros(2, 16), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2))
+
+
+def test_names_that_transformers_has_are_refused_and_registering_twice_is_not() -> None:
+    register()
+    for name in ("eager", "grouped_mm", "deepgemm_megamoe", "", None):
+        with pytest.raises(ValueError, match="register: "):
+            register(name)  # type: ignore[arg-type]
+    assert ExpertsInterface()["grouped_mm"] is grouped_mm_experts_forward
+    try:
+        register("another_name")
+        assert ExpertsInterface()["another_name"] is ExpertsInterface()["moe_fn"] is experts.experts_forward
+    finally:
+        ExpertsInterface._global_mapping.pop("another_name")
+
+
+def test_modules_are_as_they_were() -> None:
+    module = module_of("GptOssExperts")
+    given = tokens_of(module)
+    state = {name: t.clone() for name, t in module.state_dict().items()}
+    expected = run(module, "moe_fn", given)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
+        assert twin.state_dict().keys() == state.keys() and all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
+        assert all(torch.equal(a, b) for a, b in zip(run(twin, "moe_fn", given), expected, strict=True))
