@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 from transformers.activations import ACT2FN  # noqa: E402
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation  # noqa: E402
+from transformers_models import MODELS, make_model, make_token_ids  # noqa: E402
 
 from moe_fn.integrations.transformers import experts, register  # noqa: E402
 from moe_fn.integrations.transformers.gates import ACTIVATIONS, places_of_numbers  # noqa: E402
@@ -171,9 +172,9 @@ def test_numbers_of_a_gate_are_read_from_the_module_at_every_call() -> None:
 
 
 def _gate_of_power(self: Any, gate_up: Tensor) -> Tensor:
-    """Not ours; its derivative is infinite at 0."""
+    """Not ours; learned, and its derivatives are infinite at 0."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return gate.abs().sqrt() * up * self.slope.to(gate.dtype)
+    return (gate * self.slope).abs().sqrt() * up
 
 
 def _gate_own(self: Any, gate_up: Tensor) -> Tensor:
@@ -335,6 +336,15 @@ def test_rows_of_no_expert_never_reach_anybody() -> None:
         assert not y[2].any() and not dx[2].any() and not dw[given.ids == 6].any()
 
 
+def test_small_integers_need_not_hold_the_number_of_experts() -> None:
+    module = module_of("MixtralExperts", torch.float64, num_local_experts=130)
+    given = tokens_of(module, tokens=40, dtype=torch.float64)
+    ids = given.ids.clamp(max=127)
+    ids[::3, 1] = -1
+    actual = run(module, "moe_fn", Tokens(given.x, ids.to(torch.int8), given.w))
+    assert_equal(actual, theirs(module, Tokens(given.x, ids, given.w)), module)
+
+
 def test_ranks_add_up_to_the_layer() -> None:
     for name in ("MixtralExperts", "GptOssExperts", "NemotronHExperts", "MuseSparkExperts"):
         whole = module_of(name)
@@ -462,3 +472,48 @@ def test_modules_are_as_they_were() -> None:
     for twin in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
         assert twin.state_dict().keys() == state.keys() and all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
         assert all(torch.equal(a, b) for a, b in zip(run(twin, "moe_fn", given), expected, strict=True))
+
+
+# --- whole models --------------------------------------------------------------------------------------------------------------------
+
+
+def of_model(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Logits, and the gradient of every parameter that has one."""
+    y = model(ids, use_cache=False).logits
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    direction = torch.arange(1, y.numel() + 1, dtype=torch.float64).cos().view(y.shape).to(y.dtype)
+    found = torch.autograd.grad((y * direction).sum(), list(wanted.values()), allow_unused=True)
+    return {"logits": y.detach()} | {name: g for name, g in zip(wanted, found, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row.registered])
+def test_whole_models_give_the_same_logits_gradients_and_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model(name, seed=0), make_token_ids(seed=1)
+    keys = set(model.state_dict())
+    expected, tokens = of_model(model, ids), model.generate(ids, max_new_tokens=6, do_sample=False)
+    calls = []
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(type(args[0]).__name__)
+        return experts.experts_forward(*args)
+
+    monkeypatch.setitem(ExpertsInterface._global_mapping, "moe_fn", counted)
+    model.set_experts_implementation("moe_fn")
+    actual = of_model(model, ids)
+    assert calls and set(calls) <= set(CLASSES), "the experts did not run on moe_fn"
+    assert actual.keys() == expected.keys() and set(model.state_dict()) == keys
+    for key, wanted in expected.items():
+        assert_matches(actual[key], wanted, tolerance=1e-5, scale=1e-3, name=key)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)
+
+
+def test_saved_models_load_onto_moe_fn(tmp_path: Path) -> None:
+    model, ids = make_model("qwen3_moe", seed=0), make_token_ids(seed=1)
+    expected = of_model(model, ids)["logits"]
+    model.set_experts_implementation("moe_fn")
+    model.save_pretrained(tmp_path)
+    assert "moe_fn" not in (tmp_path / "config.json").read_text()
+    loaded = type(model).from_pretrained(tmp_path, experts_implementation="moe_fn")
+    assert loaded.config._experts_implementation == "moe_fn"
+    for twin in (loaded, copy.deepcopy(model)):
+        assert_matches(of_model(twin, ids)["logits"], expected, tolerance=1e-5)
