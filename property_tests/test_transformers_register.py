@@ -169,10 +169,10 @@ def test_a_gate_or_a_hook_of_one_module_alone_is_called() -> None:
 
 
 def test_rows_of_no_expert_never_reach_anybody() -> None:
-    for norm in (False, True):
-        cls = own_class("power", "silu", has_bias=True, is_transposed=False, has_gate=True, norm=norm, epsilon=0.0)
-        module = randomised(cls(settings_of_experts()), torch.float32)
-        given = tokens_of(module, strangers=(6, 9, -1))
+    flags = {"has_bias": True, "is_transposed": False, "has_gate": True, "epsilon": 0.0}
+    own = [randomised(own_class("power", "silu", norm=norm, **flags)(settings_of_experts()), torch.float32) for norm in (False, True)]
+    for module in (*own, module_of("GptOssExperts"), module_of("NemotronHExperts", torch.float64), module_of("MuseSparkExperts")):
+        given = tokens_of(module, dtype=module.down_proj.dtype, strangers=(6, 9, -1))
         given.x[2], given.ids[2], given.w[2] = torch.nan, 6, 0.0  # a token of other ranks alone, and nobody knows what it holds
         y, dx, dw, *rest = run(module, "moe_fn", given)
         assert all(t.isfinite().all() for t in (y, dx, dw, *rest))
@@ -270,7 +270,11 @@ def test_quantised_distributed_and_misfitting_weights_are_refused() -> None:
     module.gate_up_proj = nn.Parameter(whole[:, :-2])
     with pytest.raises(ValueError, match="gate_up"):
         call(module)
+    module.gate_up_proj = nn.Parameter(whole[:, :, 1:])
+    with pytest.raises(ValueError, match="gate_up_proj takes 15 columns and down_proj gives 16"):
+        call(module)
     given = tokens_of(module)
+    module.gate_up_proj = nn.Parameter(whole)
     with pytest.raises(ValueError, match="hidden_states has 3 dims"):
         module(given.x.unsqueeze(0), given.ids, given.w)
     own = own_class("power", "silu", has_bias=False, is_transposed=False, has_gate=True, norm=False)(settings_of_experts())

@@ -10,12 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.activations import ACT2FN  # noqa: E402
+from transformers.integrations.moe import use_experts_implementation  # noqa: E402
 
 
 def settings_of_experts(**changes: Any) -> SimpleNamespace:
