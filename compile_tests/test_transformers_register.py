@@ -77,11 +77,9 @@ def test_whole_models_are_one_graph_for_every_length_forward_and_backward(name: 
     assert_one_model_graph(make_model(name, seed=0, experts_implementation="moe_fn").to(dtype), TOLERANCES[dtype])
 
 
-# alpha and an offset; act_fn that is a function, and convolutions.
-@pytest.mark.parametrize("name", ("minimax_m3_vl", "lfm2_moe"))
-def test_more_models_are_one_graph_for_every_length(name: str) -> None:
+def test_inference_is_one_graph_for_every_length() -> None:
     with torch.no_grad():
-        assert_one_model_graph(make_model(name, seed=0, experts_implementation="moe_fn"), TOLERANCES[torch.float32])
+        assert_one_model_graph(make_model("minimax_m3_vl", seed=0, experts_implementation="moe_fn"), TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
