@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 import transformers
+from moe_fn.bench.progress import Progress, clear
 from small_models import MODELS, small_model
 from torch import Tensor
 from torch._dynamo.pgo import reset_code_state
 from torch._dynamo.utils import counters
 
-from moe_fn.bench.progress import Progress, clear
 from moe_fn.bench.timing import clock_of_device, take_turns
 from moe_fn.integrations.transformers import register, replace_moe_blocks
 
