@@ -527,3 +527,33 @@ if importlib.util.find_spec("transformers") is not None:
             after(lambda out, *a: (out[0], replace(out[1], expert_ids=out[0].topk(out[1].expert_ids.shape[-1]).indices))),
         ),
     )
+
+if importlib.util.find_spec("safetensors") is not None:
+    from moe_fn.checkpoint import axes, reading, saving
+
+    BUGS += (
+        PlantedBug(
+            "saving_undoes_loading",
+            "every expert is saved as the first",
+            saving._tensor,
+            before(lambda entry, expert, *rest: (entry, None if expert is None else 0, *rest)),
+        ),
+        PlantedBug(
+            "saving_undoes_loading",
+            "gates for ups",
+            reading._copy_piece,
+            before(lambda piece, *rest: (replace(piece, part=replace(piece.part, entry=replace(piece.part.entry, pins=()))), *rest)),
+        ),
+        PlantedBug(
+            "slices_of_ranks_make_up_the_whole",
+            "a cut through gates and ups is one rectangle",
+            axes.rectangles,
+            instead(lambda pattern, sizes, ranges: iter([{axis: ranges.get(axis, (0, sizes[axis])) for axis in axes.axes_of(pattern)}])),
+        ),
+        PlantedBug(
+            "slices_of_ranks_make_up_the_whole",
+            "every rank has the first experts",
+            reading.slices_of,
+            after(lambda slices, *a: replace(slices, experts=tuple(range(len(slices.experts))))),
+        ),
+    )

@@ -11,8 +11,8 @@ from planted_bugs import BUGS, PlantedBug, planted
 
 FOLDER = Path(__file__).parent
 FILES = ("test_route", "test_dispatch", "test_experts", "test_combine", "test_around_the_experts", "test_preparing", "test_layer")
-WITH_TRANSFORMERS = ("test_transformers_laws",)
-FILES += WITH_TRANSFORMERS if importlib.util.find_spec("transformers") is not None else ()
+WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint",)}
+FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)
 MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)
 LAWS = {name.removeprefix("test_"): value for module in MODULES for name, value in vars(module).items() if hasattr(value, "strategies")}
 QUICK = settings(

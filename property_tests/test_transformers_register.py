@@ -1,12 +1,8 @@
 """register(): experts modules of transformers compute on moe_fn what their own code computes, sentinels and gradients included."""
 
 import copy
-import dataclasses
 import importlib
 import io
-import math
-import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +18,19 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
-from transformers.activations import ACT2FN  # noqa: E402
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation  # noqa: E402
+from transformers_experts import (  # noqa: E402
+    ACTS,
+    CLASSES,
+    Tokens,
+    gate_nearly_of_deepseek,
+    module_of,
+    own_class,
+    randomised,
+    settings_of_experts,
+    tokens_of,
+)
+from transformers_models import MODELS, make_model, make_token_ids  # noqa: E402
 
 from moe_fn.integrations.transformers import experts, register  # noqa: E402
 from moe_fn.integrations.transformers.gates import ACTIVATIONS, places_of_numbers  # noqa: E402
@@ -34,69 +41,6 @@ register()
 # One rounding of each dtype on either side: transformers rounds after every step, and some of its classes compute in float32 only.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 4e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def settings_of_experts(**changes: Any) -> SimpleNamespace:
-    """A config with every word that an experts class reads."""
-    words = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6)
-    words |= dict.fromkeys(("hidden_size", "moe_hidden_size"), 16)
-    words |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 12)
-    acts = dict.fromkeys(("hidden_act", "hidden_activation"), "silu") | {"mlp_hidden_act": "relu2"}
-    numbers = {"swiglu_limit": 0.7, "swiglu_alpha": 1.3, "mlp_gate_softcap": 0.9, "mlp_up_softcap": 1.1, "post_norm_eps": 1e-5}
-    return SimpleNamespace(**(words | acts | numbers | {"moe_latent_size": None, "_experts_implementation": "eager"} | changes))
-
-
-def decorated() -> dict[str, tuple[Path, str]]:
-    """Every class in transformers.models that `use_experts_implementation` decorates."""
-    root = Path(transformers.__file__).parent / "models"
-    found = {}
-    for path in sorted(root.glob("*/modeling_*.py")):
-        for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text(), re.MULTILINE):
-            found[name] = path, name
-    return found
-
-
-CLASSES = decorated()
-
-
-def module_of(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    path, _ = CLASSES[name]
-    module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
-    return randomised(getattr(module, name)(settings_of_experts(**changes)), dtype)
-
-
-def randomised(module: Any, dtype: torch.dtype, seed: int = 0) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        fan_in = parameter.shape[-2 if module.is_transposed else -1] if parameter.ndim == 3 else 1
-        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / math.sqrt(fan_in)
-        parameter.data = (values.abs() + 0.5 if "norm" in name else values).to(dtype)
-    return module
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """What a block hands to its experts."""
-
-    x: Tensor
-    ids: Tensor
-    w: Tensor
-
-
-def tokens_of(
-    module: Any, tokens: int = 9, top_k: int = 3, dtype: torch.dtype = torch.float32, seed: int = 1, strangers: tuple[int, ...] = ()
-) -> Tokens:
-    """Distinct experts for each token; a third of the ids are `strangers`, which are no expert's, if there are any."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = module.down_proj
-    hidden, experts = weight.shape[2 if module.is_transposed else 1], module.num_experts
-    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64).to(dtype)
-    order = torch.rand(tokens, max(top_k, experts), generator=generator).argsort(-1)[:, :top_k] % experts
-    w = (torch.rand(tokens, top_k, generator=generator, dtype=torch.float64) + 0.1).to(dtype)
-    if strangers:
-        choice = torch.tensor(strangers)[torch.randint(len(strangers), order.shape, generator=generator)]
-        order = torch.where(torch.rand(order.shape, generator=generator) < 0.3, choice, order)
-    return Tokens(x, order, w)
 
 
 def run(module: Any, implementation: str, given: Tokens, direction: Tensor | None = None) -> list[Tensor]:
@@ -170,106 +114,6 @@ def test_numbers_of_a_gate_are_read_from_the_module_at_every_call() -> None:
 # --- classes of somebody's own -------------------------------------------------------------------------------------------------------
 
 
-def _gate_of_power(self: Any, gate_up: Tensor) -> Tensor:
-    """Not ours; its derivative is infinite at 0."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return gate.abs().sqrt() * up * self.slope.to(gate.dtype)
-
-
-def _gate_own(self: Any, gate_up: Tensor) -> Tensor:
-    """Not ours, learned, and not 0 at 0."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.tanh(gate) * up * self.slope.to(gate.dtype) + 0.2
-
-
-def _gate_of_deepseek(self: Any, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)  # word for word DeepSeek-V4's
-    gate = gate.clamp(max=self.limit)
-    up = up.clamp(min=-self.limit, max=self.limit)
-    return self.act_fn(gate) * up
-
-
-def _gate_nearly_of_deepseek(self: Any, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.clamp(max=self.limit)
-    up = up.clamp(min=-self.limit, max=2 * self.limit)
-    return self.act_fn(gate) * up
-
-
-class _Norm(nn.Module):
-    """Without epsilon a row of zeros has no finite norm, let alone a gradient."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + self.epsilon).rsqrt() * self.weight
-
-
-GATES: dict[str, Callable[..., Any] | None] = {
-    "default": None,
-    "own": _gate_own,
-    "power": _gate_of_power,
-    "deepseek": _gate_of_deepseek,
-    "nearly": _gate_nearly_of_deepseek,
-}
-NAMED_ACTS = (
-    "silu", "swish", "quick_gelu", "gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_new", "gelu_accurate", "gelu_fast", "relu", "relu2",
-    "mish", "leaky_relu", "prelu",
-)  # fmt: skip
-ACTS: dict[str, Callable[[], Any]] = {
-    **{name: partial(ACT2FN.__getitem__, name) for name in NAMED_ACTS},
-    "F.silu": lambda: F.silu,
-    "F.gelu": lambda: F.gelu,
-    "lambda": lambda: lambda x: x * x.sigmoid() + 0.1,
-    "partial": lambda: partial(F.gelu, approximate="tanh"),
-}
-
-
-def own_class(
-    gate: str, act: str, *, has_bias: bool, is_transposed: bool, has_gate: bool, norm: bool, epsilon: float = 0.1
-) -> type[nn.Module]:
-    """Experts as a user would write them, with the eager loop of transformers' own docstring."""
-
-    class Own(nn.Module):
-        def __init__(self, config: Any) -> None:
-            super().__init__()
-            self.num_experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
-            wide = 2 * inner if has_gate else inner
-            shapes = {"gate_up_proj" if has_gate else "up_proj": (wide, hidden), "down_proj": (hidden, inner)}
-            for name, (rows, columns) in shapes.items():
-                shape = (columns, rows) if is_transposed else (rows, columns)
-                setattr(self, name, nn.Parameter(torch.empty(self.num_experts, *shape)))
-                if has_bias:
-                    setattr(self, f"{name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
-            self.act_fn, self.limit = ACTS[act](), 0.8
-            self.slope = nn.Parameter(torch.tensor(1.5))
-            if norm:
-                self.post_expert_norm = _Norm(hidden, epsilon)
-
-        def forward(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-            y = torch.zeros_like(x)
-
-            def product(rows: Tensor, name: str, e: int) -> Tensor:
-                weight = getattr(self, name)[e]
-                out = rows @ (weight if is_transposed else weight.t())
-                return out + getattr(self, f"{name}_bias")[e] if has_bias else out
-
-            for e in range(self.num_experts):
-                token, slot = torch.where(ids == e)
-                h = product(x[token], "gate_up_proj" if has_gate else "up_proj", e)
-                h = product(self._apply_gate(h) if has_gate else self.act_fn(h), "down_proj", e)
-                h = self.post_expert_norm(h) if norm else h
-                y = y.index_add(0, token, (h * w[token, slot, None]).to(y.dtype))
-            return y
-
-    if GATES[gate] is not None:
-        Own._apply_gate = GATES[gate]  # type: ignore[attr-defined]
-    return use_experts_implementation(Own, is_transposed=is_transposed, has_bias=has_bias, has_gate=has_gate, has_post_expert_norm=norm)  # type: ignore[no-any-return]
-
-
 @settings(max_examples=400)
 @given(st.data())
 def test_any_experts_module_computes_what_its_own_code_does(data: st.DataObject) -> None:
@@ -320,19 +164,28 @@ def test_a_gate_or_a_hook_of_one_module_alone_is_called() -> None:
     assert_equal(changed, run(module, "eager", given), module)
     handle.remove()
     assert len(seen) > 1
-    module._apply_gate = partial(_gate_nearly_of_deepseek, SimpleNamespace(limit=0.1, act_fn=F.silu))
+    module._apply_gate = partial(gate_nearly_of_deepseek, SimpleNamespace(limit=0.1, act_fn=F.silu))
     assert_equal(run(module, "moe_fn", given), run(module, "grouped_mm", given), module)
 
 
 def test_rows_of_no_expert_never_reach_anybody() -> None:
-    for norm in (False, True):
-        cls = own_class("power", "silu", has_bias=True, is_transposed=False, has_gate=True, norm=norm, epsilon=0.0)
-        module = randomised(cls(settings_of_experts()), torch.float32)
-        given = tokens_of(module, strangers=(6, 9, -1))
+    flags = {"has_bias": True, "is_transposed": False, "has_gate": True, "epsilon": 0.0}
+    own = [randomised(own_class("power", "silu", norm=norm, **flags)(settings_of_experts()), torch.float32) for norm in (False, True)]
+    for module in (*own, module_of("GptOssExperts"), module_of("NemotronHExperts", torch.float64), module_of("MuseSparkExperts")):
+        given = tokens_of(module, dtype=module.down_proj.dtype, strangers=(6, 9, -1))
         given.x[2], given.ids[2], given.w[2] = torch.nan, 6, 0.0  # a token of other ranks alone, and nobody knows what it holds
         y, dx, dw, *rest = run(module, "moe_fn", given)
         assert all(t.isfinite().all() for t in (y, dx, dw, *rest))
         assert not y[2].any() and not dx[2].any() and not dw[given.ids == 6].any()
+
+
+def test_small_integers_need_not_hold_the_number_of_experts() -> None:
+    module = module_of("MixtralExperts", torch.float64, num_local_experts=130)
+    given = tokens_of(module, tokens=40, dtype=torch.float64)
+    ids = given.ids.clamp(max=127)
+    ids[::3, 1] = -1
+    actual = run(module, "moe_fn", Tokens(given.x, ids.to(torch.int8), given.w))
+    assert_equal(actual, theirs(module, Tokens(given.x, ids, given.w)), module)
 
 
 def test_ranks_add_up_to_the_layer() -> None:
@@ -417,7 +270,11 @@ def test_quantised_distributed_and_misfitting_weights_are_refused() -> None:
     module.gate_up_proj = nn.Parameter(whole[:, :-2])
     with pytest.raises(ValueError, match="gate_up"):
         call(module)
+    module.gate_up_proj = nn.Parameter(whole[:, :, 1:])
+    with pytest.raises(ValueError, match="gate_up_proj takes 15 columns and down_proj gives 16"):
+        call(module)
     given = tokens_of(module)
+    module.gate_up_proj = nn.Parameter(whole)
     with pytest.raises(ValueError, match="hidden_states has 3 dims"):
         module(given.x.unsqueeze(0), given.ids, given.w)
     own = own_class("power", "silu", has_bias=False, is_transposed=False, has_gate=True, norm=False)(settings_of_experts())
@@ -462,3 +319,48 @@ def test_modules_are_as_they_were() -> None:
     for twin in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
         assert twin.state_dict().keys() == state.keys() and all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
         assert all(torch.equal(a, b) for a, b in zip(run(twin, "moe_fn", given), expected, strict=True))
+
+
+# --- whole models --------------------------------------------------------------------------------------------------------------------
+
+
+def of_model(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Logits, and the gradient of every parameter that has one."""
+    y = model(ids, use_cache=False).logits
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    direction = torch.arange(1, y.numel() + 1, dtype=torch.float64).cos().view(y.shape).to(y.dtype)
+    found = torch.autograd.grad((y * direction).sum(), list(wanted.values()), allow_unused=True)
+    return {"logits": y.detach()} | {name: g for name, g in zip(wanted, found, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row.registered])
+def test_whole_models_give_the_same_logits_gradients_and_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model(name, seed=0), make_token_ids(seed=1)
+    keys = set(model.state_dict())
+    expected, tokens = of_model(model, ids), model.generate(ids, max_new_tokens=6, do_sample=False)
+    calls = []
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(type(args[0]).__name__)
+        return experts.experts_forward(*args)
+
+    monkeypatch.setitem(ExpertsInterface._global_mapping, "moe_fn", counted)
+    model.set_experts_implementation("moe_fn")
+    actual = of_model(model, ids)
+    assert calls and set(calls) <= set(CLASSES), "the experts did not run on moe_fn"
+    assert actual.keys() == expected.keys() and set(model.state_dict()) == keys
+    for key, wanted in expected.items():
+        assert_matches(actual[key], wanted, tolerance=1e-5, scale=1e-3, name=key)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), tokens)
+
+
+def test_saved_models_load_onto_moe_fn(tmp_path: Path) -> None:
+    model, ids = make_model("qwen3_moe", seed=0), make_token_ids(seed=1)
+    expected = of_model(model, ids)["logits"]
+    model.set_experts_implementation("moe_fn")
+    model.save_pretrained(tmp_path)
+    assert "moe_fn" not in (tmp_path / "config.json").read_text()
+    loaded = type(model).from_pretrained(tmp_path, experts_implementation="moe_fn")
+    assert loaded.config._experts_implementation == "moe_fn"
+    for twin in (loaded, copy.deepcopy(model)):
+        assert_matches(of_model(twin, ids)["logits"], expected, tolerance=1e-5)

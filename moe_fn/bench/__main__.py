@@ -23,9 +23,9 @@ from moe_fn.bench.contestants.entry import Contestant, missing
 from moe_fn.bench.machine import available_bytes, load_average, machine
 from moe_fn.bench.models import MODELS, Model, model_of_name, model_of_shape
 from moe_fn.bench.problem import DTYPES, weight_bytes
-from moe_fn.bench.progress import Progress, clear
 from moe_fn.bench.report import as_json, markdown
 from moe_fn.bench.results import Combination, Result
+from moe_fn.progress import Progress, clear
 
 Value = TypeVar("Value")
 

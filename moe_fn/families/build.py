@@ -32,7 +32,7 @@ def build_config(
     if family.refused:
         raise ValueError(f"{family.names[0]}: {family.refused}")
     by_words = {name: getattr(family, name) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
-    of_layer: dict[str, Any] = {name: sizes[name] if name in sizes else int(resolve(value, look)) for name, value in by_words.items()}
+    of_layer: dict[str, Any] = {name: sizes[name] if name in sizes else _size(name, value, look) for name, value in by_words.items()}
     activation = build_activation(family.activation, look)
     return MoEConfig(
         **of_layer,
@@ -41,6 +41,13 @@ def build_config(
         shared=_shared(family.shared, look, shared_look or look, shared_width, activation),
         **{name: _nested(name, value, look) for name, value in family.layer.items()},
     )
+
+
+def _size(name: str, word: Any, look: Look) -> int:
+    size = resolve(word, look)
+    if not isinstance(size, int):
+        raise ValueError(f"{word!r} is {size!r} in the model's config; expected a whole number, the {name}")
+    return size
 
 
 def build_activation(row: Mapping[str, Any], look: Look) -> ActivationConfig:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_fn.backends import backend_of
+from moe_fn.checking import check_routing, check_x
 from moe_fn.compiling import constant_while_tracing
 from moe_fn.config import MoEConfig, ZeroExpertsConfig, as_activation
 from moe_fn.forward import moe_forward_routed
@@ -33,8 +34,8 @@ def register(name: str = "moe_fn") -> None:
     between grouped products. Nothing is kept on the module.
 
     Rounding: the products compute in the dtype of the experts' weights (under autocast, in autocast's) and accumulate in float32; gates,
-    biases, routing weights and the sum over experts are float32, rounded once, where transformers rounds every step. The result has the
-    dtype of the input. float64 stays float64.
+    biases, routing weights and the sum over experts are float32, rounded once, where transformers rounds every step. A gate or norm of
+    the module's own sees the dtype that the products compute in. The result has the dtype of the input; float64 stays float64.
 
     Raises ValueError if the name is taken, and when a module is called whose weights are quantised, distributed or of other shapes.
     A second call changes nothing.
@@ -93,6 +94,8 @@ def by_stages_of_module(module: nn.Module, config: MoEConfig, weights: MoEWeight
     Rows of no expert are ones where code that is not ours sees them: zeros may have no finite gradient there (a norm, a root).
     """
     part: Any = module
+    check_x(_name(module), config, x)
+    check_routing(_name(module), config, x, routing)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     dispatched = dispatch(config, x.to(dtype), routing)
     rows, ends, transposed = dispatched.rows, dispatched.expert_ends, config.weight_layout == "out_in"
@@ -188,6 +191,9 @@ def _weights_of(module: nn.Module) -> MoEWeights:
         if weight.ndim != 3 or weight.shape[0] != part.num_experts:
             shape = tuple(weight.shape)
             raise ValueError(f"{_name(module)}: {name} is {shape}; expected 3 dims, the first num_experts={part.num_experts}")
+    ends = (gate_up.shape[1], down.shape[2]) if part.is_transposed else (gate_up.shape[2], down.shape[1])
+    if ends[0] != ends[1]:
+        raise ValueError(f"{_name(module)}: {up} takes {ends[0]} columns and down_proj gives {ends[1]}; expected the hidden size of both")
     gate_up_bias, down_bias = (getattr(part, f"{up}_bias"), part.down_proj_bias) if part.has_bias else (None, None)
     return MoEWeights(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
 

@@ -8,7 +8,7 @@ _WIDTH = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """total combinations, of which done are over; label says which one is running."""
+    """total steps, of which done are over; label says which one is running."""
 
     total: int
     done: int

@@ -1,0 +1,104 @@
+"""A checkpoint folder: config.json, model.safetensors or shards with an index, and which tensor is in which file."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_fn.checkpoint.files import TensorInfo, parse_json, read_header, size_of_file
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+Headers = Mapping[str, Mapping[str, TensorInfo]]  # tensors of a file
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """folder, the parsed config.json if there is one, and the file of every tensor."""
+
+    folder: Path
+    config: Mapping[str, Any] | None
+    file_of_tensor: Mapping[str, str]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint at a path: a folder, or one .safetensors file. Reads the index, or the header of the only file.
+
+    Raises ValueError for a path without safetensors, and for an index that is no JSON or names files outside of the folder.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; expected a checkpoint folder, or a .safetensors file")
+    folder = path if path.is_dir() else path.parent
+    config = parse_json(str(folder / CONFIG), _bytes(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+    if path.is_dir() and (path / INDEX).exists():
+        return Checkpoint(folder, config, _files_of_index(path / INDEX))
+    file = path if not path.is_dir() else _only_file(path)
+    return Checkpoint(folder, config, dict.fromkeys(read_header(file), file.name))
+
+
+def read_headers(checkpoint: Checkpoint, files: Iterable[str]) -> Headers:
+    """The headers of some files of a checkpoint, all of them checked.
+
+    Raises ValueError as read_header does, and where the index says that a file has a tensor which it has not.
+    """
+    headers = {file: read_header(checkpoint.folder / file) for file in dict.fromkeys(files)}
+    for name, file in checkpoint.file_of_tensor.items():
+        if file in headers and name not in headers[file]:
+            raise ValueError(f"{checkpoint.folder / INDEX} says that {name} is in {file}; expected it there, but the file does not have it")
+    return headers
+
+
+def tensors_below(checkpoint: Checkpoint, headers: Headers, beginnings: Iterable[str]) -> dict[str, TensorInfo]:
+    """All tensors of these files whose names begin so.
+
+    Raises ValueError for one that a file has and the index does not list there: it would be loaded from somewhere else, or not at all.
+    """
+    beginnings = tuple(beginnings)
+    found = {}
+    for file, tensors in headers.items():
+        for name, tensor in tensors.items():
+            if not name.startswith(beginnings):
+                continue
+            if checkpoint.file_of_tensor.get(name) != file:
+                listed = checkpoint.file_of_tensor.get(name)
+                there = "does not list it" if listed is None else f"lists it in {listed}"
+                raise ValueError(f"{checkpoint.folder / file} has {name}, but the index {there}; expected every tensor in one place")
+            found[name] = tensor
+    return found
+
+
+def model_types(config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Every model_type in a config.json, those of nested configs too."""
+    if config is None:
+        return ()
+    own = (config["model_type"],) if isinstance(config.get("model_type"), str) else ()
+    return own + tuple(name for value in config.values() if isinstance(value, Mapping) for name in model_types(value))
+
+
+def _only_file(folder: Path) -> Path:
+    if (folder / SINGLE).exists():
+        return folder / SINGLE
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf") for file in folder.glob(pattern))
+        pickles = f" ({', '.join(others[:3])}: only safetensors are read, no pickles)" if others else ""
+        found = ", ".join(file.name for file in files[:3]) or f"no .safetensors{pickles}"
+        raise ValueError(f"{folder} has {found}; expected {SINGLE}, or shards with {INDEX}")
+    return files[0]
+
+
+def _files_of_index(path: Path) -> dict[str, str]:
+    files = parse_json(str(path), _bytes(path)).get("weight_map")
+    if not isinstance(files, Mapping):
+        raise ValueError(f"{path}: weight_map is {files!r:.60}; expected the file of every tensor")
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file or file in (".", "..") or "\\" in file or "\0" in file:
+            raise ValueError(f"{path}: {name} is in {file!r:.120}; expected the name of a file in the same folder")
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{path}: {name} is in {file!r:.120}; expected a .safetensors file, for pickles are not read")
+    return dict(files)
+
+
+def _bytes(path: Path) -> bytes:
+    size_of_file(path)
+    return path.read_bytes()

@@ -1,0 +1,171 @@
+"""Which layers of a checkpoint are mixtures of experts: by the names of their tensors; what they compute, by config.json."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_fn.checkpoint.choose import layouts_of_family, plan_of_block
+from moe_fn.checkpoint.entries import Layout
+from moe_fn.checkpoint.folder import Checkpoint, Headers, model_types, open_checkpoint, read_headers
+from moe_fn.checkpoint.layouts import LAYOUTS
+from moe_fn.checkpoint.loading import load_from
+from moe_fn.config import MoEConfig
+from moe_fn.families import config_of_layer
+from moe_fn.progress import Progress, clear
+from moe_fn.records import MoEWeights
+
+_LAYER = r"(?P<layer>(?:.+\.)?(?:layers|blocks|block|h)\.(?P<index>\d+)(?:\.layer\.\d+)?)"
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """A layer of a checkpoint. problem says why it cannot be loaded; then config or layout may be None.
+
+    index   of the layer, as its name has it        prefix  what the names of its tensors begin with
+    family  model_type of config.json               layout  the row of `moe_fn.checkpoint.LAYOUTS`
+    dtype   of its experts, as the file calls it    bytes   of all tensors that would be loaded
+    """
+
+    index: int
+    prefix: str
+    family: str
+    layout: str | None
+    config: MoEConfig | None
+    dtype: str
+    bytes: int
+    problem: str | None
+
+
+def moe_layers(path: str | Path) -> list[MoELayer]:
+    """The Mixture-of-Experts layers of a checkpoint, in order; headers are read and checked, tensors are not.
+
+    Raises ValueError for a folder without safetensors, and for headers that lie. What is wrong with one layer is in its `problem`.
+
+    >>> import json, tempfile
+    >>> from moe_fn import RouterWeights
+    >>> from moe_fn.checkpoint import save_moe_weights
+    >>> words = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 3, "intermediate_size": 4}
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 3), down=torch.randn(2, 3, 4), router=RouterWeights(gate=torch.randn(2, 3)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_moe_weights(folder, "model.layers.0.block_sparse_moe", config_of_layer(words, 0), weights, layout="mixtral")
+    ...     _ = (Path(folder) / "config.json").write_text(json.dumps(words))
+    ...     (layer,) = moe_layers(folder)
+    ...     config, loaded = load_moe_layer(folder, layer.index)
+    >>> layer.prefix, layer.config == config, torch.equal(loaded.down, weights.down)
+    ('model.layers.0.block_sparse_moe', True, True)
+    """
+    checkpoint = open_checkpoint(path)
+    headers = read_headers(checkpoint, sorted(set(checkpoint.file_of_tensor.values())))
+    return [_describe(checkpoint, headers, prefix, index) for prefix, index in _prefixes(checkpoint).items()]
+
+
+def load_moe_layer(
+    path: str | Path,
+    layer: int | str,
+    *,
+    layout: Layout | str | None = None,
+    experts: Sequence[int] | None = None,
+    intermediate: slice | None = None,
+    shared_intermediate: slice | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[MoEConfig, MoEWeights]:
+    """The config and the weights of a layer: by its index, or by its prefix where two stacks of layers have the same indices.
+
+    The other arguments are those of load_moe_weights; the config is that of the whole layer, whatever the slices.
+
+    Raises ValueError as load_moe_weights and `moe_fn.families.config_of_layer` do, and for a layer that is no mixture of experts.
+    """
+    checkpoint = open_checkpoint(path)
+    prefix, index = _find(checkpoint, layer)
+    config = _config(checkpoint, index)
+    weights = load_from(
+        checkpoint, prefix, config, layout, (experts, intermediate, shared_intermediate), dtype=dtype, device=device
+    )  # fmt: skip
+    return config, weights
+
+
+def load_moe_layers(
+    path: str | Path,
+    layers: Iterable[int | str] | None = None,
+    progress: bool = True,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[str, MoEConfig, MoEWeights]]:
+    """Layer after layer, as (prefix, config, weights); None: all of them. Only the layer that is being made is held here.
+
+    progress shows on stderr which layer is read, as a bar on a terminal, as lines elsewhere.
+
+    Raises ValueError as load_moe_layer does; all layers that are asked for are found before the first is loaded.
+    """
+    checkpoint = open_checkpoint(path)
+    wanted = list(_prefixes(checkpoint).items()) if layers is None else [_find(checkpoint, layer) for layer in layers]
+    configs = [_config(checkpoint, index) for _, index in wanted]
+    try:
+        for done, ((prefix, _), config) in enumerate(zip(wanted, configs, strict=True)):
+            if progress:
+                Progress(total=len(wanted), done=done, label=checkpoint.folder.name).say(prefix)
+            yield prefix, config, load_from(checkpoint, prefix, config, None, (None, None, None), dtype=dtype, device=device)
+    finally:
+        if progress:
+            clear()
+
+
+def _prefixes(checkpoint: Checkpoint) -> dict[str, int]:
+    """The prefix of every block, with the index of its layer, in the order of the names."""
+    rows = layouts_of_family(model_types(checkpoint.config))
+    for candidates in (rows, LAYOUTS):
+        anchors = "|".join(sorted({_anchor(row) for row in candidates}))
+        pattern = re.compile(f"{_LAYER}(?P<rest>{anchors})(?:_blocks)?")
+        found = {}
+        for name in checkpoint.file_of_tensor:
+            if match := pattern.fullmatch(name):
+                block = next((row.block for row in candidates if re.fullmatch(_anchor(row), match["rest"])), "")
+                found[".".join(filter(None, (match["layer"], block)))] = int(match["index"])
+        if found:
+            break
+    return dict(sorted(found.items(), key=lambda item: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]))
+
+
+def _anchor(row: Layout) -> str:
+    name = re.escape("." + ".".join(filter(None, (row.block, row.anchor))))
+    return name.replace(r"\{e\}", r"\d+").replace(r"\{second\}", r"\d+")
+
+
+def _find(checkpoint: Checkpoint, layer: int | str) -> tuple[str, int]:
+    there = _prefixes(checkpoint)
+    found = [(prefix, index) for prefix, index in there.items() if layer in (prefix, index)]
+    if len(found) != 1:
+        if found:
+            raise ValueError(
+                f"{checkpoint.folder} has {len(found)} layers {layer!r}; expected one of the prefixes {', '.join(p for p, _ in found)}"
+            )
+        indices = ", ".join(map(str, dict.fromkeys(there.values()))) or "none at all"
+        raise ValueError(f"{checkpoint.folder} has no mixture of experts in layer {layer!r}; expected one of {indices}")
+    return found[0]
+
+
+def _config(checkpoint: Checkpoint, index: int) -> MoEConfig:
+    if checkpoint.config is None:
+        raise ValueError(f"{checkpoint.folder} has no config.json; expected one, or load_moe_weights with a config")
+    return config_of_layer(checkpoint.config, index)
+
+
+def _describe(checkpoint: Checkpoint, headers: Headers, prefix: str, index: int) -> MoELayer:
+    below = [info for tensors in headers.values() for name, info in tensors.items() if name.startswith(prefix + ".")]
+    largest = max(below, key=lambda info: info.stop - info.start)
+    family = (model_types(checkpoint.config) or ("?",))[0]
+    dtype, size = largest.dtype, sum(info.stop - info.start for info in below)
+    config = None
+    try:
+        config = _config(checkpoint, index)
+        plan = plan_of_block(checkpoint, headers, prefix, config, None)
+    except ValueError as error:
+        return MoELayer(index, prefix, family, None, config, dtype, size, str(error))
+    parts: Mapping[str, int] = {part.name: part.info.stop - part.info.start for found in plan.parts.values() for part in found}
+    dtype = plan.parts[("down",)][0].info.dtype
+    return MoELayer(index, prefix, family, plan.layout.name, config, dtype, sum(parts.values()), None)

@@ -1,0 +1,78 @@
+"""The loader: folders of safetensors to MoEWeights, whole or as the slices of a rank."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moe_fn.checkpoint.choose import headers_of_block, plan_of_block
+from moe_fn.checkpoint.entries import Layout
+from moe_fn.checkpoint.folder import Checkpoint, open_checkpoint
+from moe_fn.checkpoint.reading import read_weights, slices_of
+from moe_fn.config import MoEConfig
+from moe_fn.records import MoEWeights
+
+
+def load_moe_weights(
+    path: str | Path,
+    prefix: str,
+    config: MoEConfig,
+    *,
+    layout: Layout | str | None = None,
+    experts: Sequence[int] | None = None,
+    intermediate: slice | None = None,
+    shared_intermediate: slice | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> MoEWeights:
+    """The weights of a block in a checkpoint, or the slices of them that a rank needs.
+
+    path                 a folder with model.safetensors, or with shards and an index; or one .safetensors file
+    prefix               what the names of the block begin with: "model.layers.3.mlp"
+    config               of the whole block; its weight_layout and gate_up_layout are those of the result
+    layout               a row of `moe_fn.checkpoint.LAYOUTS`, or its name; None: by model_type in config.json, and by names
+    experts              ids of the experts that this rank has, in its order, repeats allowed; None: all
+    intermediate         of every expert, the columns of the first product and rows of the last that this rank has; None: all
+    shared_intermediate  the same of every shared expert
+    dtype                of the result, but for the router; None: as in the file
+
+    What has no such axis is whole on every rank: router, latent projections, down_bias (to be added on one rank only). The files are mapped
+    and only the bytes of the slices are read; every tensor is allocated once, and its pieces are copied into place.
+
+    Raises ValueError before anything is allocated: for files that are cut short or whose headers lie, and for every tensor of the block
+    that is missing, surplus, mis-shaped or of a wrong dtype, with what was expected. Quantised checkpoints are refused.
+
+    Laws
+        Slices of ranks make up the whole.
+
+    Source: the safetensors format (github.com/huggingface/safetensors); names as transformers 5.23 converts them.
+
+    >>> import tempfile
+    >>> from moe_fn import RouterWeights
+    >>> from moe_fn.checkpoint import save_moe_weights
+    >>> config = MoEConfig(num_experts=4, top_k=1, hidden_size=3, intermediate_size=6)
+    >>> weights = MoEWeights(gate_up=torch.randn(4, 12, 3), down=torch.randn(4, 3, 6), router=RouterWeights(gate=torch.randn(4, 3)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_moe_weights(folder, "model.layers.0.mlp", config, weights, layout="qwen")
+    ...     mine = load_moe_weights(folder, "model.layers.0.mlp", config, experts=range(2, 4), intermediate=slice(0, 3))
+    >>> mine.down.shape, torch.equal(mine.down, weights.down[2:, :, :3])
+    (torch.Size([2, 3, 3]), True)
+    """
+    checkpoint = open_checkpoint(path)
+    return load_from(checkpoint, prefix, config, layout, (experts, intermediate, shared_intermediate), dtype=dtype, device=device)
+
+
+def load_from(
+    checkpoint: Checkpoint,
+    prefix: str,
+    config: MoEConfig,
+    layout: Layout | str | None,
+    cuts: tuple[Sequence[int] | None, slice | None, slice | None],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> MoEWeights:
+    """load_moe_weights of a checkpoint that is open; cuts are its experts, intermediate and shared_intermediate."""
+    slices = slices_of(config, *cuts)
+    plan = plan_of_block(checkpoint, headers_of_block(checkpoint, prefix), prefix, config, layout)
+    return read_weights(checkpoint.folder, plan, config, slices, dtype, device)

@@ -1,0 +1,179 @@
+"""Which tensors of a file are which of a block: checked for the whole block, from headers alone, before anything is allocated."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_fn.checking import expected_shapes
+from moe_fn.checkpoint.axes import ANY, Path, dims_of, shape_of, sizes_of
+from moe_fn.checkpoint.entries import Entry, Layout
+from moe_fn.checkpoint.files import FLOATS, INTEGERS, TensorInfo
+from moe_fn.config import MoEConfig
+
+_QUANTISED = re.compile(r"(_blocks|_scales?|_scale_inv|_scale_2|\.qweight|\.qzeros|\.scales|\.g_idx|_packed|\.absmax|\.quant_map)$")
+_COMPUTE = (("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output"))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor in a file that is, or is a part of, one of MoEWeights; expert is the one that its name says, None without one."""
+
+    entry: Entry
+    expert: int | None
+    name: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to read: the parts of each tensor of MoEWeights, its dtype, and the sizes of the axes. Parts of a weight hold all of it."""
+
+    layout: Layout
+    sizes: Mapping[str, int]
+    parts: Mapping[Path, tuple[Part, ...]]
+    dtypes: Mapping[Path, torch.dtype]
+
+
+def beginnings_of(layout: Layout, prefix: str) -> tuple[str, ...]:
+    """Beginnings of the names of all tensors that a block of this layout may have."""
+    outside = [entry.name.split("{")[0] for entry in layout.entries if entry.name.startswith("../")]
+    return tuple(dict.fromkeys(full_name(prefix, name) for name in ("", *layout.owned, *outside)))
+
+
+def full_name(prefix: str, name: str) -> str:
+    """A name in the file, from one below the prefix.
+
+    >>> full_name("model.layers.3.moe", "../share_expert.up_proj.weight")
+    'model.layers.3.share_expert.up_proj.weight'
+    """
+    while name.startswith("../"):
+        prefix, name = prefix.rpartition(".")[0], name[3:]
+    return f"{prefix}.{name}" if prefix else name
+
+
+def names_of(entry: Entry, config: MoEConfig) -> Iterator[tuple[int | None, str]]:
+    """The names of an entry, with the expert that each is of."""
+    if "{e}" in entry.name:
+        yield from ((e, entry.name.replace("{e}", str(e))) for e in range(config.num_experts))
+    elif "{second}" in entry.name:
+        yield from ((e, entry.name.replace("{second}", str(e + config.num_experts))) for e in range(config.num_experts))
+    else:
+        yield None, entry.name
+
+
+def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]) -> Plan | list[str]:
+    """The plan for a block, or what is wrong with it: every missing, surplus and mis-shaped tensor, and every wrong dtype."""
+    allowed, problems = expected_shapes(config), list[str]()
+    sizes, others, parts = sizes_of(config), set(_others(layout, prefix, config, tensors)), dict[Path, list[Part]]()
+    known = set(others)
+    for entry in layout.entries:
+        named = [(expert, full_name(prefix, name)) for expert, name in names_of(entry, config)]
+        known.update(name for _, name in named)
+        if entry.weight not in allowed:
+            surplus = [name for _, name in named if name in tensors and name not in others]
+            problems += [f"{name} is there; expected none, for the config has no use for it" for name in surplus]
+            continue
+        found = [Part(entry, expert, name, tensors[name]) for expert, name in named if name in tensors]
+        if found or not entry.optional:
+            problems += [f"{name} is missing; expected {_words(entry, sizes)}" for _, name in named if name not in tensors]
+        parts.setdefault(entry.weight, []).extend(found)
+    problems += _halves(layout, prefix, parts) + _gates(layout, sizes, parts)
+    owned = tuple(full_name(prefix, name) for name in layout.owned)
+    problems += [
+        f"{name} is there, {info.dtype} {list(info.shape)}; expected no tensor of this name below {prefix}"
+        for name, info in tensors.items()
+        if name not in known and name.startswith(owned)
+    ]
+    problems += [
+        f"no tensor of the layout {layout.name!r} is weights.{'.'.join(path)}; expected one, for the config asks for it"
+        for path, (_, required) in allowed.items()
+        if required and path not in parts
+    ]
+    sizes, wrong = _fitted(parts, sizes)
+    dtypes, wrong_dtypes = _dtypes(parts)
+    problems += wrong + wrong_dtypes
+    return problems or Plan(layout, sizes, {path: tuple(found) for path, found in parts.items() if found}, dtypes)
+
+
+def _others(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    ranges = {"{e}": (0, config.num_experts), "{z}": (config.num_experts, config.num_choices)}
+    ranges |= {"{second}": (config.num_experts, 2 * config.num_experts)}
+    for other in layout.others:
+        name = full_name(prefix, other)
+        if name.endswith("*"):
+            yield from (found for found in tensors if found.startswith(name[:-1]))
+        placeholder = next((place for place in ranges if place in name), None)
+        yield from [name] if placeholder is None else (name.replace(placeholder, str(e)) for e in range(*ranges[placeholder]))
+
+
+def _halves(layout: Layout, prefix: str, parts: Mapping[Path, Sequence[Part]]) -> list[str]:
+    """Optional tensors of which one part is there and another is not."""
+    found = {part.entry for of_path in parts.values() for part in of_path}
+    return [
+        f"{full_name(prefix, entry.name)} is missing; expected it beside {parts[entry.weight][0].name}"
+        for entry in layout.entries
+        if entry.optional and entry not in found and parts.get(entry.weight)
+    ]
+
+
+def _gates(layout: Layout, sizes: Mapping[str, int], parts: Mapping[Path, Sequence[Part]]) -> list[str]:
+    """Tensors of which the layout has other parts than the config: gates and ups, or one of both."""
+    problems = []
+    for path, axis in itertools.product(parts, "GB"):
+        pinned = {dict(entry.pins)[axis] for entry in layout.entries if entry.weight == path and axis in dict(entry.pins)}
+        if pinned and pinned != set(range(sizes[axis])):
+            gated = "gates and ups" if len(pinned) == 2 else "no gates"
+            problems.append(f"weights.{'.'.join(path)} has {gated} in the layout {layout.name!r}; expected an activation to match")
+    return problems
+
+
+def _fitted(parts: Mapping[Path, Sequence[Part]], sizes: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
+    """The sizes, with those that the file decides, and which tensors do not fit them."""
+    fitted, problems = dict(sizes), []
+    for part in (part for found in parts.values() for part in found):
+        for dim, size in zip(dims_of(part.entry.axes), part.info.shape, strict=False):
+            fitted |= {axis: size for axis in dim if fitted[axis] == ANY}
+        if shape_of(part.entry.axes, fitted) != part.info.shape:
+            problems.append(f"{part.name} is {list(part.info.shape)}; expected {_words(part.entry, fitted)}")
+    return fitted, problems
+
+
+def _dtypes(parts: Mapping[Path, Sequence[Part]]) -> tuple[dict[Path, torch.dtype], list[str]]:
+    """The dtype of each tensor in memory. The parts of a tensor have one dtype, and so have all matrices of the block."""
+    dtypes: dict[Path, torch.dtype] = {}
+    problems = []
+    matrices = [part for path in _COMPUTE for part in parts.get(path, ())]
+    for path, found in parts.items():
+        choices = INTEGERS if path[-1] == "expert_ids_of_token" else FLOATS
+        for part in found:
+            first = matrices[0] if path in _COMPUTE else found[0]
+            if part.info.dtype not in choices:
+                problems.append(f"{part.name} is {part.info.dtype}; expected one of {', '.join(choices)}")
+            elif part.info.dtype != first.info.dtype:
+                problems.append(f"{part.name} is {part.info.dtype}; expected {first.info.dtype}, as {first.name}")
+            else:
+                dtypes[path] = torch.float32 if part.entry.offset else choices[part.info.dtype]
+    return dtypes, problems
+
+
+def quantised(prefix: str, layouts: Sequence[Layout], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of tensors below the prefix that only a quantised checkpoint has."""
+    names = [name for layout in layouts for name in (*layout.others, *(entry.name for entry in layout.entries))]
+    known = {full_name(prefix, name) for name in names}
+    below = {name: info for name, info in tensors.items() if name.startswith(prefix + ".") and name not in known}
+    named = [name for name in below if _QUANTISED.search(name)]
+    return named + [name for name, info in tensors.items() if info.dtype.startswith(("F8", "F6", "F4")) and name not in named]
+
+
+def strangers(layout: Layout, prefix: str, tensors: Mapping[str, TensorInfo]) -> int:
+    """How many tensors below the prefix have a name that is none of the layout's, whatever the config."""
+    names = [entry.name for entry in layout.entries] + list(layout.others)
+    known = re.compile("|".join(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(full_name(prefix, name))).replace(r"\*", ".*") for name in names))
+    return sum(name.startswith(prefix + ".") and known.fullmatch(name) is None for name in tensors)
+
+
+def _words(entry: Entry, sizes: Mapping[str, int]) -> str:
+    return f"{entry.axes} = {['any' if size == ANY else size for size in shape_of(entry.axes, sizes)]}".replace("'", "")

@@ -1,0 +1,173 @@
+"""Doing what a plan says: every tensor is allocated once, and pieces of the mapped files are copied into their places."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.checkpoint.axes import Path, Ranges, axes_of, by_axes, patterns_of, rectangles, shape_of, spans
+from moe_fn.checkpoint.files import BITS, TensorInfo
+from moe_fn.checkpoint.match import Part, Plan
+from moe_fn.config import MoEConfig
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, weights_of_leaves
+
+# Pages of a mapped file count as this process' memory until the mapping goes: it is made anew after a piece, or this many bytes of them.
+_WINDOW = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What of a block a rank wants: its experts, and places along the intermediates."""
+
+    experts: tuple[int, ...]
+    intermediate: tuple[int, int]
+    shared_intermediate: tuple[int, int]
+
+    def sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of what the rank gets, of those of the whole."""
+        (start, stop), (first, last) = self.intermediate, self.shared_intermediate
+        return dict(sizes) | {"E": len(self.experts), "I": stop - start, "M": last - first}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One rectangle of a tensor in a file, and where it belongs."""
+
+    part: Part
+    ranges: Ranges  # along the axes of the file's tensor
+    place: int | None  # along E of the tensor in memory; None for all
+
+
+def slices_of(config: MoEConfig, experts: Sequence[int] | None, intermediate: slice | None, shared_intermediate: slice | None) -> Slices:
+    """The slices that these arguments stand for; None is all. Raises ValueError for what the block does not have."""
+    chosen = tuple(range(config.num_experts)) if experts is None else tuple(experts)
+    if not chosen or not all(type(e) is int and 0 <= e < config.num_experts for e in chosen):
+        raise ValueError(f"experts is {experts!r:.80}; expected ids in 0..{config.num_experts - 1}, at least one")
+    width = config.shared.intermediate_size if config.shared else 0
+    return Slices(
+        chosen, _bounds("intermediate", intermediate, config.intermediate_size), _bounds("shared_intermediate", shared_intermediate, width)
+    )
+
+
+def read_weights(folder: FilePath, plan: Plan, config: MoEConfig, slices: Slices, dtype: torch.dtype | None, device: Any) -> MoEWeights:
+    """The weights that a plan describes, those slices of them."""
+    local, patterns = slices.sizes(plan.sizes), patterns_of(config)
+    weights = {
+        path: torch.empty(
+            shape_of(patterns[path], local), dtype=plan.dtypes[path] if dtype is None or _keeps(path) else dtype, device=device
+        )
+        for path in plan.parts
+    }
+    pieces = [(path, piece) for path, parts in plan.parts.items() for part in parts for piece in _pieces(part, plan, slices)]
+    pieces.sort(key=_turn)
+    for (_, file), found in itertools.groupby(pieces, lambda piece: _turn(piece)[:2]):
+        _copy_pieces(folder / file, list(found), weights, patterns, plan.sizes, slices)
+    return weights_of_leaves([weights.get(path) for path in WEIGHT_PATHS])
+
+
+def _turn(found: tuple[Path, Piece]) -> tuple[bool, str, int]:
+    """In the order of the files; what scales others after them."""
+    part = found[1].part
+    return part.entry.scales, part.info.file, part.info.start
+
+
+def _keeps(path: Path) -> bool:
+    """The router stays as it is in the file: a correction bias of bfloat16 could not be balanced."""
+    return path[0] == "router"
+
+
+def _bounds(name: str, wanted: slice | None, size: int) -> tuple[int, int]:
+    if wanted is None:
+        return 0, size
+    start, stop = 0 if wanted.start is None else wanted.start, size if wanted.stop is None else wanted.stop
+    if type(start) is not int or type(stop) is not int or wanted.step not in (None, 1) or not 0 <= start < stop <= size:
+        raise ValueError(f"{name} is {wanted!r}; expected a slice without a step, of at least one of the {size} places there are")
+    return start, stop
+
+
+def _pieces(part: Part, plan: Plan, slices: Slices) -> Iterator[Piece]:
+    """The rectangles of a tensor that a rank needs, one expert at a time."""
+    axes = axes_of(part.entry.axes)
+    cut = {"I": slices.intermediate, "M": slices.shared_intermediate, **{axis: (at, at + 1) for axis, at in part.entry.pins}}
+    ranges = {axis: bounds for axis, bounds in cut.items() if axis in axes}
+    wanted: list[tuple[int | None, dict[str, tuple[int, int]]]]
+    if "E" in axes:
+        wanted = [(place, {"E": (expert, expert + 1)}) for place, expert in enumerate(slices.experts)]
+    elif part.expert is not None:
+        wanted = [(place, {}) for place, expert in enumerate(slices.experts) if expert == part.expert]
+    else:
+        wanted = [(None, {})]
+    for place, expert in wanted:
+        for rectangle in rectangles(part.entry.axes, plan.sizes, ranges | expert):
+            yield Piece(part, rectangle, place)
+
+
+def _copy_pieces(
+    file: FilePath,
+    pieces: Sequence[tuple[Path, Piece]],
+    weights: Mapping[Path, Tensor],
+    patterns: Mapping[Path, str],
+    sizes: Mapping[str, int],
+    slices: Slices,
+) -> None:
+    from safetensors import safe_open
+
+    regions = [spans(piece.part.entry.axes, sizes, piece.ranges) for _, piece in pieces]
+    extents = [_extent(piece.part.info, region) for (_, piece), region in zip(pieces, regions, strict=True)]
+    scratch = torch.empty(max(extents), dtype=torch.uint8)  # takes no memory until it is written to
+    done = 0
+    while done < len(pieces):
+        with safe_open(str(file), framework="pt") as opened:
+            mapped = 0
+            while done < len(pieces) and (mapped == 0 or mapped + extents[done] <= _WINDOW):
+                path, piece = pieces[done]
+                source = opened.get_slice(piece.part.name)[regions[done]]
+                _copy_piece(piece, source, weights[path], patterns[path], slices, sizes, scratch)
+                mapped += extents[done]
+                done += 1
+                del source
+
+
+def _extent(info: TensorInfo, region: Sequence[slice]) -> int:
+    """Bytes from the first to the last of a rectangle: the pages between its rows are mapped with them."""
+    first = last = 0
+    for size, part in zip(info.shape, region, strict=True):
+        first, last = first * size + part.start, last * size + part.stop - 1
+    return (last - first + 1) * BITS[info.dtype] // 8
+
+
+def _copy_piece(
+    piece: Piece, source: Tensor, target: Tensor, pattern: str, slices: Slices, sizes: Mapping[str, int], scratch: Tensor
+) -> None:
+    starts = {"I": slices.intermediate[0], "M": slices.shared_intermediate[0]}
+    lengths = {axis: stop - start for axis, (start, stop) in piece.ranges.items()}
+    order = sorted(axes_of(pattern), key=lambda axis: axis not in "EGNB")  # what is left is a matrix, in its own order
+    target = by_axes(target, pattern, slices.sizes(sizes), order)
+    pins = dict(piece.part.entry.pins) | ({} if piece.place is None else {"E": piece.place})
+    for dim, axis in enumerate(order):
+        if axis in pins:
+            target = target.narrow(dim, pins[axis], 1)
+        elif axis in lengths:
+            target = target.narrow(dim, piece.ranges[axis][0] - starts.get(axis, 0), lengths[axis])
+    source = by_axes(source, piece.part.entry.axes, lengths, order)
+    if piece.part.entry.scales:
+        target.mul_(source.to(target.device)).mul_(source.numel() ** -0.5)
+        return
+    target.copy_(_in_rows(source, scratch))
+    if piece.part.entry.offset:
+        target.add_(piece.part.entry.offset)
+
+
+def _in_rows(t: Tensor, scratch: Tensor) -> Tensor:
+    """A transposed piece, laid in rows: torch transposes into a whole matrix far faster than into a part of one."""
+    flat = t.squeeze()
+    if flat.ndim not in (2, 3) or flat.stride(-1) <= flat.stride(-2):
+        return t
+    rows: Tensor = scratch[: flat.numel() * flat.element_size()].view(flat.dtype).view(flat.shape)
+    for place in (...,) if flat.ndim == 2 else range(len(flat)):
+        rows[place].copy_(flat[place])
+    return rows.view(t.shape)

@@ -1,0 +1,128 @@
+"""Checkpoints for tests: for every row of the layout table a config that it can hold, weights, and files made and broken by hand."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from moe_fn import ExpertNormConfig, LatentConfig, MoEConfig, MoEWeights, NormsConfig, RouterConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.checkpoint import LAYOUTS, Layout
+from moe_fn.records import WEIGHT_PATHS, leaves_of_weights, weights_of_leaves
+from moe_fn.testing import weights_for
+
+SAVED = tuple(layout for layout in LAYOUTS if layout.savable)
+_ZERO = {"longcat": ZeroExpertsConfig(count=2), "zaya": ZeroExpertsConfig(count=1, kind="zero")}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block to save, and where."""
+
+    layout: Layout
+    config: MoEConfig
+    weights: MoEWeights
+    prefix: str
+
+
+def holds(layout: Layout, *path: str) -> bool:
+    return any(entry.weight == path for entry in layout.entries)
+
+
+@st.composite
+def blocks(draw: Callable[[Any], Any], layouts: tuple[Layout, ...] = SAVED) -> Block:
+    """Any layout, sizes and dtype; memory laid in any way, whatever the layout of the file."""
+    layout = draw(st.sampled_from(layouts))
+    sizes = st.integers(1, 4)
+    gated = any(pins == ("G", 1) for entry in layout.entries for pins in entry.pins) or any("G" in entry.axes for entry in layout.entries)
+    activation = "silu" if gated else "relu2_no_mul"
+    stacked = any(entry.axes.startswith("N ") for entry in layout.entries)  # Inkling
+    shared = None
+    if holds(layout, "shared", "down") and (stacked or draw(st.booleans())):
+        gate = "router" if stacked else "sigmoid" if holds(layout, "shared", "gate") else "none"
+        shared = SharedExpertsConfig(intermediate_size=draw(sizes), count=draw(sizes), gate=gate, activation=activation)  # type: ignore[arg-type]
+    hashed = holds(layout, "router", "expert_ids_of_token") and draw(st.booleans())
+    router = RouterConfig(
+        scoring="sigmoid",
+        selection="hash" if hashed else "top_k",
+        correction_bias="scores" if holds(layout, "router", "correction_bias") and not hashed else "none",
+    )
+    latent = holds(layout, "latent", "input") and (layout.name == "muse_spark" or draw(st.booleans()))
+    config = MoEConfig(
+        num_experts=draw(st.integers(1, 5)),
+        top_k=1,
+        hidden_size=draw(sizes),
+        intermediate_size=draw(sizes),
+        router=router,
+        activation=activation,  # type: ignore[arg-type]
+        gate_up_layout=draw(st.sampled_from(["packed", "interleaved"])) if gated else "packed",
+        weight_layout=draw(st.sampled_from(["out_in", "in_out"])),
+        shared=shared,
+        expert_norm=ExpertNormConfig() if holds(layout, "expert_norm") else None,
+        latent=LatentConfig(size=draw(sizes)) if latent else None,
+        zero_experts=_ZERO.get(layout.name),
+        norms=NormsConfig(output=True) if layout.name == "axk1" else None,
+    )
+    prefix = ".".join(filter(None, [draw(st.sampled_from(["", "model.", "model.language_model."])) + "layers.3", layout.block]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    return Block(layout, config, weights_of(layout, config, draw(st.booleans()), draw(st.integers(0, 2**20)), dtype), prefix)
+
+
+def weights_of(layout: Layout, config: MoEConfig, bias: bool, seed: int, dtype: torch.dtype) -> MoEWeights:
+    """Weights that fit both: what the layout has no name for is left out, what it has one of for all experts is the same for all."""
+    made = weights_for(config, seed, dtype=dtype)
+    leaves = dict(zip(WEIGHT_PATHS, leaves_of_weights(made), strict=True))
+    for path, leaf in leaves.items():
+        entries = [entry for entry in layout.entries if entry.weight == path]
+        if leaf is None or not entries or (entries[0].optional and not bias):
+            leaves[path] = None
+        elif entries[0].offset:  # 1 + w is exact: w has 8 bits
+            leaves[path] = 1 + leaf.float().mul(64).round() / 64
+        if leaves[path] is not None and entries[0].axes == {"expert_norm": "X", "down_bias": "X", "expert_scale": "1"}.get(path[-1]):
+            leaves[path] = leaves[path][:1].expand_as(leaf).contiguous()
+    return weights_of_leaves(list(leaves.values()))
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def bits(t: Tensor) -> tuple[Any, ...]:
+    return t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).tolist()
+
+
+def same_bits(a: MoEWeights, b: MoEWeights) -> bool:
+    """The same tensors, to the last bit and with the same dtypes."""
+    pairs = zip(leaves_of_weights(a), leaves_of_weights(b), strict=True)
+    return all((x is None) == (y is None) and (x is None or y is None or bits(x) == bits(y)) for x, y in pairs)
+
+
+def as_config(block: Block, **changes: Any) -> MoEConfig:
+    return dataclasses.replace(block.config, **changes)
+
+
+def map_weights(function: Callable[[Tensor], Tensor], weights: MoEWeights) -> MoEWeights:
+    return tree_map(lambda t: function(t) if isinstance(t, Tensor) else t, weights)  # type: ignore[no-any-return]
+
+
+def write_raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
+    """A safetensors file byte by byte; the header may be text, and its length a lie."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
+def read_raw(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and data of a file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
