@@ -23,7 +23,6 @@ from transformers.integrations.moe import ExpertsInterface
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "property_tests"))
 
-from moe_fn.bench.progress import Progress, clear
 from test_transformers_laws import KNOWN, TOLERANCE, TWO_BANKS, compared
 from test_transformers_zoo import classes_in_sources
 from zoo import ROWS, BlockRow, make_block, make_input, run_block
@@ -31,6 +30,7 @@ from zoo.models import MODELS
 
 from moe_fn.integrations.transformers import register, replace_moe_blocks
 from moe_fn.integrations.transformers.blocks import family_of_module
+from moe_fn.progress import Progress, clear
 from moe_fn.testing.matching import relative_rms
 
 TABLES = {

@@ -19,12 +19,12 @@ from statistics import median
 
 import torch
 import transformers
-from moe_fn.bench.progress import Progress, clear
 from small_models import MODELS, small_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from moe_fn.integrations.transformers import replace_moe_blocks
+from moe_fn.progress import Progress, clear
 
 LENGTHS = (1, 2, 100, 256)  # none of them is the one that was traced
 TRACED = 16
