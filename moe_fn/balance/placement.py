@@ -1,0 +1,165 @@
+"""Where copies of experts lie: the record, the map of ids that a router's choices go through, and loads seen from both sides."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which logical expert each physical slot holds. GPUs hold equally many slots, in order: the first GPU the first ones.
+
+    A pytree. Leading dimensions are those of the load that it was made for: none, or layers. All int64.
+    """
+
+    logical_of_physical: Tensor  # [..., P]
+    physical_of_logical: Tensor  # [..., E, max replicas]: slots of each expert, ascending, padded with -1
+    num_replicas: Tensor  # [..., E], at least 1
+
+
+torch.export.register_dataclass(Placement, serialized_type_name="moe_fn.Placement")
+
+
+def placement_at(placement: Placement, layer: int) -> Placement:
+    """The placement of one layer of a placement of layers: [L, ...] -> [...].
+
+    >>> from moe_fn.balance import place_experts
+    >>> both = place_experts(torch.tensor([[3, 1], [1, 3]]), num_physical=3, num_groups=1, num_nodes=1, num_gpus=1)
+    >>> placement_at(both, 1).num_replicas.tolist()
+    [1, 2]
+    """
+    if placement.logical_of_physical.ndim != 2:
+        raise ValueError(f"placement_at: logical_of_physical is {_sizes(placement.logical_of_physical)}; expected [layers, P]")
+    return Placement(
+        logical_of_physical=placement.logical_of_physical[layer],
+        physical_of_logical=placement.physical_of_logical[layer],
+        num_replicas=placement.num_replicas[layer],
+    )
+
+
+def physical_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor | None = None) -> Tensor:
+    """A router's choices as physical slots: one of each expert's replicas, picked by the token's position.
+
+        physical[t, j] = slots of expert ids[t, j] [ token_index[t] mod number of its replicas ]
+
+    placement of one layer; expert_ids [..., top_k] integers; token_index [...] integers, None: the position among all tokens. Returns
+    [..., top_k] in the dtype of expert_ids. Ids of -1 stay -1; zero expert number i, E + i, becomes P + i, which is zero expert number i
+    of a config with P experts. In the graph: no look at values, no randomness, so ranks and reruns agree. Neighbouring tokens take turns,
+    so a run of tokens loads the replicas of an expert evenly to within one; where each call has one token (decoding), let token_index
+    count on across calls and ranks, or every call would take the first replica.
+
+    Raises ValueError for a placement of several layers, ids that are no integers, and a token_index of another shape.
+
+    Laws
+        Physical ids map back to the logical ids.
+        Replicas take turns.
+        Nobody and zero experts stay what they are.
+        A layer on physical slots is the logical layer.
+
+    Source: vLLM's map, which hashes the token's index (Knuth's multiplier) and is as even on average.
+
+    >>> from moe_fn.balance import placement_of_slots
+    >>> placement = placement_of_slots(torch.tensor([0, 1, 0]), num_experts=2)
+    >>> physical_ids(placement, torch.tensor([[0, 1], [0, -1], [0, 2]])).tolist()
+    [[0, 1], [2, -1], [0, 3]]
+    """
+    _check_ids(placement, expert_ids, token_index)
+    num_experts, max_replicas = placement.physical_of_logical.shape
+    num_physical = placement.logical_of_physical.shape[0]
+    ids = expert_ids if expert_ids.ndim == 2 else expert_ids.flatten(0, -2)
+    index = torch.arange(ids.shape[0], device=ids.device) if token_index is None else token_index.flatten()
+    real = (ids >= 0) & (ids < num_experts)
+    expert = torch.where(real, ids, 0).to(torch.int64).flatten()
+    replicas = placement.num_replicas.index_select(0, expert).view(ids.shape)
+    replica = torch.remainder(index.unsqueeze(-1), replicas)
+    slots = placement.physical_of_logical.flatten().index_select(0, expert * max_replicas + replica.flatten()).view(ids.shape)
+    other = torch.where(ids < 0, ids, ids + (num_physical - num_experts))
+    physical = torch.where(real, slots.to(ids.dtype), other)
+    return physical if expert_ids.ndim == 2 else physical.view(expert_ids.shape)
+
+
+def logical_load(placement: Placement, load_of_physical: Tensor) -> Tensor:
+    """Load per expert from load per slot: [..., P] -> [..., E], in its dtype. What stats of a layer on physical slots give, summed up.
+
+    Raises ValueError for another shape.
+
+    Laws
+        Loads keep their totals.
+
+    >>> from moe_fn.balance import placement_of_slots
+    >>> logical_load(placement_of_slots(torch.tensor([0, 1, 0]), num_experts=2), torch.tensor([5, 2, 4])).tolist()
+    [9, 2]
+    """
+    slots = placement.logical_of_physical
+    _check_shape("logical_load", "load_of_physical", load_of_physical, slots)
+    total = torch.zeros(placement.num_replicas.shape, dtype=load_of_physical.dtype, device=load_of_physical.device)
+    return total.scatter_add(-1, slots, load_of_physical)
+
+
+def gpu_load(placement: Placement, load: Tensor, num_gpus: int) -> Tensor:
+    """Load per GPU if replicas share the load of their expert evenly: load [..., E] -> [..., num_gpus] float64.
+
+    Raises ValueError for another shape, or slots that the GPUs do not divide.
+
+    Laws
+        Loads keep their totals.
+
+    >>> from moe_fn.balance import placement_of_slots
+    >>> gpu_load(placement_of_slots(torch.tensor([0, 1, 0, 2]), num_experts=3), torch.tensor([6, 1, 2]), num_gpus=2).tolist()
+    [4.0, 5.0]
+    """
+    slots = placement.logical_of_physical
+    _check_shape("gpu_load", "load", load, placement.num_replicas)
+    if num_gpus < 1 or slots.shape[-1] % num_gpus:
+        raise ValueError(f"gpu_load: num_gpus={num_gpus} does not divide the {slots.shape[-1]} slots; expected a divisor")
+    share = (load.to(torch.float64) / placement.num_replicas).gather(-1, slots)
+    per_gpu: Tensor = share.unflatten(-1, (num_gpus, -1))
+    return per_gpu.sum(-1)
+
+
+def balancedness(load_per_gpu: Tensor) -> Tensor:
+    """mean / max over the last dimension: 1 when even, 1 / GPUs when one has it all; 1 without any load. [..., G] -> [...].
+
+    The fraction of the GPUs' time that the slowest of them leaves the others to work in.
+
+    >>> balancedness(torch.tensor([[4.0, 4.0], [8.0, 0.0], [0.0, 0.0]])).tolist()
+    [1.0, 0.5, 1.0]
+    """
+    load = load_per_gpu if load_per_gpu.dtype.is_floating_point else load_per_gpu.to(torch.float64)
+    largest = load.amax(-1)
+    return torch.where(largest > 0, load.mean(-1) / torch.where(largest > 0, largest, 1), 1)
+
+
+def _check_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor | None) -> None:
+    slots = placement.logical_of_physical
+    if slots.ndim != 1:
+        raise ValueError(f"physical_ids: placement.logical_of_physical is {_sizes(slots)}; expected [P], one layer: see placement_at")
+    if expert_ids.dtype.is_floating_point or expert_ids.dtype.is_complex or expert_ids.dtype == torch.bool:
+        raise ValueError(f"physical_ids: expert_ids is {expert_ids.dtype}; expected an integer dtype")
+    if expert_ids.ndim < 2:
+        raise ValueError(f"physical_ids: expert_ids is {_sizes(expert_ids)}; expected [..., top_k] with at least 2 dims")
+    if token_index is None:
+        return
+    if token_index.dtype.is_floating_point or token_index.dtype.is_complex or token_index.dtype == torch.bool:
+        raise ValueError(f"physical_ids: token_index is {token_index.dtype}; expected an integer dtype")
+    if token_index.ndim != expert_ids.ndim - 1:
+        raise ValueError(
+            f"physical_ids: token_index is {_sizes(token_index)}; expected the leading dims of expert_ids, {_sizes(expert_ids)}"
+        )
+    for dim in range(token_index.ndim):
+        if torch.compiler.is_compiling():
+            # Sizes may be unbacked here: the check becomes a node of the graph, and Dynamo wants a constant message.
+            torch._check(token_index.shape[dim] == expert_ids.shape[dim], lambda: "moe_fn: token_index and expert_ids differ in tokens")
+        elif token_index.shape[dim] != expert_ids.shape[dim]:
+            wanted = f"expected the leading dims of expert_ids, {_sizes(expert_ids)}"
+            raise ValueError(f"physical_ids: token_index is {_sizes(token_index)}; {wanted}")
+
+
+def _check_shape(where: str, name: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(f"{where}: {name} is {_sizes(value)}; expected {_sizes(like)}, the placement's")
+
+
+def _sizes(t: Tensor) -> str:
+    return str(list(t.shape))

@@ -1,0 +1,63 @@
+"""Placements made from lists of slots: the tables that a graph reads, built on the host."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.balance.placement import Placement
+
+Slots = list[int]  # logical expert of each physical slot
+
+
+def placement_of_slots(logical_of_physical: Tensor, num_experts: int) -> Placement:
+    """The placement that lays these experts in these slots: a policy of your own, or [0 .. E-1] for no replicas.
+
+    logical_of_physical [P] or [layers, P] integers, on any device; the result is on the CPU. Raises ValueError for ids out of range and for
+    experts without a slot.
+
+    >>> placement_of_slots(torch.tensor([1, 0, 1]), num_experts=2).physical_of_logical.tolist()
+    [[1, -1], [0, 2]]
+    """
+    shape = tuple(logical_of_physical.shape)
+    if len(shape) not in (1, 2) or logical_of_physical.dtype.is_floating_point or num_experts < 1:
+        came = f"{logical_of_physical.dtype} {list(shape)} and num_experts={num_experts}"
+        raise ValueError(f"placement_of_slots: logical_of_physical is {came}; expected integers [P] or [layers, P], num_experts >= 1")
+    return tables_of_slots(
+        checked_slots("placement_of_slots: logical_of_physical", logical_of_physical, shape, num_experts), num_experts, shape
+    )
+
+
+def checked_slots(where: str, logical_of_physical: Tensor, shape: tuple[int, ...], num_experts: int) -> list[Slots]:
+    """The slots of each layer as Python ints: the shape that is expected, ids in range, every expert somewhere; else ValueError."""
+    if tuple(logical_of_physical.shape) != shape:
+        raise ValueError(f"{where} is {list(logical_of_physical.shape)}; expected {list(shape)}")
+    rows: list[Slots] = logical_of_physical.view(-1, shape[-1]).tolist()
+    every = set(range(num_experts))
+    for layer, slots in enumerate(rows):
+        if set(slots) != every:
+            wrong = sorted(set(slots) ^ every)[:8]
+            raise ValueError(
+                f"{where}: row {layer} has no slot for, or does not know, experts {wrong}; expected 0 .. {num_experts - 1}, each"
+            )
+    return rows
+
+
+def tables_of_slots(placed: list[Slots], num_experts: int, shape: tuple[int, ...]) -> Placement:
+    """The record of slots that are known to be right; shape is that of logical_of_physical."""
+    slots_of: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in placed]
+    for layer, slots in enumerate(placed):
+        for slot, expert in enumerate(slots):
+            slots_of[layer][expert].append(slot)
+    count = [[len(slots) for slots in layer] for layer in slots_of]
+    widest = max((max(layer) for layer in count), default=1)
+    padded = [[slots + [-1] * (widest - len(slots)) for slots in layer] for layer in slots_of]
+
+    def tensor(values: list[Any], *sizes: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).view(*shape[:-1], *sizes)
+
+    return Placement(
+        logical_of_physical=tensor(placed, shape[-1]),
+        physical_of_logical=tensor(padded, num_experts, widest),
+        num_replicas=tensor(count, num_experts),
+    )

@@ -1,0 +1,126 @@
+"""What each rank of test_eplb_ranks.py runs: a process of its own, so a file of its own, which a fresh interpreter can import."""
+
+import dataclasses
+import datetime
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from moe_fn import MoEConfig, MoEWeights, Routing, balance, moe_forward_routed
+from moe_fn.preparing import lay_panels
+from moe_fn.testing import weights_for
+
+CONFIG = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=5, backend="torch")
+PARTS = ("gate_up", "down", "gate_up_bias", "down_bias")
+# What becomes of the slots: everybody sends, nobody does, one rank gets one expert while the others only take part, ...
+SLOTS = {
+    "rotated": lambda slots: slots[2:] + slots[:2],
+    "the same": lambda slots: slots,
+    "one rank gets one": lambda slots: slots[-1:] + slots[1:],
+    "reversed": lambda slots: slots[::-1],
+    "within ranks": lambda slots: [slots[i ^ 1] for i in range(len(slots))],
+}
+
+
+def bits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Any bits at all, NaN too."""
+    data = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return data.view(dtype).view(shape)
+
+
+def of_rank(weights: MoEWeights, rank: int, ranks: int) -> MoEWeights:
+    parts = {name: getattr(weights, name).tensor_split(ranks)[rank] for name in PARTS}
+    return dataclasses.replace(weights, **parts)
+
+
+def assert_same_bits(a: MoEWeights, b: MoEWeights) -> None:
+    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        assert x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def check_moves(group: dist.ProcessGroup | None) -> None:
+    """Every change of slots, in narrow and wide types, and as the panels of prepared weights."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    slots = [slot % 6 for slot in range(4 * ranks)] if ranks > 1 else [0, 1, 2, 3, 4, 5, 0, 1]
+    generator = torch.Generator().manual_seed(ranks)
+    plain = weights_for(CONFIG, 1)
+    panels = dict(zip(("gate_up", "down"), lay_panels(CONFIG, plain.gate_up, plain.down), strict=True))
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        noise = tree_map(lambda t: bits(t.shape, dtype, generator), plain)  # noqa: B023
+        for weights in (noise, dataclasses.replace(plain, **panels)):
+            for change in SLOTS.values():
+                previous, new = (balance.placement_of_slots(torch.tensor(s), num_experts=6) for s in (slots, change(slots)))
+                before, after = (of_rank(balance.physical_weights(weights, p), rank, ranks) for p in (previous, new))
+                kept = tree_map(torch.clone, before)
+                assert_same_bits(balance.move_experts(before, previous, new, group), after)
+                assert_same_bits(before, kept)
+
+
+def check_the_layer_answers_meanwhile() -> None:
+    """Between the start and the end of the moves, and after them: the output of the rank's own slots under the placement of the time."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    weights = dataclasses.replace(weights_for(CONFIG, 2), router=None)
+    load = torch.tensor([9, 1, 2, 30, 4, 2])
+    previous = balance.place_experts(load.flip(0), 8, 1, 1, ranks)
+    new = balance.place_experts(load, 8, 1, 1, ranks, previous)
+    local = dataclasses.replace(CONFIG, num_experts=8 // ranks)
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
+    ids = torch.arange(8).view(8, 1) % 6
+
+    def answer(own: MoEWeights, placement: balance.Placement) -> Tensor:
+        slots = balance.physical_ids(placement, torch.cat([ids, (ids + 1) % 6], 1)) - rank * local.num_experts
+        slots = torch.where((slots >= 0) & (slots < local.num_experts), slots, -1)
+        y = moe_forward_routed(local, own, x, Routing(expert_ids=slots, weights=torch.full((8, 2), 0.5)))
+        dist.all_reduce(y)
+        return y
+
+    own = of_rank(balance.physical_weights(weights, previous), rank, ranks)
+    expected = answer(own, previous)
+    finish = balance.start_moving(own, previous, new)
+    assert torch.equal(answer(own, previous), expected)
+    moved = finish()
+    assert torch.equal(answer(own, previous), expected)
+    torch.testing.assert_close(answer(moved, new), expected, rtol=1e-5, atol=1e-6)
+
+
+def check_refusals(group: dist.ProcessGroup, member: bool) -> None:
+    """Errors that every rank sees before anybody communicates."""
+    layers = balance.place_experts(torch.ones(2, 6), 8, 1, 1, 4)
+    one = balance.placement_at(layers, 0)
+    weights = of_rank(balance.physical_weights(weights_for(CONFIG), one), dist.get_rank(), 4)
+    refused = [(layers, layers, None), (one, balance.place_experts(torch.ones(6), 12, 1, 1, 4), None)]
+    refused += [] if member else [(one, one, group)]
+    for previous, new, where in refused:
+        try:
+            balance.move_experts(weights, previous, new, where)
+        except ValueError:
+            continue
+        raise AssertionError("no ValueError")
+    try:
+        balance.move_experts(of_rank(weights, 0, 2), one, one)
+    except ValueError as error:
+        assert "expected 2 experts" in str(error)
+    else:
+        raise AssertionError("no ValueError")
+
+
+def run(rank: int, ranks: int, folder: str) -> None:
+    """Every check of one rank; an exception ends the process, and the parent sees it."""
+    torch.set_num_threads(1)
+    store = f"file://{Path(folder) / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
+    try:
+        check_moves(None)
+        check_the_layer_answers_meanwhile()
+        if ranks == 4:
+            pairs = [dist.new_group([1, 3]), dist.new_group([0, 2])]  # ranks of the group are not ranks of the world
+            own = pairs[0] if rank in (1, 3) else pairs[1]
+            check_moves(own)
+            check_refusals(pairs[0], rank in (1, 3))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

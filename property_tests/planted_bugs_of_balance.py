@@ -1,0 +1,119 @@
+"""Bugs planted in the placement of experts, its maps, loads and moves."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from planted_bugs import PlantedBug, after, before, instead
+
+from moe_fn import balance
+from moe_fn.balance import moving, placing
+
+
+def _as_they_come(weights: Sequence[float], num_packs: int) -> list[list[int]]:
+    room = len(weights) // num_packs
+    return [list(range(pack * room, (pack + 1) * room)) for pack in range(num_packs)]
+
+
+BUGS = (
+    PlantedBug(
+        "every_expert_is_placed", "the busiest expert has every slot", placing.replicate, after(lambda slots, *a: slots[-1:] * len(slots))
+    ),
+    PlantedBug("gpus_are_balanced_within_the_proven_bound", "items are packed as they come", placing.pack, instead(_as_they_come)),
+    PlantedBug("packs_differ_by_the_heaviest_item_at_most", "items are packed as they come", placing.pack, instead(_as_they_come)),
+    PlantedBug(
+        "greedy_replication_is_the_best_there_is",
+        "experts get replicas in turn",
+        placing.replicate,
+        instead(lambda load, slots: [slot % len(load) for slot in range(slots)]),
+    ),
+    PlantedBug("never_worse_than_the_previous_placement", "the worse of the two is kept", placing._fullest, after(lambda most, *a: -most)),
+    PlantedBug(
+        "relabelling_experts_relabels_the_placement",
+        "the first experts get the replicas",
+        placing.replicate,
+        after(lambda slots, load, *a: [*slots[: len(load)], *(0 for _ in slots[len(load) :])]),
+    ),
+    PlantedBug("experts_that_stay_on_a_gpu_keep_their_slots", "slots are dealt anew", placing._keep_slots, instead(lambda new, *a: new)),
+    PlantedBug(
+        "layers_are_placed_one_by_one",
+        "every layer is placed as the first",
+        placing.tables_of_slots,
+        before(lambda placed, *rest: (placed[:1] * len(placed), *rest)),
+    ),
+    PlantedBug(
+        "physical_ids_map_back_to_the_logical_ids",
+        "one slot further",
+        balance.physical_ids,
+        after(lambda ids, placement, *a: torch.where(ids >= 0, (ids + 1) % placement.logical_of_physical.shape[0], ids)),
+    ),
+    PlantedBug(
+        "replicas_take_turns",
+        "the first replica works alone",
+        balance.physical_ids,
+        before(lambda placement, ids, *a: (placement, ids, torch.zeros(ids.shape[:-1], dtype=torch.int64))),
+    ),
+    PlantedBug(
+        "nobody_and_zero_experts_stay_what_they_are", "nobody is expert 0", balance.physical_ids, after(lambda ids, *a: ids.clamp(min=0))
+    ),
+    PlantedBug(
+        "nobody_and_zero_experts_stay_what_they_are",
+        "zero experts keep their logical ids",
+        balance.physical_ids,
+        after(lambda new, placement, ids, *a: torch.where(ids < placement.num_replicas.shape[0], new, ids)),
+    ),
+    PlantedBug(
+        "a_layer_on_physical_slots_is_the_logical_layer",
+        "weights lie as the experts are numbered",
+        balance.physical_weights,
+        before(lambda weights, p: (weights, replace(p, logical_of_physical=p.logical_of_physical.sort().values))),
+    ),
+    PlantedBug(
+        "loads_keep_their_totals",
+        "only first replicas count",
+        balance.logical_load,
+        instead(lambda placement, load: load.gather(-1, placement.physical_of_logical[..., 0])),
+    ),
+    PlantedBug(
+        "loads_keep_their_totals",
+        "every replica bears the whole load",
+        balance.gpu_load,
+        before(lambda placement, *rest: (replace(placement, num_replicas=torch.ones_like(placement.num_replicas)), *rest)),
+    ),
+    PlantedBug(
+        "a_window_is_the_sum_of_the_last_loads",
+        "the step stands still",
+        balance.push,
+        after(lambda new, old, load: replace(new, step=old.step)),
+    ),
+    PlantedBug(
+        "moves_turn_the_previous_placement_into_the_new_one",
+        "local copies are forgotten",
+        balance.transfers,
+        after(lambda m, *a: replace(m, copies=())),
+    ),
+    PlantedBug(
+        "moves_turn_the_previous_placement_into_the_new_one",
+        "repeats are forgotten",
+        balance.transfers,
+        after(lambda m, *a: replace(m, repeats=())),
+    ),
+    PlantedBug(
+        "a_gpu_gets_an_expert_once_and_only_if_it_had_none",
+        "every slot is sent its own copy",
+        balance.transfers,
+        after(lambda m, *a: replace(m, transfers=m.transfers + m.copies, copies=())),
+    ),
+    PlantedBug(
+        "the_busiest_sender_sends_as_little_as_it_can",
+        "the first who has it sends it",
+        balance.balanced_senders,
+        instead(lambda choices, *a: [gpus[0] for gpus in choices]),
+    ),
+    PlantedBug(
+        "moved_weights_are_the_weights_of_the_new_placement",
+        "what departs is not in the order in which it is read",
+        moving.departing,
+        after(lambda parts, *a: [part.flip(0) for part in parts]),
+    ),
+)

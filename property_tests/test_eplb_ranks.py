@@ -1,0 +1,25 @@
+"""Moves of experts between real processes, over gloo: bit for bit, while the layer answers with the old weights."""
+
+import time
+from pathlib import Path
+
+import eplb_ranks
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo here")
+SECONDS = 120
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts_move_between_processes_bit_for_bit(ranks: int, tmp_path: Path) -> None:
+    context = mp.spawn(eplb_ranks.run, (ranks, str(tmp_path)), nprocs=ranks, join=False)
+    deadline = time.monotonic() + SECONDS
+    try:
+        while not context.join(timeout=1):  # raises what a rank raised
+            assert time.monotonic() < deadline, f"{ranks} ranks have not finished after {SECONDS} s"
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
