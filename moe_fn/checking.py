@@ -10,6 +10,7 @@ from moe_fn.preparing import Shape, is_prepared, plain_shapes, prepared_shapes
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
+_INTEGERS = {("router", name) for name in ("expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas")}
 _ANY = -1
 _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
 
@@ -44,6 +45,11 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
         shapes[("router", "correction_bias")] = ((choices,), True)
     if config.router.selection == "hash":
         shapes[("router", "expert_ids_of_token")] = ((("vocabulary", _ANY), ("top_k", config.top_k)), True)
+    if config.parallel is not None and config.parallel.num_physical is not None:
+        logical = ("num_experts", config.num_experts)
+        shapes[("router", "logical_of_physical")] = ((("num_physical", config.parallel.num_physical),), True)
+        shapes[("router", "physical_of_logical")] = ((logical, ("max replicas", _ANY)), True)
+        shapes[("router", "num_replicas")] = ((logical,), True)
     if config.shared is not None:
         width = config.shared.count * config.shared.intermediate_size // _slices_of_shared(config)
         both = 2 * width if as_activation(config.shared.activation).gated else width
@@ -101,7 +107,7 @@ def _check_weight(
     shape, _ = expected
     if leaf.ndim != len(shape) or any(size != _ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected {_words(shape)}")
-    _check_kind(where, name, leaf, "integer" if path == ("router", "expert_ids_of_token") else "float")
+    _check_kind(where, name, leaf, "integer" if path in _INTEGERS else "float")
     if leaf.device != device:
         raise ValueError(f"{where}: {name} is on {leaf.device}; expected the device of x, {device}")
 

@@ -29,6 +29,10 @@ class RouterWeights:
     correction_bias: Tensor | None = None  # [choices]: added for the choice only (e_score_correction_bias)
     expert_scale: Tensor | None = None  # [logits]: multiplies the weight of each expert (Gemma-4), shared ones too (Inkling)
     expert_ids_of_token: Tensor | None = None  # [vocabulary, top_k] ints: hash routing (tid2eid)
+    # Copies of experts (ParallelConfig.num_physical), int64, as in moe_fn.balance.Placement:
+    logical_of_physical: Tensor | None = None  # [P]: the expert in each slot
+    physical_of_logical: Tensor | None = None  # [E, max replicas]: slots of each expert, padded with -1
+    num_replicas: Tensor | None = None  # [E]
 
 
 @dataclass(frozen=True, kw_only=True)

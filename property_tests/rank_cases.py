@@ -95,6 +95,8 @@ def cases(world: int) -> list[Case]:
     found += [Case(((EP, 2), (TP, 2)), options, layer) for options in formats(((EP, 2), (TP, 2))) for layer in LAYERS]
     found += [Case(((TP, 2),), options, layer) for options in formats(((TP, 2),)) for layer in LAYERS]
     found += [Case(((EP, 4),), {"dispatch": "all_to_all", "placement": (3, 0, 0, 1, 2, 3)}, "plain")]
+    copies = ("replicated", "all_gather", "all_to_all")
+    found += [Case(((EP, n),), {"dispatch": dispatch, "num_physical": 8}) for n in (2, 4) for dispatch in copies]
     return list({case.name: case for case in found if case.world == world}.values())
 
 
@@ -132,10 +134,11 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     parallel = parallel_of(case, mesh)
     config = dataclasses.replace(whole, parallel=parallel)
     full = weights_for(whole, seed=3)
+    placed = with_copies(full) if parallel.num_physical else full
     every = coordinates(case)
     mine = token_set(case, parallel, every[rank])
     x, logits, direction = (t.clone() for t in inputs_of(case, whole, mine))
-    local = _leaves(moe_fn.shard_weights(config, full))
+    local = _leaves(moe_fn.shard_weights(config, placed))
     x.requires_grad_(), logits.requires_grad_()
     y = forward(config, local, x, logits)
     expected_x, expected_logits, all_y, all_weights = _expected(case, parallel, whole, full, every, rank)
@@ -145,6 +148,8 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
     assert_matches(_zeros(found[1], logits), expected_logits, tolerance=1e-5, scale=0.1, name="gradient of logits")
+    if parallel.num_physical:
+        return  # each copy has a part of its expert's gradient
     gradients = dict(zip(map(id, tensors), found[2:], strict=True))
     wanted = moe_fn.shard_weights(config, all_weights)
     for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
@@ -153,6 +158,13 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
         if ours is not None:
             assert_matches(_zeros(gradients[id(ours)], ours), theirs, tolerance=1e-5, scale=0.3, name=f"gradient of {name}")
     _check_gradients_of_what_all_have(case, whole, full, mine, local, gradients)
+
+
+def with_copies(weights: MoEWeights) -> MoEWeights:
+    """Experts 0 and 3 have two slots of 8."""
+    placement = moe_fn.balance.placement_of_slots(torch.tensor([0, 1, 2, 3, 4, 5, 0, 3]), num_experts=6)
+    tensors = {f.name: getattr(placement, f.name) for f in dataclasses.fields(placement)}
+    return dataclasses.replace(weights, router=dataclasses.replace(weights.router, **tensors))
 
 
 def _check_gradients_of_what_all_have(

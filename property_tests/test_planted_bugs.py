@@ -12,7 +12,16 @@ from planted_bugs import PlantedBug, planted
 from planted_bugs_of_balance import BUGS as OF_BALANCE
 
 FOLDER = Path(__file__).parent
-FILES = ("test_route", "test_dispatch", "test_experts", "test_combine", "test_around_the_experts", "test_preparing", "test_layer", "test_eplb")
+FILES = (
+    "test_route",
+    "test_dispatch",
+    "test_experts",
+    "test_combine",
+    "test_around_the_experts",
+    "test_preparing",
+    "test_layer",
+    "test_eplb",
+)
 WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint",)}
 FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)
 BUGS = OF_THE_LAYER + OF_BALANCE

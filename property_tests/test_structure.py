@@ -38,7 +38,7 @@ LAYERS = (
     ("",),  # the package itself re-exports
 )
 # What runs on the host between steps, and reads values there: the rest of the package must leave them on the device.
-ON_HOST = ("balance/placing.py", "balance/slots.py")
+ON_HOST = ("balance/placing.py", "balance/slots.py", "parallel/sizes.py")  # the last: sizes that are data
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

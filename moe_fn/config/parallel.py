@@ -40,6 +40,8 @@ class ParallelConfig:
     gather      what travels with the tokens of all_gather: their "routing" (ids and weights), or their "logits", routed by everybody
     placement   which rank of ep has an expert: "linear" (the first ranks have one more where they do not divide), "round_robin", or
                 a rank for each expert
+    num_physical  slots for experts over all ranks of ep, as many on each, with copies of experts where the load is: which, the tensors of
+                a `moe_fn.balance.Placement` in weights.router say. None: one slot for each expert
     max_tokens  most tokens that a rank brings, for all_gather and all_to_all_static; None: asked of the others in every call (a host
                 sync), and not possible for all_to_all_static
     capacity    slots that one rank can send another in all_to_all_static; None: max_tokens * top_k, all that there can be. With fewer,
@@ -58,6 +60,7 @@ class ParallelConfig:
     dispatch: Dispatch = "replicated"
     gather: Literal["routing", "logits"] = "routing"
     placement: Placement = "linear"
+    num_physical: int | None = None
     max_tokens: int | None = None
     capacity: int | None = None
     shared: Literal["sharded", "replicated"] = "sharded"
@@ -76,7 +79,7 @@ class ParallelConfig:
                 check_int(f"ParallelConfig.placement[{expert}]", rank, 0, (self.ep.size if self.ep else 1) - 1)
         else:
             check_choice("ParallelConfig.placement", self.placement, ("linear", "round_robin"))
-        for name in ("max_tokens", "capacity"):
+        for name in ("max_tokens", "capacity", "num_physical"):
             if getattr(self, name) is not None:
                 check_int(f"ParallelConfig.{name}", getattr(self, name), 1)
         self._check_together()
@@ -94,6 +97,8 @@ class ParallelConfig:
             raise ValueError(f"ParallelConfig.capacity would have no effect with dispatch={self.dispatch!r}: expected None")
         if self.gather != "routing" and self.dispatch != "all_gather":
             raise ValueError(f"ParallelConfig.gather='logits' would have no effect with dispatch={self.dispatch!r}: expected 'routing'")
+        if self.num_physical is not None and (self.ep is None or self.placement != "linear" or self.num_physical % self.ep.size):
+            raise ValueError(f"ParallelConfig.num_physical={self.num_physical}: expected ep, a multiple of its size, placement 'linear'")
         if self.placement != "linear" and self.ep is None:
             raise ValueError("ParallelConfig.placement would have no effect without ep: expected 'linear'")
         if self.sp is not None and (self.tp is not None or self.ep is None or self.dispatch == "replicated"):
@@ -121,6 +126,7 @@ class ParallelConfig:
         dispatch: Dispatch | None = None,
         gather: Literal["routing", "logits"] = "routing",
         placement: Placement = "linear",
+        num_physical: int | None = None,
         max_tokens: int | None = None,
         capacity: int | None = None,
         shared: Literal["sharded", "replicated"] | None = None,
@@ -151,6 +157,7 @@ class ParallelConfig:
             dispatch=dispatch or default,  # type: ignore[arg-type]
             gather=gather,
             placement=placement,
+            num_physical=num_physical,
             max_tokens=max_tokens,
             capacity=capacity,
             shared=shared or ("sharded" if sp is None else "replicated"),

@@ -46,6 +46,8 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
         )
     if parallel.gather == "logits" and config.router.selection == "hash":
         raise ValueError("ParallelConfig.gather='logits' with router.selection='hash': expected 'routing', for token ids do not travel")
+    if parallel.num_physical is not None and parallel.num_physical < config.num_experts:
+        raise ValueError(f"ParallelConfig.num_physical={parallel.num_physical}; expected at least the {config.num_experts} experts")
     if parallel.gather == "logits" and config.router.capacity is not None:
         raise ValueError("ParallelConfig.gather='logits' with router.capacity: expected 'routing', it counts a rank's own tokens")
     tp, shared = parallel.tp, config.shared
@@ -54,8 +56,8 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
 
 
 def ranks_of_experts(config: Any, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Which rank of ep each expert is on."""
-    experts, ranks = config.num_experts, parallel.ep.size if parallel.ep else 1
+    """Which rank of ep each expert is on, or each slot where experts have copies."""
+    experts, ranks = parallel.num_physical or config.num_experts, parallel.ep.size if parallel.ep else 1
     if isinstance(parallel.placement, tuple):
         return parallel.placement
     if parallel.placement == "round_robin":

@@ -21,11 +21,11 @@ from moe_fn.stages.route import route
 Overflow = Tensor | None  # how many slots of this rank found no room
 
 
-def _own_ids(config: MoEConfig, ids: Tensor) -> Tensor:
+def _own_ids(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> Tensor:
     """Ids among this rank's experts, -1 for all others."""
     parallel = config.parallel
     mine = parallel.ep.rank if parallel is not None and parallel.ep is not None else 0
-    rank, own = places_of_experts(config, ids)
+    rank, own = places_of_experts(config, weights, ids)
     return torch.where(rank == mine, own, -1)
 
 
@@ -43,7 +43,7 @@ def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes a rank: 2 (n-1)/n of [T, Hx]."""
     ep = config.parallel.ep if config.parallel else None
     x, w = collectives.copy_to_ranks(x, ep), collectives.copy_to_ranks(routing.weights, ep)
-    y = _compute(config, weights, x, _own_ids(config, routing.expert_ids), w)
+    y = _compute(config, weights, x, _own_ids(config, weights, routing.expert_ids), w)
     return collectives.sum_over_ranks(y, ep), None
 
 
@@ -63,7 +63,7 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     else:
         ids = collectives.gather_ranks(_padded(routing.expert_ids + 1, room), group) - 1  # padding has id -1
         w = collectives.gather_ranks(_padded(routing.weights, room), group)
-    y = _compute(config, weights, rows, _own_ids(config, ids), w)
+    y = _compute(config, weights, rows, _own_ids(config, weights, ids), w)
     return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), None
 
 
@@ -73,7 +73,7 @@ def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     Bytes a rank: S (Hx + 8) there and S Hx back, S slots that leave it, Hx in bytes of its dtype; 8 n before.
     """
     group = _ep(config)
-    sorted_ = _by_rank(config, x, routing, group)
+    sorted_ = _by_rank(config, weights, x, routing, group)
     sent = _counts(sorted_.rank_of_row, group.size)
     both = torch.stack([sent, collectives.exchange_ranks(sent, group)])
     sizes = numbers(both)
@@ -98,7 +98,7 @@ def all_to_all_static(
     """
     group, capacity = _ep(config), _capacity(config)
     check_room(x.shape[0], config.parallel.max_tokens if config.parallel and config.parallel.max_tokens else x.shape[0])
-    sorted_ = _by_rank(config, x, routing, group)
+    sorted_ = _by_rank(config, weights, x, routing, group)
     slots = sorted_.rank_of_row.shape[0]
     counts = _counts(sorted_.rank_of_row, group.size)
     starts = counts.cumsum(0) - counts
@@ -129,8 +129,8 @@ class SortedByRank:
     row_of_slot: Tensor  # [R]
 
 
-def _by_rank(config: MoEConfig, x: Tensor, routing: Routing, group: RankGroup) -> SortedByRank:
-    ranks, own = places_of_experts(config, routing.expert_ids.flatten())
+def _by_rank(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, group: RankGroup) -> SortedByRank:
+    ranks, own = (t.flatten() for t in places_of_experts(config, weights, routing.expert_ids))
     rank_of_row, slot_of_row = ranks.sort(stable=True)
     slots = torch.arange(ranks.shape[0], device=x.device)
     row_of_slot = torch.zeros_like(slot_of_row).scatter(0, slot_of_row, slots)

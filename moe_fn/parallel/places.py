@@ -3,22 +3,41 @@
 import torch
 from torch import Tensor
 
+from moe_fn.balance import Placement, physical_ids
 from moe_fn.config import MoEConfig
 from moe_fn.config.sharing import ranks_of_experts
+from moe_fn.records import MoEWeights
 
 
-def places_of_experts(config: MoEConfig, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(rank, number among that rank's own) of the expert of each id, (ep's size, -1) for ids of no expert with weights."""
-    parallel = config.parallel
+def placement_of_weights(weights: MoEWeights) -> Placement:
+    """Where copies of experts are, from the tensors beside the router."""
+    router = weights.router
+    if router is None or router.logical_of_physical is None or router.physical_of_logical is None or router.num_replicas is None:
+        raise ValueError("weights.router has no placement; expected logical_of_physical, physical_of_logical and num_replicas")
+    return Placement(
+        logical_of_physical=router.logical_of_physical,
+        physical_of_logical=router.physical_of_logical,
+        num_replicas=router.num_replicas,
+    )
+
+
+def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(rank, number among that rank's own) of the expert of each id [T, K], (ep's size, -1) for ids of no expert with weights.
+
+    Where an expert has copies a token takes the one that its number among the tokens says, so that neighbours take turns.
+    """
+    parallel, num_experts = config.parallel, config.num_experts
+    if parallel is not None and parallel.num_physical is not None:
+        ids, num_experts = physical_ids(placement_of_weights(weights), ids), parallel.num_physical
     ranks = parallel.ep.size if parallel is not None and parallel.ep is not None else 1
-    known = (ids >= 0) & (ids < config.num_experts)
+    known = (ids >= 0) & (ids < num_experts)
     ids = torch.where(known, ids, 0)
     if parallel is not None and isinstance(parallel.placement, tuple):
         rank, own = _by_table(config, ids)
     elif parallel is not None and parallel.placement == "round_robin":
         rank, own = ids % ranks, ids // ranks
     else:
-        each, more = divmod(config.num_experts, ranks)
+        each, more = divmod(num_experts, ranks)
         first_small = more * (each + 1)  # experts on the ranks that have one more
         rank = torch.where(ids < first_small, ids // (each + 1), more + (ids - first_small) // max(each, 1))
         own = ids - rank * each - rank.clamp(max=more)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_fn.balance import physical_weights
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.sharing import ranks_of_experts
+from moe_fn.parallel.places import placement_of_weights
 from moe_fn.records import MoEWeights, SharedWeights
 
 
@@ -17,7 +19,8 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         gate_up [E, gate_up, Hx] -> [own E, gate_up / slices, Hx];  down [E, Hx, I] -> [own E, Hx, I / slices]
 
     Biases of down (and of shared.down) are on the first slice alone: the others' would be added once a rank. Everything else every rank
-    has. Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the rest are the same tensors.
+    has. With num_physical the placement beside the router says which experts are copied to which slots (for inference: a copy's gradient
+    is its own). Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the rest are the same tensors.
     Raises ValueError where the config has no `parallel`, and for weights that do not fit it.
 
     Laws
@@ -34,6 +37,8 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         raise ValueError("shard_weights: config.parallel is None; expected a ParallelConfig")
     if weights.gate_up.shape[0] != config.num_experts:
         raise ValueError(f"shard_weights: gate_up has {weights.gate_up.shape[0]} experts; expected all {config.num_experts}")
+    if parallel.num_physical is not None:
+        weights = physical_weights(weights, placement_of_weights(weights))
     mine = parallel.ep.rank if parallel.ep else 0
     experts = torch.tensor([e for e, rank in enumerate(ranks_of_experts(config, parallel)) if rank == mine], device=weights.gate_up.device)
     slices, number = parallel.slices
@@ -41,7 +46,7 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     gated, packed = as_activation(config.activation).gated, config.gate_up_layout == "packed"
 
     def of_experts(t: Tensor | None) -> Tensor | None:
-        return t if t is None or len(experts) == config.num_experts else t.index_select(0, experts)
+        return t if t is None or len(experts) == len(weights.gate_up) else t.index_select(0, experts)
 
     def columns(t: Tensor | None, dim: int, halves: int) -> Tensor | None:
         return None if t is None else _slice(t, dim, halves, slices, number)
@@ -108,6 +113,8 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
     parallel = first.parallel
     if parallel is None:
         raise ValueError("join_weights: config.parallel is None; expected a ParallelConfig")
+    if parallel.num_physical is not None:
+        raise ValueError("join_weights: config.parallel.num_physical has copies of experts; expected None")
     ranks, slices = parallel.ep.size if parallel.ep else 1, parallel.slices[0]
     missing = [(rank, number) for rank in range(ranks) for number in range(slices) if (rank, number) not in found]
     if missing:
