@@ -15,8 +15,8 @@ from transformers_models import make_model, make_token_ids
 from moe_fn.integrations.transformers import replace_moe_blocks
 from moe_fn.testing import assert_matches
 
-# Groups and shared experts, biases and interleaved, clamps and hash layers, weights on the input, states between layers, norms around.
-MODELS = ("deepseek_v3", "gpt_oss", "deepseek_v4", "llama4", "zaya", "axk1")
+# Groups and shared experts, biases and interleaved, clamps and hash layers, states between layers.
+MODELS = ("deepseek_v3", "gpt_oss", "deepseek_v4", "zaya")
 LOW = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
