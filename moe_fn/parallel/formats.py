@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.fused import routed_experts
@@ -183,7 +184,7 @@ def _room(config: MoEConfig, tokens: int, group: RankGroup, like: Tensor) -> int
 
 def check_room(tokens: int, max_tokens: int) -> None:
     """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not known yet."""
-    if isinstance(tokens, int) and tokens > max_tokens:
+    if guard_or_false(tokens > max_tokens):
         raise ValueError(f"moe_forward: {tokens} tokens on this rank; expected at most ParallelConfig.max_tokens={max_tokens}")
     torch._check(tokens <= max_tokens, lambda: "moe_fn: more tokens on this rank than ParallelConfig.max_tokens")
 
