@@ -44,11 +44,12 @@ def layer_in_chunks(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: 
 
 def scan_traces() -> bool:
     """Whether torch can compile a scan here; true in eager, where the same loop runs in Python."""
-    return not torch.compiler.is_compiling() or (not torch._C._are_functorch_transforms_active() and _scalars_allowed())
+    return not torch.compiler.is_compiling() or (not torch._C._are_functorch_transforms_active() and scalars_allowed())
 
 
 @constant_while_tracing
-def _scalars_allowed() -> bool:
+def scalars_allowed() -> bool:
+    """Whether numbers may be read from tensors here: in eager, under fullgraph, with torch._dynamo.config.capture_scalar_outputs."""
     context = torch._guards.TracingContext.try_get()
     return (
         context is None

@@ -7,11 +7,12 @@ from torch import Tensor
 from moe_fn.balance import stats_of_routing
 from moe_fn.calls import Call, autocast_off, enter, flat_routing, leave
 from moe_fn.checking import check_routing, check_x
-from moe_fn.chunked import layer_in_chunks, scan_traces
+from moe_fn.chunked import layer_in_chunks, scalars_allowed, scan_traces
 from moe_fn.config import MoEConfig
 from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens
 from moe_fn.parallel.formats import may_overflow
 from moe_fn.parallel.layer import layer_over_ranks
+from moe_fn.parallel.sizes import reads_sizes
 from moe_fn.records import MoEWeights, Routing, RoutingStats
 from moe_fn.whole_layer import layer_as_op
 
@@ -187,7 +188,7 @@ def moe_forward_with_stats(
         logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
         routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading)
         stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
-        if config.parallel is not None:
+        if config.parallel is not None and may_overflow(config):
             y, overflow = layer_over_ranks(config, config.parallel, call.weights, call.x, routing, logits)
             if overflow is not None:
                 stats = dataclasses.replace(stats, dropped_slots=stats.dropped_slots + overflow)
@@ -227,4 +228,7 @@ def _run_over_ranks(config: MoEConfig, call: Call, routing: Routing) -> Tensor:
     logits = call.logits
     if logits is None and config.parallel.gather == "logits":
         logits = logits_of_tokens(config, call.weights, call.x)
+    if reads_sizes(config.parallel) and not scalars_allowed():
+        logits = logits if config.parallel.gather == "logits" else None
+        return layer_as_op(config, call.weights, call.x, routing, logits, None, None, False)[0]
     return layer_over_ranks(config, config.parallel, call.weights, call.x, routing, logits)[0]

@@ -1,6 +1,7 @@
 """The layer as one opaque op, without and with a separate shared output: `moe_fn::moe_forward` and `moe_fn::moe_forward_shared`.
 
-Why ops: hosts that want one node per layer (piecewise CUDA graphs, partitioners), and chunking where scan does not compile. Why two:
+Why ops: hosts that want one node per layer (piecewise CUDA graphs, partitioners), chunking where scan does not compile, and ranks that
+read sizes where torch.compile may not (`moe_fn.parallel.sizes`), whose backward then goes through the collectives anew. Why two:
 an op's schema cannot return "a Tensor or a tuple". What would remove them: union returns, and scan below func.grad and plain compile.
 The config travels by value, as its JSON; every weight is an argument. First order only: their backward has none, and says so.
 """
@@ -15,6 +16,7 @@ from moe_fn.config import MoEConfig, config_of_json
 from moe_fn.layer import route_tokens
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import define_op
+from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 
 # x, then routing's input or routing itself: with expert_ids given there is nothing left to route.
@@ -34,7 +36,10 @@ def layer_as_op(
     token_mask: Tensor | None,
     with_shared: bool,
 ) -> tuple[Tensor, ...]:
-    """(y,) or (shared, routed) from one node. x is free of padding already; routing None means: route inside."""
+    """(y,) or (shared, routed) from one node. x is free of padding already; routing None means: route inside.
+
+    Of a layer that ranks share, routing is given, and logits may be: they travel.
+    """
     given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
     args = (config._json, x, logits, token_ids, token_mask, *given, *leaves_of_weights(weights))  # type: ignore[attr-defined]
     out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
@@ -47,6 +52,9 @@ def _rows(args: list[Any], chunk: slice) -> list[Any]:
 
 def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tensor, ...]:
     x, logits, token_ids, token_mask, ids, w, shared_w, *leaves = args
+    if config.parallel is not None:
+        routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w)
+        return (layer_over_ranks(config, config.parallel, weights_of_leaves(leaves), x, routing, logits)[0],)
     if ids is None:
         routing = route_tokens(config, weights_of_leaves(leaves), x, logits, token_ids, token_mask)
         ids, w, shared_w = routing.expert_ids, routing.weights, routing.shared_weights

@@ -12,6 +12,9 @@ whether their input is replicated. Each is linear, so each one's gradient is ano
     join_rows        blocks -> all rows, the same everywhere         gradient: own_rows
     exchange_ranks   block r of mine <-> my block of rank r          gradient: itself
     exchange_splits  the same, of blocks of given sizes              gradient: itself, sizes swapped
+
+Each is two ops, one that begins and one that waits (`arrived`), so that work can stand between them: begin_gather(x, group), anything that
+does not read its result, arrived(...). The others do both at once. Nobody reads what has not arrived.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,16 +58,25 @@ def _wait(x: Tensor) -> Tensor:
     return y
 
 
+def _waited(x: Tensor) -> Tensor:
+    """A tensor object of its own, for autograd saves the input."""
+    y: Tensor = torch.ops.aten.alias(_wait(x))
+    return y
+
+
 def _all_reduce(x: Tensor, group: str) -> Tensor:
-    return _wait(_functional.all_reduce(x.contiguous(), "sum", group))
+    y: Tensor = _functional.all_reduce(x.contiguous(), "sum", group)
+    return y
 
 
 def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
-    return _wait(_functional.all_gather_into_tensor(x.contiguous(), size, group))
+    y: Tensor = _functional.all_gather_into_tensor(x.contiguous(), size, group)
+    return y
 
 
 def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
-    return _wait(_functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+    y: Tensor = _functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+    return y
 
 
 def _block(x: Tensor, group: str, size: int, rank: int) -> Tensor:
@@ -78,40 +90,43 @@ def _blocks(x: Tensor, group: str, size: int, rank: int) -> Tensor:
 
 def _all_to_all(x: Tensor, group: str, size: int) -> Tensor:
     blocks = [x.shape[0] // size] * size
-    return _wait(_functional.all_to_all_single(x.contiguous(), blocks, blocks, group))
+    y: Tensor = _functional.all_to_all_single(x.contiguous(), blocks, blocks, group)
+    return y
 
 
 def _all_to_all_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: str) -> Tensor:
-    return _wait(_functional.all_to_all_single(x.contiguous(), list(received), list(sent), group))
+    y: Tensor = _functional.all_to_all_single(x.contiguous(), list(received), list(sent), group)
+    return y
 
 
 def _like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+_arrived: Any = _op("arrived(Tensor x) -> Tensor", _waited, _like, lambda i, g: g, lambda *a: _arrived(*a))
 _sum: Any = _op("sum_over_ranks(Tensor x, str group) -> Tensor", _all_reduce, _like, lambda i, g: g.clone(), lambda *a: _sum(*a))
 _copy: Any = _op(
-    "copy_to_ranks(Tensor x, str group) -> Tensor", lambda x, group: x.clone(), _like, lambda i, g: _sum(g, i[1]), lambda *a: _copy(*a)
+    "copy_to_ranks(Tensor x, str group) -> Tensor", lambda x, group: x.clone(), _like, lambda i, g: _arrived(_sum(g, i[1])), lambda *a: _copy(*a)
 )
 _gather: Any = _op(
     "gather_ranks(Tensor x, str group, int size) -> Tensor",
     _all_gather,
     lambda x, group, size: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    lambda i, g: _scatter(g, i[1], i[2]),
+    lambda i, g: _arrived(_scatter(g, i[1], i[2])),
     lambda *a: _gather(*a),
 )
 _scatter: Any = _op(
     "scatter_ranks(Tensor x, str group, int size) -> Tensor",
     _reduce_scatter,
     lambda x, group, size: x.new_empty(x.shape[0] // size, *x.shape[1:]),
-    lambda i, g: _gather(g, i[1], i[2]),
+    lambda i, g: _arrived(_gather(g, i[1], i[2])),
     lambda *a: _scatter(*a),
 )
 _own: Any = _op(
     "own_rows(Tensor x, str group, int size, int rank) -> Tensor",
     _block,
     lambda x, group, size, rank: x.new_empty(x.shape[0] // size, *x.shape[1:]),
-    lambda i, g: _join(g, i[1], i[2], i[3]),
+    lambda i, g: _arrived(_join(g, i[1], i[2], i[3])),
     lambda *a: _own(*a),
 )
 _join: Any = _op(
@@ -125,21 +140,32 @@ _exchange: Any = _op(
     "exchange_ranks(Tensor x, str group, int size) -> Tensor",
     _all_to_all,
     _like,
-    lambda i, g: _exchange(g, i[1], i[2]),
+    lambda i, g: _arrived(_exchange(g, i[1], i[2])),
     lambda *a: _exchange(*a),
 )
 _exchange_splits: Any = _op(
     "exchange_splits(Tensor x, SymInt[] sent, SymInt[] received, str group) -> Tensor",
     _all_to_all_splits,
     lambda x, sent, received, group: x.new_empty(sum(received), *x.shape[1:]),
-    lambda i, g: _exchange_splits(g, i[2], i[1], i[3]),
+    lambda i, g: _arrived(_exchange_splits(g, i[2], i[1], i[3])),
     lambda *a: _exchange_splits(*a),
 )
 
 
+def arrived(x: Tensor) -> Tensor:
+    """What a collective that was begun brought."""
+    y: Tensor = _arrived(x)
+    return y
+
+
 def sum_over_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
     """The sum over the group's ranks, x as it is without one; its gradient is the same on each rank already."""
-    y: Tensor = x if group is None else _sum(x, group.name)
+    return x if group is None else arrived(begin_sum(x, group))
+
+
+def begin_sum(x: Tensor, group: RankGroup) -> Tensor:
+    """sum_over_ranks, on its way."""
+    y: Tensor = _sum(x, group.name)
     return y
 
 
@@ -149,16 +175,20 @@ def copy_to_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
     return y
 
 
-def gather_ranks(x: Tensor, group: RankGroup) -> Tensor:
-    """Rows of every rank, end to end; as many on each."""
+def begin_gather(x: Tensor, group: RankGroup) -> Tensor:
+    """Rows of every rank, end to end; as many on each. On their way."""
     y: Tensor = _gather(x, group.name, group.size)
     return y
 
 
+def gather_ranks(x: Tensor, group: RankGroup) -> Tensor:
+    """Rows of every rank, end to end; as many on each."""
+    return arrived(begin_gather(x, group))
+
+
 def scatter_ranks(x: Tensor, group: RankGroup) -> Tensor:
     """The sum over ranks of this rank's block of rows."""
-    y: Tensor = _scatter(x, group.name, group.size)
-    return y
+    return arrived(_scatter(x, group.name, group.size))
 
 
 def own_rows(x: Tensor, group: RankGroup) -> Tensor:
@@ -169,20 +199,29 @@ def own_rows(x: Tensor, group: RankGroup) -> Tensor:
 
 def join_rows(x: Tensor, group: RankGroup) -> Tensor:
     """All blocks of rows, on each rank."""
-    y: Tensor = _join(x, group.name, group.size, group.rank)
+    return arrived(_join(x, group.name, group.size, group.rank))
+
+
+def begin_exchange(x: Tensor, group: RankGroup) -> Tensor:
+    """exchange_ranks, on its way."""
+    y: Tensor = _exchange(x, group.name, group.size)
     return y
 
 
 def exchange_ranks(x: Tensor, group: RankGroup) -> Tensor:
     """Block r of my rows goes to rank r, and mine of its rows comes: [size * n, ...] -> [size * n, ...]."""
-    y: Tensor = _exchange(x, group.name, group.size)
+    return arrived(begin_exchange(x, group))
+
+
+def begin_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
+    """exchange_splits, on its way."""
+    y: Tensor = _exchange_splits(x, sent, received, group.name)
     return y
 
 
 def exchange_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
-    """The same, of sent[r] rows to rank r and received[r] rows from it."""
-    y: Tensor = _exchange_splits(x, sent, received, group.name)
-    return y
+    """exchange_ranks of sent[r] rows to rank r and received[r] rows from it."""
+    return arrived(begin_splits(x, sent, received, group))
 
 
 def most_of_ranks(x: Tensor, group: RankGroup) -> Tensor:

@@ -1,10 +1,14 @@
-"""Tokens through experts that other ranks have, and back: one function a format, a table of them."""
+"""Tokens through experts that other ranks have, and back: one function a format, a table of them.
+
+Each calls `meanwhile` once, between the beginning and the end of a collective: what it computes can go on while tokens travel.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.fused import routed_experts
@@ -19,6 +23,8 @@ from moe_fn.stages.dispatch import weighted
 from moe_fn.stages.route import route
 
 Overflow = Tensor | None  # how many slots of this rank found no room
+Meanwhile = Callable[[], Tensor | None]  # the shared experts' output, which needs no other rank's tokens
+Result = tuple[Tensor, Tensor | None, Overflow]  # routed, what meanwhile() computed, overflow
 
 
 def _own_ids(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> Tensor:
@@ -39,15 +45,23 @@ def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: 
     return total
 
 
-def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None) -> tuple[Tensor, Overflow]:
+def replicated(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile
+) -> Result:
     """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes a rank: 2 (n-1)/n of [T, Hx]."""
     ep = config.parallel.ep if config.parallel else None
     x, w = collectives.copy_to_ranks(x, ep), collectives.copy_to_ranks(routing.weights, ep)
     y = _compute(config, weights, x, _own_ids(config, weights, routing.expert_ids), w)
-    return collectives.sum_over_ranks(y, ep), None
+    if ep is None:
+        return y, meanwhile(), None
+    total = collectives.begin_sum(y, ep)
+    beside = meanwhile()
+    return collectives.arrived(total), beside, None
 
 
-def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None) -> tuple[Tensor, Overflow]:
+def all_gather(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile
+) -> Result:
     """Everybody's tokens to everybody, own experts on all of them, sums scattered back.
 
     Bytes a rank, of n ranks with at most M tokens each: (n-1) M (Hx + 8 K + 4 K) there, (n-1) M Hx back, Hx in bytes of its dtype.
@@ -55,41 +69,46 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     group = _token_group(config)
     tokens = x.shape[0]
     room = _room(config, tokens, group, routing.expert_ids)
-    rows = collectives.gather_ranks(_padded(x, room), group)
-    if logits is not None and config.parallel is not None and config.parallel.gather == "logits":
-        everybody = route(config, weights, collectives.gather_ranks(_padded(logits, room), group))
-        real = collectives.gather_ranks(_padded(torch.ones_like(routing.expert_ids[:, :1]), room), group) > 0
-        ids, w = torch.where(real, everybody.expert_ids, -1), everybody.weights
-    else:
-        ids = collectives.gather_ranks(_padded(routing.expert_ids + 1, room), group) - 1  # padding has id -1
-        w = collectives.gather_ranks(_padded(routing.weights, room), group)
+    by_logits = logits is not None and config.parallel is not None and config.parallel.gather == "logits"
+    real = routing.expert_ids.new_ones(tokens, 1)
+    sent = (x, logits, real) if logits is not None and by_logits else (x, routing.weights, routing.expert_ids + 1)  # padding has id -1
+    begun = [collectives.begin_gather(_padded(t, room), group) for t in sent]
+    beside = meanwhile()
+    rows, w, ids = (collectives.arrived(t) for t in begun)
+    ids = ids - 1
+    if by_logits:
+        everybody = route(config, weights, w)
+        ids, w = torch.where(ids < 0, -1, everybody.expert_ids), everybody.weights
     y = _compute(config, weights, rows, _own_ids(config, weights, ids), w)
-    return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), None
+    return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), beside, None
 
 
-def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None) -> tuple[Tensor, Overflow]:
+def all_to_all(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile
+) -> Result:
     """Each choice of each token to its expert's rank and back; sizes from the data, so one wait for the device.
 
     Bytes a rank: S (Hx + 8) there and S Hx back, S slots that leave it, Hx in bytes of its dtype; 8 n before.
     """
     group = _ep(config)
     sorted_ = _by_rank(config, weights, x, routing, group)
-    sent = _counts(sorted_.rank_of_row, group.size)
-    both = torch.stack([sent, collectives.exchange_ranks(sent, group)])
+    counts = _counts(sorted_.rank_of_row, group.size)
+    both = torch.stack([counts, collectives.exchange_ranks(counts, group)])
     sizes = numbers(both)
     total = sum(sizes[0])
     torch._check(total <= sorted_.rows.shape[0])
-    got = collectives.exchange_splits(sorted_.rows.narrow(0, 0, total), sizes[0], sizes[1], group)
-    ids = collectives.exchange_splits(sorted_.own_of_row.narrow(0, 0, total), sizes[0], sizes[1], group)
-    y = _of_slots(config, weights, got, ids)
+    sent = (sorted_.rows.narrow(0, 0, total), sorted_.own_of_row.narrow(0, 0, total))
+    begun = [collectives.begin_splits(t, sizes[0], sizes[1], group) for t in sent]
+    beside = meanwhile()
+    y = _of_slots(config, weights, *(collectives.arrived(t) for t in begun))
     back = collectives.exchange_splits(y, sizes[1], sizes[0], group)
     rows = torch.cat([back, back.new_zeros(sorted_.rows.shape[0] - total, back.shape[1])])
-    return _combined(config, rows, sorted_, routing), None
+    return _combined(config, rows, sorted_, routing), beside, None
 
 
 def all_to_all_static(
-    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None
-) -> tuple[Tensor, Overflow]:
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile
+) -> Result:
     """The same in blocks of C slots for each pair of ranks, empty places without an expert: no sizes from the data, no wait.
 
     Bytes a rank: (n-1) C (Hx + 8) there, (n-1) C Hx back. Slots beyond C of a pair are dropped, and counted in the second result.
@@ -108,14 +127,15 @@ def all_to_all_static(
     row_of_place = torch.where(taken, row_of_place, slots)  # one row of zeros stands behind all others
     rows = _with_spare(sorted_.rows).index_select(0, row_of_place)
     ids = torch.where(taken, _with_spare(sorted_.own_of_row).index_select(0, row_of_place), -1)
-    got, got_ids = collectives.exchange_ranks(rows, group), collectives.exchange_ranks(ids, group)
-    y = collectives.exchange_ranks(_of_slots(config, weights, got, got_ids), group)
+    begun = [collectives.begin_exchange(t, group) for t in (rows, ids)]
+    beside = meanwhile()
+    y = collectives.exchange_ranks(_of_slots(config, weights, *(collectives.arrived(t) for t in begun)), group)
     own_place = torch.arange(slots, device=x.device) - _with_spare(starts).index_select(0, sorted_.rank_of_row)
     goes = sorted_.rank_of_row < group.size
     fits = goes & (own_place < capacity)
     place_of_row = torch.where(fits, sorted_.rank_of_row * capacity + own_place, group.size * capacity)
     back = _with_spare(y).index_select(0, place_of_row)
-    return _combined(config, back, sorted_, routing), (goes & ~fits).sum()
+    return _combined(config, back, sorted_, routing), beside, (goes & ~fits).sum()
 
 
 @dataclass(frozen=True)
@@ -183,7 +203,7 @@ def _room(config: MoEConfig, tokens: int, group: RankGroup, like: Tensor) -> int
 
 def check_room(tokens: int, max_tokens: int) -> None:
     """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not known yet."""
-    if isinstance(tokens, int) and tokens > max_tokens:
+    if guard_or_false(tokens > max_tokens):
         raise ValueError(f"moe_forward: {tokens} tokens on this rank; expected at most ParallelConfig.max_tokens={max_tokens}")
     torch._check(tokens <= max_tokens, lambda: "moe_fn: more tokens on this rank than ParallelConfig.max_tokens")
 
@@ -215,7 +235,7 @@ def _token_group(config: MoEConfig) -> RankGroup:
     return group
 
 
-Format = Callable[[MoEConfig, MoEWeights, Tensor, Routing, Tensor | None], tuple[Tensor, Overflow]]
+Format = Callable[[MoEConfig, MoEWeights, Tensor, Routing, Tensor | None, Meanwhile], Result]
 FORMATS: dict[str, Format] = {
     "replicated": replicated,
     "all_gather": all_gather,

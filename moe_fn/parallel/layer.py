@@ -58,10 +58,11 @@ def _layer(
     v = collectives.copy_to_ranks(transform_input(config, weights, x), tp)
     w = collectives.copy_to_ranks(routing.weights, tp)
     logits = None if logits is None else collectives.copy_to_ranks(logits, tp)
-    routed, overflow = FORMATS[parallel.dispatch](config, weights, v, dataclasses.replace(routing, weights=w), logits)
-    routed = reduce_and_trunc(routed, width=config.routed_size)
     sharded = tp is not None and parallel.shared == "sharded"
-    shared = _shared(config, parallel, weights, x, routing) if sharded else shared_experts(config, weights, x, routing)
+    beside = functools.partial(_shared, config, parallel) if sharded else functools.partial(shared_experts, config)
+    meanwhile = functools.partial(beside, weights, x, routing)
+    routed, shared, overflow = FORMATS[parallel.dispatch](config, weights, v, dataclasses.replace(routing, weights=w), logits, meanwhile)
+    routed = reduce_and_trunc(routed, width=config.routed_size)
     late = config.latent is None and (shared is None or sharded)
     if not late:
         routed = reduce_and_trunc(routed, group=tp)

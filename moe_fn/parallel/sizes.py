@@ -3,8 +3,13 @@
 import torch
 from torch import Tensor
 
-from moe_fn.config import RankGroup
+from moe_fn.config import ParallelConfig, RankGroup
 from moe_fn.ops.collectives import most_of_ranks
+
+
+def reads_sizes(parallel: ParallelConfig) -> bool:
+    """Whether a layer reads numbers from tensors on the host: split sizes, or the most tokens that a rank has."""
+    return parallel.dispatch == "all_to_all" or (parallel.dispatch == "all_gather" and parallel.max_tokens is None)
 
 
 def longest_of_ranks(rows: int, group: RankGroup, like: Tensor) -> int:

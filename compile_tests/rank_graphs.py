@@ -1,0 +1,137 @@
+"""What ranks compile together, in real processes (gloo): run by `test_parallel`."""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._pytree import tree_leaves, tree_map
+
+import moe_fn
+from moe_fn import MoEConfig, MoEWeights, ParallelConfig, SharedExpertsConfig
+from moe_fn.testing import assert_matches, count_graphs, weights_for
+
+TOKENS = (5, 1, 0, 4)  # of one call after another, on the first rank; the others have them in another order
+MOST = 6
+
+
+@dataclass(frozen=True)
+class Format:
+    """A dimension that ranks are along, and the options of from_mesh. asks: whether sizes come from the data."""
+
+    along: str
+    options: dict[str, Any] = field(default_factory=dict)
+    asks: bool = False
+
+
+FORMATS: dict[str, Format] = {
+    "replicated over tp": Format("tp", {"dispatch": "replicated"}),
+    "replicated over ep": Format("ep", {"dispatch": "replicated"}),
+    "all_gather": Format("ep", {"dispatch": "all_gather", "max_tokens": MOST}),
+    "all_gather over dp": Format("dp", {"dispatch": "all_gather", "max_tokens": MOST}),
+    "all_gather that asks": Format("ep", {"dispatch": "all_gather"}, asks=True),
+    "all_gather of logits": Format("ep", {"dispatch": "all_gather", "gather": "logits", "max_tokens": MOST}),
+    "all_to_all": Format("ep", {"dispatch": "all_to_all"}, asks=True),
+    "all_to_all by a table": Format("ep", {"dispatch": "all_to_all", "placement": (1, 0, 0, 1, 1, 0)}, asks=True),
+    "all_to_all_static": Format("ep", {"dispatch": "all_to_all_static", "max_tokens": MOST}),
+    "sequence, all_gather": Format("tp", {"sequence_parallel": True, "dispatch": "all_gather", "max_tokens": MOST}),
+    "sequence, all_gather that asks": Format("tp", {"sequence_parallel": True, "dispatch": "all_gather"}, asks=True),
+    "sequence, all_to_all": Format("tp", {"sequence_parallel": True, "dispatch": "all_to_all"}, asks=True),
+    "sequence, all_to_all_static": Format("tp", {"sequence_parallel": True, "dispatch": "all_to_all_static", "max_tokens": MOST}),
+}
+
+
+def config_of(parallel: ParallelConfig, experts: int = 6, inner: int = 8, **more: Any) -> MoEConfig:
+    """A small layer with shared experts."""
+    shared = SharedExpertsConfig(intermediate_size=inner)
+    sizes = {"num_experts": experts, "top_k": 2, "hidden_size": 8, "intermediate_size": inner, "shared": shared}
+    return MoEConfig(**(sizes | more), parallel=parallel)
+
+
+def leaves_of_rank(config: MoEConfig, dtype: torch.dtype = torch.float32) -> MoEWeights:
+    """This rank's weights, as leaves of autograd."""
+    full = weights_for(dataclasses.replace(config, parallel=None), seed=1, dtype=dtype)
+    own = moe_fn.shard_weights(config, full)
+    return tree_map(lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t, own)  # type: ignore[no-any-return]
+
+
+def tokens_of(config: MoEConfig, count: int, seed: int, dtype: torch.dtype = torch.float32, mark: bool = True) -> tuple[Tensor, Tensor]:
+    """x and logits that require gradients, and whose count is nobody's business."""
+    generator = torch.Generator().manual_seed(100 * seed + count)
+    pair = (torch.randn(count, n, generator=generator).to(dtype).requires_grad_() for n in (config.hidden_size, config.num_logits))
+    x, logits = pair
+    if mark:
+        moe_fn.mark_tokens(x, logits)
+    return x, logits
+
+
+def run(fn: Any, weights: MoEWeights, x: Tensor, logits: Tensor) -> list[Tensor]:
+    """The output and every gradient."""
+    y = fn(weights, x, logits)
+    inputs = [x, logits, *(t for t in tree_leaves(weights) if t.is_floating_point())]
+    seed = torch.arange(1, y.numel() + 1, dtype=torch.float32).cos().view_as(y)
+    found = torch.autograd.grad(y, inputs, seed.to(y.dtype), allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True))]
+
+
+def check(name: str, mesh: DeviceMesh, rank: int, fullgraph: bool, backend: str, mark: bool) -> tuple[int, int]:
+    """(graphs, breaks) of calls with several numbers of tokens, whose results are those of eager."""
+    form = FORMATS[name]
+    parallel = ParallelConfig.from_mesh(mesh, **{form.along: form.along}, **form.options)
+    config = config_of(parallel)
+    weights = leaves_of_rank(config)
+    same = form.along == "tp" or form.options["dispatch"] == "replicated"  # these ranks have the same tokens
+    counts = TOKENS if same or rank == 0 else TOKENS[::-1]
+    results: list[list[Tensor]] = []
+
+    def layer(weights: MoEWeights, x: Tensor, logits: Tensor) -> Tensor:
+        return moe_fn.moe_forward(config, weights, x, logits)
+
+    calls = [(weights, *tokens_of(config, count, 0 if same else rank, mark=mark)) for count in counts]
+    wanted = [run(layer, *call) for call in calls]
+    found = count_graphs_of_runs(layer, calls, results, fullgraph, backend)
+    for got, want, count in zip(results, wanted, counts, strict=True):
+        for i, (one, other) in enumerate(zip(got, want, strict=True)):
+            assert_matches(one, other, tolerance=1e-5, scale=0.1, name=f"{name}, {count} tokens, result {i}")
+    return found
+
+
+def count_graphs_of_runs(layer: Any, calls: list[Any], results: list[list[Tensor]], fullgraph: bool, backend: str) -> tuple[int, int]:
+    """(graphs, breaks) of compiled calls, forward and backward, whose results are kept."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, backend=counter, fullgraph=fullgraph)
+    results += [run(compiled, *call) for call in calls]
+    return counter.frame_count, sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+JOBS: tuple[tuple[str, bool, str, bool], ...] = (
+    *((name, True, "aot_eager", True) for name in FORMATS),
+    *((name, False, "aot_eager", True) for name in FORMATS),
+    *((name, True, "inductor", True) for name in ("all_gather", "all_to_all", "all_to_all_static", "replicated over tp")),
+    ("all_to_all_static", True, "aot_eager", False),
+)
+
+
+def worker(rank: int, world: int, store: str, results: Any, jobs: Any) -> None:
+    """One rank: every job, in order; (rank, job, (graphs, breaks) or an error) of each into the queue."""
+    import logging
+
+    torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    meshes = {name: init_device_mesh("cpu", (world,), mesh_dim_names=(name,)) for name in ("tp", "ep", "dp")}
+    for job in jobs:
+        try:
+            results.put((rank, job, check(job[0], meshes[FORMATS[job[0]].along], rank, *job[1:])))
+        except Exception as error:
+            results.put((rank, job, f"{type(error).__name__}: {str(error)[:800]}"))
+    dist.destroy_process_group()
