@@ -1,4 +1,5 @@
 # make demo   trains a small MoE language model and shows it       make bench  times the layer beside the machine's floor and others
+# make demo-parallel   trains and serves it on four ranks of this machine
 # make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  what needs a CUDA device
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
@@ -7,9 +8,12 @@ GPU_MODELS := qwen3-30b-a3b,olmoe,mixtral-8x7b,gpt-oss-20b,gpt-oss-120b,deepseek
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check bench bench-gpu test-gpu wheel clean
+.PHONY: demo demo-parallel test check bench bench-gpu test-gpu wheel clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
+
+demo-parallel: $(INSTALLED)
+	$(BIN)/torchrun --nproc-per-node 4 examples/expert_parallel.py
 
 test: check
 	$(BIN)/python -m pytest -n 2 --doctest-modules moe_fn property_tests compile_tests

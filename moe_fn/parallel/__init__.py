@@ -3,6 +3,7 @@
 The config says how (`moe_fn.ParallelConfig`), the weights are this rank's (`shard_weights`), and moe_forward is called as ever.
 """
 
+from moe_fn.parallel.agreement import check_ranks_agree
 from moe_fn.parallel.sharding import join_weights, shard_weights
 
-__all__ = ["join_weights", "shard_weights"]
+__all__ = ["check_ranks_agree", "join_weights", "shard_weights"]

@@ -1,0 +1,203 @@
+"""check_ranks_agree: ranks that are set up differently find out before the first forward, not by a wrong answer or a hang in it."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from moe_fn.checking import check_weights
+from moe_fn.config import MoEConfig, RankGroup, as_activation
+from moe_fn.parallel.meeting import meet, words_of_ranks
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
+
+_c10d: Any = dist.distributed_c10d  # torch finds groups by name only there
+_ROLES = ("tp", "ep", "dp", "sp")
+_SOME_RANKS_ONLY = {("down_bias",), ("shared", "down_bias")}  # these are on the first slice alone
+_ON_EVERY_RANK = ("router", "latent", "constants", "input_norm", "output_norm")
+_NOT_THERE = object()
+
+Record = dict[str, Any]  # of one rank, plain JSON: fields {name: value}, members and coordinates {role: ...}, problems [words]
+
+
+def check_ranks_agree(
+    config: MoEConfig, weights: MoEWeights | None = None, group: dist.ProcessGroup | None = None, timeout_s: float = 60
+) -> None:
+    """Compare config, weights and groups of all ranks, once, at set-up: every rank returns, or every rank raises the same words.
+
+    What must be the same: every field of the config but a rank's own coordinates (names and places in groups; their sizes must be the
+    same), the version of moe_fn, torch's major.minor, which weights there are, their dtypes and device type, and the shapes of those that
+    every rank has. What must fit on each rank: weights to the config's shapes for this rank; the groups that the config names to
+    torch.distributed's groups of those names (a config of another run does not), and to what the groups' other ranks say.
+
+    group      whose ranks compare: those that run this layer, for instance one stage of a pipeline; None: all ranks
+    timeout_s  how long a rank waits for the others, from its own call
+
+    Ranks meet in the store of torch.distributed, not in a collective: the same for gloo and NCCL, nothing waits for a device, and ranks
+    of any disagreement can still talk. It is called as often on each rank; nothing in forward calls it. Without torch.distributed it
+    checks weights against the config alone.
+
+    Raises ValueError on every rank that came: which fields differ, with the values and ranks ("num_experts is 8 on ranks 0, 1 and 6 on
+    rank 2"), what does not fit on which rank, and which ranks did not come within timeout_s.
+
+    Afterwards, in forward and backward, torch.distributed watches. A rank that dies in the middle of either: the others' collectives
+    with it raise. gloo: RuntimeError ("Connection closed by peer" or "Connection reset by peer") in less than a second, measured.
+    A rank that hangs: RuntimeError ("Timed out waiting 5000ms for recv operation to complete") after the timeout of the group, measured
+    at 5 s, in backward as in forward. NCCL has no such errors in Python: its watchdog ends the process after the timeout (torch's
+    documentation; not measured). The timeout is that of `init_process_group(timeout=timedelta(...))`: 30 minutes for gloo and 10 for NCCL
+    if nothing is said. A DeviceMesh's groups take it over. `new_group(timeout=)` sets that of one group. After such an error the groups
+    are unusable; end the process and let torchrun start all ranks again.
+
+    >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8)
+    >>> check_ranks_agree(config)
+    >>> check_ranks_agree(config, MoEWeights(gate_up=torch.zeros(4, 16, 8), down=torch.zeros(3, 8, 8)))
+    Traceback (most recent call last):
+    ValueError: check_ranks_agree: weights.down is (3, 8, 8); expected (num_experts, expert_hidden_size, intermediate_size) = (4, 8, 8)
+    """
+    if not isinstance(config, MoEConfig):
+        # Not published: a rank that cannot say what it runs does not come, and the others name it.
+        raise ValueError(f"check_ranks_agree: config is a {type(config).__name__}; expected MoEConfig")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
+        raise ValueError(f"check_ranks_agree: timeout_s is {timeout_s!r}; expected a number of seconds > 0")
+    problems = _problems_of_weights(config, weights)
+    if not dist.is_available() or not dist.is_initialized():
+        if config.parallel is not None:
+            problems.append("config.parallel is given, and torch.distributed has no process group: expected init_process_group before")
+        if problems:
+            raise ValueError(f"check_ranks_agree: {'; '.join(problems)}")
+        return
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    mine = dist.get_rank()
+    if mine not in ranks:
+        raise ValueError(f"check_ranks_agree: rank {mine} called with a group of {words_of_ranks(ranks)}; expected a group that it is in")
+    members, problems_of_groups = _groups(config, ranks)
+    record = {
+        "fields": _fields(config, weights),
+        "members": members,
+        "coordinates": {role: _group_of_role(config, role).rank for role in members},
+        "problems": problems + problems_of_groups,
+    }
+    answer = meet(ranks, mine, json.dumps(record), timeout_s, lambda texts: differences({r: json.loads(t) for r, t in texts.items()}))
+    if answer:
+        raise ValueError(f"check_ranks_agree: {answer}")
+
+
+def _group_of_role(config: MoEConfig, role: str) -> RankGroup:
+    return cast(RankGroup, getattr(config.parallel, role))
+
+
+def _problems_of_weights(config: MoEConfig, weights: MoEWeights | None) -> list[str]:
+    """Said, not raised: the other ranks want to know."""
+    if weights is None:
+        return []
+    try:
+        if isinstance(weights, MoEWeights):
+            check_weights("check_ranks_agree", config, weights, weights.down)
+        else:
+            raise ValueError(f"weights is a {type(weights).__name__}; expected MoEWeights")
+    except ValueError as error:
+        return [str(error).removeprefix("check_ranks_agree: ")]
+    return []
+
+
+def _fields(config: MoEConfig, weights: MoEWeights | None) -> dict[str, Any]:
+    """All that must be the same on every rank, by the name that an error gives it."""
+    values = dataclasses.replace(config, activation=as_activation(config.activation)).to_dict()
+    for role in _ROLES if values["parallel"] else ():
+        values["parallel"][role] = values["parallel"][role] and {"size": values["parallel"][role]["size"]}
+    fields = dict(_flat("", values))
+    fields["the version of moe_fn"] = sys.modules["moe_fn"].__version__  # the package itself imports this module
+    fields["the version of torch"] = ".".join(torch.__version__.split(".")[:2])
+    if not isinstance(weights, MoEWeights):
+        return fields
+    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
+        if leaf is None or path in _SOME_RANKS_ONLY:
+            continue
+        name = "weights." + ".".join(path)
+        fields[f"dtype of {name}"] = str(leaf.dtype)
+        fields[f"device type of {name}"] = leaf.device.type
+        if path[0] in _ON_EVERY_RANK:
+            fields[f"shape of {name}"] = list(leaf.shape)
+    return fields
+
+
+def _flat(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        found += _flat(f"{prefix}{name}.", value) if isinstance(value, dict) else [(prefix + name, value)]
+    return found
+
+
+def _groups(config: MoEConfig, compared: Sequence[int]) -> tuple[dict[str, list[int]], list[str]]:
+    """The global ranks of each of the config's groups, and what does not fit torch.distributed's group of that name."""
+    members: dict[str, list[int]] = {}
+    problems: list[str] = []
+    for role in _ROLES:
+        group: RankGroup | None = getattr(config.parallel, role, None)
+        if group is None:
+            continue
+        name = f"ParallelConfig.{role}"
+        try:
+            found = _c10d._resolve_process_group(group.name)
+        except (RuntimeError, ValueError, KeyError):
+            problems.append(f"{name} is a group named {group.name!r}, of which torch.distributed knows nothing: a config of another run?")
+            continue
+        if (group.size, group.rank) != (found.size(), found.rank()):
+            problems.append(
+                f"{name} says rank {group.rank} of {group.size}, and torch.distributed's group {group.name!r} says rank {found.rank()} of "
+                f"{found.size()}: a config of another rank or run?"
+            )
+            continue
+        members[role] = dist.get_process_group_ranks(found)
+        outside = [rank for rank in members[role] if rank not in compared]
+        if outside:
+            problems.append(f"{name} has {words_of_ranks(outside)}, not among the {len(compared)} that compare: expected a group with all")
+    return members, problems + _overlaps(members)
+
+
+def _overlaps(members: dict[str, list[int]]) -> list[str]:
+    """Slices of an expert and whole experts, or slices and other tokens, cannot be on the same ranks; sp's are among ep's."""
+    problems = [
+        f"ParallelConfig.tp and .{role} have {words_of_ranks(both)} in common: expected no more than the rank itself"
+        for role in ("ep", "dp")
+        if len(both := sorted(set(members.get("tp", ())) & set(members.get(role, ())))) > 1
+    ]
+    if "sp" in members and not set(members["sp"]) <= set(members.get("ep", ())):
+        problems.append(f"ParallelConfig.sp has {words_of_ranks(members['sp'])}: expected some of ep's")
+    return problems
+
+
+def differences(records: dict[int, Record]) -> list[str]:
+    """What the ranks' records disagree in, in words; none: nothing."""
+    found = [f"{words_of_ranks([rank])}: {problem}" for rank, record in records.items() for problem in record["problems"]]
+    names = dict.fromkeys(name for record in records.values() for name in record["fields"])
+    for name in names:
+        ranks_of_value: dict[str, list[int]] = {}
+        for rank, record in records.items():
+            value = record["fields"].get(name, _NOT_THERE)
+            ranks_of_value.setdefault("not there" if value is _NOT_THERE else repr(value), []).append(rank)
+        if len(ranks_of_value) > 1:
+            found.append(f"{name} is " + _listed([f"{value} on {words_of_ranks(ranks)}" for value, ranks in ranks_of_value.items()]))
+    return found + [words for role in _ROLES for words in _of_role(records, role)]
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _of_role(records: dict[int, Record], role: str) -> list[str]:
+    """The first pair of ranks of a group that see it otherwise; or that cannot work in it, for one has another slice, one other experts."""
+    across = {"tp": "ep", "ep": "tp"}.get(role)
+    for rank, record in records.items():
+        ranks = record["members"].get(role, [])
+        for other in filter(records.__contains__, ranks):
+            theirs = records[other]["members"].get(role, ranks)
+            if theirs != ranks:
+                return [f"ParallelConfig.{role} is {words_of_ranks(ranks)} on rank {rank} and {words_of_ranks(theirs)} on rank {other}"]
+            places = [records[r]["coordinates"].get(across) for r in (rank, other)]
+            if None not in places and places[0] != places[1]:
+                return [f"ParallelConfig.{role} joins ranks {rank} and {other}, which are {places[0]} and {places[1]} in {across}"]
+    return []

@@ -1,0 +1,54 @@
+"""A rank that dies, hangs or comes with another set-up: every other rank gets a clear error in time, never a hang or a wrong answer."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fault_cases import BAD, FAULTS, WORLD, rank_of_fault
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+HARD_S = 30  # then the test kills every rank, and fails
+SLACK_S = 3.0  # for three processes on two busy cores
+Answer = tuple[str, str, float]
+
+
+def answers(name: str, folder: Path) -> dict[int, Answer]:
+    """What each rank that lives says within the hard timeout. Forked from a server that has torch: a rank starts in no time."""
+    context: Any = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "moe_fn.testing"])  # by name only, from installed packages
+    pipes = [context.Pipe(duplex=False) for _ in range(WORLD)]
+    processes = [
+        context.Process(target=rank_of_fault, args=(rank, name, str(folder / "store"), pipes[rank][1]), daemon=True)
+        for rank in range(WORLD)
+    ]
+    found: dict[int, Answer] = {}
+    try:
+        for process in processes:
+            process.start()
+        for rank in range(WORLD):
+            if rank != BAD and pipes[rank][0].poll(HARD_S):
+                found[rank] = pipes[rank][0].recv()
+        if pipes[BAD][0].poll(0.5 if found else 0):
+            found[BAD] = pipes[BAD][0].recv()
+    finally:
+        for process in processes:
+            process.kill()
+            process.join(timeout=10)
+    return found
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_other_rank_gets_a_clear_error_in_time(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
+    found = answers(name, tmp_path)
+    for rank in set(range(WORLD)) - {BAD}:
+        assert rank in found, f"rank {rank} said nothing for {HARD_S} s"
+        kind, words, seconds = found[rank]
+        print(f"{name}: rank {rank}: {seconds:.2f} s: {kind}: {words[:300]}")
+        assert re.search(fault.words, words), (kind, words)
+        assert kind == fault.kind or (fault.kind == "RuntimeError" and kind.startswith("Dist")), (kind, words)
+        assert seconds <= fault.seconds + SLACK_S
+    print(f"{name}: rank {BAD}: {found.get(BAD)}")
