@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, ParallelConfig, SharedExpertsConfig
-from moe_fn.testing import assert_matches, count_graphs, weights_for
+from moe_fn.testing import assert_matches, weights_for
 
 TOKENS = (5, 1, 0, 4)  # of one call after another, on the first rank; the others have them in another order
 MOST = 6

@@ -45,9 +45,7 @@ def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: 
     return total
 
 
-def replicated(
-    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile
-) -> Result:
+def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
     """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes a rank: 2 (n-1)/n of [T, Hx]."""
     ep = config.parallel.ep if config.parallel else None
     x, w = collectives.copy_to_ranks(x, ep), collectives.copy_to_ranks(routing.weights, ep)
@@ -59,9 +57,7 @@ def replicated(
     return collectives.arrived(total), beside, None
 
 
-def all_gather(
-    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile
-) -> Result:
+def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
     """Everybody's tokens to everybody, own experts on all of them, sums scattered back.
 
     Bytes a rank, of n ranks with at most M tokens each: (n-1) M (Hx + 8 K + 4 K) there, (n-1) M Hx back, Hx in bytes of its dtype.
@@ -83,9 +79,7 @@ def all_gather(
     return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), beside, None
 
 
-def all_to_all(
-    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile
-) -> Result:
+def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
     """Each choice of each token to its expert's rank and back; sizes from the data, so one wait for the device.
 
     Bytes a rank: S (Hx + 8) there and S Hx back, S slots that leave it, Hx in bytes of its dtype; 8 n before.
