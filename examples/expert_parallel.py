@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--dispatch", default="all_to_all", choices=["replicated", "all_gather", "all_to_all", "all_to_all_static"])
     parser.add_argument("--generate", type=int, default=40, help="bytes that each rank writes at the end")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the training step on every rank: minutes of two cores for four ranks"
+        "--compile", action="store_true", help="compile the training step on every rank: 1 layer and 2 ranks took 113 s on 2 busy cores"
     )
     parser.add_argument("--tiny", action="store_true", help="one layer")
     args = parser.parse_args()

@@ -90,6 +90,18 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
 
 
+def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
+    """Every weight that is there has the shape that the config gives it; what else must be there is known when the layer is called."""
+    if not isinstance(config, MoEConfig):
+        raise ValueError(f"{where}: config is a {type(config).__name__}; expected MoEConfig")
+    if not isinstance(weights, MoEWeights):
+        raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
+    shapes = expected_shapes(config)
+    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
+        if leaf is not None:
+            _check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), leaf.device)
+
+
 def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype) -> tuple[Shape, bool]:
     shape = prepared_shapes(config.own, dtype)[_PREPARED.index(path)]
     return tuple(zip(("num_experts", "panels", "steps", "columns of a step"), shape, strict=True)), True

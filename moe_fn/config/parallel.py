@@ -135,13 +135,18 @@ class ParallelConfig:
 
         sequence_parallel: the ranks of `tp` divide rows and experts instead of slices; ep is then (ep x) tp. Defaults: dispatch
         "all_to_all" with ep, else "replicated"; shared "sharded", "replicated" with sequence_parallel. Dimensions of one rank are left out.
-        Raises ValueError for names that the mesh does not have.
+        Raises ValueError for names that the mesh does not have, or that come twice.
         """
+        if not hasattr(mesh, "mesh_dim_names"):
+            raise ValueError(f"ParallelConfig.from_mesh: mesh is a {type(mesh).__name__}; expected a DeviceMesh")
         check_bool("ParallelConfig.from_mesh: sequence_parallel", sequence_parallel)
         names = tuple(mesh.mesh_dim_names or ())
         for word, name in (("tp", tp), ("ep", ep), ("dp", dp)):
             if name is not None and name not in names:
                 raise ValueError(f"ParallelConfig.from_mesh: {word}={name!r}; expected one of the mesh's dimensions, {names}")
+        for word, name, other, same in (("tp", tp, "ep", ep), ("tp", tp, "dp", dp), ("ep", ep, "dp", dp)):
+            if name is not None and name == same:
+                raise ValueError(f"ParallelConfig.from_mesh: {word} and {other} are both {name!r}; expected dimensions of their own")
         if sequence_parallel and tp is None:
             raise ValueError("ParallelConfig.from_mesh: sequence_parallel=True without tp: expected the ranks that divide the sequence")
         groups = {"tp": _group(mesh, tp), "ep": _group(mesh, ep), "dp": _group(mesh, dp)}

@@ -1,5 +1,7 @@
 """Where an expert is: pure arithmetic on ids, in the graph."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,14 @@ def placement_of_weights(weights: MoEWeights) -> Placement:
         physical_of_logical=router.physical_of_logical,
         num_replicas=router.num_replicas,
     )
+
+
+def without_placement(weights: MoEWeights) -> MoEWeights:
+    """The weights without the tensors that say where copies are."""
+    if weights.router is None:
+        return weights
+    router = dataclasses.replace(weights.router, logical_of_physical=None, physical_of_logical=None, num_replicas=None)
+    return dataclasses.replace(weights, router=router)
 
 
 def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from moe_fn.balance import physical_weights
+from moe_fn.checking import check_shapes
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.sharing import ranks_of_experts
-from moe_fn.parallel.places import placement_of_weights
-from moe_fn.records import MoEWeights, SharedWeights
+from moe_fn.parallel.places import placement_of_weights, without_placement
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, SharedWeights, leaves_of_weights
+
+_FIRST_SLICE_ONLY = (("down_bias",), ("shared", "down_bias"))
 
 
 def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
@@ -32,11 +35,12 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     >>> shard_weights(config, MoEWeights(gate_up=torch.zeros(3, 4, 4), down=torch.zeros(3, 4, 2))).down.shape
     torch.Size([1, 4, 2])
     """
+    if not isinstance(config, MoEConfig):
+        raise ValueError(f"shard_weights: config is a {type(config).__name__}; expected MoEConfig")
     parallel = config.parallel
     if parallel is None:
         raise ValueError("shard_weights: config.parallel is None; expected a ParallelConfig")
-    if weights.gate_up.shape[0] != config.num_experts:
-        raise ValueError(f"shard_weights: gate_up has {weights.gate_up.shape[0]} experts; expected all {config.num_experts}")
+    check_shapes("shard_weights", dataclasses.replace(config, parallel=None), without_placement(weights))
     if parallel.num_physical is not None:
         weights = physical_weights(weights, placement_of_weights(weights))
     mine = parallel.ep.rank if parallel.ep else 0
@@ -102,8 +106,9 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
     """All weights again, from the shards of every rank that has a part of its own, in any order: the inverse of shard_weights.
 
     configs and shards are of the same ranks. Ranks that have the same part (dp) may be left out.
-    Raises ValueError where parts are missing.
+    Raises ValueError where parts are missing, do not fit their configs, or are of different layers.
     """
+    _check_shards(configs, shards)
     first = configs[0]
     found: dict[tuple[int, int], tuple[MoEConfig, MoEWeights]] = {}
     for config, shard in zip(configs, shards, strict=True):
@@ -142,6 +147,30 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
         down_bias=of_experts("down_bias", None, 1),
         expert_norm=of_experts("expert_norm", None, 1),
         shared=_join_shared(first, [found[(0, number)][1].shared for number in range(slices)]),
+    )
+
+
+def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> None:
+    """As many configs as shards, of one layer cut in one way, with the same weights in each."""
+    if len(configs) != len(shards):
+        raise ValueError(f"join_weights: {len(configs)} configs and {len(shards)} shards; expected as many")
+    if not configs:
+        raise ValueError("join_weights: no configs; expected those of all ranks")
+    for number, (config, shard) in enumerate(zip(configs, shards, strict=True)):
+        check_shapes(f"join_weights, shard {number}", config, shard)
+        if _cut(config) != _cut(configs[0]):
+            raise ValueError(f"join_weights: configs 0 and {number} are of different layers, or cut them in different ways")
+        for path, here, there in zip(WEIGHT_PATHS, leaves_of_weights(shards[0]), leaves_of_weights(shard), strict=True):
+            if (here is None) != (there is None) and path not in _FIRST_SLICE_ONLY:
+                raise ValueError(f"join_weights: shards 0 and {number} differ in whether they have {'.'.join(path)}")
+
+
+def _cut(config: MoEConfig) -> tuple[object, ...]:
+    """What ranks of a layer have in common."""
+    parallel = config.parallel
+    whole = dataclasses.replace(config, parallel=None)
+    return (
+        (whole,) if parallel is None else (whole, parallel.ep and parallel.ep.size, parallel.slices[0], parallel.placement, parallel.shared)
     )
 
 
