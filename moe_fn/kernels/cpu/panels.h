@@ -95,19 +95,30 @@ inline float dword_of_rows(const typename D::Element* one, const typename D::Ele
   return dword;
 }
 
-// Half a panel's dwords of one step from [inner, columns] rows.
+// A panel's dwords of one step from [inner, columns] rows.
 template <class D>
-inline void lay_step(const char* one, const char* two, int64_t start, int stride, int there, float* out) {
+inline void lay_step(const char* one, const char* two, const Columns& from, float* out) {
   constexpr int half = PANEL / 2;
   using Element = typename D::Element;
-  const Element *x = (const Element*)one + start, *y = two ? (const Element*)two + start : nullptr;
-  if (there == half && stride == 1) {
-    for (int c = 0; c < half; c += WIDTH) store(out + c, step_of_rows<D>(x + c, y ? y + c : nullptr));
+  const Element *x = (const Element*)one, *y = (const Element*)two;
+  auto dwords = [&](int64_t i) __attribute__((always_inline)) { return step_of_rows<D>(x + i, y ? y + i : nullptr); };
+  if (from.stride == 2 && from.count[1] == half) {  // both halves of a panel alternate in memory
+    for (int c = 0; c < half; c += WIDTH) {
+      const int64_t i = from.start[0] + 2 * c;
+      const vec a = dwords(i), b = dwords(i + WIDTH);
+      store(out + c, even(a, b)), store(out + half + c, odd(a, b));
+    }
     return;
   }
-  for (int c = 0; c < half; c++) {
-    const int64_t i = int64_t(c) * stride;
-    out[c] = c < there ? dword_of_rows<D>(x + i, y ? y + i : nullptr) : 0.f;
+  for (int h = 0; h < 2; h++, out += half) {
+    if (from.stride == 1 && from.count[h] == half) {
+      for (int c = 0; c < half; c += WIDTH) store(out + c, dwords(from.start[h] + c));
+      continue;
+    }
+    for (int c = 0; c < half; c++) {
+      const int64_t i = from.start[h] + int64_t(c) * from.stride;
+      out[c] = c < from.count[h] ? dword_of_rows<D>(x + i, y ? y + i : nullptr) : 0.f;
+    }
   }
 }
 
@@ -119,9 +130,7 @@ inline void lay_rows(const Columns* from, int panels, int64_t inner, Row row, in
   for (int s = 0; s < count; s++) {
     const int64_t r = (int64_t(first) + s) * D::PER_DWORD;
     const char *one = row(r), *two = D::PER_DWORD == 2 && r + 1 < inner ? row(r + 1) : nullptr;
-    for (int p = 0; p < panels; p++)
-      for (int half = 0; half < 2; half++)
-        lay_step<D>(one, two, from[p].start[half], from[p].stride, from[p].count[half], out + (int64_t(p) * count + s) * PANEL + half * (PANEL / 2));
+    for (int p = 0; p < panels; p++) lay_step<D>(one, two, from[p], out + (int64_t(p) * count + s) * PANEL);
   }
 }
 

@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-#include "panels.h"
+#include "stream.h"
 
 namespace moe_fn {
 
@@ -35,8 +35,7 @@ static inline Buffer buffer(int64_t floats) {
   return Buffer(static_cast<float*>(p));
 }
 
-struct RowBlock { int64_t start; int rows; };                                  // sorted slots [start, start + rows)
-struct Chunk { int64_t expert, start; int first_block, last_block, rows; };    // row blocks of one expert that fit in L2 together
+struct Chunk { int64_t expert, start; int first_block, last_block, rows; };  // row blocks of one expert that fit in L2 together
 struct Plan {
   std::vector<int64_t> source;  // of a sorted slot: its row in x
   std::vector<float> weight;    // of a sorted slot
@@ -73,7 +72,7 @@ static inline int block_steps(int steps) {
   return round_up((steps + blocks - 1) / blocks, CHUNK);
 }
 static inline int64_t scratch_floats(const Weight& w) {
-  return w.prepared ? 0 : int64_t(block_steps(w.steps())) * PANEL * (w.transposed ? 1 : PANELS_AT_ONCE);
+  return w.prepared ? 0 : std::max(int64_t(block_steps(w.steps())) * PANEL * (w.transposed ? 1 : PANELS_AT_ONCE), stream_floats(w));
 }
 static inline int chunk_rows(const Weight& w) {  // 512 KB of packed rows, half of L2
   return std::max(2 * MAX_ROWS, (w.prepared ? 1 : 2) * 512 * 256 / std::min(w.steps(), 768));
@@ -97,6 +96,7 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
     }
     return;
   }
+  if (suits_stream(panels.w, total)) return stream<D>(blocks, count, total, rows, panels, first, last, sums, scratch, before, epilogue);
   // Panels outside and blocks of steps inside if there is one block (of steps or of rows); else the other way round: rows stay in L2.
   const bool panels_outside = block == steps || (count == 1 && panels.at_once() == 1);
   const int per = (8 + count - 1) / count;  // lines to prefetch per 4 steps of one tile

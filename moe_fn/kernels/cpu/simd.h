@@ -78,6 +78,8 @@ struct F32 {
   static inline Split split(vec b) { return {b}; }
   static inline vec mac(vec sum, const float* a, Split b) { return sum + splat(*a) * b.all; }
   static inline vec dot(vec sum, vec a, vec b) { return sum + a * b; }
+  // A step's weights of 2 * WIDTH columns, as they lie: in a row, or in two that follow each other.
+  static inline void two_rows(const float* one, const float*, Split* out) { out[0] = {load(one)}, out[1] = {load(one + WIDTH)}; }
   static inline vec load(const float* p) { return moe_fn::load(p); }
   static inline void store(float* p, vec v) { moe_fn::store(p, v); }
 };
@@ -89,6 +91,12 @@ struct BF16 {
   static inline Split split(vec b) { return {b}; }
   static inline vec mac(vec sum, const float* a, Split b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b.all); }
   static inline vec dot(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+  static inline void two_rows(const uint16_t* one, const uint16_t* two, Split* out) {
+    typedef uint16_t pairs __attribute__((vector_size(WIDTH * 4)));
+    const pairs a = (pairs)moe_fn::load(one), b = (pairs)moe_fn::load(two);
+    out[0] = {(vec)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47)};
+    out[1] = {(vec)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63)};
+  }
 #else
   struct Split { vec first, second; };
   static inline Split split(vec b) { return {(vec)((veci)b << 16), (vec)((veci)b & splat_int(int32_t(0xffff0000)))}; }
@@ -97,6 +105,9 @@ struct BF16 {
     one = u << 16, two = u & 0xffff0000u;
     float x, y; std::memcpy(&x, &one, 4); std::memcpy(&y, &two, 4);
     return sum + splat(x) * b.first + splat(y) * b.second;
+  }
+  static inline void two_rows(const uint16_t* one, const uint16_t* two, Split* out) {
+    out[0] = {widen(one), widen(two)}, out[1] = {widen(one + WIDTH), widen(two + WIDTH)};
   }
   static inline vec dot(vec sum, vec a, vec b) { Split p = split(a), q = split(b); return sum + p.first * q.first + p.second * q.second; }
 #endif

@@ -1,0 +1,110 @@
+// Few rows times weights that lie as [inner, columns]: rows of the weights are read once, in order, a strip of columns and HELD steps at a
+// time in registers, and sums of all its columns stay in cache. Laying panels first would write and read every weight once more.
+#pragma once
+#include "panels.h"
+
+namespace moe_fn {
+
+struct RowBlock { int64_t start; int rows; };  // sorted slots [start, start + rows)
+
+constexpr int STREAM_UNTIL = 64;        // rows of an expert; from there on a panel laid once is read often enough
+constexpr int STREAM_FLOATS = 16 << 10;  // of sums: 64 KB, in L2 at worst
+constexpr int STREAM_BYTES = 8 << 10;   // prefetched ahead
+constexpr int STRIP = 2 * WIDTH;        // columns
+template <class D>
+constexpr int HELD = (WIDTH == 16 ? 8 : 4) * int(sizeof(vec)) / int(sizeof(typename D::Split));  // steps: half of the registers
+
+static inline bool suits_stream(const Weight& w, int64_t rows) { return !w.prepared && !w.transposed && rows <= STREAM_UNTIL; }
+static inline int64_t stream_floats(const Weight& w) {
+  return w.prepared || w.transposed ? 0 : STREAM_FLOATS + STREAM_UNTIL * (PANEL + 2 * STRIP);
+}
+
+// sums[row][STRIP] += rows [HELD steps] times weights [HELD steps][STRIP], `pitch` elements from one row of weights to the next. rows(b) are
+// the packed rows of block b, sums of a row `ldc` apart. Steps are summed from zero: short chains keep float32's last digits.
+template <class D, class Rows>
+inline void strip(const typename D::Element* w, int64_t pitch, const typename D::Element* ahead, int64_t pitch_ahead, const RowBlock* blocks, int count,
+                  Rows rows, int k, float* c, int64_t ldc) {
+  constexpr int STEPS = HELD<D>;
+  typename D::Split s[STEPS][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < STEPS; i++) {
+    const auto* one = w + i * D::PER_DWORD * pitch;
+    D::two_rows(one, one + (D::PER_DWORD - 1) * pitch, s[i]);
+#pragma GCC unroll 2
+    for (int j = 0; j < D::PER_DWORD; j++)
+#pragma GCC unroll 2
+      for (int line = 0; line < STRIP * int(sizeof(*w)); line += 64)
+        __builtin_prefetch((const char*)(ahead + (i * D::PER_DWORD + j) * pitch_ahead) + line, 0, 2);
+  }
+  for (int b = 0; b < count; b++) {
+    const float* x = rows(b) + int64_t(k / CHUNK) * blocks[b].rows * CHUNK + k % CHUNK;
+    for (int r = 0; r < blocks[b].rows; r++, x += CHUNK, c += ldc) {
+      vec one{}, two{};
+#pragma GCC unroll 8
+      for (int i = 0; i < STEPS; i++) one = D::mac(one, x + i, s[i][0]), two = D::mac(two, x + i, s[i][1]);
+      store(c, load(c) + one);
+      store(c + WIDTH, load(c + WIDTH) + two);
+    }
+  }
+}
+
+// One chunk times panels [first, last), as `multiply` has it; sums: 32 floats a row of a block, scratch: stream_floats.
+template <class D, class Rows, class Before, class Epilogue>
+inline void stream(const RowBlock* blocks, int count, int64_t total, Rows rows, const Panels<D>& panels, int first, int last, float* tile, float* scratch,
+                   Before before, Epilogue epilogue) {
+  using Element = typename D::Element;
+  constexpr int ROWS = HELD<D> * D::PER_DWORD;
+  const Weight& w = panels.w;
+  const bool interleaved = w.gated && w.interleaved;
+  const int steps = w.steps(), parts = w.gated && !interleaved ? 2 : 1, width = PANEL / parts;
+  const int64_t pitch = w.columns, end = w.inner * pitch, columns = w.columns / parts;
+  const Element* matrix = (const Element*)panels.matrix;
+  const int per = int(std::clamp<int64_t>(STREAM_FLOATS / (total * PANEL), 1, last - first));
+  for (int p0 = first; p0 < last; p0 += per) {
+    const int here = std::min(per, last - p0), part_size = (here * width + STRIP - 1) / STRIP * STRIP;
+    const int64_t ldc = int64_t(parts) * part_size;
+    std::memset(scratch, 0, size_t(total * ldc) * 4);
+    const int blocks_ahead = std::max(1, STREAM_BYTES / int(ROWS * here * PANEL * sizeof(Element)));
+    for (int k = 0; k < steps; k += HELD<D>) {
+      const int64_t row = int64_t(k) * D::PER_DWORD, row_ahead = row + blocks_ahead * ROWS;
+      const int64_t ahead = row_ahead < w.inner ? (row_ahead - row) * pitch : (row_ahead - row - w.inner) * pitch + here * width;
+      for (int part = 0; part < parts; part++) {
+        const int64_t start = part * columns + int64_t(p0) * width, stop = std::min((part + 1) * columns, start + here * width);
+        for (int64_t c = start; c < stop; c += STRIP) {
+          const Element* from = matrix + row * pitch + c;
+          float* to = scratch + part * part_size + (c - start);
+          // Past the end of a row is the next one, whose products are dropped below; past the last one may lie anything, or nothing.
+          if ((row + ROWS - 1) * pitch + c + STRIP <= end) {
+            strip<D>(from, pitch, from + ahead, pitch, blocks, count, rows, k, to, ldc);
+          } else {
+            Element last_rows[ROWS * STRIP] = {};
+            for (int64_t r = 0; r < std::min<int64_t>(ROWS, w.inner - row); r++)
+              std::memcpy(last_rows + r * STRIP, from + r * pitch, sizeof(Element) * std::min<int64_t>(STRIP, stop - c));
+            strip<D>(last_rows, STRIP, last_rows, 0, blocks, count, rows, k, to, ldc);
+          }
+        }
+      }
+    }
+    for (int p = p0; p < p0 + here; p++) {
+      const Columns at = columns_of(w, p);
+      const float* c = scratch + (p - p0) * width;
+      for (int b = 0; b < count; b++) {
+        before(p, b);
+        for (int r = 0; r < blocks[b].rows; r++, c += ldc) {
+          float* to = tile + r * PANEL;
+          for (int v = 0; v < PANEL / 2; v += WIDTH) {
+            const float* second = parts == 2 ? c + part_size + v : interleaved ? c + 2 * v + WIDTH : c + PANEL / 2 + v;
+            const vec x = load(interleaved ? c + 2 * v : c + v), y = load(second);
+            store(to + v, interleaved ? even(x, y) : x);
+            store(to + PANEL / 2 + v, interleaved ? odd(x, y) : y);
+          }
+          for (int half = 0; half < 2; half++)
+            for (int i = at.count[half]; i < PANEL / 2; i++) to[half * (PANEL / 2) + i] = 0;
+        }
+        epilogue(p, b, tile);
+      }
+    }
+  }
+}
+
+}  // namespace moe_fn
