@@ -126,7 +126,7 @@ def layer(fault: Fault, bad: bool) -> None:
             fault.config(config) if bad else config, fault.weights(weights) if bad else weights, timeout_s=CHECK_S if fault.kind else 20
         )
     if bad and fault.in_forward:
-        collectives.exchange_ranks = collectives.sum_over_ranks = fault.in_forward  # tokens are on their way
+        collectives.exchange_ranks = collectives.begin_sum = fault.in_forward  # tokens are on their way
     x = torch.randn(fault.tokens if bad else 4, 8, requires_grad=True)
     y: Tensor = moe_fn.moe_forward(config, weights, x, torch.randn(x.shape[0], 6))
     if bad and fault.in_backward:
