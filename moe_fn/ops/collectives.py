@@ -106,7 +106,11 @@ def _like(x: Tensor, *_: Any) -> Tensor:
 _arrived: Any = _op("arrived(Tensor x) -> Tensor", _waited, _like, lambda i, g: g, lambda *a: _arrived(*a))
 _sum: Any = _op("sum_over_ranks(Tensor x, str group) -> Tensor", _all_reduce, _like, lambda i, g: g.clone(), lambda *a: _sum(*a))
 _copy: Any = _op(
-    "copy_to_ranks(Tensor x, str group) -> Tensor", lambda x, group: x.clone(), _like, lambda i, g: _arrived(_sum(g, i[1])), lambda *a: _copy(*a)
+    "copy_to_ranks(Tensor x, str group) -> Tensor",
+    lambda x, group: x.clone(),
+    _like,
+    lambda i, g: _arrived(_sum(g, i[1])),
+    lambda *a: _copy(*a),
 )
 _gather: Any = _op(
     "gather_ranks(Tensor x, str group, int size) -> Tensor",

@@ -18,7 +18,7 @@ def places_of_experts(config: MoEConfig, ids: Tensor) -> tuple[Tensor, Tensor]:
     elif parallel is not None and parallel.placement == "round_robin":
         rank, own = ids % ranks, ids // ranks
     else:
-        each, more = divmod(config.num_experts, ranks)
+        each, more = config.num_experts // ranks, config.num_experts % ranks  # divmod does not trace where a config's number is symbolic
         first_small = more * (each + 1)  # experts on the ranks that have one more
         rank = torch.where(ids < first_small, ids // (each + 1), more + (ids - first_small) // max(each, 1))
         own = ids - rank * each - rank.clamp(max=more)
