@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 READS_VALUES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
@@ -27,18 +29,24 @@ class Graphs:
         return [*self.dynamo, *self.forward, *self.backward]
 
 
-def graphs_of(fn: Callable[..., Any], args: Sequence[Any], *, fullgraph: bool = True) -> Graphs:
-    """Compile fn, run it on args and, where something requires a gradient, backward."""
+def graphs_of(
+    fn: Callable[..., Any], args: Sequence[Any], *, fullgraph: bool = True, interpreter: type[fx.Interpreter] | None = None
+) -> Graphs:
+    """Compile fn, run it on args and, where something requires a gradient, backward.
+
+    interpreter: runs the graphs, which are then cut into forward and backward as Inductor cuts them.
+    """
     graphs = Graphs()
 
     def keep(into: list[fx.GraphModule]) -> Callable[..., Any]:
         def compiler(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             into.append(gm)
-            return boxed_nop(gm, inputs)  # type: ignore[arg-type]
+            return boxed_nop(gm, inputs) if interpreter is None else make_boxed_func(interpreter(gm).run)  # type: ignore[arg-type]
 
         return compiler
 
-    aot = aot_autograd(fw_compiler=keep(graphs.forward), bw_compiler=keep(graphs.backward))
+    cut: dict[str, Any] = {"partition_fn": min_cut_rematerialization_partition} if interpreter else {}
+    aot = aot_autograd(fw_compiler=keep(graphs.forward), bw_compiler=keep(graphs.backward), **cut)
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         graphs.dynamo.append(gm)

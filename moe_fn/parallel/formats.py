@@ -46,7 +46,7 @@ def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: 
 
 
 def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
-    """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes a rank: 2 (n-1)/n of [T, Hx]."""
+    """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes sent: 2 (n-1)/n T X (letters: `traffic`)."""
     ep = config.parallel.ep if config.parallel else None
     x, w = collectives.copy_to_ranks(x, ep), collectives.copy_to_ranks(routing.weights, ep)
     y = _compute(config, weights, x, _own_ids(config, weights, routing.expert_ids), w)
@@ -60,7 +60,7 @@ def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
 def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
     """Everybody's tokens to everybody, own experts on all of them, sums scattered back.
 
-    Bytes a rank, of n ranks with at most M tokens each: (n-1) M (Hx + 8 K + 4 K) there, (n-1) M Hx back, Hx in bytes of its dtype.
+    Bytes sent: (n-1) M (X + K w + 8 K) there, or (n-1) M (X + E b + 8) with logits, and (n-1) M X back (letters: `traffic`).
     """
     group = _token_group(config)
     tokens = x.shape[0]
@@ -82,7 +82,7 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
 def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
     """Each choice of each token to its expert's rank and back; sizes from the data, so one wait for the device.
 
-    Bytes a rank: S (Hx + 8) there and S Hx back, S slots that leave it, Hx in bytes of its dtype; 8 n before.
+    Bytes sent, of S slots that leave this rank: 8 (n-1) of counts, S (X + 8) there and S X back (letters: `traffic`).
     """
     group = _ep(config)
     sorted_ = _by_rank(config, weights, x, routing, group)
@@ -105,7 +105,7 @@ def all_to_all_static(
 ) -> Result:
     """The same in blocks of C slots for each pair of ranks, empty places without an expert: no sizes from the data, no wait.
 
-    Bytes a rank: (n-1) C (Hx + 8) there, (n-1) C Hx back. Slots beyond C of a pair are dropped, and counted in the second result.
+    Bytes sent: (n-1) C (X + 8) there, (n-1) C X back (letters: `traffic`). Slots beyond C of a pair are dropped, and counted in the second result.
     Why not a block for each expert: it would hold num_experts * max_tokens rows where this holds n * max_tokens * top_k, and rows of no
     expert cost the kernels nothing.
     """

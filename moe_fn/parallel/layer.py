@@ -17,6 +17,8 @@ from moe_fn.stages.shared import shared_experts
 from moe_fn.stages.transform import norm_output, transform_input, transform_output
 from moe_fn.stages.zero_experts import zero_experts
 
+WEIGHTS_OF_EACH = ("shared", "latent", "constants", "input_norm", "output_norm")  # every rank of sp has them, and uses them for its rows
+
 
 def layer_over_ranks(
     config: MoEConfig, parallel: ParallelConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None
@@ -93,8 +95,7 @@ def _used_by_each(parallel: ParallelConfig, weights: MoEWeights) -> MoEWeights:
     def copied(t: Tensor | None) -> Tensor | None:
         return None if t is None else collectives.copy_to_ranks(t, parallel.sp)
 
-    names = ("shared", "latent", "constants", "input_norm", "output_norm")
-    return dataclasses.replace(weights, **{name: tree_map(copied, getattr(weights, name)) for name in names})
+    return dataclasses.replace(weights, **{name: tree_map(copied, getattr(weights, name)) for name in WEIGHTS_OF_EACH})
 
 
 def _no_expert_as_zero(routing: Routing) -> Routing:

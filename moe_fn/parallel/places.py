@@ -47,7 +47,7 @@ def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tu
     elif parallel is not None and parallel.placement == "round_robin":
         rank, own = ids % ranks, ids // ranks
     else:
-        each, more = divmod(num_experts, ranks)
+        each, more = num_experts // ranks, num_experts % ranks  # divmod does not trace where a config's number is symbolic
         first_small = more * (each + 1)  # experts on the ranks that have one more
         rank = torch.where(ids < first_small, ids // (each + 1), more + (ids - first_small) // max(each, 1))
         own = ids - rank * each - rank.clamp(max=more)
