@@ -86,6 +86,29 @@ def test_every_level_equals_the_reference(
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("activation", "gate_up_layout"), [("silu", "packed"), ("silu", "interleaved"), ("relu2_no_mul", "packed")])
+def test_few_and_many_rows_of_weights_kept_in_out(level: str, dtype: torch.dtype, activation: Any, gate_up_layout: Any) -> None:
+    # Rows of one expert on both sides of the kernels' choices, columns and steps in no whole vectors, and several runs of panels of a task.
+    shapes = [(1, 45, 23, 1), (2, 33, 17, 2), (2, 7, 5, 15), (1, 129, 65, 64), (1, 129, 65, 65), (24, 33, 170, 60)]
+    for experts, hidden, inner, rows in shapes:
+        config = MoEConfig(
+            num_experts=experts + 1,
+            top_k=1,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            activation=activation,
+            weight_layout="in_out",
+            gate_up_layout=gate_up_layout,
+        )
+        weights, x, routing = problem(config, experts * rows, dtype, rows)
+        weights.gate_up[-1], weights.down[-1] = math.nan, math.nan  # nobody's expert, past the end of the last one that is read
+        routing = Routing(expert_ids=torch.arange(experts * rows)[:, None] % experts, weights=routing.weights)
+        expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
+        assert_matches(call(level, config, weights, x, routing), expected, scale=1.0)
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 70), st.integers(1, 70), DTYPES)
 def test_grouped_products_of_every_level(level: str, counts: list[int], extra: int, m: int, n: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(m)
@@ -122,9 +145,11 @@ def test_infinite_and_missing_values_stay_in_their_rows(level: str) -> None:
     assert_matches(out[rest], clean[rest], scale=1.0)
 
 
-def test_thread_counts_do_not_change_the_numbers_beyond_rounding() -> None:
-    config = MoEConfig(num_experts=6, top_k=2, hidden_size=96, intermediate_size=64)
-    weights, x, routing = problem(config, 50, torch.float32, 1)
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thread_counts_do_not_change_the_numbers_beyond_rounding(layout: Any, dtype: torch.dtype) -> None:
+    config = MoEConfig(num_experts=6, top_k=2, hidden_size=96, intermediate_size=64, weight_layout=layout)
+    weights, x, routing = problem(config, 50, dtype, 1)
     threads = torch.get_num_threads()
     try:
         outs = []

@@ -56,7 +56,7 @@ struct Tiles {  // by number of rows
   constexpr Tiles() { fill(std::make_integer_sequence<int, MAX_ROWS>{}); }
 };
 template <class D>
-inline constexpr Tiles<D> tiles{};
+static constexpr Tiles<D> tiles{};  // not inline: a process that loads two levels would have the first one's tiles in both
 
 // C[rows][32] from weights as they lie, each column's dwords in a row: for so few rows that laying a panel first would cost more.
 // column(c) is the first byte of column c, or null; every column has `bytes` bytes. The next 16 dwords of packed rows are `ahead` on.
