@@ -17,7 +17,6 @@ from moe_fn.stages.shared import shared_experts
 from moe_fn.stages.transform import norm_output, transform_input, transform_output
 from moe_fn.stages.zero_experts import zero_experts
 
-
 WEIGHTS_OF_EACH = ("shared", "latent", "constants", "input_norm", "output_norm")  # every rank of sp has them, and uses them for its rows
 
 
