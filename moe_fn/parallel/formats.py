@@ -105,7 +105,8 @@ def all_to_all_static(
 ) -> Result:
     """The same in blocks of C slots for each pair of ranks, empty places without an expert: no sizes from the data, no wait.
 
-    Bytes sent: (n-1) C (X + 8) there, (n-1) C X back (letters: `traffic`). Slots beyond C of a pair are dropped, and counted in the second result.
+    Bytes sent: (n-1) C (X + 8) there, (n-1) C X back (letters: `traffic`). Slots beyond C of a pair are dropped, and counted in the
+    last result.
     Why not a block for each expert: it would hold num_experts * max_tokens rows where this holds n * max_tokens * top_k, and rows of no
     expert cost the kernels nothing.
     """
