@@ -17,13 +17,14 @@ of the weights (dp); t tokens that each GPU brings, X bytes of a row, K choices,
     time of shared    the same of the shared experts and t tokens; hidden behind half of the time there and back (the way there)
     layer             max(half, shared) + experts * unevenness + half, and the halves of all_to_all * unevenness
     unevenness        load of the fullest GPU over the mean, of a Zipf load p_e ~ 1/(e+1)^zipf in an order drawn at random (median of 9
-                      draws): experts placed linearly; "balanced": one more slot on each GPU, copies given to whoever has most for each copy,
+                      draws): experts placed linearly; "balanced": one more slot on each GPU, copies for whoever has most for each copy,
                       then the heaviest on the emptiest GPU (EPLB's global policy, greedily)
     memory            layers * weight bytes * (3 H I experts here + shared) + rows that come and results, t tokens at a time
 """
 
 import argparse
 import dataclasses
+import itertools
 import random
 import statistics
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def uneven(loads: list[float], n: int, balanced: bool) -> float:
     if not balanced:
         each, more = divmod(len(loads), n)
         ends = [rank * each + min(rank, more) for rank in range(n + 1)]
-        return max(sum(loads[a:b]) for a, b in zip(ends, ends[1:], strict=False)) * n / total
+        return max(sum(loads[a:b]) for a, b in itertools.pairwise(ends)) * n / total
     copies = [1] * len(loads)
     slots = -(-len(loads) // n) + 1
     for _ in range(slots * n - len(loads)):
