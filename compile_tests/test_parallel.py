@@ -1,13 +1,9 @@
-"""A layer that ranks share is one graph on each of them, sends the bytes that `traffic` says, and computes while they travel.
+"""A layer that ranks share is one graph on each of them, with the numbers of eager.
 
 Two real processes (gloo) for numbers; 64 ranks of torch's fake process group, which sends nothing, for graphs alone.
 """
 
-import dataclasses
 import queue
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import fx
-from torch.distributed.device_mesh import init_device_mesh
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-import moe_fn
-from compile_tests.graphs import Graphs, graphs_of, name_of, ops
+from compile_tests.fake_ranks import Echo, collectives_in, fake_ranks, id_of, layer_of, parallel_of
+from compile_tests.graphs import graphs_of, ops
 from compile_tests.rank_graphs import FORMATS, JOBS, MOST, config_of, leaves_of_rank, tokens_of, worker
-from moe_fn import LatentConfig, MoEConfig, ParallelConfig, RouterConfig, SharedExpertsConfig
-from moe_fn.parallel import Traffic, traffic
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 TIMEOUT_S = 120
 RANKS = 64
-COLLECTIVES = {
-    "all_reduce": "all_reduce",
-    "all_gather_into_tensor": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "all_to_all_single": "all_to_all",
-}
-SHARED_PRODUCT = "aten.mm"
 
 
 def test_two_processes_make_one_graph_each_with_the_numbers_of_eager(tmp_path: Path) -> None:
@@ -56,30 +41,6 @@ def test_two_processes_make_one_graph_each_with_the_numbers_of_eager(tmp_path: P
     assert {key: result for key, result in found.items() if result != (1, 0)} == {}
 
 
-class Echo(fx.Interpreter):
-    """Runs a graph as if every rank had sent what this one did: the fake process group leaves results as memory happens to be."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.ops._c10d_functional.all_to_all_single.default:
-            x, received, sent, _ = args
-            return x.clone() if received == sent else x.new_zeros(sum(received), *x.shape[1:])
-        if target is torch.ops._c10d_functional.all_reduce.default:
-            return args[0].clone()
-        return super().call_function(target, args, kwargs)
-
-
-@contextmanager
-def fake_ranks(world: int, rank: int) -> Iterator[None]:
-    """A process group of `world` ranks in which this process is one and nobody else exists."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_plain_compile_breaks_nowhere(name: str) -> None:
     """Dynamo's part of it: graphs that are never run, for sizes that nobody sent."""
@@ -97,15 +58,6 @@ def test_plain_compile_breaks_nowhere(name: str) -> None:
     assert ("moe_forward" in ops(graphs)) == form.asks  # one op, where numbers may not be read
 
 
-def parallel_of(mesh_sizes: dict[str, int], options: dict[str, Any]) -> ParallelConfig:
-    mesh = init_device_mesh("cpu", tuple(mesh_sizes.values()), mesh_dim_names=tuple(mesh_sizes))
-    return ParallelConfig.from_mesh(mesh, **{name: name for name in mesh_sizes}, **options)
-
-
-def layer_of(config: MoEConfig) -> Callable[..., Any]:
-    return lambda weights, x, logits: moe_fn.moe_forward(config, weights, x, logits)
-
-
 ON_64: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
     ({"ep": 64}, {"dispatch": "all_gather", "max_tokens": MOST, "placement": "round_robin"}),
     ({"ep": 64}, {"dispatch": "all_to_all"}),
@@ -118,149 +70,10 @@ ON_64: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
 )
 
 
-def on_64_id(case: Any) -> str:
-    mesh, options = case
-    return (
-        f"{'x'.join(f'{name}{n}' for name, n in mesh.items())}-{'sequence-' if 'sequence_parallel' in options else ''}{options['dispatch']}"
-    )
-
-
-@pytest.mark.parametrize("case", ON_64, ids=on_64_id)
+@pytest.mark.parametrize("case", ON_64, ids=id_of)
 def test_64_ranks_trace_to_one_graph(case: Any) -> None:
     with fake_ranks(RANKS, rank=37):
         config = config_of(parallel_of(*case), experts=128, inner=64)
         graphs = graphs_of(layer_of(config), (leaves_of_rank(config), *tokens_of(config, 5, seed=0)), fullgraph=True, interpreter=Echo)
     assert [len(graphs.dynamo), len(graphs.forward), len(graphs.backward)] == [1, 1, 1]
     assert collectives_in(graphs.forward[0])
-
-
-def collectives_in(gm: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in gm.graph.nodes if short_name(node) in COLLECTIVES]
-
-
-def short_name(node: fx.Node) -> str:
-    name = name_of(node)
-    return name.removeprefix("_c10d_functional.").removesuffix(".default") if name.startswith("_c10d_functional.") else ""
-
-
-def counted(gm: fx.GraphModule, config: MoEConfig, slots: int) -> Counter[tuple[str, str, int]]:
-    """(collective, group, payload's bytes) of each collective in a graph; sizes from the data are taken for evenly spread slots."""
-    parallel = config.parallel
-    assert parallel is not None
-    groups = {getattr(parallel, name).name: name for name in ("sp", "tp", "dp", "ep") if getattr(parallel, name) is not None}
-    found: Counter[tuple[str, str, int]] = Counter()
-    for node in collectives_in(gm):
-        value = node.args[0].meta["val"]  # type: ignore[union-attr]
-        size = 1
-        for length in value.shape:
-            symbols = free_unbacked_symbols(length)
-            ranks = parallel.ep.size if parallel.ep else 1
-            each = slots // ranks if parallel.dispatch == "all_to_all" else slots // config.top_k  # else it is the most tokens
-            size *= int(length.node.expr.xreplace(dict.fromkeys(symbols, each))) if symbols else int(length)
-        group = next(groups[arg] for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, str) and arg in groups)
-        found[COLLECTIVES[short_name(node)], group, size * value.element_size()] += 1
-    return found
-
-
-def said(t: Traffic, merged: dict[str, str]) -> Counter[tuple[str, str, int]]:
-    """The same of `traffic`. merged: names of groups that are one group, as sp is ep where there is nothing else."""
-    return Counter((m.collective, merged.get(m.group, m.group), m.payload) for m in t.messages)
-
-
-BASE = {"num_experts": 8, "top_k": 2}
-LAYERS: dict[str, dict[str, Any]] = {
-    "shared": {},
-    "plain": {"shared": None},
-    "latent, padding, gate": {
-        "shared": SharedExpertsConfig(intermediate_size=8, gate="sigmoid"),
-        "latent": LatentConfig(size=12),
-        "hidden_padding": 4,
-    },
-    "router-weighted": {
-        "shared": SharedExpertsConfig(intermediate_size=8, count=2, gate="router"),
-        "router": RouterConfig(scoring="sigmoid", scale_on="output", routed_scaling_factor=2.0),
-    },
-}
-MESHES: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
-    *(({form.along: 4}, form.options) for name, form in FORMATS.items() if "table" not in name),
-    ({"ep": 2, "tp": 2}, {"dispatch": "replicated"}),
-    ({"ep": 2, "tp": 2}, {"dispatch": "all_gather", "gather": "logits", "max_tokens": MOST}),
-    ({"ep": 2, "tp": 2}, {"dispatch": "all_to_all_static", "max_tokens": MOST, "shared": "replicated"}),
-    ({"ep": 2, "tp": 2}, {"sequence_parallel": True, "dispatch": "all_to_all"}),
-    ({"dp": 2, "tp": 2}, {"dispatch": "all_gather", "max_tokens": MOST}),
-)
-COUNTED = [(mesh, options, list(LAYERS)[i % len(LAYERS)]) for i, (mesh, options) in enumerate(MESHES)] + [
-    ({"tp": 4}, {"dispatch": "replicated"}, layer) for layer in LAYERS
-]
-
-
-@pytest.mark.parametrize("case", COUNTED, ids=lambda case: f"{on_64_id(case[:2])}-{'-'.join(map(str, case[1]))}-{case[2]}")
-def test_the_graphs_send_the_bytes_that_traffic_says(case: Any) -> None:
-    mesh, options, layer = case
-    tokens, dtype = (16 if "sequence_parallel" in options else 4), torch.bfloat16  # as many slots as there are ranks, and more
-    with fake_ranks(4, rank=1):
-        config = config_of(parallel_of(mesh, options), experts=8, inner=8, **LAYERS[layer])
-        weights = leaves_of_rank(config, dtype)
-        graphs = graphs_of(layer_of(config), (weights, *tokens_of(config, tokens, 0, dtype, mark=False)), fullgraph=True, interpreter=Echo)
-    parallel = config.parallel
-    assert parallel is not None
-    merged = {"sp": "ep"} if parallel.sp and parallel.ep and parallel.sp.name == parallel.ep.name else {}
-    rows = -(-tokens // parallel.sp.size) if parallel.sp else tokens
-    for backward, gm in ((False, graphs.forward[0]), (True, graphs.backward[0])):
-        wanted = said(traffic(config, tokens, dtype, backward, weights), merged)
-        found = counted(gm, config, rows * config.top_k)
-        found = merge_weights(found, weights, parallel) if backward else found
-        assert found == wanted, f"backward={backward}: in the graph but not said {found - wanted}, said but not there {wanted - found}"
-
-
-def merge_weights(found: Counter[tuple[str, str, int]], weights: Any, parallel: ParallelConfig) -> Counter[tuple[str, str, int]]:
-    """Gradients of weights travel one by one; `traffic` says them by part of the layer."""
-    if parallel.sp is None:
-        return found
-    group = "ep" if parallel.ep and parallel.ep.name == parallel.sp.name else "sp"
-    for part in ("shared", "latent", "constants", "input_norm", "output_norm"):
-        sizes = [t.numel() * t.element_size() for t in torch.utils._pytree.tree_leaves(getattr(weights, part)) if t is not None]
-        if sizes:
-            found = found - Counter(("all_reduce", group, size) for size in sizes) + Counter({("all_reduce", group, sum(sizes)): 1})
-    return found
-
-
-def test_bytes_of_a_ring_add_up() -> None:
-    with fake_ranks(4, rank=1):
-        config = config_of(parallel_of({"ep": 4}, {"dispatch": "all_to_all"}), experts=8)
-    t = traffic(config, 8, torch.bfloat16)
-    assert t.sent == 8 * 3 + 12 * (2 * 8 + 8) + 12 * 2 * 8  # of 16 slots, 12 leave
-    assert t.by("group") == {("ep",): t.sent}
-    assert traffic(dataclasses.replace(config, parallel=None), 8, torch.bfloat16).sent == 0
-
-
-OVERLAPPED = ["replicated over ep", "all_gather", "all_gather of logits", "all_to_all", "all_to_all_static", "sequence, all_to_all_static"]
-
-
-@pytest.mark.parametrize("name", OVERLAPPED)
-def test_shared_experts_are_computed_while_tokens_travel(name: str) -> None:
-    form = FORMATS[name]
-    with fake_ranks(2, rank=1):
-        config = config_of(parallel_of({form.along: 2}, form.options))
-        graphs = graphs_of(layer_of(config), (leaves_of_rank(config), *tokens_of(config, 5, seed=0)), fullgraph=True, interpreter=Echo)
-    begun, waited, products = places(graphs)
-    assert len(products) == 2, products
-    # Between the beginning of the collective that carries tokens, and the first wait for it or for one that began beside it.
-    assert any(begin < products[0] and products[1] < wait for begin, wait in zip(begun, waited, strict=True)), (begun, waited, products)
-    assert not depends_on_collectives(graphs.forward[0])
-
-
-def places(graphs: Graphs) -> tuple[list[int], list[int], list[int]]:
-    """Where in the forward graph collectives begin, where each is waited for, and where the shared experts' products stand."""
-    order = {node: i for i, node in enumerate(graphs.forward[0].graph.nodes)}
-    begun = collectives_in(graphs.forward[0])
-    waited = [min(order[user] for user in node.users if short_name(user) == "wait_tensor") for node in begun]
-    return [order[node] for node in begun], waited, [i for node, i in order.items() if name_of(node).startswith(SHARED_PRODUCT)]
-
-
-def depends_on_collectives(gm: fx.GraphModule) -> bool:
-    """Whether a product of the shared experts reads, however far back, what a collective brought."""
-    seen = [node for node in gm.graph.nodes if name_of(node).startswith(SHARED_PRODUCT)]
-    for node in seen:
-        seen += [before for before in node.all_input_nodes if before not in seen]
-    return any(short_name(node) in COLLECTIVES for node in seen)

@@ -16,8 +16,8 @@ of the weights (dp); t tokens that each GPU brings, X bytes of a row, K choices,
     time of experts   max(2 * 3 H I * slots / flops, 3 H I * experts here * weight bytes / hbm)
     time of shared    the same of the shared experts and t tokens; hidden behind half of the time there and back (the way there)
     layer             max(half, shared) + experts * unevenness + half, and the halves of all_to_all * unevenness
-    unevenness        load of the fullest GPU over the mean, of a Zipf load p_e ~ 1/(e+1)^zipf in an order drawn at random (median of 9
-                      draws): experts placed linearly; "balanced": one more slot on each GPU, copies for whoever has most for each copy,
+    unevenness        load of the fullest GPU over the mean, of a Zipf load p_e ~ 1/(e+1)^zipf in an order drawn at random (median
+                      of 9): experts placed linearly; "balanced": one more slot on each GPU, copies given to whoever has most for each copy,
                       then the heaviest on the emptiest GPU (EPLB's global policy, greedily)
     memory            layers * weight bytes * (3 H I experts here + shared) + rows that come and results, t tokens at a time
 """
@@ -173,8 +173,8 @@ def table(machine: Machine, model: Model, tokens: int, gpus: list[int], zipf: fl
                 f"{times[name]:.0f} | {size / 1e9:.0f}{'' if size <= machine.memory else ' (does not fit)'} |"
             )
         lossless = {name: time for name, time in fits.items() if name != "static 2x"}
-        best = min(lossless, key=lossless.__getitem__) if lossless else "nothing fits"
-        print(f"| {count} | {n} | {f'**{best}** wins without drops' if lossless else best} | | | x{linear:.2f} | x{balanced:.2f} | |")
+        best = min(lossless, key=lossless.__getitem__) if lossless else "nothing fits"  # of the formats that drop nothing
+        print(f"| {count} | {n} | **{best}** | | | x{linear:.2f} | x{balanced:.2f} | |")
         found.append((count, times, best))
     return found
 

@@ -1,0 +1,70 @@
+"""Ranks that nobody else is: torch's fake process group, and graphs made in it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+from torch.distributed.device_mesh import init_device_mesh
+
+import moe_fn
+from compile_tests.graphs import name_of
+from moe_fn import MoEConfig, ParallelConfig
+
+COLLECTIVES = {
+    "all_reduce": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+}
+
+
+class Echo(fx.Interpreter):
+    """Runs a graph as if every rank had sent what this one did: the fake process group leaves results as memory happens to be."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops._c10d_functional.all_to_all_single.default:
+            x, received, sent, _ = args
+            return x.clone() if received == sent else x.new_zeros(sum(received), *x.shape[1:])
+        if target is torch.ops._c10d_functional.all_reduce.default:
+            return args[0].clone()
+        return super().call_function(target, args, kwargs)
+
+
+@contextmanager
+def fake_ranks(world: int, rank: int) -> Iterator[None]:
+    """A process group of `world` ranks in which this process is one and nobody else exists."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def parallel_of(mesh_sizes: dict[str, int], options: dict[str, Any]) -> ParallelConfig:
+    mesh = init_device_mesh("cpu", tuple(mesh_sizes.values()), mesh_dim_names=tuple(mesh_sizes))
+    return ParallelConfig.from_mesh(mesh, **{name: name for name in mesh_sizes}, **options)
+
+
+def layer_of(config: MoEConfig) -> Callable[..., Any]:
+    return lambda weights, x, logits: moe_fn.moe_forward(config, weights, x, logits)
+
+
+def collectives_in(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if short_name(node) in COLLECTIVES]
+
+
+def short_name(node: fx.Node) -> str:
+    name = name_of(node)
+    return name.removeprefix("_c10d_functional.").removesuffix(".default") if name.startswith("_c10d_functional.") else ""
+
+
+def id_of(case: Any) -> str:
+    mesh, options = case
+    return (
+        f"{'x'.join(f'{name}{n}' for name, n in mesh.items())}-{'sequence-' if 'sequence_parallel' in options else ''}{options['dispatch']}"
+    )
