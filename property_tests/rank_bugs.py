@@ -23,7 +23,7 @@ RANK_BUGS = (
     PlantedBug(LAW, "down's bias is on every slice", sharding.shard_weights, after(_bias_on_every_rank)),
     PlantedBug(LAW, "the neighbour's experts", formats.places_of_experts, after(lambda p, *a: (p[0], p[1].clamp(min=0) * 0))),
     PlantedBug(LAW, "weights applied on the way there too", formats._of_slots, after(lambda y, *a: y * 1.01)),
-    PlantedBug(LAW, "rows of another rank", formats._padded, after(lambda rows, *a: rows.flip(0))),
+    PlantedBug(LAW, "rows of another rank", formats.padded, after(lambda rows, *a: rows.flip(0))),
     PlantedBug(LAW, "rows of the sequence change places", collectives.join_rows, after(lambda rows, *a: rows.flip(0))),
     PlantedBug(LAW, "one place too few in a block", formats._capacity, after(lambda capacity, *a: 1)),
 )  # fmt: skip

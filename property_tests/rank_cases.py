@@ -144,10 +144,15 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     expected_x, expected_logits, all_y, all_weights = _expected(case, parallel, whole, full, every, rank)
     tensors = [t for t in torch.utils._pytree.tree_leaves(local) if t.is_floating_point()]
     found = torch.autograd.grad((y * direction).sum(), [x, logits, *tensors], allow_unused=True)
+    own = x.detach()
+    gathers = parallel.dispatch == "all_gather" and parallel.sp is None
+    along = moe_fn.parallel.gather_tokens(config, (own * 10).to(torch.int8), own[:, :1]) if gathers else None
     # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
     assert_matches(_zeros(found[1], logits), expected_logits, tolerance=1e-5, scale=0.1, name="gradient of logits")
+    if along is not None:
+        _check_what_travels_along(case, config, every[rank], *along)
     if parallel.num_physical:
         return  # each copy has a part of its expert's gradient
     gradients = dict(zip(map(id, tensors), found[2:], strict=True))
@@ -165,6 +170,21 @@ def with_copies(weights: MoEWeights) -> MoEWeights:
     placement = moe_fn.balance.placement_of_slots(torch.tensor([0, 1, 2, 3, 4, 5, 0, 3]), num_experts=6)
     tensors = {f.name: getattr(placement, f.name) for f in dataclasses.fields(placement)}
     return dataclasses.replace(weights, router=dataclasses.replace(weights.router, **tensors))
+
+
+def _check_what_travels_along(case: Case, config: MoEConfig, coordinate: dict[str, int], payload: Tensor, scales: Tensor) -> None:
+    """A payload of another dtype and its scales, in the order of everybody's tokens."""
+    parallel = config.parallel
+    assert parallel is not None
+    dim = EP if any(name == EP and n > 1 for name, n in case.mesh) else DP
+    sets = [token_set(case, parallel, {**coordinate, dim: place}) for place in range(dict(case.mesh)[dim])]
+    rows = [inputs_of(case, config, which)[0] for which in sets]
+    room = parallel.max_tokens or max(len(x) for x in rows)
+    assert len(payload) == room * len(rows) and payload.dtype == torch.int8
+    for place, x in enumerate(rows):
+        block = slice(place * room, place * room + len(x))
+        assert torch.equal(payload[block], (x * 10).to(torch.int8)) and torch.equal(scales[block], x[:, :1])
+        assert not payload[place * room + len(x) : (place + 1) * room].any()
 
 
 def _check_gradients_of_what_all_have(

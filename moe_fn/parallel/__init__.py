@@ -4,7 +4,8 @@ The config says how (`moe_fn.ParallelConfig`), the weights are this rank's (`sha
 """
 
 from moe_fn.parallel.agreement import check_ranks_agree
+from moe_fn.parallel.gathering import gather_tokens
 from moe_fn.parallel.sharding import join_weights, shard_weights
 from moe_fn.parallel.traffic import Message, Traffic, traffic
 
-__all__ = ["Message", "Traffic", "check_ranks_agree", "join_weights", "shard_weights", "traffic"]
+__all__ = ["Message", "Traffic", "check_ranks_agree", "gather_tokens", "join_weights", "shard_weights", "traffic"]

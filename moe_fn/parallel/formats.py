@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.fused import routed_experts
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops import collectives
 from moe_fn.ops.rows import gather_rows
+from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
 from moe_fn.parallel.places import places_of_experts
-from moe_fn.parallel.sizes import longest_of_ranks, numbers
+from moe_fn.parallel.sizes import numbers
 from moe_fn.records import Dispatched, MoEWeights, Routing
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import weighted
@@ -62,13 +62,13 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
 
     Bytes sent: (n-1) M (X + K w + 8 K) there, or (n-1) M (X + E b + 8) with logits, and (n-1) M X back (letters: `traffic`).
     """
-    group = _token_group(config)
+    group = token_group(config)
     tokens = x.shape[0]
-    room = _room(config, tokens, group, routing.expert_ids)
+    room = room_of_ranks(config, tokens, group, routing.expert_ids)
     by_logits = logits is not None and config.parallel is not None and config.parallel.gather == "logits"
     real = routing.expert_ids.new_ones(tokens, 1)
     sent = (x, logits, real) if logits is not None and by_logits else (x, routing.weights, routing.expert_ids + 1)  # padding has id -1
-    begun = [collectives.begin_gather(_padded(t, room), group) for t in sent]
+    begun = [collectives.begin_gather(padded(t, room), group) for t in sent]
     beside = meanwhile()
     rows, w, ids = (collectives.arrived(t) for t in begun)
     ids = ids - 1
@@ -180,29 +180,6 @@ def _with_spare(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
 
 
-def _padded(rows: Tensor, room: int) -> Tensor:
-    """Rows with zeros behind, `room` in all."""
-    return torch.cat([rows, rows.new_zeros(room - rows.shape[0], *rows.shape[1:])])
-
-
-def _room(config: MoEConfig, tokens: int, group: RankGroup, like: Tensor) -> int:
-    """How many rows each rank contributes: what the config says, or the most that a rank has."""
-    given = config.parallel.max_tokens if config.parallel else None
-    if given is None:
-        given = longest_of_ranks(tokens, group, like)
-        torch._check(given >= tokens)
-    else:
-        check_room(tokens, given)
-    return given
-
-
-def check_room(tokens: int, max_tokens: int) -> None:
-    """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not known yet."""
-    if guard_or_false(tokens > max_tokens):
-        raise ValueError(f"moe_forward: {tokens} tokens on this rank; expected at most ParallelConfig.max_tokens={max_tokens}")
-    torch._check(tokens <= max_tokens, lambda: "moe_fn: more tokens on this rank than ParallelConfig.max_tokens")
-
-
 def _capacity(config: MoEConfig) -> int:
     parallel = config.parallel
     most = (parallel.max_tokens or 0) * config.top_k if parallel else 0
@@ -219,15 +196,6 @@ def _ep(config: MoEConfig) -> RankGroup:
     if config.parallel is None or config.parallel.ep is None:
         raise ValueError("MoEConfig.parallel.ep is None; expected the ranks that experts are on")
     return config.parallel.ep
-
-
-def _token_group(config: MoEConfig) -> RankGroup:
-    """Whose tokens are gathered."""
-    parallel = config.parallel
-    group = None if parallel is None else parallel.ep or parallel.dp
-    if group is None:
-        raise ValueError("MoEConfig.parallel has neither ep nor dp; expected the ranks whose tokens are gathered")
-    return group
 
 
 Format = Callable[[MoEConfig, MoEWeights, Tensor, Routing, Tensor | None, Meanwhile], Result]

@@ -1,0 +1,57 @@
+"""Rows of every rank in one tensor: whose, how many, and what travels with them."""
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from moe_fn.config import MoEConfig, RankGroup
+from moe_fn.ops import collectives
+from moe_fn.parallel.sizes import longest_of_ranks
+
+
+def gather_tokens(config: MoEConfig, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors that belong to tokens, of every rank, in the order in which all_gather has their tokens: [T, ...] -> [n M, ...].
+
+    For what travels with tokens and is not the layer's: a quantised payload and its scales, ids of adapters. Any dtype; rows of padding
+    are zeros. M is max_tokens, or the most that a rank has (a host sync). Gradients are summed over ranks, back at their tokens.
+    Raises ValueError for a config without ep or dp, tensors of other lengths, and more tokens than max_tokens.
+    """
+    group = token_group(config)
+    tokens = tensors[0].shape[0]
+    if any(t.shape[0] != tokens for t in tensors):
+        raise ValueError(f"gather_tokens: tensors of {[t.shape[0] for t in tensors]} tokens; expected as many in each")
+    room = room_of_ranks(config, tokens, group, torch.zeros((), dtype=torch.int64, device=tensors[0].device))
+    begun = [collectives.begin_gather(padded(t, room), group) for t in tensors]
+    return tuple(collectives.arrived(t) for t in begun)
+
+
+def room_of_ranks(config: MoEConfig, tokens: int, group: RankGroup, like: Tensor) -> int:
+    """How many rows each rank contributes: what the config says, or the most that a rank has."""
+    given = config.parallel.max_tokens if config.parallel else None
+    if given is None:
+        given = longest_of_ranks(tokens, group, like)
+        torch._check(given >= tokens)
+    else:
+        check_room(tokens, given)
+    return given
+
+
+def padded(rows: Tensor, room: int) -> Tensor:
+    """Rows with zeros behind, `room` in all."""
+    return torch.cat([rows, rows.new_zeros(room - rows.shape[0], *rows.shape[1:])])
+
+
+def check_room(tokens: int, max_tokens: int) -> None:
+    """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not known yet."""
+    if guard_or_false(tokens > max_tokens):
+        raise ValueError(f"moe_forward: {tokens} tokens on this rank; expected at most ParallelConfig.max_tokens={max_tokens}")
+    torch._check(tokens <= max_tokens, lambda: "moe_fn: more tokens on this rank than ParallelConfig.max_tokens")
+
+
+def token_group(config: MoEConfig) -> RankGroup:
+    """Whose tokens are gathered."""
+    parallel = config.parallel
+    group = None if parallel is None else parallel.ep or parallel.dp
+    if group is None:
+        raise ValueError("MoEConfig.parallel has neither ep nor dp; expected the ranks whose tokens are gathered")
+    return group
