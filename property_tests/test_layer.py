@@ -50,9 +50,10 @@ def test_the_layer_equals_the_reference(problem: MoEProblem) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_layer_equals_the_reference_in_every_dtype(dtype: torch.dtype) -> None:
+    # Terms are as large as the largest routed scale that is drawn, times x near 1, and may cancel.
     @law(problems(dtype=dtype))
     def check(problem: MoEProblem) -> None:
-        assert_matches(forward(problem), problem.call(reference.moe_forward), scale=1.0)
+        assert_matches(forward(problem), problem.call(reference.moe_forward), scale=2.5)
 
     check()
 
