@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
+from moe_fn.lora import check_adapters, shapes_of_adapters
 from moe_fn.preparing import Shape, is_prepared, plain_shapes, prepared_shapes
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
+_COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
 _INTEGERS = {("router", name) for name in ("expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas")}
 _ANY = -1
 _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
@@ -59,6 +61,11 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
         shapes[("shared", "down_bias")] = ((hidden,), False)
         if config.shared.gate == "sigmoid":
             shapes[("shared", "gate")] = ((("1", 1), hidden), True)
+    if config.lora is not None:
+        shapes |= {
+            path: (shape, False)
+            for path, shape in shapes_of_adapters(config.lora, experts, wide, gate_up[outputs], down[3 - outputs]).items()
+        }
     if config.latent is not None:
         latent = ("latent.size", config.latent.size)
         shapes[("latent", "input")] = ((latent, hidden), True)
@@ -86,6 +93,7 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
             raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of x, {x.dtype}")
     if is_prepared(weights.gate_up) != is_prepared(weights.down):
         raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
+    check_adapters(where, config, weights.lora)
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
 
@@ -204,6 +212,18 @@ def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tens
         check_beside_x(where, "token_ids", token_ids, x, None, "integer")
     if token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+
+
+def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Tensor | None) -> None:
+    """Ids of adapters where there are adapters to choose among. Their values are not looked at: one that there is not is none."""
+    if adapter_ids is not None:
+        if config.lora is None:
+            raise ValueError(f"{where}: adapter_ids would have no effect; expected None, or MoEConfig.lora")
+        check_beside_x(where, "adapter_ids", adapter_ids, x, None, "integer")
+    elif config.lora is not None and config.lora.num_adapters > 1:
+        raise ValueError(
+            f"{where}: adapter_ids is None; expected an id of the {config.lora.num_adapters} adapters for each token, -1 for none"
+        )
 
 
 def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) -> None:

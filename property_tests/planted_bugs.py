@@ -13,7 +13,7 @@ import torch
 from moe_fn import balance, calls, chunked, forward, fused, layer, numerics, preparing, selection, whole_layer
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
-from moe_fn.parallel import sharding
+from moe_fn.parallel import cutting, sharding
 from moe_fn.records import Routing
 from moe_fn.stages import combine, dispatch, experts, join, reduce_and_trunc, route, shared, transform, zero_experts
 
@@ -235,7 +235,7 @@ BUGS = (
         numerics.rms_norm,
         before(lambda x, scale, eps: (x, None, eps)),
     ),
-    PlantedBug("joining_undoes_sharding", "halves are not cut apart", sharding._slice, before(lambda t, dim, parts, *r: (t, dim, 1, *r))),
+    PlantedBug("joining_undoes_sharding", "halves are not cut apart", cutting.slice_of, before(lambda t, dim, parts, *r: (t, dim, 1, *r))),
     PlantedBug("a_norm_for_the_gate_is_the_gate_of_the_norm", "not normed", transform.norm_for_gate, instead(lambda config, x: x)),
     PlantedBug(
         "the_router_and_then_the_routed_layer_are_the_layer",

@@ -15,6 +15,7 @@ from moe_fn.records import MoEWeights
 
 # What has experts as its first dimension; the rest of the weights (router, shared experts, constants ...) is the same everywhere.
 EXPERT_TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm")
+_LORA = "lora."  # what the names of adapters begin with here; they have the experts second
 
 
 def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
@@ -71,7 +72,7 @@ def start_moving(
     if not moves.transfers:
         return lambda: arrived(weights, moves, rank, [])
     outgoing = departing(weights, moves, rank)
-    lengths = [_bytes_of_expert(weights) * count for count in _counts_from(moves, rank)]
+    lengths = [_bytes_of_expert(weights, moves.num_physical // ranks) * count for count in _counts_from(moves, rank)]
     sent = torch.cat(outgoing)
     received = sent.new_empty(sum(lengths))
     work = dist.all_to_all_single(received, sent, lengths, [len(part) for part in outgoing], group=group, async_op=True)
@@ -133,11 +134,20 @@ def _expert_tensors(where: str, weights: MoEWeights, experts: int) -> dict[str, 
     for name, tensor in tensors.items():
         if tensor.shape[0] != experts:
             raise ValueError(f"{where}: weights.{name} is {list(tensor.shape)}; expected {experts} experts first")
-    return tensors
+    return tensors | _adapters(weights, experts)
+
+
+def _adapters(weights: MoEWeights, experts: int) -> dict[str, Tensor]:
+    """LoRA tensors [L, E, ...] as [E, L, ...], but for those that all experts share."""
+    lora = {} if weights.lora is None else {f.name: getattr(weights.lora, f.name) for f in dataclasses.fields(weights.lora)}
+    return {_LORA + name: t.transpose(0, 1) for name, t in lora.items() if t is not None and t.shape[1] == experts}
 
 
 def _with_tensors(weights: MoEWeights, tensors: dict[str, Tensor]) -> MoEWeights:
-    return dataclasses.replace(weights, **tensors)  # type: ignore[arg-type]
+    adapters = {name.removeprefix(_LORA): t.transpose(0, 1) for name, t in tensors.items() if name.startswith(_LORA)}
+    own = {name: t for name, t in tensors.items() if not name.startswith(_LORA)}
+    lora = weights.lora if weights.lora is None else dataclasses.replace(weights.lora, **adapters)
+    return dataclasses.replace(weights, **own, lora=lora)  # type: ignore[arg-type]
 
 
 def _counts_from(moves: Moves, rank: int) -> list[int]:
@@ -146,9 +156,8 @@ def _counts_from(moves: Moves, rank: int) -> list[int]:
     return [senders.count(gpu) for gpu in range(moves.num_gpus)]
 
 
-def _bytes_of_expert(weights: MoEWeights) -> int:
-    tensors = [getattr(weights, name) for name in EXPERT_TENSORS]
-    return sum(t[0].nbytes for t in tensors if t is not None)
+def _bytes_of_expert(weights: MoEWeights, experts: int) -> int:
+    return sum(t[0].nbytes for t in _expert_tensors("move_experts", weights, experts).values())
 
 
 def _as_bytes(t: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from moe_fn.balance import physical_weights
 from moe_fn.checking import check_shapes
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.sharing import ranks_of_experts
+from moe_fn.parallel.adapters import join_adapters, shard_adapters
+from moe_fn.parallel.cutting import joined, slice_of
 from moe_fn.parallel.places import placement_of_weights, without_placement
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, SharedWeights, leaves_of_weights
 
@@ -22,7 +24,7 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         gate_up [E, gate_up, Hx] -> [own E, gate_up / slices, Hx];  down [E, Hx, I] -> [own E, Hx, I / slices]
 
     Biases of down (and of shared.down) are on the first slice alone: the others' would be added once a rank. Everything else every rank
-    has. With num_physical the placement beside the router says which experts are copied to which slots (for inference: a copy's gradient
+    has; of LoRA adapters too it has its experts and slices (`moe_fn.parallel.adapters`). With num_physical the placement beside the router says which experts are copied to which slots (for inference: a copy's gradient
     is its own). Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the rest are the same tensors.
     Raises ValueError where the config has no `parallel`, and for weights that do not fit it.
 
@@ -53,7 +55,7 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         return t if t is None or len(experts) == len(weights.gate_up) else t.index_select(0, experts)
 
     def columns(t: Tensor | None, dim: int, halves: int) -> Tensor | None:
-        return None if t is None else _slice(t, dim, halves, slices, number)
+        return None if t is None else slice_of(t, dim, halves, slices, number)
 
     halves = 2 if gated and packed else 1
     return dataclasses.replace(
@@ -63,6 +65,7 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         gate_up_bias=columns(of_experts(weights.gate_up_bias), 1, halves),
         down_bias=of_experts(weights.down_bias) if number == 0 else None,
         expert_norm=of_experts(weights.expert_norm),
+        lora=shard_adapters(config, weights.lora, experts),
         shared=_shard_shared(config, weights.shared),
     )
 
@@ -76,7 +79,7 @@ def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeig
     parts = (2 if gated else 1) * config.shared.count  # each expert is cut by itself: the router may weigh it
 
     def cut(t: Tensor | None, dim: int, parts: int) -> Tensor | None:
-        return None if t is None else _slice(t, dim, parts, size, rank)
+        return None if t is None else slice_of(t, dim, parts, size, rank)
 
     return dataclasses.replace(
         shared,
@@ -85,21 +88,6 @@ def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeig
         gate_up_bias=cut(shared.gate_up_bias, 0, parts),
         down_bias=shared.down_bias if rank == 0 else None,
     )
-
-
-def _slice(t: Tensor, dim: int, parts: int, slices: int, number: int) -> Tensor:
-    """Slice `number` of each of `parts` equal parts of a dim."""
-    if slices == 1:
-        return t
-    by_part: Tensor = t.unflatten(dim, (parts, slices, -1))
-    return by_part.select(dim + 1, number).flatten(dim, dim + 1).contiguous()
-
-
-def _joined(pieces: Sequence[Tensor], dim: int, parts: int) -> Tensor:
-    """The inverse of _slice, from the pieces of all slices in order."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.stack([piece.unflatten(dim, (parts, -1)) for piece in pieces], dim + 1).flatten(dim, dim + 2)
 
 
 def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> MoEWeights:
@@ -135,7 +123,7 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
             pieces = [getattr(found[(rank, number)][1], name) for number in (range(slices) if dim is not None else (0,))]
             if pieces[0] is None:
                 return None
-            rows.append(pieces[0] if dim is None else _joined(pieces, dim, parts))
+            rows.append(pieces[0] if dim is None else joined(pieces, dim, parts))
         return torch.cat(rows).index_select(0, order.argsort())
 
     zero = found[(0, 0)][1]
@@ -146,6 +134,7 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
         gate_up_bias=of_experts("gate_up_bias", 1, halves),
         down_bias=of_experts("down_bias", None, 1),
         expert_norm=of_experts("expert_norm", None, 1),
+        lora=join_adapters(first, [[found[(rank, number)][1].lora for number in range(slices)] for rank in range(ranks)], order.argsort()),
         shared=_join_shared(first, [found[(0, number)][1].shared for number in range(slices)]),
     )
 
@@ -180,10 +169,10 @@ def _join_shared(config: MoEConfig, parts: Sequence[SharedWeights | None]) -> Sh
         return shared
     pieces = [part for part in parts[: parallel.tp.size] if part is not None]
     halves = (2 if as_activation(config.shared.activation).gated else 1) * config.shared.count
-    bias = None if shared.gate_up_bias is None else _joined([p.gate_up_bias for p in pieces if p.gate_up_bias is not None], 0, halves)
+    bias = None if shared.gate_up_bias is None else joined([p.gate_up_bias for p in pieces if p.gate_up_bias is not None], 0, halves)
     return dataclasses.replace(
         shared,
-        gate_up=_joined([piece.gate_up for piece in pieces], 0, halves),
-        down=_joined([piece.down for piece in pieces], 1, config.shared.count),
+        gate_up=joined([piece.gate_up for piece in pieces], 0, halves),
+        down=joined([piece.down for piece in pieces], 1, config.shared.count),
         gate_up_bias=bias,
     )

@@ -38,10 +38,46 @@ def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
     return [Expert(gate_up=a, down=b, gate_up_bias=c, down_bias=d, norm=e) for a, b, c, d, e in columns]
 
 
-def expert_output(config: MoEConfig, expert: Expert, v: Tensor) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The low-rank matrices of one adapter for one expert: a [rank, in], b [out, rank] of each product, None where it has none."""
+
+    gate_up_a: Tensor | None
+    gate_up_b: Tensor | None
+    down_a: Tensor | None
+    down_b: Tensor | None
+
+
+def adapter_of_expert(config: MoEConfig, weights: MoEWeights, adapter_id: int, expert_id: int) -> Adapter | None:
+    """The matrices of an adapter for an expert; None for ids of no adapter. An expert dim of 1 is all experts'."""
+    if config.lora is None or not 0 <= adapter_id < config.lora.num_adapters:
+        return None
+    lora = weights.lora
+    if lora is None:
+        raise ValueError("weights.lora is None; expected tensors, for the config asks for them")
+
+    def of_expert(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[adapter_id][0 if len(tensor[adapter_id]) == 1 else expert_id]
+
+    return Adapter(
+        gate_up_a=of_expert(lora.gate_up_a),
+        gate_up_b=of_expert(lora.gate_up_b),
+        down_a=of_expert(lora.down_a),
+        down_b=of_expert(lora.down_b),
+    )
+
+
+def low_rank(a: Tensor | None, b: Tensor | None, v: Tensor) -> Tensor | float:
+    """b @ (a @ v), or 0."""
+    return 0.0 if a is None or b is None else b @ (a @ v)
+
+
+def expert_output(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None = None) -> Tensor:
     """One expert on one vector.
 
         o = down @ activation(gate_up @ v + gate_up_bias) + down_bias, then the expert norm if there is one
+
+    With an adapter each matrix W is W + b @ a.
 
     v [Hx] float64 -> [Hx] float64. Source: semantics.md 3.1; the norm: Muse-Spark.
 
@@ -51,8 +87,12 @@ def expert_output(config: MoEConfig, expert: Expert, v: Tensor) -> Tensor:
     tensor([90.])
     """
     h = linear(expert.gate_up, v, expert.gate_up_bias)
+    if adapter is not None:
+        h = h + low_rank(adapter.gate_up_a, adapter.gate_up_b, v)
     a = activate(as_activation(config.activation), h, config.gate_up_layout)
     o = linear(expert.down, a, expert.down_bias)
+    if adapter is not None:
+        o = o + low_rank(adapter.down_a, adapter.down_b, a)
     if config.expert_norm is None:
         return o
     norm = needed(expert.norm, "weights.expert_norm")

@@ -48,6 +48,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "opaque": (False, False, True),
     "norms": (None,),  # not drawn: a norm of everything breaks the laws of sums; fix it to test it
     "parallel": (None,),  # wants ranks
+    "lora": (None,),  # likewise: fix it to test it
     "capacity": (None,),  # likewise: with it a token depends on those before it
     "recompute": (False,),  # not True, which the torch back-end refuses
 }
