@@ -17,7 +17,6 @@ from moe_fn.ops.grouped import GROUPED, GroupedOps
 from moe_fn.ops.rows import gather_rows
 from moe_fn.records import Dispatched, LoRAWeights
 
-
 Dim = tuple[str, int]  # name and size
 
 

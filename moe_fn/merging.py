@@ -78,10 +78,8 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
     lora_config = LoRAConfig(num_adapters=sum(_count(lora) for lora in every), rank=max(ranks), experts=kind)
 
     def padded(name: str, t: Tensor) -> Tensor:
-        experts = 1 if lora_config.shares(name) else config.num_experts
-        missing = lora_config.rank - t.shape[2 if name.endswith("a") else 3]
-        t = torch.nn.functional.pad(t, (0, 0, 0, missing) if name.endswith("a") else (0, missing))
-        return t.expand(-1, experts, -1, -1) if t.shape[1] == 1 else t
+        t = padded_to(t, lora_config.rank, 2 if name.endswith("a") else 3)
+        return t.expand(-1, 1 if lora_config.shares(name) else config.num_experts, -1, -1) if t.shape[1] == 1 else t
 
     tensors = {name: torch.cat([padded(name, _tensors(lora)[name]) for lora in every]) for name in _tensors(every[0])}
     config, weights = dataclasses.replace(config, lora=lora_config), dataclasses.replace(weights, lora=LoRAWeights(**tensors))
@@ -144,6 +142,13 @@ def _with_product_added(where: str, config: MoEConfig, weights: MoEWeights, lora
 
     gate_up, down = total(weights.gate_up, lora.gate_up_a, lora.gate_up_b), total(weights.down, lora.down_a, lora.down_b)
     return dataclasses.replace(weights, gate_up=gate_up, down=down)
+
+
+def padded_to(t: Tensor, size: int, dim: int) -> Tensor:
+    """Zeros behind a dim, up to a size."""
+    shape = list(t.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([t, t.new_zeros(shape)], dim)
 
 
 def _tensors(lora: LoRAWeights) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, Sha
 from moe_fn.config.router import GroupConfig, RouterConfig
 
 __all__ = [
-    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LoRAConfig", "MoEConfig", "NormsConfig", "ParallelConfig",
-    "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig", "as_activation", "config_of_json",
+    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LoRAConfig", "MoEConfig", "NormsConfig",
+    "ParallelConfig", "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig", "as_activation", "config_of_json",
 ]  # fmt: skip
 
 for _cls in (

@@ -24,8 +24,9 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         gate_up [E, gate_up, Hx] -> [own E, gate_up / slices, Hx];  down [E, Hx, I] -> [own E, Hx, I / slices]
 
     Biases of down (and of shared.down) are on the first slice alone: the others' would be added once a rank. Everything else every rank
-    has; of LoRA adapters too it has its experts and slices (`moe_fn.parallel.adapters`). With num_physical the placement beside the router says which experts are copied to which slots (for inference: a copy's gradient
-    is its own). Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the rest are the same tensors.
+    has. Of LoRA adapters it has its experts and slices too (`moe_fn.parallel.adapters` says of which). With num_physical the placement
+    beside the router says which experts are copied to which slots (for inference: a copy's gradient is its own). Slices of a packed
+    gate_up are of both halves. Tensors that are cut are copies, the rest are the same tensors.
     Raises ValueError where the config has no `parallel`, and for weights that do not fit it.
 
     Laws

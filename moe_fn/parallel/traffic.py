@@ -206,7 +206,9 @@ def _of_weights(config: MoEConfig, parallel: ParallelConfig, weights: MoEWeights
     """Gradients of weights that all ranks of a group have and each uses for a part."""
     for field in dataclasses.fields(LoRAWeights):
         t = None if weights.lora is None else getattr(weights.lora, field.name)
-        for role in [] if t is None else summed_over(config, parallel, field.name):
+        if t is None:
+            continue
+        for role in summed_over(config, parallel, field.name):
             size, ranks = t.numel() * t.element_size(), group_of_role(parallel, role).size
             yield Message(what=f"of lora.{field.name}", collective="all_reduce", group=role, ranks=ranks, payload=size)
     if parallel.sp is not None:

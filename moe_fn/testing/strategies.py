@@ -43,7 +43,8 @@ def problems(
              "normal": continuous, near-ties possible. A gate that sees a latent space (gate_input="transformed") always is
 
     Sometimes there is a token_mask, and padding then holds NaN and infinities in x and logits; hash routing has token_ids.
-    Optional weights come and go; a config with LoRA (fixed, for `configs()` draws none) has adapter_ids. Numbers come from a drawn seed; sizes and options shrink.
+    Optional weights come and go; a config with LoRA (fixed, for `configs()` draws none) has adapter_ids. Numbers come from a drawn seed;
+    sizes and options shrink.
 
     >>> from hypothesis import find
     >>> find(problems(tokens=st.just(3), logits="grid"), lambda problem: problem.config.num_experts > 1).x[..., 0].numel()
