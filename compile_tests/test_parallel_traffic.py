@@ -47,8 +47,8 @@ def said(t: Traffic, merged: dict[str, str]) -> Counter[tuple[str, str, int]]:
 FP8_GROUPS = QuantConfig(
     scheme="fp8_e4m3",
     granularity="group",
-    group_size=4,
-    activations=ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=4),
+    group_size=2,
+    activations=ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=2),
 )
 BASE = {"num_experts": 8, "top_k": 2}
 LAYERS: dict[str, dict[str, Any]] = {
