@@ -7,6 +7,8 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.preparing import Shape, is_prepared, plain_shapes, prepared_shapes
+from moe_fn.quant.tiles import halves_of
+from moe_fn.quant.weights import NAMES, expected_scale_shapes
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
@@ -35,6 +37,7 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
     }
     if config.expert_norm is not None:
         shapes[("expert_norm",)] = ((experts, wide), True)
+    shapes.update(_quant_shapes(config))
     if config.norms is not None:
         for name in ("input", "output"):
             if getattr(config.norms, name):
@@ -68,6 +71,42 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
     return shapes
 
 
+def _quant_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
+    quant, own = config.quant, config.own
+    if quant is None:
+        return {}
+    experts = ("num_experts", own.num_experts)
+    sizes = {name: (shape[1][1], shape[2][1] * quant.per_byte) for name, shape in zip(NAMES, plain_shapes(own), strict=True)}
+    shapes: dict[tuple[str, ...], tuple[Shape, bool]] = {}
+    for name, (outputs, inputs) in expected_scale_shapes(config, sizes).items():
+        tiles = (experts, ("tiles of outputs", outputs), ("tiles of inputs", inputs))
+        shapes[("quant", f"{name}_scale")] = tiles, True
+        if quant.zero_points:
+            shapes[("quant", f"{name}_zero_point")] = tiles, True
+        if quant.row.scale == "e4m3":
+            shapes[("quant", f"{name}_global_scale")] = (experts, ("halves", halves_of(config, name)), ("1", 1)), True
+        if quant.activations is not None and quant.activations.static:
+            shapes[("quant", f"{name}_input_scale")] = (experts,), True
+    return shapes
+
+
+def dtypes_of_quant(config: MoEConfig) -> dict[tuple[str, ...], tuple[torch.dtype, ...]]:
+    """Dtypes that codes, scales and zero points may have."""
+    quant = config.quant
+    if quant is None:
+        return {}
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    of_codes = {"e4m3": torch.float8_e4m3fn, "int8": torch.uint8 if quant.zero_points else torch.int8}
+    codes = (of_codes.get(quant.row.element, torch.uint8),)
+    scale = {"float": floats, "e8m0": (torch.uint8,), "e4m3": (torch.float8_e4m3fn,)}[quant.row.scale]
+    found: dict[tuple[str, ...], tuple[torch.dtype, ...]] = {}
+    for name in NAMES:
+        found[(name,)], found[("quant", f"{name}_scale")] = codes, scale
+        found[("quant", f"{name}_zero_point")] = (torch.uint8,)
+        found[("quant", f"{name}_global_scale")] = found[("quant", f"{name}_input_scale")] = (torch.float32,)
+    return found
+
+
 def _slices_of_shared(config: MoEConfig) -> int:
     parallel = config.parallel
     return parallel.tp.size if parallel is not None and parallel.tp is not None and parallel.shared == "sharded" else 1
@@ -77,12 +116,12 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
     """Every weight has the shape that the config gives it, a float dtype (that of x for the matrices) and the device of x."""
     if not isinstance(weights, MoEWeights):
         raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
-    shapes = expected_shapes(config)
+    shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
         prepared = leaf is not None and path in _PREPARED and is_prepared(leaf)
         expected = shapes.get(path) if not prepared else _prepared_shape(config, path, x.dtype)
-        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, x.device)
-        if leaf is not None and path in _COMPUTE_DTYPE and leaf.dtype != x.dtype:
+        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, x.device, quantised.get(path))
+        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != x.dtype:
             raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of x, {x.dtype}")
     if is_prepared(weights.gate_up) != is_prepared(weights.down):
         raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
@@ -96,10 +135,10 @@ def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
         raise ValueError(f"{where}: config is a {type(config).__name__}; expected MoEConfig")
     if not isinstance(weights, MoEWeights):
         raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
-    shapes = expected_shapes(config)
+    shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
         if leaf is not None:
-            _check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), leaf.device)
+            _check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), leaf.device, quantised.get(path))
 
 
 def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype) -> tuple[Shape, bool]:
@@ -108,7 +147,13 @@ def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype
 
 
 def _check_weight(
-    where: str, name: str, path: tuple[str, ...], leaf: Tensor | None, expected: tuple[Shape, bool] | None, device: torch.device
+    where: str,
+    name: str,
+    path: tuple[str, ...],
+    leaf: Tensor | None,
+    expected: tuple[Shape, bool] | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> None:
     if leaf is None:
         if expected is not None and expected[1]:
@@ -119,7 +164,10 @@ def _check_weight(
     shape, _ = expected
     if leaf.ndim != len(shape) or any(size != _ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected {_words(shape)}")
-    _check_kind(where, name, leaf, "integer" if path in _INTEGERS else "float")
+    if dtypes is None:
+        _check_kind(where, name, leaf, "integer" if path in _INTEGERS else "float")
+    elif leaf.dtype not in dtypes:
+        raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, dtypes))}, for config.quant")
     if leaf.device != device:
         raise ValueError(f"{where}: {name} is on {leaf.device}; expected the device of x, {device}")
 

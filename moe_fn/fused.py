@@ -42,7 +42,8 @@ def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
         The fused kernel equals the stages.
     """
     backend = backend_of(config, x)
-    if config.expert_norm is None and backend in BY_OP and not in_forward_mode():  # a norm needs whole rows before the sum
+    has_op = backend in BY_OP and config.quant is None
+    if config.expert_norm is None and has_op and not in_forward_mode():  # a norm needs whole rows before the sum
         return BY_OP[backend](config, weights, x, routing)
     if config.recompute:
         what = "an expert_norm" if config.expert_norm is not None else "forward mode" if backend in BY_OP else f"back-end {backend!r}"

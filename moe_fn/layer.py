@@ -30,10 +30,10 @@ def route_tokens(
     token_ids: Tensor | None,
     token_mask: Tensor | None,
     leading: tuple[int, ...] | None = None,
-) -> Routing:
-    """Routing from logits, or from the gate inside the layer."""
+) -> tuple[Tensor, Routing]:
+    """(logits, routing), from the logits given or from the gate inside the layer."""
     logits = logits_of_tokens(config, weights, x) if logits is None else logits
-    return route(config, weights, logits, token_ids=token_ids, token_mask=token_mask, leading=leading)
+    return logits, route(config, weights, logits, token_ids=token_ids, token_mask=token_mask, leading=leading)
 
 
 def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:

@@ -42,6 +42,8 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     """
     config = config.own
     _check("prepare_weights", config, weights)
+    if config.quant is not None:
+        return weights
     if backend_of(config, weights.gate_up) != "native" or is_prepared(weights.gate_up):
         return weights
     gate_up, down = lay_panels(config, weights.gate_up, weights.down)
@@ -93,7 +95,9 @@ def plain_shapes(config: MoEConfig) -> tuple[Shape, Shape]:
     inner = ("intermediate_size", config.intermediate_size)
     gate_up = ("2 * intermediate_size", 2 * config.intermediate_size) if as_activation(config.activation).gated else inner
     if config.weight_layout == "out_in":
-        return (experts, gate_up, hidden), (experts, hidden, inner)
+        per_byte = 1 if config.quant is None else config.quant.per_byte
+        of_hidden, of_inner = ((name if per_byte == 1 else f"{name} / {per_byte}", size // per_byte) for name, size in (hidden, inner))
+        return (experts, gate_up, of_hidden), (experts, hidden, of_inner)
     return (experts, hidden, gate_up), (experts, inner, hidden)
 
 

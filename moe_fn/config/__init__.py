@@ -10,11 +10,13 @@ from moe_fn.config.activation import ActivationConfig, ActivationName, as_activa
 from moe_fn.config.moe import MoEConfig, config_of_json
 from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.config.quant import ActivationQuantConfig, QuantConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 
 __all__ = [
-    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig", "NormsConfig", "ParallelConfig",
-    "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig", "as_activation", "config_of_json",
+    "ActivationConfig", "ActivationName", "ActivationQuantConfig", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig",
+    "NormsConfig", "ParallelConfig", "QuantConfig", "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig",
+    "as_activation",     "config_of_json",
 ]  # fmt: skip
 
 for _cls in (
@@ -27,6 +29,8 @@ for _cls in (
     ExpertNormConfig,
     NormsConfig,
     ParallelConfig,
+    QuantConfig,
+    ActivationQuantConfig,
     RankGroup,
     ActivationConfig,
 ):

@@ -65,14 +65,13 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     group = token_group(config)
     tokens = x.shape[0]
     room = room_of_ranks(config, tokens, group, routing.expert_ids)
-    by_logits = logits is not None and config.parallel is not None and config.parallel.gather == "logits"
     real = routing.expert_ids.new_ones(tokens, 1)
-    sent = (x, logits, real) if logits is not None and by_logits else (x, routing.weights, routing.expert_ids + 1)  # padding has id -1
+    sent = (x, routing.weights, routing.expert_ids + 1) if logits is None else (x, logits, real)  # padding has id -1
     begun = [collectives.begin_gather(padded(t, room), group) for t in sent]
     beside = meanwhile()
     rows, w, ids = (collectives.arrived(t) for t in begun)
     ids = ids - 1
-    if by_logits:
+    if logits is not None:
         everybody = route(config, weights, w)
         ids, w = torch.where(ids < 0, -1, everybody.expert_ids), everybody.weights
     y = _compute(config, weights, rows, _own_ids(config, weights, ids), w)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, SharedExpertsConfig, as_activation
-from moe_fn.records import MoEWeights, SharedWeights
+from moe_fn.records import MoEWeights, QuantWeights, SharedWeights
 from moe_fn.reference.activation import activate
+from moe_fn.reference.quant import matrices as quant_matrices
+from moe_fn.reference.quant import rounded
 from moe_fn.reference.tensors import linear, needed, rms_norm
 
 
@@ -20,6 +22,8 @@ class Expert:
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     norm: Tensor | None
+    gate_up_input_scale: Tensor | None = None  # [] static scales of inputs
+    down_input_scale: Tensor | None = None
 
 
 def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
@@ -28,17 +32,53 @@ def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
     def one_by_one(tensor: Tensor | None) -> list[Tensor | None]:
         return [None] * config.num_experts if tensor is None else list(tensor.unbind(0))
 
-    def matrices(tensor: Tensor) -> list[Tensor]:
-        return [m.T if config.weight_layout == "in_out" else m for m in tensor.unbind(0)]
+    def matrices(name: str) -> list[Tensor]:
+        if config.quant is not None:
+            return quant_matrices(config, weights, name)
+        return [m.T if config.weight_layout == "in_out" else m for m in getattr(weights, name).unbind(0)]
 
+    quant = weights.quant or QuantWeights()
     columns = zip(
-        matrices(weights.gate_up), matrices(weights.down), one_by_one(weights.gate_up_bias), one_by_one(weights.down_bias),
-        one_by_one(weights.expert_norm), strict=True,
+        matrices("gate_up"), matrices("down"), one_by_one(weights.gate_up_bias), one_by_one(weights.down_bias),
+        one_by_one(weights.expert_norm), one_by_one(quant.gate_up_input_scale), one_by_one(quant.down_input_scale), strict=True,
     )  # fmt: skip
-    return [Expert(gate_up=a, down=b, gate_up_bias=c, down_bias=d, norm=e) for a, b, c, d, e in columns]
+    return [
+        Expert(gate_up=a, down=b, gate_up_bias=c, down_bias=d, norm=e, gate_up_input_scale=f, down_input_scale=g)
+        for a, b, c, d, e, f, g in columns
+    ]
 
 
-def expert_output(config: MoEConfig, expert: Expert, v: Tensor) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What rounding of inputs needs to know of a call: largest inputs of gate_up and of down, where one scale serves all rows."""
+
+    gate_up_amax: float | None = None
+    down_amax: float | None = None
+    single: bool = True  # scales in float32
+
+
+def rounded_input(config: MoEConfig, expert: Expert, name: str, v: Tensor, rounding: Rounding) -> Tensor:
+    """The input of gate_up or down as config.quant.activations rounds it."""
+    if config.quant is None or config.quant.activations is None:
+        return v
+    static = getattr(expert, f"{name}_input_scale")
+    return rounded(
+        config.quant.activations,
+        v,
+        static_scale=None if static is None else float(static),
+        amax_of_call=getattr(rounding, f"{name}_amax"),
+        single=rounding.single,
+    )
+
+
+def hidden_of_expert(config: MoEConfig, expert: Expert, v: Tensor, rounding: Rounding | None = None) -> Tensor:
+    """What the second product of an expert gets, before it is rounded: v [Hx] -> [I]."""
+    rounding = rounding or Rounding()
+    h = linear(expert.gate_up, rounded_input(config, expert, "gate_up", v, rounding), expert.gate_up_bias)
+    return activate(as_activation(config.activation), h, config.gate_up_layout)
+
+
+def expert_output(config: MoEConfig, expert: Expert, v: Tensor, rounding: Rounding | None = None) -> Tensor:
     """One expert on one vector.
 
         o = down @ activation(gate_up @ v + gate_up_bias) + down_bias, then the expert norm if there is one
@@ -50,9 +90,8 @@ def expert_output(config: MoEConfig, expert: Expert, v: Tensor) -> Tensor:
     >>> expert_output(config, expert, torch.tensor([3.0]))
     tensor([90.])
     """
-    h = linear(expert.gate_up, v, expert.gate_up_bias)
-    a = activate(as_activation(config.activation), h, config.gate_up_layout)
-    o = linear(expert.down, a, expert.down_bias)
+    a = hidden_of_expert(config, expert, v, rounding)
+    o = linear(expert.down, rounded_input(config, expert, "down", a, rounding or Rounding()), expert.down_bias)
     if config.expert_norm is None:
         return o
     norm = needed(expert.norm, "weights.expert_norm")

@@ -1,5 +1,6 @@
 """The whole layer, token by token."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig
 from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, Routing, leaves_of_weights
-from moe_fn.reference.experts import Expert, expert_output, experts_of_weights, shared_output
+from moe_fn.reference.experts import Expert, Rounding, expert_output, experts_of_weights, hidden_of_expert, shared_output
 from moe_fn.reference.routing import route_comparing_in
 from moe_fn.reference.tensors import float64_weights, is_real, linear, needed, rms_norm, stack_rows, zero_of
 
@@ -61,10 +62,14 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     experts = experts_of_weights(config, weights64)
     rows = x.to(torch.float64).reshape(-1, config.hidden_size).unbind(0)
     slots = slots_of_tokens(config, routing)
+    real_of_token = is_real(token_mask, len(rows))
+    rounding = rounding_of_call(
+        config, weights64, experts, [p for p, real in zip(zip(rows, slots, strict=True), real_of_token, strict=True) if real], x.dtype
+    )
     outputs = []
-    for row, slots_of_row, real in zip(rows, slots, is_real(token_mask, len(rows)), strict=True):
+    for row, slots_of_row, real in zip(rows, slots, real_of_token, strict=True):
         if real:
-            outputs.append(token_output(config, weights64, experts, row, slots_of_row, is_float16=x.dtype == torch.float16))
+            outputs.append(token_output(config, weights64, experts, row, slots_of_row, rounding, is_float16=x.dtype == torch.float16))
         else:  # the row is not read: it may hold anything
             outputs.append(row.new_zeros(config.hidden_size))
     zero = zero_of(x, routing.weights, routing.shared_weights, *leaves_of_weights(weights))
@@ -108,10 +113,36 @@ def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: T
     return stack_rows(logits, config.num_logits, zero) + zero
 
 
-def token_output(config: MoEConfig, weights: MoEWeights, experts: list[Expert], x: Tensor, slots: Slots, *, is_float16: bool) -> Tensor:
+def rounding_of_call(
+    config: MoEConfig, weights: MoEWeights, experts: list[Expert], tokens: list[tuple[Tensor, Slots]], dtype: torch.dtype
+) -> Rounding:
+    """Largest inputs of both products over all rows, where activations are rounded with one scale for a call."""
+    single = dtype != torch.float64
+    activations = None if config.quant is None else config.quant.activations
+    if activations is None or activations.granularity != "tensor" or activations.static:
+        return Rounding(single=single)
+    every = [pair for x, slots in tokens for pair in inputs_of_experts(config, experts, routed_input(config, weights, x), slots)]
+    first = Rounding(gate_up_amax=max((float(v.detach().abs().max()) for _, v in every), default=0.0), single=single)
+    hidden = [hidden_of_expert(config, expert, v, first) for expert, v in every]
+    return dataclasses.replace(first, down_amax=max((float(a.detach().abs().max()) for a in hidden), default=0.0))
+
+
+def inputs_of_experts(config: MoEConfig, experts: list[Expert], v: Tensor, slots: Slots) -> list[tuple[Expert, Tensor]]:
+    """The experts that one token visits, and what each sees."""
+    weights = slots.weights.unbind(0)
+    return [
+        (experts[expert_id], weight * v if config.router.weight_on == "input" else v)
+        for expert_id, weight in zip(slots.ids, weights, strict=True)
+        if 0 <= expert_id < config.num_experts
+    ]
+
+
+def token_output(
+    config: MoEConfig, weights: MoEWeights, experts: list[Expert], x: Tensor, slots: Slots, rounding: Rounding, *, is_float16: bool
+) -> Tensor:
     """The layer on one token: x [H] -> [H]."""
     v = routed_input(config, weights, x)
-    y = routed_sum(config, experts, v, slots)[: config.routed_size]  # what hidden_padding appended is cut off
+    y = routed_sum(config, experts, v, slots, rounding)[: config.routed_size]  # what hidden_padding appended is cut off
     factor, scale_on = config.router.routed_scaling_factor, config.router.scale_on
     scale_shared = scale_on == "output_float16_safe" and is_float16 and config.shared is not None
     if scale_on != "weights" and not scale_shared:
@@ -143,7 +174,7 @@ def routed_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
     return torch.cat([v, v.new_zeros(config.hidden_padding)])
 
 
-def routed_sum(config: MoEConfig, experts: list[Expert], v: Tensor, slots: Slots) -> Tensor:
+def routed_sum(config: MoEConfig, experts: list[Expert], v: Tensor, slots: Slots, rounding: Rounding) -> Tensor:
     """sum over slots (e, w) of w * expert_e(v), or of expert_e(w * v) with weight_on="input". v [Hx] -> [Hx]."""
     total = torch.zeros_like(v)
     for expert_id, weight in zip(slots.ids, slots.weights.unbind(0), strict=True):
@@ -151,9 +182,9 @@ def routed_sum(config: MoEConfig, experts: list[Expert], v: Tensor, slots: Slots
             continue  # no expert (-1), or a zero expert
         expert = experts[expert_id]
         if config.router.weight_on == "input":
-            total = total + expert_output(config, expert, weight * v)
+            total = total + expert_output(config, expert, weight * v, rounding)
         else:
-            total = total + weight * expert_output(config, expert, v)
+            total = total + weight * expert_output(config, expert, v, rounding)
     return total
 
 
