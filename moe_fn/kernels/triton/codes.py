@@ -52,9 +52,10 @@ def nibbles(q, ROWS: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit
 def scale_value(s, FORM: tl.constexpr):
-    """float32 of scales: floats, e8m0 codes (2^(s - 127)) or e4m3 codes."""
+    """float32 of scales: floats, e8m0 codes (2^(s - 127), NaN for 255) or e4m3 codes."""
     if FORM == "e8m0":
-        return tl.where(s == 0, 0x00400000, s.to(tl.int32) << 23).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
+        bits = tl.where(s == 0, 0x00400000, s.to(tl.int32) << 23)  # 2^-127 is subnormal
+        return tl.where(s == 255, float("nan"), bits.to(tl.float32, bitcast=True))
     elif FORM == "e4m3":
         return e4m3(s)
     else:

@@ -6,6 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe_fn.config import QuantConfig
+from moe_fn.quant.weights import Codes
+
 Place = Literal["inner", "step", "outer"]
 NUM_CODES = {"int4": 2, "e2m1": 2}  # codes in a byte, where there are more than one
 
@@ -35,9 +38,9 @@ class QuantMatrix:
         return experts, columns, width * NUM_CODES.get(self.scheme, 1)
 
     @property
-    def tile_in(self) -> int:
-        """Inputs of a tile, no more than there are."""
-        return min(self.inputs, self.shape[2])
+    def shared(self) -> tuple[int, ...]:
+        """How many inputs have one scale, if not all have."""
+        return () if self.inputs >= self.shape[2] else (self.inputs,)
 
     def place(self, step: int) -> Place:
         """Where a kernel that sums `step` inputs at a time applies the scale.
@@ -68,6 +71,23 @@ class QuantMatrix:
             "ZERO": self.zero_point is not None,
             "GLOBAL": self.global_scale is not None,
         }
+
+
+def matrix_of(quant: QuantConfig, stored: Codes, halves: int) -> QuantMatrix:
+    """What `stored` is under a config; halves: parts of the outputs that are tiled apart."""
+    outputs, inputs = quant.tile
+    per_half = stored.codes.shape[1] // halves
+    element = quant.row.element
+    return QuantMatrix(
+        payload=stored.codes.contiguous(),
+        scale=stored.scale,
+        scheme={"e4m3": "fp8_e4m3", "int8": "uint8" if quant.zero_points else "int8"}.get(element, element),
+        outputs=per_half if outputs is None else outputs,
+        inputs=stored.codes.shape[2] * quant.per_byte if inputs is None else inputs,
+        halves=halves,
+        zero_point=stored.zero_point,
+        global_scale=stored.global_scale,
+    )
 
 
 def codes_of(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ on the sum (outer). Weights that are multiplied as float are decoded in register
 reads from registers: 16 rows then take the matrix unit of sm_90 too, which wants at least 64 of the left operand.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 from moe_fn.kernels.triton.codes import decode, nibbles, scale_value
 from moe_fn.kernels.triton.products import raster, tiles_side_by_side
 from moe_fn.kernels.triton.quant_matrix import QuantMatrix
+from moe_fn.kernels.triton.quant_tiles import swaps
 from moe_fn.kernels.triton.quantise import Rows
 from moe_fn.kernels.triton.slots import TileMap
-from moe_fn.kernels.triton.tiles import Tile
+from moe_fn.kernels.triton.tiles import Tile, architecture_of
 
 
 @triton.jit
@@ -65,8 +67,8 @@ def accumulate_codes(
         if EVEN:
             a, q = tl.load(left), tl.load(right)
         else:
-            a = tl.load(left, mask=(k < length - start)[None, :], other=0)
-            q = tl.load(right, mask=(byte < (length - start) // CODES)[None, :], other=0)
+            a = tl.load(left, mask=(k < length - start)[None, :], other=0.0)
+            q = tl.load(right, mask=(byte < (length - start) // CODES)[None, :], other=0.0)
         if LEFT is None:
             if CODES == 2:
                 q = nibbles(q, BN, BK // CODES)
@@ -157,22 +159,24 @@ def _product_kernel(
 
 
 def quantised_product(
-    rows: Rows, matrix: QuantMatrix, ends: Tensor, tile_map: TileMap, tile: Tile, swap: bool, out: Tensor, bias: Tensor | None = None
+    rows: Rows, matrix: QuantMatrix, ends: Tensor, tile_map: TileMap, tile: Tile, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
-    """out[r] = rows[r] @ W[e].T + bias[e], e the expert of row r: rows [R, K] -> out [R, N], its dtype; rows of no expert are not written.
+    """rows[r] @ W[e].T + bias[e], e the expert of row r: rows [R, K] -> [R, N] in dtype; rows of no expert are not written.
 
-    ends int32 [E]: where each expert's rows end; tile_map where they begin. tile.inner divides the matrix's `inputs` or is divided by it.
+    ends int32 [E]: where each expert's rows end; tile_map: where they begin. tile.inner fits the scales (quant_tiles.fitting_step).
     """
     experts, columns, inner = matrix.shape
+    out = rows.values.new_empty((rows.values.shape[0], columns), dtype=dtype)
     if out.numel() == 0:
         return out
     row_tiles = tile_map.expert_of_tile.shape[0]
     scale, zero, factor, *sizes = matrix.arguments()
     _product_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
-        rows.values, rows.scale_or(scale), rows.payload_of(matrix), scale, zero, factor, scale if bias is None else bias.contiguous(), out,
+        rows.values, rows.scale_or(scale), rows.payload_of(matrix, architecture_of(out.device)), scale, zero, factor,
+        scale if bias is None else bias.contiguous(), out,
         ends, tile_map.expert_of_tile, tile_map.first_row_of_tile, row_tiles, inner, columns, *sizes, rows.groups,
-        **matrix.constants(tile.inner), **rows.constants(), SWAP=swap, BIAS=bias is not None, EVEN=inner % tile.inner == 0,
-        GROUP=tiles_side_by_side(out.shape[0], experts, tile), BM=tile.rows, BN=tile.columns, BK=tile.inner,
-        num_warps=tile.warps, num_stages=tile.stages,
+        **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.form is None), BIAS=bias is not None,
+        EVEN=inner % tile.inner == 0, GROUP=tiles_side_by_side(out.shape[0], experts, tile),
+        BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out

@@ -2,7 +2,8 @@
 """The up-projection with weights in codes; its activated rows are stored as floats, or in codes if a tile holds whole groups of them."""
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import triton
@@ -14,10 +15,11 @@ from moe_fn.kernels.triton.activation import act
 from moe_fn.kernels.triton.products import parts, raster, tiles_side_by_side
 from moe_fn.kernels.triton.quant_matrix import QuantMatrix
 from moe_fn.kernels.triton.quant_products import accumulate_codes, finished, scale_row
+from moe_fn.kernels.triton.quant_tiles import swaps
 from moe_fn.kernels.triton.quantise import MOST, Rows, code, scale_of
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap
-from moe_fn.kernels.triton.tiles import Tile
-from moe_fn.kernels.triton.up import activation_arguments, gate_and_up, store_piece, weight_columns
+from moe_fn.kernels.triton.tiles import Tile, architecture_of
+from moe_fn.kernels.triton.up import activation_arguments, gate_and_up, pieces_of, store_piece, weight_columns
 
 
 @triton.jit
@@ -101,3 +103,66 @@ def _up_kernel(
                 pieces[i], bias, activated, pre, row, live, n + i * (PIECE // WIDTH), I, BIAS, KEEP, INTERLEAVED, BM, PIECE,
                 FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP,
             )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Store:
+    """How activated rows are stored in codes: each group of a row with a scale that is computed, or by the scale of its expert, [E]."""
+
+    dtype: torch.dtype
+    form: Literal["group", "expert"]
+    scale: Tensor | None = None
+    power_of_two: bool = False
+
+
+def quantised_up(
+    rows: Rows,
+    slots: SortedSlots,
+    tile_map: TileMap,
+    matrix: QuantMatrix,
+    gate_up_bias: Tensor | None,
+    activation: ActivationConfig,
+    interleaved: bool,
+    keep: bool,
+    tile: Tile,
+    dtype: torch.dtype,
+    store: Store | None = None,
+) -> tuple[Rows, Tensor]:
+    """activation(x @ W[e].T + bias[e]) for each row of an expert: (activated [R, I], pre [R, N] in dtype; pre is [0] unless kept).
+
+    rows: the tokens [T, H], or with scales of experts the rows [R, H] sorted by expert. Activated rows are in dtype, or in codes with
+    `store`, whose groups are as wide as a tile's activated columns; codes and `keep` exclude each other. Rows of no expert are not written.
+    """
+    _, columns, hidden = matrix.shape
+    num_rows, width = slots.slot_of_row.shape[0], 2 if activation.gated else 1
+    intermediate, activated_columns = columns // width, tile.columns // width
+    activated = rows.values.new_empty((num_rows, intermediate), dtype=dtype if store is None else store.dtype)
+    pre = rows.values.new_empty((num_rows, columns) if keep else (0,), dtype=dtype)
+    out_groups = triton.cdiv(intermediate, activated_columns)
+    out_scale = None if store is None else store.scale
+    if store is not None and store.form == "group":
+        out_scale = rows.values.new_empty((num_rows, out_groups), dtype=torch.float32)
+    if num_rows > 0:
+        row_tiles = tile_map.expert_of_tile.shape[0]
+        scale, zero, factor, *sizes = matrix.arguments()
+        _up_kernel[(row_tiles * out_groups,)](
+            rows.values, rows.scale_or(scale), rows.payload_of(matrix, architecture_of(pre.device)), scale, zero, factor,
+            scale if gate_up_bias is None else gate_up_bias.contiguous(), activated, pre, scale if out_scale is None else out_scale,
+            slots.slot_of_row, slots.starts, tile_map.expert_of_tile, tile_map.first_row_of_tile,
+            row_tiles, hidden, intermediate, *sizes, rows.groups, out_groups,
+            **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.form is None),
+            TOP_K=slots.top_k, BIAS=gate_up_bias is not None, KEEP=keep, EVEN=hidden % tile.inner == 0,
+            INTERLEAVED=interleaved and activation.gated, GROUP=tiles_side_by_side(num_rows, matrix.shape[0], tile),
+            **store_arguments(store, dtype), **activation_arguments(activation),
+            BM=tile.rows, BN=tile.columns, BK=tile.inner, PIECES=1 if store else pieces_of(tile, activation.gated),
+            VECTOR=math.gcd(intermediate, 16), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return Rows(values=activated, scale=out_scale, form=None if store is None else store.form, group=activated_columns), pre
+
+
+def store_arguments(store: Store | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The constexpr arguments of the epilogue."""
+    element = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    if store is None:
+        return {"OUT_FORM": None, "POWER_OF_TWO": False, "MOST": 0.0, "AS": element}
+    return {"OUT_FORM": store.form, "POWER_OF_TWO": store.power_of_two, "MOST": MOST[store.dtype], "AS": element}

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_fn.kernels.triton.quant_matrix import QuantMatrix, codes_of
 
 ELEMENTS = 1024  # of one program at a time, in 4 warps
+CASTS_E4M3 = ("sm_89", "sm_90", "sm_100")
 MOST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
@@ -33,9 +34,15 @@ class Rows:
         """What stands for the scale where there is none."""
         return other if self.scale is None else self.scale
 
-    def payload_of(self, matrix: QuantMatrix) -> Tensor:
-        """What values are multiplied with is decoded from bits; codes are multiplied as they are."""
-        return codes_of(matrix.payload) if self.form is None else matrix.payload
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """How many values of a row have one scale, if not all have."""
+        return (self.group,) if self.form == "group" and self.group < self.values.shape[1] else ()
+
+    def payload_of(self, matrix: QuantMatrix, arch: str) -> Tensor:
+        """Codes are multiplied as they are; decoded from their bits but where a float8 is cast by an instruction (470 for 1,600 of them)."""
+        native = self.form is not None or arch in CASTS_E4M3
+        return matrix.payload if native else codes_of(matrix.payload)
 
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of the products' kernels."""
@@ -58,7 +65,8 @@ def scale_of(most, FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr, MOST: tl.cons
 def code(values, s, MOST: tl.constexpr):
     """values / s within the codes' range, still as floats: NaN stays. Whole numbers are rounded to the nearest, ties to even."""
     q = tl.math.div_rn(values, s)
-    q = tl.where(q > MOST, MOST, tl.where(q < -MOST, -MOST, q))
+    LEAST: tl.constexpr = -128.0 if MOST == 127.0 else -MOST
+    q = tl.where(q > MOST, MOST, tl.where(q < LEAST, LEAST, q))
     if MOST == 127.0:
         q = q + 12582912.0 - 12582912.0  # 1.5 * 2^23: the sum has no bits for fractions
     return q
@@ -70,7 +78,7 @@ def _quantise_kernel(
     FORM: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, POWER_OF_TWO: tl.constexpr, TOP_K: tl.constexpr, MOST: tl.constexpr,
     LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Line l is group l % SPANS of row l // SPANS, SPAN values of it; of an expert's scale, rows are slots' tokens, sorted by expert."""
+    """Line l is group l % SPANS of row l // SPANS, SPAN values of it. Rows of experts' scales are slots' tokens; TOP_K 0: slots' own."""
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     row, first = (line // SPANS).to(tl.int64), line % SPANS * SPAN
     live, source = line < lines, row
@@ -80,7 +88,8 @@ def _quantise_kernel(
         slot = tl.load(slot_of_row + row, mask=live, other=0)
         expert = tl.load(expert_ids + slot, mask=live, other=-1)
         live = live & (expert >= 0) & (expert < num_experts)
-        source = (slot // TOP_K).to(tl.int64)
+        if TOP_K > 0:
+            source = (slot // TOP_K).to(tl.int64)
         s = tl.load(scale + expert, mask=live, other=1.0)
     else:
         most = tl.zeros((LINES,), tl.float32)
@@ -104,17 +113,18 @@ def quantise_rows(x: Tensor, dtype: torch.dtype, group: int | None = None, power
     group: s = max(amax, 1e-10) / 448 or / 127, and its next power of two if asked for;  code = round(clamp(x / s))
     """
     span = x.shape[1] if group is None else group
-    return _quantised(x, x.shape[0], dtype, "row" if group is None else "group", span, power_of_two, None, None, None)
+    return _quantised(x, x.shape[0], dtype, "row" if group is None else "group", span, power_of_two)
 
 
-def quantise_by_expert(x: Tensor, dtype: torch.dtype, scale: Tensor, slot_of_row: Tensor, expert_ids: Tensor) -> Rows:
-    """codes [R, K] of x[token of row r] by the scale [E] of the expert of row r; rows of no expert are not written."""
-    return _quantised(x, slot_of_row.shape[0], dtype, "expert", x.shape[1], False, scale.contiguous(), slot_of_row, expert_ids)
+def quantise_by_expert(x: Tensor, dtype: torch.dtype, scale: Tensor, slot_of_row: Tensor, expert_ids: Tensor, sorted_rows: bool) -> Rows:
+    """codes [R, K] of x[token of row r], or x[r] if sorted_rows, by the scale [E] of row r's expert; rows of no expert are not written."""
+    about = slot_of_row, expert_ids, 0 if sorted_rows else expert_ids.shape[1]
+    return _quantised(x, slot_of_row.shape[0], dtype, "expert", x.shape[1], False, scale.contiguous(), *about)
 
 
 def _quantised(
-    x: Tensor, rows: int, dtype: torch.dtype, form: Literal["row", "group", "expert"], span: int, power_of_two: bool, scale: Tensor | None,
-    slot_of_row: Tensor | None, expert_ids: Tensor | None,
+    x: Tensor, rows: int, dtype: torch.dtype, form: Literal["row", "group", "expert"], span: int, power_of_two: bool,
+    scale: Tensor | None = None, slot_of_row: Tensor | None = None, expert_ids: Tensor | None = None, top_k: int = 1,
 ) -> Rows:  # fmt: skip
     x = x if x.stride(-1) == 1 else x.contiguous()
     out, spans = x.new_empty((rows, x.shape[1]), dtype=dtype), triton.cdiv(x.shape[1], span)
@@ -125,7 +135,7 @@ def _quantised(
     lines = ELEMENTS // width
     _quantise_kernel[(triton.cdiv(rows * spans, lines),)](
         x, out, scale, slot_of_row, expert_ids, rows * spans, x.shape[1], 0 if expert_ids is None else scale.shape[0], x.stride(0),
-        FORM=form, SPAN=span, SPANS=spans, POWER_OF_TWO=power_of_two, TOP_K=1 if expert_ids is None else expert_ids.shape[1],
+        FORM=form, SPAN=span, SPANS=spans, POWER_OF_TWO=power_of_two, TOP_K=top_k,
         MOST=MOST[dtype], LINES=lines, WIDTH=width, num_warps=4,
     )  # fmt: skip
     return Rows(values=out, scale=scale, form=form, group=span)
