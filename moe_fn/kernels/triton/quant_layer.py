@@ -50,7 +50,8 @@ class QuantProblem:
         a = self.rounding
         group = () if a is None or a.group_size is None or a.group_size >= inner else (a.group_size,)
         kind, width = (f"decoded_{kind}", self.x.element_size()) if a is None else (f"coded_{kind}", 1)
-        return coded_tile(kind, self.expert_ids.numel(), experts, columns, matrix.shared + group, width, architecture_of(self.x.device))
+        sizes = self.expert_ids.numel(), experts, columns, matrix.payload.shape[2]
+        return coded_tile(kind, *sizes, matrix.shared + group, width, architecture_of(self.x.device))
 
 
 def forward(problem: QuantProblem, keep: bool) -> tuple[Tensor, Tensor]:

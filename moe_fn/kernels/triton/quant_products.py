@@ -175,7 +175,7 @@ def quantised_product(
         rows.values, rows.scale_or(scale), rows.payload_of(matrix, architecture_of(out.device)), scale, zero, factor,
         scale if bias is None else bias.contiguous(), out,
         ends, tile_map.expert_of_tile, tile_map.first_row_of_tile, row_tiles, inner, columns, *sizes, rows.groups,
-        **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.form is None), BIAS=bias is not None,
+        **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.values.element_size()), BIAS=bias is not None,
         EVEN=inner % tile.inner == 0, GROUP=tiles_side_by_side(out.shape[0], experts, tile),
         BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

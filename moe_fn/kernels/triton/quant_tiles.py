@@ -11,9 +11,11 @@ LEAST_STEP = 32  # products of 8-bit codes take 32 at a time
 # need all registers for the codes. 128 inputs of 128 columns are 8 KB of 4-bit codes, so four stages have what two have in bfloat16.
 DECODED: tuple[Row, ...] = (
     ("sm", 2, 1, Tile(16, 64, 128, 4, 4)),
+    ("sm_100", 2, 8, Tile(16, 128, 128, 8, 4)),  # with four warps, fp8 spills 24 bytes a thread there
     ("sm", 2, 8, Tile(16, 128, 128, 4, 4)),
     ("sm", 2, 16, Tile(32, 128, 128, 4, 3)),
     ("sm", 2, 48, Tile(64, 128, 64, 4, 3)),
+    ("sm_80", 2, math.inf, Tile(128, 128, 32, 8, 4)),  # 64 deep, fp8 in software spills
     ("sm", 2, math.inf, Tile(128, 128, 64, 8, 3)),
     ("sm", 4, 16, Tile(16, 64, 32, 4, 3)),
     ("sm", 4, math.inf, Tile(32, 64, 32, 4, 3)),
@@ -51,9 +53,12 @@ TABLES: dict[str, tuple[Row, ...]] = {
 }
 
 
-def swaps(tile: Tile, decoded: bool) -> bool:
-    """Whether the weights are the left operand of the product."""
-    return decoded or tile.rows < 64
+def swaps(tile: Tile, width: int) -> bool:
+    """Whether the weights are the left operand of the product; width: bytes of an element of the left side, 1 for codes.
+
+    Not in float32: Triton 3.7 takes tf32 for it on sm_100 from 64 rows of a left operand on, whatever precision it is asked for.
+    """
+    return width == 2 or (width == 1 and tile.rows < 64)
 
 
 def rows_of_coded(kind: str, width: int, arch: str) -> tuple[tuple[float, Tile], ...]:
@@ -65,10 +70,21 @@ def rows_of_coded(kind: str, width: int, arch: str) -> tuple[tuple[float, Tile],
     return tuple(found.items())
 
 
-def coded_tile(kind: str, rows: int, experts: int, columns: int, shared: tuple[int, ...], width: int, arch: str) -> Tile:
-    """The tile of a product of rows [R, K] with `columns` outputs; shared: how many inputs have one scale, of weights and of codes."""
+def plainer(tile: Tile, width: int) -> Tile:
+    """For rows of codes that 16 bytes do not divide: loaded one by one, each by a pointer, a wide tile spills up to 800 bytes a thread."""
+    return replace(tile, columns=min(tile.columns, 32 if width == 4 else 64), inner=LEAST_STEP, stages=2)
+
+
+def coded_tile(
+    kind: str, rows: int, experts: int, columns: int, row_bytes: int, shared: tuple[int, ...], width: int, arch: str
+) -> Tile:  # fmt: skip
+    """The tile of a product of rows [R, K] with `columns` outputs, whose rows of codes have row_bytes.
+
+    shared: how many inputs have one scale, of weights and of the left side; width: bytes of an element of the left side.
+    """
     per_expert = rows / max(experts, 1)
     tile = next(tile for most, tile in rows_of_coded(kind, width, arch) if per_expert <= most)
+    tile = tile if row_bytes % 16 == 0 else plainer(tile, width)
     narrow = min(tile.columns, max(16, 1 << (columns - 1).bit_length()))
     least = min(narrow, 64)
     row_tiles = min(rows, experts) * math.ceil(math.ceil(per_expert) / tile.rows)

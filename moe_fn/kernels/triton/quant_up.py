@@ -21,6 +21,8 @@ from moe_fn.kernels.triton.slots import SortedSlots, TileMap
 from moe_fn.kernels.triton.tiles import Tile, architecture_of
 from moe_fn.kernels.triton.up import activation_arguments, gate_and_up, pieces_of, store_piece, weight_columns
 
+ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 
 @triton.jit
 def _store_codes(
@@ -150,7 +152,7 @@ def quantised_up(
             scale if gate_up_bias is None else gate_up_bias.contiguous(), activated, pre, scale if out_scale is None else out_scale,
             slots.slot_of_row, slots.starts, tile_map.expert_of_tile, tile_map.first_row_of_tile,
             row_tiles, hidden, intermediate, *sizes, rows.groups, out_groups,
-            **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.form is None),
+            **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.values.element_size()),
             TOP_K=slots.top_k, BIAS=gate_up_bias is not None, KEEP=keep, EVEN=hidden % tile.inner == 0,
             INTERLEAVED=interleaved and activation.gated, GROUP=tiles_side_by_side(num_rows, matrix.shape[0], tile),
             **store_arguments(store, dtype), **activation_arguments(activation),
@@ -162,7 +164,6 @@ def quantised_up(
 
 def store_arguments(store: Store | None, dtype: torch.dtype) -> dict[str, Any]:
     """The constexpr arguments of the epilogue."""
-    element = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
     if store is None:
-        return {"OUT_FORM": None, "POWER_OF_TWO": False, "MOST": 0.0, "AS": element}
-    return {"OUT_FORM": store.form, "POWER_OF_TWO": store.power_of_two, "MOST": MOST[store.dtype], "AS": element}
+        return {"OUT_FORM": None, "POWER_OF_TWO": False, "MOST": 0.0, "AS": ELEMENTS[dtype]}
+    return {"OUT_FORM": store.form, "POWER_OF_TWO": store.power_of_two, "MOST": MOST[store.dtype], "AS": ELEMENTS[dtype]}
