@@ -7,8 +7,7 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.preparing import Shape, is_prepared, plain_shapes, prepared_shapes
-from moe_fn.quant.tiles import halves_of
-from moe_fn.quant.weights import NAMES, expected_scale_shapes
+from moe_fn.quant.shapes import dtypes_of_quant, shapes_of_quant
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
@@ -37,7 +36,8 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
     }
     if config.expert_norm is not None:
         shapes[("expert_norm",)] = ((experts, wide), True)
-    shapes.update(_quant_shapes(config))
+    if own.quant is not None:
+        shapes |= {path: (shape, True) for path, shape in shapes_of_quant(own, gate_up, down).items()}
     if config.norms is not None:
         for name in ("input", "output"):
             if getattr(config.norms, name):
@@ -69,42 +69,6 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
         for name, dim in (("input_bias", latent), ("output_bias", hidden), ("input_norm", latent), ("output_norm", latent)):
             shapes[("latent", name)] = ((dim,), False)
     return shapes
-
-
-def _quant_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
-    quant, own = config.quant, config.own
-    if quant is None:
-        return {}
-    experts = ("num_experts", own.num_experts)
-    sizes = {name: (shape[1][1], shape[2][1] * quant.per_byte) for name, shape in zip(NAMES, plain_shapes(own), strict=True)}
-    shapes: dict[tuple[str, ...], tuple[Shape, bool]] = {}
-    for name, (outputs, inputs) in expected_scale_shapes(config, sizes).items():
-        tiles = (experts, ("tiles of outputs", outputs), ("tiles of inputs", inputs))
-        shapes[("quant", f"{name}_scale")] = tiles, True
-        if quant.zero_points:
-            shapes[("quant", f"{name}_zero_point")] = tiles, True
-        if quant.row.scale == "e4m3":
-            shapes[("quant", f"{name}_global_scale")] = (experts, ("halves", halves_of(config, name)), ("1", 1)), True
-        if quant.activations is not None and quant.activations.static:
-            shapes[("quant", f"{name}_input_scale")] = (experts,), True
-    return shapes
-
-
-def dtypes_of_quant(config: MoEConfig) -> dict[tuple[str, ...], tuple[torch.dtype, ...]]:
-    """Dtypes that codes, scales and zero points may have."""
-    quant = config.quant
-    if quant is None:
-        return {}
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    of_codes = {"e4m3": torch.float8_e4m3fn, "int8": torch.uint8 if quant.zero_points else torch.int8}
-    codes = (of_codes.get(quant.row.element, torch.uint8),)
-    scale = {"float": floats, "e8m0": (torch.uint8,), "e4m3": (torch.float8_e4m3fn,)}[quant.row.scale]
-    found: dict[tuple[str, ...], tuple[torch.dtype, ...]] = {}
-    for name in NAMES:
-        found[(name,)], found[("quant", f"{name}_scale")] = codes, scale
-        found[("quant", f"{name}_zero_point")] = (torch.uint8,)
-        found[("quant", f"{name}_global_scale")] = found[("quant", f"{name}_input_scale")] = (torch.float32,)
-    return found
 
 
 def _slices_of_shared(config: MoEConfig) -> int:

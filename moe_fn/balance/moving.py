@@ -1,6 +1,5 @@
 """move_experts: carries out a new placement over a process group. The layer answers with the old weights until the new ones are there."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,10 +10,9 @@ from moe_fn.balance.moves import Moves, transfers
 from moe_fn.balance.placement import Placement
 from moe_fn.kernels import native
 from moe_fn.preparing import is_prepared
-from moe_fn.records import MoEWeights
+from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, leaves_of_weights, weights_of_leaves
 
-# What has experts as its first dimension; the rest of the weights (router, shared experts, constants ...) is the same everywhere.
-EXPERT_TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm")
+Path = tuple[str, ...]
 
 
 def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
@@ -40,7 +38,7 @@ def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
 def move_experts(weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None" = None) -> MoEWeights:
     """This rank's weights under the new placement; `weights` are its weights under the previous one, and stay as they are.
 
-    weights   gate_up, down and, where there are any, gate_up_bias, down_bias, expert_norm, [P / ranks, ...] of one layer; prepared ones too
+    weights   gate_up, down and, where there are any, biases, expert_norm, scales, [P / ranks, ...] of one layer; prepared ones too
     previous, new   placements of one layer, the same on every rank; GPU g is rank g of the group
     group     None: all ranks
 
@@ -87,7 +85,7 @@ def departing(weights: MoEWeights, moves: Moves, rank: int) -> list[Tensor]:
     """What this rank sends to each rank: bytes, expert after expert in the order of moves.transfers, each all of its tensors."""
     per_gpu = moves.num_physical // moves.num_gpus
     tensors = _expert_tensors("move_experts", weights, per_gpu)
-    parts: list[list[Tensor]] = [[tensors["gate_up"].new_empty(0, dtype=torch.uint8)] for _ in range(moves.num_gpus)]
+    parts: list[list[Tensor]] = [[tensors[("gate_up",)].new_empty(0, dtype=torch.uint8)] for _ in range(moves.num_gpus)]
     for move in moves.transfers:
         if moves.gpu_of(move.source) == rank:
             parts[moves.gpu_of(move.target)] += [_as_bytes(t[move.source % per_gpu]) for t in tensors.values()]
@@ -118,7 +116,7 @@ def arrived(weights: MoEWeights, moves: Moves, rank: int, received: Sequence[Ten
                     t[move.target % per_gpu].copy_(t[move.source % per_gpu])
     if is_prepared(weights.gate_up) and native.problem(weights.gate_up.device.type, weights.gate_up.dtype) is None:
         # As prepare_weights left them.
-        moved |= {name: native.in_huge_pages(moved[name]) for name in ("gate_up", "down")}
+        moved |= {path: native.in_huge_pages(moved[path]) for path in (("gate_up",), ("down",))}
     return _with_tensors(weights, moved)
 
 
@@ -128,16 +126,18 @@ def _moves_of_layer(previous: Placement, new: Placement, ranks: int) -> Moves:
     return transfers(previous, new, ranks)
 
 
-def _expert_tensors(where: str, weights: MoEWeights, experts: int) -> dict[str, Tensor]:
-    tensors = {name: getattr(weights, name) for name in EXPERT_TENSORS if getattr(weights, name) is not None}
-    for name, tensor in tensors.items():
+def _expert_tensors(where: str, weights: MoEWeights, experts: int) -> dict[Path, Tensor]:
+    leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
+    tensors = {path: leaf for path, leaf in leaves if path in EXPERT_PATHS and leaf is not None}
+    for path, tensor in tensors.items():
         if tensor.shape[0] != experts:
-            raise ValueError(f"{where}: weights.{name} is {list(tensor.shape)}; expected {experts} experts first")
+            raise ValueError(f"{where}: weights.{'.'.join(path)} is {list(tensor.shape)}; expected {experts} experts first")
     return tensors
 
 
-def _with_tensors(weights: MoEWeights, tensors: dict[str, Tensor]) -> MoEWeights:
-    return dataclasses.replace(weights, **tensors)  # type: ignore[arg-type]
+def _with_tensors(weights: MoEWeights, tensors: dict[Path, Tensor]) -> MoEWeights:
+    leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
+    return weights_of_leaves([tensors.get(path, leaf) for path, leaf in leaves])
 
 
 def _counts_from(moves: Moves, rank: int) -> list[int]:
@@ -147,8 +147,7 @@ def _counts_from(moves: Moves, rank: int) -> list[int]:
 
 
 def _bytes_of_expert(weights: MoEWeights) -> int:
-    tensors = [getattr(weights, name) for name in EXPERT_TENSORS]
-    return sum(t[0].nbytes for t in tensors if t is not None)
+    return sum(t[0].nbytes for t in _expert_tensors("move_experts", weights, weights.gate_up.shape[0]).values())
 
 
 def _as_bytes(t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from moe_fn.config.router import GroupConfig, RouterConfig
 __all__ = [
     "ActivationConfig", "ActivationName", "ActivationQuantConfig", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig",
     "NormsConfig", "ParallelConfig", "QuantConfig", "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig",
-    "as_activation",     "config_of_json",
+    "as_activation", "config_of_json",
 ]  # fmt: skip
 
 for _cls in (

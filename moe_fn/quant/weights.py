@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, pack_halves, unpack_halves
-from moe_fn.quant.tiles import WHOLE, Tile, by_tile, halves_of, scale_shape, spread
+from moe_fn.quant.tiles import WHOLE, Tile, by_tile, halves_of, spread
 from moe_fn.records import MoEWeights, QuantWeights
 
 NAMES = ("gate_up", "down")
@@ -39,6 +39,9 @@ def quantize_weights(config: MoEConfig, weights: MoEWeights, quant: QuantConfig 
     Laws
         Codes are the nearest ones.
         Quantising what was dequantised changes nothing.
+        Quantised layers equal the reference.
+        Quantised layers equal those of the floats that codes stand for.
+        Gradients pass the rounding of inputs.
 
     Source: OCP microscaling formats 1.0 (mxfp4, mxfp8); compressed-tensors (nvfp4, zero points); ggml (int4's scale).
 
@@ -180,10 +183,3 @@ def _scales_of_nvfp4(wide: Tensor, tiles: Tensor, halves: int) -> tuple[Tensor, 
     global_scale = _at_least_1_if_zero(_amax(by_tile(wide, WHOLE, halves)) / (448 * 6))
     above = spread(global_scale, WHOLE, halves, tiles.shape[1], tiles.shape[2])
     return (_amax(tiles) / 6 / above).clamp(max=448).to(torch.float8_e4m3fn), global_scale
-
-
-def expected_scale_shapes(config: MoEConfig, sizes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Scales of one expert's gate_up and down, whose (outputs, inputs) are `sizes`."""
-    if config.quant is None:
-        return {}
-    return {name: scale_shape(config.quant.tile, halves_of(config, name), *size) for name, size in sizes.items()}
