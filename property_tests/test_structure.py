@@ -24,7 +24,7 @@ LAYERS = (
     ("quant",),
     ("activations", "kernels"),
     ("backends", "ops"),
-    ("preparing", "selection"),
+    ("preparing", "selection", "op_arguments"),
     ("checking",),
     ("stages",),
     ("balance", "fused"),

@@ -18,7 +18,10 @@ FLAGS = ("BIAS", "KEEP", "INTERLEAVED", "GATHER", "INDIRECT", "GATHER_LEFT", "GA
 
 
 def cases_of(arch: str, planted: bool = False, thorough: bool = False) -> Iterator[Case]:
-    """All cases for an architecture; thorough: quantised weights in all tiles; planted: tiles that are known to be bad, to see that the check sees it."""
+    """All cases for an architecture; thorough: quantised weights in all tiles.
+
+    planted: tiles that are known to be bad, to see that the check sees it.
+    """
     if planted:
         yield grouped_case("product", arch, Tile(128, 256, 64, 4, 4), "bf16", {})  # spills on NVIDIA
         yield grouped_case("product", arch, Tile(128, 256, 64, 8, 8), "bf16", {})  # 344,064 to 393,216 bytes of buffers

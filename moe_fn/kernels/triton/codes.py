@@ -2,8 +2,9 @@
 """Codes of quantised weights and their scales, as float32: every value of every scheme exactly, on every target.
 
 Floating-point codes become float32 by their bits: shifted to its top and, with the sign, down to where it has exponent and mantissa,
-times a power of two that makes up for the other bias. Subnormal codes are subnormal numbers of float32 on the way. So no target needs an instruction for e4m3, which
-sm_80 has not. Whole numbers are or-ed into the mantissa of 2^23: an OR and an ADD, where a conversion runs at a quarter of their rate.
+times a power of two that makes up for the other bias. Subnormal codes are subnormal numbers of float32 on the way. So no target needs
+an instruction for e4m3, which sm_80 has not. Whole numbers are or-ed into the mantissa of 2^23: an OR and an ADD, where a conversion
+runs at a quarter of their rate.
 """
 
 import triton

@@ -3,6 +3,7 @@
 from moe_fn.config import QuantConfig
 from moe_fn.kernels.triton.quant_tiles import LEAST_STEP, fitting_step
 
+LEAST_TILE = 8  # fewer take a register each
 STEPS = (32, 64, 128)  # inner sizes of tiles
 NO_E4M3 = ("sm_75", "sm_80", "gfx942")  # the last has another fp8, fnuz
 
@@ -15,9 +16,13 @@ def problem(quant: QuantConfig, inputs: tuple[int, int], arch: str) -> str | Non
 
 def _of_weights(quant: QuantConfig, inputs: tuple[int, int]) -> str | None:
     tile_in = quant.tile[1]
-    if tile_in is None or all(tile_in >= size for size in inputs) or fitting_step(STEPS[-1], tile_in):
+    if (
+        tile_in is None
+        or all(tile_in >= size for size in inputs)
+        or (tile_in >= LEAST_TILE and all(fitting_step(s, tile_in) for s in STEPS))
+    ):
         return None
-    return f"a scale of {tile_in} inputs; the Triton kernels take powers of two and multiples of {LEAST_STEP}"
+    return f"a scale of {tile_in} inputs; the Triton kernels take powers of two from {LEAST_TILE} on, and multiples of {LEAST_STEP}"
 
 
 def _of_activations(quant: QuantConfig, inputs: tuple[int, int], arch: str) -> str | None:

@@ -40,7 +40,7 @@ class Rows:
         return (self.group,) if self.form == "group" and self.group < self.values.shape[1] else ()
 
     def payload_of(self, matrix: QuantMatrix, arch: str) -> Tensor:
-        """Codes are multiplied as they are; decoded from their bits but where a float8 is cast by an instruction (470 for 1,600 of them)."""
+        """Codes are multiplied as they are; decoded from bits, but where a cast is an instruction (a loop of 470 and not 1,600)."""
         native = self.form is not None or arch in CASTS_E4M3
         return matrix.payload if native else codes_of(matrix.payload)
 
