@@ -43,11 +43,13 @@ def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
         The fused kernel equals the stages.
     """
     backend = backend_of(config, x)
-    in_one = config.expert_norm is None and _knows_codes(config, weights, x, routing, backend)  # a norm needs whole rows before the sum
+    in_one = config.expert_norm is None and config.lora is None  # a norm needs whole rows before the sum, adapters another order of them
+    in_one = in_one and _knows_codes(config, weights, x, routing, backend)
     if in_one and backend in BY_OP and not in_forward_mode():
         return BY_OP[backend](config, weights, x, routing)
     if config.recompute:
-        what = "an expert_norm" if config.expert_norm is not None else "forward mode" if backend in BY_OP else f"back-end {backend!r}"
+        option = "an expert_norm" if config.expert_norm is not None else "lora"
+        what = option if not in_one else "forward mode" if backend in BY_OP else f"back-end {backend!r}"
         raise ValueError(f"MoEConfig.recompute=True with {what}: expected False, and torch.utils.checkpoint around the layer")
     return by_stages(config, weights, x, routing)
 

@@ -7,7 +7,7 @@ from planted_bugs import PlantedBug, after, instead
 from rank_cases import EP, TP, Case
 
 from moe_fn.ops import collectives
-from moe_fn.parallel import formats, sharding
+from moe_fn.parallel import adapters, formats, layer, sharding
 
 LAW = "sharded_equals_unsharded"
 replace = dataclasses.replace
@@ -26,6 +26,9 @@ RANK_BUGS = (
     PlantedBug(LAW, "rows of another rank", formats.padded, after(lambda rows, *a: rows.flip(0))),
     PlantedBug(LAW, "rows of the sequence change places", collectives.join_rows, after(lambda rows, *a: rows.flip(0))),
     PlantedBug(LAW, "one place too few in a block", formats._capacity, after(lambda capacity, *a: 1)),
+    PlantedBug(LAW, "gradients of adapters are not summed", adapters.summed_over, instead(lambda *a: [])),
+    PlantedBug(LAW, "adapters of the neighbouring row", formats._ids_and_adapters, after(lambda p, *a: (p[0], p[1].roll(1)))),
+    PlantedBug(LAW, "adapters of padding", layer._no_expert_as_zero, after(lambda r, *a: replace(r, adapter_ids=r.adapter_ids + 1))),
 )  # fmt: skip
 _CASES = (
     Case(((TP, 2),), {"dispatch": "replicated"}),
@@ -36,5 +39,8 @@ _CASES = (
     Case(((EP, 2),), {"dispatch": "all_gather"}),
     Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_gather"}),
     Case(((EP, 2),), {"dispatch": "all_to_all_static", "max_tokens": 5}),
+    Case(((TP, 2),), {"dispatch": "replicated"}, "lora"),
+    Case(((EP, 2),), {"dispatch": "all_gather"}, "lora"),
+    Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_to_all"}, "lora"),
 )
 CASE_OF_BUG = {bug.what: case for bug, case in zip(RANK_BUGS, _CASES, strict=True)}

@@ -23,6 +23,7 @@ FILES = (
     "test_layer",
     "test_eplb",
     "test_quant",
+    "test_lora",
 )
 WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint",)}
 FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)

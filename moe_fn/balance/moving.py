@@ -1,5 +1,6 @@
 """move_experts: carries out a new placement over a process group. The layer answers with the old weights until the new ones are there."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from moe_fn.preparing import is_prepared
 from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, leaves_of_weights, weights_of_leaves
 
 Path = tuple[str, ...]
+_LORA = "lora"  # adapters have the experts second
 
 
 def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
@@ -69,7 +71,7 @@ def start_moving(
     if not moves.transfers:
         return lambda: arrived(weights, moves, rank, [])
     outgoing = departing(weights, moves, rank)
-    lengths = [_bytes_of_expert(weights) * count for count in _counts_from(moves, rank)]
+    lengths = [_bytes_of_expert(weights, moves.num_physical // ranks) * count for count in _counts_from(moves, rank)]
     sent = torch.cat(outgoing)
     received = sent.new_empty(sum(lengths))
     work = dist.all_to_all_single(received, sent, lengths, [len(part) for part in outgoing], group=group, async_op=True)
@@ -132,10 +134,17 @@ def _expert_tensors(where: str, weights: MoEWeights, experts: int) -> dict[Path,
     for path, tensor in tensors.items():
         if tensor.shape[0] != experts:
             raise ValueError(f"{where}: weights.{'.'.join(path)} is {list(tensor.shape)}; expected {experts} experts first")
-    return tensors
+    return tensors | _adapters(weights, experts)
+
+
+def _adapters(weights: MoEWeights, experts: int) -> dict[Path, Tensor]:
+    """LoRA tensors [L, E, ...] as [E, L, ...], but for those that all experts share."""
+    lora = {} if weights.lora is None else {f.name: getattr(weights.lora, f.name) for f in dataclasses.fields(weights.lora)}
+    return {(_LORA, name): t.transpose(0, 1) for name, t in lora.items() if t is not None and t.shape[1] == experts}
 
 
 def _with_tensors(weights: MoEWeights, tensors: dict[Path, Tensor]) -> MoEWeights:
+    tensors = {path: t.transpose(0, 1) if path[0] == _LORA else t for path, t in tensors.items()}
     leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
     return weights_of_leaves([tensors.get(path, leaf) for path, leaf in leaves])
 
@@ -146,8 +155,8 @@ def _counts_from(moves: Moves, rank: int) -> list[int]:
     return [senders.count(gpu) for gpu in range(moves.num_gpus)]
 
 
-def _bytes_of_expert(weights: MoEWeights) -> int:
-    return sum(t[0].nbytes for t in _expert_tensors("move_experts", weights, weights.gate_up.shape[0]).values())
+def _bytes_of_expert(weights: MoEWeights, experts: int) -> int:
+    return sum(t[0].nbytes for t in _expert_tensors("move_experts", weights, experts).values())
 
 
 def _as_bytes(t: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from moe_fn.balance import physical_weights
 from moe_fn.checking import check_shapes
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.sharing import ranks_of_experts
+from moe_fn.parallel.adapters import join_adapters, shard_adapters
+from moe_fn.parallel.cutting import joined, slice_of
 from moe_fn.parallel.places import placement_of_weights, without_placement
 from moe_fn.quant.tiles import halves_of
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, SharedWeights, leaves_of_weights, weights_of_leaves
@@ -23,9 +25,10 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         gate_up [E, gate_up, Hx] -> [own E, gate_up / slices, Hx];  down [E, Hx, I] -> [own E, Hx, I / slices]
 
     Scales and zero points go with the codes that they scale. Biases of down (and of shared.down) are on the first slice alone: the others'
-    would be added once a rank. Everything else every rank has. With num_physical the placement beside the router says which experts are
-    copied to which slots (for inference: a copy's gradient is its own). Slices of a packed gate_up are of both halves. Tensors that are cut
-    are copies, the rest are the same tensors.
+    would be added once a rank. Everything else every rank has. Of LoRA adapters it has its experts and slices too
+    (`moe_fn.parallel.adapters` says of which). With num_physical the placement beside the router says which experts are copied to which
+    slots (for inference: a copy's gradient is its own). Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the
+    rest are the same tensors.
     Raises ValueError where the config has no `parallel`, and for weights that do not fit it.
 
     Laws
@@ -55,12 +58,13 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         if t is None or path not in cuts:
             return t
         own, cut = t if whole else t.index_select(0, experts), cuts[path]
-        return own if cut is None else _slice(own, *cut, slices, number)
+        return own if cut is None else slice_of(own, *cut, slices, number)
 
     leaves = [part(path, t) for path, t in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)]
     mine_of_each = weights_of_leaves(leaves)
     down_bias = mine_of_each.down_bias if number == 0 else None
-    return dataclasses.replace(mine_of_each, down_bias=down_bias, shared=_shard_shared(config, weights.shared))
+    lora = shard_adapters(config, weights.lora, experts)
+    return dataclasses.replace(mine_of_each, down_bias=down_bias, lora=lora, shared=_shard_shared(config, weights.shared))
 
 
 def _cuts(config: MoEConfig) -> dict[tuple[str, ...], tuple[int, int] | None]:
@@ -92,7 +96,7 @@ def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeig
     parts = (2 if gated else 1) * config.shared.count  # each expert is cut by itself: the router may weigh it
 
     def cut(t: Tensor | None, dim: int, parts: int) -> Tensor | None:
-        return None if t is None else _slice(t, dim, parts, size, rank)
+        return None if t is None else slice_of(t, dim, parts, size, rank)
 
     return dataclasses.replace(
         shared,
@@ -101,21 +105,6 @@ def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeig
         gate_up_bias=cut(shared.gate_up_bias, 0, parts),
         down_bias=shared.down_bias if rank == 0 else None,
     )
-
-
-def _slice(t: Tensor, dim: int, parts: int, slices: int, number: int) -> Tensor:
-    """Slice `number` of each of `parts` equal parts of a dim."""
-    if slices == 1:
-        return t
-    by_part: Tensor = t.unflatten(dim, (parts, slices, -1))
-    return by_part.select(dim + 1, number).flatten(dim, dim + 1).contiguous()
-
-
-def _joined(pieces: Sequence[Tensor], dim: int, parts: int) -> Tensor:
-    """The inverse of _slice, from the pieces of all slices in order."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.stack([piece.unflatten(dim, (parts, -1)) for piece in pieces], dim + 1).flatten(dim, dim + 2)
 
 
 def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> MoEWeights:
@@ -145,18 +134,19 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
     leaves = {place: dict(zip(WEIGHT_PATHS, leaves_of_weights(shard), strict=True)) for place, (_, shard) in found.items()}
     cuts = _cuts(first)
 
-    def joined(path: tuple[str, ...]) -> Tensor | None:
+    def whole(path: tuple[str, ...]) -> Tensor | None:
         if path not in cuts or leaves[(0, 0)][path] is None:
             return leaves[(0, 0)][path]
         cut, rows = cuts[path], []
         for rank in range(ranks):
             pieces = [leaves[(rank, number)][path] for number in (range(slices) if cut is not None else (0,))]
             there = [piece for piece in pieces if piece is not None]
-            rows.append(there[0] if cut is None else _joined(there, *cut))
+            rows.append(there[0] if cut is None else joined(there, *cut))
         return torch.cat(rows).index_select(0, order.argsort())
 
-    all_ = weights_of_leaves([joined(path) for path in WEIGHT_PATHS])
-    return dataclasses.replace(all_, shared=_join_shared(first, [found[(0, number)][1].shared for number in range(slices)]))
+    all_ = weights_of_leaves([whole(path) for path in WEIGHT_PATHS])
+    lora = join_adapters(first, [[found[(rank, number)][1].lora for number in range(slices)] for rank in range(ranks)], order.argsort())
+    return dataclasses.replace(all_, lora=lora, shared=_join_shared(first, [found[(0, number)][1].shared for number in range(slices)]))
 
 
 def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> None:
@@ -189,10 +179,10 @@ def _join_shared(config: MoEConfig, parts: Sequence[SharedWeights | None]) -> Sh
         return shared
     pieces = [part for part in parts[: parallel.tp.size] if part is not None]
     halves = (2 if as_activation(config.shared.activation).gated else 1) * config.shared.count
-    bias = None if shared.gate_up_bias is None else _joined([p.gate_up_bias for p in pieces if p.gate_up_bias is not None], 0, halves)
+    bias = None if shared.gate_up_bias is None else joined([p.gate_up_bias for p in pieces if p.gate_up_bias is not None], 0, halves)
     return dataclasses.replace(
         shared,
-        gate_up=_joined([piece.gate_up for piece in pieces], 0, halves),
-        down=_joined([piece.down for piece in pieces], 1, config.shared.count),
+        gate_up=joined([piece.gate_up for piece in pieces], 0, halves),
+        down=joined([piece.down for piece in pieces], 1, config.shared.count),
         gate_up_bias=bias,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
-from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, SharedWeights
+from moe_fn.records import LatentWeights, LoRAWeights, MoEWeights, RouterWeights, SharedWeights
 from moe_fn.testing.quant_weights import codes_for
 
 # Correction biases are -1, 0 or 1 times this. Together with the grid of logits in `values.py` it keeps sums of scores and biases, of
@@ -67,6 +67,7 @@ def weights_for(
         router=_router(config, make, bias, scales, vocabulary),
         shared=_shared(config, make, bias),
         latent=_latent(config, make, bias, scales),
+        lora=_lora(config, make, gate_up),
         quant=quant,
     )
 
@@ -111,6 +112,18 @@ def _latent(config: MoEConfig, make: "_Maker", bias: bool, scales: bool) -> Late
         input_norm=make.scale(size) if scales else None,
         output_norm=make.scale(size) if scales else None,
     )
+
+
+def _lora(config: MoEConfig, make: "_Maker", gate_up: int) -> LoRAWeights | None:
+    if config.lora is None:
+        return None
+    lora, wide, inner = config.lora, config.expert_hidden_size, config.intermediate_size
+    sizes = {"gate_up_a": (lora.rank, wide), "gate_up_b": (gate_up, lora.rank), "down_a": (lora.rank, inner), "down_b": (wide, lora.rank)}
+
+    def matrices(name: str) -> Tensor:
+        return make.normal(lora.num_adapters, 1 if lora.shares(name) else config.num_experts, *sizes[name], fan_in=sizes[name][1])
+
+    return LoRAWeights(**{name: matrices(name) for name in sizes})
 
 
 class _Maker:
