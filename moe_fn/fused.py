@@ -43,14 +43,11 @@ def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
         The fused kernel equals the stages.
     """
     backend = backend_of(config, x)
-    in_one = config.expert_norm is None and config.lora is None  # a norm needs whole rows before the sum, adapters another order of them
-    in_one = in_one and _knows_codes(config, weights, x, routing, backend)
-    if in_one and backend in BY_OP and not in_forward_mode():
+    by_stages_alone = _why_by_stages(config, weights, x, routing, backend)
+    if by_stages_alone is None:
         return BY_OP[backend](config, weights, x, routing)
     if config.recompute:
-        option = "an expert_norm" if config.expert_norm is not None else "lora"
-        what = option if not in_one else "forward mode" if backend in BY_OP else f"back-end {backend!r}"
-        raise ValueError(f"MoEConfig.recompute=True with {what}: expected False, and torch.utils.checkpoint around the layer")
+        raise ValueError(f"MoEConfig.recompute=True with {by_stages_alone}: expected False, and torch.utils.checkpoint around the layer")
     return by_stages(config, weights, x, routing)
 
 
@@ -74,19 +71,25 @@ def by_triton_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
 BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}  # the back-ends that have an op for all three
 
 
-def _knows_codes(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, backend: str) -> bool:
-    """Whether a back-end's op computes with a config's codes, if it has any. Gradients through rounded activations: the stages do it."""
-    quant = config.quant
-    if quant is None or backend not in BY_OP:
-        return quant is None
-    if quant.activations is not None and _differentiates(weights, x, routing.weights):
-        return False
-    inputs = config.expert_hidden_size, config.intermediate_size
-    return QUANT_PROBLEMS[backend](quant.text, *inputs, x.device.type) is None
+def _why_by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, backend: str) -> str | None:
+    """Why no op does all of it, in words. Gradients through rounded activations are what the stages say that they are."""
+    if config.expert_norm is not None:  # it needs whole rows before the sum
+        return "an expert_norm"
+    if config.lora is not None:  # adapters need another order of rows
+        return "lora"
+    if backend not in BY_OP:
+        return f"back-end {backend!r}"
+    if in_forward_mode():
+        return "forward mode"
+    if config.quant is None:
+        return None
+    if config.quant.activations is not None and _differentiates(weights, x, routing.weights):
+        return "gradients through activations that are rounded"
+    return QUANT_PROBLEMS[backend](config.quant.text, config.expert_hidden_size, config.intermediate_size, x.device.type)
 
 
 def _no_codes(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
-    return "its kernels take floats alone"
+    return "quant: the native kernels take weights that are floats"
 
 
 QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {"native": _no_codes, "triton": gpu.quant_problem}

@@ -262,7 +262,15 @@ def on_triton(quant: QuantConfig) -> st.SearchStrategy[MoEProblem]:
         "weight_layout": "out_in",
         "chunk_tokens": None,
     }
-    fixed |= {"backend": "triton", "opaque": False, "gate_dtype": "float32", "score_dtype": "float32", "recompute": False}
+    fixed |= {
+        "hidden_padding": st.sampled_from((0, 2)),
+        "chunk_tokens": None,
+        "backend": "triton",
+        "opaque": False,
+        "gate_dtype": "float32",
+        "score_dtype": "float32",
+        "recompute": False,
+    }
     return problems(configs(quant=quant, **fixed), dtype=torch.float32, tokens=st.integers(0, 9))
 
 

@@ -11,7 +11,7 @@ NO_E4M3 = ("sm_75", "sm_80", "gfx942")  # the last has another fp8, fnuz
 def problem(quant: QuantConfig, inputs: tuple[int, int], arch: str) -> str | None:
     """Why the kernels do not compute a layer, in words; None if they do. inputs: those of gate_up and of down."""
     checks = (_of_weights(quant, inputs), _of_activations(quant, inputs, arch))
-    return next((text for text in checks if text is not None), None)
+    return next((f"quant: {text}" for text in checks if text is not None), None)
 
 
 def _of_weights(quant: QuantConfig, inputs: tuple[int, int]) -> str | None:
