@@ -24,7 +24,7 @@ LAYERS = (
     ("quant",),
     ("activations", "kernels"),
     ("backends", "ops"),
-    ("preparing", "selection", "lora"),
+    ("preparing", "selection", "lora", "op_arguments"),
     ("shapes",),
     ("checking",),
     ("stages",),
