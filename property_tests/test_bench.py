@@ -15,7 +15,7 @@ from moe_fn.bench import combination as combination_module
 from moe_fn.bench import timing_cuda
 from moe_fn.bench.__main__ import main
 from moe_fn.bench.checking import expected_of, relative_error
-from moe_fn.bench.combination import run_combination
+from moe_fn.bench.combination import needed_bytes, run_combination
 from moe_fn.bench.contestants import CONTESTANTS, contestants_of_device, contestants_of_names
 from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, interleaved, packed
 from moe_fn.bench.contestants.ggml_kernels import blocks_of
@@ -284,6 +284,8 @@ def test_the_codes_are_those_of_the_floats_and_count_as_many_bytes_as_they_take(
         assert (one is None and other is None) or torch.equal(one, other)  # type: ignore[arg-type]
     assert weight_bytes(config, torch.bfloat16) == bytes_of(codes.weights)
     assert read_bytes(config, 3, torch.bfloat16, backward=False) == 3 * bytes_of(codes.weights) // config.num_experts
+    whole = dataclasses.replace(combination(), model=model, dtype="bf16", quant=quant)
+    assert needed_bytes(whole) == 2 * bytes_of(codes.weights)  # each expert's, and then all of them in one
     unquantised, decoded = floats_of(codes), dequantize_weights(config, expected, torch.bfloat16)
     assert unquantised[0] == decoded[0]
     assert torch.equal(unquantised[1].gate_up, decoded[1].gate_up)
