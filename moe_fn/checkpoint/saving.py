@@ -16,8 +16,8 @@ from moe_fn.checkpoint.axes import ANY, Path, axes_of, by_axes, of_axes, pattern
 from moe_fn.checkpoint.choose import layout_of_name
 from moe_fn.checkpoint.entries import Entry, Layout
 from moe_fn.checkpoint.files import read_header
-from moe_fn.checkpoint.folder import INDEX, SINGLE, open_checkpoint
-from moe_fn.checkpoint.match import full_name, names_of
+from moe_fn.checkpoint.folder import INDEX, SINGLE, full_name, open_checkpoint
+from moe_fn.checkpoint.match import names_of
 from moe_fn.config import MoEConfig
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
 
@@ -76,6 +76,8 @@ class _Outgoing:
 
 
 def _check(layout: Layout, config: MoEConfig, leaves: Mapping[Path, Tensor]) -> None:
+    if config.quant is not None:
+        raise ValueError("save_moe_weights: config.quant is not None; expected floats (dequantize_weights), for codes are not written")
     if not layout.savable:
         raise ValueError(f"save_moe_weights: the layout {layout.name!r} has tensors that hold more than a block; expected another one")
     allowed, patterns, sizes = expected_shapes(config), patterns_of(config), sizes_of(config)
