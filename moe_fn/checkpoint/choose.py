@@ -9,7 +9,7 @@ from moe_fn.checkpoint.folder import Checkpoint, Headers, dtype_of_floats, full_
 from moe_fn.checkpoint.layouts import LAYOUTS
 from moe_fn.checkpoint.match import Plan, beginnings_of, match, quantised, strangers
 from moe_fn.checkpoint.quantised import EXPERTS, quantised_layout
-from moe_fn.checkpoint.stored import CODES_SUFFIXES, FUSED_SUFFIXES
+from moe_fn.checkpoint.stored import CODES_SUFFIXES, FUSED_SUFFIXES, Words
 from moe_fn.config import MoEConfig, QuantConfig
 
 _SHOWN = 8  # problems in one message
@@ -51,8 +51,7 @@ def plan_of_block(checkpoint: Checkpoint, headers: Headers, prefix: str, config:
         raise ValueError(f"{where} is not the beginning of any name; expected the tensors of a block below it")
     words = quant_words(checkpoint)
     if words is not None:
-        rows = tuple(quantised_layout(row, prefix, words, config.num_experts, tensors) for row in rows)
-        check_quant(where, rows, config)
+        rows = _quantised_rows(where, rows, prefix, words, config, tensors)
     elif names := quantised(prefix, LAYOUTS, tensors):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise ValueError(f"{where} looks quantised, but config.json has no quantization_config; expected one beside {shown}")
@@ -79,14 +78,27 @@ def quant_of_block(checkpoint: Checkpoint, prefix: str, rows: Sequence[Layout], 
     return next((method.quant for path, method in names if path == ("down",)), None)
 
 
-def check_quant(where: str, rows: Sequence[Layout], config: MoEConfig) -> None:
-    """The experts are quantised as the config has it; what inputs are rounded to is the caller's choice."""
+def _quantised_rows(
+    where: str, rows: Sequence[Layout], prefix: str, words: Words, config: MoEConfig, tensors: Mapping[str, TensorInfo]
+) -> tuple[Layout, ...]:
+    """The rows as the checkpoint has them, those that it may have so: quantised as the config says it."""
+    made, errors = list[Layout](), list[ValueError]()
     for row in rows:
+        try:
+            made.append(quantised_layout(row, prefix, words, config.num_experts, tensors))
+        except ValueError as error:
+            errors.append(error)
+    if not made:
+        raise ValueError(f"{where}: {errors[0]}")
+    for row in made:
         found = next((method.quant for path, method in row.methods if path == ("down",)), None)
-        stored = None if found is None else dataclasses.replace(found, activations=None)
+        stored = (
+            None if found is None else dataclasses.replace(found, activations=None)
+        )  # what inputs are rounded to is the caller's choice
         wanted = None if config.quant is None else dataclasses.replace(config.quant, activations=None)
         if stored != wanted:
             raise ValueError(f"{where}: config.quant is {config.quant!r}; expected {found!r}, which quantization_config says")
+    return tuple(made)
 
 
 def anchors_of(row: Layout) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from moe_fn.checkpoint.axes import Path, Ranges, Units, axes_of, by_axes, ranges_in_units
+from moe_fn.checkpoint.axes import Path, Ranges, Units, axes_of, by_axes, dims_of, ranges_in_units
 from moe_fn.checkpoint.codings import CODINGS, check_order, check_sizes, check_zeros
 from moe_fn.checkpoint.entries import Entry
 from moe_fn.checkpoint.match import Part, Plan
@@ -25,14 +25,13 @@ def to_codes(entry: Entry, source: Tensor, ranges: Ranges, units: Units, order: 
     pieces = ranges_in_units(ranges, entry.units)
     lengths = {axis: stop - start for axis, (start, stop) in pieces.items()}
     starts = {axis: start for axis, (start, _) in pieces.items()}
-    axes, source = axes_of(entry.axes), coding.decode(source)
-    if axes and coding.times > 1:
-        axes = axes[:-1] if axes[-1] == "P" else axes  # a block's bytes are places of its inputs now
-        split = axes[coding.dim]
+    pattern = entry.axes.removesuffix(" P")  # a block's bytes are places of its inputs in memory
+    axes = axes_of(pattern)
+    if coding.times > 1:
+        split = dims_of(pattern)[coding.dim][-1]
         lengths[split], starts[split] = lengths[split] * coding.times, starts[split] * coding.times
-        after[split] = (after[split] or 1) // coding.times
-    pattern = entry.axes.removesuffix(" P")
-    source = by_axes(source, pattern, lengths, order)
+        after[split] = (after.get(split) or 1) // coding.times
+    source = by_axes(coding.decode(source), pattern, lengths, order)
     for dim, axis in enumerate(order):
         unit = after.get(axis, 1)
         if axis in ranges and unit is not None and axis in axes:

@@ -36,8 +36,7 @@ def _as_bytes(t: Tensor) -> Tensor:
 def _other_sign(t: Tensor) -> Tensor:
     """q + 128 of q, and the other way round: the same bits but the first."""
     codes: Tensor = t.contiguous().view(torch.uint8) ^ 128
-    signed: Tensor = codes if t.dtype == torch.int8 else codes.view(torch.int8)
-    return signed
+    return codes if t.dtype == torch.int8 else codes.view(torch.int8)
 
 
 def _unpack(t: Tensor, bits: int, dim: int) -> Tensor:
@@ -54,7 +53,8 @@ def _unpack_awq(t: Tensor) -> Tensor:
 
 def _plus_1(codes: Tensor, bits: int) -> Tensor:
     """GPTQ's first format has zero points less one; of 2^bits - 1 that is 0."""
-    return (codes + 1) & (2**bits - 1)
+    zeros: Tensor = (codes + 1) & (2**bits - 1)
+    return zeros
 
 
 def _unpacked(bits: int, dim: int, then: Callable[[Tensor], Tensor] = lambda t: t, dtype: torch.dtype = torch.uint8) -> Coding:

@@ -10,7 +10,7 @@ from moe_fn.checkpoint.files import FLOATS, TensorInfo
 from moe_fn.checkpoint.folder import full_name
 from moe_fn.checkpoint.methods import method_of
 from moe_fn.checkpoint.stored import FORMATS, Method, Stored, Words
-from moe_fn.config import MoEConfig, QuantConfig, as_activation
+from moe_fn.config import MoEConfig, as_activation
 
 EXPERTS: tuple[Path, ...] = (("gate_up",), ("down",))
 # The axis along which each matrix is multiplied. Those that are no experts are read as floats.
@@ -100,7 +100,7 @@ def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: T
         return name or stored.suffix[0]
     if not name:
         raise ValueError(f"{full_name(prefix, entry.name)} holds all experts, quantised by {method.stored!r}; expected experts one by one")
-    axes, units = _axes(entry, stored, method.quant)
+    axes, units = _axes(entry, stored, method)
     weight: Path = (*entry.weight, stored.role)
     if expert and stored.role == "codes":
         weight = entry.weight
@@ -113,18 +113,18 @@ def _first(name: str) -> str:
     return name.replace("{e}", "0").replace("{second}", "0")
 
 
-def _axes(entry: Entry, stored: Stored, quant: QuantConfig) -> tuple[str, Units]:
+def _axes(entry: Entry, stored: Stored, method: Method) -> tuple[str, Units]:
     """Pattern and units of a stored tensor, from those of the matrix."""
     lead, outputs, inputs = _split(entry.axes, entry.weight)
     if stored.dims in ("1", "2"):
         return stored.dims, ()
-    if stored.coding != "blocks" and stored.coding != "bytes" and dims_of(entry.axes)[-1] != inputs:
+    if dims_of(entry.axes)[-1] != inputs and method.stored != "mxfp4 blocks":  # gpt-oss' floats are transposed, its blocks are not
         raise ValueError(f"{entry.name} has its inputs before its outputs; expected quantised matrices the other way round")
     pattern, units = list(lead), list[tuple[str, int | None]]()
     for token in stored.dims.split():
         axis, _, unit = token.partition("/")
         dim = {"out": outputs, "in": inputs}.get(axis, (axis,))
-        tile = quant.tile[axis == "in"]
+        tile = method.quant.tile[axis == "in"]
         units += _units(dim, tile if unit == "tile" else int(unit or 1))
         pattern.append(f"({' '.join(dim)})" if len(dim) > 1 else dim[0])
     return " ".join(pattern), tuple(units)
