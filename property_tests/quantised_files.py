@@ -112,13 +112,14 @@ def row(outputs: int, inputs: int) -> tuple[int, int]:
     return 1, inputs
 
 
-def int8_rows(zeros: bool) -> Callable[[Random, int, int], Matrix]:
+def int_rows(bits: int, zeros: bool) -> Callable[[Random, int, int], Matrix]:
     """compressed-tensors int-quantized, channels."""
 
     def lay(random: Random, outputs: int, inputs: int) -> Matrix:
-        codes = random.integers(-128, 128, (outputs, inputs)).astype(np.int8)
+        half = 2 ** (bits - 1)
+        codes = random.integers(-half, half, (outputs, inputs)).astype(np.int8)
         scale, floats = scales(random, outputs, 1, dtype=torch.bfloat16)
-        zero = random.integers(-128, 128, (outputs, 1)).astype(np.int8) if zeros else np.zeros((outputs, 1), np.int8)
+        zero = random.integers(-half, half, (outputs, 1)).astype(np.int8) if zeros else np.zeros((outputs, 1), np.int8)
         tensors = {".weight": torch.from_numpy(codes), ".weight_scale": scale}
         tensors |= {".weight_zero_point": torch.from_numpy(zero)} if zeros else {}
         return Matrix(tensors, (codes.astype(np.float32) - zero) * floats)
@@ -270,13 +271,17 @@ FORMATS: dict[str, Format] = {
     ),
     "ct int8": Format(
         compressed("int-quantized", kind("int", 8, "channel"), TOKENS["int8"]),
-        QuantConfig(scheme="int8", granularity="channel", activations=inputs_of("int8", "token")), int8_rows(False),
+        QuantConfig(scheme="int8", granularity="channel", activations=inputs_of("int8", "token")), int_rows(8, False),
     ),
     "ct int8 zeros": Format(
         compressed("int-quantized", kind("int", 8, "channel", symmetric=False), TOKENS["int8"]),
-        QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=inputs_of("int8", "token")), int8_rows(True),
+        QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=inputs_of("int8", "token")), int_rows(8, True),
     ),
     "ct w4a16": Format(compressed("pack-quantized", kind("int", 4, "group", group_size=32)), group("int4", 32), packed(4, 32, False)),
+    "ct int4": Format(
+        compressed("int-quantized", kind("int", 4, "channel"), TOKENS["fp8_e4m3"]),
+        QuantConfig(scheme="int4", granularity="channel", activations=inputs_of("fp8_e4m3", "token")), int_rows(4, False),
+    ),
     "ct w4a16 zeros": Format(
         compressed("pack-quantized", kind("int", 4, "group", group_size=32, symmetric=False)), group("int4", 32, zero_points=True),
         packed(4, 32, True),
@@ -360,6 +365,15 @@ FORMATS: dict[str, Format] = {
     ),
     "modelopt nvfp4": Format(
         {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head", "model.layers.0*"]},
+        group("nvfp4", 16, activations=inputs_of("nvfp4", "group", group_size=16, static=True)),
+        nvfp4((".weight", ".weight_scale", ".weight_scale_2", ".input_scale"), False), hf_quant_config=True,
+    ),
+    "modelopt mixed": Format(
+        {
+            "quant_algo": "MIXED_PRECISION", "quantized_layers": {
+                "model.layers.1.self_attn.q_proj": {"quant_algo": "FP8"}, "model.layers.1.mlp": {"quant_algo": "NVFP4", "group_size": 16},
+            },
+        },
         group("nvfp4", 16, activations=inputs_of("nvfp4", "group", group_size=16, static=True)),
         nvfp4((".weight", ".weight_scale", ".weight_scale_2", ".input_scale"), False), hf_quant_config=True,
     ),

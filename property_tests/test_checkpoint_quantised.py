@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a group of another size": ("modelopt nvfp4", {"group_size": 32}, "group_size is 32; expected 16, which NVFP4 fixes"),
     "static blocks": ("deepseek", {"activation_scheme": "static"}, "weight_block_size is .32, 16.; expected two numbers, with activation"),
     "an unknown format": ("ct w4a16", {"format": "marlin-24"}, "format is 'marlin-24' for int4; expected one of"),
-    "a format for another scheme": ("ct w4a16", {"format": "int-quantized"}, "format is 'int-quantized' for int4; expected one of"),
+    "a format for another scheme": ("ct w4a16", {"format": "mxfp8-quantized"}, "format is 'mxfp8-quantized' for int4; expected"),
     "2 bits": ("ct w4a16", ct(weights=WEIGHTS | {"num_bits": 2}), "expected float 8, float 4 in groups of 16 or 32, int 8 or int 4"),
     "compressed act-order": ("ct w4a16", ct(weights=WEIGHTS | {"actorder": "group"}), "expected no actorder that lets inputs"),
     "dynamic weights": ("ct w4a16", ct(weights=WEIGHTS | {"dynamic": True}), "expected weights that are not dynamic"),

@@ -65,6 +65,7 @@ CODINGS: dict[str, Coding] = {
     "fp8": Coding({"F8_E4M3": torch.float8_e4m3fn}),
     "int8": Coding({"I8": torch.int8}),
     "int8, shifted": Coding({"I8": torch.uint8}, _other_sign),
+    "int4 in int8": Coding({"I8": torch.uint8}, lambda t: (t + 8).view(torch.uint8)),
     "bytes": Coding(dict.fromkeys(("U8", "I8", "F8_E8M0", "F4"), torch.uint8), lambda t: t.view(torch.uint8)),
     "bytes of words": Coding({"I32": torch.uint8}, _as_bytes, -1, 4),
     "int8 of words": Coding({"I32": torch.int8}, lambda t: _other_sign(_as_bytes(t)), -1, 4),

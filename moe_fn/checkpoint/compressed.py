@@ -13,6 +13,7 @@ _SCHEMES = {
 }  # fmt: skip
 _FORMATS = {
     ("float-quantized", "fp8_e4m3"): "ct fp8", ("naive-quantized", "fp8_e4m3"): "ct fp8", ("int-quantized", "int8"): "ct int8",
+    ("int-quantized", "int4"): "ct int4", ("naive-quantized", "int4"): "ct int4",
     ("naive-quantized", "int8"): "ct int8", ("pack-quantized", "int4"): "ct int4, packed", ("pack-quantized", "int8"): "ct int8, packed",
     ("nvfp4-pack-quantized", "nvfp4"): "ct nvfp4", ("mxfp4-pack-quantized", "mxfp4"): "ct mxfp4", ("mxfp8-quantized", "mxfp8"): "ct mxfp8",
 }  # fmt: skip

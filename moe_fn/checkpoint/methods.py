@@ -1,5 +1,6 @@
 """quantization_config to a QuantConfig and a row of FORMATS: what each published method says, and in which words."""
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -119,7 +120,14 @@ _MODELOPT: dict[str, Method] = {
 }  # fmt: skip
 
 
-def _modelopt(words: Words, module: str, of_experts: bool) -> Method:
+def _modelopt(words: Words, module: str, of_experts: bool) -> Method | None:
+    if words.get("quant_algo") == "MIXED_PRECISION":
+        layers = words.get("quantized_layers")
+        if not isinstance(layers, Mapping) or not all(isinstance(layer, Mapping) for layer in layers.values()):
+            raise _refuse("quantized_layers", layers, "an algorithm for each layer, with MIXED_PRECISION")
+        names = itertools.accumulate(module.split("."), "{}.{}".format)
+        found = [layers[name] for name in names if name in layers]
+        return _modelopt({"quant_algo": None, **found[-1]}, module, of_experts) if found else None
     algorithm = words.get("quant_algo")
     if algorithm not in _MODELOPT:
         raise _refuse("quant_algo", algorithm, f"one of {', '.join(_MODELOPT)}")

@@ -77,6 +77,10 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
         _codes(".weight", "out in", "int8, shifted"), _CT_SCALE, _zero(".weight_zero_point", "out/tile in/tile", "int8, shifted"),
         _CT_INPUT,
     ),
+    "ct int4": (_codes(".weight", "out in", "int4 in int8"), _CT_SCALE, _CT_INPUT),
+    "ct int4, zeros": (
+        _codes(".weight", "out in", "int4 in int8"), _CT_SCALE, _zero(".weight_zero_point", "out/tile in/tile", "int4 in int8"), _CT_INPUT,
+    ),
     "ct int4, packed": (_codes(".weight_packed", "out in/8", "bytes of words"), _CT_SCALE, _PACKED_SIZES),
     "ct int4, packed, zeros": (
         _codes(".weight_packed", "out in/8", "bytes of words"), _CT_SCALE, _PACKED_SIZES,
