@@ -3,16 +3,17 @@
 Nothing is rounded here, but for the inverse of a global scale: codes change places and offsets, scales their dtype for a wider one.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from moe_fn.quant.numbers import decode_e8m0
+from moe_fn.quant.numbers import decode_e8m0, unpack_halves
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight is in this nibble
+_AWQ_PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # column j of eight is in this nibble
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Coding:
 
 def _as_bytes(t: Tensor) -> Tensor:
     """[..., n] int32 -> [..., 4 n], the low byte first, whatever order the machine has."""
-    codes: Tensor = torch.stack([(t >> shift) & 255 for shift in (0, 8, 16, 24)], -1).to(torch.uint8).flatten(-2)
-    return codes
+    laid: Tensor = t.contiguous().view(torch.uint8)
+    return laid if sys.byteorder == "little" else laid.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
 
 
 def _other_sign(t: Tensor) -> Tensor:
@@ -40,14 +41,19 @@ def _other_sign(t: Tensor) -> Tensor:
 
 
 def _unpack(t: Tensor, bits: int, dim: int) -> Tensor:
-    """int32, each 32 / bits codes along dim, the low bits first -> uint8."""
-    codes = torch.stack([(t >> shift) & (2**bits - 1) for shift in range(0, 32, bits)], -1).to(torch.uint8)
-    flat: Tensor = codes.flatten(-2) if dim == -1 else codes.transpose(-1, -2).flatten(-3, -2)
-    return flat
+    """int32, each 32 / bits codes along dim, the low bits first -> uint8, one code each."""
+    if dim == -2:
+        return _unpack(t.transpose(-1, -2), bits, -1).transpose(-1, -2)
+    return _as_bytes(t) if bits == 8 else unpack_halves(_as_bytes(t))
+
+
+def _bytes_of_rows(t: Tensor) -> Tensor:
+    """[n, outputs] int32, each with codes of several inputs -> [4 n, outputs] bytes: as memory has them, the other way round."""
+    return _as_bytes(t.transpose(-1, -2)).transpose(-1, -2)
 
 
 def _unpack_awq(t: Tensor) -> Tensor:
-    codes: Tensor = torch.stack([(t >> 4 * place) & 15 for place in _AWQ_PLACE], -1).to(torch.uint8).flatten(-2)
+    codes: Tensor = unpack_halves(_as_bytes(t)).unflatten(-1, (-1, 8))[..., _AWQ_PLACE].flatten(-2)
     return codes
 
 
@@ -57,8 +63,8 @@ def _plus_1(codes: Tensor, bits: int) -> Tensor:
     return zeros
 
 
-def _unpacked(bits: int, dim: int, then: Callable[[Tensor], Tensor] = lambda t: t, dtype: torch.dtype = torch.uint8) -> Coding:
-    return Coding({"I32": dtype}, lambda t: then(_unpack(t, bits, dim)), dim, 32 // bits)
+def _unpacked(bits: int, dim: int, then: Callable[[Tensor], Tensor] = lambda t: t) -> Coding:
+    return Coding({"I32": torch.uint8}, lambda t: then(_unpack(t, bits, dim)), dim, 32 // bits)
 
 
 CODINGS: dict[str, Coding] = {
@@ -79,9 +85,10 @@ CODINGS: dict[str, Coding] = {
         lambda t: t if t.is_floating_point() and t.itemsize > 1 else decode_e8m0(t.view(torch.uint8), torch.float32),
     ),
     "awq": Coding({"I32": torch.uint8}, _unpack_awq, -1, 8),
+    "rows of words": Coding({"I32": torch.uint8}, _bytes_of_rows, -2, 4),
+    "rows of words, shifted": Coding({"I32": torch.int8}, lambda t: _other_sign(_bytes_of_rows(t)), -2, 4),
     **{f"rows of {bits} bits": _unpacked(bits, -2) for bits in (4, 8)},
     **{f"columns of {bits} bits": _unpacked(bits, -1) for bits in (4, 8)},
-    "rows of 8 bits, shifted": _unpacked(8, -2, _other_sign, torch.int8),
     **{f"columns of {bits} bits, less 1": _unpacked(bits, -1, lambda t, bits=bits: _plus_1(t, bits)) for bits in (4, 8)},  # type: ignore[misc]
 }
 

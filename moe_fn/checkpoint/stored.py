@@ -56,7 +56,7 @@ def _gptq(bits: int, less: str, symmetric: bool) -> tuple[Stored, ...]:
     words, zeros = 32 // bits, f"columns of {bits} bits{less}"
     shifted = ", shifted" if symmetric and bits == 8 else ""  # int8 around 0; int4 stays around 8
     return (
-        _codes(".qweight", f"in/{words} out", f"rows of {bits} bits{shifted}"),
+        _codes(".qweight", f"in/{words} out", f"rows of words{shifted}"),
         _scale(".scales", dims="in/tile out"),
         Stored("check zeros" if symmetric else "zero_point", (".qzeros",), f"in/tile out/{words}", zeros),
         Stored("check order", (".g_idx",), "in", ""),
