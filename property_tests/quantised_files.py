@@ -104,6 +104,14 @@ def plain_fp8(
     return lay
 
 
+def blocks_of_powers(random: Random, outputs: int, inputs: int) -> Matrix:
+    """fp8 in blocks (32, 16), scales as float8_e8m0fnu."""
+    codes, exponents = e4m3_codes(random, outputs, inputs), random.integers(100, 140, (outputs // 32, inputs // 16)).astype(np.uint8)
+    powers = np.exp2(exponents.astype(np.float32) - 127)
+    tensors = {".weight": fp8(codes), ".weight_scale_inv": torch.from_numpy(exponents).view(torch.float8_e8m0fnu)}
+    return Matrix(tensors, FLOAT_OF_E4M3[codes] * over(powers, (32, 16), codes.shape))
+
+
 def whole(outputs: int, inputs: int) -> tuple[int, int]:
     return outputs, inputs
 
@@ -336,6 +344,14 @@ FORMATS: dict[str, Format] = {
             activations=inputs_of("fp8_e4m3", "group", group_size=48, power_of_two_scales=True),
         ),
         plain_fp8(lambda n, k: (40, 48), INVERSE),
+    ),
+    "deepseek, powers of two": Format(
+        {"quant_method": "fp8", "weight_block_size": [32, 16], "scale_fmt": "ue8m0"},
+        QuantConfig(
+            scheme="fp8_e4m3", granularity="block", block_shape=(32, 16),
+            activations=inputs_of("fp8_e4m3", "group", group_size=16, power_of_two_scales=True),
+        ),
+        blocks_of_powers,
     ),
     "autofp8": Format(
         {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},

@@ -189,7 +189,7 @@ def test_gptq_as_autoround_packs_it(bits: int, symmetric: bool, version: str, tm
     assert differences(tmp_path, whole_model(tmp_path, words, make)) == 0
 
 
-@pytest.mark.parametrize("name", ["deepseek", "transformers mxfp8"])
+@pytest.mark.parametrize("name", ["deepseek", "deepseek, powers of two", "transformers mxfp8"])
 def test_transformers_fp8(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers.integrations.finegrained_fp8")
     from safetensors.torch import load_file

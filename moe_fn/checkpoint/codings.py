@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_fn.quant.numbers import decode_e8m0, unpack_halves
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_AWQ_PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # column j of eight is in this nibble
+_AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight is in this nibble
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def _bytes_of_rows(t: Tensor) -> Tensor:
 
 
 def _unpack_awq(t: Tensor) -> Tensor:
-    codes: Tensor = unpack_halves(_as_bytes(t)).unflatten(-1, (-1, 8))[..., _AWQ_PLACE].flatten(-2)
-    return codes
+    eights: Tensor = unpack_halves(_as_bytes(t)).unflatten(-1, (-1, 8))
+    return torch.stack([eights[..., place] for place in _AWQ_PLACE], -1).flatten(-2)  # an index of all at once takes 16 times as long
 
 
 def _plus_1(codes: Tensor, bits: int) -> Tensor:

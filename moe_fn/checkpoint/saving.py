@@ -36,7 +36,8 @@ def save_moe_weights(
     path is a folder. Blocks that it has already stay, and the index is made or widened. config.json is the caller's. A file or an index
     is there whole or not at all. Beside the weights one shard's worth of memory is taken, where the layout lies otherwise than they do.
 
-    Raises ValueError for weights that do not fit the config, that the layout has no name for, or that the folder has already.
+    Raises ValueError for weights that do not fit the config, that the layout has no name for, that are codes (config.quant), or that the
+    folder has already.
 
     Laws
         Saving undoes loading.
