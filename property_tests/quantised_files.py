@@ -426,7 +426,7 @@ def write(folder: Path, made: Format, seed: int = 0, shards: int = 1, **changes:
     modules = {f"experts.{e}.{name}": made.lay(random, *size) for e in range(E) for name, size in SIZES.items()}
     modules |= {f"shared_experts.{name}": made.lay(random, *size) for name, size in SIZES.items()}
     tensors = {f"{PREFIX}.{module}{suffix}": t for module, matrix in modules.items() for suffix, t in matrix.tensors.items()}
-    tensors[f"{PREFIX}.gate.weight"] = torch.from_numpy(random.standard_normal((E, X)).astype(np.float32))
+    tensors[f"{PREFIX}.gate.weight"] = torch.from_numpy(random.standard_normal((E, WORDS["hidden_size"])).astype(np.float32))
     tensors[f"{PREFIX}.gate.e_score_correction_bias"] = torch.zeros(E)
     save(folder, tensors, shards)
     save_words(folder, made, **changes)

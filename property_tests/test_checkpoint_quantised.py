@@ -1,13 +1,16 @@
 """Quantised checkpoints: every format, number by number, as it is documented; slices of ranks; what is contradictory or not known."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import quantised_files
 import torch
 from quantised_files import FORMATS, PREFIX, WIDTH, WORDS, E, Written, X, group, mx, plain_fp8, save, save_words, write
 
@@ -15,6 +18,7 @@ from moe_fn import MoEConfig, MoEWeights, QuantConfig, RouterConfig, dequantize_
 from moe_fn.checking import check_weights
 from moe_fn.checkpoint import load_moe_layer, load_moe_weights, moe_layers, reading, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
+from moe_fn.checkpoint.methods import method_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
 
@@ -358,3 +362,55 @@ def test_a_dtype_is_for_what_is_no_code(tmp_path: Path) -> None:
     assert weights.shared is not None and weights.quant is not None and weights.quant.gate_up_scale is not None
     assert torch.equal(weights.shared.gate_up, written.shared_gate_up.bfloat16())
     assert weights.quant.gate_up_scale.dtype == torch.float32 and torch.equal(decoded(config, weights).down, written.down)
+
+
+JUNK = (None, "x", [1], [], {}, {"a": 1}, -1, 0, 1e99, True, False, 2.5, 10**30, ["a", "b"], {"a": {"b": "c"}})
+
+
+def with_junk(words: Any) -> Iterator[Any]:
+    """The words with one of their values, at any depth, another."""
+    for name, value in words.items():
+        yield from ({**words, name: junk} for junk in JUNK)
+        if isinstance(value, dict):
+            yield from ({**words, name: changed} for changed in with_junk(value))
+
+
+@pytest.mark.parametrize("name", ["ct w4a16 zeros", "ct nvfp4", "deepseek", "gptq", "awq", "modelopt nvfp4", "modelopt mixed"])
+def test_no_words_are_a_crash(name: str) -> None:
+    for words in with_junk(FORMATS[name].words):
+        with contextlib.suppress(ValueError):
+            found = method_of({"quant_method": "modelopt", **words}, f"{PREFIX}.experts.0.up_proj", True)
+            assert found is None or found.quant.scheme
+
+
+def test_no_damage_to_a_quantised_file_is_a_crash(tmp_path: Path) -> None:
+    """Bytes of the header changed: the same shapes, or a ValueError."""
+    write(tmp_path, FORMATS["ct w4a16 zeros"])
+    config, weights = load_moe_layer(tmp_path, 1)
+    content, random, kinds = (tmp_path / "model.safetensors").read_bytes(), np.random.default_rng(0), set()
+    end = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(100):
+        damaged = bytearray(content)
+        for at in random.integers(0, end, random.integers(1, 4)):
+            damaged[at] = random.choice(list(b'"9-{}[],0Z'))
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        try:
+            loaded = load_moe_weights(tmp_path, PREFIX, config)
+        except ValueError as error:
+            kinds.add(str(error).removeprefix(str(tmp_path)))
+        else:
+            assert loaded.gate_up.shape == weights.gate_up.shape
+    assert len(kinds) > 3
+
+
+def test_sizes_that_do_not_fill_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """compressed-tensors fills the last word with zeros, along inputs and, of zero points, along outputs."""
+    monkeypatch.setattr(quantised_files, "WORDS", WORDS | {"hidden_size": 20, "moe_intermediate_size": 14})
+    monkeypatch.setattr(quantised_files, "SIZES", {"gate_proj": (14, 20), "up_proj": (14, 20), "down_proj": (20, 14)})
+    for name in ("ct w4a16 channel", "ct fp8 channel", "ct fp8 tensor", "ct int8 zeros", "ct int4"):
+        written = write(tmp_path, FORMATS[name])
+        config, weights = load_moe_layer(tmp_path, 1)
+        floats = decoded(config, weights)
+        assert torch.equal(floats.gate_up, written.gate_up) and torch.equal(floats.down, written.down)
+        part = load_moe_weights(tmp_path, PREFIX, config, intermediate=slice(6, 14))
+        assert torch.equal(decoded(config, part).down, written.down[:, :, 6:])

@@ -19,6 +19,15 @@ def method_of(words: Words, module: str, of_experts: bool) -> Method | None:
     method = str(words.get("quant_method", "modelopt" if "quant_algo" in words else None))
     if method not in _READERS:
         raise ValueError(f"quantization_config.quant_method is {method!r}; expected one of {', '.join(map(repr, _READERS))}")
+    try:
+        return _method_of(words, method, module, of_experts)
+    except (TypeError, AttributeError, KeyError, IndexError, re.error) as error:
+        raise ValueError(
+            f"quantization_config has a value of another kind than {method!r} has ({error}); expected what its tools write"
+        ) from error
+
+
+def _method_of(words: Words, method: str, module: str, of_experts: bool) -> Method | None:
     lists = (words.get(name) for name in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"))
     if any(is_listed(module, _strings(names)) for names in lists if names):
         return None
