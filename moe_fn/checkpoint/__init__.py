@@ -1,6 +1,7 @@
 """Checkpoints as they are published: folders of safetensors, whatever the family calls its tensors, to MoEWeights and back.
 
-Names and axes are data (`moe_fn.checkpoint.layouts`). Needs `pip install moe_fn[checkpoint]`.
+Names and axes are data (`moe_fn.checkpoint.layouts`), and so are the formats of quantised ones (`moe_fn.checkpoint.stored`).
+Needs `pip install moe_fn[checkpoint]`.
 """
 
 from moe_fn.checkpoint.entries import Entry, Layout
