@@ -216,7 +216,7 @@ def test_modules_of_peft_are_what_the_loaded_adapter_adds(targets: Any, tmp_path
 
 
 def test_an_adapter_of_an_older_peft_is_turned_over(tmp_path: Path) -> None:
-    a, b = torch.randn(8, 16), torch.randn(12, 8)  # of down [4, 16, 12]: before 0.18 the dims in their order
+    a, b = torch.randn(8, 16), torch.randn(12, 8)  # of down [4, 16, 12]: up to 0.18 the dims in their order
     tensors = {f"{PREFIX}.experts.lora_A.weight": a, f"{PREFIX}.experts.lora_B.weight": b}
     write(tmp_path, PLAIN | {"target_parameters": ["experts.down_proj"]}, tensors)
     delta = torch.einsum("ore,eri->eio", b.reshape(12, 2, 4), a.reshape(4, 2, 16)) * 2

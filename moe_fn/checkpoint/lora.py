@@ -7,7 +7,7 @@ PEFT has two forms for experts, and both are read (names below the block's prefi
     a parameter of all experts  experts[.base_layer].lora_A.weight [E r, in], row e r + j;  .lora_B.weight [out, r E], column j E + e
     (target_parameters)         of both products, base_layer's is gate_up_proj; of one, adapter_config.json says which
 
-Before peft 0.18 `in` and `out` of the second form were exchanged for models that keep [E, out, in]; shapes tell, and such are turned over.
+Up to peft 0.18 `in` and `out` of the second form are exchanged for models that keep [E, out, in]: shapes tell, and such are turned over.
 """
 
 import dataclasses
