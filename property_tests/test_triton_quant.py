@@ -255,22 +255,9 @@ def test_rows_are_quantised_by_the_scales_of_their_experts(sorted_rows: bool) ->
 
 def on_triton(quant: QuantConfig) -> st.SearchStrategy[MoEProblem]:
     even = st.sampled_from((8, 20, 40))
-    fixed: dict[str, Any] = {
-        "hidden_size": even,
-        "intermediate_size": even,
-        "latent": None,
-        "weight_layout": "out_in",
-        "chunk_tokens": None,
-    }
-    fixed |= {
-        "hidden_padding": st.sampled_from((0, 2)),
-        "chunk_tokens": None,
-        "backend": "triton",
-        "opaque": False,
-        "gate_dtype": "float32",
-        "score_dtype": "float32",
-        "recompute": False,
-    }
+    fixed: dict[str, Any] = {"hidden_size": even, "intermediate_size": even, "hidden_padding": st.sampled_from((0, 2)), "latent": None}
+    fixed |= {"weight_layout": "out_in", "chunk_tokens": None, "recompute": False, "backend": "triton", "opaque": False}
+    fixed |= {"gate_dtype": "float32", "score_dtype": "float32"}
     return problems(configs(quant=quant, **fixed), dtype=torch.float32, tokens=st.integers(0, 9))
 
 
