@@ -17,7 +17,7 @@ from torch.library import opcheck
 
 import moe_fn
 from compile_tests.cases import Case
-from moe_fn.config import RouterConfig
+from moe_fn.config import QuantConfig, RouterConfig
 from moe_fn.kernels import gpu, native
 from moe_fn.records import leaves_of_weights
 
@@ -66,7 +66,10 @@ def grouped_outer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ..
     ]
 
 
-def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1) -> list[tuple[Any, ...]]:
+NO_CODES = (None,) * 8
+
+
+def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1, codes: bool = False) -> list[tuple[Any, ...]]:
     r, samples = make(3, dtype, requires_grad), []
     silu, oai = ("silu", True, False, 1.0, 0.0, None, False, None, None), ("silu", True, True, 1.702, 1.0, 7.0, False, None, None)
     for tokens, transposed, biased, activation in ((5, True, False, silu), (0, True, True, oai), (3, False, True, oai)):
@@ -74,7 +77,13 @@ def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1)
         weights = (r(3, 6, 4), r(3, 4, 3)) if transposed else (r(3, 4, 6), r(3, 3, 4))
         biases = (r(3, 6), r(3, 4)) if biased else (None, None)
         routing = torch.rand(tokens, 2).requires_grad_(requires_grad)
-        samples.append((r(tokens, 4), ids, routing, *weights, *biases, 3, transposed, *activation, requires_grad))
+        samples.append((r(tokens, 4), ids, routing, *weights, *biases, *NO_CODES, 3, transposed, *activation, "", requires_grad))
+    if codes:
+        quant = QuantConfig(scheme="int8", granularity="channel").text
+        weights = torch.arange(72, dtype=torch.int8).view(3, 6, 4), torch.arange(36, dtype=torch.int8).view(3, 4, 3)
+        scales = torch.rand(3, 6, 1) / 100, torch.rand(3, 4, 1) / 100
+        x, ids, routing = samples[0][:3]
+        samples.append((x, ids, routing, *weights, None, None, *scales, *NO_CODES[2:], 3, True, *silu, quant, requires_grad))
     return samples
 
 
@@ -83,6 +92,17 @@ def routed_experts_backward(dtype: torch.dtype, requires_grad: bool) -> list[tup
     for x, *rest, _ in routed_experts(dtype, requires_grad):
         needed = [True, True, True, True, rest[4] is not None, rest[5] is not None]
         samples.append((torch.ones_like(x).requires_grad_(requires_grad), needed, x.new_empty(0), x, *rest))
+    return samples
+
+
+def quantised_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    r, samples = make(4, dtype, requires_grad), []
+    for scheme, per_byte, zero in (("int8", 1, False), ("int4", 2, True)):
+        quant = QuantConfig(scheme=scheme, granularity="group", group_size=2, zero_points=zero)  # type: ignore[arg-type]
+        codes = torch.randint(0, 127, (3, 6, 4 // per_byte), dtype=torch.uint8).to(torch.uint8 if zero else torch.int8)
+        scale, zeros = torch.rand(3, 6, 2), torch.randint(0, 15, (3, 6, 2), dtype=torch.uint8) if zero else None
+        for transposed, width in ((True, 4), (False, 6)):
+            samples.append((r(7, width), codes, scale, zeros, None, ends(2, 2, 6), quant.text, 2, transposed, 1, 1))
     return samples
 
 
@@ -104,7 +124,7 @@ def whole_layer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]
     samples = []
     for case, tokens in ((Case("default", "opaque"), 5), (Case("everything", "opaque_chunked"), 20), (Case("deepseek", "opaque"), 0)):
         weights, x, logits, mask = case.args(tokens, dtype)
-        tensors = [x, logits, None, mask, None, None, None, *leaves_of_weights(weights)]
+        tensors = [x, logits, None, mask, None, None, None, None, *leaves_of_weights(weights)]
         samples.append((case.config._json, *(_leaf(t, requires_grad) for t in tensors)))
     return samples
 
@@ -132,9 +152,14 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "moe_fn::routed_experts_backward_native": routed_experts_backward,
     "moe_fn::grouped_matmul_triton": grouped_matmul,
     "moe_fn::grouped_outer_triton": grouped_outer,
-    "moe_fn::routed_experts_triton": partial(routed_experts, lowest_id=0),  # rows of no expert are left as they are in what it keeps
+    "moe_fn::routed_experts_triton": partial(
+        routed_experts, lowest_id=0, codes=True
+    ),  # rows of no expert are left as they are in what it keeps
     "moe_fn::routed_experts_backward_triton": routed_experts_backward,
     "moe_fn::route_top_k_triton": route_top_k,
+    "moe_fn::quantised_matmul": quantised_matmul,
+    "moe_fn::quantised_matmul_native": quantised_matmul,
+    "moe_fn::quantised_matmul_triton": quantised_matmul,
     "moe_fn::gather_rows": gather_rows,
     "moe_fn::moe_forward": whole_layer,
     "moe_fn::moe_forward_shared": whole_layer,
@@ -156,7 +181,7 @@ COLLECTIVES = {
     f"moe_fn::{name}"
     for name in (
         "arrived", "sum_over_ranks", "copy_to_ranks", "gather_ranks", "scatter_ranks", "own_rows", "join_rows", "exchange_ranks",
-        "exchange_splits",
+        "exchange_splits", "as_gathered", "as_exchanged", "as_split",
     )
 }  # fmt: skip
 

@@ -5,111 +5,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, as_activation
-from moe_fn.preparing import Shape, is_prepared, plain_shapes, prepared_shapes
-from moe_fn.quant.tiles import halves_of
-from moe_fn.quant.weights import NAMES, expected_scale_shapes
+from moe_fn.config import MoEConfig
+from moe_fn.lora import check_adapters
+from moe_fn.preparing import Shape, is_prepared, prepared_shapes
+from moe_fn.quant.shapes import dtypes_of_quant
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
+from moe_fn.shapes import ANY, expected_shapes
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
+_COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
 _INTEGERS = {("router", name) for name in ("expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas")}
-_ANY = -1
 _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
-
-
-def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
-    """Shape of every weight that fits the config, and whether it must be there; a weight not in the result must not be."""
-    own = config.own  # with parallel, the rank's part
-    experts, hidden = ("num_experts", own.num_experts), ("hidden_size", config.hidden_size)
-    wide = ("expert_hidden_size", config.expert_hidden_size)
-    gate_up, down = plain_shapes(own)
-    outputs = 1 if config.weight_layout == "out_in" else 2
-    choices, logits = ("num_choices", config.num_choices), ("num_logits", config.num_logits)
-    gate_width = hidden if config.router.gate_input == "original" else wide
-    shapes: dict[tuple[str, ...], tuple[Shape, bool]] = {
-        ("gate_up",): (gate_up, True),
-        ("down",): (down, True),
-        ("gate_up_bias",): ((experts, gate_up[outputs]), False),
-        ("down_bias",): ((experts, down[outputs]), False),
-        ("router", "gate"): ((logits, gate_width), False),
-        ("router", "bias"): ((logits,), False),
-        ("router", "expert_scale"): ((logits,), False),
-    }
-    if config.expert_norm is not None:
-        shapes[("expert_norm",)] = ((experts, wide), True)
-    shapes.update(_quant_shapes(config))
-    if config.norms is not None:
-        for name in ("input", "output"):
-            if getattr(config.norms, name):
-                shapes[(f"{name}_norm",)] = ((hidden,), True)
-    if config.zero_experts is not None and config.zero_experts.kind == "constant":
-        shapes[("constants",)] = ((("zero_experts.count", config.zero_experts.count), hidden), True)
-    if config.router.correction_bias != "none":
-        shapes[("router", "correction_bias")] = ((choices,), True)
-    if config.router.selection == "hash":
-        shapes[("router", "expert_ids_of_token")] = ((("vocabulary", _ANY), ("top_k", config.top_k)), True)
-    if config.parallel is not None and config.parallel.num_physical is not None:
-        logical = ("num_experts", config.num_experts)
-        shapes[("router", "logical_of_physical")] = ((("num_physical", config.parallel.num_physical),), True)
-        shapes[("router", "physical_of_logical")] = ((logical, ("max replicas", _ANY)), True)
-        shapes[("router", "num_replicas")] = ((logical,), True)
-    if config.shared is not None:
-        width = config.shared.count * config.shared.intermediate_size // _slices_of_shared(config)
-        both = 2 * width if as_activation(config.shared.activation).gated else width
-        shapes[("shared", "gate_up")] = ((("shared gate_up", both), hidden), True)
-        shapes[("shared", "down")] = ((hidden, ("shared width", width)), True)
-        shapes[("shared", "gate_up_bias")] = ((("shared gate_up", both),), False)
-        shapes[("shared", "down_bias")] = ((hidden,), False)
-        if config.shared.gate == "sigmoid":
-            shapes[("shared", "gate")] = ((("1", 1), hidden), True)
-    if config.latent is not None:
-        latent = ("latent.size", config.latent.size)
-        shapes[("latent", "input")] = ((latent, hidden), True)
-        shapes[("latent", "output")] = ((hidden, latent), True)
-        for name, dim in (("input_bias", latent), ("output_bias", hidden), ("input_norm", latent), ("output_norm", latent)):
-            shapes[("latent", name)] = ((dim,), False)
-    return shapes
-
-
-def _quant_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
-    quant, own = config.quant, config.own
-    if quant is None:
-        return {}
-    experts = ("num_experts", own.num_experts)
-    sizes = {name: (shape[1][1], shape[2][1] * quant.per_byte) for name, shape in zip(NAMES, plain_shapes(own), strict=True)}
-    shapes: dict[tuple[str, ...], tuple[Shape, bool]] = {}
-    for name, (outputs, inputs) in expected_scale_shapes(config, sizes).items():
-        tiles = (experts, ("tiles of outputs", outputs), ("tiles of inputs", inputs))
-        shapes[("quant", f"{name}_scale")] = tiles, True
-        if quant.zero_points:
-            shapes[("quant", f"{name}_zero_point")] = tiles, True
-        if quant.row.scale == "e4m3":
-            shapes[("quant", f"{name}_global_scale")] = (experts, ("halves", halves_of(config, name)), ("1", 1)), True
-        if quant.activations is not None and quant.activations.static:
-            shapes[("quant", f"{name}_input_scale")] = (experts,), True
-    return shapes
-
-
-def dtypes_of_quant(config: MoEConfig) -> dict[tuple[str, ...], tuple[torch.dtype, ...]]:
-    """Dtypes that codes, scales and zero points may have."""
-    quant = config.quant
-    if quant is None:
-        return {}
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    of_codes = {"e4m3": torch.float8_e4m3fn, "int8": torch.uint8 if quant.zero_points else torch.int8}
-    codes = (of_codes.get(quant.row.element, torch.uint8),)
-    scale = {"float": floats, "e8m0": (torch.uint8,), "e4m3": (torch.float8_e4m3fn,)}[quant.row.scale]
-    found: dict[tuple[str, ...], tuple[torch.dtype, ...]] = {}
-    for name in NAMES:
-        found[(name,)], found[("quant", f"{name}_scale")] = codes, scale
-        found[("quant", f"{name}_zero_point")] = (torch.uint8,)
-        found[("quant", f"{name}_global_scale")] = found[("quant", f"{name}_input_scale")] = (torch.float32,)
-    return found
-
-
-def _slices_of_shared(config: MoEConfig) -> int:
-    parallel = config.parallel
-    return parallel.tp.size if parallel is not None and parallel.tp is not None and parallel.shared == "sharded" else 1
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor) -> None:
@@ -125,6 +31,7 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
             raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of x, {x.dtype}")
     if is_prepared(weights.gate_up) != is_prepared(weights.down):
         raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
+    check_adapters(where, config, weights.lora)
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
 
@@ -162,7 +69,7 @@ def _check_weight(
     if expected is None:
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected None, for the config has no use for it")
     shape, _ = expected
-    if leaf.ndim != len(shape) or any(size != _ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
+    if leaf.ndim != len(shape) or any(size != ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected {_words(shape)}")
     if dtypes is None:
         _check_kind(where, name, leaf, "integer" if path in _INTEGERS else "float")
@@ -173,7 +80,7 @@ def _check_weight(
 
 
 def _words(shape: Shape) -> str:
-    names, sizes = ", ".join(name for name, _ in shape), ", ".join("any" if size == _ANY else str(size) for _, size in shape)
+    names, sizes = ", ".join(name for name, _ in shape), ", ".join("any" if size == ANY else str(size) for _, size in shape)
     return f"({names}) = ({sizes})"
 
 
@@ -252,6 +159,18 @@ def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tens
         check_beside_x(where, "token_ids", token_ids, x, None, "integer")
     if token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+
+
+def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Tensor | None) -> None:
+    """Ids of adapters where there are adapters to choose among. Their values are not looked at: one that there is not is none."""
+    if adapter_ids is not None:
+        if config.lora is None:
+            raise ValueError(f"{where}: adapter_ids would have no effect; expected None, or MoEConfig.lora")
+        check_beside_x(where, "adapter_ids", adapter_ids, x, None, "integer")
+    elif config.lora is not None and config.lora.num_adapters > 1:
+        raise ValueError(
+            f"{where}: adapter_ids is None; expected an id of the {config.lora.num_adapters} adapters for each token, -1 for none"
+        )
 
 
 def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) -> None:

@@ -44,8 +44,8 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     _check("prepare_weights", config, weights)
     if config.quant is not None:
         return weights
-    if backend_of(config, weights.gate_up) != "native" or is_prepared(weights.gate_up):
-        return weights
+    if backend_of(config, weights.gate_up) != "native" or is_prepared(weights.gate_up) or config.lora is not None:
+        return weights  # adapters run by stages, which read plain weights
     gate_up, down = lay_panels(config, weights.gate_up, weights.down)
     if not (torch.compiler.is_compiling() or gate_up.requires_grad or down.requires_grad):
         gate_up, down = native.in_huge_pages(gate_up), native.in_huge_pages(down)

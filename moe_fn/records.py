@@ -59,6 +59,19 @@ class LatentWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAWeights:
+    """Adapters of the experts, L of them, alpha / rank folded into B. Both matrices of a product or none; 1 for E where experts share.
+
+    Rows of gate_up_b are in the order of gate_up's outputs, interleaved too; weight_layout means nothing here.
+    """
+
+    gate_up_a: Tensor | None = None  # [L, E or 1, rank, Hx]
+    gate_up_b: Tensor | None = None  # [L, E or 1, gate_up, rank]
+    down_a: Tensor | None = None  # [L, E or 1, rank, I]
+    down_b: Tensor | None = None  # [L, E or 1, Hx, rank]
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantWeights:
     """What turns the codes q in gate_up and down into numbers, where MoEConfig.quant says that they are codes:
 
@@ -98,6 +111,7 @@ class MoEWeights:
     router: RouterWeights | None = None
     shared: SharedWeights | None = None
     latent: LatentWeights | None = None
+    lora: LoRAWeights | None = None
     quant: QuantWeights | None = None
 
 
@@ -108,6 +122,7 @@ class Routing:
     expert_ids: Tensor  # [T, top_k] integers, best first
     weights: Tensor  # [T, top_k] float32 (float64 for float64 logits)
     shared_weights: Tensor | None = None  # [T, shared experts]: where the router weighs them
+    adapter_ids: Tensor | None = None  # [T] integers, -1 for none: the LoRA adapter of each token; None: adapter 0, the only one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +133,7 @@ class Dispatched:
     expert_ends: Tensor  # [E] int32
     slot_of_row: Tensor  # [R] int64
     row_of_slot: Tensor  # [R] int64
+    adapter_of_row: Tensor | None = None  # [R]: Routing.adapter_ids of the row's token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +148,11 @@ class RoutingStats:
     sequence_balancing_loss: Tensor  # [] float32: DeepSeek form, mean over sequences
 
 
-RECORDS = (RouterWeights, SharedWeights, LatentWeights, QuantWeights, MoEWeights, Routing, Dispatched, RoutingStats)
+RECORDS = (RouterWeights, SharedWeights, LatentWeights, LoRAWeights, QuantWeights, MoEWeights, Routing, Dispatched, RoutingStats)
 for _cls in RECORDS:
     torch.export.register_dataclass(_cls, serialized_type_name=f"moe_fn.{_cls.__name__}")
 
-_NESTED = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights, "quant": QuantWeights}
+_NESTED = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights, "lora": LoRAWeights, "quant": QuantWeights}
 
 
 def _paths() -> tuple[tuple[str, ...], ...]:
@@ -149,6 +165,10 @@ def _paths() -> tuple[tuple[str, ...], ...]:
 
 # Every tensor that MoEWeights can hold, in the order that ops take them: ("gate_up",), ..., ("router", "gate"), ...
 WEIGHT_PATHS = _paths()
+
+
+# Those that have experts as their first dimension; the rest (router, shared experts, constants ...) is the same everywhere.
+EXPERT_PATHS = tuple(path for path in WEIGHT_PATHS if path[0] in ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm", "quant"))
 
 
 def leaves_of_weights(weights: MoEWeights) -> list[Tensor | None]:

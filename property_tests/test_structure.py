@@ -24,13 +24,14 @@ LAYERS = (
     ("quant",),
     ("activations", "kernels"),
     ("backends", "ops"),
-    ("preparing", "selection"),
+    ("preparing", "selection", "lora", "op_arguments"),
+    ("shapes",),
     ("checking",),
     ("stages",),
-    ("balance", "fused"),
+    ("balance", "fused", "merging"),
     ("parallel",),
     ("layer",),
-    ("chunked",),
+    ("chunked", "calibrating"),
     ("whole_layer",),
     ("calls",),
     ("forward",),
@@ -134,8 +135,8 @@ def test_the_public_surface_grows_on_purpose_only() -> None:
     assert all(getattr(getattr(moe_fn, name), "__doc__", None) for name in moe_fn.__all__)
     assert [f.name for f in dataclasses.fields(moe_fn.MoEConfig)] == [
         "num_experts", "top_k", "hidden_size", "intermediate_size", "router", "activation", "gate_up_layout", "weight_layout",
-        "expert_norm", "shared", "latent", "zero_experts", "norms", "quant", "parallel", "hidden_padding", "chunk_tokens", "recompute",
-        "batch_invariant", "backend", "opaque",
+        "expert_norm", "shared", "latent", "zero_experts", "norms", "quant", "lora", "parallel", "hidden_padding", "chunk_tokens",
+        "recompute", "batch_invariant", "backend", "opaque",
     ]  # fmt: skip
 
 

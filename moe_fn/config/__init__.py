@@ -7,6 +7,7 @@ No tensors, callables or environment: a config hashes, compares, prints, pickles
 from torch.utils._pytree import register_constant
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
+from moe_fn.config.lora import LoRAConfig
 from moe_fn.config.moe import MoEConfig, config_of_json
 from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
@@ -14,9 +15,9 @@ from moe_fn.config.quant import ActivationQuantConfig, QuantConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 
 __all__ = [
-    "ActivationConfig", "ActivationName", "ActivationQuantConfig", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig",
-    "NormsConfig", "ParallelConfig", "QuantConfig", "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig",
-    "as_activation",     "config_of_json",
+    "ActivationConfig", "ActivationName", "ActivationQuantConfig", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LoRAConfig",
+    "MoEConfig", "NormsConfig", "ParallelConfig", "QuantConfig", "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig",
+    "as_activation", "config_of_json",
 ]  # fmt: skip
 
 for _cls in (
@@ -26,6 +27,7 @@ for _cls in (
     SharedExpertsConfig,
     ZeroExpertsConfig,
     LatentConfig,
+    LoRAConfig,
     ExpertNormConfig,
     NormsConfig,
     ParallelConfig,

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
 from moe_fn.config.checks import check_bool, check_choice, check_int
+from moe_fn.config.lora import LoRAConfig
 from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.config.quant import ActivationQuantConfig, QuantConfig
@@ -25,6 +26,7 @@ class MoEConfig:
     weight_layout    weights are [E, out, in], or [E, in, out] ("in_out": Llama-4, gpt-oss)
     norms            root-mean-square norms before the gate, before the routed experts, after everything
     quant            how gate_up and down are stored in few bits (`moe_fn.quantize_weights`), and what their inputs are rounded to
+    lora             low-rank adapters on the experts, and how many there are to choose among
     parallel         which ranks share the layer; sizes above stay those of the whole, weights are this rank's (`moe_fn.shard_weights`)
     hidden_padding   zeros appended to the routed input, and cut off its output: the experts are wider than the model
     chunk_tokens     tokens worked on at a time, which bounds peak memory in forward and backward; None: all
@@ -54,6 +56,7 @@ class MoEConfig:
     zero_experts: ZeroExpertsConfig | None = None
     norms: NormsConfig | None = None
     quant: QuantConfig | None = None
+    lora: LoRAConfig | None = None
     parallel: ParallelConfig | None = None
     hidden_padding: int = 0
     chunk_tokens: int | None = None
@@ -190,6 +193,7 @@ _NESTED = {
     "zero_experts": ZeroExpertsConfig | None,
     "norms": NormsConfig | None,
     "quant": QuantConfig | None,
+    "lora": LoRAConfig | None,
     "parallel": ParallelConfig | None,
 }
 _DATACLASS_OF_FIELD: dict[str, type] = {
@@ -203,6 +207,7 @@ _DATACLASS_OF_FIELD: dict[str, type] = {
     "norms": NormsConfig,
     "quant": QuantConfig,
     "activations": ActivationQuantConfig,
+    "lora": LoRAConfig,
     "parallel": ParallelConfig,
     **dict.fromkeys(("tp", "ep", "dp", "sp"), RankGroup),
 }

@@ -29,7 +29,7 @@ def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-_SAME = ("activation", "gate_up_layout", "weight_layout", "expert_norm", "quant", "recompute", "backend")
+_SAME = ("activation", "gate_up_layout", "weight_layout", "expert_norm", "quant", "lora", "recompute", "backend")
 
 
 def _check(config: Any, parallel: ParallelConfig) -> None:

@@ -71,17 +71,54 @@ def rounded_input(config: MoEConfig, expert: Expert, name: str, v: Tensor, round
     )
 
 
-def hidden_of_expert(config: MoEConfig, expert: Expert, v: Tensor, rounding: Rounding | None = None) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The low-rank matrices of one adapter for one expert: a [rank, in], b [out, rank] of each product, None where it has none."""
+
+    gate_up_a: Tensor | None
+    gate_up_b: Tensor | None
+    down_a: Tensor | None
+    down_b: Tensor | None
+
+
+def adapter_of_expert(config: MoEConfig, weights: MoEWeights, adapter_id: int, expert_id: int) -> Adapter | None:
+    """The matrices of an adapter for an expert; None for ids of no adapter. An expert dim of 1 is all experts'."""
+    if config.lora is None or not 0 <= adapter_id < config.lora.num_adapters:
+        return None
+    lora = weights.lora
+    if lora is None:
+        raise ValueError("weights.lora is None; expected tensors, for the config asks for them")
+
+    def of_expert(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[adapter_id][0 if len(tensor[adapter_id]) == 1 else expert_id]
+
+    return Adapter(
+        gate_up_a=of_expert(lora.gate_up_a),
+        gate_up_b=of_expert(lora.gate_up_b),
+        down_a=of_expert(lora.down_a),
+        down_b=of_expert(lora.down_b),
+    )
+
+
+def low_rank(a: Tensor | None, b: Tensor | None, v: Tensor) -> Tensor | float:
+    """b @ (a @ v), or 0."""
+    return 0.0 if a is None or b is None else b @ (a @ v)
+
+
+def hidden_of_expert(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None, rounding: Rounding | None = None) -> Tensor:
     """What the second product of an expert gets, before it is rounded: v [Hx] -> [I]."""
-    rounding = rounding or Rounding()
-    h = linear(expert.gate_up, rounded_input(config, expert, "gate_up", v, rounding), expert.gate_up_bias)
+    h = linear(expert.gate_up, rounded_input(config, expert, "gate_up", v, rounding or Rounding()), expert.gate_up_bias)
+    if adapter is not None:
+        h = h + low_rank(adapter.gate_up_a, adapter.gate_up_b, v)
     return activate(as_activation(config.activation), h, config.gate_up_layout)
 
 
-def expert_output(config: MoEConfig, expert: Expert, v: Tensor, rounding: Rounding | None = None) -> Tensor:
+def expert_output(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None = None, rounding: Rounding | None = None) -> Tensor:
     """One expert on one vector.
 
         o = down @ activation(gate_up @ v + gate_up_bias) + down_bias, then the expert norm if there is one
+
+    With an adapter each matrix W is W + b @ a.
 
     v [Hx] float64 -> [Hx] float64. Source: semantics.md 3.1; the norm: Muse-Spark.
 
@@ -90,8 +127,10 @@ def expert_output(config: MoEConfig, expert: Expert, v: Tensor, rounding: Roundi
     >>> expert_output(config, expert, torch.tensor([3.0]))
     tensor([90.])
     """
-    a = hidden_of_expert(config, expert, v, rounding)
+    a = hidden_of_expert(config, expert, v, adapter, rounding)
     o = linear(expert.down, rounded_input(config, expert, "down", a, rounding or Rounding()), expert.down_bias)
+    if adapter is not None:
+        o = o + low_rank(adapter.down_a, adapter.down_b, a)
     if config.expert_norm is None:
         return o
     norm = needed(expert.norm, "weights.expert_norm")

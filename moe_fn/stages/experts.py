@@ -6,6 +6,7 @@ from torch import Tensor
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
 from moe_fn.config import ActivationQuantConfig, ExpertNormConfig, MoEConfig, as_activation
+from moe_fn.lora import add_adapters, sort_by_adapter
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
 from moe_fn.ops.quantised import quantised_matmul
@@ -23,8 +24,9 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
 
     dispatched.rows [R, Hx] -> [R, Hx] in the same dtype. Products accumulate in float32 and round once; biases and the activation
     are added and computed in float32. Rows of no expert are never read. With expert_norm the output is normalised.
-    Only `rows` and `expert_ends` of the input are read, so somebody else's sorted rows do as well. With MoEConfig.quant weights are what
-    their codes stand for, and inputs of both products are rounded as it says; a gradient passes the rounding as if it were not there.
+    Only `rows`, `expert_ends` and, with config.lora, `adapter_of_row` are read, so somebody else's sorted rows do as well.
+    With config.lora each matrix W[e] is W[e] + B[l, e] A[l, e], l the adapter of row r. With config.quant weights are what their codes
+    stand for, and inputs of both products (not of adapters) are rounded as it says; a gradient passes the rounding as if it were not there.
 
     Laws
         A row depends on its own expert alone.
@@ -44,13 +46,16 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     """
     rows, ends = dispatched.rows, dispatched.expert_ends
     backend, weights = backend_of(config, rows), restore_weights(config, weights)
+    by_adapter = sort_by_adapter(config, dispatched)
     hidden = _product(config, weights, "gate_up", rows, ends, backend).to(accumulation_dtype(rows.dtype))
+    hidden = add_adapters(by_adapter, weights.lora, "gate_up", rows, hidden)
     if weights.gate_up_bias is not None:
         hidden = hidden + spread_over_rows(backend, weights.gate_up_bias, ends, rows.shape[0])
     hidden = activate(as_activation(config.activation), hidden, config.gate_up_layout).to(rows.dtype)
-    out = _product(config, weights, "down", hidden, ends, backend)
+    out = add_adapters(by_adapter, weights.lora, "down", hidden, _product(config, weights, "down", hidden, ends, backend))
     if weights.down_bias is not None:
-        out = (out.to(accumulation_dtype(out.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])).to(out.dtype)
+        out = out.to(accumulation_dtype(rows.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])
+    out = out.to(rows.dtype)
     if config.expert_norm is not None and weights.expert_norm is not None:
         out = _normalise(config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0]))
     return out

@@ -57,11 +57,15 @@ Gate gate_of(c10::string_view name) {
 // The arguments of routed_experts; moe_fn.ops.routed names them, and torch compares its schema with this when the ops are installed.
 #define ARGUMENTS                                                                                                                                              \
   const Tensor &x, const Tensor &ids, const Tensor &weights, const Tensor &gate_up, const Tensor &down, const optional<Tensor>&gate_up_bias,                   \
-      const optional<Tensor>&down_bias, int64_t intermediate_size, bool transposed, c10::string_view function, bool gated, bool interleaved, double alpha,      \
-      double up_offset, optional<double> limit, bool limit_output, optional<double> gate_cap, optional<double> up_cap
+      const optional<Tensor>&down_bias, const optional<Tensor>&gate_up_scale, const optional<Tensor>&down_scale, const optional<Tensor>&gate_up_zero_point,    \
+      const optional<Tensor>&down_zero_point, const optional<Tensor>&gate_up_global_scale, const optional<Tensor>&down_global_scale,                           \
+      const optional<Tensor>&gate_up_input_scale, const optional<Tensor>&down_input_scale, int64_t intermediate_size, bool transposed,                         \
+      c10::string_view function, bool gated, bool interleaved, double alpha, double up_offset, optional<double> limit, bool limit_output,                      \
+      optional<double> gate_cap, optional<double> up_cap, c10::string_view quant
 #define PASSED                                                                                                                                                 \
-  x, ids, weights, gate_up, down, gate_up_bias, down_bias, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit, limit_output, \
-      gate_cap, up_cap
+  x, ids, weights, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale, gate_up_zero_point, down_zero_point, gate_up_global_scale,               \
+      down_global_scale, gate_up_input_scale, down_input_scale, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit,          \
+      limit_output, gate_cap, up_cap, quant
 
 // The arguments of routed_experts, contiguous and checked; the tensors live as long as the problem that points into them.
 struct Call {
@@ -70,6 +74,7 @@ struct Call {
   RoutedExperts problem;
 };
 Call call_of(ARGUMENTS) {
+  TORCH_CHECK_VALUE(quant.empty(), "moe_fn: weights are codes, ", quant, "; expected floats");
   auto dense = [](const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : optional<Tensor>(); };
   Call c{x.contiguous(), ids.to(at::kLong).contiguous(), weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}};
   TORCH_CHECK_VALUE(x.dim() == 2 && ids.dim() == 2 && ids.size(0) == x.size(0) && ids.sizes() == weights.sizes(), "moe_fn: x is ", x.sizes(), ", expert_ids ",
