@@ -96,7 +96,7 @@ def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: T
     names = [entry.name.removesuffix(".weight") + suffix for suffix in suffixes if suffix is not None]
     name = next((name for name in names if full_name(prefix, _first(name)) in tensors), next(iter(names), ""))
     expert, inputs = entry.weight in EXPERTS, method.quant.activations
-    if not stored.role or (stored.role == "input_scale" and not (expert and inputs is not None and inputs.static)):
+    if stored.role == "input_scale" and not (expert and inputs is not None and inputs.static):
         return name or stored.suffix[0]
     if not name:
         raise ValueError(f"{full_name(prefix, entry.name)} holds all experts, quantised by {method.stored!r}; expected experts one by one")

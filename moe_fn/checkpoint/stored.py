@@ -22,7 +22,7 @@ class Stored:
     """One tensor of a matrix.
 
     role    codes, scale, zero_point, global_scale or input_scale; "check sizes", "check order", "check zeros": it says nothing new, but
-            must not say something else; "": it is left out
+            must not say something else
     suffix  what its name has behind that of the module; several, where writers differ
     dims    "out/8 in": outputs, eight in an element, and inputs; "/tile": as many as share a scale; "1": a single number
     coding  row of `CODINGS`
