@@ -23,9 +23,9 @@ SOURCES = Path(__file__).parent / "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-# What each level is compiled with, best first; "plain" is what the compiler's plain target has (SSE2 on x86-64, NEON on Arm).
+# What each level is compiled with, best first (every CPU with bfloat16 products but Cooper Lake has VBMI, which decodes 8 bits); "plain" is what the compiler's plain target has (SSE2 on x86-64, NEON on Arm).
 LEVELS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "plain": (),
@@ -74,7 +74,8 @@ def best_level() -> str:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "plain"
     if torch.cpu._is_avx512_supported():
-        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
+        more = torch.cpu.get_capabilities()
+        return "avx512_bf16" if all(more.get(f"avx512_{name}") for name in ("bf16", "vnni", "vbmi")) else "avx512"
     return "avx2" if torch.cpu._is_avx2_supported() else "plain"
 
 
@@ -160,7 +161,7 @@ def _build(level: str, name: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         extension = Extension(
             name,
-            [str(SOURCES / name) for name in ("kernels.cpp", "backward.cpp", "binding.cpp")],
+            [str(SOURCES / name) for name in ("kernels.cpp", "quantised.cpp", "backward.cpp", "binding.cpp")],
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=["c10", "torch", "torch_cpu"],
