@@ -83,7 +83,7 @@ Call call_of(ARGUMENTS, const QuantArguments& quant = {}) {
   const int per_byte = !quant.none() && (described.scheme == "int4" || described.scheme == "mxfp4" || described.scheme == "nvfp4") ? 2 : 1;
   TORCH_CHECK_VALUE(quant.none() || (transposed && gate_up.element_size() == 1 && down.element_size() == 1), "moe_fn: quantised weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected bytes, laid as out_in");
-  TORCH_CHECK_VALUE(!quant.none() || gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
+  TORCH_CHECK_VALUE(!quant.none() || (gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type()), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected the dtype of x, ", x.scalar_type());
   TORCH_CHECK_VALUE(gate_up.size(0) == down.size(0), "moe_fn: gate_up and down have ", gate_up.size(0), " and ", down.size(0), " experts");
   const int64_t hidden = x.size(1), experts = gate_up.size(0), columns = gated ? 2 * intermediate_size : intermediate_size;

@@ -8,11 +8,13 @@ namespace moe_fn {
 
 template <class C>
 struct RowShape {
+  static constexpr bool BF16_ROWS = std::is_same_v<typename C::Dot, BF16>;
   int dwords, extra;  // of products, and behind them; both whole chunks
   explicit RowShape(const Weight& w) {
     dwords = round_up(w.steps() * C::PER, CHUNK);
-    extra = round_up(int(w.codes->corrected() ? 1 + w.codes->spans.size() : 0), CHUNK);
+    extra = round_up(int(int8() || w.codes->corrected(BF16_ROWS) ? 1 + w.codes->spans.size() : 0), CHUNK);
   }
+  static constexpr bool int8() { return std::is_same_v<typename C::Dot, Int8>; }
   int all() const { return dwords + extra; }
 };
 
@@ -54,7 +56,7 @@ inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
     if (there > 0) std::memcpy(out, from.chunk(i), there * sizeof(Element));
   };
   alignas(64) Element elements[PER_CHUNK];
-  if (!q.corrected()) {
+  if (!shape.extra) {
     for (int i = 0; i < shape.dwords / CHUNK; i++) {
       chunk_of(i, elements);
       for (int part = 0; part < 4; part++) permute<C>((const char*)elements + part * 16, (char*)to.chunk(i) + part * 16);

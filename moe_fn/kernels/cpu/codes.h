@@ -28,10 +28,10 @@ struct Codes {
 
   bool four_bits() const { return scheme == Scheme::int4 || scheme == Scheme::e2m1; }
   int inputs_per_dword() const { return four_bits() ? 8 : 4; }
-  bool corrected() const { return int8_rows || zero; }  // by sums of x
-  // What the products take away from a code by themselves; int8 rows meet codes from 0 on.
-  float offset() const { return int8_rows ? 0.f : scheme == Scheme::int4 ? 8.f : scheme == Scheme::int8 ? 128.f : 0.f; }
-  float symmetric_zero() const { return scheme == Scheme::int4 ? 8.f : 128.f; }
+  // Operands of products are codes plus an offset (decode.h): what makes them exact and cheap there is taken back by sums of x.
+  float offset(bool bf16) const { return int8_rows ? 0.f : scheme == Scheme::int4 ? (bf16 ? 16.f : -8.f) : scheme == Scheme::int8 ? -128.f : 0.f; }
+  float symmetric_zero() const { return scheme == Scheme::int4 ? 8.f : scheme == Scheme::int8 ? 128.f : 0.f; }
+  bool corrected(bool bf16) const { return zero || offset(bf16) + symmetric_zero() != 0; }
 
   void make_spans(int steps) {
     const int per = inputs_per_dword(), limit = SPAN_INPUTS / per;
@@ -83,11 +83,13 @@ static inline vec scales_at(ScaleType type, const void* p) {  // WIDTH of them, 
 }
 
 // Scales of a panel's columns, 32 for each tile along the inner dimension, and what times a sum of x is added to a sum before it is scaled.
-static inline void panel_scales(const Weight& w, int64_t expert, int panel, float* scale, float* correction) {
+static inline void panel_scales(const Weight& w, int64_t expert, int panel, bool bf16, float* scale, float* correction) {
   const Codes& q = *w.codes;
+  const bool corrected = q.corrected(bf16);
+  const float offset = q.offset(bf16);
   const int size = size_of(q.scale_type);
   const Columns from = columns_of(w, panel);
-  float global[NV];
+  float global[NV] = {};
   int64_t row[PANEL];
   if (q.global_scale)
     for (int v = 0; v < NV; v++) global[v] = q.global_scale[expert * q.halves + (q.halves == 2 && v >= NV / 2 ? 1 : 0)];
@@ -117,9 +119,9 @@ static inline void panel_scales(const Weight& w, int64_t expert, int panel, floa
     for (int v = 0; v < NV; v++) {
       const vec s = scales_at(q.scale_type, scales + v * WIDTH * size);
       store(scale + v * WIDTH, q.global_scale ? s * splat(global[v]) : s);
-      if (!q.corrected()) continue;
+      if (!corrected) continue;
       const vec z = zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat(q.symmetric_zero());
-      store(correction + v * WIDTH, splat(q.offset()) - z);
+      store(correction + v * WIDTH, -(z + offset));
     }
   }
 }

@@ -38,34 +38,37 @@ static inline vec e2m1(veci code) {
   return with_sign(small_float<1, 1>(m, m > 7), code, 3);
 }
 
-// 4 bits. A dword's codes k0..k7 become pairs (k0, k4), (k1, k5), (k2, k6), (k3, k7) of bfloat16, for a 16-bit lane of the table look-up
-// then needs no mask; k0..k7 of float32; (k0, k2, k4, k6), (k1, k3, k5, k7) of 8 bits.
-template <class D>
+// 4 bits. A dword's codes k0..k7 become pairs (k0, k4), (k1, k5), (k2, k6), (k3, k7) of bfloat16, (k0, k2, k4, k6), (k1, k3, k5, k7) of 8 bits,
+// and k0..k7 of float32: a look-up that needs no mask, as the index is what is lowest in a lane. Integers as bfloat16 become 16 + k, whose
+// mantissa is the code: a shift and an "and or" that any port of the CPU runs, while look-ups share theirs with the products.
+template <class D, bool FLOATS>
 struct Nibbles {
   using Dot = D;
   using Open = veci;
   static constexpr int INPUTS = 8, PER = 8 / D::PER_DWORD;
-  bool floats;  // e2m1, not int4
   alignas(64) uint16_t table16[32];
   alignas(64) float table[16];
-  explicit Nibbles(const Codes& q) : floats(q.scheme == Scheme::e2m1) {
+  explicit Nibbles(const Codes&) {
     for (int i = 0; i < 16; i++) {
       constexpr float magnitude[] = {0, .5f, 1, 1.5f, 2, 3, 4, 6};
-      table[i] = !floats ? float(i - 8) : i < 8 ? magnitude[i] : -magnitude[i - 8];
+      table[i] = !FLOATS ? float(i - 8) : i < 8 ? magnitude[i] : -magnitude[i - 8];
       table16[i] = table16[i + 16] = bfloat_of(table[i]);
     }
   }
-  vec value(veci code) const { return floats ? e2m1(code) : __builtin_convertvector((code & 15) - 8, vec); }
+  static vec value(veci code) { return FLOATS ? e2m1(code) : __builtin_convertvector((code & 15) - 8, vec); }
   Open open(veci w) const { return w; }
   vec part(Open w, int j) const {
     if constexpr (std::is_same_v<D, Int8>) {
       return (vec)((w >> (4 * j)) & 0x0f0f0f0f);
     } else if constexpr (std::is_same_v<D, F32>) {
 #if defined(__AVX512F__)
-      return (vec)_mm512_permutexvar_ps((__m512i)(w >> (4 * j)), (__m512)load(table));
+      return (vec)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)(w >> (4 * j)), (__m512)load(table));
 #else
       return value(w >> (4 * j));
 #endif
+    } else if constexpr (!FLOATS) {
+      const veci shifted = j ? w >> (4 * j - 3) : w << 3;
+      return (vec)((shifted & 0x00780078) | 0x41804180);
     } else {
 #if defined(__AVX512BW__)
       return (vec)_mm512_permutexvar_epi16((__m512i)(w >> (4 * j)), (__m512i)load(table16));

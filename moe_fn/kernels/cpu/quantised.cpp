@@ -25,10 +25,12 @@ void experts_of(const Pool& pool, const RoutedExperts& q) {
 template <class D, class Dot>
 void with_scheme(const Pool& pool, const RoutedExperts& q) {
   const Codes& codes = *q.gate_up.codes;
-  if (codes.four_bits()) return experts_of<D, Nibbles<Dot>>(pool, q);
-  if constexpr (!std::is_same_v<Dot, Int8>)
-    if (codes.scheme == Scheme::e4m3) return experts_of<D, Bytes<Dot, true>>(pool, q);
-  experts_of<D, Bytes<Dot, false>>(pool, q);
+  if (codes.scheme == Scheme::int4) return experts_of<D, Nibbles<Dot, false>>(pool, q);
+  if (codes.scheme == Scheme::int8) return experts_of<D, Bytes<Dot, false>>(pool, q);
+  if constexpr (!std::is_same_v<Dot, Int8>) {
+    if (codes.scheme == Scheme::e2m1) return experts_of<D, Nibbles<Dot, true>>(pool, q);
+    experts_of<D, Bytes<Dot, true>>(pool, q);
+  }
 }
 
 }  // namespace

@@ -7,7 +7,11 @@
 
 namespace moe_fn {
 
-constexpr int FEW_ROWS = WIDTH == 16 ? 6 : MAX_ROWS;  // 6 x 2 vectors of sums and as many of totals
+constexpr int FEW_ROWS = WIDTH == 16 ? 12 : MAX_ROWS;
+
+// Rows of an expert until which weights are decoded anew for every block of them.
+template <class C>
+constexpr int IN_REGISTERS = WIDTH == 16 ? 28 : MAX_ROWS;
 
 // A panel's scales and what belongs to them.
 struct PanelScales { const float *scale, *correction; };
@@ -19,47 +23,72 @@ static inline vec scaled(vec total, Sum sum, const PanelScales& s, int tile, int
   return total + x * load(s.scale + tile * PANEL + v * WIDTH);
 }
 
-// c[ROWS][32] = rows times one panel. Several spans at a time: a row or two alone would wait for each sum's last product.
+// c[ROWS][32] = ROWS of `rows` packed rows times one panel. Several spans at a time: a row or two alone would wait for each sum's last product.
 template <class C, int ROWS>
-void few(const Weight& w, const C& code, const float* a, const char* b, const PanelScales& scales, float* c, const char* ahead) {
+void few(const Weight& w, const C& code, const float* a, int rows, const char* b, const PanelScales& scales, float* c, int64_t ahead) {
   using D = typename C::Dot;
   using Sum = typename SumOf<D>::type;
   const Codes& q = *w.codes;
   const C here = code;  // its tables, in registers
-  const bool corrected = q.corrected();
-  const float* extra = a + int64_t(RowShape<C>(w).dwords) * ROWS;
+  const bool corrected = q.corrected(RowShape<C>::BF16_ROWS);
+  const float* extra = a + int64_t(RowShape<C>(w).dwords) * rows;
+  const size_t pitch = size_t(rows) * CHUNK;
   vec total[ROWS][NV] = {};
   const Span* spans = q.spans.data();
   const int count = int(q.spans.size());
   int at = 0;
   auto some = [&]<int SPANS>(std::integral_constant<int, SPANS>) __attribute__((always_inline)) {
     Sum sum[SPANS][ROWS][NV] = {};
-    const int first = spans[at].first, apart = spans[at].count;
-    for (int i = 0; i < apart; i++)
-#pragma GCC unroll 4
-      for (int s = 0; s < SPANS; s++) {
-        const int step = first + s * apart + i, dword = step * C::PER;
-        const char* from = b + int64_t(step) * (PANEL * 4);
-        const float* x = a + (dword / CHUNK) * (ROWS * CHUNK) + dword % CHUNK;
+    const char* from[SPANS];
+    const float* x[SPANS];
+    for (int s = 0; s < SPANS; s++) {
+      const unsigned step = spans[at + s].first, dword = step * C::PER;
+      from[s] = b + size_t(step) * (PANEL * 4);
+      x[s] = a + size_t(dword / CHUNK) * pitch + dword % CHUNK;
+    }
+    auto step = [&](int s, int i) __attribute__((always_inline)) {
+      const char* w = from[s] + i * (PANEL * 4);
 #pragma GCC unroll 2
-        for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(ahead + int64_t(step) * (PANEL * 4) + line, 0, 2);
-        typename C::Open open[NV];
+      for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+      typename C::Open open[NV];
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) open[v] = here.open((veci)load(from + v * WIDTH * 4));
+      for (int v = 0; v < NV; v++) open[v] = here.open((veci)load(w + v * WIDTH * 4));
 #pragma GCC unroll 8
-        for (int j = 0; j < C::PER; j++) {
-          typename D::Split part[NV];
+      for (int j = 0; j < C::PER; j++) {
+        typename D::Split part[NV];
 #pragma GCC unroll 8
-          for (int v = 0; v < NV; v++) part[v] = D::split(here.part(open[v], j));
+        for (int v = 0; v < NV; v++) part[v] = D::split(here.part(open[v], j));
 #pragma GCC unroll 16
-          for (int r = 0; r < ROWS; r++)
+        for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < NV; v++) sum[s][r][v] = D::mac(sum[s][r][v], x + r * CHUNK + j, part[v]);
-        }
+          for (int v = 0; v < NV; v++) sum[s][r][v] = D::mac(sum[s][r][v], x[s] + i * C::PER + r * CHUNK + j, part[v]);
+      }
+    };
+    // Chunks of x, where every displacement is a constant; a span of few inputs is a part of one.
+    constexpr int IN_CHUNK = CHUNK / C::PER, TOGETHER = IN_CHUNK < 4 ? IN_CHUNK : 4;
+    const bool whole = spans[at].first % IN_CHUNK == 0;
+    int left = spans[at].count;
+    for (; whole && left >= IN_CHUNK; left -= IN_CHUNK) {
+      for (int i = 0; i < IN_CHUNK; i += TOGETHER) {
+#pragma GCC unroll 4
+        for (int k = 0; k < TOGETHER; k++)
+#pragma GCC unroll 4
+          for (int s = 0; s < SPANS; s++) step(s, k);
+#pragma GCC unroll 4
+        for (int s = 0; s < SPANS; s++) from[s] += TOGETHER * PANEL * 4, x[s] += TOGETHER * C::PER;
       }
 #pragma GCC unroll 4
+      for (int s = 0; s < SPANS; s++) x[s] += pitch - CHUNK;
+    }
+    for (unsigned next = spans[at].first + spans[at].count - left; left > 0; left--) {
+#pragma GCC unroll 4
+      for (int s = 0; s < SPANS; s++) step(s, 0), from[s] += PANEL * 4, x[s] += C::PER;
+      if (++next % IN_CHUNK == 0)
+        for (int s = 0; s < SPANS; s++) x[s] += pitch - CHUNK;
+    }
+#pragma GCC unroll 4
     for (int s = 0; s < SPANS; s++, at++) {
-      const float* sums_of_x = extra + (1 + at) / CHUNK * (ROWS * CHUNK) + (1 + at) % CHUNK;
+      const float* sums_of_x = extra + (1 + at) / CHUNK * pitch + (1 + at) % CHUNK;
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
@@ -67,7 +96,10 @@ void few(const Weight& w, const C& code, const float* a, const char* b, const Pa
           total[r][v] = scaled(total[r][v], sum[s][r][v], scales, spans[at].tile, v, corrected, corrected ? sums_of_x[r * CHUNK] : 0.f);
     }
   };
-  auto alike = [&](int many) {
+  auto alike = [&](int many) {  // and at the same places of chunks, or within one
+    constexpr int IN_CHUNK = CHUNK / C::PER;
+    const int of_chunk = std::min(spans[at].count, IN_CHUNK);
+    if (spans[at].first % of_chunk || spans[at].count % of_chunk || IN_CHUNK % of_chunk) return false;
     for (int s = 0; s < many; s++)
       if (at + s >= count || spans[at + s].count != spans[at].count || spans[at + s].first != spans[at].first + s * spans[at].count) return false;
     return true;
@@ -135,7 +167,7 @@ void span_tile(const float* a, const float* b, const SpanOfRows& span, const flo
 }
 
 template <class C>
-using Few = void (*)(const Weight&, const C&, const float*, const char*, const PanelScales&, float*, const char*);
+using Few = void (*)(const Weight&, const C&, const float*, int, const char*, const PanelScales&, float*, int64_t);
 using SpanTile = void (*)(const float*, const float*, const SpanOfRows&, const float*, bool, const PanelScales&, float*);
 template <class C>
 struct QuantisedTiles {  // by number of rows
@@ -173,6 +205,8 @@ struct Quantised {
     float* scale = scratch + decoded_floats();
     float *correction = scale + q.in_tiles * PANEL, *laid = correction + q.in_tiles * PANEL;
     const PanelScales scales{scale, correction};
+    constexpr bool bf16 = RowShape<C>::BF16_ROWS;
+    const bool corrected = q.corrected(bf16);
     for (int p = first; p < last; p++) {
       const char *panel = (const char*)laid, *ahead = panel;
       if (w.prepared) {
@@ -181,11 +215,18 @@ struct Quantised {
       } else {
         lay_transposed(w, w.data + expert * w.expert_bytes, columns_of(w, p), 0, w.steps(), laid);
       }
-      panel_scales(w, expert, p, scale, correction);
-      if (count == 1 && total <= FEW_ROWS) {
-        before(p, 0);
-        quantised_tiles<C>.few_rows[total](w, code, rows(0), panel, scales, sums, ahead);
-        epilogue(p, 0, sums);
+      panel_scales(w, expert, p, bf16, scale, correction);
+      if (total <= IN_REGISTERS<C>) {
+        for (int b = 0; b < count; b++) {
+          const int parts = (blocks[b].rows + FEW_ROWS - 1) / FEW_ROWS;
+          before(p, b);
+          for (int i = 0, from = 0; i < parts; i++) {
+            const int here = blocks[b].rows * (i + 1) / parts - from;
+            quantised_tiles<C>.few_rows[here](w, code, rows(b) + from * CHUNK, blocks[b].rows, panel, scales, sums + from * PANEL, b + i ? 0 : ahead - panel);
+            from += here;
+          }
+          epilogue(p, b, sums);
+        }
         continue;
       }
       for (int i = 0; i < int(q.spans.size()); i++) {
@@ -194,7 +235,7 @@ struct Quantised {
         float* c = sums;
         for (int b = 0; b < count; c += blocks[b++].rows * PANEL)
           quantised_tiles<C>.many_rows[blocks[b].rows](rows(b), scratch, {span.first * C::PER, span.count * C::PER, span.tile, i, i + 1 == int(q.spans.size())},
-                                                       rows(b) + int64_t(dwords) * blocks[b].rows, q.corrected(), scales, c);
+                                                       rows(b) + int64_t(dwords) * blocks[b].rows, corrected, scales, c);
       }
       float* c = sums;
       for (int b = 0; b < count; c += blocks[b++].rows * PANEL) {
