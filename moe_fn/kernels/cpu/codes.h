@@ -30,6 +30,7 @@ struct Codes {
   int inputs_per_dword() const { return four_bits() ? 8 : 4; }
   // Operands of products are codes plus an offset (decode.h): what makes them exact and cheap there is taken back by sums of x.
   float offset(bool bf16) const { return int8_rows ? 0.f : scheme == Scheme::int4 ? (bf16 ? 16.f : -8.f) : scheme == Scheme::int8 ? -128.f : 0.f; }
+  float unit() const { return scheme == Scheme::int8 && !int8_rows ? 0x1p-24f : 1.f; }  // of an operand
   float symmetric_zero() const { return scheme == Scheme::int4 ? 8.f : scheme == Scheme::int8 ? 128.f : 0.f; }
   bool corrected(bool bf16) const { return zero || offset(bf16) + symmetric_zero() != 0; }
 
@@ -86,7 +87,7 @@ static inline vec scales_at(ScaleType type, const void* p) {  // WIDTH of them, 
 static inline void panel_scales(const Weight& w, int64_t expert, int panel, bool bf16, float* scale, float* correction) {
   const Codes& q = *w.codes;
   const bool corrected = q.corrected(bf16);
-  const float offset = q.offset(bf16);
+  const float offset = q.offset(bf16), unit = q.unit();
   const int size = size_of(q.scale_type);
   const Columns from = columns_of(w, panel);
   float global[NV] = {};
@@ -118,10 +119,10 @@ static inline void panel_scales(const Weight& w, int64_t expert, int panel, bool
     }
     for (int v = 0; v < NV; v++) {
       const vec s = scales_at(q.scale_type, scales + v * WIDTH * size);
-      store(scale + v * WIDTH, q.global_scale ? s * splat(global[v]) : s);
+      store(scale + v * WIDTH, (q.global_scale ? s * splat(global[v]) : s) * unit);
       if (!corrected) continue;
       const vec z = zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat(q.symmetric_zero());
-      store(correction + v * WIDTH, -(z + offset));
+      store(correction + v * WIDTH, -(z + offset) / unit);
     }
   }
 }

@@ -11,7 +11,7 @@ constexpr int FEW_ROWS = WIDTH == 16 ? 12 : MAX_ROWS;
 
 // Rows of an expert until which weights are decoded anew for every block of them.
 template <class C>
-constexpr int IN_REGISTERS = WIDTH == 16 ? 28 : MAX_ROWS;
+constexpr int IN_REGISTERS = WIDTH == 16 ? 1 << 20 : MAX_ROWS;
 
 // A panel's scales and what belongs to them.
 struct PanelScales { const float *scale, *correction; };
