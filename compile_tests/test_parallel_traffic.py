@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from compile_tests.fake_ranks import COLLECTIVES, Echo, collectives_in, fake_ranks, id_of, layer_of, parallel_of, short_name
 from compile_tests.graphs import Graphs, graphs_of, name_of
 from compile_tests.rank_graphs import FORMATS, MOST, config_of, leaves_of_rank, tokens_of
-from moe_fn import LatentConfig, MoEConfig, ParallelConfig, RouterConfig, SharedExpertsConfig
+from moe_fn import ActivationQuantConfig, LatentConfig, MoEConfig, ParallelConfig, QuantConfig, RouterConfig, SharedExpertsConfig
 from moe_fn.parallel import Traffic, traffic
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -44,10 +44,17 @@ def said(t: Traffic, merged: dict[str, str]) -> Counter[tuple[str, str, int]]:
     return Counter((m.collective, merged.get(m.group, m.group), m.payload) for m in t.messages)
 
 
+FP8_GROUPS = QuantConfig(
+    scheme="fp8_e4m3",
+    granularity="group",
+    group_size=2,
+    activations=ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=2),
+)
 BASE = {"num_experts": 8, "top_k": 2}
 LAYERS: dict[str, dict[str, Any]] = {
     "shared": {},
     "plain": {"shared": None},
+    "fp8 groups": {"shared": None, "quant": FP8_GROUPS},
     "latent, padding, gate": {
         "shared": SharedExpertsConfig(intermediate_size=8, gate="sigmoid"),
         "latent": LatentConfig(size=12),

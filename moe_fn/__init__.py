@@ -5,21 +5,36 @@ from moe_fn.backends import BackendInfo, backends
 from moe_fn.compiling import mark_tokens
 from moe_fn.config import (
     ActivationConfig,
+    ActivationQuantConfig,
     ExpertNormConfig,
     GroupConfig,
     LatentConfig,
+    LoRAConfig,
     MoEConfig,
     NormsConfig,
     ParallelConfig,
+    QuantConfig,
     RankGroup,
     RouterConfig,
     SharedExpertsConfig,
     ZeroExpertsConfig,
 )
 from moe_fn.forward import moe_forward, moe_forward_routed, moe_forward_shared, moe_forward_with_stats, moe_route
+from moe_fn.merging import add_lora, make_lora, merge_lora, unmerge_lora
 from moe_fn.parallel import join_weights, shard_weights
 from moe_fn.preparing import prepare_weights, restore_weights
-from moe_fn.records import Dispatched, LatentWeights, MoEWeights, RouterWeights, Routing, RoutingStats, SharedWeights
+from moe_fn.quant import dequantize_weights, quantize_weights
+from moe_fn.records import (
+    Dispatched,
+    LatentWeights,
+    LoRAWeights,
+    MoEWeights,
+    QuantWeights,
+    RouterWeights,
+    Routing,
+    RoutingStats,
+    SharedWeights,
+)
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch
 from moe_fn.stages.experts import experts
@@ -29,9 +44,11 @@ from moe_fn.stages.route import route
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationConfig", "BackendInfo", "Dispatched", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LatentWeights", "MoEConfig",
-    "MoEWeights", "NormsConfig", "ParallelConfig", "RankGroup", "RouterConfig", "RouterWeights", "Routing", "RoutingStats",
-    "SharedExpertsConfig", "SharedWeights", "ZeroExpertsConfig", "backends", "balance", "combine", "dispatch", "experts", "join_weights",
-    "mark_tokens", "moe_forward", "moe_forward_routed", "moe_forward_shared", "moe_forward_with_stats", "moe_route", "prepare_weights",
-    "reduce_and_trunc", "reference", "restore_weights", "route", "shard_weights",
+    "ActivationConfig", "ActivationQuantConfig", "BackendInfo", "Dispatched", "ExpertNormConfig", "GroupConfig", "LatentConfig",
+    "LatentWeights", "LoRAConfig", "LoRAWeights", "MoEConfig", "MoEWeights", "NormsConfig", "ParallelConfig", "QuantConfig",
+    "QuantWeights", "RankGroup", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig", "SharedWeights",
+    "ZeroExpertsConfig", "add_lora", "backends", "balance", "combine", "dequantize_weights", "dispatch", "experts", "join_weights",
+    "make_lora", "mark_tokens", "merge_lora", "moe_forward", "moe_forward_routed", "moe_forward_shared", "moe_forward_with_stats",
+    "moe_route", "prepare_weights", "quantize_weights", "reduce_and_trunc", "reference", "restore_weights", "route", "shard_weights",
+    "unmerge_lora",
 ]  # fmt: skip

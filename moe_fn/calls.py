@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checking import check_beside_x, check_token_inputs, check_weights, check_x
+from moe_fn.checking import check_adapter_ids, check_beside_x, check_token_inputs, check_weights, check_x
 from moe_fn.config import MoEConfig
 from moe_fn.layer import without_padding
 from moe_fn.preparing import restore_weights
@@ -26,6 +26,7 @@ class Call:
     token_mask: Tensor | None
     leading: tuple[int, ...]
     dtype: torch.dtype
+    adapter_ids: Tensor | None = None
 
 
 def enter(
@@ -36,6 +37,7 @@ def enter(
     logits: Tensor | None,
     token_ids: Tensor | None,
     token_mask: Tensor | None,
+    adapter_ids: Tensor | None = None,
     routed: bool = False,
 ) -> Call:
     """The call, checked: ValueError for what does not fit."""
@@ -50,13 +52,16 @@ def enter(
         check_token_inputs(where, config, x, token_ids, token_mask)
     elif token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+    check_adapter_ids(where, config, x, adapter_ids)
     leading = tuple(x.shape[:-1])
     if x.ndim > 2:
         computed = computed.flatten(0, -2)
         logits = None if logits is None else logits.flatten(0, -2)
         token_ids = None if token_ids is None else token_ids.flatten()
         token_mask = None if token_mask is None else token_mask.flatten()
-    return Call(weights, without_padding(computed, token_mask), logits, token_ids, token_mask, leading, x.dtype)
+    if adapter_ids is not None:
+        adapter_ids = adapter_ids.flatten().to(torch.int64)
+    return Call(weights, without_padding(computed, token_mask), logits, token_ids, token_mask, leading, x.dtype, adapter_ids)
 
 
 def leave(call: Call, y: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def flat_routing(routing: Routing, call: Call) -> Routing:
     ids, weights, shared = routing.expert_ids, routing.weights, routing.shared_weights
     if ids.ndim > 2:
         ids, weights, shared = ids.flatten(0, -2), weights.flatten(0, -2), None if shared is None else shared.flatten(0, -2)
-    routing = Routing(expert_ids=ids, weights=weights, shared_weights=shared)
+    routing = Routing(expert_ids=ids, weights=weights, shared_weights=shared, adapter_ids=call.adapter_ids)
     return routing if call.token_mask is None else routing_without_padding(routing, call.token_mask)
 
 

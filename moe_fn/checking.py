@@ -5,87 +5,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, as_activation
-from moe_fn.preparing import Shape, is_prepared, plain_shapes, prepared_shapes
+from moe_fn.config import MoEConfig
+from moe_fn.lora import check_adapters
+from moe_fn.preparing import Shape, is_prepared, prepared_beside_shapes, prepared_shapes
+from moe_fn.quant.shapes import dtypes_of_quant
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
+from moe_fn.shapes import ANY, expected_shapes
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
+_COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
 _INTEGERS = {("router", name) for name in ("expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas")}
-_ANY = -1
 _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
-
-
-def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
-    """Shape of every weight that fits the config, and whether it must be there; a weight not in the result must not be."""
-    own = config.own  # with parallel, the rank's part
-    experts, hidden = ("num_experts", own.num_experts), ("hidden_size", config.hidden_size)
-    wide = ("expert_hidden_size", config.expert_hidden_size)
-    gate_up, down = plain_shapes(own)
-    outputs = 1 if config.weight_layout == "out_in" else 2
-    choices, logits = ("num_choices", config.num_choices), ("num_logits", config.num_logits)
-    gate_width = hidden if config.router.gate_input == "original" else wide
-    shapes: dict[tuple[str, ...], tuple[Shape, bool]] = {
-        ("gate_up",): (gate_up, True),
-        ("down",): (down, True),
-        ("gate_up_bias",): ((experts, gate_up[outputs]), False),
-        ("down_bias",): ((experts, down[outputs]), False),
-        ("router", "gate"): ((logits, gate_width), False),
-        ("router", "bias"): ((logits,), False),
-        ("router", "expert_scale"): ((logits,), False),
-    }
-    if config.expert_norm is not None:
-        shapes[("expert_norm",)] = ((experts, wide), True)
-    if config.norms is not None:
-        for name in ("input", "output"):
-            if getattr(config.norms, name):
-                shapes[(f"{name}_norm",)] = ((hidden,), True)
-    if config.zero_experts is not None and config.zero_experts.kind == "constant":
-        shapes[("constants",)] = ((("zero_experts.count", config.zero_experts.count), hidden), True)
-    if config.router.correction_bias != "none":
-        shapes[("router", "correction_bias")] = ((choices,), True)
-    if config.router.selection == "hash":
-        shapes[("router", "expert_ids_of_token")] = ((("vocabulary", _ANY), ("top_k", config.top_k)), True)
-    if config.parallel is not None and config.parallel.num_physical is not None:
-        logical = ("num_experts", config.num_experts)
-        shapes[("router", "logical_of_physical")] = ((("num_physical", config.parallel.num_physical),), True)
-        shapes[("router", "physical_of_logical")] = ((logical, ("max replicas", _ANY)), True)
-        shapes[("router", "num_replicas")] = ((logical,), True)
-    if config.shared is not None:
-        width = config.shared.count * config.shared.intermediate_size // _slices_of_shared(config)
-        both = 2 * width if as_activation(config.shared.activation).gated else width
-        shapes[("shared", "gate_up")] = ((("shared gate_up", both), hidden), True)
-        shapes[("shared", "down")] = ((hidden, ("shared width", width)), True)
-        shapes[("shared", "gate_up_bias")] = ((("shared gate_up", both),), False)
-        shapes[("shared", "down_bias")] = ((hidden,), False)
-        if config.shared.gate == "sigmoid":
-            shapes[("shared", "gate")] = ((("1", 1), hidden), True)
-    if config.latent is not None:
-        latent = ("latent.size", config.latent.size)
-        shapes[("latent", "input")] = ((latent, hidden), True)
-        shapes[("latent", "output")] = ((hidden, latent), True)
-        for name, dim in (("input_bias", latent), ("output_bias", hidden), ("input_norm", latent), ("output_norm", latent)):
-            shapes[("latent", name)] = ((dim,), False)
-    return shapes
-
-
-def _slices_of_shared(config: MoEConfig) -> int:
-    parallel = config.parallel
-    return parallel.tp.size if parallel is not None and parallel.tp is not None and parallel.shared == "sharded" else 1
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor) -> None:
     """Every weight has the shape that the config gives it, a float dtype (that of x for the matrices) and the device of x."""
     if not isinstance(weights, MoEWeights):
         raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
-    shapes = expected_shapes(config)
+    shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
+    if isinstance(weights.gate_up, Tensor) and is_prepared(weights.gate_up):
+        laid = prepared_beside_shapes(config.own)
+        shapes |= {path: (laid[path], True) for path in shapes if path in laid}
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
         prepared = leaf is not None and path in _PREPARED and is_prepared(leaf)
         expected = shapes.get(path) if not prepared else _prepared_shape(config, path, x.dtype)
-        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, x.device)
-        if leaf is not None and path in _COMPUTE_DTYPE and leaf.dtype != x.dtype:
+        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, x.device, quantised.get(path))
+        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != x.dtype:
             raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of x, {x.dtype}")
     if is_prepared(weights.gate_up) != is_prepared(weights.down):
         raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
+    check_adapters(where, config, weights.lora)
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
 
@@ -96,10 +45,10 @@ def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
         raise ValueError(f"{where}: config is a {type(config).__name__}; expected MoEConfig")
     if not isinstance(weights, MoEWeights):
         raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
-    shapes = expected_shapes(config)
+    shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
         if leaf is not None:
-            _check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), leaf.device)
+            _check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), leaf.device, quantised.get(path))
 
 
 def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype) -> tuple[Shape, bool]:
@@ -108,7 +57,13 @@ def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype
 
 
 def _check_weight(
-    where: str, name: str, path: tuple[str, ...], leaf: Tensor | None, expected: tuple[Shape, bool] | None, device: torch.device
+    where: str,
+    name: str,
+    path: tuple[str, ...],
+    leaf: Tensor | None,
+    expected: tuple[Shape, bool] | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> None:
     if leaf is None:
         if expected is not None and expected[1]:
@@ -117,15 +72,18 @@ def _check_weight(
     if expected is None:
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected None, for the config has no use for it")
     shape, _ = expected
-    if leaf.ndim != len(shape) or any(size != _ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
+    if leaf.ndim != len(shape) or any(size != ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected {_words(shape)}")
-    _check_kind(where, name, leaf, "integer" if path in _INTEGERS else "float")
+    if dtypes is None:
+        _check_kind(where, name, leaf, "integer" if path in _INTEGERS else "float")
+    elif leaf.dtype not in dtypes:
+        raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, dtypes))}, for config.quant")
     if leaf.device != device:
         raise ValueError(f"{where}: {name} is on {leaf.device}; expected the device of x, {device}")
 
 
 def _words(shape: Shape) -> str:
-    names, sizes = ", ".join(name for name, _ in shape), ", ".join("any" if size == _ANY else str(size) for _, size in shape)
+    names, sizes = ", ".join(name for name, _ in shape), ", ".join("any" if size == ANY else str(size) for _, size in shape)
     return f"({names}) = ({sizes})"
 
 
@@ -204,6 +162,18 @@ def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tens
         check_beside_x(where, "token_ids", token_ids, x, None, "integer")
     if token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+
+
+def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Tensor | None) -> None:
+    """Ids of adapters where there are adapters to choose among. Their values are not looked at: one that there is not is none."""
+    if adapter_ids is not None:
+        if config.lora is None:
+            raise ValueError(f"{where}: adapter_ids would have no effect; expected None, or MoEConfig.lora")
+        check_beside_x(where, "adapter_ids", adapter_ids, x, None, "integer")
+    elif config.lora is not None and config.lora.num_adapters > 1:
+        raise ValueError(
+            f"{where}: adapter_ids is None; expected an id of the {config.lora.num_adapters} adapters for each token, -1 for none"
+        )
 
 
 def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) -> None:

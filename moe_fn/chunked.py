@@ -23,7 +23,7 @@ from moe_fn.layer import layer_of_tokens, parts_of_tokens
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.records import MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 
-_PER_TOKEN = 4  # x, expert_ids, weights, shared_weights stand before the weights' leaves
+_PER_TOKEN = 5  # x, expert_ids, weights, shared_weights, adapter_ids stand before the weights' leaves
 
 
 def layer_in_chunks(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool) -> tuple[Tensor, ...]:
@@ -31,7 +31,7 @@ def layer_in_chunks(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: 
     # Without the router's weights, which are not read here: Inductor (2.13) gives a carry that a scan hands on unchanged away twice,
     # and their gradients, zero here, came out wrong.
     leaves = leaves_of_weights(dataclasses.replace(weights, router=None))
-    args = [x, routing.expert_ids, routing.weights, routing.shared_weights, *leaves]
+    args = [x, routing.expert_ids, routing.weights, routing.shared_weights, routing.adapter_ids, *leaves]
     if torch.compiler.is_compiling():
         # Dynamo (2.13) takes func.grad's own inputs for constants and would drop the backward; of a view it asks anew.
         args = [None if a is None else a.view_as(a) for a in args]
@@ -61,8 +61,8 @@ def scalars_allowed() -> bool:
 
 def chunk_of_layer(config: MoEConfig, with_shared: bool, args: list[Tensor | None]) -> tuple[Tensor, ...]:
     """One chunk, from flat arguments."""
-    x, ids, w, shared_w, *leaves = args
-    routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w)  # type: ignore[arg-type]
+    x, ids, w, shared_w, adapter_ids, *leaves = args
+    routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)  # type: ignore[arg-type]
     weights = weights_of_leaves(leaves)
     if with_shared:
         return parts_of_tokens(config, weights, x, routing)  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def _with_spare_row(tensors: Any) -> list[Tensor | None]:
 
     def spare(t: Tensor) -> Tensor:
         value = 0 if t.dtype.is_floating_point else -1
-        return F.pad(t, (0, 0, 0, 1), value=value)
+        return F.pad(t, (0, 0) * (t.ndim - 1) + (0, 1), value=value)
 
     return [None if t is None else spare(t) for t in tensors]
 

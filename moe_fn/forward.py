@@ -9,7 +9,7 @@ from moe_fn.calls import Call, autocast_off, enter, flat_routing, leave
 from moe_fn.checking import check_routing, check_x
 from moe_fn.chunked import layer_in_chunks, scalars_allowed, scan_traces
 from moe_fn.config import MoEConfig
-from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens
+from moe_fn.layer import layer_of_tokens, parts_of_tokens, route_tokens
 from moe_fn.parallel.formats import may_overflow
 from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.parallel.sizes import reads_sizes
@@ -25,13 +25,15 @@ def moe_forward(
     *,
     token_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """The Mixture-of-Experts layer.
 
         y[t] = sum over j of  w[t, j] * expert_{ids[t, j]}(x[t])  + shared(x[t]) + zero experts,   (ids, w) = route(logits)
 
     x [..., H] float, logits [..., num_logits] float (None: x @ weights.router.gate.T + bias), token_ids [...] integers for hash
-    routing, token_mask [...] bool, False for padding. Returns [..., H] in x.dtype, also under autocast (which sets the dtype that
+    routing, token_mask [...] bool, False for padding, adapter_ids [...] integers, each token's LoRA adapter (-1, or an id that there is
+    not: none; None: adapter 0 for all, where there is one). Returns [..., H] in x.dtype, also under autocast (which sets the dtype that
     the experts compute in). Padding may hold anything and gives zeros.
 
     Raises ValueError at trace time: where, what came, what was expected. Under fullgraph torch wraps it in an error of its own.
@@ -60,10 +62,10 @@ def moe_forward(
     >>> moe_forward(config, weights, torch.randn(5, 64), torch.randn(5, 8)).shape
     torch.Size([5, 64])
     """
-    call = enter("moe_forward", config, weights, x, logits, token_ids, token_mask)
+    call = enter("moe_forward", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
-        routing = None if _routes_inside(config) else _route(config, call)
-        (y,) = _run(config, call, routing, with_shared=False)
+        logits, routing = (call.logits, None) if _routes_inside(config) else _route(config, call)
+        (y,) = _run(config, call, logits, routing, with_shared=False)
         return leave(call, y)
 
 
@@ -75,6 +77,7 @@ def moe_forward_shared(
     *,
     token_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(shared, routed), whose sum is moe_forward: for hosts that reduce or overlap the two separately.
 
@@ -95,10 +98,10 @@ def moe_forward_shared(
         raise ValueError("moe_forward_shared: MoEConfig.parallel sums routed and shared together; expected None, or moe_forward")
     if isinstance(config, MoEConfig) and config.norms is not None and config.norms.output:
         raise ValueError("moe_forward_shared: MoEConfig.norms.output=True norms the sum of the two; expected False, or moe_forward")
-    call = enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask)
+    call = enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
-        routing = None if _routes_inside(config) else _route(config, call)
-        shared, routed = _run(config, call, routing, with_shared=True)
+        logits, routing = (call.logits, None) if _routes_inside(config) else _route(config, call)
+        shared, routed = _run(config, call, logits, routing, with_shared=True)
         return leave(call, shared), leave(call, routed)
 
 
@@ -120,9 +123,9 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     """
     check_x("moe_forward_routed", config, x)
     check_routing("moe_forward_routed", config, x, routing)
-    call = enter("moe_forward_routed", config, weights, x, None, None, token_mask, routed=True)
+    call = enter("moe_forward_routed", config, weights, x, None, None, token_mask, routing.adapter_ids, routed=True)
     with autocast_off(x):
-        (y,) = _run(config, call, flat_routing(routing, call), with_shared=False)
+        (y,) = _run(config, call, None, flat_routing(routing, call), with_shared=False)
         return leave(call, y)
 
 
@@ -134,6 +137,7 @@ def moe_route(
     *,
     token_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
     """(logits, routing): the first half of moe_forward, for hosts that look at the router; moe_forward_routed is the second.
 
@@ -149,13 +153,12 @@ def moe_route(
     >>> moe_route(config, weights, torch.randn(3, 4), torch.tensor([[0.0, 1.0]] * 3))[1].expert_ids.flatten().tolist()
     [1, 1, 1]
     """
-    call = enter("moe_route", config, weights, x, logits, token_ids, token_mask)
+    call = enter("moe_route", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
-        logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
-        routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading)
+        logits, routing = _route(config, call)
         parts = (logits, routing.expert_ids, routing.weights, routing.shared_weights)
         logits, ids, w, shared = (None if t is None else t.view(*call.leading, t.shape[-1]) for t in parts)
-        return logits, Routing(expert_ids=ids, weights=w, shared_weights=shared)  # type: ignore[return-value, arg-type]
+        return logits, Routing(expert_ids=ids, weights=w, shared_weights=shared, adapter_ids=adapter_ids)  # type: ignore[return-value, arg-type]
 
 
 def moe_forward_with_stats(
@@ -166,6 +169,7 @@ def moe_forward_with_stats(
     *,
     token_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, RoutingStats]:
     """moe_forward, and what the router did: load per expert, dropped slots, balancing losses. Nothing is kept on the side.
 
@@ -183,22 +187,21 @@ def moe_forward_with_stats(
     >>> stats.expert_load.tolist()
     [0, 3]
     """
-    call = enter("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask)
+    call = enter("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
-        logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
-        routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading)
+        logits, routing = _route(config, call)
         stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
         if config.parallel is not None and may_overflow(config):
-            y, overflow = layer_over_ranks(config, config.parallel, call.weights, call.x, routing, logits)
+            y, overflow = layer_over_ranks(config, config.parallel, call.weights, call.x, routing, None)
             if overflow is not None:
                 stats = dataclasses.replace(stats, dropped_slots=stats.dropped_slots + overflow)
             return leave(call, y), stats
-        (y,) = _run(config, call, routing, with_shared=False)
+        (y,) = _run(config, call, logits, routing, with_shared=False)
         return leave(call, y), stats
 
 
-def _route(config: MoEConfig, call: Call) -> Routing:
-    return route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading)
+def _route(config: MoEConfig, call: Call) -> tuple[Tensor, Routing]:
+    return route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading, call.adapter_ids)
 
 
 def _routes_inside(config: MoEConfig) -> bool:
@@ -206,13 +209,14 @@ def _routes_inside(config: MoEConfig) -> bool:
     return config.opaque and config.router.capacity is None
 
 
-def _run(config: MoEConfig, call: Call, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
+def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
+    """Everything behind the router; with routing None the op routes by the logits, or by its gate."""
     if config.parallel is not None and routing is not None:
-        return (_run_over_ranks(config, call, routing),)
+        return (_run_over_ranks(config, call, logits, routing),)
     chunked = config.chunk_tokens is not None
     if routing is None or config.opaque or (chunked and not scan_traces()):
-        pending = (call.logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
-        return layer_as_op(config, call.weights, call.x, routing, *pending, with_shared)
+        pending = (logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
+        return layer_as_op(config, call.weights, call.x, routing, *pending, call.adapter_ids, with_shared)
     if chunked:
         return layer_in_chunks(config, call.weights, call.x, routing, with_shared)
     if with_shared:
@@ -220,15 +224,12 @@ def _run(config: MoEConfig, call: Call, routing: Routing | None, with_shared: bo
     return (layer_of_tokens(config, call.weights, call.x, routing),)
 
 
-def _run_over_ranks(config: MoEConfig, call: Call, routing: Routing) -> Tensor:
+def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing) -> Tensor:
     if config.parallel is None or may_overflow(config):
         raise ValueError(
             "moe_forward: ParallelConfig.capacity may drop slots; expected None, or moe_forward_with_stats, which returns how many"
         )
-    logits = call.logits
-    if logits is None and config.parallel.gather == "logits":
-        logits = logits_of_tokens(config, call.weights, call.x)
+    sent = logits if config.parallel.gather == "logits" else None  # None too where a caller routed: then the routing travels
     if reads_sizes(config.parallel) and not scalars_allowed():
-        logits = logits if config.parallel.gather == "logits" else None
-        return layer_as_op(config, call.weights, call.x, routing, logits, None, None, False)[0]
-    return layer_over_ranks(config, config.parallel, call.weights, call.x, routing, logits)[0]
+        return layer_as_op(config, call.weights, call.x, routing, sent, None, None, call.adapter_ids, False)[0]
+    return layer_over_ranks(config, config.parallel, call.weights, call.x, routing, sent)[0]

@@ -16,15 +16,16 @@ from torch.autograd import forward_ad
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
 from moe_fn.compiling import in_forward_mode
-from moe_fn.config import MoEConfig, ZeroExpertsConfig, as_activation
-from moe_fn.config.activation import activation_of_scalars
+from moe_fn.config import MoEConfig, as_activation
 from moe_fn.kernels import gpu, native
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.op_arguments import NUM_FLOATS, packed, unpacked, with_floats
 from moe_fn.ops.define import Kernel
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
-from moe_fn.ops.routed import DIFFERENTIABLE, NUM_TENSORS, define_routed_experts, define_routed_experts_backward
+from moe_fn.ops.routed import DIFFERENTIABLE, define_routed_experts, define_routed_experts_backward
 from moe_fn.ops.rows import gather_rows
 from moe_fn.preparing import is_prepared, lay_down, lay_gate_up, restore_weights
+from moe_fn.quant.weights import dequantize_weights
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch, weighted
@@ -42,11 +43,11 @@ def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
         The fused kernel equals the stages.
     """
     backend = backend_of(config, x)
-    if config.expert_norm is None and backend in BY_OP and not in_forward_mode():  # a norm needs whole rows before the sum
+    by_stages_alone = _why_by_stages(config, weights, x, routing, backend)
+    if by_stages_alone is None:
         return BY_OP[backend](config, weights, x, routing)
     if config.recompute:
-        what = "an expert_norm" if config.expert_norm is not None else "forward mode" if backend in BY_OP else f"back-end {backend!r}"
-        raise ValueError(f"MoEConfig.recompute=True with {what}: expected False, and torch.utils.checkpoint around the layer")
+        raise ValueError(f"MoEConfig.recompute=True with {by_stages_alone}: expected False, and torch.utils.checkpoint around the layer")
     return by_stages(config, weights, x, routing)
 
 
@@ -70,6 +71,26 @@ def by_triton_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
 BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}  # the back-ends that have an op for all three
 
 
+def _why_by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, backend: str) -> str | None:
+    """Why no op does all of it, in words. Gradients through rounded activations are what the stages say that they are."""
+    if config.expert_norm is not None:  # it needs whole rows before the sum
+        return "an expert_norm"
+    if config.lora is not None:  # adapters need another order of rows
+        return "lora"
+    if backend not in BY_OP:
+        return f"back-end {backend!r}"
+    if in_forward_mode():
+        return "forward mode"
+    if config.quant is None:
+        return None
+    if config.quant.activations is not None and _differentiates(weights, x, routing.weights):
+        return "gradients through activations that are rounded"
+    return QUANT_PROBLEMS[backend](config.quant.text, config.expert_hidden_size, config.intermediate_size, x.device.type)
+
+
+QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {"native": native.quant_problem, "triton": gpu.quant_problem}
+
+
 def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     ids, w = routing.expert_ids, routing.weights
     if config.router.weight_on == "output":
@@ -81,66 +102,41 @@ def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routin
 
 
 def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-    a = as_activation(config.activation)
     y: Tensor
-    y, _ = op(
-        x, ids, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
-        config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
-        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap, _keeps(config, weights, x, w),
-    )  # fmt: skip
+    y, _ = op(*packed(config, weights, x, ids, w), _keeps(config, weights, x, w))
     return y
 
 
 def _keeps(config: MoEConfig, weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
     """Whether what the activations got is kept for gradients: 2 of 9 parts of all products, for rows x 2I elements."""
-    if config.recompute or config.chunk_tokens is not None or not torch.is_grad_enabled():  # chunks are there to bound memory
+    if config.recompute or config.chunk_tokens is not None:  # chunks are there to bound memory
         return False
+    return _differentiates(weights, x, w)
+
+
+def _differentiates(weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
     inputs = (x, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
-    return any(t is not None and t.requires_grad for t in inputs)
-
-
-@functools.lru_cache
-def _config_of(
-    num_experts: int, top_k: int, hidden: int, intermediate: int, transposed: bool, function: Any, gated: bool, interleaved: bool,
-    alpha: float, up_offset: float, limit: float | None, limit_output: bool, gate_cap: float | None, up_cap: float | None,
-) -> MoEConfig:  # fmt: skip
-    """What _by_op told the op, as a config again."""
-    return MoEConfig(
-        num_experts=num_experts,
-        top_k=top_k,
-        zero_experts=ZeroExpertsConfig(count=top_k - num_experts) if top_k > num_experts else None,  # who else could be chosen
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        activation=activation_of_scalars(function, gated, alpha, up_offset, limit, limit_output, gate_cap, up_cap),
-        gate_up_layout="interleaved" if interleaved else "packed",
-        weight_layout="out_in" if transposed else "in_out",
-    )
-
-
-def _unpacked(args: Sequence[Any]) -> tuple[MoEConfig, MoEWeights, Tensor, Routing]:
-    x, ids, w, gate_up, down, gate_up_bias, down_bias = args[:NUM_TENSORS]
-    config = _config_of(int(gate_up.shape[0]), int(ids.shape[1]), int(x.shape[1]), *args[NUM_TENSORS:])
-    weights = MoEWeights(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
-    return config, weights, x, Routing(expert_ids=ids, weights=w)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def _in_torch(*args: Any) -> tuple[Tensor, Tensor]:
-    return by_stages(*_unpacked(args[:-1])), args[0].new_empty(0)
+    return by_stages(*unpacked(args[:-1])), args[0].new_empty(0)
 
 
 def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], pre: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that batch."""
     wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
-    config, weights, *_ = _unpacked(args[:-1])
+    config, weights, *_ = unpacked(args[:-1])
     plain = restore_weights(config, weights)
-    plain_args = (pre, *args[:3], plain.gate_up, plain.down, *args[5:-1])
+    plain = plain if config.quant is None else dequantize_weights(config, plain, args[0].dtype)[1]
+    plain_args = pre, *with_floats(args[:-1], plain)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     found = _gradients(backend, gradient, wanted, *plain_args) if transformed else op(gradient, wanted, *plain_args)
     d_x, d_w, d_gate_up, d_down, *d_biases = (g if want else None for g, want in zip(found, wanted, strict=True))
     if is_prepared(weights.gate_up):
         d_gate_up = None if d_gate_up is None else lay_gate_up(config, d_gate_up)
         d_down = None if d_down is None else lay_down(config, d_down)
-    return d_x, None, d_w, d_gate_up, d_down, *d_biases, *(None,) * (len(args) - NUM_TENSORS)
+    return d_x, None, d_w, d_gate_up, d_down, *d_biases, *(None,) * (len(args) - NUM_FLOATS)
 
 
 def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -148,7 +144,7 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
 
     d a = down[e].T @ g;  d w = a . d a + down_bias . g;  d h = activation'(h) * w * d a;  d x = sum of gate_up[e].T @ d h
     """
-    config, weights, x, routing = _unpacked(args)
+    config, weights, x, routing = unpacked(args)
     ops, wide, transposed = GROUPED[backend], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
     d = dispatch(config, x, routing)
     ends, rows = d.expert_ends, d.rows

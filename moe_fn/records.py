@@ -59,10 +59,45 @@ class LatentWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAWeights:
+    """Adapters of the experts, L of them, alpha / rank folded into B. Both matrices of a product or none; 1 for E where experts share.
+
+    Rows of gate_up_b are in the order of gate_up's outputs, interleaved too; weight_layout means nothing here.
+    """
+
+    gate_up_a: Tensor | None = None  # [L, E or 1, rank, Hx]
+    gate_up_b: Tensor | None = None  # [L, E or 1, gate_up, rank]
+    down_a: Tensor | None = None  # [L, E or 1, rank, I]
+    down_b: Tensor | None = None  # [L, E or 1, Hx, rank]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantWeights:
+    """What turns the codes q in gate_up and down into numbers, where MoEConfig.quant says that they are codes:
+
+        W[e, n, k] = (q[e, n, k] - zero_point[e, i, j]) * scale[e, i, j] * global_scale[e, half of n, 0]
+
+    (i, j) the tile that (n, k) lies in. A scale covers a tile (outputs, inputs), `QuantConfig.tile`; gate and up of a packed gate_up are
+    tiled apart. Scales [E, halves * ceil(outputs of a half / outputs of a tile), ceil(inputs / inputs of a tile)]: floats, uint8 exponents
+    (e8m0: 2^(S - 127); mxfp4, mxfp8) or float8_e4m3fn (nvfp4). Codes: fp8 and mxfp8 float8_e4m3fn; int8 int8, or uint8 with zero points;
+    int4 two in a byte, the even input in the low half, 0..15, zero 8 without zero points; mxfp4 and nvfp4 likewise, e2m1, sign on top.
+    """
+
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+    gate_up_zero_point: Tensor | None = None  # uint8, like the scale
+    down_zero_point: Tensor | None = None
+    gate_up_global_scale: Tensor | None = None  # [E, halves, 1] float: nvfp4
+    down_global_scale: Tensor | None = None  # [E, 1, 1]
+    gate_up_input_scale: Tensor | None = None  # [E] float: static activations, of the inputs of gate_up
+    down_input_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MoEWeights:
     """All tensors of a layer; a pytree, so it is an argument of compile, export, func.grad and tree_map.
 
-    gate_up [E, gate_up, Hx] and down [E, Hx, I]; with weight_layout="in_out" [E, Hx, gate_up] and [E, I, Hx].
+    gate_up [E, gate_up, Hx] and down [E, Hx, I]; with weight_layout="in_out" [E, Hx, gate_up] and [E, I, Hx]; codes with MoEConfig.quant.
     """
 
     gate_up: Tensor
@@ -76,6 +111,8 @@ class MoEWeights:
     router: RouterWeights | None = None
     shared: SharedWeights | None = None
     latent: LatentWeights | None = None
+    lora: LoRAWeights | None = None
+    quant: QuantWeights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +122,7 @@ class Routing:
     expert_ids: Tensor  # [T, top_k] integers, best first
     weights: Tensor  # [T, top_k] float32 (float64 for float64 logits)
     shared_weights: Tensor | None = None  # [T, shared experts]: where the router weighs them
+    adapter_ids: Tensor | None = None  # [T] integers, -1 for none: the LoRA adapter of each token; None: adapter 0, the only one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +133,7 @@ class Dispatched:
     expert_ends: Tensor  # [E] int32
     slot_of_row: Tensor  # [R] int64
     row_of_slot: Tensor  # [R] int64
+    adapter_of_row: Tensor | None = None  # [R]: Routing.adapter_ids of the row's token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +148,11 @@ class RoutingStats:
     sequence_balancing_loss: Tensor  # [] float32: DeepSeek form, mean over sequences
 
 
-RECORDS = (RouterWeights, SharedWeights, LatentWeights, MoEWeights, Routing, Dispatched, RoutingStats)
+RECORDS = (RouterWeights, SharedWeights, LatentWeights, LoRAWeights, QuantWeights, MoEWeights, Routing, Dispatched, RoutingStats)
 for _cls in RECORDS:
     torch.export.register_dataclass(_cls, serialized_type_name=f"moe_fn.{_cls.__name__}")
 
-_NESTED = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights}
+_NESTED = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights, "lora": LoRAWeights, "quant": QuantWeights}
 
 
 def _paths() -> tuple[tuple[str, ...], ...]:
@@ -126,6 +165,10 @@ def _paths() -> tuple[tuple[str, ...], ...]:
 
 # Every tensor that MoEWeights can hold, in the order that ops take them: ("gate_up",), ..., ("router", "gate"), ...
 WEIGHT_PATHS = _paths()
+
+
+# Those that have experts as their first dimension; the rest (router, shared experts, constants ...) is the same everywhere.
+EXPERT_PATHS = tuple(path for path in WEIGHT_PATHS if path[0] in ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm", "quant"))
 
 
 def leaves_of_weights(weights: MoEWeights) -> list[Tensor | None]:

@@ -20,7 +20,7 @@ from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 
 # x, then routing's input or routing itself: with expert_ids given there is nothing left to route.
-_TOKEN_ARGS = ("x", "logits", "token_ids", "token_mask", "expert_ids", "expert_weights", "shared_weights")
+_TOKEN_ARGS = ("x", "logits", "token_ids", "token_mask", "expert_ids", "expert_weights", "shared_weights", "adapter_ids")
 _LEAVES = tuple("_".join(path) for path in WEIGHT_PATHS)
 _REQUIRED = {"x", "gate_up", "down"}
 _SCHEMA = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TOKEN_ARGS + _LEAVES)
@@ -34,6 +34,7 @@ def layer_as_op(
     logits: Tensor | None,
     token_ids: Tensor | None,
     token_mask: Tensor | None,
+    adapter_ids: Tensor | None,
     with_shared: bool,
 ) -> tuple[Tensor, ...]:
     """(y,) or (shared, routed) from one node. x is free of padding already; routing None means: route inside.
@@ -41,7 +42,7 @@ def layer_as_op(
     Of a layer that ranks share, routing is given, and logits may be: they travel.
     """
     given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
-    args = (config._json, x, logits, token_ids, token_mask, *given, *leaves_of_weights(weights))  # type: ignore[attr-defined]
+    args = (config._json, x, logits, token_ids, token_mask, *given, adapter_ids, *leaves_of_weights(weights))  # type: ignore[attr-defined]
     out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
     return tuple(out)
 
@@ -51,14 +52,14 @@ def _rows(args: list[Any], chunk: slice) -> list[Any]:
 
 
 def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tensor, ...]:
-    x, logits, token_ids, token_mask, ids, w, shared_w, *leaves = args
+    x, logits, token_ids, token_mask, ids, w, shared_w, adapter_ids, *leaves = args
     if config.parallel is not None:
-        routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w)
+        routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)
         return (layer_over_ranks(config, config.parallel, weights_of_leaves(leaves), x, routing, logits)[0],)
     if ids is None:
-        routing = route_tokens(config, weights_of_leaves(leaves), x, logits, token_ids, token_mask)
+        _, routing = route_tokens(config, weights_of_leaves(leaves), x, logits, token_ids, token_mask)
         ids, w, shared_w = routing.expert_ids, routing.weights, routing.shared_weights
-    return chunk_of_layer(config, with_shared, [x, ids, w, shared_w, *leaves])
+    return chunk_of_layer(config, with_shared, [x, ids, w, shared_w, adapter_ids, *leaves])
 
 
 def _chunks(config: MoEConfig, x: Tensor) -> list[slice]:

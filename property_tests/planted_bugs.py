@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from moe_fn import balance, calls, chunked, forward, fused, layer, numerics, preparing, selection, whole_layer
+from moe_fn import balance, calls, chunked, forward, fused, layer, lora, merging, numerics, preparing, selection, whole_layer
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
-from moe_fn.parallel import sharding
+from moe_fn.parallel import cutting
 from moe_fn.records import Routing
 from moe_fn.stages import combine, dispatch, experts, join, reduce_and_trunc, route, shared, transform, zero_experts
 
@@ -144,6 +144,44 @@ def _drops_the_last_chunk(config: Any, step: Any, carry: Any, x: Any) -> Any:
 
 _scan = chunked._scan
 
+
+def _rows_in_order_of_adapters(f: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(by: Any, *rest: Any) -> Any:
+        if by is not None and by.row_of_place is not None:
+            order = torch.arange(len(by.row_of_place))
+            by = replace(by, row_of_place=order, place_of_row=order)
+        return f(by, *rest)
+
+    return broken
+
+
+def _constant_a(f: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(by: Any, weights: Any, *rest: Any) -> Any:
+        if weights is not None:
+            weights = replace(weights, gate_up_a=weights.gate_up_a if weights.gate_up_a is None else weights.gate_up_a.detach())
+        return f(by, weights, *rest)
+
+    return broken
+
+
+def _none_is_the_first(f: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(config: Any, d: Any) -> Any:
+        return f(config, d if d.adapter_of_row is None else replace(d, adapter_of_row=d.adapter_of_row.clamp(min=0)))
+
+    return broken
+
+
+def _all_have_the_first(f: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(config: Any, d: Any) -> Any:
+        return f(config, d if d.adapter_of_row is None else replace(d, adapter_of_row=d.adapter_of_row.clamp(max=0)))
+
+    return broken
+
+
+def _first_adapter(f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda where, config, weights, adapters, adapter, sign: f(where, config, weights, adapters, 0, sign)
+
+
 BUGS = (
     # route
     PlantedBug("routing_equals_the_reference", "weights swapped in a row", route.route, after(_swap_first_and_last)),
@@ -235,7 +273,7 @@ BUGS = (
         numerics.rms_norm,
         before(lambda x, scale, eps: (x, None, eps)),
     ),
-    PlantedBug("joining_undoes_sharding", "halves are not cut apart", sharding._slice, before(lambda t, dim, parts, *r: (t, dim, 1, *r))),
+    PlantedBug("joining_undoes_sharding", "halves are not cut apart", cutting.slice_of, before(lambda t, dim, parts, *r: (t, dim, 1, *r))),
     PlantedBug("a_norm_for_the_gate_is_the_gate_of_the_norm", "not normed", transform.norm_for_gate, instead(lambda config, x: x)),
     PlantedBug(
         "the_router_and_then_the_routed_layer_are_the_layer",
@@ -489,9 +527,9 @@ BUGS = (
     ),
     PlantedBug(
         "stats_leave_the_output_as_it_is",
-        "stats route anew",
-        forward.route_tokens,
-        after(lambda r, config, weights, x, logits, *a: replace(r, weights=r.weights * 1.01) if logits is not None else r),
+        "stats come from another run",
+        forward.moe_forward_with_stats,
+        after(lambda out, *a: (out[0] * 1.01, out[1])),
     ),
     PlantedBug("expert_load_counts_the_slots", "-1 counts for expert 0", balance.expert_load, before(lambda ids, n: (ids.clamp(min=0), n))),
     PlantedBug(
@@ -506,6 +544,18 @@ BUGS = (
         balance.update_correction_bias,
         before(lambda b, load, rate: (b, load, -rate)),
     ),
+    # adapters
+    PlantedBug("lora_equals_the_reference", "A and B of the first expert", lora._product, before(lambda by, rows, m: (by, rows, m[:, :1]))),
+    PlantedBug("lora_equals_the_reference", "rows are not brought back", lora.add_adapters, _rows_in_order_of_adapters),
+    PlantedBug("gradients_reach_a_and_b", "A is a constant", lora.add_adapters, _constant_a),
+    PlantedBug(
+        "an_adapter_of_zeros_changes_nothing", "A for B A", lora.add_adapters, after(lambda out, by, *a: out if by is None else 1.01 * out)
+    ),
+    PlantedBug("tokens_of_no_adapter_are_as_without_lora", "-1 is the first adapter", lora.sort_by_adapter, _none_is_the_first),
+    PlantedBug("tokens_and_adapters_may_be_relabelled_together", "adapter 0 for all", lora.sort_by_adapter, _all_have_the_first),
+    PlantedBug("merged_equals_applied", "the first adapter", merging._with_product_added, _first_adapter),
+    PlantedBug("unmerging_undoes_merging", "added twice", merging._with_product_added, before(lambda *a: (*a[:-1], 1.0))),
+    PlantedBug("a_padded_rank_changes_nothing", "padded with ones", merging.padded_to, after(lambda t, *a: torch.where(t == 0, 1.0, t))),
 )
 
 # Bugs of what needs packages that users of the layer alone do not have.

@@ -7,7 +7,7 @@ from planted_bugs import PlantedBug, after, instead
 from rank_cases import EP, TP, Case
 
 from moe_fn.ops import collectives
-from moe_fn.parallel import formats, sharding
+from moe_fn.parallel import adapters, formats, layer, sharding
 
 LAW = "sharded_equals_unsharded"
 replace = dataclasses.replace
@@ -15,6 +15,10 @@ replace = dataclasses.replace
 
 def _bias_on_every_rank(weights: Any, config: Any, full: Any) -> Any:
     return replace(weights, down_bias=full.down_bias)
+
+
+def _first_row_everywhere(rows: Any, a: Any, *rest: Any) -> Any:
+    return rows if a is None else rows * 0 + rows[:1]
 
 
 RANK_BUGS = (
@@ -25,7 +29,11 @@ RANK_BUGS = (
     PlantedBug(LAW, "weights applied on the way there too", formats._of_slots, after(lambda y, *a: y * 1.01)),
     PlantedBug(LAW, "rows of another rank", formats.padded, after(lambda rows, *a: rows.flip(0))),
     PlantedBug(LAW, "rows of the sequence change places", collectives.join_rows, after(lambda rows, *a: rows.flip(0))),
+    PlantedBug(LAW, "every row is the first one", formats.unpacked, after(_first_row_everywhere)),
     PlantedBug(LAW, "one place too few in a block", formats._capacity, after(lambda capacity, *a: 1)),
+    PlantedBug(LAW, "gradients of adapters are not summed", adapters.summed_over, instead(lambda *a: [])),
+    PlantedBug(LAW, "adapters of the neighbouring row", formats._ids_and_adapters, after(lambda p, *a: (p[0], p[1].roll(1)))),
+    PlantedBug(LAW, "adapters of padding", layer._no_expert_as_zero, after(lambda r, *a: replace(r, adapter_ids=r.adapter_ids + 1))),
 )  # fmt: skip
 _CASES = (
     Case(((TP, 2),), {"dispatch": "replicated"}),
@@ -35,6 +43,10 @@ _CASES = (
     Case(((EP, 2),), {"dispatch": "all_to_all"}),
     Case(((EP, 2),), {"dispatch": "all_gather"}),
     Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_gather"}),
+    Case(((EP, 2),), {"dispatch": "all_to_all"}, "int8"),
     Case(((EP, 2),), {"dispatch": "all_to_all_static", "max_tokens": 5}),
+    Case(((TP, 2),), {"dispatch": "replicated"}, "lora"),
+    Case(((EP, 2),), {"dispatch": "all_gather"}, "lora"),
+    Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_to_all"}, "lora"),
 )
 CASE_OF_BUG = {bug.what: case for bug, case in zip(RANK_BUGS, _CASES, strict=True)}

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import moe_fn
-from moe_fn import MoEConfig, MoEWeights, ParallelConfig, RouterConfig, SharedExpertsConfig
-from moe_fn.config import LatentConfig, NormsConfig, ZeroExpertsConfig
+from moe_fn import ActivationQuantConfig, MoEConfig, MoEWeights, ParallelConfig, QuantConfig, RouterConfig, SharedExpertsConfig
+from moe_fn.config import LatentConfig, LoRAConfig, NormsConfig, ZeroExpertsConfig
 from moe_fn.testing import assert_matches, weights_for
 
+_OF_GROUPS = ActivationQuantConfig(scheme="int8", granularity="group", group_size=2)  # of a token, slices would have scales of their own
+_MXFP4 = QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
 BASE = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=8)
 LAYERS: dict[str, MoEConfig] = {
     "plain": BASE,
@@ -37,8 +39,17 @@ LAYERS: dict[str, MoEConfig] = {
         gate_up_layout="interleaved",
         router=RouterConfig(scoring="sigmoid", weight_on="input", renormalize=False),
     ),
+    "int8": dataclasses.replace(BASE, quant=QuantConfig(scheme="int8", granularity="channel", activations=_OF_GROUPS)),
+    "mxfp4, weights alone": dataclasses.replace(BASE, hidden_size=64, intermediate_size=128, quant=_MXFP4),
     "norms, not gated": dataclasses.replace(
         BASE, activation="relu2_no_mul", norms=NormsConfig(epsilon=0.1, input=True, output=True), num_experts=7, top_k=5
+    ),
+    "lora": dataclasses.replace(BASE, lora=LoRAConfig(num_adapters=3, rank=2)),
+    "lora that experts share, interleaved, weight on input": dataclasses.replace(
+        BASE,
+        lora=LoRAConfig(num_adapters=2, rank=3, experts="shared"),
+        gate_up_layout="interleaved",
+        router=RouterConfig(weight_on="input", renormalize=False),
     ),
 }
 
@@ -97,6 +108,7 @@ def cases(world: int) -> list[Case]:
     found += [Case(((EP, 4),), {"dispatch": "all_to_all", "placement": (3, 0, 0, 1, 2, 3)}, "plain")]
     copies = ("replicated", "all_gather", "all_to_all")
     found += [Case(((EP, n),), {"dispatch": dispatch, "num_physical": 8}) for n in (2, 4) for dispatch in copies]
+    found += [Case(((EP, 2),), {"dispatch": "all_to_all", "num_physical": 8}, "lora")]
     return list({case.name: case for case in found if case.world == world}.values())
 
 
@@ -128,6 +140,14 @@ def inputs_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> tuple[Te
     return x, torch.randn(tokens, config.num_logits, generator=generator), torch.randn(tokens, config.hidden_size, generator=generator)
 
 
+def adapters_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> Tensor | None:
+    """The adapters of a set of tokens, -1 among them."""
+    if config.lora is None:
+        return None
+    generator = torch.Generator().manual_seed(17 + sum(which))
+    return torch.randint(-1, config.lora.num_adapters, inputs_of(case, config, which)[0].shape[:1], generator=generator)
+
+
 def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] = moe_fn.moe_forward) -> None:
     """Assert that this rank's outputs and gradients are those of all weights in one place."""
     whole = LAYERS[case.layer]
@@ -140,17 +160,25 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     x, logits, direction = (t.clone() for t in inputs_of(case, whole, mine))
     local = _leaves(moe_fn.shard_weights(config, placed))
     x.requires_grad_(), logits.requires_grad_()
-    y = forward(config, local, x, logits)
+    y = forward(config, local, x, logits, adapter_ids=adapters_of(case, whole, mine))
     expected_x, expected_logits, all_y, all_weights = _expected(case, parallel, whole, full, every, rank)
     tensors = [t for t in torch.utils._pytree.tree_leaves(local) if t.is_floating_point()]
     found = torch.autograd.grad((y * direction).sum(), [x, logits, *tensors], allow_unused=True)
     own = x.detach()
+    lora_gradients = _gradients_of_adapters(case, config, mesh, local, dict(zip(map(id, tensors), found[2:], strict=True)))
     gathers = parallel.dispatch == "all_gather" and parallel.sp is None
     along = moe_fn.parallel.gather_tokens(config, (own * 10).to(torch.int8), own[:, :1]) if gathers else None
+    by_hand = (
+        _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), adapters_of(case, whole, mine))
+        if parallel.gather == "logits"
+        else None
+    )
     # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
     assert_matches(_zeros(found[1], logits), expected_logits, tolerance=1e-5, scale=0.1, name="gradient of logits")
+    if by_hand is not None:
+        assert_matches(*by_hand, tolerance=1e-5, scale=0.1, name="y of a caller's routing")
     if along is not None:
         _check_what_travels_along(case, config, every[rank], *along)
     if parallel.num_physical:
@@ -160,9 +188,29 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
         ours, theirs = getattr(local, name), getattr(wanted, name)
         assert (ours is None) == (theirs is None), name
-        if ours is not None:
+        if ours is not None and ours.is_floating_point():
             assert_matches(_zeros(gradients[id(ours)], ours), theirs, tolerance=1e-5, scale=0.3, name=f"gradient of {name}")
+    for name, gradient in lora_gradients.items():
+        assert_matches(gradient, getattr(wanted.lora, name), tolerance=1e-5, scale=0.3, name=f"gradient of lora.{name}")
     _check_gradients_of_what_all_have(case, whole, full, mine, local, gradients)
+
+
+def _gradients_of_adapters(
+    case: Case, config: MoEConfig, mesh: DeviceMesh, local: MoEWeights, gradients: dict[int, Any]
+) -> dict[str, Tensor]:
+    """Of adapters, summed over the ranks with other tokens that have the same ones: each of those has a part, as in data parallelism."""
+    if local.lora is None or config.lora is None:
+        return {}
+    sizes, found = {name: n for name, n in case.mesh if n > 1}, {}
+    for field_ in dataclasses.fields(local.lora):
+        name, t = field_.name, getattr(local.lora, field_.name)
+        gradient = _zeros(gradients[id(t)], t).clone()
+        parts = [EP] if EP in sizes and config.lora.shares(name) and case.options["dispatch"] != "replicated" else []
+        sliced = DP in sizes and EP not in sizes and case.options["dispatch"] == "all_gather" and not case.options.get("sequence_parallel")
+        for dim in parts + ([DP] if sliced and name in ("gate_up_a", "down_b") else []):
+            dist.all_reduce(gradient, group=mesh.get_group(dim))
+        found[name] = gradient
+    return found
 
 
 def with_copies(weights: MoEWeights) -> MoEWeights:
@@ -170,6 +218,16 @@ def with_copies(weights: MoEWeights) -> MoEWeights:
     placement = moe_fn.balance.placement_of_slots(torch.tensor([0, 1, 2, 3, 4, 5, 0, 3]), num_experts=6)
     tensors = {f.name: getattr(placement, f.name) for f in dataclasses.fields(placement)}
     return dataclasses.replace(weights, router=dataclasses.replace(weights.router, **tensors))
+
+
+def _with_a_routing_of_ones_own(
+    config: MoEConfig, local: MoEWeights, full: MoEWeights, x: Tensor, logits: Tensor, adapter_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y over ranks and of one rank, of a routing that no gate gives: gather="logits" must not route a caller's tokens anew."""
+    whole = dataclasses.replace(config, parallel=None)
+    _, routing = moe_fn.moe_route(whole, full, x, logits, adapter_ids=adapter_ids)
+    other = dataclasses.replace(routing, expert_ids=(routing.expert_ids + 1) % config.num_experts, weights=routing.weights * 0.5)
+    return moe_fn.moe_forward_routed(config, local, x, other).detach(), moe_fn.moe_forward_routed(whole, full, x, other).detach()
 
 
 def _check_what_travels_along(case: Case, config: MoEConfig, coordinate: dict[str, int], payload: Tensor, scales: Tensor) -> None:
@@ -193,7 +251,7 @@ def _check_gradients_of_what_all_have(
     """Latent projections and norms: complete for this rank's tokens."""
     x, logits, direction = inputs_of(case, whole, mine)
     leaves = _leaves(full)
-    y = moe_fn.moe_forward(whole, leaves, x, logits)
+    y = moe_fn.moe_forward(whole, leaves, x, logits, adapter_ids=adapters_of(case, whole, mine))
     for path in (("latent", "input"), ("latent", "output"), ("output_norm",), ("input_norm",), ("shared", "gate")):
         ours, theirs = local, leaves
         for name in path:
@@ -214,7 +272,7 @@ def _expected(
     for which in sorted(together):
         x, logits, direction = inputs_of(case, whole, which)
         x.requires_grad_(), logits.requires_grad_()
-        y = moe_fn.moe_forward(whole, leaves, x, logits)
+        y = moe_fn.moe_forward(whole, leaves, x, logits, adapter_ids=adapters_of(case, whole, which))
         total = total + (y * direction).sum()
         if which == mine:
             own = (x, logits, y)

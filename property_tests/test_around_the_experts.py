@@ -8,7 +8,17 @@ from support import config_with, gradients, law, real_tokens
 from torch import Tensor
 
 import moe_fn
-from moe_fn import LatentConfig, LatentWeights, MoEConfig, NormsConfig, ParallelConfig, RankGroup, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn import (
+    LatentConfig,
+    LatentWeights,
+    LoRAConfig,
+    MoEConfig,
+    NormsConfig,
+    ParallelConfig,
+    RankGroup,
+    SharedExpertsConfig,
+    ZeroExpertsConfig,
+)
 from moe_fn.stages.route import router_logits
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems, weights_for
 
@@ -157,7 +167,7 @@ def split(problem: MoEProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(layer with zero experts, layer without their slots, their ids with -1 for others, their weights)."""
     call = moe_fn.calls.enter("test", problem.config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
     config: MoEConfig = problem.config
-    routing = moe_fn.forward._route(config, call)
+    _, routing = moe_fn.forward._route(config, call)
     is_zero = routing.expert_ids >= config.num_experts
     without = dataclasses.replace(routing, expert_ids=torch.where(is_zero, -1, routing.expert_ids))
     y = moe_fn.moe_forward_routed(config, problem.weights, call.x, routing)
@@ -200,7 +210,8 @@ def ranks_of(name: str, size: int) -> list[RankGroup]:
 
 @law(
     configs(num_experts=st.integers(3, 6), intermediate_size=st.sampled_from([4, 8]), chunk_tokens=None, opaque=False, expert_norm=None,
-            shared=st.sampled_from([None, SharedExpertsConfig(intermediate_size=4, count=2)])),
+            shared=st.sampled_from([None, SharedExpertsConfig(intermediate_size=4, count=2)]),
+            lora=st.sampled_from([None, LoRAConfig(num_adapters=2, rank=3), LoRAConfig(num_adapters=1, rank=2, experts="outer_shared")])),
     st.sampled_from(["linear", "round_robin", (1, 0, 1)]),
     st.integers(1, 2),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from planted_bugs import BUGS as OF_THE_LAYER
 from planted_bugs import PlantedBug, planted
 from planted_bugs_of_balance import BUGS as OF_BALANCE
+from planted_bugs_of_quant import BUGS as OF_QUANT
 
 FOLDER = Path(__file__).parent
 FILES = (
@@ -21,10 +22,12 @@ FILES = (
     "test_preparing",
     "test_layer",
     "test_eplb",
+    "test_quant",
+    "test_lora",
 )
 WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint",)}
 FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)
-BUGS = OF_THE_LAYER + OF_BALANCE
+BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT
 MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)
 LAWS = {name.removeprefix("test_"): value for module in MODULES for name, value in vars(module).items() if hasattr(value, "strategies")}
 QUICK = settings(

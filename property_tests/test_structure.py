@@ -21,12 +21,14 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("numerics", "config", "compiling", "progress"),
     ("records",),
+    ("quant",),
     ("activations", "kernels"),
-    ("backends", "ops"),
-    ("preparing", "selection"),
+    ("backends", "ops", "panels"),
+    ("preparing", "selection", "lora", "op_arguments"),
+    ("shapes",),
     ("checking",),
     ("stages",),
-    ("balance", "fused"),
+    ("balance", "fused", "merging"),
     ("parallel",),
     ("layer",),
     ("chunked",),
@@ -133,8 +135,8 @@ def test_the_public_surface_grows_on_purpose_only() -> None:
     assert all(getattr(getattr(moe_fn, name), "__doc__", None) for name in moe_fn.__all__)
     assert [f.name for f in dataclasses.fields(moe_fn.MoEConfig)] == [
         "num_experts", "top_k", "hidden_size", "intermediate_size", "router", "activation", "gate_up_layout", "weight_layout",
-        "expert_norm", "shared", "latent", "zero_experts", "norms", "parallel", "hidden_padding", "chunk_tokens", "recompute",
-        "batch_invariant", "backend", "opaque",
+        "expert_norm", "shared", "latent", "zero_experts", "norms", "quant", "lora", "parallel", "hidden_padding", "chunk_tokens",
+        "recompute", "batch_invariant", "backend", "opaque",
     ]  # fmt: skip
 
 

@@ -11,10 +11,10 @@ from moe_fn.balance.moves import Moves, transfers
 from moe_fn.balance.placement import Placement
 from moe_fn.kernels import native
 from moe_fn.preparing import is_prepared
-from moe_fn.records import MoEWeights
+from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, leaves_of_weights, weights_of_leaves
 
-# What has experts as its first dimension; the rest of the weights (router, shared experts, constants ...) is the same everywhere.
-EXPERT_TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm")
+Path = tuple[str, ...]
+_LORA = "lora"  # adapters have the experts second
 
 
 def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
@@ -40,7 +40,7 @@ def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
 def move_experts(weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None" = None) -> MoEWeights:
     """This rank's weights under the new placement; `weights` are its weights under the previous one, and stay as they are.
 
-    weights   gate_up, down and, where there are any, gate_up_bias, down_bias, expert_norm, [P / ranks, ...] of one layer; prepared ones too
+    weights   gate_up, down and, where there are any, biases, expert_norm, scales, [P / ranks, ...] of one layer; prepared ones too
     previous, new   placements of one layer, the same on every rank; GPU g is rank g of the group
     group     None: all ranks
 
@@ -71,7 +71,7 @@ def start_moving(
     if not moves.transfers:
         return lambda: arrived(weights, moves, rank, [])
     outgoing = departing(weights, moves, rank)
-    lengths = [_bytes_of_expert(weights) * count for count in _counts_from(moves, rank)]
+    lengths = [_bytes_of_expert(weights, moves.num_physical // ranks) * count for count in _counts_from(moves, rank)]
     sent = torch.cat(outgoing)
     received = sent.new_empty(sum(lengths))
     work = dist.all_to_all_single(received, sent, lengths, [len(part) for part in outgoing], group=group, async_op=True)
@@ -87,7 +87,7 @@ def departing(weights: MoEWeights, moves: Moves, rank: int) -> list[Tensor]:
     """What this rank sends to each rank: bytes, expert after expert in the order of moves.transfers, each all of its tensors."""
     per_gpu = moves.num_physical // moves.num_gpus
     tensors = _expert_tensors("move_experts", weights, per_gpu)
-    parts: list[list[Tensor]] = [[tensors["gate_up"].new_empty(0, dtype=torch.uint8)] for _ in range(moves.num_gpus)]
+    parts: list[list[Tensor]] = [[tensors[("gate_up",)].new_empty(0, dtype=torch.uint8)] for _ in range(moves.num_gpus)]
     for move in moves.transfers:
         if moves.gpu_of(move.source) == rank:
             parts[moves.gpu_of(move.target)] += [_as_bytes(t[move.source % per_gpu]) for t in tensors.values()]
@@ -118,7 +118,7 @@ def arrived(weights: MoEWeights, moves: Moves, rank: int, received: Sequence[Ten
                     t[move.target % per_gpu].copy_(t[move.source % per_gpu])
     if is_prepared(weights.gate_up) and native.problem(weights.gate_up.device.type, weights.gate_up.dtype) is None:
         # As prepare_weights left them.
-        moved |= {name: native.in_huge_pages(moved[name]) for name in ("gate_up", "down")}
+        moved |= {path: native.in_huge_pages(moved[path]) for path in (("gate_up",), ("down",))}
     return _with_tensors(weights, moved)
 
 
@@ -128,16 +128,25 @@ def _moves_of_layer(previous: Placement, new: Placement, ranks: int) -> Moves:
     return transfers(previous, new, ranks)
 
 
-def _expert_tensors(where: str, weights: MoEWeights, experts: int) -> dict[str, Tensor]:
-    tensors = {name: getattr(weights, name) for name in EXPERT_TENSORS if getattr(weights, name) is not None}
-    for name, tensor in tensors.items():
+def _expert_tensors(where: str, weights: MoEWeights, experts: int) -> dict[Path, Tensor]:
+    leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
+    tensors = {path: leaf for path, leaf in leaves if path in EXPERT_PATHS and leaf is not None}
+    for path, tensor in tensors.items():
         if tensor.shape[0] != experts:
-            raise ValueError(f"{where}: weights.{name} is {list(tensor.shape)}; expected {experts} experts first")
-    return tensors
+            raise ValueError(f"{where}: weights.{'.'.join(path)} is {list(tensor.shape)}; expected {experts} experts first")
+    return tensors | _adapters(weights, experts)
 
 
-def _with_tensors(weights: MoEWeights, tensors: dict[str, Tensor]) -> MoEWeights:
-    return dataclasses.replace(weights, **tensors)  # type: ignore[arg-type]
+def _adapters(weights: MoEWeights, experts: int) -> dict[Path, Tensor]:
+    """LoRA tensors [L, E, ...] as [E, L, ...], but for those that all experts share."""
+    lora = {} if weights.lora is None else {f.name: getattr(weights.lora, f.name) for f in dataclasses.fields(weights.lora)}
+    return {(_LORA, name): t.transpose(0, 1) for name, t in lora.items() if t is not None and t.shape[1] == experts}
+
+
+def _with_tensors(weights: MoEWeights, tensors: dict[Path, Tensor]) -> MoEWeights:
+    tensors = {path: t.transpose(0, 1) if path[0] == _LORA else t for path, t in tensors.items()}
+    leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
+    return weights_of_leaves([tensors.get(path, leaf) for path, leaf in leaves])
 
 
 def _counts_from(moves: Moves, rank: int) -> list[int]:
@@ -146,9 +155,8 @@ def _counts_from(moves: Moves, rank: int) -> list[int]:
     return [senders.count(gpu) for gpu in range(moves.num_gpus)]
 
 
-def _bytes_of_expert(weights: MoEWeights) -> int:
-    tensors = [getattr(weights, name) for name in EXPERT_TENSORS]
-    return sum(t[0].nbytes for t in tensors if t is not None)
+def _bytes_of_expert(weights: MoEWeights, experts: int) -> int:
+    return sum(t[0].nbytes for t in _expert_tensors("move_experts", weights, experts).values())
 
 
 def _as_bytes(t: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_fn.checking import expected_shapes
 from moe_fn.checkpoint.axes import ANY, Path, dims_of, shape_of, sizes_of
 from moe_fn.checkpoint.entries import Entry, Layout
 from moe_fn.checkpoint.files import FLOATS, INTEGERS, TensorInfo
 from moe_fn.config import MoEConfig
+from moe_fn.shapes import expected_shapes
 
 _QUANTISED = re.compile(r"(_blocks|_scales?|_scale_inv|_scale_2|\.qweight|\.qzeros|\.scales|\.g_idx|_packed|\.absmax|\.quant_map)$")
 _COMPUTE = (("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output"))

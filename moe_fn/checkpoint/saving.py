@@ -11,7 +11,6 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from moe_fn.checking import expected_shapes
 from moe_fn.checkpoint.axes import ANY, Path, axes_of, by_axes, of_axes, patterns_of, shape_of, sizes_of
 from moe_fn.checkpoint.choose import layout_of_name
 from moe_fn.checkpoint.entries import Entry, Layout
@@ -20,6 +19,7 @@ from moe_fn.checkpoint.folder import INDEX, SINGLE, open_checkpoint
 from moe_fn.checkpoint.match import full_name, names_of
 from moe_fn.config import MoEConfig
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
+from moe_fn.shapes import expected_shapes
 
 
 def save_moe_weights(

@@ -7,14 +7,17 @@ No tensors, callables or environment: a config hashes, compares, prints, pickles
 from torch.utils._pytree import register_constant
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
+from moe_fn.config.lora import LoRAConfig
 from moe_fn.config.moe import MoEConfig, config_of_json
 from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.config.quant import ActivationQuantConfig, QuantConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 
 __all__ = [
-    "ActivationConfig", "ActivationName", "ExpertNormConfig", "GroupConfig", "LatentConfig", "MoEConfig", "NormsConfig", "ParallelConfig",
-    "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig", "as_activation", "config_of_json",
+    "ActivationConfig", "ActivationName", "ActivationQuantConfig", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LoRAConfig",
+    "MoEConfig", "NormsConfig", "ParallelConfig", "QuantConfig", "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig",
+    "as_activation", "config_of_json",
 ]  # fmt: skip
 
 for _cls in (
@@ -24,9 +27,12 @@ for _cls in (
     SharedExpertsConfig,
     ZeroExpertsConfig,
     LatentConfig,
+    LoRAConfig,
     ExpertNormConfig,
     NormsConfig,
     ParallelConfig,
+    QuantConfig,
+    ActivationQuantConfig,
     RankGroup,
     ActivationConfig,
 ):

@@ -8,8 +8,10 @@ from typing import Any, Literal, Self, get_args
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
 from moe_fn.config.checks import check_bool, check_choice, check_int
+from moe_fn.config.lora import LoRAConfig
 from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.config.quant import ActivationQuantConfig, QuantConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 from moe_fn.config.sharing import own_fields
 
@@ -23,6 +25,8 @@ class MoEConfig:
     gate_up_layout   columns of gate_up's product: gate then up ("packed"), or alternating ("interleaved", gpt-oss)
     weight_layout    weights are [E, out, in], or [E, in, out] ("in_out": Llama-4, gpt-oss)
     norms            root-mean-square norms before the gate, before the routed experts, after everything
+    quant            how gate_up and down are stored in few bits (`moe_fn.quantize_weights`), and what their inputs are rounded to
+    lora             low-rank adapters on the experts, and how many there are to choose among
     parallel         which ranks share the layer; sizes above stay those of the whole, weights are this rank's (`moe_fn.shard_weights`)
     hidden_padding   zeros appended to the routed input, and cut off its output: the experts are wider than the model
     chunk_tokens     tokens worked on at a time, which bounds peak memory in forward and backward; None: all
@@ -51,6 +55,8 @@ class MoEConfig:
     latent: LatentConfig | None = None
     zero_experts: ZeroExpertsConfig | None = None
     norms: NormsConfig | None = None
+    quant: QuantConfig | None = None
+    lora: LoRAConfig | None = None
     parallel: ParallelConfig | None = None
     hidden_padding: int = 0
     chunk_tokens: int | None = None
@@ -78,6 +84,7 @@ class MoEConfig:
         if not activation.gated and self.gate_up_layout == "interleaved":
             raise ValueError("MoEConfig.gate_up_layout='interleaved' would have no effect: expected a gated activation")
         self._check_routing()
+        self._check_quant()
         # Not a field: what the whole-layer op takes, ready before any tracing (json does not trace).
         object.__setattr__(self, "_json", json.dumps(self.to_dict(), sort_keys=True))
         object.__setattr__(self, "_own", None if self.parallel is None else MoEConfig(**own_fields(self, self.parallel)))
@@ -112,6 +119,24 @@ class MoEConfig:
             raise ValueError("MoEConfig.batch_invariant=True: no back-end of this version can promise it; expected False")
         if groups is not None:
             self._check_groups(groups)
+
+    def _check_quant(self) -> None:
+        quant = self.quant
+        if quant is None:
+            return
+        if self.weight_layout != "out_in":
+            raise ValueError(
+                f"MoEConfig.weight_layout={self.weight_layout!r} with quant: expected 'out_in', for scales go along the inputs"
+            )
+        for name in ("expert_hidden_size", "intermediate_size"):
+            if getattr(self, name) % quant.per_byte:
+                raise ValueError(f"MoEConfig.{name}={getattr(self, name)} with quant.scheme={quant.scheme!r}: expected an even one")
+        of_call = quant.activations is not None and quant.activations.granularity == "tensor" and not quant.activations.static
+        if of_call and (self.chunk_tokens is not None or self.parallel is not None):
+            raise ValueError(
+                "MoEConfig.quant.activations of granularity 'tensor', not static, with chunk_tokens or parallel: expected 'token', for a "
+                "scale of all rows is not that of a part of them"
+            )
 
     def _check_groups(self, groups: GroupConfig) -> None:
         size, rest = divmod(self.num_choices, groups.count)
@@ -167,6 +192,8 @@ _NESTED = {
     "latent": LatentConfig | None,
     "zero_experts": ZeroExpertsConfig | None,
     "norms": NormsConfig | None,
+    "quant": QuantConfig | None,
+    "lora": LoRAConfig | None,
     "parallel": ParallelConfig | None,
 }
 _DATACLASS_OF_FIELD: dict[str, type] = {
@@ -178,6 +205,9 @@ _DATACLASS_OF_FIELD: dict[str, type] = {
     "latent": LatentConfig,
     "zero_experts": ZeroExpertsConfig,
     "norms": NormsConfig,
+    "quant": QuantConfig,
+    "activations": ActivationQuantConfig,
+    "lora": LoRAConfig,
     "parallel": ParallelConfig,
     **dict.fromkeys(("tp", "ep", "dp", "sp"), RankGroup),
 }

@@ -29,7 +29,7 @@ def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-_SAME = ("activation", "gate_up_layout", "weight_layout", "expert_norm", "recompute", "backend")
+_SAME = ("activation", "gate_up_layout", "weight_layout", "expert_norm", "quant", "lora", "recompute", "backend")
 
 
 def _check(config: Any, parallel: ParallelConfig) -> None:
@@ -40,6 +40,7 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
         raise ValueError(f"MoEConfig.intermediate_size={config.intermediate_size}; expected a multiple of the {slices} slices of parallel")
     if config.expert_norm is not None and slices > 1:
         raise ValueError("MoEConfig.expert_norm with slices of experts: expected ep, for a norm wants the whole output of an expert")
+    _check_tiles(config, slices)
     if isinstance(parallel.placement, tuple) and len(parallel.placement) != config.num_experts:
         raise ValueError(
             f"ParallelConfig.placement has {len(parallel.placement)} ranks; expected one for each of {config.num_experts} experts"
@@ -53,6 +54,20 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
     tp, shared = parallel.tp, config.shared
     if shared is not None and tp is not None and parallel.shared == "sharded" and shared.intermediate_size % tp.size:
         raise ValueError(f"SharedExpertsConfig.intermediate_size={shared.intermediate_size}; expected a multiple of tp's {tp.size}")
+
+
+def _check_tiles(config: Any, slices: int) -> None:
+    """Slices of experts are cut between scales and between bytes."""
+    if config.quant is None or slices == 1:
+        return
+    width = config.intermediate_size // slices
+    outputs, inputs = config.quant.tile
+    for size, what in ((outputs, "outputs of gate_up"), (inputs, "inputs of down"), (config.quant.per_byte, "numbers in a byte")):
+        if size is not None and width % size:
+            raise ValueError(
+                f"MoEConfig.intermediate_size={config.intermediate_size} in {slices} slices of {width}, with {size} {what} that share a "
+                f"scale or a byte: expected slices of whole ones, or ep"
+            )
 
 
 def ranks_of_experts(config: Any, parallel: ParallelConfig) -> tuple[int, ...]:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fn.compiling import constant_while_tracing
+from moe_fn.config.quant import quant_of_text
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -21,6 +24,15 @@ def problem(device: str, dtype: torch.dtype) -> str | None:
     if device == "cpu" and not interpreted():
         return "the Triton kernels run on the CPU only under Triton's interpreter (start Python with TRITON_INTERPRET=1), for tests"
     return None
+
+
+@constant_while_tracing
+def quant_problem(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
+    """Why the Triton kernels do not compute quantised experts (`QuantConfig.text`) on a device that runs them; None if they do."""
+    of = importlib.import_module("moe_fn.kernels.triton.quant_coverage")
+    arch = importlib.import_module("moe_fn.kernels.triton.tiles").architecture_of(torch.device(device))
+    found: str | None = of.problem(quant_of_text(quant), (hidden, intermediate), arch)
+    return found
 
 
 def interpreted() -> bool:

@@ -14,17 +14,20 @@ from moe_fn.ops.define import Gradients, Kernel, batch_to_front, define_op
 
 _ARGUMENTS = (
     "Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
+    "Tensor? gate_up_scale, Tensor? down_scale, Tensor? gate_up_zero_point, Tensor? down_zero_point, Tensor? gate_up_global_scale, "
+    "Tensor? down_global_scale, Tensor? gate_up_input_scale, Tensor? down_input_scale, "
     "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, float? limit, "
-    "bool limit_output, float? gate_cap, float? up_cap"
+    "bool limit_output, float? gate_cap, float? up_cap, str quant"
 )
 _RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
-NUM_TENSORS = 7  # the arguments that are tensors come first
+NUM_TENSORS = 15  # the arguments that are tensors come first
 DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)  # which of them have gradients
 
 
 def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
     """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared, keep -> y [T, H], pre.
 
+    quant is "" or a QuantConfig's text; the eight tensors before intermediate_size are then the leaves of QuantWeights, in their order.
     pre [T * k, columns of gate_up], slots sorted by expert, is without gradient, for the backward; empty unless kept. There is no forward
     mode: a rule of an op cannot itself start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
     """
@@ -42,7 +45,7 @@ def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> 
 def define_routed_experts_backward(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
     """The op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), pre, the arguments -> their gradients, empty where not needed.
 
-    Weights are plain. Below transforms of torch.func the grouped ops stand in its place, so it has no batching rule of its own.
+    Weights are plain floats. Below transforms of torch.func the grouped ops stand in its place, so it has no batching rule of its own.
     """
     return define_op(
         f"routed_experts_backward_{backend}(Tensor gradient, bool[] needed, Tensor pre, {_ARGUMENTS}) -> ({_RESULTS})",

@@ -1,5 +1,6 @@
 """Tokens through experts that other ranks have, and back: one function a format, a table of them.
 
+Where the experts round their inputs, rows travel as codes and scales (`moe_fn.quant.travelling`); what comes back are sums, as they are.
 Each calls `meanwhile` once, between the beginning and the end of a collective: what it computes can go on while tokens travel.
 """
 
@@ -17,6 +18,7 @@ from moe_fn.ops.rows import gather_rows
 from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
 from moe_fn.parallel.places import places_of_experts
 from moe_fn.parallel.sizes import numbers
+from moe_fn.quant.travelling import packed, travelling, unpacked
 from moe_fn.records import Dispatched, MoEWeights, Routing
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import weighted
@@ -35,12 +37,14 @@ def _own_ids(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> Tensor:
     return torch.where(rank == mine, own, -1)
 
 
-def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-    """This rank's part of y for tokens x [T, Hx], own ids and weights [T, K] -> [T, Hx]."""
+def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor, adapter_ids: Tensor | None) -> Tensor:
+    """This rank's part of y for tokens x [T, Hx], own ids and weights [T, K], adapters [T] -> [T, Hx]."""
     if config.router.weight_on == "output":
-        return routed_experts(config.own, weights, x, Routing(expert_ids=ids, weights=w))
+        return routed_experts(config.own, weights, x, Routing(expert_ids=ids, weights=w, adapter_ids=adapter_ids))
     slots = (x.unsqueeze(1).to(w.dtype) * w.unsqueeze(-1)).to(x.dtype).flatten(0, 1)
-    y = routed_experts(config.own, weights, slots, Routing(expert_ids=ids.reshape(-1, 1), weights=torch.ones_like(w).reshape(-1, 1)))
+    adapter_ids = None if adapter_ids is None else adapter_ids.unsqueeze(1).expand(ids.shape).flatten()
+    routing = Routing(expert_ids=ids.reshape(-1, 1), weights=torch.ones_like(w).reshape(-1, 1), adapter_ids=adapter_ids)
+    y = routed_experts(config.own, weights, slots, routing)
     total: Tensor = y.unflatten(0, (-1, ids.shape[-1])).sum(1, dtype=w.dtype).to(y.dtype)
     return total
 
@@ -49,7 +53,7 @@ def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes sent: 2 (n-1)/n T X (letters: `traffic`)."""
     ep = config.parallel.ep if config.parallel else None
     x, w = collectives.copy_to_ranks(x, ep), collectives.copy_to_ranks(routing.weights, ep)
-    y = _compute(config, weights, x, _own_ids(config, weights, routing.expert_ids), w)
+    y = _compute(config, weights, x, _own_ids(config, weights, routing.expert_ids), w, routing.adapter_ids)
     if ep is None:
         return y, meanwhile(), None
     total = collectives.begin_sum(y, ep)
@@ -65,17 +69,20 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     group = token_group(config)
     tokens = x.shape[0]
     room = room_of_ranks(config, tokens, group, routing.expert_ids)
-    by_logits = logits is not None and config.parallel is not None and config.parallel.gather == "logits"
     real = routing.expert_ids.new_ones(tokens, 1)
-    sent = (x, logits, real) if logits is not None and by_logits else (x, routing.weights, routing.expert_ids + 1)  # padding has id -1
-    begun = [collectives.begin_gather(padded(t, room), group) for t in sent]
+    ids = routing.expert_ids + 1 if logits is None else real  # padding has id -1, and no adapter
+    ids = ids if routing.adapter_ids is None else torch.cat([ids, routing.adapter_ids.unsqueeze(1) + 1], 1)
+    codes, x = travelling(config, weighted=False), padded(x, room)
+    sent = (packed(codes, x), padded(routing.weights if logits is None else logits, room), padded(ids, room))
+    begun = [collectives.begin_gather(t, group) for t in sent]
     beside = meanwhile()
     rows, w, ids = (collectives.arrived(t) for t in begun)
-    ids = ids - 1
-    if by_logits:
+    rows = unpacked(codes, rows, x, lambda rows, received: collectives.as_gathered(rows, received, group))
+    ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
+    if logits is not None:
         everybody = route(config, weights, w)
         ids, w = torch.where(ids < 0, -1, everybody.expert_ids), everybody.weights
-    y = _compute(config, weights, rows, _own_ids(config, weights, ids), w)
+    y = _compute(config, weights, rows, _own_ids(config, weights, ids), w, adapter_ids)
     return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), beside, None
 
 
@@ -91,10 +98,13 @@ def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     sizes = numbers(both)
     total = sum(sizes[0])
     torch._check(total <= sorted_.rows.shape[0])
-    sent = (sorted_.rows.narrow(0, 0, total), sorted_.own_of_row.narrow(0, 0, total))
+    codes, out = travelling(config, weighted=True), sorted_.rows.narrow(0, 0, total)
+    sent = (packed(codes, out), sorted_.ids_of_row.narrow(0, 0, total))
     begun = [collectives.begin_splits(t, sizes[0], sizes[1], group) for t in sent]
     beside = meanwhile()
-    y = _of_slots(config, weights, *(collectives.arrived(t) for t in begun))
+    rows, ids = (collectives.arrived(t) for t in begun)
+    rows = unpacked(codes, rows, out, lambda rows, received: collectives.as_split(rows, received, sizes[0], sizes[1], group))
+    y = _of_slots(config, weights, rows, ids)
     back = collectives.exchange_splits(y, sizes[1], sizes[0], group)
     rows = torch.cat([back, back.new_zeros(sorted_.rows.shape[0] - total, back.shape[1])])
     return _combined(config, rows, sorted_, routing), beside, None
@@ -121,10 +131,13 @@ def all_to_all_static(
     taken = (place < counts.unsqueeze(1)).flatten()
     row_of_place = torch.where(taken, row_of_place, slots)  # one row of zeros stands behind all others
     rows = _with_spare(sorted_.rows).index_select(0, row_of_place)
-    ids = torch.where(taken, _with_spare(sorted_.own_of_row).index_select(0, row_of_place), -1)
-    begun = [collectives.begin_exchange(t, group) for t in (rows, ids)]
+    ids = torch.where(taken.unsqueeze(1), _with_spare(sorted_.ids_of_row).index_select(0, row_of_place), -1)
+    codes = travelling(config, weighted=True)
+    begun = [collectives.begin_exchange(t, group) for t in (packed(codes, rows), ids)]
     beside = meanwhile()
-    y = collectives.exchange_ranks(_of_slots(config, weights, *(collectives.arrived(t) for t in begun)), group)
+    data, ids = (collectives.arrived(t) for t in begun)
+    came = unpacked(codes, data, rows, lambda rows, received: collectives.as_exchanged(rows, received, group))
+    y = collectives.exchange_ranks(_of_slots(config, weights, came, ids), group)
     own_place = torch.arange(slots, device=x.device) - _with_spare(starts).index_select(0, sorted_.rank_of_row)
     goes = sorted_.rank_of_row < group.size
     fits = goes & (own_place < capacity)
@@ -138,7 +151,7 @@ class SortedByRank:
     """Slots in the order of the ranks that they go to; those of no expert come last, with ep's size for a rank."""
 
     rows: Tensor  # [R, Hx]
-    own_of_row: Tensor  # [R]: number of the expert on its rank
+    ids_of_row: Tensor  # [R, 1 or 2]: number of the expert on its rank; adapter
     rank_of_row: Tensor  # [R]
     slot_of_row: Tensor  # [R]
     row_of_slot: Tensor  # [R]
@@ -152,14 +165,23 @@ def _by_rank(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing
     rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
     if config.router.weight_on == "input":
         rows = weighted(rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
-    own_of_row = own.index_select(0, slot_of_row)
-    return SortedByRank(rows=rows, own_of_row=own_of_row, rank_of_row=rank_of_row, slot_of_row=slot_of_row, row_of_slot=row_of_slot)
+    ids = [own.unsqueeze(1)]
+    if routing.adapter_ids is not None:
+        ids.append(routing.adapter_ids.unsqueeze(1).expand(routing.expert_ids.shape).reshape(-1, 1))
+    ids_of_row = torch.cat(ids, 1).index_select(0, slot_of_row)
+    return SortedByRank(rows=rows, ids_of_row=ids_of_row, rank_of_row=rank_of_row, slot_of_row=slot_of_row, row_of_slot=row_of_slot)
 
 
-def _of_slots(config: MoEConfig, weights: MoEWeights, rows: Tensor, own_ids: Tensor) -> Tensor:
+def _of_slots(config: MoEConfig, weights: MoEWeights, rows: Tensor, ids_of_row: Tensor) -> Tensor:
     """Rows that came, through their experts, unweighted: weights stay with the token."""
+    own_ids, adapter_ids = _ids_and_adapters(ids_of_row, 1)
     ones = torch.ones(rows.shape[0], 1, dtype=accumulation_dtype(rows.dtype), device=rows.device)
-    return routed_experts(config.own, weights, rows, Routing(expert_ids=own_ids.unsqueeze(1), weights=ones))
+    return routed_experts(config.own, weights, rows, Routing(expert_ids=own_ids, weights=ones, adapter_ids=adapter_ids))
+
+
+def _ids_and_adapters(ids: Tensor, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Columns of ids, and the one behind them: ids of adapters, where they travel along."""
+    return ids.narrow(1, 0, columns), ids.select(1, columns) if ids.shape[1] > columns else None
 
 
 def _combined(config: MoEConfig, rows: Tensor, sorted_: SortedByRank, routing: Routing) -> Tensor:

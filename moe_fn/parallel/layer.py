@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 
 from moe_fn.config import MoEConfig, ParallelConfig
 from moe_fn.ops import collectives
+from moe_fn.parallel.adapters import adapters_of_each
 from moe_fn.parallel.formats import FORMATS, Overflow
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.join import addends, join
@@ -24,6 +25,8 @@ def layer_over_ranks(
     config: MoEConfig, parallel: ParallelConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None
 ) -> tuple[Tensor, Overflow]:
     """(y, slots that found no room) for this rank's tokens: what layer_of_tokens computes with all weights in one place.
+
+    With logits they travel in all_gather, and everybody routes by them; without, the routing does.
 
     Who sums what, and when:
 
@@ -42,13 +45,14 @@ def layer_over_ranks(
     Laws
         Sharded equals unsharded.
     """
+    weights = dataclasses.replace(weights, lora=adapters_of_each(config, weights.lora))
     if parallel.sp is None:
         return _layer(config, parallel, weights, x, routing, logits)
     tokens = x.shape[0]
     size = parallel.sp.size
     rows = -(-tokens // size) * size
     x, routing, logits = (tree_map(functools.partial(_own, parallel, rows), part) for part in (x, _no_expert_as_zero(routing), logits))
-    routing = dataclasses.replace(routing, expert_ids=routing.expert_ids - 1)
+    routing = _no_expert_as_zero(routing, -1)
     y, overflow = _layer(config, parallel, _used_by_each(parallel, weights), x, routing, logits)
     return collectives.join_rows(y, parallel.sp).narrow(0, 0, tokens), overflow
 
@@ -98,9 +102,10 @@ def _used_by_each(parallel: ParallelConfig, weights: MoEWeights) -> MoEWeights:
     return dataclasses.replace(weights, **{name: tree_map(copied, getattr(weights, name)) for name in WEIGHTS_OF_EACH})
 
 
-def _no_expert_as_zero(routing: Routing) -> Routing:
-    """Ids one higher, so that padding with zeros is padding with -1."""
-    return dataclasses.replace(routing, expert_ids=routing.expert_ids + 1)
+def _no_expert_as_zero(routing: Routing, more: int = 1) -> Routing:
+    """Ids one higher, so that padding with zeros is padding with -1; or lower again."""
+    adapters = routing.adapter_ids
+    return dataclasses.replace(routing, expert_ids=routing.expert_ids + more, adapter_ids=None if adapters is None else adapters + more)
 
 
 def _own(parallel: ParallelConfig, rows: int, t: Tensor | None) -> Tensor | None:

@@ -10,8 +10,11 @@ from moe_fn.balance import physical_weights
 from moe_fn.checking import check_shapes
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.sharing import ranks_of_experts
+from moe_fn.parallel.adapters import join_adapters, shard_adapters
+from moe_fn.parallel.cutting import joined, slice_of
 from moe_fn.parallel.places import placement_of_weights, without_placement
-from moe_fn.records import WEIGHT_PATHS, MoEWeights, SharedWeights, leaves_of_weights
+from moe_fn.quant.tiles import halves_of
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, SharedWeights, leaves_of_weights, weights_of_leaves
 
 _FIRST_SLICE_ONLY = (("down_bias",), ("shared", "down_bias"))
 
@@ -21,9 +24,11 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
 
         gate_up [E, gate_up, Hx] -> [own E, gate_up / slices, Hx];  down [E, Hx, I] -> [own E, Hx, I / slices]
 
-    Biases of down (and of shared.down) are on the first slice alone: the others' would be added once a rank. Everything else every rank
-    has. With num_physical the placement beside the router says which experts are copied to which slots (for inference: a copy's gradient
-    is its own). Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the rest are the same tensors.
+    Scales and zero points go with the codes that they scale. Biases of down (and of shared.down) are on the first slice alone: the others'
+    would be added once a rank. Everything else every rank has. Of LoRA adapters it has its experts and slices too
+    (`moe_fn.parallel.adapters` says of which). With num_physical the placement beside the router says which experts are copied to which
+    slots (for inference: a copy's gradient is its own). Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the
+    rest are the same tensors.
     Raises ValueError where the config has no `parallel`, and for weights that do not fit it.
 
     Laws
@@ -46,25 +51,40 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     mine = parallel.ep.rank if parallel.ep else 0
     experts = torch.tensor([e for e, rank in enumerate(ranks_of_experts(config, parallel)) if rank == mine], device=weights.gate_up.device)
     slices, number = parallel.slices
+    cuts = _cuts(config)
+    whole = len(experts) == len(weights.gate_up)
+
+    def part(path: tuple[str, ...], t: Tensor | None) -> Tensor | None:
+        if t is None or path not in cuts:
+            return t
+        own, cut = t if whole else t.index_select(0, experts), cuts[path]
+        return own if cut is None else slice_of(own, *cut, slices, number)
+
+    leaves = [part(path, t) for path, t in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)]
+    mine_of_each = weights_of_leaves(leaves)
+    down_bias = mine_of_each.down_bias if number == 0 else None
+    lora = shard_adapters(config, weights.lora, experts)
+    return dataclasses.replace(mine_of_each, down_bias=down_bias, lora=lora, shared=_shard_shared(config, weights.shared))
+
+
+def _cuts(config: MoEConfig) -> dict[tuple[str, ...], tuple[int, int] | None]:
+    """(dim, parts of it that are cut apart) in which slices of experts cut what has experts as its first dim; None: they do not."""
     out, inner = (1, 2) if config.weight_layout == "out_in" else (2, 1)
-    gated, packed = as_activation(config.activation).gated, config.gate_up_layout == "packed"
-
-    def of_experts(t: Tensor | None) -> Tensor | None:
-        return t if t is None or len(experts) == len(weights.gate_up) else t.index_select(0, experts)
-
-    def columns(t: Tensor | None, dim: int, halves: int) -> Tensor | None:
-        return None if t is None else _slice(t, dim, halves, slices, number)
-
-    halves = 2 if gated and packed else 1
-    return dataclasses.replace(
-        weights,
-        gate_up=columns(of_experts(weights.gate_up), out, halves),  # type: ignore[arg-type]
-        down=columns(of_experts(weights.down), inner, 1),  # type: ignore[arg-type]
-        gate_up_bias=columns(of_experts(weights.gate_up_bias), 1, halves),
-        down_bias=of_experts(weights.down_bias) if number == 0 else None,
-        expert_norm=of_experts(weights.expert_norm),
-        shared=_shard_shared(config, weights.shared),
-    )
+    halves = halves_of(config, "gate_up")
+    cuts: dict[tuple[str, ...], tuple[int, int] | None] = {
+        ("gate_up",): (out, halves),
+        ("down",): (inner, 1),
+        ("gate_up_bias",): (1, halves),
+        ("down_bias",): None,
+        ("expert_norm",): None,
+    }
+    if config.quant is not None:
+        outputs, inputs = config.quant.tile
+        for what in ("scale", "zero_point"):  # one of a whole matrix is everybody's
+            cuts[("quant", f"gate_up_{what}")] = None if outputs is None else (1, halves)
+            cuts[("quant", f"down_{what}")] = None if inputs is None else (2, 1)
+        cuts |= {("quant", f"{name}_{what}"): None for name in ("gate_up", "down") for what in ("global_scale", "input_scale")}
+    return cuts
 
 
 def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeights | None:
@@ -76,7 +96,7 @@ def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeig
     parts = (2 if gated else 1) * config.shared.count  # each expert is cut by itself: the router may weigh it
 
     def cut(t: Tensor | None, dim: int, parts: int) -> Tensor | None:
-        return None if t is None else _slice(t, dim, parts, size, rank)
+        return None if t is None else slice_of(t, dim, parts, size, rank)
 
     return dataclasses.replace(
         shared,
@@ -85,21 +105,6 @@ def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeig
         gate_up_bias=cut(shared.gate_up_bias, 0, parts),
         down_bias=shared.down_bias if rank == 0 else None,
     )
-
-
-def _slice(t: Tensor, dim: int, parts: int, slices: int, number: int) -> Tensor:
-    """Slice `number` of each of `parts` equal parts of a dim."""
-    if slices == 1:
-        return t
-    by_part: Tensor = t.unflatten(dim, (parts, slices, -1))
-    return by_part.select(dim + 1, number).flatten(dim, dim + 1).contiguous()
-
-
-def _joined(pieces: Sequence[Tensor], dim: int, parts: int) -> Tensor:
-    """The inverse of _slice, from the pieces of all slices in order."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.stack([piece.unflatten(dim, (parts, -1)) for piece in pieces], dim + 1).flatten(dim, dim + 2)
 
 
 def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> MoEWeights:
@@ -125,29 +130,23 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
     if missing:
         raise ValueError(f"join_weights: no shard of (rank of ep, slice) {missing}; expected {ranks} x {slices}")
     owners = ranks_of_experts(first, parallel)
-    out, inner = (1, 2) if first.weight_layout == "out_in" else (2, 1)
-    halves = 2 if as_activation(first.activation).gated and first.gate_up_layout == "packed" else 1
     order = torch.tensor(sorted(range(first.num_experts), key=lambda expert: (owners[expert], expert)), device=shards[0].gate_up.device)
+    leaves = {place: dict(zip(WEIGHT_PATHS, leaves_of_weights(shard), strict=True)) for place, (_, shard) in found.items()}
+    cuts = _cuts(first)
 
-    def of_experts(name: str, dim: int | None, parts: int) -> Tensor | None:
-        rows = []
+    def whole(path: tuple[str, ...]) -> Tensor | None:
+        if path not in cuts or leaves[(0, 0)][path] is None:
+            return leaves[(0, 0)][path]
+        cut, rows = cuts[path], []
         for rank in range(ranks):
-            pieces = [getattr(found[(rank, number)][1], name) for number in (range(slices) if dim is not None else (0,))]
-            if pieces[0] is None:
-                return None
-            rows.append(pieces[0] if dim is None else _joined(pieces, dim, parts))
+            pieces = [leaves[(rank, number)][path] for number in (range(slices) if cut is not None else (0,))]
+            there = [piece for piece in pieces if piece is not None]
+            rows.append(there[0] if cut is None else joined(there, *cut))
         return torch.cat(rows).index_select(0, order.argsort())
 
-    zero = found[(0, 0)][1]
-    return dataclasses.replace(
-        zero,
-        gate_up=of_experts("gate_up", out, halves),  # type: ignore[arg-type]
-        down=of_experts("down", inner, 1),  # type: ignore[arg-type]
-        gate_up_bias=of_experts("gate_up_bias", 1, halves),
-        down_bias=of_experts("down_bias", None, 1),
-        expert_norm=of_experts("expert_norm", None, 1),
-        shared=_join_shared(first, [found[(0, number)][1].shared for number in range(slices)]),
-    )
+    all_ = weights_of_leaves([whole(path) for path in WEIGHT_PATHS])
+    lora = join_adapters(first, [[found[(rank, number)][1].lora for number in range(slices)] for rank in range(ranks)], order.argsort())
+    return dataclasses.replace(all_, lora=lora, shared=_join_shared(first, [found[(0, number)][1].shared for number in range(slices)]))
 
 
 def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> None:
@@ -180,10 +179,10 @@ def _join_shared(config: MoEConfig, parts: Sequence[SharedWeights | None]) -> Sh
         return shared
     pieces = [part for part in parts[: parallel.tp.size] if part is not None]
     halves = (2 if as_activation(config.shared.activation).gated else 1) * config.shared.count
-    bias = None if shared.gate_up_bias is None else _joined([p.gate_up_bias for p in pieces if p.gate_up_bias is not None], 0, halves)
+    bias = None if shared.gate_up_bias is None else joined([p.gate_up_bias for p in pieces if p.gate_up_bias is not None], 0, halves)
     return dataclasses.replace(
         shared,
-        gate_up=_joined([piece.gate_up for piece in pieces], 0, halves),
-        down=_joined([piece.down for piece in pieces], 1, config.shared.count),
+        gate_up=joined([piece.gate_up for piece in pieces], 0, halves),
+        down=joined([piece.down for piece in pieces], 1, config.shared.count),
         gate_up_bias=bias,
     )

@@ -1,5 +1,6 @@
 """How many bytes a rank sends for a layer: formulas, which the tests hold to the collectives of the compiled graphs."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,10 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 from moe_fn.config import MoEConfig, ParallelConfig
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.parallel.adapters import group_of_role, summed_over
 from moe_fn.parallel.formats import _capacity
 from moe_fn.parallel.layer import WEIGHTS_OF_EACH
 from moe_fn.parallel.sizes import reads_sizes
-from moe_fn.records import MoEWeights
+from moe_fn.quant.travelling import bytes_of_row, travelling
+from moe_fn.records import LoRAWeights, MoEWeights
 
 ID_BYTES = 8  # ids and counts are int64
 
@@ -71,10 +74,12 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
         tp (early)          2 (n-1)/n T X' [+ 2 (n-1)/n T H of shared]       the same; X' without hidden_padding
         sp                  (n-1) T H                                        (n-1) T (H + K w) + 2 (n-1)/n of the weights that each has
 
+    Where quant.activations round the experts' inputs, rows go there (not back) as codes and scales: the first X of a line is then fewer.
     Without ep, dp's ranks are all_gather's n. gather="logits" has E b for K w in the rows of tp and sp too, and router-weighted shared
-    experts add w for each. all_to_all is of slots spread evenly over the ranks; the others do not depend on the routing. backward is
-    of everything that can have a gradient; `weights`, this rank's, are needed for those whose gradients are summed (over sp, and the gate
-    of sharded shared experts), else these are not counted. Without `parallel` nothing is sent.
+    experts add w for each. Where there are several LoRA adapters 8 bytes more travel with the ids of each token (all_to_all: each slot).
+    all_to_all is of slots spread evenly over the ranks; the others do not depend on the routing. backward is of everything that can have
+    a gradient; `weights`, this rank's, are needed for those whose gradients are summed (over sp, LoRA's, and the gate of sharded shared
+    experts), else these are not counted. Without `parallel` nothing is sent.
 
     >>> from moe_fn.config import ParallelConfig, RankGroup
     >>> ranks = ParallelConfig(ep=RankGroup(name="0", size=4, rank=1), dispatch="all_to_all_static", max_tokens=8)
@@ -88,7 +93,7 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
     rows = -(-tokens // parallel.sp.size) if parallel.sp else tokens
     sizes = _Sizes(config=config, parallel=parallel, rows=rows, b=dtype.itemsize, w=w)
     pieces = (_dispatched_backward, _sums_backward) if backward else (_dispatched, _sums)
-    found = [m for piece in pieces for m in piece(sizes)] + (list(_of_weights(parallel, weights)) if backward and weights else [])
+    found = [m for piece in pieces for m in piece(sizes)] + (list(_of_weights(config, parallel, weights)) if backward and weights else [])
     return Traffic(tuple(m for m in found if m.payload))
 
 
@@ -104,6 +109,11 @@ class _Sizes:
     def x(self) -> int:
         return self.config.expert_hidden_size * self.b
 
+    def x_there(self, weighted: bool) -> int:
+        """Bytes of a row on its way to the experts: fewer where it travels as codes."""
+        codes = travelling(self.config, weighted)
+        return self.x if codes is None else bytes_of_row(codes, self.config.expert_hidden_size)
+
     @property
     def routing(self) -> int:
         """Bytes of a token's weights, or of its logits where they travel in their place."""
@@ -113,6 +123,11 @@ class _Sizes:
     def shared_weights(self) -> int:
         shared = self.config.shared
         return shared.count * self.w if shared is not None and shared.gate == "router" else 0
+
+    @property
+    def adapters(self) -> int:
+        """How many ids of adapters travel with a token, or a slot: none where all have the same one."""
+        return int(self.config.lora is not None and self.config.lora.num_adapters > 1)
 
     @property
     def tokens_of(self) -> str:
@@ -134,16 +149,16 @@ def _dispatched(s: _Sizes) -> Iterator[Message]:
     if reads_sizes(parallel) and parallel.dispatch == "all_gather":
         yield s.message("the most tokens", "all_reduce", group, ID_BYTES)
     if parallel.dispatch == "all_gather":
-        yield s.message("tokens", "all_gather", group, s.room * s.x)
+        yield s.message("tokens", "all_gather", group, s.room * s.x_there(weighted=False))
         yield s.message("logits" if parallel.gather == "logits" else "weights", "all_gather", group, s.room * s.routing)
-        yield s.message("ids", "all_gather", group, s.room * ID_BYTES * (1 if parallel.gather == "logits" else k))
+        yield s.message("ids", "all_gather", group, s.room * ID_BYTES * ((1 if parallel.gather == "logits" else k) + s.adapters))
         yield s.message("sums", "reduce_scatter", group, n * s.room * s.x)
     elif parallel.dispatch.startswith("all_to_all"):
         rows = n * _capacity(s.config) if parallel.dispatch.endswith("static") else s.rows * k
         if reads_sizes(parallel):
             yield s.message("counts", "all_to_all", group, n * ID_BYTES)
-        yield s.message("slots", "all_to_all", group, rows * s.x)
-        yield s.message("ids", "all_to_all", group, rows * ID_BYTES)
+        yield s.message("slots", "all_to_all", group, rows * s.x_there(weighted=True))
+        yield s.message("ids", "all_to_all", group, rows * ID_BYTES * (1 + s.adapters))
         yield s.message("results", "all_to_all", group, rows * s.x)
     elif parallel.ep is not None:
         yield s.message("sums", "all_reduce", "ep", s.rows * s.x)
@@ -194,8 +209,15 @@ def _sums_backward(s: _Sizes) -> Iterator[Message]:
             yield s.message("of shared weights", "all_reduce", "tp", s.rows * s.shared_weights)
 
 
-def _of_weights(parallel: ParallelConfig, weights: MoEWeights) -> Iterator[Message]:
+def _of_weights(config: MoEConfig, parallel: ParallelConfig, weights: MoEWeights) -> Iterator[Message]:
     """Gradients of weights that all ranks of a group have and each uses for a part."""
+    for field in dataclasses.fields(LoRAWeights):
+        t = None if weights.lora is None else getattr(weights.lora, field.name)
+        if t is None:
+            continue
+        for role in summed_over(config, parallel, field.name):
+            size, ranks = t.numel() * t.element_size(), group_of_role(parallel, role).size
+            yield Message(what=f"of lora.{field.name}", collective="all_reduce", group=role, ranks=ranks, payload=size)
     if parallel.sp is not None:
         for name in WEIGHTS_OF_EACH:
             size = sum(t.numel() * t.element_size() for t in tree_leaves(getattr(weights, name)) if t is not None)

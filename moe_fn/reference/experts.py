@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, SharedExpertsConfig, as_activation
-from moe_fn.records import MoEWeights, SharedWeights
+from moe_fn.records import MoEWeights, QuantWeights, SharedWeights
 from moe_fn.reference.activation import activate
+from moe_fn.reference.quant import matrices as quant_matrices
+from moe_fn.reference.quant import rounded
 from moe_fn.reference.tensors import linear, needed, rms_norm
 
 
@@ -20,6 +22,8 @@ class Expert:
     gate_up_bias: Tensor | None
     down_bias: Tensor | None
     norm: Tensor | None
+    gate_up_input_scale: Tensor | None = None  # [] static scales of inputs
+    down_input_scale: Tensor | None = None
 
 
 def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
@@ -28,20 +32,93 @@ def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
     def one_by_one(tensor: Tensor | None) -> list[Tensor | None]:
         return [None] * config.num_experts if tensor is None else list(tensor.unbind(0))
 
-    def matrices(tensor: Tensor) -> list[Tensor]:
-        return [m.T if config.weight_layout == "in_out" else m for m in tensor.unbind(0)]
+    def matrices(name: str) -> list[Tensor]:
+        if config.quant is not None:
+            return quant_matrices(config, weights, name)
+        return [m.T if config.weight_layout == "in_out" else m for m in getattr(weights, name).unbind(0)]
 
+    quant = weights.quant or QuantWeights()
     columns = zip(
-        matrices(weights.gate_up), matrices(weights.down), one_by_one(weights.gate_up_bias), one_by_one(weights.down_bias),
-        one_by_one(weights.expert_norm), strict=True,
+        matrices("gate_up"), matrices("down"), one_by_one(weights.gate_up_bias), one_by_one(weights.down_bias),
+        one_by_one(weights.expert_norm), one_by_one(quant.gate_up_input_scale), one_by_one(quant.down_input_scale), strict=True,
     )  # fmt: skip
-    return [Expert(gate_up=a, down=b, gate_up_bias=c, down_bias=d, norm=e) for a, b, c, d, e in columns]
+    return [
+        Expert(gate_up=a, down=b, gate_up_bias=c, down_bias=d, norm=e, gate_up_input_scale=f, down_input_scale=g)
+        for a, b, c, d, e, f, g in columns
+    ]
 
 
-def expert_output(config: MoEConfig, expert: Expert, v: Tensor) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What rounding of inputs needs to know of a call: largest inputs of gate_up and of down, where one scale serves all rows."""
+
+    gate_up_amax: float | None = None
+    down_amax: float | None = None
+    single: bool = True  # scales in float32
+
+
+def rounded_input(config: MoEConfig, expert: Expert, name: str, v: Tensor, rounding: Rounding) -> Tensor:
+    """The input of gate_up or down as config.quant.activations rounds it."""
+    if config.quant is None or config.quant.activations is None:
+        return v
+    static = getattr(expert, f"{name}_input_scale")
+    return rounded(
+        config.quant.activations,
+        v,
+        static_scale=None if static is None else float(static),
+        amax_of_call=getattr(rounding, f"{name}_amax"),
+        single=rounding.single,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The low-rank matrices of one adapter for one expert: a [rank, in], b [out, rank] of each product, None where it has none."""
+
+    gate_up_a: Tensor | None
+    gate_up_b: Tensor | None
+    down_a: Tensor | None
+    down_b: Tensor | None
+
+
+def adapter_of_expert(config: MoEConfig, weights: MoEWeights, adapter_id: int, expert_id: int) -> Adapter | None:
+    """The matrices of an adapter for an expert; None for ids of no adapter. An expert dim of 1 is all experts'."""
+    if config.lora is None or not 0 <= adapter_id < config.lora.num_adapters:
+        return None
+    lora = weights.lora
+    if lora is None:
+        raise ValueError("weights.lora is None; expected tensors, for the config asks for them")
+
+    def of_expert(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[adapter_id][0 if len(tensor[adapter_id]) == 1 else expert_id]
+
+    return Adapter(
+        gate_up_a=of_expert(lora.gate_up_a),
+        gate_up_b=of_expert(lora.gate_up_b),
+        down_a=of_expert(lora.down_a),
+        down_b=of_expert(lora.down_b),
+    )
+
+
+def low_rank(a: Tensor | None, b: Tensor | None, v: Tensor) -> Tensor | float:
+    """b @ (a @ v), or 0."""
+    return 0.0 if a is None or b is None else b @ (a @ v)
+
+
+def hidden_of_expert(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None, rounding: Rounding | None = None) -> Tensor:
+    """What the second product of an expert gets, before it is rounded: v [Hx] -> [I]."""
+    h = linear(expert.gate_up, rounded_input(config, expert, "gate_up", v, rounding or Rounding()), expert.gate_up_bias)
+    if adapter is not None:
+        h = h + low_rank(adapter.gate_up_a, adapter.gate_up_b, v)
+    return activate(as_activation(config.activation), h, config.gate_up_layout)
+
+
+def expert_output(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None = None, rounding: Rounding | None = None) -> Tensor:
     """One expert on one vector.
 
         o = down @ activation(gate_up @ v + gate_up_bias) + down_bias, then the expert norm if there is one
+
+    With an adapter each matrix W is W + b @ a.
 
     v [Hx] float64 -> [Hx] float64. Source: semantics.md 3.1; the norm: Muse-Spark.
 
@@ -50,9 +127,10 @@ def expert_output(config: MoEConfig, expert: Expert, v: Tensor) -> Tensor:
     >>> expert_output(config, expert, torch.tensor([3.0]))
     tensor([90.])
     """
-    h = linear(expert.gate_up, v, expert.gate_up_bias)
-    a = activate(as_activation(config.activation), h, config.gate_up_layout)
-    o = linear(expert.down, a, expert.down_bias)
+    a = hidden_of_expert(config, expert, v, adapter, rounding)
+    o = linear(expert.down, rounded_input(config, expert, "down", a, rounding or Rounding()), expert.down_bias)
+    if adapter is not None:
+        o = o + low_rank(adapter.down_a, adapter.down_b, a)
     if config.expert_norm is None:
         return o
     norm = needed(expert.norm, "weights.expert_norm")

@@ -1,5 +1,7 @@
 """The whole layer, token by token."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +9,16 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig
 from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, Routing, leaves_of_weights
-from moe_fn.reference.experts import Expert, expert_output, experts_of_weights, shared_output
+from moe_fn.reference.experts import (
+    Adapter,
+    Expert,
+    Rounding,
+    adapter_of_expert,
+    expert_output,
+    experts_of_weights,
+    hidden_of_expert,
+    shared_output,
+)
 from moe_fn.reference.routing import route_comparing_in
 from moe_fn.reference.tensors import float64_weights, is_real, linear, needed, rms_norm, stack_rows, zero_of
 
@@ -20,13 +31,15 @@ def moe_forward(
     *,
     token_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
+    adapter_ids: Tensor | None = None,
 ) -> Tensor:
     """The layer: every token visits its top_k experts, and their outputs are added by routing weight.
 
         y_t = sum over slots (e, w) of w * expert_e(x_t)  + shared experts + zero experts
 
     x [..., H] and logits [..., num_logits] of any float dtype (without logits: x @ router.gate.T + router.bias),
-    token_ids [...] ints for hash routing, token_mask [...] bool, False for padding, whose result is 0 -> [..., H] float64.
+    token_ids [...] ints for hash routing, token_mask [...] bool, False for padding, whose result is 0, adapter_ids [...] ints, the LoRA
+    adapter of each token (None: 0) -> [..., H] float64.
     Source: semantics.md 5; Shazeer et al. 2017 (arXiv 1701.06538).
 
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1, activation="relu_no_mul")
@@ -40,6 +53,9 @@ def moe_forward(
     else:
         logits_dtype = logits.dtype
     routing = route_comparing_in(logits_dtype, config, weights, logits, token_ids, token_mask)
+    routing = Routing(
+        expert_ids=routing.expert_ids, weights=routing.weights, shared_weights=routing.shared_weights, adapter_ids=adapter_ids
+    )
     return moe_forward_routed(config, weights, x, routing, token_mask=token_mask)
 
 
@@ -61,10 +77,14 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     experts = experts_of_weights(config, weights64)
     rows = x.to(torch.float64).reshape(-1, config.hidden_size).unbind(0)
     slots = slots_of_tokens(config, routing)
+    real_of_token = is_real(token_mask, len(rows))
+    rounding = rounding_of_call(
+        config, weights64, experts, [p for p, real in zip(zip(rows, slots, strict=True), real_of_token, strict=True) if real], x.dtype
+    )
     outputs = []
-    for row, slots_of_row, real in zip(rows, slots, is_real(token_mask, len(rows)), strict=True):
+    for row, slots_of_row, real in zip(rows, slots, real_of_token, strict=True):
         if real:
-            outputs.append(token_output(config, weights64, experts, row, slots_of_row, is_float16=x.dtype == torch.float16))
+            outputs.append(token_output(config, weights64, experts, row, slots_of_row, rounding, is_float16=x.dtype == torch.float16))
         else:  # the row is not read: it may hold anything
             outputs.append(row.new_zeros(config.hidden_size))
     zero = zero_of(x, routing.weights, routing.shared_weights, *leaves_of_weights(weights))
@@ -73,21 +93,24 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """The routing of one token: ids (top_k of them), weights [top_k], shared_weights [shared experts]; all float64."""
+    """The routing of one token: ids (top_k of them), weights [top_k], shared_weights [shared experts], all float64; its adapter."""
 
     ids: list[int]
     weights: Tensor
     shared_weights: Tensor | None
+    adapter: int = 0
 
 
 def slots_of_tokens(config: MoEConfig, routing: Routing) -> list[Slots]:
     """The routing, token by token."""
     ids = routing.expert_ids.reshape(-1, config.top_k).tolist()
     weights = routing.weights.to(torch.float64).reshape(-1, config.top_k).unbind(0)
-    if routing.shared_weights is None:
-        return [Slots(ids=i, weights=w, shared_weights=None) for i, w in zip(ids, weights, strict=True)]
-    shared = routing.shared_weights.to(torch.float64).reshape(-1, routing.shared_weights.shape[-1]).unbind(0)
-    return [Slots(ids=i, weights=w, shared_weights=s) for i, w, s in zip(ids, weights, shared, strict=True)]
+    adapters = [0] * len(ids) if routing.adapter_ids is None else routing.adapter_ids.reshape(-1).tolist()
+    shared: Sequence[Tensor | None] = [None] * len(ids)
+    if routing.shared_weights is not None:
+        shared = routing.shared_weights.to(torch.float64).reshape(-1, routing.shared_weights.shape[-1]).unbind(0)
+    tokens = zip(ids, weights, shared, adapters, strict=True)
+    return [Slots(ids=i, weights=w, shared_weights=s, adapter=a) for i, w, s, a in tokens]
 
 
 def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -108,10 +131,49 @@ def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: T
     return stack_rows(logits, config.num_logits, zero) + zero
 
 
-def token_output(config: MoEConfig, weights: MoEWeights, experts: list[Expert], x: Tensor, slots: Slots, *, is_float16: bool) -> Tensor:
+def rounding_of_call(
+    config: MoEConfig, weights: MoEWeights, experts: list[Expert], tokens: list[tuple[Tensor, Slots]], dtype: torch.dtype
+) -> Rounding:
+    """Largest inputs of both products over all rows, where activations are rounded with one scale for a call."""
+    single = dtype != torch.float64
+    activations = None if config.quant is None else config.quant.activations
+    if activations is None or activations.granularity != "tensor" or activations.static:
+        return Rounding(single=single)
+    every = [visit for x, slots in tokens for visit in visits(config, weights, experts, routed_input(config, weights, x), slots)]
+    first = Rounding(gate_up_amax=max((float(visit.v.detach().abs().max()) for visit in every), default=0.0), single=single)
+    hidden = [hidden_of_expert(config, visit.expert, visit.v, visit.adapter, first) for visit in every]
+    return dataclasses.replace(first, down_amax=max((float(a.detach().abs().max()) for a in hidden), default=0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """One slot of a token that has an expert: the expert, its adapter, what it sees, and how much it counts."""
+
+    expert: Expert
+    adapter: Adapter | None
+    v: Tensor
+    weight: Tensor | float
+
+
+def visits(config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Tensor, slots: Slots) -> list[Visit]:
+    """The slots (e, w) of one token: expert_e sees v and counts w, or sees w * v and counts 1 with weight_on="input"."""
+    found = []
+    for expert_id, weight in zip(slots.ids, slots.weights.unbind(0), strict=True):
+        if not 0 <= expert_id < config.num_experts:
+            continue  # no expert (-1), or a zero expert
+        on_input = config.router.weight_on == "input"
+        adapter = adapter_of_expert(config, weights, slots.adapter, expert_id)
+        seen, counts = (weight * v, 1.0) if on_input else (v, weight)
+        found.append(Visit(expert=experts[expert_id], adapter=adapter, v=seen, weight=counts))
+    return found
+
+
+def token_output(
+    config: MoEConfig, weights: MoEWeights, experts: list[Expert], x: Tensor, slots: Slots, rounding: Rounding, *, is_float16: bool
+) -> Tensor:
     """The layer on one token: x [H] -> [H]."""
     v = routed_input(config, weights, x)
-    y = routed_sum(config, experts, v, slots)[: config.routed_size]  # what hidden_padding appended is cut off
+    y = routed_sum(config, weights, experts, v, slots, rounding)[: config.routed_size]  # what hidden_padding appended is cut off
     factor, scale_on = config.router.routed_scaling_factor, config.router.scale_on
     scale_shared = scale_on == "output_float16_safe" and is_float16 and config.shared is not None
     if scale_on != "weights" and not scale_shared:
@@ -143,17 +205,11 @@ def routed_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
     return torch.cat([v, v.new_zeros(config.hidden_padding)])
 
 
-def routed_sum(config: MoEConfig, experts: list[Expert], v: Tensor, slots: Slots) -> Tensor:
-    """sum over slots (e, w) of w * expert_e(v), or of expert_e(w * v) with weight_on="input". v [Hx] -> [Hx]."""
+def routed_sum(config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Tensor, slots: Slots, rounding: Rounding) -> Tensor:
+    """sum over slots of weight * expert(what it sees). v [Hx] -> [Hx]."""
     total = torch.zeros_like(v)
-    for expert_id, weight in zip(slots.ids, slots.weights.unbind(0), strict=True):
-        if not 0 <= expert_id < config.num_experts:
-            continue  # no expert (-1), or a zero expert
-        expert = experts[expert_id]
-        if config.router.weight_on == "input":
-            total = total + expert_output(config, expert, weight * v)
-        else:
-            total = total + weight * expert_output(config, expert, v)
+    for visit in visits(config, weights, experts, v, slots):
+        total = total + visit.weight * expert_output(config, visit.expert, visit.v, visit.adapter, rounding)
     return total
 
 

@@ -42,7 +42,14 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
     if config.router.weight_on == "input":
         rows = weighted(rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
-    return Dispatched(rows=rows, expert_ends=expert_ends, slot_of_row=slot_of_row, row_of_slot=row_of_slot)
+    adapters = routing.adapter_ids
+    return Dispatched(
+        rows=rows,
+        expert_ends=expert_ends,
+        slot_of_row=slot_of_row,
+        row_of_slot=row_of_slot,
+        adapter_of_row=None if adapters is None else adapters.index_select(0, slot_of_row // config.top_k),
+    )
 
 
 def weighted(x: Tensor, weights: Tensor) -> Tensor:

@@ -5,10 +5,15 @@ from torch import Tensor
 
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
-from moe_fn.config import ExpertNormConfig, MoEConfig, as_activation
+from moe_fn.config import ActivationQuantConfig, ExpertNormConfig, MoEConfig, as_activation
+from moe_fn.lora import add_adapters, sort_by_adapter
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
+from moe_fn.ops.quantised import quantised_matmul
 from moe_fn.preparing import restore_weights
+from moe_fn.quant.activations import rounded_rows, straight_through
+from moe_fn.quant.tiles import halves_of
+from moe_fn.quant.weights import codes_of
 from moe_fn.records import Dispatched, MoEWeights
 
 
@@ -19,7 +24,9 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
 
     dispatched.rows [R, Hx] -> [R, Hx] in the same dtype. Products accumulate in float32 and round once; biases and the activation
     are added and computed in float32. Rows of no expert are never read. With expert_norm the output is normalised.
-    Only `rows` and `expert_ends` of the input are read, so somebody else's sorted rows do as well.
+    Only `rows`, `expert_ends` and, with config.lora, `adapter_of_row` are read, so somebody else's sorted rows do as well.
+    With config.lora each matrix W[e] is W[e] + B[l, e] A[l, e], l the adapter of row r. With config.quant weights are what their codes
+    stand for, and inputs of both products (not of adapters) are rounded as it says; a gradient passes the rounding as if it were not there.
 
     Laws
         A row depends on its own expert alone.
@@ -39,18 +46,37 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     """
     rows, ends = dispatched.rows, dispatched.expert_ends
     backend, weights = backend_of(config, rows), restore_weights(config, weights)
-    matmul = GROUPED[backend].matmul
-    transposed = config.weight_layout == "out_in"
-    hidden = matmul(rows, weights.gate_up, ends, transposed).to(accumulation_dtype(rows.dtype))
+    by_adapter = sort_by_adapter(config, dispatched)
+    hidden = _product(config, weights, "gate_up", rows, ends, backend).to(accumulation_dtype(rows.dtype))
+    hidden = add_adapters(by_adapter, weights.lora, "gate_up", rows, hidden)
     if weights.gate_up_bias is not None:
         hidden = hidden + spread_over_rows(backend, weights.gate_up_bias, ends, rows.shape[0])
     hidden = activate(as_activation(config.activation), hidden, config.gate_up_layout).to(rows.dtype)
-    out = matmul(hidden, weights.down, ends, transposed)
+    out = add_adapters(by_adapter, weights.lora, "down", hidden, _product(config, weights, "down", hidden, ends, backend))
     if weights.down_bias is not None:
-        out = (out.to(accumulation_dtype(out.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])).to(out.dtype)
+        out = out.to(accumulation_dtype(rows.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])
+    out = out.to(rows.dtype)
     if config.expert_norm is not None and weights.expert_norm is not None:
         out = _normalise(config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0]))
     return out
+
+
+def _product(config: MoEConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
+    """Rows times their experts' gate_up, or down, whatever these are stored as."""
+    if config.quant is None:
+        return GROUPED[backend].matmul(rows, getattr(weights, name), ends, config.weight_layout == "out_in")
+    if config.quant.activations is not None:
+        rows = _rounded(config.quant.activations, weights, name, rows, ends, backend)
+    return quantised_matmul(backend, rows, codes_of(weights, name), ends, config.quant, halves_of(config, name))
+
+
+def _rounded(a: ActivationQuantConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
+    """Rows as the floats that their codes stand for; the gradient passes through."""
+    static = None if weights.quant is None else getattr(weights.quant, f"{name}_input_scale")
+    if static is not None:
+        static = spread_over_rows(backend, static.to(torch.float32).unsqueeze(-1), ends, rows.shape[0])
+    present = (torch.arange(rows.shape[0], device=rows.device) < ends[-1]).unsqueeze(1)
+    return straight_through(rounded_rows(a, rows.detach(), present, static).floats().to(rows.dtype), rows)
 
 
 def _normalise(norm: ExpertNormConfig, rows: Tensor, scale: Tensor) -> Tensor:

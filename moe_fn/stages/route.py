@@ -136,7 +136,8 @@ def without_padding(routing: Routing, token_mask: Tensor) -> Routing:
     """The routing with padding tokens sent nowhere."""
     keep = token_mask.unsqueeze(-1)
     shared = routing.shared_weights
-    return Routing(
+    return dataclasses.replace(
+        routing,
         expert_ids=torch.where(keep, routing.expert_ids, -1),
         weights=torch.where(keep, routing.weights, 0),
         shared_weights=None if shared is None else torch.where(keep, shared, 0),

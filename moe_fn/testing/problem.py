@@ -16,7 +16,7 @@ class MoEProblem:
     """A config and tensors that fit it: what `problems()` draws, and what `moe_fn.moe_forward` takes.
 
     x [..., H]; logits [..., num_logits], or None where the gate is inside the layer; token_ids [...] int64 for hash routing;
-    token_mask [...] bool, False on padding, whose rows of x and logits hold NaN and infinities.
+    token_mask [...] bool, False on padding, whose rows of x and logits hold NaN and infinities; adapter_ids [...] int64 for LoRA.
 
     >>> import torch
     >>> from moe_fn.testing import weights_for
@@ -32,19 +32,21 @@ class MoEProblem:
     logits: Tensor | None = None
     token_ids: Tensor | None = None
     token_mask: Tensor | None = None
+    adapter_ids: Tensor | None = None
 
     def replace(self, **changes: Any) -> Self:
         """The problem with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def call(self, fn: Callable[..., Any]) -> Any:
-        """fn(config, weights, x, logits, token_ids=..., token_mask=...)."""
-        return fn(self.config, self.weights, self.x, self.logits, token_ids=self.token_ids, token_mask=self.token_mask)
+        """fn(config, weights, x, logits, token_ids=..., token_mask=...), and adapter_ids=... where there are any."""
+        adapters = {} if self.adapter_ids is None else {"adapter_ids": self.adapter_ids}
+        return fn(self.config, self.weights, self.x, self.logits, token_ids=self.token_ids, token_mask=self.token_mask, **adapters)
 
     def __repr__(self) -> str:
         """Short enough to read in a failing test: what differs from the defaults, and tensors by shape unless they are small."""
         parts = [f"config={_changes(self.config)}", f"weights={_contents(self.weights)}"]
-        for name in ("x", "logits", "token_ids", "token_mask"):
+        for name in ("x", "logits", "token_ids", "token_mask", "adapter_ids"):
             value = getattr(self, name)
             if value is not None:
                 parts.append(f"{name}={_short(value)}")

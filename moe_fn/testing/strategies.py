@@ -43,7 +43,8 @@ def problems(
              "normal": continuous, near-ties possible. A gate that sees a latent space (gate_input="transformed") always is
 
     Sometimes there is a token_mask, and padding then holds NaN and infinities in x and logits; hash routing has token_ids.
-    Optional weights come and go. Numbers come from a drawn seed; sizes and options shrink.
+    Optional weights come and go; a config with LoRA (fixed, for `configs()` draws none) has adapter_ids. Numbers come from a drawn seed;
+    sizes and options shrink.
 
     >>> from hypothesis import find
     >>> find(problems(tokens=st.just(3), logits="grid"), lambda problem: problem.config.num_experts > 1).x[..., 0].numel()
@@ -71,7 +72,20 @@ def _problems(
         x, own_logits = poison(x, token_mask), None if own_logits is None else poison(own_logits, token_mask)
     token_ids = torch.randint(_VOCABULARY, leading, generator=generator) if config.router.selection == "hash" else None
     problem = MoEProblem(config=config, weights=weights, x=x, logits=own_logits, token_ids=token_ids, token_mask=token_mask)
+    problem = problem if config.lora is None else _with_adapters(draw, config, problem, leading, generator)
     return problem if device.type == "cpu" else _moved(problem, device)
+
+
+def _with_adapters(
+    draw: DrawFn, config: MoEConfig, problem: MoEProblem, leading: tuple[int, ...], generator: torch.Generator
+) -> MoEProblem:
+    """Ids of adapters, of none and of one that there is not; sometimes adapters of one product alone."""
+    lora, without = problem.weights.lora, draw(st.sampled_from((None, None, "gate_up", "down")))
+    if lora is not None and without is not None:
+        lora = dataclasses.replace(lora, **{f"{without}_a": None, f"{without}_b": None})
+    adapters = config.lora.num_adapters if config.lora is not None else 1
+    ids = None if adapters == 1 and draw(_BOOLEANS) else torch.randint(-1, adapters + 1, leading, generator=generator)
+    return problem.replace(weights=dataclasses.replace(problem.weights, lora=lora), adapter_ids=ids)
 
 
 def _leading_dims(tokens: int) -> SearchStrategy[tuple[int, ...]]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
-from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, SharedWeights
+from moe_fn.records import LatentWeights, LoRAWeights, MoEWeights, RouterWeights, SharedWeights
+from moe_fn.testing.quant_weights import codes_for
 
 # Correction biases are -1, 0 or 1 times this. Together with the grid of logits in `values.py` it keeps sums of scores and biases, of
 # one expert and of two, more than 1e-5 apart or exactly equal, so float32 and float64 choose alike (test_testing.py checks the table).
@@ -35,6 +36,7 @@ def weights_for(
     scales         other optional tensors: router.expert_scale, latent.input_norm, latent.output_norm
     vocabulary     rows of router.expert_ids_of_token, for hash routing; ids of a token are distinct
 
+    With config.quant gate_up and down are random codes, every code among them, with scales that keep numbers near 1.
     Matrices are normal with deviation 1/sqrt(fan in), so numbers stay near 1 at any width; scales lie in 0.5 .. 1.5.
 
     >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=3, intermediate_size=5)
@@ -48,9 +50,14 @@ def weights_for(
     gate_up = 2 * inner if as_activation(config.activation).gated else inner
     out_in = config.weight_layout == "out_in"
     constant = config.zero_experts is not None and config.zero_experts.kind == "constant"
+    plain = {
+        "gate_up": make.normal(experts, *((gate_up, width) if out_in else (width, gate_up)), fan_in=width),
+        "down": make.normal(experts, *((width, inner) if out_in else (inner, width)), fan_in=inner),
+    }
+    codes, quant = codes_for(config, plain, generator) if config.quant else (plain, None)
     return MoEWeights(
-        gate_up=make.normal(experts, *((gate_up, width) if out_in else (width, gate_up)), fan_in=width),
-        down=make.normal(experts, *((width, inner) if out_in else (inner, width)), fan_in=inner),
+        gate_up=codes["gate_up"],
+        down=codes["down"],
         gate_up_bias=make.normal(experts, gate_up, fan_in=4) if bias else None,
         down_bias=make.normal(experts, width, fan_in=4) if bias else None,
         expert_norm=make.scale(experts, width) if config.expert_norm else None,
@@ -60,6 +67,8 @@ def weights_for(
         router=_router(config, make, bias, scales, vocabulary),
         shared=_shared(config, make, bias),
         latent=_latent(config, make, bias, scales),
+        lora=_lora(config, make, gate_up),
+        quant=quant,
     )
 
 
@@ -103,6 +112,18 @@ def _latent(config: MoEConfig, make: "_Maker", bias: bool, scales: bool) -> Late
         input_norm=make.scale(size) if scales else None,
         output_norm=make.scale(size) if scales else None,
     )
+
+
+def _lora(config: MoEConfig, make: "_Maker", gate_up: int) -> LoRAWeights | None:
+    if config.lora is None:
+        return None
+    lora, wide, inner = config.lora, config.expert_hidden_size, config.intermediate_size
+    sizes = {"gate_up_a": (lora.rank, wide), "gate_up_b": (gate_up, lora.rank), "down_a": (lora.rank, inner), "down_b": (wide, lora.rank)}
+
+    def matrices(name: str) -> Tensor:
+        return make.normal(lora.num_adapters, 1 if lora.shares(name) else config.num_experts, *sizes[name], fan_in=sizes[name][1])
+
+    return LoRAWeights(**{name: matrices(name) for name in sizes})
 
 
 class _Maker:

@@ -60,30 +60,35 @@ Gate gate_of(c10::string_view name) {
 // The arguments of routed_experts; moe_fn.ops.routed names them, and torch compares its schema with this when the ops are installed.
 #define ARGUMENTS                                                                                                                                              \
   const Tensor &x, const Tensor &ids, const Tensor &weights, const Tensor &gate_up, const Tensor &down, const optional<Tensor>&gate_up_bias,                   \
-      const optional<Tensor>&down_bias, int64_t intermediate_size, bool transposed, c10::string_view function, bool gated, bool interleaved, double alpha,      \
-      double up_offset, optional<double> limit, bool limit_output, optional<double> gate_cap, optional<double> up_cap
+      const optional<Tensor>&down_bias, const optional<Tensor>&gate_up_scale, const optional<Tensor>&down_scale, const optional<Tensor>&gate_up_zero_point,    \
+      const optional<Tensor>&down_zero_point, const optional<Tensor>&gate_up_global_scale, const optional<Tensor>&down_global_scale,                           \
+      const optional<Tensor>&gate_up_input_scale, const optional<Tensor>&down_input_scale, int64_t intermediate_size, bool transposed,                         \
+      c10::string_view function, bool gated, bool interleaved, double alpha, double up_offset, optional<double> limit, bool limit_output,                      \
+      optional<double> gate_cap, optional<double> up_cap, c10::string_view quant
 #define PASSED                                                                                                                                                 \
-  x, ids, weights, gate_up, down, gate_up_bias, down_bias, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit, limit_output, \
-      gate_cap, up_cap
+  x, ids, weights, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale, gate_up_zero_point, down_zero_point, gate_up_global_scale,               \
+      down_global_scale, gate_up_input_scale, down_input_scale, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit,          \
+      limit_output, gate_cap, up_cap, quant
 
 // The arguments of routed_experts, contiguous and checked; the tensors live as long as the problem that points into them.
 struct Call {
   Tensor x, ids, weights, gate_up, down;
   optional<Tensor> gate_up_bias, down_bias;
   RoutedExperts problem;
-  QuantArguments quant;
+  QuantTensors beside;
   std::unique_ptr<Codes> gate_up_codes, down_codes;
 };
-Call call_of(ARGUMENTS, const QuantArguments& quant = {}) {
+Call call_of(ARGUMENTS) {
   auto dense = [](const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : optional<Tensor>(); };
   Call c{x.contiguous(), ids.to(at::kLong).contiguous(), weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}, {}, {}, {}};
   TORCH_CHECK_VALUE(x.dim() == 2 && ids.dim() == 2 && ids.size(0) == x.size(0) && ids.sizes() == weights.sizes(), "moe_fn: x is ", x.sizes(), ", expert_ids ",
                     ids.sizes(), ", expert_weights ", weights.sizes(), "; expected [tokens, hidden] and twice [tokens, top_k]");
-  const QuantDescription described = quant.none() ? QuantDescription{} : description_of(quant.description);
-  const int per_byte = !quant.none() && (described.scheme == "int4" || described.scheme == "mxfp4" || described.scheme == "nvfp4") ? 2 : 1;
-  TORCH_CHECK_VALUE(quant.none() || (transposed && gate_up.element_size() == 1 && down.element_size() == 1), "moe_fn: quantised weights are ", gate_up.scalar_type(), " and ",
+  const bool floats = quant.empty();
+  const QuantDescription described = floats ? QuantDescription{} : description_of(std::string(quant));
+  const int per_byte = !floats && (described.scheme == "int4" || described.scheme == "mxfp4" || described.scheme == "nvfp4") ? 2 : 1;
+  TORCH_CHECK_VALUE(floats || (transposed && gate_up.element_size() == 1 && down.element_size() == 1), "moe_fn: quantised weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected bytes, laid as out_in");
-  TORCH_CHECK_VALUE(!quant.none() || (gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type()), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
+  TORCH_CHECK_VALUE(!floats || (gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type()), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected the dtype of x, ", x.scalar_type());
   TORCH_CHECK_VALUE(gate_up.size(0) == down.size(0), "moe_fn: gate_up and down have ", gate_up.size(0), " and ", down.size(0), " experts");
   const int64_t hidden = x.size(1), experts = gate_up.size(0), columns = gated ? 2 * intermediate_size : intermediate_size;
@@ -94,18 +99,17 @@ Call call_of(ARGUMENTS, const QuantArguments& quant = {}) {
                bias_of(c.down_bias, experts, hidden),
                {gate_of(function), gated, limit_output, float(alpha), float(up_offset), float(limit.value_or(none)), float(gate_cap.value_or(none)),
                 float(up_cap.value_or(none))}};
-  if (!quant.none()) {
-    TORCH_CHECK_VALUE(quant.gate_up_scale && quant.down_scale, "moe_fn: quantised weights without scales");
-    c.quant = {dense(quant.gate_up_scale), dense(quant.down_scale), dense(quant.gate_up_zero_point), dense(quant.down_zero_point), dense(quant.gate_up_global_scale),
-               dense(quant.down_global_scale), quant.description};
+  if (!floats) {
+    TORCH_CHECK_VALUE(gate_up_scale && down_scale, "moe_fn: quantised weights without scales");
+    c.beside = {dense(gate_up_scale), dense(down_scale), dense(gate_up_zero_point), dense(down_zero_point), dense(gate_up_global_scale), dense(down_global_scale)};
     const bool is_signed = gate_up.scalar_type() == at::kChar;
     auto codes = [&](Weight& w, const optional<Tensor>& scale, const optional<Tensor>& zero, const optional<Tensor>& global) {
       auto found = codes_of(described, w, experts, is_signed, *scale, zero, global);
       w.codes = found.get();
       return found;
     };
-    c.gate_up_codes = codes(c.problem.gate_up, c.quant.gate_up_scale, c.quant.gate_up_zero_point, c.quant.gate_up_global_scale);
-    c.down_codes = codes(c.problem.down, c.quant.down_scale, c.quant.down_zero_point, c.quant.down_global_scale);
+    c.gate_up_codes = codes(c.problem.gate_up, c.beside.gate_up_scale, c.beside.gate_up_zero_point, c.beside.gate_up_global_scale);
+    c.down_codes = codes(c.problem.down, c.beside.down_scale, c.beside.down_zero_point, c.beside.down_global_scale);
   }
   return c;
 }
@@ -118,14 +122,10 @@ std::tuple<Tensor, Tensor> run(Call c, const Tensor& x, const Tensor& ids, bool 
   return {out, pre};
 }
 std::tuple<Tensor, Tensor> routed_experts_op(ARGUMENTS, bool keep) { return run(call_of(PASSED), x, ids, keep); }
-std::tuple<Tensor, Tensor> quantised_experts_op(
-    const optional<Tensor>& gate_up_scale, const optional<Tensor>& down_scale, const optional<Tensor>& gate_up_zero_point, const optional<Tensor>& down_zero_point,
-    const optional<Tensor>& gate_up_global_scale, const optional<Tensor>& down_global_scale, c10::string_view quant, ARGUMENTS, bool keep) {
-  return run(call_of(PASSED, {gate_up_scale, down_scale, gate_up_zero_point, down_zero_point, gate_up_global_scale, down_global_scale, std::string(quant)}), x, ids, keep);
-}
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, const Tensor& pre_, ARGUMENTS) {
+  TORCH_CHECK_VALUE(quant.empty(), "moe_fn: weights of the backward pass are codes, ", quant, "; expected floats");
   Call c = call_of(PASSED);
   const Tensor gradient = gradient_.contiguous(), pre = pre_.contiguous();
   const bool kept = pre.dim() == 2;
@@ -202,7 +202,6 @@ void install() {  // once, whatever thread comes first
 
 TORCH_LIBRARY_FRAGMENT(NAME, m) {  // schemas follow from the functions' types
   m.def("routed_experts", &routed_experts_op);
-  m.def("quantised_experts", &quantised_experts_op);
   m.def("routed_experts_backward", &routed_experts_backward_op);
   m.def("grouped_matmul", &grouped_matmul_op);
   m.def("grouped_outer", &grouped_outer_op);

@@ -9,10 +9,8 @@
 
 namespace moe_fn {
 
-struct QuantArguments {
+struct QuantTensors {
   c10::optional<at::Tensor> gate_up_scale, down_scale, gate_up_zero_point, down_zero_point, gate_up_global_scale, down_global_scale;
-  std::string description;
-  bool none() const { return description.empty(); }
 };
 
 // The value of a key of flat JSON as text, without quotes: "" for null and for what is not there.

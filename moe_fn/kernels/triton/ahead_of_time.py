@@ -114,11 +114,13 @@ def faults(case: Case, found: Resources, arch: str) -> tuple[str, ...]:
     """What is wrong with a compiled case, in words; empty if nothing is."""
     limit = ARCHITECTURES[arch].shared_memory
     unit = _matrix_unit(case, arch)
+    rounds = case.dtype == "fp32" and case.product and not arch.startswith("gfx") and bool(found.instructions)
     checks = (
         (found.spilled > 0, f"spills {found.spilled} bytes"),
         (found.shared > limit, f"takes {found.shared} bytes of shared memory; {arch} has {limit}"),
         (found.shared > case.bound, f"takes {found.shared} bytes of shared memory; tiles.shared_memory expects at most {case.bound}"),
         (unit is not None and unit not in found.instructions, f"computes without {unit}"),
+        (rounds, f"computes float32 with {', '.join(found.instructions)}, which round it"),
     )
     return tuple(text for wrong, text in checks if wrong)
 
@@ -141,12 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", default="sm_90", choices=sorted(TARGETS))
     parser.add_argument("--only", default="", help="cases whose names hold this text")
     parser.add_argument("--planted", action="store_true", help="compile tiles that are known to be bad instead")
+    parser.add_argument("--thorough", action="store_true", help="every form of quantised weights in every tile: some minutes more")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("triton interprets kernels in this process (TRITON_INTERPRET is set) and so does not compile them")
     rows: dict[str, dict[str, Any]] = {}
-    for case in cases_of(options.arch, planted=options.planted):
+    for case in cases_of(options.arch, planted=options.planted, thorough=options.thorough):
         if options.only in case.name:
             rows[case.name] = _row(case, options.arch)
             print(_line(case.name, rows[case.name]), flush=True)

@@ -7,6 +7,7 @@ from typing import Any
 from moe_fn.config.activation import PRESETS
 from moe_fn.kernels.triton import down_backward, up
 from moe_fn.kernels.triton.ahead_of_time import Case
+from moe_fn.kernels.triton.ahead_of_time_quant import quant_cases
 from moe_fn.kernels.triton.ahead_of_time_signatures import GROUPED, ODD_VARIANTS, ROWS, VARIANTS, Options
 from moe_fn.kernels.triton.tile_tables import Tile, rows_of
 from moe_fn.kernels.triton.tiles import divisible, down_backward_tile, outer_tile, product_tile, shared_memory, tiles_of, up_tile
@@ -16,8 +17,11 @@ HEURISTICS = {"up": up_tile, "product": product_tile, "down_backward": down_back
 FLAGS = ("BIAS", "KEEP", "INTERLEAVED", "GATHER", "INDIRECT", "GATHER_LEFT", "GATHER_RIGHT")
 
 
-def cases_of(arch: str, planted: bool = False) -> Iterator[Case]:
-    """All cases for an architecture; planted: tiles that are known to be bad, to see that the check sees it."""
+def cases_of(arch: str, planted: bool = False, thorough: bool = False) -> Iterator[Case]:
+    """All cases for an architecture; thorough: quantised weights in all tiles.
+
+    planted: tiles that are known to be bad, to see that the check sees it.
+    """
     if planted:
         yield grouped_case("product", arch, Tile(128, 256, 64, 4, 4), "bf16", {})  # spills on NVIDIA
         yield grouped_case("product", arch, Tile(128, 256, 64, 8, 8), "bf16", {})  # 344,064 to 393,216 bytes of buffers
@@ -41,6 +45,7 @@ def cases_of(arch: str, planted: bool = False) -> Iterator[Case]:
         yield grouped_case(kind, arch, widest, "bf16", {"TOP_K": 10})  # more choices than are under way at once
     yield from _small_cases(arch)
     yield from _row_cases()
+    yield from quant_cases(arch, thorough)
 
 
 def _in_order(tiles: frozenset[Tile]) -> list[Tile]:

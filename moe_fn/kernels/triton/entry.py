@@ -1,15 +1,19 @@
 """The ops of moe_fn whose names end in `_triton`, by the kernels of this package: arguments as the schemas have them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig
+from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.config.activation import activation_of_scalars
-from moe_fn.kernels.triton import top_k
+from moe_fn.config.quant import quant_of_text
+from moe_fn.kernels.triton import quant_layer, top_k
 from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer
 from moe_fn.kernels.triton.layer import Problem, backward, forward
+from moe_fn.kernels.triton.quant_matrix import matrix_of
+from moe_fn.quant.weights import Codes
 
 __all__ = ["grouped_matmul", "grouped_outer", "route_top_k", "routed_experts", "routed_experts_backward"]
 
@@ -21,30 +25,51 @@ def route_top_k(logits: Tensor, correction_bias: Tensor | None, config: MoEConfi
 
 def routed_experts(*args: Any) -> tuple[Tensor, Tensor]:
     """moe_fn::routed_experts_triton."""
-    *arguments, keep = args
-    return forward(_problem(*arguments), keep)
+    *arguments, quant, keep = args
+    if quant:
+        return quant_layer.forward(_quant_problem(quant_of_text(quant), arguments), keep)
+    return forward(_problem(arguments), keep)
 
 
 def routed_experts_backward(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """moe_fn::routed_experts_backward_triton."""
-    found = backward(_problem(*args), gradient, pre, tuple(needed), transposed=args[8])
+    """moe_fn::routed_experts_backward_triton; weights are floats."""
+    found = backward(_problem(args[:-1]), gradient, pre, tuple(needed), transposed=args[_TRANSPOSED])
     likes = (args[0], *args[2:7])
     return tuple(gradient.new_empty(0) if g is None or like is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True))
 
 
-def _problem(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, intermediate_size: int, transposed: bool, function: Any, gated: bool, interleaved: bool, alpha: float,
-    up_offset: float, limit: float | None, limit_output: bool, gate_cap: float | None, up_cap: float | None,
-) -> Problem:  # fmt: skip
-    return Problem(
-        x=x.contiguous(),
-        expert_ids=expert_ids.contiguous(),
-        expert_weights=expert_weights.to(torch.float32).contiguous(),
-        gate_up=gate_up.mT if transposed else gate_up,
-        down=down.mT if transposed else down,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        activation=activation_of_scalars(function, gated, alpha, up_offset, limit, limit_output, gate_cap, up_cap),
-        interleaved=interleaved,
+_SCALARS = 15  # the arguments that are tensors come first
+_TRANSPOSED = _SCALARS + 1
+
+
+def _shared(arguments: Sequence[Any]) -> dict[str, Any]:
+    """What floats and codes have in common."""
+    x, expert_ids, expert_weights, _, _, gate_up_bias, down_bias = arguments[:7]
+    _, _, function, gated, interleaved, *numbers = arguments[_SCALARS:]
+    return {
+        "x": x.contiguous(),
+        "expert_ids": expert_ids.contiguous(),
+        "expert_weights": expert_weights.to(torch.float32).contiguous(),
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+        "activation": activation_of_scalars(function, gated, *numbers),
+        "interleaved": interleaved,
+    }
+
+
+def _problem(arguments: Sequence[Any]) -> Problem:
+    gate_up, down = (t.mT if arguments[_TRANSPOSED] else t for t in arguments[3:5])
+    return Problem(gate_up=gate_up, down=down, **_shared(arguments))
+
+
+def _quant_problem(quant: QuantConfig, arguments: Sequence[Any]) -> quant_layer.QuantProblem:
+    scales, zeros, above, static = (arguments[first : first + 2] for first in range(7, _SCALARS, 2))
+    shared = _shared(arguments)
+    halves = 2 if shared["activation"].gated and not shared["interleaved"] else 1
+    gate_up, down = (
+        matrix_of(quant, Codes(codes=codes, scale=scale, zero_point=zero, global_scale=factor), parts)
+        for codes, scale, zero, factor, parts in zip(arguments[3:5], scales, zeros, above, (halves, 1), strict=True)
+    )
+    return quant_layer.QuantProblem(
+        gate_up=gate_up, down=down, rounding=quant.activations, gate_up_input_scale=static[0], down_input_scale=static[1], **shared
     )

@@ -19,7 +19,7 @@ from moe_fn.kernels.triton.tiles import Tile
 
 
 @triton.jit
-def _weight_columns(
+def weight_columns(
     first, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
     """Columns of the weights that make the activated columns from `first` on: in every piece gates, then ups, if they are packed."""
@@ -35,23 +35,21 @@ def _weight_columns(
 
 
 @triton.jit
-def _store_piece(
-    tile, bias, activated, pre, row, live, n, I,
-    BIAS: tl.constexpr, KEEP: tl.constexpr, INTERLEAVED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+def gate_and_up(
+    tile, bias, pre, row, live, n, I,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, INTERLEAVED: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Stores a piece of the product, [BM, BN], and its activation, which begins at column n; rows count from the tile's first one."""
+    """What the activation gets of a piece of the product, [BM, BN], whose activated columns begin at n; stored in pre if KEEP."""
     WIDTH: tl.constexpr = 2 if GATED else 1
-    c = n + tl.arange(0, BN // WIDTH)
-    mask = live[:, None] & (c < I)[None, :]
-    place = row[:, None] * (WIDTH * I) + c[None, :]
     if GATED and not INTERLEAVED:
+        c = n + tl.arange(0, BN // WIDTH)
         gate, up = halves(tile, BM, BN)
         if BIAS:
             gate += tl.load(bias + c, mask=c < I, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias + I + c, mask=c < I, other=0.0).to(tl.float32)[None, :]
         if KEEP:
+            place = row[:, None] * (WIDTH * I) + c[None, :]
+            mask = live[:, None] & (c < I)[None, :]
             tl.store(pre + place, gate.to(pre.dtype.element_ty), mask=mask)
             tl.store(pre + I + place, up.to(pre.dtype.element_ty), mask=mask)
     else:  # the piece's columns are neighbours
@@ -65,7 +63,21 @@ def _store_piece(
         gate, up = tile, tile
         if GATED:
             gate, up = tl.split(tl.reshape(tile, (BM, BN // 2, 2)))
+    return gate, up
+
+
+@triton.jit
+def store_piece(
+    tile, bias, activated, pre, row, live, n, I,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, INTERLEAVED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
+    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+):  # fmt: skip
+    """Stores a piece of the product, [BM, BN], and its activation, which begins at column n; rows count from the tile's first one."""
+    c = n + tl.arange(0, BN // 2 if GATED else BN)
+    gate, up = gate_and_up(tile, bias, pre, row, live, n, I, BIAS, KEEP, INTERLEAVED, GATED, BM, BN)
     value = act(gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
+    mask = live[:, None] & (c < I)[None, :]
     tl.store(activated + row[:, None] * I + c[None, :], value.to(activated.dtype.element_ty), mask=mask)
 
 
@@ -91,7 +103,7 @@ def _up_kernel(
     token = tl.load(slot_of_row + first + tl.where(live, row, 0)) // TOP_K
     k = tl.arange(0, BK)
     n = column_tile * (BN // WIDTH)
-    columns = _weight_columns(n, I, GATED, INTERLEAVED, BN, PIECE, VECTOR)
+    columns = weight_columns(n, I, GATED, INTERLEAVED, BN, PIECE, VECTOR)
     left = x + token.to(tl.int64)[:, None] * stride_x + k[None, :]
     matrix = weight + expert.to(tl.int64) * stride_expert
     right = matrix + k.to(tl.int64)[:, None] * stride_in + columns.to(tl.int64)[None, :] * stride_out
@@ -102,7 +114,7 @@ def _up_kernel(
     pre += first.to(tl.int64) * (WIDTH * I)
     pieces = parts(acc, BM, BN, PIECES)
     for i in tl.static_range(PIECES):
-        _store_piece(
+        store_piece(
             pieces[i], bias, activated, pre, row, live, n + i * (PIECE // WIDTH), I, BIAS, KEEP, INTERLEAVED, BM, PIECE,
             FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP,
         )  # fmt: skip

@@ -1,0 +1,173 @@
+"""How the experts' weights are stored in few bits, and what their inputs are rounded to."""
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from moe_fn.config.checks import check_bool, check_choice, check_int
+
+Scheme = Literal["fp8_e4m3", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"]
+Granularity = Literal["tensor", "channel", "group", "block"]
+ActivationScheme = Literal["fp8_e4m3", "int8", "mxfp8", "mxfp4", "nvfp4"]
+ActivationGranularity = Literal["tensor", "token", "group"]
+
+
+@dataclass(frozen=True)
+class SchemeRow:
+    """What a scheme is made of: the numbers, how many bits, its scales, and what goes with it."""
+
+    element: Literal["e4m3", "int8", "int4", "e2m1"]
+    bits: int
+    scale: Literal["float", "e8m0", "e4m3"]
+    granularities: tuple[str, ...]
+    group_size: int | None  # None: any
+    zero_points: bool
+    activations: tuple[str, ...]
+
+
+_ANY = get_args(Granularity)
+SCHEMES: dict[str, SchemeRow] = {
+    "fp8_e4m3": SchemeRow("e4m3", 8, "float", _ANY, None, False, ("fp8_e4m3",)),
+    "int8": SchemeRow("int8", 8, "float", _ANY, None, True, ("int8",)),
+    "int4": SchemeRow("int4", 4, "float", _ANY, None, True, ("int8", "fp8_e4m3")),
+    "mxfp4": SchemeRow("e2m1", 4, "e8m0", ("group",), 32, False, ("mxfp4", "mxfp8", "fp8_e4m3")),
+    "mxfp8": SchemeRow("e4m3", 8, "e8m0", ("group",), 32, False, ("mxfp8",)),
+    "nvfp4": SchemeRow("e2m1", 4, "e4m3", ("group",), 16, False, ("nvfp4",)),
+}
+# Granularities of each activation scheme, and the group size that it fixes.
+ACTIVATION_SCHEMES: dict[str, tuple[tuple[str, ...], int | None]] = {
+    "fp8_e4m3": (("tensor", "token", "group"), None),
+    "int8": (("tensor", "token", "group"), None),
+    "mxfp8": (("group",), 32),
+    "mxfp4": (("group",), 32),
+    "nvfp4": (("group",), 16),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationQuantConfig:
+    """What the inputs of both products are rounded to, before they are multiplied; gradients pass as if they were not.
+
+    granularity  inputs that share a scale: all rows of a call ("tensor"), a row ("token"), `group_size` numbers of a row ("group")
+    static       the scale is a weight, one for each expert (nvfp4: the one above those of groups); otherwise each call computes it
+    power_of_two_scales  scales are rounded up to powers of two (fp8 groups: DeepSeek's ue8m0)
+
+    >>> ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32).group_size
+    32
+    """
+
+    scheme: ActivationScheme
+    granularity: ActivationGranularity
+    group_size: int | None = None
+    static: bool = False
+    power_of_two_scales: bool = False
+
+    def __post_init__(self) -> None:
+        where = "ActivationQuantConfig"
+        check_choice(f"{where}.scheme", self.scheme, tuple(ACTIVATION_SCHEMES))
+        granularities, size = ACTIVATION_SCHEMES[self.scheme]
+        check_choice(f"{where}.granularity", self.granularity, granularities)
+        check_group_size(where, self.granularity, self.group_size, size)
+        for name in ("static", "power_of_two_scales"):
+            check_bool(f"{where}.{name}", getattr(self, name))
+        if self.static and self.granularity != "tensor" and self.scheme != "nvfp4":
+            raise ValueError(f"{where}.static=True with granularity={self.granularity!r}; expected granularity='tensor', or nvfp4")
+        if self.power_of_two_scales and (self.scheme != "fp8_e4m3" or self.granularity != "group"):
+            raise ValueError(f"{where}.power_of_two_scales=True with {self.scheme!r}, {self.granularity!r}; expected groups of fp8_e4m3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """How gate_up and down are stored: W[e, n, k] = (q - zero) * scale, a scale for each tile of a matrix (`QuantWeights` has shapes).
+
+    scheme       fp8_e4m3, int8, int4; mxfp4 and mxfp8 (OCP: a power of two for 32 inputs); nvfp4 (fp8 scale for 16, and one above)
+    granularity  the tile: all outputs and inputs ("tensor", of gate and up apart), one output ("channel"), `group_size` inputs of one
+                 output ("group"), `block_shape` = (outputs, inputs) ("block")
+    zero_points  int4 and int8 may have one beside each scale; codes are then unsigned
+    activations  what inputs are rounded to; None: they are not ("weight-only", w8a16, w4a16)
+
+    Raises ValueError for combinations that no published format has.
+
+    >>> QuantConfig(scheme="int4", granularity="group", group_size=128).tile
+    (1, 128)
+    >>> QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=(128, 128)).tile
+    (128, 128)
+    """
+
+    scheme: Scheme
+    granularity: Granularity
+    group_size: int | None = None
+    block_shape: tuple[int, int] | None = None
+    zero_points: bool = False
+    activations: ActivationQuantConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("QuantConfig.scheme", self.scheme, tuple(SCHEMES))
+        row = SCHEMES[self.scheme]
+        check_choice("QuantConfig.granularity", self.granularity, row.granularities)
+        check_group_size("QuantConfig", self.granularity, self.group_size, row.group_size)
+        if isinstance(self.block_shape, list):  # JSON knows no tuples
+            object.__setattr__(self, "block_shape", tuple(self.block_shape))
+        self._check_block()
+        check_bool("QuantConfig.zero_points", self.zero_points)
+        if self.zero_points and not row.zero_points:
+            raise ValueError(f"QuantConfig.zero_points=True with scheme={self.scheme!r}; expected int4 or int8")
+        if self.activations is not None:
+            if not isinstance(self.activations, ActivationQuantConfig):
+                raise ValueError(f"QuantConfig.activations is {self.activations!r}; expected an ActivationQuantConfig or None")
+            check_choice(f"QuantConfig.activations.scheme, with scheme={self.scheme!r},", self.activations.scheme, row.activations)
+        # Not a field: what ops take, ready before any tracing (json does not trace).
+        object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self), sort_keys=True))
+
+    def _check_block(self) -> None:
+        block = self.block_shape
+        if (self.granularity == "block") != (block is not None):
+            raise ValueError(f"QuantConfig.block_shape is {block!r} with granularity={self.granularity!r}; expected one with 'block' alone")
+        if block is not None:
+            if not isinstance(block, tuple) or len(block) != 2:
+                raise ValueError(f"QuantConfig.block_shape is {block!r}; expected (outputs, inputs)")
+            for size in block:
+                check_int("QuantConfig.block_shape", size, 1)
+
+    @property
+    def text(self) -> str:
+        """The config as JSON; `quant_of_text` is the inverse."""
+        return self._json  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def row(self) -> SchemeRow:
+        """What the scheme is made of."""
+        return SCHEMES[self.scheme]
+
+    @property
+    def tile(self) -> tuple[int | None, int | None]:
+        """(outputs, inputs) that share a scale; None: all there are."""
+        if self.granularity == "block" and self.block_shape is not None:
+            return self.block_shape
+        return {"tensor": (None, None), "channel": (1, None)}.get(self.granularity, (1, self.group_size))
+
+    @property
+    def per_byte(self) -> int:
+        """Numbers in a byte of the payload."""
+        return 8 // self.row.bits
+
+
+def check_group_size(where: str, granularity: str, size: object, fixed: int | None) -> None:
+    """A group_size where there are groups alone, and the one that a scheme fixes."""
+    if granularity != "group":
+        if size is not None:
+            raise ValueError(f"{where}.group_size is {size!r} with granularity={granularity!r}; expected None")
+        return
+    check_int(f"{where}.group_size", size, 1)
+    if fixed is not None and size != fixed:
+        raise ValueError(f"{where}.group_size is {size!r}; expected {fixed}, which the scheme fixes")
+
+
+@functools.lru_cache
+def quant_of_text(text: str) -> QuantConfig:
+    """The config that an op's string argument stands for."""
+    values = json.loads(text)
+    activations = values.pop("activations")
+    return QuantConfig(**values, activations=None if activations is None else ActivationQuantConfig(**activations))

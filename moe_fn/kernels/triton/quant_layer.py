@@ -1,0 +1,102 @@
+"""Tokens through quantised experts and back, with weights decoded in the products or codes multiplied by codes.
+
+    weights alone      sort -> up -> down -> combine, as moe_fn.kernels.triton.layer has it
+    scales of tokens   sort, x to codes -> up -> activated rows to codes -> down -> combine
+    scales of groups   sort, x to codes -> up, which stores codes where a tile has whole groups -> down -> combine
+    scales of experts  sort -> rows to codes -> up, which stores codes -> down -> combine
+
+x is quantised once for a token and not for each of its slots, but where experts have scales of their own.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import ActivationConfig, ActivationQuantConfig
+from moe_fn.kernels.triton.combine import gather_sum
+from moe_fn.kernels.triton.metadata import sort_slots
+from moe_fn.kernels.triton.quant_matrix import QuantMatrix
+from moe_fn.kernels.triton.quant_products import quantised_product
+from moe_fn.kernels.triton.quant_tiles import coded_tile
+from moe_fn.kernels.triton.quant_up import Store, quantised_up
+from moe_fn.kernels.triton.quantise import Rows, quantise_by_expert, quantise_rows
+from moe_fn.kernels.triton.slots import SortedSlots
+from moe_fn.kernels.triton.tiles import Tile, architecture_of
+
+CODES = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantProblem:
+    """The layer's arguments: x [T, H], expert_ids and float32 expert_weights [T, k], and what quant_coverage finds no problem with."""
+
+    x: Tensor
+    expert_ids: Tensor
+    expert_weights: Tensor
+    gate_up: QuantMatrix
+    down: QuantMatrix
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: ActivationConfig
+    interleaved: bool
+    rounding: ActivationQuantConfig | None = None  # of activations
+    gate_up_input_scale: Tensor | None = None  # [E] float32
+    down_input_scale: Tensor | None = None
+
+    def tile(self, kind: str, matrix: QuantMatrix) -> Tile:
+        """The tile of one of the two products."""
+        experts, columns, inner = matrix.shape
+        a = self.rounding
+        group = () if a is None or a.group_size is None or a.group_size >= inner else (a.group_size,)
+        kind, width = (f"decoded_{kind}", self.x.element_size()) if a is None else (f"coded_{kind}", 1)
+        sizes = self.expert_ids.numel(), experts, columns, matrix.payload.shape[2]
+        return coded_tile(kind, *sizes, matrix.shared + group, width, architecture_of(self.x.device))
+
+
+def forward(problem: QuantProblem, keep: bool) -> tuple[Tensor, Tensor]:
+    """(y [T, H], pre [R, N] in the order of the rows, or [0] unless kept)."""
+    p, dtype = problem, problem.x.dtype
+    first, second = p.tile("up", p.gate_up), p.tile("product", p.down)
+    heights = tuple(sorted({first.rows, second.rows}))
+    slots, maps = sort_slots(p.expert_ids, p.gate_up.shape[0], heights)
+    map_of = dict(zip(heights, maps, strict=True))
+    rows, pre = quantised_up(
+        _tokens(p, slots), slots, map_of[first.rows], p.gate_up, p.gate_up_bias, p.activation, p.interleaved, keep, first, dtype,
+        None if keep else _store(p, first),
+    )  # fmt: skip
+    if rows.form is None:
+        rows = _activated(p, rows.values, slots)
+    out = quantised_product(rows, p.down, slots.ends, map_of[second.rows], second, dtype, p.down_bias)
+    return gather_sum(out, slots.row_of_slot, p.expert_weights, slots.top_k, dtype), pre
+
+
+def _tokens(p: QuantProblem, slots: SortedSlots) -> Rows:
+    """The left side of the first product."""
+    a = p.rounding
+    if a is None:
+        return Rows(values=p.x.contiguous())
+    if p.gate_up_input_scale is not None:
+        return quantise_by_expert(p.x, CODES[a.scheme], p.gate_up_input_scale, slots.slot_of_row, p.expert_ids, sorted_rows=False)
+    return quantise_rows(p.x, CODES[a.scheme], a.group_size, a.power_of_two_scales)
+
+
+def _activated(p: QuantProblem, values: Tensor, slots: SortedSlots) -> Rows:
+    """The left side of the second one, from rows that are stored as floats."""
+    a = p.rounding
+    if a is None:
+        return Rows(values=values)
+    if p.down_input_scale is not None:
+        return quantise_by_expert(values, CODES[a.scheme], p.down_input_scale, slots.slot_of_row, p.expert_ids, sorted_rows=True)
+    return quantise_rows(values, CODES[a.scheme], a.group_size, a.power_of_two_scales)
+
+
+def _store(p: QuantProblem, tile: Tile) -> Store | None:
+    """How the first product stores activated rows in codes, if it can."""
+    a = p.rounding
+    if a is None:
+        return None
+    if p.down_input_scale is not None:
+        return Store(CODES[a.scheme], "expert", p.down_input_scale.contiguous())
+    fits = a.group_size == tile.columns // (2 if p.activation.gated else 1)
+    return Store(CODES[a.scheme], "group", power_of_two=a.power_of_two_scales) if fits else None

@@ -1,0 +1,92 @@
+"""The grouped product with weights that are codes: `moe_fn.ops.grouped`'s, which decodes an expert's weight when it multiplies with it.
+
+Why an op: in the graph the decoded weights would be a value of their own, all experts as floats, and be kept for the backward, where the
+codes are enough. What would remove it: an autograd that recomputes what is cheap to make from what is kept.
+The codes have no gradient.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from moe_fn.config import QuantConfig
+from moe_fn.config.quant import quant_of_text
+from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
+from moe_fn.ops.grouped import GROUPED
+from moe_fn.quant.weights import Codes, decoded
+
+_SCHEMA = (
+    "quantised_matmul{}(Tensor rows, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? global_scale, Tensor ends, str quant, "
+    "int halves, bool transposed, SymInt segments, SymInt weight_sets) -> Tensor"
+)
+_WEIGHTS = slice(1, 5)  # of the arguments
+
+
+def quantised_matmul(
+    backend: str, rows: Tensor, stored: Codes, ends: Tensor, quant: QuantConfig, halves: int, transposed: bool = True
+) -> Tensor:
+    """rows[r] @ W[e].T for the expert e of row r (W[e] without transposed), W what the codes stand for, rounded to the dtype of rows.
+
+    rows [R, K] -> [R, N], in the grouped product of `backend`; rows of no expert give 0.
+    """
+    parts = stored.codes, stored.scale, stored.zero_point, stored.global_scale
+    out: Tensor = OPS[backend](rows, *parts, ends, quant.text, halves, transposed, 1, 1)
+    return out
+
+
+def _fake(
+    rows: Tensor, weight: Tensor, scale: Tensor, zero: Any, above: Any, ends: Tensor, quant: str, halves: int, transposed: bool, *sets: Any
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1] if transposed else weight.shape[2] * quant_of_text(quant).per_byte)
+
+
+def _kernel(
+    backend: str, rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, ends: Tensor,
+    quant: str, halves: int, transposed: bool, segments: int, weight_sets: int,
+) -> Tensor:  # fmt: skip
+    stored = Codes(codes=weight, scale=scale, zero_point=zero_point, global_scale=global_scale)
+    floats = decoded(quant_of_text(quant), stored, halves, rows.dtype)
+    return GROUPED[backend].matmul(rows, floats, ends, transposed, segments, weight_sets)
+
+
+def _backward(backend: str, inputs: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    _, *weights_and_ends, quant, halves, transposed, segments, weight_sets = inputs
+    d_rows = OPS[backend](gradient, *weights_and_ends, quant, halves, not transposed, segments, weight_sets) if needed[0] else None
+    return d_rows, *(None,) * (len(inputs) - 1)
+
+
+def _jvp(backend: str, inputs: list[Any], rows_tangent: Tensor | None, *_: Any) -> Any:
+    return 0 if rows_tangent is None else OPS[backend](rows_tangent, *inputs[1:])
+
+
+def _vmap(backend: str, info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    batch = info.batch_size
+    rows, weights, ends = args[0], list(args[_WEIGHTS]), args[_WEIGHTS.stop]
+    *rest, segments, weight_sets = args[_WEIGHTS.stop + 1 :]
+    rows = batch_to_front(rows, in_dims[0], batch)
+    if any(d is not None for d in in_dims[_WEIGHTS]) or weight_sets > 1:
+        weights = [
+            None if w is None else batch_to_front(w, d, batch).flatten(0, 1) for w, d in zip(weights, in_dims[_WEIGHTS], strict=True)
+        ]
+        weight_sets = weight_sets * batch
+    ends = batch_end_to_end(ends, in_dims[_WEIGHTS.stop], batch, rows.shape[1])
+    out = OPS[backend](rows.flatten(0, 1), *weights, ends, *rest, segments * batch, weight_sets)
+    return out.unflatten(0, (batch, rows.shape[1])), 0
+
+
+def _define(backend: str, suffix: str) -> Kernel:
+    return define_op(
+        _SCHEMA.format(suffix),
+        kernel=partial(_kernel, backend),
+        fake=_fake,
+        vmap=partial(_vmap, backend),
+        backward=partial(_backward, backend),
+        jvp=partial(_jvp, backend),
+    )
+
+
+torch_matmul = _define("torch", "")
+native_matmul = _define("native", "_native")
+triton_matmul = _define("triton", "_triton")
+OPS: dict[str, Kernel] = {"torch": torch_matmul, "native": native_matmul, "triton": triton_matmul}

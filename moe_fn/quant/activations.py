@@ -1,0 +1,101 @@
+"""What the inputs of a product are rounded to: the published formulae, a row of a table each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import ActivationQuantConfig
+from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor
+
+_E4M3_LEAST = 1 / (448 * 512)  # of a token's scale, as vLLM's kernel has it
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """rows = codes * scale: codes [R, K] as floats, scale [R or 1, 1 or groups] float32."""
+
+    codes: Tensor
+    scale: Tensor
+    group_size: int
+
+    def floats(self) -> Tensor:
+        """[R, K]."""
+        return self.codes * _spread(self.scale, self.group_size, self.codes.shape[-1])
+
+
+def rounded_rows(config: ActivationQuantConfig, rows: Tensor, present: Tensor, static_scale: Tensor | None) -> RoundedRows:
+    """Rows [R, K] as codes and scales. present [R, 1] bool: rows that count in a scale of all; static_scale [R, 1], or None.
+
+        scale = f(the largest magnitude of what shares it);  codes = round(row / scale), saturating
+
+    In float32, or in float64 for float64 rows. Source: semantics of vLLM 0.33, OCP microscaling formats 1.0, compressed-tensors (nvfp4).
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    size = config.group_size or rows.shape[-1]
+    groups = _by_group(wide, size)
+    amax = groups.abs().amax(-1)
+    if config.scheme == "nvfp4":
+        above = static_scale if static_scale is not None else _positive(amax.amax(-1, keepdim=True) / (448 * 6))
+        units, scale = _units_of_nvfp4(groups, amax, above)
+    else:
+        if config.granularity == "tensor" and static_scale is None:
+            amax = torch.where(present, amax, 0).amax(0, keepdim=True) if rows.shape[0] else amax.new_zeros(1, 1)
+        scale = static_scale if static_scale is not None else _SCALES[config.scheme, config.granularity](amax)
+        if config.power_of_two_scales:
+            scale = _power_of_two(log2_ceil(scale))
+        units = groups / scale.unsqueeze(-1)
+    codes = round_to(config.scheme, units).flatten(1).narrow(1, 0, rows.shape[1])
+    return RoundedRows(codes, scale, size)
+
+
+def round_to(scheme: str, units: Tensor) -> Tensor:
+    """The nearest number of the scheme, as a float; saturating."""
+    number = NUMBERS[_ELEMENTS[scheme]]
+    return number.decode(number.encode(units), units.dtype)
+
+
+def straight_through(rounded: Tensor, rows: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `rows`: adding rows - rows, which is 0, moves no bit."""
+    return rounded.detach() + (rows - rows.detach())
+
+
+def _units_of_nvfp4(groups: Tensor, amax: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers to be rounded to e2m1, and the scales of groups: e4m3 times the one above."""
+    scale = round_to("fp8_e4m3", amax / (6 * above))
+    units = groups / above.unsqueeze(-1) / scale.unsqueeze(-1)
+    return torch.where(scale.unsqueeze(-1) == 0, 0, units), scale * above
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 1, scale)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    return decode_e8m0(encode_e8m0(exponents), exponents.dtype)
+
+
+Scales = Callable[[Tensor], Tensor]
+_ELEMENTS = {"fp8_e4m3": "e4m3", "int8": "int8", "mxfp8": "e4m3", "mxfp4": "e2m1", "nvfp4": "e2m1"}
+_SCALES: dict[tuple[str, str], Scales] = {  # of the largest magnitude
+    ("fp8_e4m3", "tensor"): lambda amax: amax.clamp(min=1e-10) / 448,
+    ("fp8_e4m3", "token"): lambda amax: (amax / 448).clamp(min=_E4M3_LEAST),
+    ("fp8_e4m3", "group"): lambda amax: amax.clamp(min=1e-10) / 448,
+    ("int8", "tensor"): lambda amax: (amax / 127).clamp(min=1e-10),
+    ("int8", "token"): lambda amax: amax.clamp(min=1e-10) / 127,
+    ("int8", "group"): lambda amax: amax.clamp(min=1e-10) / 127,
+    ("mxfp8", "group"): lambda amax: _power_of_two(log2_ceil(amax / 448)),
+    ("mxfp4", "group"): lambda amax: _power_of_two(log2_floor(amax) - 2),
+}
+
+
+def _by_group(rows: Tensor, size: int) -> Tensor:
+    """[R, K] -> [R, groups, size], zeros behind the last."""
+    padded: Tensor = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % size))
+    groups: Tensor = padded.unflatten(-1, (-1, size))
+    return groups
+
+
+def _spread(scale: Tensor, size: int, inputs: int) -> Tensor:
+    return scale.repeat_interleave(size, -1).narrow(-1, 0, inputs) if scale.shape[-1] > 1 else scale

@@ -1,0 +1,92 @@
+"""Number formats of few bits: the nearest code of a float, ties to even, and the float of a code; exact, bit for bit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of the codes 0..7; bit 3 is the sign
+
+
+@dataclass(frozen=True)
+class Number:
+    """A format: its largest magnitude, the floats that codes stand for, and the codes nearest to floats (`round` saturates)."""
+
+    largest: float
+    decode: Callable[[Tensor, torch.dtype], Tensor]
+    encode: Callable[[Tensor], Tensor]
+
+
+def _of_table(values: tuple[float, ...], codes: Tensor, dtype: torch.dtype) -> Tensor:
+    table = torch.tensor(values, dtype=dtype, device=codes.device)
+    return table[codes.to(torch.int32)]
+
+
+def decode_e2m1(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floats of codes 0..15."""
+    return _of_table((*E2M1, *(-value for value in E2M1)), codes, dtype)
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Codes 0..15. A tie goes to the even code: up from 0.75, 1.75 and 3.5, down from the others."""
+    m = values.abs()
+    code = torch.zeros_like(m, dtype=torch.uint8)
+    for bound in (0.25, 1.25, 2.5, 5.0):
+        code = code + (m > bound)
+    for bound in (0.75, 1.75, 3.5):
+        code = code + (m >= bound)
+    return code | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def encode_e4m3(values: Tensor) -> Tensor:
+    """The nearest float8_e4m3fn, 448 at most."""
+    return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+NUMBERS: dict[str, Number] = {
+    "e4m3": Number(448.0, lambda codes, dtype: codes.to(dtype), encode_e4m3),
+    "int8": Number(127.0, lambda codes, dtype: codes.to(dtype), lambda values: values.round().clamp(-128, 127).to(torch.int8)),
+    "int4": Number(8.0, lambda codes, dtype: codes.to(dtype) - 8, lambda values: (values.round().clamp(-8, 7) + 8).to(torch.uint8)),
+    "e2m1": Number(6.0, decode_e2m1, encode_e2m1),
+}
+
+
+def decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^(S - 127); NaN for S = 255. By a table: exponent bits alone would make S = 0 a zero, and exp2 is not exact everywhere."""
+    return _of_table((*(2.0 ** (code - 127) for code in range(255)), torch.nan), codes, dtype)
+
+
+def encode_e8m0(exponents: Tensor) -> Tensor:
+    """The code of 2^exponent, for whole exponents, from 0 (2^-127) to 254 (2^127); NaN gives 255."""
+    codes = torch.nan_to_num(exponents.clamp(-127, 127), nan=128.0) + 127
+    return codes.to(torch.uint8)
+
+
+def log2_floor(values: Tensor) -> Tensor:
+    """floor(log2 v), exact for positive v; -inf for 0, v itself where it is infinite or NaN."""
+    exponent = torch.frexp(values).exponent.to(values.dtype) - 1
+    return torch.where(values > 0, torch.where(values.isfinite(), exponent, values), torch.where(values == 0, -torch.inf, torch.nan))
+
+
+def log2_ceil(values: Tensor) -> Tensor:
+    """ceil(log2 v), exact for positive v; -inf for 0, v itself where it is infinite or NaN."""
+    mantissa, exponent = torch.frexp(values)
+    above = exponent.to(values.dtype) - (mantissa == 0.5).to(values.dtype)
+    return torch.where(values > 0, torch.where(values.isfinite(), above, values), torch.where(values == 0, -torch.inf, torch.nan))
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """Codes 0..15 two in a byte, the even one in the low half: [..., 2 n] -> [..., n]."""
+    pairs: Tensor = codes.unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack_halves(packed: Tensor) -> Tensor:
+    """The inverse of pack_halves.
+
+    >>> unpack_halves(pack_halves(torch.tensor([1, 2, 15, 0], dtype=torch.uint8))).tolist()
+    [1, 2, 15, 0]
+    """
+    codes: Tensor = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    return codes

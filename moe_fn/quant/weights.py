@@ -1,0 +1,185 @@
+"""quantize_weights and dequantize_weights: floats to codes and scales, and back."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, QuantConfig
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, pack_halves, unpack_halves
+from moe_fn.quant.tiles import WHOLE, Tile, by_tile, halves_of, spread
+from moe_fn.records import MoEWeights, QuantWeights
+
+NAMES = ("gate_up", "down")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codes:
+    """One of gate_up and down as it is stored."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    global_scale: Tensor | None = None
+
+
+def quantize_weights(config: MoEConfig, weights: MoEWeights, quant: QuantConfig | None = None) -> tuple[MoEConfig, MoEWeights]:
+    """(config, weights) with gate_up and down as codes and scales, each rounded to the nearest code.
+
+        scale = the least that leaves no weight of a tile out of the codes' range;  q = round(W / scale)
+
+    weights are floats in any layout that the config has; the result's weight_layout is "out_in". quant None: config.quant. Scales that
+    are floats are float32, those of groups in the dtype of the weights. Biases, the router and shared experts stay as they are.
+    int4 without zero points maps the weight of largest magnitude to -8, so a scale may be negative: steps are an eighth smaller than with
+    -7..7. Static scales of activations are not made here: put them into the result's `quant`.
+
+    Raises ValueError where there is no quant, or the weights are codes already.
+
+    Laws
+        Codes are the nearest ones.
+        Quantising what was dequantised changes nothing.
+        Quantised layers equal the reference.
+        Quantised layers equal those of the floats that codes stand for.
+        Gradients pass the rounding of inputs.
+
+    Source: OCP microscaling formats 1.0 (mxfp4, mxfp8); compressed-tensors (nvfp4, zero points); ggml (int4's scale).
+
+    >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
+    >>> small, codes = quantize_weights(config, weights, QuantConfig(scheme="int8", granularity="channel"))
+    >>> codes.gate_up.dtype, codes.quant.gate_up_scale.shape
+    (torch.int8, torch.Size([2, 8, 1]))
+    """
+    quant = config.quant if quant is None else quant
+    if quant is None:
+        raise ValueError("quantize_weights: config.quant is None; expected one there, or as the third argument")
+    result = dataclasses.replace(config, quant=quant, weight_layout="out_in")
+    parts = {name: getattr(weights, name) for name in NAMES}
+    for name, weight in parts.items():
+        if weight.ndim != 3 or not weight.is_floating_point() or weight.itemsize == 1:
+            raise ValueError(f"quantize_weights: weights.{name} is {weight.dtype} with {weight.ndim} dims; expected plain floats with 3")
+    if config.weight_layout == "in_out":
+        parts = {name: weight.transpose(1, 2) for name, weight in parts.items()}
+    made = {name: encoded(quant, weight.detach(), halves_of(config, name)) for name, weight in parts.items()}
+    beside = {f"{name}_{field}": getattr(codes, field) for name, codes in made.items() for field in ("scale", "zero_point", "global_scale")}
+    return result, dataclasses.replace(weights, gate_up=made["gate_up"].codes, down=made["down"].codes, quant=QuantWeights(**beside))
+
+
+def dequantize_weights(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype = torch.float32) -> tuple[MoEConfig, MoEWeights]:
+    """(config, weights) with the floats that the codes stand for, and no quant; inputs of products are then no longer rounded either.
+
+        W = (q - zero_point) * scale * global_scale, in float32, rounded once to dtype
+
+    Raises ValueError where config.quant is None.
+
+    >>> from moe_fn import QuantConfig
+    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=4, intermediate_size=4)
+    >>> weights = MoEWeights(gate_up=torch.ones(1, 8, 4), down=torch.ones(1, 4, 4))
+    >>> coded = quantize_weights(config, weights, QuantConfig(scheme="int8", granularity="tensor"))
+    >>> torch.equal(dequantize_weights(*coded)[1].down, weights.down)
+    True
+    """
+    if config.quant is None:
+        raise ValueError("dequantize_weights: config.quant is None; expected one, for weights that are codes")
+    gate_up, down = (decoded(config.quant, codes_of(weights, name), halves_of(config, name), dtype) for name in NAMES)
+    return dataclasses.replace(config, quant=None), dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
+
+
+def codes_of(weights: MoEWeights, name: str) -> Codes:
+    """What of the weights makes up gate_up, or down."""
+    quant = weights.quant
+    scale = None if quant is None else getattr(quant, f"{name}_scale")
+    if quant is None or scale is None:
+        raise ValueError(f"weights.quant.{name}_scale is None; expected a tensor, for config.quant asks for it")
+    return Codes(
+        codes=getattr(weights, name),
+        scale=scale,
+        zero_point=getattr(quant, f"{name}_zero_point"),
+        global_scale=getattr(quant, f"{name}_global_scale"),
+    )
+
+
+def decoded(quant: QuantConfig, stored: Codes, halves: int, dtype: torch.dtype) -> Tensor:
+    """The floats: [E, outputs, inputs] in dtype, computed in float32 or wider."""
+    wide, row = accumulation_dtype(dtype), quant.row
+    codes = unpack_halves(stored.codes) if row.bits == 4 else stored.codes
+    size = codes.shape[1], codes.shape[2]
+
+    def at_all_places(values: Tensor, tile: Tile) -> Tensor:
+        return spread(values, tile, halves, *size)
+
+    if stored.zero_point is None:
+        values = NUMBERS[row.element].decode(codes, wide)
+    else:
+        values = codes.to(wide) - at_all_places(stored.zero_point.to(wide), quant.tile)
+    values = values * at_all_places(decode_scale(quant, stored.scale, wide), quant.tile)
+    if stored.global_scale is not None:
+        values = values * at_all_places(stored.global_scale.to(wide), WHOLE)
+    return values.to(dtype)
+
+
+def decode_scale(quant: QuantConfig, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as floats, whatever they are stored as."""
+    return decode_e8m0(scale, dtype) if quant.row.scale == "e8m0" else scale.to(dtype)
+
+
+def encoded(quant: QuantConfig, weight: Tensor, halves: int) -> Codes:
+    """The codes nearest to [E, outputs, inputs] floats, and their scales."""
+    wide, row = weight.to(torch.float32), quant.row
+    tiles = by_tile(wide, quant.tile, halves)
+    zero_point = global_scale = None
+    if quant.zero_points:
+        scale, zero_point = _scale_and_zero(tiles, 2**row.bits - 1)
+    elif row.scale == "e4m3":
+        scale, global_scale = _scales_of_nvfp4(wide, tiles, halves)
+    else:
+        scale = _SCALES[row.element, row.scale](tiles)
+    if row.scale == "float" and quant.granularity == "group" and weight.dtype in (torch.bfloat16, torch.float16):
+        scale = scale.to(weight.dtype)
+    step = spread(decode_scale(quant, scale, torch.float32), quant.tile, halves, *weight.shape[1:])
+    if global_scale is not None:
+        step = step * spread(global_scale, WHOLE, halves, *weight.shape[1:])
+    units = torch.where(step == 0, 0, wide / step)
+    if zero_point is None:
+        codes = NUMBERS[row.element].encode(units)
+    else:
+        zeros = spread(zero_point.to(torch.float32), quant.tile, halves, *weight.shape[1:])
+        codes = (units.round() + zeros).clamp(0, 2**row.bits - 1).to(torch.uint8)
+    return Codes(codes=pack_halves(codes) if row.bits == 4 else codes, scale=scale, zero_point=zero_point, global_scale=global_scale)
+
+
+def _at_least_1_if_zero(scale: Tensor) -> Tensor:
+    """A tile of zeros has any scale: 1."""
+    return torch.where(scale == 0, 1, scale)
+
+
+def _amax(tiles: Tensor) -> Tensor:
+    return tiles.abs().amax(-1)
+
+
+def _scale_of_int4(tiles: Tensor) -> Tensor:
+    largest = tiles.gather(-1, tiles.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return _at_least_1_if_zero(largest / -8)
+
+
+_SCALES = {
+    ("e4m3", "float"): lambda tiles: _at_least_1_if_zero(_amax(tiles) / 448),
+    ("int8", "float"): lambda tiles: _at_least_1_if_zero(_amax(tiles) / 127),
+    ("int4", "float"): _scale_of_int4,
+    ("e4m3", "e8m0"): lambda tiles: encode_e8m0(log2_ceil(_amax(tiles) / 448)),
+    ("e2m1", "e8m0"): lambda tiles: encode_e8m0(log2_floor(_amax(tiles)) - 2),  # 2^2 is the largest power of two in e2m1
+}
+
+
+def _scale_and_zero(tiles: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    least, most = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
+    scale = _at_least_1_if_zero((most - least) / top)
+    return scale, (-least / scale).round().clamp(0, top).to(torch.uint8)
+
+
+def _scales_of_nvfp4(wide: Tensor, tiles: Tensor, halves: int) -> tuple[Tensor, Tensor]:
+    """Scales of the groups in e4m3, the largest of them 448, above them one of each half in float32."""
+    global_scale = _at_least_1_if_zero(_amax(by_tile(wide, WHOLE, halves)) / (448 * 6))
+    above = spread(global_scale, WHOLE, halves, tiles.shape[1], tiles.shape[2])
+    return (_amax(tiles) / 6 / above).clamp(max=448).to(torch.float8_e4m3fn), global_scale

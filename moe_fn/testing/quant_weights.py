@@ -1,0 +1,67 @@
+"""Random codes and scales that fit a config; made as such, not by quantising, so that every code and odd scales are among them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, QuantConfig, as_activation
+from moe_fn.records import QuantWeights
+
+Size = tuple[int, int, int]
+
+
+def codes_for(config: MoEConfig, like: dict[str, Tensor], generator: torch.Generator) -> tuple[dict[str, Tensor], QuantWeights]:
+    """gate_up and down as codes on the device of `like` (their floats, [E, out, in]), and what belongs to them.
+
+    Numbers that the codes stand for have about the deviation of 1/sqrt(fan in).
+    """
+    quant = config.quant
+    if quant is None:
+        raise ValueError("codes_for: config.quant is None; expected a QuantConfig")
+    codes: dict[str, Tensor] = {}
+    beside: dict[str, Tensor | None] = {}
+    for name, floats in like.items():
+        device, size = floats.device, (floats.shape[0], floats.shape[1], floats.shape[2])
+        halves = 2 if name == "gate_up" and as_activation(config.activation).gated and config.gate_up_layout == "packed" else 1
+        codes[name], spread = _codes(quant, size, generator)
+        shape = (size[0], halves * _tiles(size[1] // halves, quant.tile[0]), _tiles(size[2], quant.tile[1]))
+        made = _beside(quant, shape, halves, 1 / (spread * math.sqrt(size[2])), generator)
+        codes[name] = codes[name].to(device)
+        beside |= {f"{name}_{what}": None if t is None else t.to(device) for what, t in made.items()}
+    return codes, QuantWeights(**beside)
+
+
+def _tiles(size: int, tile: int | None) -> int:
+    return -(-size // (tile or size))
+
+
+def _codes(quant: QuantConfig, size: Size, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Random codes, and the deviation of the numbers that they stand for."""
+    experts, outputs, inputs = size
+    if quant.row.bits == 4:
+        packed = torch.randint(0, 256, (experts, outputs, inputs // 2), generator=generator, dtype=torch.uint8)
+        return packed, 3.0 if quant.row.element == "e2m1" else 4.6
+    if quant.row.element == "e4m3":
+        return (torch.randn(size, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn), 100.0
+    low, high = (0, 256) if quant.zero_points else (-128, 128)
+    return torch.randint(low, high, size, generator=generator).to(torch.uint8 if quant.zero_points else torch.int8), 74.0
+
+
+def _beside(quant: QuantConfig, shape: Size, halves: int, unit: float, generator: torch.Generator) -> dict[str, Tensor | None]:
+    """Scales near `unit`, zero points near the middle, static scales of activations that reach about 4."""
+    factor = torch.rand(shape, generator=generator) + 0.5
+    scale, above = unit * factor, None
+    if quant.row.scale == "e8m0":
+        scale = (127 + math.floor(math.log2(unit)) + torch.randint(-1, 2, shape, generator=generator)).to(torch.uint8)
+    elif quant.row.scale == "e4m3":
+        scale, above = (factor * 100).to(torch.float8_e4m3fn), unit / 100 * (torch.rand(shape[0], halves, 1, generator=generator) + 0.5)
+    elif quant.scheme == "int4":  # the published formats have positive scales, ours may not be
+        scale = scale * torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1)
+    middle = 2 ** (quant.row.bits - 1)
+    zero = torch.randint(middle - 3, middle + 4, shape, generator=generator).to(torch.uint8) if quant.zero_points else None
+    static = None
+    if quant.activations is not None and quant.activations.static:
+        largest = {"fp8_e4m3": 448, "int8": 127, "nvfp4": 448 * 6}[quant.activations.scheme]
+        static = 4 / largest * (torch.rand(shape[0], generator=generator) + 0.5)
+    return {"scale": scale, "zero_point": zero, "global_scale": above, "input_scale": static}

@@ -1,0 +1,94 @@
+"""Bugs planted in codes, scales and the rounding of inputs."""
+
+from dataclasses import replace
+from typing import Any
+
+from planted_bugs import PlantedBug, after, before, instead
+
+from moe_fn.ops import quantised
+from moe_fn.quant import activations, numbers, tiles, weights
+from moe_fn.quant.numbers import Number
+
+
+def _with_number(element: str, change: Any) -> Any:
+    """decoded() with another table of numbers."""
+
+    def broken(f: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before_, numbers.NUMBERS[element] = numbers.NUMBERS[element], change(numbers.NUMBERS[element])
+            try:
+                return f(*args, **kwargs)
+            finally:
+                numbers.NUMBERS[element] = before_
+
+        return run
+
+    return broken
+
+
+def _round_down(number: Number) -> Number:
+    return replace(number, encode=lambda values: number.encode(values - 0.499))
+
+
+FLOATS = "quantised_layers_equal_those_of_the_floats_that_codes_stand_for"
+BUGS = (
+    PlantedBug(
+        "quantised_layers_equal_the_reference",
+        "the high half of a byte comes first",
+        numbers.unpack_halves,
+        after(lambda c, *a: c.flip(-1)),
+    ),
+    PlantedBug(
+        "quantised_layers_equal_the_reference",
+        "up has the scales of gate",
+        tiles.spread,
+        before(
+            lambda scale, tile, halves, *size: (
+                scale.unflatten(1, (halves, -1))[:, :1].repeat(1, halves, 1, 1).flatten(1, 2),
+                tile,
+                halves,
+                *size,
+            )
+        ),
+    ),
+    PlantedBug(
+        "quantised_layers_equal_the_reference",
+        "the zero point is forgotten",
+        weights.decoded,
+        before(
+            lambda quant, stored, *a: (quant, replace(stored, zero_point=None if stored.zero_point is None else stored.zero_point * 0), *a)
+        ),
+    ),
+    PlantedBug(
+        "quantised_layers_equal_the_reference",
+        "the scale above all is forgotten",
+        weights.codes_of,
+        after(lambda stored, *a: replace(stored, global_scale=None)),
+    ),
+    PlantedBug(
+        "quantised_layers_equal_the_reference",
+        "a power of two too low",
+        numbers.decode_e8m0,
+        after(lambda values, *a: values / 2),
+    ),
+    PlantedBug(
+        "quantised_layers_equal_the_reference",
+        "inputs are rounded towards minus infinity",
+        activations.round_to,
+        before(lambda scheme, units: (scheme, units - 0.499)),
+    ),
+    PlantedBug(
+        FLOATS,
+        "products are a hundredth too large",
+        quantised.quantised_matmul,
+        after(lambda y, *a: y * 1.01),
+    ),
+    PlantedBug("gradients_pass_the_rounding_of_inputs", "rounding has no gradient", activations.straight_through, instead(lambda r, x: r)),
+    PlantedBug("codes_are_the_nearest_ones", "codes are rounded down", weights.encoded, _with_number("int8", _round_down)),
+    PlantedBug(
+        "quantising_what_was_dequantised_changes_nothing",
+        "scales leave room for an eighth more",
+        weights._amax,
+        after(lambda amax, *a: amax * 1.125),
+    ),
+)

@@ -1,0 +1,154 @@
+"""Laws of quantised experts: codes, scales and rounded inputs, against the reference and against the floats that codes stand for."""
+
+import dataclasses
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import law, leaves
+from torch import Tensor
+
+import moe_fn
+from moe_fn import MoEConfig, MoEWeights, QuantConfig
+from moe_fn.testing import assert_matches, configs, problems, quants, weights_for
+from moe_fn.testing.problem import MoEProblem
+
+EVEN = st.sampled_from((2, 4, 8, 20, 40))
+SIZES: dict[str, object] = {
+    "hidden_size": EVEN,
+    "intermediate_size": EVEN,
+    "hidden_padding": st.sampled_from((0, 2)),
+    "latent": None,
+    "weight_layout": "out_in",
+}
+# With activations that are rounded, a number that float64 has just on the other side of a tie is a step away: one of 127 for int8, of 8
+# or of 4 for the floats. In float32 that is seldom; one such step among a row's numbers is what this allows. A wrong scale is 0.1 off.
+ROUNDED = 3e-2
+
+
+def problems_of(quant: QuantConfig, **fixed: object) -> st.SearchStrategy[MoEProblem]:
+    of_call = quant.activations is not None and quant.activations.granularity == "tensor" and not quant.activations.static
+    fixed = {**SIZES, **({"chunk_tokens": None} if of_call else {}), **fixed}
+    return problems(configs(quant=quant, **fixed), tokens=st.integers(0, 7), logits="grid")
+
+
+PROBLEMS = quants().flatmap(problems_of)
+WEIGHT_ONLY = quants(activations=False).flatmap(problems_of)
+
+
+@law(PROBLEMS)
+def test_quantised_layers_equal_the_reference(problem: MoEProblem) -> None:
+    quant = problem.config.quant
+    assert quant is not None
+    y, expected = problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward)
+    assert_matches(y, expected, tolerance=None if quant.activations is None else ROUNDED, scale=0.1)
+
+
+@law(WEIGHT_ONLY)
+def test_quantised_layers_equal_those_of_the_floats_that_codes_stand_for(problem: MoEProblem) -> None:
+    config, weights = moe_fn.dequantize_weights(problem.config, problem.weights)
+    ours, theirs = with_gradients(problem), with_gradients(problem.replace(config=config, weights=weights))
+    found = []
+    for p in (ours, theirs):
+        y = p.call(moe_fn.moe_forward)
+        inputs = [t for t in (p.x, p.logits, p.weights.gate_up_bias, p.weights.down_bias) if t is not None]
+        found.append((y, torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)))
+    assert_matches(found[0][0], found[1][0], tolerance=1e-5, scale=0.1)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_matches(one.nan_to_num(), other.nan_to_num(), tolerance=1e-4, scale=1.0)
+
+
+def with_gradients(problem: MoEProblem) -> MoEProblem:
+    """Of everything that is a float; codes are not."""
+    weights = torch.utils._pytree.tree_map(_leaf, problem.weights)
+    return problem.replace(x=_leaf(problem.x), logits=None if problem.logits is None else _leaf(problem.logits), weights=weights)
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_() if t.dtype in (torch.float32, torch.float64) else t
+
+
+@law(PROBLEMS)
+def test_gradients_pass_the_rounding_of_inputs(problem: MoEProblem) -> None:
+    """As those of the reference do, to which the rounding is an addend without gradient."""
+    p = with_gradients(problem)
+    inputs = [t for t in (p.x, p.logits, p.weights.gate_up_bias, p.weights.down_bias) if t is not None]
+    ours, theirs = (
+        torch.autograd.grad(p.call(forward).sum(), inputs, allow_unused=True)
+        for forward in (moe_fn.moe_forward, moe_fn.reference.moe_forward)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        if one is not None and other is not None:
+            assert_matches(one.nan_to_num(), other.nan_to_num(), tolerance=ROUNDED, scale=1.0)
+
+
+@law(quants(activations=False), st.integers(0, 2**20))
+def test_codes_are_the_nearest_ones(quant: QuantConfig, seed: int) -> None:
+    config, weights, floats = drawn(quant, seed)
+    _, again = moe_fn.dequantize_weights(config, weights)
+    for name in ("gate_up", "down"):
+        w, q = getattr(floats, name), getattr(again, name)
+        step = steps(config, weights, name)
+        assert ((w - q).abs() <= step * 1.001).all(), name
+
+
+def drawn(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWeights]:
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20)
+    floats = weights_for(config, seed, bias=False)
+    spread = torch.exp(torch.randn(2, 1, 40, generator=torch.Generator().manual_seed(seed)))
+    floats = dataclasses.replace(floats, gate_up=floats.gate_up * spread, down=floats.down * (torch.arange(20) > 5))
+    return *moe_fn.quantize_weights(config, floats, quant), floats
+
+
+def steps(config: MoEConfig, weights: MoEWeights, name: str) -> Tensor:
+    """Half the distance of a code's number to the next ones, the larger; what saturates (mx scales, zero points) may be further."""
+    quant = config.quant
+    assert quant is not None and weights.quant is not None
+    stored = moe_fn.quant.weights.codes_of(weights, name)
+    halves = moe_fn.quant.tiles.halves_of(config, name)
+    ones = torch.ones_like(moe_fn.quant.weights.decoded(quant, stored, halves, torch.float32))
+    scale = moe_fn.quant.weights.decode_scale(quant, stored.scale, torch.float32)
+    unit = moe_fn.quant.tiles.spread(scale, quant.tile, halves, *ones.shape[1:]).abs()
+    if stored.global_scale is not None:
+        unit = unit * moe_fn.quant.tiles.spread(stored.global_scale, (None, None), halves, *ones.shape[1:])
+    number = moe_fn.quant.weights.decoded(quant, stored, halves, torch.float32).abs() / unit
+    if quant.row.element in ("int8", "int4"):  # a zero point is a whole number itself
+        return unit * (1.0 if quant.zero_points or quant.scheme == "int4" else 0.5)
+    mantissa = {"e4m3": 3, "e2m1": 1}[quant.row.element]
+    least = {"e4m3": 2.0**-9, "e2m1": 0.5}[quant.row.element]
+    spacing = (2.0 ** (torch.floor(torch.log2(number.clamp(min=1e-30))) - mantissa)).clamp(min=least)
+    largest = moe_fn.quant.numbers.NUMBERS[quant.row.element].largest
+    saturated = number == largest
+    return unit * torch.where(saturated, 2 * spacing + (2.0 if quant.scheme == "mxfp4" else 0), spacing / 2 * 1.01)
+
+
+@law(quants(activations=False), st.integers(0, 2**20))
+def test_quantising_what_was_dequantised_changes_nothing(quant: QuantConfig, seed: int) -> None:
+    config, weights, _ = drawn(quant, seed)
+    plain, floats = moe_fn.dequantize_weights(config, weights)
+    _, again = moe_fn.dequantize_weights(*moe_fn.quantize_weights(plain, floats, quant))
+    for name in ("gate_up", "down"):
+        assert_matches(getattr(again, name), getattr(floats, name), tolerance=1e-6)
+
+
+@given(st.data())
+def test_what_ranks_and_bytes_cannot_cut_is_refused(data: st.DataObject) -> None:
+    quant = data.draw(quants(of_call=False))
+    slices = data.draw(st.sampled_from((2, 3, 4)))
+    width = data.draw(st.sampled_from((8, 12, 24, 96)))
+    outputs, inputs = quant.tile
+    fits = width % slices == 0 and all((width // slices) % (size or 1) == 0 for size in (outputs, inputs, quant.per_byte))
+    parallel = moe_fn.ParallelConfig(tp=moe_fn.RankGroup(name="0", size=slices, rank=0))
+    try:
+        MoEConfig(num_experts=2, top_k=1, hidden_size=8, intermediate_size=width, quant=quant, parallel=parallel)
+        refused = False
+    except ValueError:
+        refused = True
+    assert refused == (not fits)
+
+
+def test_leaves_that_have_gradients_are_floats() -> None:
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=8, intermediate_size=8, quant=QuantConfig(scheme="int8", granularity="channel"))
+    assert all(t.dtype == torch.float32 for t in leaves(weights_for(config)))
