@@ -23,7 +23,7 @@ LAYERS = (
     ("records",),
     ("quant",),
     ("activations", "kernels"),
-    ("backends", "ops"),
+    ("backends", "ops", "panels"),
     ("preparing", "selection", "lora", "op_arguments"),
     ("shapes",),
     ("checking",),
