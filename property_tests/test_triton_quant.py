@@ -44,7 +44,7 @@ STATIC = ActivationQuantConfig(scheme=FP8, granularity="tensor", static=True)
 INT8_TOKEN = ActivationQuantConfig(scheme="int8", granularity="token")
 WEIGHT_ONLY = [
     QuantConfig(scheme="int4", granularity="group", group_size=32),
-    QuantConfig(scheme="int4", granularity="group", group_size=8, zero_points=True),
+    QuantConfig(scheme="int4", granularity="group", group_size=16, zero_points=True),
     QuantConfig(scheme="int4", granularity="block", block_shape=(7, 64), zero_points=True),
     QuantConfig(scheme="int4", granularity="channel", zero_points=True),
     QuantConfig(scheme="int8", granularity="tensor"),
@@ -302,6 +302,7 @@ def test_every_row_of_the_tables_gives_tiles_for_every_size() -> None:
         (BOTH[0], "gfx942", "has no e4m3"),
         (BOTH[-1], "sm_80", None),
         (QuantConfig(scheme="int4", granularity="group", group_size=12), "sm_90", "powers of two"),
+        (QuantConfig(scheme="int4", granularity="group", group_size=8), "sm_90", "powers of two from 16 on"),
         (QuantConfig(scheme="int4", granularity="group", group_size=100), "sm_90", None),  # no matrix has more inputs
         (QuantConfig(scheme="int4", granularity="channel", activations=INT8_TOKEN), "sm_90", "int8 activations with int4"),
         (QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=INT8_TOKEN), "sm_90", "with zero points"),
