@@ -95,6 +95,17 @@ def routed_experts_backward(dtype: torch.dtype, requires_grad: bool) -> list[tup
     return samples
 
 
+def quantised_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    r, samples = make(4, dtype, requires_grad), []
+    for scheme, per_byte, zero in (("int8", 1, False), ("int4", 2, True)):
+        quant = QuantConfig(scheme=scheme, granularity="group", group_size=2, zero_points=zero)  # type: ignore[arg-type]
+        codes = torch.randint(0, 127, (3, 6, 4 // per_byte), dtype=torch.uint8).to(torch.uint8 if zero else torch.int8)
+        scale, zeros = torch.rand(3, 6, 2), torch.randint(0, 15, (3, 6, 2), dtype=torch.uint8) if zero else None
+        for transposed, width in ((True, 4), (False, 6)):
+            samples.append((r(7, width), codes, scale, zeros, None, ends(2, 2, 6), quant.text, 2, transposed, 1, 1))
+    return samples
+
+
 def route_top_k(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     r, config = make(2, dtype, requires_grad), Case("deepseek").config
     biased, plain = config._json, dataclasses.replace(config, router=RouterConfig())._json
@@ -113,7 +124,7 @@ def whole_layer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]
     samples = []
     for case, tokens in ((Case("default", "opaque"), 5), (Case("everything", "opaque_chunked"), 20), (Case("deepseek", "opaque"), 0)):
         weights, x, logits, mask = case.args(tokens, dtype)
-        tensors = [x, logits, None, mask, None, None, None, *leaves_of_weights(weights)]
+        tensors = [x, logits, None, mask, None, None, None, None, *leaves_of_weights(weights)]
         samples.append((case.config._json, *(_leaf(t, requires_grad) for t in tensors)))
     return samples
 
@@ -146,6 +157,9 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     ),  # rows of no expert are left as they are in what it keeps
     "moe_fn::routed_experts_backward_triton": routed_experts_backward,
     "moe_fn::route_top_k_triton": route_top_k,
+    "moe_fn::quantised_matmul": quantised_matmul,
+    "moe_fn::quantised_matmul_native": quantised_matmul,
+    "moe_fn::quantised_matmul_triton": quantised_matmul,
     "moe_fn::gather_rows": gather_rows,
     "moe_fn::moe_forward": whole_layer,
     "moe_fn::moe_forward_shared": whole_layer,
@@ -167,7 +181,7 @@ COLLECTIVES = {
     f"moe_fn::{name}"
     for name in (
         "arrived", "sum_over_ranks", "copy_to_ranks", "gather_ranks", "scatter_ranks", "own_rows", "join_rows", "exchange_ranks",
-        "exchange_splits",
+        "exchange_splits", "as_gathered", "as_exchanged", "as_split",
     )
 }  # fmt: skip
 

@@ -579,9 +579,22 @@ if importlib.util.find_spec("transformers") is not None:
     )
 
 if importlib.util.find_spec("safetensors") is not None:
-    from moe_fn.checkpoint import axes, reading, saving
+    from moe_fn.checkpoint import adapter_config, axes, reading, saving
+    from moe_fn.checkpoint import lora as loading_lora
 
     BUGS += (
+        PlantedBug(
+            "an_adapter_of_peft_is_loaded_as_it_was_saved",
+            "patterns are ignored",
+            adapter_config._first_match,
+            instead(lambda pattern, module, default: default),
+        ),
+        PlantedBug(
+            "an_adapter_of_peft_is_loaded_as_it_was_saved",
+            "gates and ups change places",
+            loading_lora._gate_and_up,
+            before(lambda gate, up: (up, gate)),
+        ),
         PlantedBug(
             "saving_undoes_loading",
             "every expert is saved as the first",

@@ -17,6 +17,10 @@ def _bias_on_every_rank(weights: Any, config: Any, full: Any) -> Any:
     return replace(weights, down_bias=full.down_bias)
 
 
+def _first_row_everywhere(rows: Any, a: Any, *rest: Any) -> Any:
+    return rows if a is None else rows * 0 + rows[:1]
+
+
 RANK_BUGS = (
     PlantedBug(LAW, "the sum over tp is forgotten", collectives.sum_over_ranks, instead(lambda x, group: x)),
     PlantedBug(LAW, "gradients of copies are not summed", collectives.copy_to_ranks, instead(lambda x, group: x)),
@@ -25,6 +29,7 @@ RANK_BUGS = (
     PlantedBug(LAW, "weights applied on the way there too", formats._of_slots, after(lambda y, *a: y * 1.01)),
     PlantedBug(LAW, "rows of another rank", formats.padded, after(lambda rows, *a: rows.flip(0))),
     PlantedBug(LAW, "rows of the sequence change places", collectives.join_rows, after(lambda rows, *a: rows.flip(0))),
+    PlantedBug(LAW, "every row is the first one", formats.unpacked, after(_first_row_everywhere)),
     PlantedBug(LAW, "one place too few in a block", formats._capacity, after(lambda capacity, *a: 1)),
     PlantedBug(LAW, "gradients of adapters are not summed", adapters.summed_over, instead(lambda *a: [])),
     PlantedBug(LAW, "adapters of the neighbouring row", formats._ids_and_adapters, after(lambda p, *a: (p[0], p[1].roll(1)))),
@@ -38,6 +43,7 @@ _CASES = (
     Case(((EP, 2),), {"dispatch": "all_to_all"}),
     Case(((EP, 2),), {"dispatch": "all_gather"}),
     Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_gather"}),
+    Case(((EP, 2),), {"dispatch": "all_to_all"}, "int8"),
     Case(((EP, 2),), {"dispatch": "all_to_all_static", "max_tokens": 5}),
     Case(((TP, 2),), {"dispatch": "replicated"}, "lora"),
     Case(((EP, 2),), {"dispatch": "all_gather"}, "lora"),

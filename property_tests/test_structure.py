@@ -31,7 +31,7 @@ LAYERS = (
     ("balance", "fused", "merging"),
     ("parallel",),
     ("layer",),
-    ("chunked",),
+    ("chunked", "calibrating"),
     ("whole_layer",),
     ("calls",),
     ("forward",),

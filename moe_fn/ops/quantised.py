@@ -86,4 +86,7 @@ def _define(backend: str, suffix: str) -> Kernel:
     )
 
 
-OPS: dict[str, Kernel] = {"torch": _define("torch", ""), "native": _define("native", "_native"), "triton": _define("triton", "_triton")}
+torch_matmul = _define("torch", "")
+native_matmul = _define("native", "_native")
+triton_matmul = _define("triton", "_triton")
+OPS: dict[str, Kernel] = {"torch": torch_matmul, "native": native_matmul, "triton": triton_matmul}

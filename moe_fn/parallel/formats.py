@@ -1,5 +1,6 @@
 """Tokens through experts that other ranks have, and back: one function a format, a table of them.
 
+Where the experts round their inputs, rows travel as codes and scales (`moe_fn.quant.travelling`); what comes back are sums, as they are.
 Each calls `meanwhile` once, between the beginning and the end of a collective: what it computes can go on while tokens travel.
 """
 
@@ -12,11 +13,12 @@ from torch import Tensor
 from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.fused import routed_experts
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops import collectives
+from moe_fn.ops import collectives, rounded_collectives
 from moe_fn.ops.rows import gather_rows
 from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
 from moe_fn.parallel.places import places_of_experts
 from moe_fn.parallel.sizes import numbers
+from moe_fn.quant.travelling import packed, travelling, unpacked
 from moe_fn.records import Dispatched, MoEWeights, Routing
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import weighted
@@ -70,10 +72,12 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     real = routing.expert_ids.new_ones(tokens, 1)
     ids = routing.expert_ids + 1 if logits is None else real  # padding has id -1, and no adapter
     ids = ids if routing.adapter_ids is None else torch.cat([ids, routing.adapter_ids.unsqueeze(1) + 1], 1)
-    sent = (x, routing.weights if logits is None else logits, ids)
-    begun = [collectives.begin_gather(padded(t, room), group) for t in sent]
+    codes, x = travelling(config, weighted=False), padded(x, room)
+    sent = (packed(codes, x), padded(routing.weights if logits is None else logits, room), padded(ids, room))
+    begun = [collectives.begin_gather(t, group) for t in sent]
     beside = meanwhile()
     rows, w, ids = (collectives.arrived(t) for t in begun)
+    rows = unpacked(codes, rows, x, lambda rows, received: rounded_collectives.as_gathered(rows, received, group))
     ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
     if logits is not None:
         everybody = route(config, weights, w)
@@ -94,10 +98,13 @@ def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     sizes = numbers(both)
     total = sum(sizes[0])
     torch._check(total <= sorted_.rows.shape[0])
-    sent = (sorted_.rows.narrow(0, 0, total), sorted_.ids_of_row.narrow(0, 0, total))
+    codes, out = travelling(config, weighted=True), sorted_.rows.narrow(0, 0, total)
+    sent = (packed(codes, out), sorted_.ids_of_row.narrow(0, 0, total))
     begun = [collectives.begin_splits(t, sizes[0], sizes[1], group) for t in sent]
     beside = meanwhile()
-    y = _of_slots(config, weights, *(collectives.arrived(t) for t in begun))
+    rows, ids = (collectives.arrived(t) for t in begun)
+    rows = unpacked(codes, rows, out, lambda rows, received: rounded_collectives.as_split(rows, received, sizes[0], sizes[1], group))
+    y = _of_slots(config, weights, rows, ids)
     back = collectives.exchange_splits(y, sizes[1], sizes[0], group)
     rows = torch.cat([back, back.new_zeros(sorted_.rows.shape[0] - total, back.shape[1])])
     return _combined(config, rows, sorted_, routing), beside, None
@@ -125,9 +132,12 @@ def all_to_all_static(
     row_of_place = torch.where(taken, row_of_place, slots)  # one row of zeros stands behind all others
     rows = _with_spare(sorted_.rows).index_select(0, row_of_place)
     ids = torch.where(taken.unsqueeze(1), _with_spare(sorted_.ids_of_row).index_select(0, row_of_place), -1)
-    begun = [collectives.begin_exchange(t, group) for t in (rows, ids)]
+    codes = travelling(config, weighted=True)
+    begun = [collectives.begin_exchange(t, group) for t in (packed(codes, rows), ids)]
     beside = meanwhile()
-    y = collectives.exchange_ranks(_of_slots(config, weights, *(collectives.arrived(t) for t in begun)), group)
+    data, ids = (collectives.arrived(t) for t in begun)
+    came = unpacked(codes, data, rows, lambda rows, received: rounded_collectives.as_exchanged(rows, received, group))
+    y = collectives.exchange_ranks(_of_slots(config, weights, came, ids), group)
     own_place = torch.arange(slots, device=x.device) - _with_spare(starts).index_select(0, sorted_.rank_of_row)
     goes = sorted_.rank_of_row < group.size
     fits = goes & (own_place < capacity)

@@ -13,6 +13,7 @@ from moe_fn.parallel.adapters import group_of_role, summed_over
 from moe_fn.parallel.formats import _capacity
 from moe_fn.parallel.layer import WEIGHTS_OF_EACH
 from moe_fn.parallel.sizes import reads_sizes
+from moe_fn.quant.travelling import bytes_of_row, travelling
 from moe_fn.records import LoRAWeights, MoEWeights
 
 ID_BYTES = 8  # ids and counts are int64
@@ -73,6 +74,7 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
         tp (early)          2 (n-1)/n T X' [+ 2 (n-1)/n T H of shared]       the same; X' without hidden_padding
         sp                  (n-1) T H                                        (n-1) T (H + K w) + 2 (n-1)/n of the weights that each has
 
+    Where quant.activations round the experts' inputs, rows go there (not back) as codes and scales: the first X of a line is then fewer.
     Without ep, dp's ranks are all_gather's n. gather="logits" has E b for K w in the rows of tp and sp too, and router-weighted shared
     experts add w for each. Where there are several LoRA adapters 8 bytes more travel with the ids of each token (all_to_all: each slot).
     all_to_all is of slots spread evenly over the ranks; the others do not depend on the routing. backward is of everything that can have
@@ -106,6 +108,11 @@ class _Sizes:
     @property
     def x(self) -> int:
         return self.config.expert_hidden_size * self.b
+
+    def x_there(self, weighted: bool) -> int:
+        """Bytes of a row on its way to the experts: fewer where it travels as codes."""
+        codes = travelling(self.config, weighted)
+        return self.x if codes is None else bytes_of_row(codes, self.config.expert_hidden_size)
 
     @property
     def routing(self) -> int:
@@ -142,7 +149,7 @@ def _dispatched(s: _Sizes) -> Iterator[Message]:
     if reads_sizes(parallel) and parallel.dispatch == "all_gather":
         yield s.message("the most tokens", "all_reduce", group, ID_BYTES)
     if parallel.dispatch == "all_gather":
-        yield s.message("tokens", "all_gather", group, s.room * s.x)
+        yield s.message("tokens", "all_gather", group, s.room * s.x_there(weighted=False))
         yield s.message("logits" if parallel.gather == "logits" else "weights", "all_gather", group, s.room * s.routing)
         yield s.message("ids", "all_gather", group, s.room * ID_BYTES * ((1 if parallel.gather == "logits" else k) + s.adapters))
         yield s.message("sums", "reduce_scatter", group, n * s.room * s.x)
@@ -150,7 +157,7 @@ def _dispatched(s: _Sizes) -> Iterator[Message]:
         rows = n * _capacity(s.config) if parallel.dispatch.endswith("static") else s.rows * k
         if reads_sizes(parallel):
             yield s.message("counts", "all_to_all", group, n * ID_BYTES)
-        yield s.message("slots", "all_to_all", group, rows * s.x)
+        yield s.message("slots", "all_to_all", group, rows * s.x_there(weighted=True))
         yield s.message("ids", "all_to_all", group, rows * ID_BYTES * (1 + s.adapters))
         yield s.message("results", "all_to_all", group, rows * s.x)
     elif parallel.ep is not None:
