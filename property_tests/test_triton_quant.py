@@ -31,6 +31,7 @@ from moe_fn.kernels.triton.quantise import Rows as Left
 from moe_fn.kernels.triton.quantise import quantise_by_expert, quantise_rows
 from moe_fn.kernels.triton.slots import SortedSlots
 from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Tile
+from moe_fn.ops.quantised import quantised_matmul
 from moe_fn.quant.activations import rounded_rows
 from moe_fn.quant.numbers import decode_e2m1, decode_e8m0
 from moe_fn.quant.weights import Codes, decoded, encoded
@@ -251,6 +252,18 @@ def test_rows_are_quantised_by_the_scales_of_their_experts(sorted_rows: bool) ->
     rows = (x if sorted_rows else x[r.token_of_row])[: r.live]
     expected = (rows / static[r.expert_of_row[: r.live], None]).round().clamp(-128, 127)
     assert torch.equal(found.values[: r.live].float(), expected)
+
+
+@pytest.mark.parametrize("quant", WEIGHT_ONLY, ids=lambda quant: f"{quant.scheme} {quant.granularity}")
+def test_the_stages_decode_in_the_product(quant: QuantConfig) -> None:
+    """The op of the stages, which a LoRA takes for one: a weight is never decoded as a whole. Rows of no expert are 0."""
+    r = routing(5)
+    weight = r.tensors(torch.float32)(3, 24, 40)
+    rows, stored = r.by_row(r.tensors(torch.float32)(10, 40)), encoded(quant, weight, 2)
+    out = quantised_matmul("triton", rows, stored, r.slots.ends, quant, 2)
+    expected = torch.einsum("rk,rnk->rn", rows[: r.live].double(), decoded(quant, stored, 2, torch.float64)[r.expert_of_row[: r.live]])
+    assert_matches(out[: r.live], expected, scale=1.0)
+    assert not out[r.live :].any()
 
 
 def on_triton(quant: QuantConfig) -> st.SearchStrategy[MoEProblem]:
