@@ -23,6 +23,7 @@ from moe_fn.bench.contestants.entry import Contestant, missing
 from moe_fn.bench.machine import available_bytes, load_average, machine
 from moe_fn.bench.models import MODELS, Model, model_of_name, model_of_shape
 from moe_fn.bench.problem import DTYPES, weight_bytes
+from moe_fn.bench.quants import QUANTS, check_quant
 from moe_fn.bench.report import as_json, markdown
 from moe_fn.bench.results import Combination, Result
 from moe_fn.progress import Progress, clear
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", action="append", default=[], help="E,k,H,I: experts, top_k, hidden_size, intermediate_size; repeatable")
     parser.add_argument("--tokens", default="1,4,16,64,256,1024", help="numbers of tokens, comma-separated")
     parser.add_argument("--dtype", default="bf16", help=f"some of {','.join(DTYPES)}")
+    parser.add_argument("--quant", default="none", help=f"how experts are stored, some of {','.join(QUANTS)}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", default=str(torch.get_num_threads()), help="numbers of threads, comma-separated; default: torch's")
     parser.add_argument("--contestants", default="all", help='names from --list, comma-separated, or a first word ("transformers"), or all')
@@ -102,9 +104,11 @@ def _combinations(options: argparse.Namespace) -> tuple[Combination, ...]:
             backward=options.backward,
             tokens=tokens,
             seconds=options.seconds,
+            quant=quant,
         )
         for model in models
         for dtype in _parts("--dtype", options.dtype, _dtype)
+        for quant in _parts("--quant", options.quant, check_quant)
         for threads in _parts("--threads", options.threads, _count)
     )
 
@@ -132,6 +136,8 @@ def _check(options: argparse.Namespace) -> None:
     device = options.device.split(":")[0]
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {options.device}: expected cpu or cuda")
+    if options.backward and options.quant != "none":
+        raise ValueError(f"--quant {options.quant} with --backward: expected none, for codes have no gradients")
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"{option} {path}: the folder does not exist")
@@ -143,11 +149,13 @@ def _results(combinations: tuple[Combination, ...], rows: tuple[Contestant, ...]
     results = []
     for done, combination in enumerate(combinations):
         where = f"{combination.threads} threads" if combination.device == "cpu" else combination.device
-        label = f"{combination.model.name} {combination.dtype} {where}"
+        quant = "" if combination.quant == "none" else f" {combination.quant}"
+        label = f"{combination.model.name}{quant} {combination.dtype} {where}"
         progress = Progress(total=len(combinations), done=done, label=label)
         needed, available = needed_bytes(combination), available_bytes(torch.device(combination.device))
         if available is not None and needed > available:
-            failure = f"left out: the weights{' and gradients' if combination.backward else ''} take {needed / 1e9:.1f} GB"
+            more = " and gradients" if combination.backward else "" if combination.quant == "none" else ", quantised,"
+            failure = f"left out: the weights{more} take {needed / 1e9:.1f} GB"
             failure += f"; {available / 1e9:.1f} GB of memory are free"
             results.append(_failure(combination, failure))
         else:

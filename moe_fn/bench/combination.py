@@ -8,8 +8,8 @@ from statistics import mean, median
 import torch
 from torch import Tensor
 
-from moe_fn.bench.checking import TOLERANCE, Expected, expected_of, relative_error
-from moe_fn.bench.contestants.entry import Contestant, Layer
+from moe_fn.bench.checking import Expected, expected_of, relative_error, tolerance_of
+from moe_fn.bench.contestants.entry import Contestant, Layer, takes_part
 from moe_fn.bench.floor import Reader, gemm_rates, product_flops, read_bytes, reader_of_device
 from moe_fn.bench.machine import available_bytes
 from moe_fn.bench.memory import memory_of_step
@@ -23,6 +23,7 @@ from moe_fn.bench.problem import (
     token_inputs,
     weight_bytes,
 )
+from moe_fn.bench.quants import QUANTS
 from moe_fn.bench.results import Cell, Combination, Outcome, Result
 from moe_fn.bench.timing import METHODS, Clock, Run, clock_of_device, percentile, take_turns
 
@@ -34,9 +35,11 @@ Say = Callable[[str], None]
 def run_combination(combination: Combination, rows: tuple[Contestant, ...], say: Say) -> Result:
     """Everything about one combination. rows are installed contestants; say is told what is being done."""
     torch.set_num_threads(combination.threads)
+    quant = QUANTS[combination.quant]
+    rows = tuple(row for row in rows if takes_part(row, quant))
     dtype, device = DTYPES[combination.dtype], torch.device(combination.device)
     say("weights")
-    problem = problem_of_model(combination.model, dtype, device, combination.threads, combination.part, combination.backward)
+    problem = problem_of_model(combination.model, dtype, device, combination.threads, combination.part, combination.backward, quant)
     reader = reader_of_device(device, int(read_bytes(problem.config, problem.config.num_experts, dtype, problem.backward)))
     layers: dict[str, Layer | Outcome] = {}
     rates: dict[str, list[float]] = {}
@@ -46,7 +49,7 @@ def run_combination(combination: Combination, rows: tuple[Contestant, ...], say:
         if (reason := _no_room(problem, tokens)) is not None:
             left_out[tokens] = reason
             continue
-        for name, rate in gemm_rates(dtype, device).items():
+        for name, rate in gemm_rates(dtype, device, quant).items():
             rates.setdefault(name, []).append(rate)
         for row in rows:
             if row.name not in layers and row.refuses(problem, tokens) is None:
@@ -64,8 +67,9 @@ def run_combination(combination: Combination, rows: tuple[Contestant, ...], say:
 
 
 def needed_bytes(combination: Combination) -> int:
-    """Memory that the weights take, and their gradients."""
-    return (3 if combination.backward else 1) * weight_bytes(combination.model.config, DTYPES[combination.dtype])
+    """Memory that the weights take, and their gradients; codes twice, when those of each expert become one tensor."""
+    copies = 3 if combination.backward else 1 if combination.quant == "none" else 2
+    return copies * weight_bytes(combination.config, DTYPES[combination.dtype])
 
 
 def _no_room(problem: Problem, tokens: int) -> str | None:
@@ -78,7 +82,9 @@ def _no_room(problem: Problem, tokens: int) -> str | None:
 
 
 def _built(row: Contestant, problem: Problem) -> Layer | Outcome:
-    needed, available = row.copies * weight_bytes(problem.config, problem.dtype), available_bytes(problem.device)
+    floats = dataclasses.replace(problem.config, quant=None)
+    needed = row.copies * weight_bytes(problem.config, problem.dtype) + row.copies_of_floats * weight_bytes(floats, problem.dtype)
+    available = available_bytes(problem.device)
     if available is not None and needed > available - SPARE_BYTES:
         return Outcome(status="refused", reason=f"would take {needed / 1e9:.1f} GB for its weights; {available / 1e9:.1f} GB are free")
     try:
@@ -121,7 +127,7 @@ def _cell(
             elif isinstance(layer, Outcome):
                 outcomes[row.name] = layer
             else:
-                outcomes[row.name], ready = _checked(layer, inputs, expected, problem.dtype, clock)
+                outcomes[row.name], ready = _checked(layer, inputs, expected, tolerance_of(problem), clock)
                 if ready:
                     runs[row.name] = _run_of_turn(ready)
         distinct = [distinct_experts(token_input) for token_input in inputs]
@@ -174,12 +180,12 @@ def _step(layer: Layer, token_input: TokenInput) -> Callable[[], tuple[Tensor, .
 
 
 def _checked(
-    layer: Layer, inputs: tuple[TokenInput, ...], expected: Expected, dtype: torch.dtype, clock: Clock
+    layer: Layer, inputs: tuple[TokenInput, ...], expected: Expected, tolerance: float, clock: Clock
 ) -> tuple[Outcome, tuple[Run, ...]]:
     """What its answers are worth, as it is called and as it will be timed, and the calls to time: none if they are not right."""
     try:
         steps = tuple(_step(layer, token_input) for token_input in inputs)
-        outcome = _judged(steps[0](), expected, dtype)
+        outcome = _judged(steps[0](), expected, tolerance)
         if outcome.status != "timed":
             return outcome, ()
         memory = None
@@ -188,19 +194,19 @@ def _checked(
         ready = clock.ready(steps)
         if ready.outputs is not None:
             ready.runs[0]()
-            outcome = _judged(ready.outputs, expected, dtype)
+            outcome = _judged(ready.outputs, expected, tolerance)
     except Exception as error:  # as in _built
         return _failed(error), ()
     outcome = dataclasses.replace(outcome, how=ready.how, why=ready.reason, memory=memory)
     return outcome, ready.runs if outcome.status == "timed" else ()
 
 
-def _judged(actual: tuple[Tensor, ...], expected: Expected, dtype: torch.dtype) -> Outcome:
-    errors = {"y": relative_error(actual[0], expected.y)}
+def _judged(actual: tuple[Tensor, ...], expected: Expected, tolerance: float) -> Outcome:
+    errors = {"y": relative_error(actual[0], expected.y, expected.worst)}
     if expected.x_grad is not None:
-        errors["the gradient of x"] = relative_error(actual[1], expected.x_grad)
+        errors["the gradient of x"] = relative_error(actual[1], expected.x_grad, expected.worst)
     what = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
-    if errors[what] <= TOLERANCE[dtype]:
+    if errors[what] <= tolerance:
         return Outcome(status="timed", error=errors[what])
-    reason = f"{what} is {errors[what]:.1e} from the reference; expected at most {TOLERANCE[dtype]:.0e}"
+    reason = f"{what} is {errors[what]:.1e} from the reference; expected at most {tolerance:.0e}"
     return Outcome(status="wrong", error=errors[what], reason=reason)

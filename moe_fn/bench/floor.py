@@ -1,6 +1,9 @@
 """The floor: no layer can be faster than its weights can be read, or its products computed, on this machine.
 
-    floor(T) = max(distinct experts x m H I bytes / read bandwidth,  T k x 2 m H I / GEMM rate)        m = 3 matrices, 2 if not gated
+    floor(T) = max(distinct experts x bytes / read bandwidth,  T k x 2 m H I / GEMM rate)        m = 3 matrices, 2 if not gated
+
+Bytes of an expert: of its m H I numbers or, where they are quantised, of its codes and scales. The GEMM rate is that of the dtype of x;
+where inputs are rounded to int8, that of products of int8 too, if it is higher.
 
 Both rates are measured in the run that they judge: memory gets faster and slower with what the neighbours do.
 """
@@ -14,11 +17,13 @@ import torch
 from torch import Tensor
 
 from moe_fn.bench.models import matrices
-from moe_fn.config import MoEConfig
+from moe_fn.bench.quants import expert_bytes
+from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.kernels import native
 
 BUFFER_BYTES = 2**30  # more than any cache holds
 LEAST_BUFFER_BYTES = 2**26
+_SIZE = 1536  # of the matrices whose product is timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
     return Reader(name="native", buffer=probes.empty(size).fill_(1), read=probes.read)
 
 
-def gemm_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+def gemm_rates(dtype: torch.dtype, device: torch.device, quant: QuantConfig | None = None) -> dict[str, float]:
     """GFLOP/s of each way to measure it; the best of them all is the rate."""
     if device.type == "cuda":
         from moe_fn.bench.floor_cuda import gemm_rates_on_cuda
@@ -80,13 +85,14 @@ def gemm_rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     if probes is not None:
         with contextlib.suppress(ValueError, RuntimeError):  # no kernel for this dtype
             rates["native"] = _probe_rate(probes, dtype)
+    if quant is not None and quant.activations is not None and quant.activations.scheme == "int8":
+        rates["torch._int_mm"] = _int8_rate(device)
     return rates
 
 
 def read_bytes(config: MoEConfig, distinct: float, dtype: torch.dtype, backward: bool) -> float:
     """Bytes of weights to move: those of the experts hit; with gradients those twice, and a gradient for every expert."""
-    of_expert = matrices(config) * config.hidden_size * config.intermediate_size * dtype.itemsize
-    return (2 * distinct + config.num_experts if backward else distinct) * of_expert
+    return (2 * distinct + config.num_experts if backward else distinct) * expert_bytes(config, dtype)
 
 
 def product_flops(config: MoEConfig, tokens: int, backward: bool) -> float:
@@ -109,14 +115,20 @@ def _sum(buffer: Tensor, first_byte: int, num_bytes: int) -> Tensor:
 
 
 def _mm_rate(dtype: torch.dtype, device: torch.device) -> float:
-    size = 1536
-    a, b = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    return _rate_of(torch.mm, torch.ones(_SIZE, _SIZE, dtype=dtype, device=device))
+
+
+def _int8_rate(device: torch.device) -> float:
+    return _rate_of(torch._int_mm, torch.ones(_SIZE, _SIZE, dtype=torch.int8, device=device))
+
+
+def _rate_of(product: Callable[[Tensor, Tensor], Tensor], a: Tensor) -> float:
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        torch.mm(a, b)
+        product(a, a)
         best = min(best, time.perf_counter() - start)
-    return float(2 * size**3 / best / 1e9)
+    return float(2 * _SIZE**3 / best / 1e9)
 
 
 def _probe_rate(probes: native.Probes, dtype: torch.dtype) -> float:

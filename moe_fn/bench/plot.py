@@ -35,7 +35,8 @@ def plot(results: tuple[Result, ...], rows: tuple[Contestant, ...], path: Path) 
 def _draw(panel: Any, result: Result, rate: float, rows: tuple[Contestant, ...]) -> None:
     tokens = [cell.tokens for cell in result.cells]
     for place, row in enumerate(rows):
-        points = [(cell.tokens, outcome.median_ms) for cell in result.cells if (outcome := cell.outcomes[row.name]).median_ms is not None]
+        outcomes = [(cell.tokens, cell.outcomes.get(row.name)) for cell in result.cells]
+        points = [(count, outcome.median_ms) for count, outcome in outcomes if outcome is not None and outcome.median_ms is not None]
         if points:
             style = {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "-.", "linewidth": 2 if row.ours else 1}
             panel.plot(*zip(*points, strict=True), label=row.name, marker="o", markersize=3, **style)

@@ -1,5 +1,6 @@
 """What every contestant of a combination gets: one layer's weights, and inputs that change from call to call."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,8 +9,10 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn.bench.models import Model, matrices
-from moe_fn.config import MoEConfig
-from moe_fn.records import MoEWeights, RouterWeights, Routing, leaves_of_weights
+from moe_fn.bench.quants import expert_bytes, quantised_config
+from moe_fn.config import MoEConfig, QuantConfig
+from moe_fn.quant import quantize_weights
+from moe_fn.records import MoEWeights, QuantWeights, RouterWeights, Routing, leaves_of_weights
 from moe_fn.stages.route import router_logits
 
 Part = Literal["experts", "layer"]
@@ -19,7 +22,10 @@ INPUTS = 8  # that calls cycle through: with one input, the experts of a few tok
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One layer. part "experts": ids and weights are given; "layer": the router's gate is part of what is timed."""
+    """One layer. part "experts": ids and weights are given; "layer": the router's gate is part of what is timed.
+
+    dtype: of x, and of the weights, where config.quant does not say otherwise.
+    """
 
     config: MoEConfig
     weights: MoEWeights
@@ -40,13 +46,15 @@ class TokenInput:
     grad: Tensor | None
 
 
-def problem_of_model(model: Model, dtype: torch.dtype, device: torch.device, threads: int, part: Part, backward: bool) -> Problem:
-    """The model's layer with random weights of variance 1 / fan_in, the same ones in every run."""
-    weights = _random_weights(model, dtype, device)
+def problem_of_model(
+    model: Model, dtype: torch.dtype, device: torch.device, threads: int, part: Part, backward: bool, quant: QuantConfig | None = None
+) -> Problem:
+    """The model's layer with random weights of variance 1 / fan_in, the same ones in every run, then quantised where that is asked for."""
+    config, weights = quantised_config(model.config, quant), _random_weights(model, quant, dtype, device)
     for leaf in leaves_of_weights(weights):
         if leaf is not None and backward:
             leaf.requires_grad_()
-    return Problem(config=model.config, weights=weights, dtype=dtype, device=device, threads=threads, part=part, backward=backward)
+    return Problem(config=config, weights=weights, dtype=dtype, device=device, threads=threads, part=part, backward=backward)
 
 
 def token_inputs(problem: Problem, tokens: int) -> tuple[TokenInput, ...]:
@@ -73,7 +81,7 @@ def distinct_experts(token_input: TokenInput) -> int:
 
 def weight_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
     """Bytes of all the experts' matrices."""
-    return config.num_experts * matrices(config) * config.hidden_size * config.intermediate_size * dtype.itemsize
+    return config.num_experts * expert_bytes(config, dtype)
 
 
 def step_bytes(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool) -> int:
@@ -83,19 +91,11 @@ def step_bytes(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: boo
     return (inputs + rows * (3 if backward else 1)) * dtype.itemsize
 
 
-def _random_weights(model: Model, dtype: torch.dtype, device: torch.device) -> MoEWeights:
+def _random_weights(model: Model, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device) -> MoEWeights:
     config, generator = model.config, torch.Generator(device).manual_seed(0)
     experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
     gate_up = (matrices(config) - 1) * inner
     noise = torch.empty(gate_up * hidden + 977 * experts, dtype=dtype, device=device).normal_(generator=generator)
-
-    def normal(rows: int, columns: int) -> Tensor:
-        # Each expert is a shifted window of the same noise: drawing a gigabyte of normal numbers takes longer than timing it.
-        matrix = torch.empty((experts, rows, columns), dtype=dtype, device=device)
-        for expert in range(experts):
-            window = noise[977 * expert : 977 * expert + rows * columns].view(rows, columns)
-            torch.mul(window, columns**-0.5, out=matrix[expert])
-        return matrix.transpose(1, 2).contiguous() if config.weight_layout == "in_out" else matrix
 
     def small(*shape: int) -> Tensor:
         return torch.empty(shape, device=device).normal_(0, 0.1, generator=generator).to(dtype)
@@ -106,10 +106,42 @@ def _random_weights(model: Model, dtype: torch.dtype, device: torch.device) -> M
         bias=small(experts) if model.biases else None,
         correction_bias=torch.zeros(experts, device=device) if corrects else None,
     )
-    return MoEWeights(
-        gate_up=normal(gate_up, hidden),
-        down=normal(hidden, inner),
+    matrix_shapes = (gate_up, hidden), (hidden, inner)
+    made = _floats(config, noise, *matrix_shapes) if quant is None else _codes(config, quant, noise, *matrix_shapes)
+    return dataclasses.replace(
+        made,
         gate_up_bias=small(experts, gate_up) if model.biases else None,
         down_bias=small(experts, hidden) if model.biases else None,
         router=router,
     )
+
+
+def _floats(config: MoEConfig, noise: Tensor, gate_up: tuple[int, int], down: tuple[int, int]) -> MoEWeights:
+    def normal(shape: tuple[int, int]) -> Tensor:
+        matrix = noise.new_empty((config.num_experts, *shape))
+        for expert in range(config.num_experts):
+            torch.mul(_window(noise, expert, shape), shape[1] ** -0.5, out=matrix[expert])
+        return matrix.transpose(1, 2).contiguous() if config.weight_layout == "in_out" else matrix
+
+    return MoEWeights(gate_up=normal(gate_up), down=normal(down))
+
+
+def _codes(config: MoEConfig, quant: QuantConfig, noise: Tensor, gate_up: tuple[int, int], down: tuple[int, int]) -> MoEWeights:
+    """The codes of those floats, made one expert at a time: all of them in float32 may not fit in memory."""
+    one = dataclasses.replace(quantised_config(config, quant), quant=None)
+    made = []
+    for expert in range(config.num_experts):
+        floats = [_window(noise, expert, shape).unsqueeze(0) * shape[1] ** -0.5 for shape in (gate_up, down)]
+        made.append(quantize_weights(one, MoEWeights(gate_up=floats[0], down=floats[1]), quant)[1])
+    beside = [one.quant or QuantWeights() for one in made]
+    names = [field.name for field in dataclasses.fields(QuantWeights) if getattr(beside[0], field.name) is not None]
+    return MoEWeights(
+        gate_up=torch.cat([one.gate_up for one in made]),
+        down=torch.cat([one.down for one in made]),
+        quant=QuantWeights(**{name: torch.cat([getattr(one, name) for one in beside]) for name in names}),
+    )
+
+
+def _window(noise: Tensor, expert: int, shape: tuple[int, int]) -> Tensor:
+    """Each expert is a shifted window of the same noise: drawing a gigabyte of normal numbers takes longer than timing it."""
+    return noise[977 * expert : 977 * expert + shape[0] * shape[1]].view(shape)

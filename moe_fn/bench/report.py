@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moe_fn.bench.contestants.entry import Contestant
+from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant
 from moe_fn.bench.floor import floor_ms
 from moe_fn.bench.memory import sonic_bytes
 from moe_fn.bench.problem import DTYPES
@@ -27,21 +27,25 @@ def title(result: Result) -> str:
     done = result.combination
     what = "forward and backward" if done.backward else "forward"
     where = f"{done.threads} thread{'s' if done.threads > 1 else ''}" if done.device == "cpu" else done.device
-    return f"{done.model.name}, {done.dtype}, {where}, {done.part}, {what}"
+    dtype = done.dtype if done.quant == "none" else f"{done.quant}, {done.dtype}"
+    return f"{done.model.name}, {dtype}, {where}, {done.part}, {what}"
 
 
 def gemm_rate(result: Result, results: tuple[Result, ...]) -> float:
-    """GFLOP/s: the best that any probe saw in this run, for the result's dtype, device and threads."""
+    """GFLOP/s: the best that any of the result's probes saw in this run, for the result's dtype, device and threads."""
     same = (result.combination.dtype, result.combination.device, result.combination.threads)
     alike = [other for other in results if (other.combination.dtype, other.combination.device, other.combination.threads) == same]
-    return max((rate for other in alike for rates in other.gemm_gflops.values() for rate in rates), default=math.inf)
+    return max((rate for other in alike for name in result.gemm_gflops for rate in other.gemm_gflops.get(name, ())), default=math.inf)
 
 
 def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, Any]:
-    """The cell's floor in ms, our time's share of it, TFLOP/s, and the best other contestant's time over ours; None where there is none."""
+    """The cell's floor in ms, our time's share of it, TFLOP/s, and other times over ours; None where there is none.
+
+    best_other_over_ours: of the best other contestant; unquantised_over_ours: our own with the floats that codes stand for.
+    """
     floor = floor_ms(cell.read_ms, cell.flops, rate)
     times = {name: outcome.median_ms for name, outcome in cell.outcomes.items() if outcome.median_ms is not None}
-    mine = next((times[row.name] for row in rows if row.ours and row.name in times), None)
+    mine = next((times[row.name] for row in rows if row.ours and row.name != UNQUANTISED and row.name in times), None)
     others = {row.name: times[row.name] for row in rows if not row.ours and row.name in times}
     best = min(others, key=lambda name: others[name], default=None)
     return {
@@ -50,6 +54,7 @@ def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, 
         "tflops": None if mine is None else cell.flops / mine / 1e9,
         "best_other": best,
         "best_other_over_ours": None if mine is None or best is None else others[best] / mine,
+        "unquantised_over_ours": None if mine is None or UNQUANTISED not in times else times[UNQUANTISED] / mine,
     }
 
 
@@ -70,6 +75,8 @@ def markdown(results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: 
     if len(results) > 1:
         share, ratio = (geomean([one[key] for one in summaries]) for key in ("share_of_floor", "best_other_over_ours"))
         blocks.append(f"All cells, geometric means: share of floor {_number(share, 2)}, best other / ours {_number(ratio, 2)}")
+    if any(result.combination.quant != "none" for result in results):
+        blocks.append(_overview(results, rows))
     blocks += ["\n".join(f"{name} is left out: {reason}" for name, reason in absent.items())] if absent else []
     return "\n\n".join(blocks)
 
@@ -93,6 +100,7 @@ def _table(result: Result, rate: float, rows: tuple[Contestant, ...]) -> str:
     left_out = "\n".join(f"- {tokens} tokens are left out: {reason}" for tokens, reason in result.left_out.items())
     if result.failure is not None or not result.cells:
         return f"### {title(result)}\n\n{result.failure or left_out}"
+    rows = tuple(row for row in rows if row.name in result.cells[0].outcomes)  # the others were not asked
     style = STYLES[result.combination.device.split(":")[0]]
     mine = next((row.name for row in rows if row.ours), "ours")
     speed = ["TFLOP/s"] if style.tflops else []
@@ -108,6 +116,21 @@ def _table(result: Result, rate: float, rows: tuple[Contestant, ...]) -> str:
     lines.append(["geomean", "", *("" for _ in rows), means[0], *("" for _ in speed), means[1]])
     parts = (f"### {title(result)}", _rows(lines), _measured(result, rate), _memory(result, rows), _notes(result), left_out)
     return "\n\n".join(part for part in parts if part)
+
+
+def _overview(results: tuple[Result, ...], rows: tuple[Contestant, ...]) -> str:
+    """One line for each way to quantise."""
+    tokens = sorted({cell.tokens for result in results for cell in result.cells})
+    lines = [["model", "x", "quant", *(f"T={count}" for count in tokens)], ["--"] * (3 + len(tokens))]
+    for result in results:
+        rate, done = gemm_rate(result, results), result.combination
+        ratios = {}
+        for cell in result.cells:
+            one = summary(cell, rate, rows)
+            shown = (one[key] for key in ("share_of_floor", "best_other_over_ours", "unquantised_over_ours"))
+            ratios[cell.tokens] = " / ".join(_number(value, 2) for value in shown)
+        lines.append([done.model.name, done.dtype, done.quant, *(ratios.get(count, "-") for count in tokens)])
+    return f"Share of floor / best other's time over ours / our time with floats over that with codes:\n\n{_rows(lines)}"
 
 
 def _rows(lines: list[list[str]]) -> str:

@@ -7,12 +7,14 @@ from typing import Any, Literal
 from moe_fn.bench.memory import Memory
 from moe_fn.bench.models import Model
 from moe_fn.bench.problem import Part
+from moe_fn.bench.quants import QUANTS, quantised_config
 from moe_fn.bench.timing import How
+from moe_fn.config import MoEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """What one process times. seconds: for each number of tokens, all contestants together."""
+    """What one process times. seconds: for each number of tokens, all contestants together; quant: a name in QUANTS."""
 
     model: Model
     dtype: str
@@ -22,6 +24,12 @@ class Combination:
     backward: bool
     tokens: tuple[int, ...]
     seconds: float
+    quant: str = "none"
+
+    @property
+    def config(self) -> MoEConfig:
+        """The model's, its experts quantised as asked for."""
+        return quantised_config(self.model.config, QUANTS[self.quant])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,4 +89,4 @@ def result_as_json(result: Result) -> dict[str, Any]:
     values: dict[str, Any] = dataclasses.asdict(result)
     combination: dict[str, Any] = values.pop("combination")
     model = result.combination.model
-    return combination | {"model": model.name, "config": model.config.to_dict(), "biases": model.biases} | values
+    return combination | {"model": model.name, "config": result.combination.config.to_dict(), "biases": model.biases} | values

@@ -4,6 +4,7 @@ from moe_fn.bench.contestants.entry import Contestant
 from moe_fn.bench.contestants.liger import LIGER
 from moe_fn.bench.contestants.onnx_runtime import ONNX_RUNTIME
 from moe_fn.bench.contestants.ours import OURS
+from moe_fn.bench.contestants.packed_mm import PACKED_MM
 from moe_fn.bench.contestants.scatter_moe import SCATTERMOE
 from moe_fn.bench.contestants.torch_grouped import TORCH_GROUPED
 from moe_fn.bench.contestants.transformers_experts import TRANSFORMERS
@@ -12,7 +13,7 @@ from moe_fn.bench.contestants.vllm_cpu import VLLM_CPU
 from moe_fn.bench.contestants.vllm_triton import VLLM
 from moe_fn.bench.contestants.zen import ZENTORCH
 
-ON_CPU = (ONNX_RUNTIME, VLLM_CPU, ZENTORCH)
+ON_CPU = (PACKED_MM, ONNX_RUNTIME, VLLM_CPU, ZENTORCH)
 ON_GPU = (VLLM, TRITON_KERNELS, LIGER, SCATTERMOE)
 CONTESTANTS: tuple[Contestant, ...] = (*OURS, *TRANSFORMERS, *TORCH_GROUPED, *ON_CPU, *ON_GPU)
 
@@ -21,7 +22,7 @@ def contestants_of_device(device: str, table: tuple[Contestant, ...] = CONTESTAN
     """The rows that are offered there.
 
     >>> [row.name for row in contestants_of_device("cuda:0") if row.ours]
-    ['moe_fn', 'moe_fn eager', 'moe_fn torch']
+    ['moe_fn', 'moe_fn eager', 'moe_fn torch', 'moe_fn unquantised']
     """
     return tuple(row for row in table if device.split(":")[0] in row.devices)
 

