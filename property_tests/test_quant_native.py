@@ -76,8 +76,13 @@ def call(level: str, config: MoEConfig, weights: MoEWeights, x: Tensor, routing:
 @pytest.mark.parametrize("level", RUNNABLE)
 @settings(max_examples=30)
 @given(
-    st.sampled_from(QUANTS), st.sampled_from(SIZES), st.sampled_from([0, 1, 3, 13, 17, 30]), st.sampled_from(ACTIVATIONS), st.booleans(), DTYPES
-)  # fmt: skip
+    st.sampled_from(QUANTS),
+    st.sampled_from(SIZES),
+    st.sampled_from([0, 1, 3, 13, 17, 30]),
+    st.sampled_from(ACTIVATIONS),
+    st.booleans(),
+    DTYPES,
+)
 def test_every_level_equals_the_reference(
     level: str, quant: QuantConfig, size: tuple[int, ...], tokens: int, activation: Any, interleaved: bool, dtype: torch.dtype
 ) -> None:
@@ -162,11 +167,19 @@ def test_gradients_are_those_of_the_floats(quant: QuantConfig, prepare: bool) ->
 def test_what_the_kernels_do_not_take_runs_by_stages_and_says_why() -> None:
     for quant, words in (
         (QuantConfig(scheme="int4", granularity="group", group_size=12), "a scale of 12 inputs; the native kernels take multiples of 8"),
-        (QuantConfig(scheme="mxfp8", granularity="group", group_size=32, activations=ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32)), "mxfp8 activations"),
-    ):  # fmt: skip
+        (
+            QuantConfig(
+                scheme="mxfp8",
+                granularity="group",
+                group_size=32,
+                activations=ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32),
+            ),
+            "mxfp8 activations",
+        ),
+    ):
         assert words in str(native.quant_problem(quant.text, 64, 64, "cpu"))
     config, weights, x, routing = problem(QUANTS[0], (2, 1, 64, 32), 3, "silu", False, torch.float32)
     assert weights.quant is not None
     short = dataclasses.replace(weights.quant, gate_up_scale=weights.quant.gate_up_scale[:, :-1])  # type: ignore[index]
-    with pytest.raises(ValueError, match="a scale is .* expected 2 by 64 by 2"):
+    with pytest.raises(ValueError, match=r"a scale is .* expected 2 by 64 by 2"):
         call(RUNNABLE[0], config, dataclasses.replace(weights, quant=short), x, routing)
