@@ -104,7 +104,7 @@ def whole_layer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]
     samples = []
     for case, tokens in ((Case("default", "opaque"), 5), (Case("everything", "opaque_chunked"), 20), (Case("deepseek", "opaque"), 0)):
         weights, x, logits, mask = case.args(tokens, dtype)
-        tensors = [x, logits, None, mask, None, None, None, *leaves_of_weights(weights)]
+        tensors = [x, logits, None, mask, None, None, None, None, *leaves_of_weights(weights)]
         samples.append((case.config._json, *(_leaf(t, requires_grad) for t in tensors)))
     return samples
 
