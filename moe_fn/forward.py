@@ -9,7 +9,7 @@ from moe_fn.calls import Call, autocast_off, enter, flat_routing, leave
 from moe_fn.checking import check_routing, check_x
 from moe_fn.chunked import layer_in_chunks, scalars_allowed, scan_traces
 from moe_fn.config import MoEConfig
-from moe_fn.layer import layer_of_tokens, logits_of_tokens, parts_of_tokens, route_tokens
+from moe_fn.layer import layer_of_tokens, parts_of_tokens, route_tokens
 from moe_fn.parallel.formats import may_overflow
 from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.parallel.sizes import reads_sizes
@@ -64,8 +64,8 @@ def moe_forward(
     """
     call = enter("moe_forward", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
-        routing = None if _routes_inside(config) else _route(config, call)
-        (y,) = _run(config, call, routing, with_shared=False)
+        logits, routing = (call.logits, None) if _routes_inside(config) else _route(config, call)
+        (y,) = _run(config, call, logits, routing, with_shared=False)
         return leave(call, y)
 
 
@@ -100,8 +100,8 @@ def moe_forward_shared(
         raise ValueError("moe_forward_shared: MoEConfig.norms.output=True norms the sum of the two; expected False, or moe_forward")
     call = enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
-        routing = None if _routes_inside(config) else _route(config, call)
-        shared, routed = _run(config, call, routing, with_shared=True)
+        logits, routing = (call.logits, None) if _routes_inside(config) else _route(config, call)
+        shared, routed = _run(config, call, logits, routing, with_shared=True)
         return leave(call, shared), leave(call, routed)
 
 
@@ -125,7 +125,7 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     check_routing("moe_forward_routed", config, x, routing)
     call = enter("moe_forward_routed", config, weights, x, None, None, token_mask, routing.adapter_ids, routed=True)
     with autocast_off(x):
-        (y,) = _run(config, call, flat_routing(routing, call), with_shared=False)
+        (y,) = _run(config, call, None, flat_routing(routing, call), with_shared=False)
         return leave(call, y)
 
 
@@ -155,8 +155,7 @@ def moe_route(
     """
     call = enter("moe_route", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
-        logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
-        routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading, call.adapter_ids)
+        logits, routing = _route(config, call)
         parts = (logits, routing.expert_ids, routing.weights, routing.shared_weights)
         logits, ids, w, shared = (None if t is None else t.view(*call.leading, t.shape[-1]) for t in parts)
         return logits, Routing(expert_ids=ids, weights=w, shared_weights=shared, adapter_ids=adapter_ids)  # type: ignore[return-value, arg-type]
@@ -190,20 +189,20 @@ def moe_forward_with_stats(
     """
     call = enter("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
-        logits = call.logits if call.logits is not None else logits_of_tokens(config, call.weights, call.x)
-        routing = route_tokens(config, call.weights, call.x, logits, call.token_ids, call.token_mask, call.leading, call.adapter_ids)
+        logits, routing = _route(config, call)
         stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
         if config.parallel is not None and may_overflow(config):
-            y, overflow = layer_over_ranks(config, config.parallel, call.weights, call.x, routing, logits)
+            y, overflow = layer_over_ranks(config, config.parallel, call.weights, call.x, routing, None)
             if overflow is not None:
                 stats = dataclasses.replace(stats, dropped_slots=stats.dropped_slots + overflow)
             return leave(call, y), stats
-        (y,) = _run(config, call, routing, with_shared=False)
+        (y,) = _run(config, call, logits, routing, with_shared=False)
         return leave(call, y), stats
 
 
-def _route(config: MoEConfig, call: Call) -> Routing:
-    return route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading, call.adapter_ids)
+def _route(config: MoEConfig, call: Call) -> tuple[Tensor, Routing]:
+    logits, routing = route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading)
+    return logits, dataclasses.replace(routing, adapter_ids=call.adapter_ids)
 
 
 def _routes_inside(config: MoEConfig) -> bool:
@@ -211,12 +210,13 @@ def _routes_inside(config: MoEConfig) -> bool:
     return config.opaque and config.router.capacity is None
 
 
-def _run(config: MoEConfig, call: Call, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
+def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
+    """Everything behind the router; with routing None the op routes by the logits, or by its gate."""
     if config.parallel is not None and routing is not None:
-        return (_run_over_ranks(config, call, routing),)
+        return (_run_over_ranks(config, call, logits, routing),)
     chunked = config.chunk_tokens is not None
     if routing is None or config.opaque or (chunked and not scan_traces()):
-        pending = (call.logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
+        pending = (logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
         return layer_as_op(config, call.weights, call.x, routing, *pending, call.adapter_ids, with_shared)
     if chunked:
         return layer_in_chunks(config, call.weights, call.x, routing, with_shared)
@@ -225,15 +225,12 @@ def _run(config: MoEConfig, call: Call, routing: Routing | None, with_shared: bo
     return (layer_of_tokens(config, call.weights, call.x, routing),)
 
 
-def _run_over_ranks(config: MoEConfig, call: Call, routing: Routing) -> Tensor:
+def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing) -> Tensor:
     if config.parallel is None or may_overflow(config):
         raise ValueError(
             "moe_forward: ParallelConfig.capacity may drop slots; expected None, or moe_forward_with_stats, which returns how many"
         )
-    logits = call.logits
-    if logits is None and config.parallel.gather == "logits":
-        logits = logits_of_tokens(config, call.weights, call.x)
+    sent = logits if config.parallel.gather == "logits" else None  # None too where a caller routed: then the routing travels
     if reads_sizes(config.parallel) and not scalars_allowed():
-        logits = logits if config.parallel.gather == "logits" else None
-        return layer_as_op(config, call.weights, call.x, routing, logits, None, None, call.adapter_ids, False)[0]
-    return layer_over_ranks(config, config.parallel, call.weights, call.x, routing, logits)[0]
+        return layer_as_op(config, call.weights, call.x, routing, sent, None, None, call.adapter_ids, False)[0]
+    return layer_over_ranks(config, config.parallel, call.weights, call.x, routing, sent)[0]

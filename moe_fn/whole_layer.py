@@ -57,7 +57,7 @@ def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tenso
         routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)
         return (layer_over_ranks(config, config.parallel, weights_of_leaves(leaves), x, routing, logits)[0],)
     if ids is None:
-        routing = route_tokens(config, weights_of_leaves(leaves), x, logits, token_ids, token_mask)
+        _, routing = route_tokens(config, weights_of_leaves(leaves), x, logits, token_ids, token_mask)
         ids, w, shared_w = routing.expert_ids, routing.weights, routing.shared_weights
     return chunk_of_layer(config, with_shared, [x, ids, w, shared_w, adapter_ids, *leaves])
 

@@ -527,9 +527,9 @@ BUGS = (
     ),
     PlantedBug(
         "stats_leave_the_output_as_it_is",
-        "stats route anew",
-        forward.route_tokens,
-        after(lambda r, config, weights, x, logits, *a: replace(r, weights=r.weights * 1.01) if logits is not None else r),
+        "stats come from another run",
+        forward.moe_forward_with_stats,
+        after(lambda out, *a: (out[0] * 1.01, out[1])),
     ),
     PlantedBug("expert_load_counts_the_slots", "-1 counts for expert 0", balance.expert_load, before(lambda ids, n: (ids.clamp(min=0), n))),
     PlantedBug(

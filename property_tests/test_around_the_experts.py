@@ -167,7 +167,7 @@ def split(problem: MoEProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(layer with zero experts, layer without their slots, their ids with -1 for others, their weights)."""
     call = moe_fn.calls.enter("test", problem.config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
     config: MoEConfig = problem.config
-    routing = moe_fn.forward._route(config, call)
+    _, routing = moe_fn.forward._route(config, call)
     is_zero = routing.expert_ids >= config.num_experts
     without = dataclasses.replace(routing, expert_ids=torch.where(is_zero, -1, routing.expert_ids))
     y = moe_fn.moe_forward_routed(config, problem.weights, call.x, routing)

@@ -67,16 +67,15 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     group = token_group(config)
     tokens = x.shape[0]
     room = room_of_ranks(config, tokens, group, routing.expert_ids)
-    by_logits = logits is not None and config.parallel is not None and config.parallel.gather == "logits"
     real = routing.expert_ids.new_ones(tokens, 1)
-    ids = real if by_logits else routing.expert_ids + 1  # padding has id -1, and no adapter
+    ids = routing.expert_ids + 1 if logits is None else real  # padding has id -1, and no adapter
     ids = ids if routing.adapter_ids is None else torch.cat([ids, routing.adapter_ids.unsqueeze(1) + 1], 1)
-    sent = (x, logits if logits is not None and by_logits else routing.weights, ids)
+    sent = (x, routing.weights if logits is None else logits, ids)
     begun = [collectives.begin_gather(padded(t, room), group) for t in sent]
     beside = meanwhile()
     rows, w, ids = (collectives.arrived(t) for t in begun)
-    ids, adapter_ids = _ids_and_adapters(ids - 1, 1 if by_logits else config.top_k)
-    if by_logits:
+    ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
+    if logits is not None:
         everybody = route(config, weights, w)
         ids, w = torch.where(ids < 0, -1, everybody.expert_ids), everybody.weights
     y = _compute(config, weights, rows, _own_ids(config, weights, ids), w, adapter_ids)

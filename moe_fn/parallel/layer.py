@@ -26,6 +26,8 @@ def layer_over_ranks(
 ) -> tuple[Tensor, Overflow]:
     """(y, slots that found no room) for this rank's tokens: what layer_of_tokens computes with all weights in one place.
 
+    With logits they travel in all_gather, and everybody routes by them; without, the routing does.
+
     Who sums what, and when:
 
         dispatch              over ep                       over tp
