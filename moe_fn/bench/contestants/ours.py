@@ -20,7 +20,7 @@ from moe_fn.records import MoEWeights, QuantWeights
 
 
 def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool, floats: bool = False) -> Layer:
-    config, weights = _floats(problem) if floats else (problem.config, problem.weights)
+    config, weights = floats_of(problem) if floats else (problem.config, problem.weights)
     if only_torch:
         config = dataclasses.replace(config, backend="torch")
     if prepared and not problem.backward:
@@ -37,7 +37,7 @@ def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool, f
     return Layer(bind=bind, leaves=trained_leaves(weights, with_router=layer))
 
 
-def _floats(problem: Problem) -> tuple[MoEConfig, MoEWeights]:
+def floats_of(problem: Problem) -> tuple[MoEConfig, MoEWeights]:
     """What the codes stand for, made one expert at a time, as `problem` makes them."""
     config, weights, beside = problem.config, problem.weights, problem.weights.quant or QuantWeights()
     result = dataclasses.replace(config, quant=None)
