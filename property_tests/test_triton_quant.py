@@ -218,7 +218,7 @@ def test_the_layer_quantises_both_inputs(quant: QuantConfig, activation: str, ke
 def rows_with_corners(columns: int) -> torch.Tensor:
     rows = torch.randn(12, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 5, 12).unsqueeze(1)
     rows[0] = 0
-    rows[1, 0] = 448.0
+    rows[1, 0], rows[3] = 448.0, torch.nextafter(torch.tensor(448.0), torch.tensor(500.0))  # a scale of 1, and of the next number
     rows[2] = torch.arange(columns) % 17 - 8
     return rows
 
