@@ -452,7 +452,7 @@ BUGS = (
         preparing.lay_panels,
         after(lambda laid, *a: tuple(t.flip(3) for t in laid)),
     ),
-    PlantedBug("restoring_undoes_preparing", "columns in the wrong order", panels._from_panels, after(lambda t, *a: t.flip(1))),
+    PlantedBug("restoring_undoes_preparing", "columns in the wrong order", panels.lift_weight, after(lambda t, *a: t.flip(1))),
     PlantedBug("preparing_twice_is_preparing_once", "prepared weights are not known", preparing.is_prepared, instead(lambda w: False)),
     PlantedBug(
         "gradients_equal_the_reference",

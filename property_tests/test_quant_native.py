@@ -39,6 +39,7 @@ QUANTS = [
     QuantConfig(scheme="mxfp8", granularity="group", group_size=32),
     QuantConfig(scheme="nvfp4", granularity="group", group_size=16),
 ]
+NAME = "{0.scheme} {0.granularity}".format
 # Experts, choices, inputs and hidden: odd ones, many spans of inputs, spans in no whole chunks.
 SIZES = [(5, 2, 34, 18), (3, 3, 64, 48), (4, 2, 130, 90), (2, 1, 2, 2), (1, 1, 800, 20)]
 Case = tuple[MoEConfig, MoEWeights, Tensor, Routing]
@@ -112,7 +113,7 @@ def test_the_bits_of_a_token_do_not_depend_on_the_others(
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
-@pytest.mark.parametrize("quant", QUANTS, ids=lambda quant: f"{quant.scheme} {quant.granularity}")
+@pytest.mark.parametrize("quant", QUANTS, ids=NAME)
 def test_missing_values_stay_in_their_rows(level: str, quant: QuantConfig) -> None:
     config, weights, x, routing = problem(quant, (2, 1, 66, 34), 20, "silu", False, torch.float32)
     routing = dataclasses.replace(routing, expert_ids=routing.expert_ids.clamp(min=0))
@@ -147,9 +148,7 @@ def test_preparing_codes_is_undone_and_changes_nothing(quant: QuantConfig, token
 
 
 @pytest.mark.parametrize("prepare", [False, True])
-@pytest.mark.parametrize(
-    "quant", [quant for quant in QUANTS if quant.activations is None], ids=lambda quant: f"{quant.scheme} {quant.granularity}"
-)
+@pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant.activations is None], ids=NAME)
 def test_gradients_are_those_of_the_floats(quant: QuantConfig, prepare: bool) -> None:
     config, weights, x, routing = problem(quant, (3, 2, 34, 18), 11, "silu", False, torch.float32)
     plain, floats = dequantize_weights(config, weights)
@@ -165,17 +164,10 @@ def test_gradients_are_those_of_the_floats(quant: QuantConfig, prepare: bool) ->
 
 
 def test_what_the_kernels_do_not_take_runs_by_stages_and_says_why() -> None:
+    rounded = ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32)
     for quant, words in (
         (QuantConfig(scheme="int4", granularity="group", group_size=12), "a scale of 12 inputs; the native kernels take multiples of 8"),
-        (
-            QuantConfig(
-                scheme="mxfp8",
-                granularity="group",
-                group_size=32,
-                activations=ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32),
-            ),
-            "mxfp8 activations",
-        ),
+        (QuantConfig(scheme="mxfp8", granularity="group", group_size=32, activations=rounded), "mxfp8 activations"),
     ):
         assert words in str(native.quant_problem(quant.text, 64, 64, "cpu"))
     config, weights, x, routing = problem(QUANTS[0], (2, 1, 64, 32), 3, "silu", False, torch.float32)

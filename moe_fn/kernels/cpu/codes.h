@@ -90,17 +90,15 @@ static inline void panel_scales(const Weight& w, int64_t expert, int panel, bool
   const float offset = q.offset(bf16), unit = q.unit();
   const int size = size_of(q.scale_type);
   const Columns from = columns_of(w, panel);
-  float global[NV] = {};
+  float global[PANEL];
   int64_t row[PANEL];
-  if (q.global_scale)
-    for (int v = 0; v < NV; v++) global[v] = q.global_scale[expert * q.halves + (q.halves == 2 && v >= NV / 2 ? 1 : 0)];
-  if (!w.prepared)
-    for (int c = 0; c < PANEL; c++) {
-      const int half = c / (PANEL / 2), i = c % (PANEL / 2);
-      const int64_t column = i < from.count[half] ? from.start[half] + int64_t(i) * from.stride : 0;
-      const int64_t of_half = w.columns / q.halves;
-      row[c] = expert * q.out_tiles + column / of_half * (q.out_tiles / q.halves) + column % of_half / q.tile_out;
-    }
+  const int64_t of_half = w.columns / q.halves;
+  for (int c = 0; c < PANEL; c++) {
+    const int half = c / (PANEL / 2), i = c % (PANEL / 2);
+    const int64_t column = i < from.count[half] ? from.start[half] + int64_t(i) * from.stride : 0;
+    if (q.global_scale) global[c] = q.global_scale[expert * q.halves + column / of_half];
+    if (!w.prepared) row[c] = expert * q.out_tiles + column / of_half * (q.out_tiles / q.halves) + column % of_half / q.tile_out;
+  }
   const int64_t first = (expert * w.panels() + panel) * q.in_tiles * PANEL;
   for (int64_t t = 0; t < q.in_tiles; t++, scale += PANEL, correction += PANEL) {
     char raw[PANEL * 4];
@@ -119,7 +117,7 @@ static inline void panel_scales(const Weight& w, int64_t expert, int panel, bool
     }
     for (int v = 0; v < NV; v++) {
       const vec s = scales_at(q.scale_type, scales + v * WIDTH * size);
-      store(scale + v * WIDTH, (q.global_scale ? s * splat(global[v]) : s) * unit);
+      store(scale + v * WIDTH, (q.global_scale ? s * load(global + v * WIDTH) : s) * unit);
       if (!corrected) continue;
       const vec z = zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat(q.symmetric_zero());
       store(correction + v * WIDTH, -(z + offset) / unit);

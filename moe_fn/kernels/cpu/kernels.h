@@ -47,7 +47,7 @@ void store_pre(const Columns& to, const float* tile, const float* bias, typename
   }
 }
 
-inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk) {
+inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block = MAX_ROWS) {
   Plan plan;
   const int64_t slots = q.tokens * q.top_k;
   auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(q.experts); };
@@ -67,7 +67,7 @@ inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk) {
         plan.weight[slot] = q.expert_weights[i];
         plan.slot[slot] = i;
       }
-  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk);
+  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk, rows_of_block);
   return plan;
 }
 

@@ -46,10 +46,10 @@ struct Plan {
   std::vector<Chunk> chunks;
   int most_rows = 0;  // of a chunk
 
-  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows) {
+  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows, int block_rows = MAX_ROWS) {
     const int64_t n = end - start;
     if (n <= 0) return;
-    const int64_t nb = (n + MAX_ROWS - 1) / MAX_ROWS, per = std::max(1, chunk_rows / MAX_ROWS), nc = (nb + per - 1) / per;
+    const int64_t nb = (n + block_rows - 1) / block_rows, per = std::max(1, chunk_rows / block_rows), nc = (nb + per - 1) / per;
     for (int64_t c = 0, b = 0; c < nc; c++) {
       Chunk chunk{expert, start, int(blocks.size()), 0, 0};
       for (const int64_t last = nb * (c + 1) / nc; b < last; b++) {

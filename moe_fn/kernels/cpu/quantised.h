@@ -1,17 +1,14 @@
 // Products with quantised weights: of each span of the inner dimension, dwords are decoded and multiplied into sums from zero, in registers,
 // then   total += (sum + correction[column] * (sum of x)) * scale[column]
-// Few rows decode in registers and use a weight at once; many rows decode a span of a panel to memory that stays in L1, then go through it
-// in tiles. Both add in one order, so a token's bits do not depend on the batch.
+// Weights are decoded in registers and used at once, by up to 12 rows. Where vectors are shorter than AVX-512's, several blocks of rows
+// share a span of a panel that is decoded to memory. Both add in one order, so a token's bits do not depend on the batch.
 #pragma once
 #include "coded_rows.h"
 
 namespace moe_fn {
 
-constexpr int FEW_ROWS = WIDTH == 16 ? 12 : MAX_ROWS;
-
-// Rows of an expert until which weights are decoded anew for every block of them.
-template <class C>
-constexpr int IN_REGISTERS = WIDTH == 16 ? 1 << 20 : MAX_ROWS;
+constexpr int FEW_ROWS = WIDTH == 16 ? 12 : MAX_ROWS;  // 12 x 2 vectors of sums, and what decodes in the others
+constexpr int BLOCK_ROWS = WIDTH == 16 ? FEW_ROWS : MAX_ROWS;
 
 // A panel's scales and what belongs to them.
 struct PanelScales { const float *scale, *correction; };
@@ -23,16 +20,16 @@ static inline vec scaled(vec total, Sum sum, const PanelScales& s, int tile, int
   return total + x * load(s.scale + tile * PANEL + v * WIDTH);
 }
 
-// c[ROWS][32] = ROWS of `rows` packed rows times one panel. Several spans at a time: a row or two alone would wait for each sum's last product.
+// c[ROWS][32] = rows times one panel. Several spans at a time: a row or two alone would wait for each sum's last product.
 template <class C, int ROWS>
-void few(const Weight& w, const C& code, const float* a, int rows, const char* b, const PanelScales& scales, float* c, int64_t ahead) {
+void few(const Weight& w, const C& code, const float* a, const char* b, const PanelScales& scales, float* c, int64_t ahead) {
   using D = typename C::Dot;
   using Sum = typename SumOf<D>::type;
   const Codes& q = *w.codes;
   const C here = code;  // its tables, in registers
   const bool corrected = q.corrected(RowShape<C>::BF16_ROWS);
-  const float* extra = a + int64_t(RowShape<C>(w).dwords) * rows;
-  const size_t pitch = size_t(rows) * CHUNK;
+  const float* extra = a + int64_t(RowShape<C>(w).dwords) * ROWS;
+  constexpr size_t pitch = size_t(ROWS) * CHUNK;
   vec total[ROWS][NV] = {};
   const Span* spans = q.spans.data();
   const int count = int(q.spans.size());
@@ -167,7 +164,7 @@ void span_tile(const float* a, const float* b, const SpanOfRows& span, const flo
 }
 
 template <class C>
-using Few = void (*)(const Weight&, const C&, const float*, int, const char*, const PanelScales&, float*, int64_t);
+using Few = void (*)(const Weight&, const C&, const float*, const char*, const PanelScales&, float*, int64_t);
 using SpanTile = void (*)(const float*, const float*, const SpanOfRows&, const float*, bool, const PanelScales&, float*);
 template <class C>
 struct QuantisedTiles {  // by number of rows
@@ -179,7 +176,7 @@ struct QuantisedTiles {  // by number of rows
   constexpr void fill_many(std::integer_sequence<int, R...>) { ((many_rows[R + 1] = span_tile<typename C::Dot, R + 1>), ...); }
   constexpr QuantisedTiles() {
     fill_few(std::make_integer_sequence<int, FEW_ROWS>{});
-    fill_many(std::make_integer_sequence<int, MAX_ROWS>{});
+    if constexpr (WIDTH != 16) fill_many(std::make_integer_sequence<int, MAX_ROWS>{});
   }
 };
 template <class C>
@@ -201,7 +198,7 @@ struct Quantised {
                   float* scratch, auto before, auto epilogue) {
     const Codes& q = *w.codes;
     const C code(q);
-    const int total = int(blocks[count - 1].start + blocks[count - 1].rows - blocks[0].start), dwords = RowShape<C>(w).dwords;
+    const int dwords = RowShape<C>(w).dwords;
     float* scale = scratch + decoded_floats();
     float *correction = scale + q.in_tiles * PANEL, *laid = correction + q.in_tiles * PANEL;
     const PanelScales scales{scale, correction};
@@ -216,15 +213,10 @@ struct Quantised {
         lay_transposed(w, w.data + expert * w.expert_bytes, columns_of(w, p), 0, w.steps(), laid);
       }
       panel_scales(w, expert, p, bf16, scale, correction);
-      if (total <= IN_REGISTERS<C>) {
+      if (WIDTH == 16 || count == 1) {  // products hide the decoding of a few rows' weights, whose ports they leave free
         for (int b = 0; b < count; b++) {
-          const int parts = (blocks[b].rows + FEW_ROWS - 1) / FEW_ROWS;
           before(p, b);
-          for (int i = 0, from = 0; i < parts; i++) {
-            const int here = blocks[b].rows * (i + 1) / parts - from;
-            quantised_tiles<C>.few_rows[here](w, code, rows(b) + from * CHUNK, blocks[b].rows, panel, scales, sums + from * PANEL, b + i ? 0 : ahead - panel);
-            from += here;
-          }
+          quantised_tiles<C>.few_rows[blocks[b].rows](w, code, rows(b), panel, scales, sums, b ? 0 : ahead - panel);
           epilogue(p, b, sums);
         }
         continue;
