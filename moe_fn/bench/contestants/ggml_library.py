@@ -79,6 +79,8 @@ class Library:
 
 
 _EXTRA = b"ggml_backend_dev_get_extra_bufts"
+_LOG = ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _POINTER)
+_silent = _LOG(lambda level, text, context: None)  # lives as long as the library, which keeps its address
 
 
 def found_library() -> Path | None:
@@ -95,9 +97,14 @@ def loaded(folder: Path) -> Library:
     """The functions of the library in that folder."""
     parts = [ctypes.CDLL(str(folder / f"lib{part}.so"), mode=ctypes.RTLD_GLOBAL) for part in _PARTS]
     functions = {}
-    signatures = _FUNCTIONS | {"ggml_init": (_POINTER, (_InitParams,)), "ggml_backend_buft_name": (ctypes.c_char_p, (_POINTER,))}
+    signatures = _FUNCTIONS | {
+        "ggml_init": (_POINTER, (_InitParams,)),
+        "ggml_backend_buft_name": (ctypes.c_char_p, (_POINTER,)),
+        "ggml_log_set": (None, (_LOG, _POINTER)),
+    }
     for name, (result, arguments) in signatures.items():
         function = next(getattr(part, name) for part in parts if hasattr(part, name))
         function.restype, function.argtypes = result, arguments
         functions[name] = function
+    functions["ggml_log_set"](_silent, None)
     return Library(functions)

@@ -1,6 +1,7 @@
 """ONNX Runtime: its contrib op com.microsoft.MoE in a model of that one node (with the gate's product before it for the layer).
 
-QMoE where experts are quantised. It has no bfloat16: there it gets float32, and what turns x into that is not timed.
+QMoE where experts are quantised. It has no bfloat16: there it gets float32, and what turns x into that is not timed. It takes any
+routing, as a row of weights for each token; without that it weighs by what sums to one, whatever normalize_routing_weights says.
 """
 
 import functools
@@ -63,7 +64,7 @@ def _model(problem: Problem, weights: dict[str, Tensor]) -> Any:
     onnx, helper = importlib.import_module("onnx"), importlib.import_module("onnx.helper")
     config = problem.config
     dtype = getattr(onnx.TensorProto, _DTYPES[_dtype(problem)])
-    inputs = {"x": config.hidden_size} | ({} if problem.part == "layer" else {"logits": config.num_experts})
+    inputs = {"x": config.hidden_size} | dict.fromkeys(_routing_inputs(problem), config.num_experts)
     nodes = []
     if problem.part == "layer":
         product = "product" if "gate_bias" in weights else "logits"
@@ -77,6 +78,9 @@ def _model(problem: Problem, weights: dict[str, Tensor]) -> Any:
     if config.quant is not None:
         attributes |= attributes_of_quant(config.quant)
         op, names = "QMoE", ["x", "logits", "gate_up", "gate_up_scale", biases[0], "down", "down_scale", biases[1]]
+        if "routing_weights" in inputs:
+            attributes["normalize_routing_weights"] = 0
+            names += [""] * 6 + ["routing_weights"]  # 6: a third product, and zero points
     nodes.append(helper.make_node(op, names, ["y"], domain="com.microsoft", **attributes))
     graph = helper.make_graph(
         nodes,
@@ -87,6 +91,24 @@ def _model(problem: Problem, weights: dict[str, Tensor]) -> Any:
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _routing_inputs(problem: Problem) -> tuple[str, ...]:
+    """Inputs [T, E] of the graph beside x."""
+    if problem.part == "layer":
+        return ()
+    return ("logits",) if problem.config.quant is None else ("logits", "routing_weights")
+
+
+def _feeds(problem: Problem, token_input: TokenInput) -> dict[str, Tensor]:
+    """Values of the inputs. Where the op takes weights, the logits say who was chosen, and no more."""
+    values, routing = {"x": token_input.x, "logits": token_input.logits}, token_input.routing
+    if problem.config.quant is not None and problem.part == "experts":
+        nobody = torch.zeros(token_input.logits.shape)
+        values["logits"] = nobody.scatter(1, routing.expert_ids, 1.0)
+        values["routing_weights"] = nobody.scatter(1, routing.expert_ids, routing.weights.float())
+    names = ("x", *_routing_inputs(problem))
+    return {name: values[name].to(_dtype(problem)) for name in names}
 
 
 def _outside(onnx: Any, name: str, tensor: Tensor) -> Any:
@@ -113,8 +135,7 @@ def _build(problem: Problem) -> Layer:
         return torch.from_numpy(session.run(None, feeds)[0])
 
     def bind(token_input: TokenInput) -> Run:
-        feeds = {"x": token_input.x} | ({} if problem.part == "layer" else {"logits": token_input.logits})
-        return functools.partial(run, {name: tensor.to(_dtype(problem)).numpy() for name, tensor in feeds.items()})
+        return functools.partial(run, {name: tensor.numpy() for name, tensor in _feeds(problem, token_input).items()})
 
     return Layer(bind=bind)
 
@@ -125,8 +146,11 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
         return "its MoE op is for f32 and f16"
     if config.quant is not None and (reason := refuses_quant(config)) is not None:
         return reason
-    if not is_softmax(config.router):
+    takes_weights = config.quant is not None and problem.part == "experts"
+    if not takes_weights and not is_softmax(config.router):
         return "its MoE op routes by softmax and top-k only"
+    if not takes_weights and config.quant is not None and not renormalizes(config.router):
+        return "its QMoE op weighs by what sums to one"
     if activation_name(config) not in _ATTRIBUTES:
         return f"its MoE op does not have this activation, {config.activation}"
     return only_on_cpu_forward(problem) or refuses_weight_on_input(problem)
