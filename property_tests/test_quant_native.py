@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import ACTIVATIONS, DTYPES, RUNNABLE
+from test_native import ACTIVATIONS, DTYPES, RUNNABLE, call
 from torch import Tensor
 
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, Routing, fused
 from moe_fn.config import ActivationQuantConfig, QuantConfig, as_activation
 from moe_fn.kernels import native
-from moe_fn.op_arguments import packed
 from moe_fn.quant.weights import dequantize_weights
 from moe_fn.testing import assert_matches, quants, weights_for
 
@@ -65,13 +64,6 @@ def problem(quant: QuantConfig, size: tuple[int, ...], tokens: int, activation: 
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
     ids = torch.randint(-1, experts, (tokens, top_k), generator=generator)
     return config, weights, x, Routing(expert_ids=ids, weights=torch.rand(tokens, top_k, generator=generator))
-
-
-def call(level: str, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    """The op of one level's own library."""
-    arguments = packed(config, weights, x, routing.expert_ids, routing.weights)
-    out: Tensor = native.library(level).ops.routed_experts(*arguments, False)[0]  # type: ignore[attr-defined]
-    return out
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
