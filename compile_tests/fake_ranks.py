@@ -51,7 +51,14 @@ def parallel_of(mesh_sizes: dict[str, int], options: dict[str, Any]) -> Parallel
 
 
 def layer_of(config: MoEConfig) -> Callable[..., Any]:
-    return lambda weights, x, logits: moe_fn.moe_forward(config, weights, x, logits)
+    """(weights, x, logits) -> y; tokens take their turns with the adapters, where there are several."""
+
+    def layer(weights: Any, x: Any, logits: Any) -> Any:
+        several = config.lora is not None and config.lora.num_adapters > 1
+        ids = torch.arange(x.shape[0]) % config.lora.num_adapters if config.lora is not None and several else None
+        return moe_fn.moe_forward(config, weights, x, logits, adapter_ids=ids)
+
+    return layer
 
 
 def collectives_in(gm: fx.GraphModule) -> list[fx.Node]:

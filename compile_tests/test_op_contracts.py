@@ -66,7 +66,10 @@ def grouped_outer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ..
     ]
 
 
-def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1) -> list[tuple[Any, ...]]:
+NO_CODES = (None,) * 8
+
+
+def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1, codes: bool = False) -> list[tuple[Any, ...]]:
     r, samples = make(3, dtype, requires_grad), []
     silu, oai = ("silu", True, False, 1.0, 0.0, None, False, None, None), ("silu", True, True, 1.702, 1.0, 7.0, False, None, None)
     for tokens, transposed, biased, activation in ((5, True, False, silu), (0, True, True, oai), (3, False, True, oai)):
@@ -74,7 +77,13 @@ def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1)
         weights = (r(3, 6, 4), r(3, 4, 3)) if transposed else (r(3, 4, 6), r(3, 3, 4))
         biases = (r(3, 6), r(3, 4)) if biased else (None, None)
         routing = torch.rand(tokens, 2).requires_grad_(requires_grad)
-        samples.append((r(tokens, 4), ids, routing, *weights, *biases, 3, transposed, *activation, requires_grad))
+        samples.append((r(tokens, 4), ids, routing, *weights, *biases, *NO_CODES, 3, transposed, *activation, "", requires_grad))
+    if codes:
+        quant = QuantConfig(scheme="int8", granularity="channel").text
+        weights = torch.arange(72, dtype=torch.int8).view(3, 6, 4), torch.arange(36, dtype=torch.int8).view(3, 4, 3)
+        scales = torch.rand(3, 6, 1) / 100, torch.rand(3, 4, 1) / 100
+        x, ids, routing = samples[0][:3]
+        samples.append((x, ids, routing, *weights, None, None, *scales, *NO_CODES[2:], 3, True, *silu, quant, requires_grad))
     return samples
 
 
@@ -143,7 +152,9 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "moe_fn::routed_experts_backward_native": routed_experts_backward,
     "moe_fn::grouped_matmul_triton": grouped_matmul,
     "moe_fn::grouped_outer_triton": grouped_outer,
-    "moe_fn::routed_experts_triton": partial(routed_experts, lowest_id=0),  # rows of no expert are left as they are in what it keeps
+    "moe_fn::routed_experts_triton": partial(
+        routed_experts, lowest_id=0, codes=True
+    ),  # rows of no expert are left as they are in what it keeps
     "moe_fn::routed_experts_backward_triton": routed_experts_backward,
     "moe_fn::route_top_k_triton": route_top_k,
     "moe_fn::quantised_matmul": quantised_matmul,

@@ -13,7 +13,16 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from compile_tests.fake_ranks import COLLECTIVES, Echo, collectives_in, fake_ranks, id_of, layer_of, parallel_of, short_name
 from compile_tests.graphs import Graphs, graphs_of, name_of
 from compile_tests.rank_graphs import FORMATS, MOST, config_of, leaves_of_rank, tokens_of
-from moe_fn import ActivationQuantConfig, LatentConfig, MoEConfig, ParallelConfig, QuantConfig, RouterConfig, SharedExpertsConfig
+from moe_fn import (
+    ActivationQuantConfig,
+    LatentConfig,
+    LoRAConfig,
+    MoEConfig,
+    ParallelConfig,
+    QuantConfig,
+    RouterConfig,
+    SharedExpertsConfig,
+)
 from moe_fn.parallel import Traffic, traffic
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -64,6 +73,8 @@ LAYERS: dict[str, dict[str, Any]] = {
         "shared": SharedExpertsConfig(intermediate_size=8, count=2, gate="router"),
         "router": RouterConfig(scoring="sigmoid", scale_on="output", routed_scaling_factor=2.0),
     },
+    "lora": {"shared": None, "lora": LoRAConfig(num_adapters=2, rank=2)},
+    "lora that experts share": {"shared": None, "lora": LoRAConfig(num_adapters=2, rank=2, experts="outer_shared")},
 }
 MESHES: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
     *(
@@ -77,9 +88,11 @@ MESHES: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
     ({"ep": 2, "tp": 2}, {"sequence_parallel": True, "dispatch": "all_to_all"}),
     ({"dp": 2, "tp": 2}, {"dispatch": "all_gather", "max_tokens": MOST}),
 )
-COUNTED = [(mesh, options, list(LAYERS)[i % len(LAYERS)]) for i, (mesh, options) in enumerate(MESHES)] + [
-    ({"tp": 4}, {"dispatch": "replicated"}, layer) for layer in list(LAYERS)[2:]
+_WITHOUT_LORA = [layer for layer in LAYERS if "lora" not in LAYERS[layer]]
+COUNTED = [(mesh, options, _WITHOUT_LORA[i % len(_WITHOUT_LORA)]) for i, (mesh, options) in enumerate(MESHES)] + [
+    ({"tp": 4}, {"dispatch": "replicated"}, layer) for layer in _WITHOUT_LORA[2:]
 ]
+COUNTED += [(mesh, options, "lora that experts share" if i % 2 else "lora") for i, (mesh, options) in enumerate(MESHES[-5:])]
 
 
 @pytest.mark.parametrize("case", COUNTED, ids=lambda case: f"{id_of(case[:2])}-{'-'.join(map(str, case[1]))}-{case[2]}")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import moe_fn
 from compile_tests.cases import Case, as_leaves
 from compile_tests.graphs import graphs_of, ops
-from moe_fn import MoEWeights
+from moe_fn import ActivationQuantConfig, MoEWeights, QuantConfig
 from moe_fn.kernels import gpu
 from moe_fn.testing import assert_matches, assert_one_graph
 
@@ -78,7 +78,7 @@ def launches_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """On fake CUDA tensors: every operation around the kernels runs as it would, launches are noted. A sync would raise."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from moe_fn.kernels.triton import grouped, layer
+    from moe_fn.kernels.triton import grouped, layer, quant_layer, quant_products, quant_up
 
     launched: list[str] = []
 
@@ -86,7 +86,7 @@ def launches_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return lambda *args, **kwargs: launched.append(self.fn.__name__)
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", launcher)
-    for module in (grouped, layer):
+    for module in (grouped, layer, quant_layer, quant_products, quant_up):
         monkeypatch.setattr(module, "architecture_of", lambda device: "sm_90")
     with FakeTensorMode(allow_non_fake_inputs=False):
         yield launched
@@ -97,6 +97,7 @@ def cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 OPTIONS = (64, True, "silu", True, False, 1.0, 0.0, None, False, None, None)  # of 64 = intermediate_size
+NO_CODES = (None,) * 8
 
 
 @pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (100, 4), (4096, 6)])
@@ -111,9 +112,44 @@ def test_launches_of_a_forward_and_no_sync(tokens: int, launches: int, monkeypat
             cuda(16, 128, 32),
             cuda(16, 32, 64),
         )
-        y, _ = entry.routed_experts(*args, None, None, *OPTIONS, False)
+        y, _ = entry.routed_experts(*args, None, None, *NO_CODES, *OPTIONS, "", False)
         assert y.shape == (tokens, 32) and y.device.type == "cuda"
     assert len(launched) == launches, launched
+
+
+FP8 = {"scheme": "fp8_e4m3"}
+BLOCK = {"granularity": "block", "block_shape": (128, 128)}
+
+
+@pytest.mark.parametrize(
+    ("quant", "few", "many"),  # launches for 100 tokens and for 16,384, of which one and three sort
+    [
+        (QuantConfig(**FP8, **BLOCK), 4, 6),
+        (
+            QuantConfig(**FP8, **BLOCK, activations=ActivationQuantConfig(**FP8, granularity="group", group_size=128)),
+            6,
+            7,
+        ),  # many: the first product stores codes
+        (QuantConfig(**FP8, granularity="tensor", activations=ActivationQuantConfig(**FP8, granularity="token")), 6, 8),
+        (QuantConfig(**FP8, granularity="tensor", activations=ActivationQuantConfig(**FP8, granularity="tensor", static=True)), 5, 7),
+    ],
+)
+@pytest.mark.parametrize("tokens", [100, 16384])
+def test_launches_of_a_quantised_forward_and_no_sync(
+    quant: QuantConfig, few: int, many: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_fn.kernels.triton import entry
+
+    with launches_counted(monkeypatch) as launched:
+        args = cuda(tokens, 256), cuda(tokens, 2, dtype=torch.int64), cuda(tokens, 2, dtype=torch.float32)
+        codes = cuda(2, 256, 256, dtype=torch.float8_e4m3fn), cuda(2, 256, 128, dtype=torch.float8_e4m3fn)
+        tiles = 1 if quant.granularity == "tensor" else 2
+        scales = cuda(2, 2, tiles, dtype=torch.float32), cuda(2, tiles, 1, dtype=torch.float32)
+        static = (cuda(2, dtype=torch.float32),) * 2 if quant.activations is not None and quant.activations.static else (None, None)
+        beside = (*scales, *NO_CODES[:4], *static)
+        y, _ = entry.routed_experts(*args, *codes, None, None, *beside, 128, *OPTIONS[1:], quant.text, False)
+        assert y.shape == (tokens, 256) and y.device.type == "cuda"
+    assert len(launched) == (few if tokens == 100 else many), launched
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -124,7 +160,7 @@ def test_a_backward_has_no_sync(kept: bool, monkeypatch: pytest.MonkeyPatch) -> 
         args = cuda(100, 32), cuda(100, 2, dtype=torch.int64), cuda(100, 2, dtype=torch.float32), cuda(16, 128, 32), cuda(16, 32, 64)
         biases = cuda(16, 128), cuda(16, 32)
         pre = cuda(200, 128) if kept else cuda(0)
-        found = entry.routed_experts_backward(cuda(100, 32), [True] * 6, pre, *args, *biases, *OPTIONS)
+        found = entry.routed_experts_backward(cuda(100, 32), [True] * 6, pre, *args, *biases, *NO_CODES, *OPTIONS, "")
         assert [g.shape for g in found] == [a.shape for a in (args[0], *args[2:], *biases)]
         assert all(g.device.type == "cuda" for g in found)
     assert ("_up_kernel" in launched) != kept

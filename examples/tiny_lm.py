@@ -5,7 +5,8 @@
 The text is the language reference that every Python ships (`pydoc_data.topics`). Both models see the same bytes in the same order, with
 the same optimiser and learning rate; they differ only in their feed-forward layers: one wide MLP, or 16 narrow experts of which a
 token uses 2 (the same number of multiplications). The whole training step, that is loss, gradients and optimiser, is a pure function,
-compiled to one graph. Prints held-out losses, tokens per second, the load of the experts and a sample of text; draws `out/tiny_lm.png`.
+compiled to one graph. Prints held-out losses, tokens per second, the load of the experts and a sample of text; draws `out/tiny_lm.png`,
+and keeps the model in `out/tiny_lm.pt` for `quantize.py`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, RouterWeights, moe_forward_with_stats
 from moe_fn.balance import update_correction_bias
@@ -115,30 +116,30 @@ def attention(layer: Params, x: Tensor) -> Tensor:
     return F.linear(mixed.transpose(1, 2).flatten(2), layer["out"])
 
 
-def feed_forward(weights: MoEWeights | Params, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def feed_forward(config: MoEConfig, weights: MoEWeights | Params, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The result and the load of each expert, none in a dense layer. `bias` steers the choice of experts; no gradient reaches it."""
     if isinstance(weights, MoEWeights):
         weights = replace(weights, router=replace(weights.router, correction_bias=bias))
-        y, stats = moe_forward_with_stats(EXPERTS, weights, x)
+        y, stats = moe_forward_with_stats(config, weights, x)
         return y, stats.expert_load
     gate, up = F.linear(x, weights["gate_up"]).chunk(2, -1)
     return F.linear(F.silu(gate) * up, weights["down"]), bias.new_zeros(bias.shape)
 
 
-def model(params: Params, biases: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def model(params: Params, biases: Tensor, tokens: Tensor, config: MoEConfig = EXPERTS) -> tuple[Tensor, Tensor]:
     """tokens [batch, time], biases [layers, experts] -> logits [batch, time, 256], load [layers, experts]."""
     x = F.embedding(tokens, params["embed"])
     loads = []
     for layer, bias in zip(params["layers"], biases, strict=True):
         x = x + attention(layer, F.rms_norm(x, (WIDTH,), layer["attention_norm"]))
-        y, load = feed_forward(layer["feed_forward"], bias, F.rms_norm(x, (WIDTH,), layer["feed_forward_norm"]))
+        y, load = feed_forward(config, layer["feed_forward"], bias, F.rms_norm(x, (WIDTH,), layer["feed_forward_norm"]))
         x = x + y
         loads.append(load)
     return F.linear(F.rms_norm(x, (WIDTH,), params["norm"]), params["head"]), torch.stack(loads)
 
 
-def loss_of_batch(params: Params, biases: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-    logits, load = model(params, biases, batch[:, :-1])
+def loss_of_batch(params: Params, biases: Tensor, batch: Tensor, config: MoEConfig = EXPERTS) -> tuple[Tensor, Tensor]:
+    logits, load = model(params, biases, batch[:, :-1], config)
     return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()), load
 
 
@@ -171,12 +172,27 @@ def learning_rate(done: float) -> float:
     return LEARNING_RATE * min(1.0, done / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
-def held_out_loss(params: Params, biases: Tensor, text: Tensor) -> float:
+def held_out_loss(params: Params, biases: Tensor, text: Tensor, config: MoEConfig = EXPERTS) -> float:
     """Mean over all windows of the text; not compiled: the functions are the same."""
     starts = torch.arange(0, len(text) - CONTEXT, CONTEXT)
     with torch.no_grad():
-        losses = [loss_of_batch(params, biases, windows(text, some))[0].item() * len(some) for some in starts.split(32)]
+        losses = [loss_of_batch(params, biases, windows(text, some), config)[0].item() * len(some) for some in starts.split(32)]
     return sum(losses) / len(starts)
+
+
+def save(path: Path, params: Params, biases: Tensor) -> None:
+    """The tensors of a model with experts, by their places."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    places, _ = tree_flatten_with_path((params, biases))
+    torch.save({keystr(place): leaf for place, leaf in places if isinstance(leaf, Tensor)}, path)
+
+
+def load(path: Path) -> tuple[Params, Tensor]:
+    """What `save` wrote."""
+    tensors = torch.load(path, weights_only=True)
+    places, tree = tree_flatten_with_path((make_params(moe=True), torch.zeros(LAYERS, EXPERTS.num_experts)))
+    params, biases = tree_unflatten([tensors.get(keystr(place)) for place, _ in places], tree)
+    return params, biases
 
 
 @dataclass
@@ -350,6 +366,7 @@ def main() -> None:
         ", ".join(f"{ratio:.2f}" for ratio in load.amax(1) / load.mean(1)),
     )
     prompt = 'The "with" statement '
+    save(args.out / "tiny_lm.pt", moe.params, moe.biases)
     print(f"\nA sample:\n\n{sample(moe, prompt)}\n")
     print(f"{draw(args.out / 'tiny_lm.png', moe, dense, bigram)}; {time.perf_counter() - start:.0f} s in all")
     # Experts need some time to differ: the MoE leads from about step 500 on.

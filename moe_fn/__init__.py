@@ -2,6 +2,7 @@
 
 from moe_fn import balance, reference
 from moe_fn.backends import BackendInfo, backends
+from moe_fn.calibrating import calibrate
 from moe_fn.compiling import mark_tokens
 from moe_fn.config import (
     ActivationConfig,
@@ -24,6 +25,7 @@ from moe_fn.merging import add_lora, make_lora, merge_lora, unmerge_lora
 from moe_fn.parallel import join_weights, shard_weights
 from moe_fn.preparing import prepare_weights, restore_weights
 from moe_fn.quant import dequantize_weights, quantize_weights
+from moe_fn.quant.calibration import Calibration
 from moe_fn.records import (
     Dispatched,
     LatentWeights,
@@ -44,11 +46,11 @@ from moe_fn.stages.route import route
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationConfig", "ActivationQuantConfig", "BackendInfo", "Dispatched", "ExpertNormConfig", "GroupConfig", "LatentConfig",
-    "LatentWeights", "LoRAConfig", "LoRAWeights", "MoEConfig", "MoEWeights", "NormsConfig", "ParallelConfig", "QuantConfig",
-    "QuantWeights", "RankGroup", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig", "SharedWeights",
-    "ZeroExpertsConfig", "add_lora", "backends", "balance", "combine", "dequantize_weights", "dispatch", "experts", "join_weights",
-    "make_lora", "mark_tokens", "merge_lora", "moe_forward", "moe_forward_routed", "moe_forward_shared", "moe_forward_with_stats",
-    "moe_route", "prepare_weights", "quantize_weights", "reduce_and_trunc", "reference", "restore_weights", "route", "shard_weights",
-    "unmerge_lora",
+    "ActivationConfig", "ActivationQuantConfig", "BackendInfo", "Calibration", "Dispatched", "ExpertNormConfig", "GroupConfig",
+    "LatentConfig", "LatentWeights", "LoRAConfig", "LoRAWeights", "MoEConfig", "MoEWeights", "NormsConfig", "ParallelConfig",
+    "QuantConfig", "QuantWeights", "RankGroup", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig",
+    "SharedWeights", "ZeroExpertsConfig", "add_lora", "backends", "balance", "calibrate", "combine", "dequantize_weights", "dispatch",
+    "experts", "join_weights", "make_lora", "mark_tokens", "merge_lora", "moe_forward", "moe_forward_routed", "moe_forward_shared",
+    "moe_forward_with_stats", "moe_route", "prepare_weights", "quantize_weights", "reduce_and_trunc", "reference", "restore_weights",
+    "route", "shard_weights", "unmerge_lora",
 ]  # fmt: skip

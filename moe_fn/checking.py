@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig
 from moe_fn.lora import check_adapters
-from moe_fn.preparing import Shape, is_prepared, prepared_shapes
+from moe_fn.preparing import Shape, is_prepared, prepared_beside_shapes, prepared_shapes
 from moe_fn.quant.shapes import dtypes_of_quant
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 from moe_fn.shapes import ANY, expected_shapes
@@ -23,6 +23,9 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
     if not isinstance(weights, MoEWeights):
         raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
     shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
+    if isinstance(weights.gate_up, Tensor) and is_prepared(weights.gate_up):
+        laid = prepared_beside_shapes(config.own)
+        shapes |= {path: (laid[path], True) for path in shapes if path in laid}
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
         prepared = leaf is not None and path in _PREPARED and is_prepared(leaf)
         expected = shapes.get(path) if not prepared else _prepared_shape(config, path, x.dtype)

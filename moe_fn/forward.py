@@ -201,7 +201,8 @@ def moe_forward_with_stats(
 
 
 def _route(config: MoEConfig, call: Call) -> tuple[Tensor, Routing]:
-    return route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading, call.adapter_ids)
+    logits, routing = route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading)
+    return logits, dataclasses.replace(routing, adapter_ids=call.adapter_ids)
 
 
 def _routes_inside(config: MoEConfig) -> bool:

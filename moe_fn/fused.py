@@ -88,11 +88,7 @@ def _why_by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
     return QUANT_PROBLEMS[backend](config.quant.text, config.expert_hidden_size, config.intermediate_size, x.device.type)
 
 
-def _no_codes(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
-    return "quant: the native kernels take weights that are floats"
-
-
-QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {"native": _no_codes, "triton": gpu.quant_problem}
+QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {"native": native.quant_problem, "triton": gpu.quant_problem}
 
 
 def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
@@ -131,7 +127,8 @@ def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], pre
     """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that batch."""
     wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
     config, weights, *_ = unpacked(args[:-1])
-    plain = restore_weights(config, weights) if config.quant is None else dequantize_weights(config, weights, args[0].dtype)[1]
+    plain = restore_weights(config, weights)
+    plain = plain if config.quant is None else dequantize_weights(config, plain, args[0].dtype)[1]
     plain_args = pre, *with_floats(args[:-1], plain)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     found = _gradients(backend, gradient, wanted, *plain_args) if transformed else op(gradient, wanted, *plain_args)

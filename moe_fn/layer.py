@@ -1,6 +1,5 @@
 """The layer on flat tokens: stages in the order of the contract, and nothing else. `moe_fn.forward` puts the public shape around it."""
 
-import dataclasses
 import functools
 
 import torch
@@ -31,12 +30,10 @@ def route_tokens(
     token_ids: Tensor | None,
     token_mask: Tensor | None,
     leading: tuple[int, ...] | None = None,
-    adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
     """(logits, routing), from the logits given or from the gate inside the layer."""
     logits = logits_of_tokens(config, weights, x) if logits is None else logits
-    routing = route(config, weights, logits, token_ids=token_ids, token_mask=token_mask, leading=leading)
-    return logits, routing if adapter_ids is None else dataclasses.replace(routing, adapter_ids=adapter_ids)
+    return logits, route(config, weights, logits, token_ids=token_ids, token_mask=token_mask, leading=leading)
 
 
 def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:

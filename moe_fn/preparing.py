@@ -1,6 +1,7 @@
 """Weights in the layout that the native kernels read in order: plain tensors in the same record, made once, by hand."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,10 +9,13 @@ from torch import Tensor
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.kernels import native
-from moe_fn.records import MoEWeights
+from moe_fn.panels import PANEL, lay_columns, lay_weight, lift_columns, lift_weight, num_panels, per_step_of
+from moe_fn.quant.tiles import halves_of, spread
+from moe_fn.records import MoEWeights, QuantWeights
 
 Shape = tuple[tuple[str, int], ...]  # name and size of each dim
-PANEL = 32  # columns of a panel; a gated first product has 16 gates, then the 16 ups that match
+NAMES = ("gate_up", "down")
+BESIDE = ("scale", "zero_point")  # of codes: what is laid with them
 
 
 def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
@@ -20,7 +24,9 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         gate_up [E, out, in], down [E, out, in]  ->  [E, panels, steps, 32 * d]:  panel of 32 outputs, step of d inputs
 
     with d = 1 for float32 and 2 for bfloat16 (32 bits), outputs and inputs padded with zeros; a panel of a gated gate_up holds 16
-    gates and their 16 ups. On other devices, dtypes and back-ends, nothing is to be done and the weights come back as they are.
+    gates and their 16 ups. Codes of 8 and 4 bits are laid by their bytes, 4 of a column together; their scales and zero points become
+    [E, panels, tiles of inputs, 32], one for each column.
+    On other devices, dtypes and back-ends, nothing is to be done and the weights come back as they are.
     The result goes wherever weights go: compile, export, AOTInductor, `.to` another device, safetensors, gradients.
     It is for inference: plain weights are laid anew in every call. Prepare after loading, for the copy lies in huge pages, which a tensor
     read from a file does not: on a virtual machine that reads 10 to 20 % faster. Optimizers work on plain weights.
@@ -42,14 +48,18 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     """
     config = config.own
     _check("prepare_weights", config, weights)
-    if config.quant is not None:
-        return weights
-    if backend_of(config, weights.gate_up) != "native" or is_prepared(weights.gate_up) or config.lora is not None:
+    computed = weights.gate_up if config.quant is None else weights.gate_up.new_empty(0, dtype=torch.float32)
+    if backend_of(config, computed) != "native" or is_prepared(weights.gate_up) or config.lora is not None:
         return weights  # adapters run by stages, which read plain weights
+    quant = weights.quant
+    if config.quant is not None:
+        if native.quant_problem(config.quant.text, config.expert_hidden_size, config.intermediate_size, computed.device.type) is not None:
+            return weights
+        quant = None if quant is None else _lay_beside(config, quant)
     gate_up, down = lay_panels(config, weights.gate_up, weights.down)
     if not (torch.compiler.is_compiling() or gate_up.requires_grad or down.requires_grad):
         gate_up, down = native.in_huge_pages(gate_up), native.in_huge_pages(down)
-    return dataclasses.replace(weights, gate_up=gate_up, down=down)
+    return dataclasses.replace(weights, gate_up=gate_up, down=down, quant=quant)
 
 
 def lay_panels(config: MoEConfig, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,12 +69,12 @@ def lay_panels(config: MoEConfig, gate_up: Tensor, down: Tensor) -> tuple[Tensor
 
 def lay_gate_up(config: MoEConfig, gate_up: Tensor) -> Tensor:
     """Plain gate_up as panels."""
-    return _panels(_by_panel(config, _out_in(config, gate_up)))
+    return lay_weight(config, "gate_up", _out_in(config, gate_up))
 
 
 def lay_down(config: MoEConfig, down: Tensor) -> Tensor:
     """Plain down as panels."""
-    return _panels(_pad(_out_in(config, down), 1, PANEL))
+    return lay_weight(config, "down", _out_in(config, down))
 
 
 def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
@@ -73,15 +83,42 @@ def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     _check("restore_weights", config, weights)
     if not is_prepared(weights.gate_up):
         return weights
-    experts, inner, hidden = config.num_experts, config.intermediate_size, config.expert_hidden_size
-    gate_up = _columns(weights.gate_up).narrow(-1, 0, hidden)
-    if as_activation(config.activation).gated:
-        gates_and_ups = gate_up.unflatten(1, (-1, 2, PANEL // 2)).transpose(1, 2).reshape(experts, 2, -1, hidden).narrow(2, 0, inner)
-        gate_up = gates_and_ups.flatten(1, 2) if config.gate_up_layout == "packed" else gates_and_ups.transpose(1, 2).flatten(1, 2)
-    else:
-        gate_up = gate_up.narrow(1, 0, inner)
-    down = _columns(weights.down).narrow(1, 0, hidden).narrow(2, 0, inner)
-    return dataclasses.replace(weights, gate_up=_out_in(config, gate_up).contiguous(), down=_out_in(config, down).contiguous())
+    per_byte = 1 if config.quant is None else config.quant.per_byte
+    gate_up = lift_weight(config, "gate_up", weights.gate_up, config.expert_hidden_size // per_byte)
+    down = lift_weight(config, "down", weights.down, config.intermediate_size // per_byte)
+    quant = None if weights.quant is None else _lift_beside(config, weights.quant)
+    return dataclasses.replace(weights, gate_up=_out_in(config, gate_up).contiguous(), down=_out_in(config, down).contiguous(), quant=quant)
+
+
+def _lay_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
+    """Scales and zero points, one for each column of a panel."""
+    tile = (None if config.quant is None else config.quant.tile[0]), 1
+
+    def laid(name: str, values: Tensor) -> Tensor:
+        outputs = config.expert_hidden_size if name == "down" else _gate_up_outputs(config)
+        of_bytes = values.view(torch.uint8) if values.itemsize == 1 else values
+        every = spread(of_bytes, tile, halves_of(config, name), outputs, values.shape[2])
+        return lay_columns(config, name, every.contiguous().view(values.dtype))
+
+    return _with_beside(quant, laid)
+
+
+def _lift_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
+    """The inverse: of each tile, what its first column has."""
+
+    def lifted(name: str, values: Tensor) -> Tensor:
+        columns = lift_columns(config, name, values)
+        halves = halves_of(config, name)
+        tile = None if config.quant is None else config.quant.tile[0]
+        first: Tensor = columns.unflatten(1, (halves, -1))[:, :, :: tile or columns.shape[1] // halves]
+        return first.flatten(1, 2).contiguous()
+
+    return _with_beside(quant, lifted)
+
+
+def _with_beside(quant: QuantWeights, change: Callable[[str, Tensor], Tensor]) -> QuantWeights:
+    fields = {f"{name}_{what}": (name, getattr(quant, f"{name}_{what}")) for name in NAMES for what in BESIDE}
+    return dataclasses.replace(quant, **{field: change(name, t) for field, (name, t) in fields.items() if t is not None})
 
 
 def is_prepared(weight: Tensor) -> bool:
@@ -102,20 +139,29 @@ def plain_shapes(config: MoEConfig) -> tuple[Shape, Shape]:
 
 
 def prepared_shapes(config: MoEConfig, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of prepared gate_up and down."""
-    per_step = per_step_of(dtype)
-    per_panel = PANEL // 2 if as_activation(config.activation).gated else PANEL
+    """Shapes of prepared gate_up and down; dtype: theirs, or of codes any of one byte."""
+    per_byte, per_step = (1, per_step_of(dtype)) if config.quant is None else (config.quant.per_byte, per_step_of(torch.uint8))
 
-    def shape(columns: int, per_panel: int, inner: int) -> tuple[int, ...]:
-        return config.num_experts, -(-columns // per_panel), -(-inner // per_step), PANEL * per_step
+    def shape(name: str, inner: int) -> tuple[int, ...]:
+        return config.num_experts, num_panels(config, name), -(-inner // (per_byte * per_step)), PANEL * per_step
 
-    hidden, inner = config.expert_hidden_size, config.intermediate_size
-    return shape(inner, per_panel, hidden), shape(hidden, PANEL, inner)
+    return shape("gate_up", config.expert_hidden_size), shape("down", config.intermediate_size)
 
 
-def per_step_of(dtype: torch.dtype) -> int:
-    """Inputs that lie together: as many as fit in 32 bits."""
-    return max(4 // dtype.itemsize, 1)
+def prepared_beside_shapes(config: MoEConfig) -> dict[tuple[str, str], Shape]:
+    """Shapes of scales and zero points that are laid with codes."""
+    names = ("num_experts", "panels", "tiles of inputs", "columns of a panel")
+    shapes: dict[tuple[str, str], Shape] = {}
+    if config.quant is None:
+        return shapes
+    for name, inner in (("gate_up", config.expert_hidden_size), ("down", config.intermediate_size)):
+        sizes = config.num_experts, num_panels(config, name), -(-inner // (config.quant.tile[1] or inner)), PANEL
+        shapes |= {("quant", f"{name}_{what}"): tuple(zip(names, sizes, strict=True)) for what in BESIDE}
+    return shapes
+
+
+def _gate_up_outputs(config: MoEConfig) -> int:
+    return config.intermediate_size * (2 if as_activation(config.activation).gated else 1)
 
 
 def _check(where: str, config: MoEConfig, weights: MoEWeights) -> None:
@@ -127,34 +173,3 @@ def _check(where: str, config: MoEConfig, weights: MoEWeights) -> None:
 
 def _out_in(config: MoEConfig, weight: Tensor) -> Tensor:
     return weight if config.weight_layout == "out_in" else weight.transpose(1, 2)
-
-
-def _pad(weight: Tensor, dim: int, multiple: int) -> Tensor:
-    missing = -weight.shape[dim] % multiple
-    shape = list(weight.shape)
-    shape[dim] = missing
-    return torch.cat([weight, weight.new_zeros(shape)], dim) if missing else weight
-
-
-def _by_panel(config: MoEConfig, gate_up: Tensor) -> Tensor:
-    """Outputs in the order of the panels, padded to whole ones."""
-    if not as_activation(config.activation).gated:
-        return _pad(gate_up, 1, PANEL)
-    gates_and_ups: Tensor = (
-        gate_up.unflatten(1, (2, -1)) if config.gate_up_layout == "packed" else gate_up.unflatten(1, (-1, 2)).transpose(1, 2)
-    )
-    by_panel: Tensor = _pad(gates_and_ups, 2, PANEL // 2).unflatten(2, (-1, PANEL // 2))
-    return by_panel.transpose(1, 2).flatten(1, 3)
-
-
-def _panels(weight: Tensor) -> Tensor:
-    """[E, panels * 32, in] -> [E, panels, steps, 32 * d]."""
-    per_step = per_step_of(weight.dtype)
-    steps: Tensor = _pad(weight, 2, per_step).unflatten(2, (-1, per_step)).unflatten(1, (-1, PANEL))
-    return steps.transpose(2, 3).flatten(3).contiguous()
-
-
-def _columns(panels: Tensor) -> Tensor:
-    """The inverse of _panels, with its padding."""
-    columns: Tensor = panels.unflatten(3, (PANEL, -1))
-    return columns.transpose(2, 3).flatten(3).flatten(1, 2)

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moe_fn import MoEConfig, MoEWeights, Routing, balance, moe_forward_routed
+from moe_fn import LoRAConfig, LoRAWeights, MoEConfig, MoEWeights, Routing, balance, moe_forward_routed
 from moe_fn.preparing import lay_panels
 from moe_fn.testing import weights_for
 
-CONFIG = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=5, backend="torch")
+CONFIG = MoEConfig(
+    num_experts=6, top_k=2, hidden_size=8, intermediate_size=5, backend="torch", lora=LoRAConfig(rank=2, experts="outer_shared")
+)
 PARTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 # What becomes of the slots: everybody sends, nobody does, one rank gets one expert while the others only take part, ...
 SLOTS = {
@@ -34,7 +36,10 @@ def bits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator)
 
 def of_rank(weights: MoEWeights, rank: int, ranks: int) -> MoEWeights:
     parts = {name: getattr(weights, name).tensor_split(ranks)[rank] for name in PARTS}
-    return dataclasses.replace(weights, **parts)
+    assert weights.lora is not None
+    lora = {f.name: getattr(weights.lora, f.name) for f in dataclasses.fields(weights.lora)}
+    own = {name: t if t.shape[1] == 1 else t.tensor_split(ranks, 1)[rank] for name, t in lora.items()}
+    return dataclasses.replace(weights, **parts, lora=LoRAWeights(**own))
 
 
 def assert_same_bits(a: MoEWeights, b: MoEWeights) -> None:

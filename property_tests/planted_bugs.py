@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_fn import balance, calls, chunked, forward, fused, layer, lora, merging, numerics, preparing, selection, whole_layer
+from moe_fn import balance, calls, chunked, forward, fused, layer, lora, merging, numerics, panels, preparing, selection, whole_layer
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
 from moe_fn.parallel import cutting
@@ -452,7 +452,7 @@ BUGS = (
         preparing.lay_panels,
         after(lambda laid, *a: tuple(t.flip(3) for t in laid)),
     ),
-    PlantedBug("restoring_undoes_preparing", "columns in the wrong order", preparing._columns, after(lambda t, *a: t.flip(1))),
+    PlantedBug("restoring_undoes_preparing", "columns in the wrong order", panels.lift_weight, after(lambda t, *a: t.flip(1))),
     PlantedBug("preparing_twice_is_preparing_once", "prepared weights are not known", preparing.is_prepared, instead(lambda w: False)),
     PlantedBug(
         "gradients_equal_the_reference",
@@ -579,9 +579,22 @@ if importlib.util.find_spec("transformers") is not None:
     )
 
 if importlib.util.find_spec("safetensors") is not None:
-    from moe_fn.checkpoint import axes, reading, saving
+    from moe_fn.checkpoint import adapter_config, axes, reading, saving
+    from moe_fn.checkpoint import lora as loading_lora
 
     BUGS += (
+        PlantedBug(
+            "an_adapter_of_peft_is_loaded_as_it_was_saved",
+            "patterns are ignored",
+            adapter_config._first_match,
+            instead(lambda pattern, module, default: default),
+        ),
+        PlantedBug(
+            "an_adapter_of_peft_is_loaded_as_it_was_saved",
+            "gates and ups change places",
+            loading_lora._gate_and_up,
+            before(lambda gate, up: (up, gate)),
+        ),
         PlantedBug(
             "saving_undoes_loading",
             "every expert is saved as the first",

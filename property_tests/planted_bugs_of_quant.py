@@ -30,6 +30,10 @@ def _round_down(number: Number) -> Number:
     return replace(number, encode=lambda values: number.encode(values - 0.499))
 
 
+def _another(values: Any, which: Any) -> Any:
+    return values, (which + 3) % len(values)
+
+
 FLOATS = "quantised_layers_equal_those_of_the_floats_that_codes_stand_for"
 BUGS = (
     PlantedBug(
@@ -85,6 +89,7 @@ BUGS = (
     ),
     PlantedBug("gradients_pass_the_rounding_of_inputs", "rounding has no gradient", activations.straight_through, instead(lambda r, x: r)),
     PlantedBug("codes_are_the_nearest_ones", "codes are rounded down", weights.encoded, _with_number("int8", _round_down)),
+    PlantedBug("calibrated_rounding_errs_no_more", "another scale is taken", weights._chosen, before(_another)),
     PlantedBug(
         "quantising_what_was_dequantised_changes_nothing",
         "scales leave room for an eighth more",

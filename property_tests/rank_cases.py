@@ -160,7 +160,8 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     x, logits, direction = (t.clone() for t in inputs_of(case, whole, mine))
     local = _leaves(moe_fn.shard_weights(config, placed))
     x.requires_grad_(), logits.requires_grad_()
-    y = forward(config, local, x, logits, adapter_ids=adapters_of(case, whole, mine))
+    ids = adapters_of(case, whole, mine)
+    y = forward(config, local, x, logits, adapter_ids=ids)
     expected_x, expected_logits, all_y, all_weights = _expected(case, parallel, whole, full, every, rank)
     tensors = [t for t in torch.utils._pytree.tree_leaves(local) if t.is_floating_point()]
     found = torch.autograd.grad((y * direction).sum(), [x, logits, *tensors], allow_unused=True)
@@ -168,11 +169,7 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     lora_gradients = _gradients_of_adapters(case, config, mesh, local, dict(zip(map(id, tensors), found[2:], strict=True)))
     gathers = parallel.dispatch == "all_gather" and parallel.sp is None
     along = moe_fn.parallel.gather_tokens(config, (own * 10).to(torch.int8), own[:, :1]) if gathers else None
-    by_hand = (
-        _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), adapters_of(case, whole, mine))
-        if parallel.gather == "logits"
-        else None
-    )
+    by_hand = _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), ids) if parallel.gather == "logits" else None
     # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
@@ -221,11 +218,11 @@ def with_copies(weights: MoEWeights) -> MoEWeights:
 
 
 def _with_a_routing_of_ones_own(
-    config: MoEConfig, local: MoEWeights, full: MoEWeights, x: Tensor, logits: Tensor, adapter_ids: Tensor | None
+    config: MoEConfig, local: MoEWeights, full: MoEWeights, x: Tensor, logits: Tensor, ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y over ranks and of one rank, of a routing that no gate gives: gather="logits" must not route a caller's tokens anew."""
     whole = dataclasses.replace(config, parallel=None)
-    _, routing = moe_fn.moe_route(whole, full, x, logits, adapter_ids=adapter_ids)
+    _, routing = moe_fn.moe_route(whole, full, x, logits, adapter_ids=ids)
     other = dataclasses.replace(routing, expert_ids=(routing.expert_ids + 1) % config.num_experts, weights=routing.weights * 0.5)
     return moe_fn.moe_forward_routed(config, local, x, other).detach(), moe_fn.moe_forward_routed(whole, full, x, other).detach()
 

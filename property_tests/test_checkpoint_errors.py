@@ -90,9 +90,12 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "flat": (with_entry(DOWN, shape=[8]), rf"{DOWN} is \[8\]; expected X I"),
     "another dtype": (with_entry(DOWN, dtype="BF16", shape=[4, 4]), rf"{DOWN} is BF16; expected F32, as model.layers.3.mlp.experts.0"),
     "no float": (with_entry(DOWN, dtype="I32"), rf"{DOWN} is I32; expected one of F64, F32, BF16, F16"),
-    "mxfp4": (added("experts.down_proj_blocks", "U8", [4], 4), r"quantised checkpoints are not supported yet.*experts.down_proj_blocks"),
-    "fp8": (added(f"{DOWN}_scale_inv", "F32", [1], 4), rf"quantised checkpoints are not supported yet.*{DOWN}_scale_inv"),
-    "float8": (with_entry(DOWN, dtype="F8_E4M3", shape=[4, 8]), rf"quantised checkpoints are not supported yet.*{DOWN}"),
+    "mxfp4": (
+        added("experts.down_proj_blocks", "U8", [4], 4),
+        r"looks quantised, but config.json has no quantization_config; expected one beside .*experts.down_proj_blocks",
+    ),
+    "fp8": (added(f"{DOWN}_scale_inv", "F32", [1], 4), rf"looks quantised, but config.json has no quantization_config.*{DOWN}_scale_inv"),
+    "float8": (with_entry(DOWN, dtype="F8_E4M3", shape=[4, 8]), rf"looks quantised, but config.json has no quantization_config.*{DOWN}"),
     "cut short": (cut_short, r"model.safetensors is cut short: .* ends at byte"),
     "longer than it says": (
         lambda path: (path / ONE).write_bytes((path / ONE).read_bytes() + b"xyz"),

@@ -21,7 +21,10 @@ from moe_fn.testing import weights_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL", torch.float16: "F16", torch.int32: "I32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 
 
 def write_hollow(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -41,13 +44,14 @@ EACH = {f"b.experts.{e}.{w}.weight": (torch.bfloat16, (WIDTH, WIDTH)) for e in r
 FUSED = {"b.experts.gate_up_proj": (torch.bfloat16, (E, 2 * WIDTH, WIDTH)), "b.experts.down_proj": (torch.bfloat16, (E, WIDTH, WIDTH))}
 LOAD = """
 import sys
-from moe_fn import MoEConfig
+from moe_fn import MoEConfig, QuantConfig
 from moe_fn.checkpoint import load_moe_weights
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 path, layout = sys.argv[1:3]
-config = MoEConfig(num_experts=32, top_k=2, hidden_size=1024, intermediate_size=1024, weight_layout=sys.argv[3])
-load_moe_weights(path, "b", config, layout=layout, experts=(0,), intermediate=slice(0, 1))  # imports
+config = MoEConfig(num_experts=32, top_k=2, hidden_size=1024, intermediate_size=1024, weight_layout=sys.argv[3],
+                   quant=eval(sys.argv[5]) if len(sys.argv) > 5 else None)
+load_moe_weights(path, "b", config, layout=layout, experts=(0,), intermediate=slice(0, 128))  # imports
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 weights = load_moe_weights(path, "b", config, layout=layout, **eval(sys.argv[4]))
@@ -75,6 +79,35 @@ def test_a_layer_is_held_once(layout: str, slices: str, weight_layout: str, tmp_
     )  # fmt: skip
     peak, layer = map(int, found.stdout.split())
     assert layer == 201_326_592 / (1 if slices == "{}" else 4)
+    assert peak <= layer + 40e6, f"{peak / 1e6:.0f} MB for a layer of {layer / 1e6:.0f} MB"
+
+
+FP8 = {".weight": (torch.float8_e4m3fn, (1024, 1024)), ".weight_scale_inv": (torch.float32, (8, 8))}
+GPTQ = {
+    ".qweight": (torch.int32, (128, 1024)), ".qzeros": (torch.int32, (8, 128)), ".scales": (torch.float16, (8, 1024)),
+}  # fmt: skip
+SMALL = {
+    "fp8": (
+        FP8, {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "scheme='fp8_e4m3', granularity='block', block_shape=(128, 128)", 1,
+    ),
+    "gptq": (
+        GPTQ, {"quant_method": "gptq", "bits": 4, "sym": False, "group_size": 128},
+        "scheme='int4', granularity='group', group_size=128, zero_points=True", 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of a process' memory here")
+@pytest.mark.parametrize(("method", "slices"), [("fp8", "{}"), ("fp8", "{'experts': range(8)}"), ("gptq", "{}")])
+def test_a_quantised_layer_is_held_once(method: str, slices: str, tmp_path: Path) -> None:
+    stored, words, quant, per_byte = SMALL[method]
+    tensors = {f"b.experts.{e}.{w}{name}": kind for e in range(E) for w in ("w1", "w2", "w3") for name, kind in stored.items()}
+    write_hollow(tmp_path / "model.safetensors", {**tensors, "b.gate.weight": (torch.bfloat16, (E, WIDTH))})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "quantization_config": words}))
+    arguments = [sys.executable, "-c", LOAD, str(tmp_path), "mixtral", "out_in", slices, f"QuantConfig({quant})"]
+    peak, layer = map(int, subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split())
+    assert layer == 100_663_296 / per_byte / (1 if slices == "{}" else 4)
     assert peak <= layer + 40e6, f"{peak / 1e6:.0f} MB for a layer of {layer / 1e6:.0f} MB"
 
 

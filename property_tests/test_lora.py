@@ -200,18 +200,6 @@ def test_autocast_reaches_the_adapters() -> None:
     assert_matches(y.to(torch.bfloat16), reference.moe_forward(CONFIG, weights, x, logits, adapter_ids=IDS), scale=1.0)
 
 
-def test_the_triton_kernels_multiply_adapters() -> None:
-    if not any(info.name == "triton" and info.available for info in moe_fn.backends()):
-        pytest.skip("no Triton")
-    config = dataclasses.replace(CONFIG, backend="triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights, x, logits, ids = torch.utils._pytree.tree_map(
-        lambda t: t.to(device).float() if t.is_floating_point() else t.to(device), (WEIGHTS, X, LOGITS, IDS)
-    )
-    actual = moe_fn.moe_forward(config, weights, x, logits, adapter_ids=ids)
-    assert_matches(actual, reference.moe_forward(config, weights, x, logits, adapter_ids=ids), scale=0.1)
-
-
 def call(config: MoEConfig = CONFIG, weights: MoEWeights = WEIGHTS, ids: Any = IDS) -> Tensor:
     return moe_fn.moe_forward(config, weights, X, LOGITS, adapter_ids=ids)
 

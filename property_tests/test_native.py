@@ -16,6 +16,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights, Routing
 from moe_fn.config import ActivationConfig, as_activation
 from moe_fn.kernels import native
+from moe_fn.op_arguments import packed
 from moe_fn.preparing import lay_panels
 from moe_fn.testing import assert_matches
 
@@ -30,12 +31,8 @@ pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
 
 def call(level: str, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     """The op of one level's own library."""
-    a = as_activation(config.activation)
-    out: Tensor = native.library(level).ops.routed_experts(  # type: ignore[attr-defined]
-        x, routing.expert_ids, routing.weights, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
-        config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
-        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap, False,
-    )[0]  # fmt: skip
+    arguments = packed(config, weights, x, routing.expert_ids, routing.weights)
+    out: Tensor = native.library(level).ops.routed_experts(*arguments, False)[0]  # type: ignore[attr-defined]
     return out
 
 

@@ -25,7 +25,7 @@ FILES = (
     "test_quant",
     "test_lora",
 )
-WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint",)}
+WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint", "test_checkpoint_lora")}
 FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)
 BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT
 MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)

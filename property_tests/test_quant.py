@@ -133,6 +133,41 @@ def test_quantising_what_was_dequantised_changes_nothing(quant: QuantConfig, see
         assert_matches(getattr(again, name), getattr(floats, name), tolerance=1e-6)
 
 
+@law(quants(activations=False), st.integers(0, 2**20))
+def test_calibrated_rounding_errs_no_more(quant: QuantConfig, seed: int) -> None:
+    """Not in what was looked at: of each expert's rows, the mean square that a weight is multiplied with."""
+    config, weights, floats = drawn(quant, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(9, 40, generator=generator) * torch.exp(torch.randn(40, generator=generator))
+    plain = dataclasses.replace(config, quant=None)
+    calibration = moe_fn.calibrate(plain, floats, x, torch.randn(9, 2, generator=generator))
+    _, better = moe_fn.quantize_weights(plain, floats, quant, calibration)
+    for name in ("gate_up", "down"):
+        importance = getattr(calibration, f"{name}_mean_square").unsqueeze(1)
+        errors = [
+            ((getattr(moe_fn.dequantize_weights(config, w)[1], name) - getattr(floats, name)).square() * importance).sum()
+            for w in (better, weights)
+        ]
+        assert errors[0] <= errors[1] * 1.0001, name
+
+
+@given(st.data())
+def test_static_scales_cover_what_was_seen(data: st.DataObject) -> None:
+    scheme = data.draw(st.sampled_from(("fp8_e4m3", "int8", "nvfp4")))
+    groups = {"granularity": "group", "group_size": 16} if scheme == "nvfp4" else {"granularity": "tensor"}
+    activations = moe_fn.ActivationQuantConfig(scheme=scheme, static=True, **groups)  # type: ignore[arg-type]
+    quant = QuantConfig(scheme=scheme, **groups, activations=activations)  # type: ignore[arg-type]
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=32, intermediate_size=32)
+    floats = weights_for(config, data.draw(st.integers(0, 99)), bias=False)
+    x, logits = torch.randn(20, 32), torch.randn(20, 2)
+    small, codes = moe_fn.quantize_weights(config, floats, quant, moe_fn.calibrate(config, floats, x, logits))
+    plain = dataclasses.replace(small, quant=dataclasses.replace(quant, activations=None))
+    assert codes.quant is not None
+    no_scales = dataclasses.replace(codes, quant=dataclasses.replace(codes.quant, gate_up_input_scale=None, down_input_scale=None))
+    y, exact = moe_fn.moe_forward(small, codes, x, logits), moe_fn.moe_forward(plain, no_scales, x, logits)
+    assert_matches(y, exact, tolerance={"int8": 0.05, "fp8_e4m3": 0.1, "nvfp4": 0.3}[scheme])
+
+
 @given(st.data())
 def test_what_ranks_and_bytes_cannot_cut_is_refused(data: st.DataObject) -> None:
     quant = data.draw(quants(of_call=False))

@@ -12,7 +12,7 @@ from support import gradients
 from torch import Tensor
 
 import moe_fn
-from moe_fn import MoEConfig, MoEWeights, Routing
+from moe_fn import LoRAConfig, MoEConfig, MoEWeights, Routing
 from moe_fn.config import ExpertNormConfig, RouterConfig
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems, weights_for
 
@@ -33,6 +33,12 @@ def on_triton(dtype: torch.dtype, **fixed: Any) -> Any:
 @FEW
 @given(st.one_of(*(on_triton(dtype) for dtype in FLOATS)))
 def test_the_layer_equals_the_reference(problem: MoEProblem) -> None:
+    assert_matches(problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward), scale=0.1)
+
+
+@settings(max_examples=6)
+@given(on_triton(torch.float32, lora=st.sampled_from([LoRAConfig(num_adapters=3, rank=3), LoRAConfig(rank=1, experts="shared")])))
+def test_adapters_equal_the_reference(problem: MoEProblem) -> None:
     assert_matches(problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward), scale=0.1)
 
 

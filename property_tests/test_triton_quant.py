@@ -31,6 +31,7 @@ from moe_fn.kernels.triton.quantise import Rows as Left
 from moe_fn.kernels.triton.quantise import quantise_by_expert, quantise_rows
 from moe_fn.kernels.triton.slots import SortedSlots
 from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Tile
+from moe_fn.ops.quantised import quantised_matmul
 from moe_fn.quant.activations import rounded_rows
 from moe_fn.quant.numbers import decode_e2m1, decode_e8m0
 from moe_fn.quant.weights import Codes, decoded, encoded
@@ -44,7 +45,7 @@ STATIC = ActivationQuantConfig(scheme=FP8, granularity="tensor", static=True)
 INT8_TOKEN = ActivationQuantConfig(scheme="int8", granularity="token")
 WEIGHT_ONLY = [
     QuantConfig(scheme="int4", granularity="group", group_size=32),
-    QuantConfig(scheme="int4", granularity="group", group_size=8, zero_points=True),
+    QuantConfig(scheme="int4", granularity="group", group_size=16, zero_points=True),
     QuantConfig(scheme="int4", granularity="block", block_shape=(7, 64), zero_points=True),
     QuantConfig(scheme="int4", granularity="channel", zero_points=True),
     QuantConfig(scheme="int8", granularity="tensor"),
@@ -217,7 +218,7 @@ def test_the_layer_quantises_both_inputs(quant: QuantConfig, activation: str, ke
 def rows_with_corners(columns: int) -> torch.Tensor:
     rows = torch.randn(12, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 5, 12).unsqueeze(1)
     rows[0] = 0
-    rows[1, 0] = 448.0
+    rows[1, 0], rows[3] = 448.0, torch.nextafter(torch.tensor(448.0), torch.tensor(500.0))  # a scale of 1, and of the next number
     rows[2] = torch.arange(columns) % 17 - 8
     return rows
 
@@ -253,24 +254,23 @@ def test_rows_are_quantised_by_the_scales_of_their_experts(sorted_rows: bool) ->
     assert torch.equal(found.values[: r.live].float(), expected)
 
 
+@pytest.mark.parametrize("quant", WEIGHT_ONLY, ids=lambda quant: f"{quant.scheme} {quant.granularity}")
+def test_the_stages_decode_in_the_product(quant: QuantConfig) -> None:
+    """The op of the stages, which a LoRA takes for one: a weight is never decoded as a whole. Rows of no expert are 0."""
+    r = routing(5)
+    weight = r.tensors(torch.float32)(3, 24, 40)
+    rows, stored = r.by_row(r.tensors(torch.float32)(10, 40)), encoded(quant, weight, 2)
+    out = quantised_matmul("triton", rows, stored, r.slots.ends, quant, 2)
+    expected = torch.einsum("rk,rnk->rn", rows[: r.live].double(), decoded(quant, stored, 2, torch.float64)[r.expert_of_row[: r.live]])
+    assert_matches(out[: r.live], expected, scale=1.0)
+    assert not out[r.live :].any()
+
+
 def on_triton(quant: QuantConfig) -> st.SearchStrategy[MoEProblem]:
     even = st.sampled_from((8, 20, 40))
-    fixed: dict[str, Any] = {
-        "hidden_size": even,
-        "intermediate_size": even,
-        "latent": None,
-        "weight_layout": "out_in",
-        "chunk_tokens": None,
-    }
-    fixed |= {
-        "hidden_padding": st.sampled_from((0, 2)),
-        "chunk_tokens": None,
-        "backend": "triton",
-        "opaque": False,
-        "gate_dtype": "float32",
-        "score_dtype": "float32",
-        "recompute": False,
-    }
+    fixed: dict[str, Any] = {"hidden_size": even, "intermediate_size": even, "hidden_padding": st.sampled_from((0, 2)), "latent": None}
+    fixed |= {"weight_layout": "out_in", "chunk_tokens": None, "recompute": False, "backend": "triton", "opaque": False}
+    fixed |= {"gate_dtype": "float32", "score_dtype": "float32"}
     return problems(configs(quant=quant, **fixed), dtype=torch.float32, tokens=st.integers(0, 9))
 
 
@@ -315,6 +315,7 @@ def test_every_row_of_the_tables_gives_tiles_for_every_size() -> None:
         (BOTH[0], "gfx942", "has no e4m3"),
         (BOTH[-1], "sm_80", None),
         (QuantConfig(scheme="int4", granularity="group", group_size=12), "sm_90", "powers of two"),
+        (QuantConfig(scheme="int4", granularity="group", group_size=8), "sm_90", "powers of two from 16 on"),
         (QuantConfig(scheme="int4", granularity="group", group_size=100), "sm_90", None),  # no matrix has more inputs
         (QuantConfig(scheme="int4", granularity="channel", activations=INT8_TOKEN), "sm_90", "int8 activations with int4"),
         (QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=INT8_TOKEN), "sm_90", "with zero points"),

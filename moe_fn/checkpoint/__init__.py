@@ -1,14 +1,17 @@
 """Checkpoints as they are published: folders of safetensors, whatever the family calls its tensors, to MoEWeights and back.
 
-Names and axes are data (`moe_fn.checkpoint.layouts`). Needs `pip install moe_fn[checkpoint]`.
+Names and axes are data (`moe_fn.checkpoint.layouts`), and so are the formats of quantised ones (`moe_fn.checkpoint.stored`).
+Needs `pip install moe_fn[checkpoint]`.
 """
 
 from moe_fn.checkpoint.entries import Entry, Layout
 from moe_fn.checkpoint.layers import MoELayer, load_moe_layer, load_moe_layers, moe_layers
 from moe_fn.checkpoint.layouts import LAYOUTS
 from moe_fn.checkpoint.loading import load_moe_weights
+from moe_fn.checkpoint.lora import load_lora
 from moe_fn.checkpoint.saving import save_moe_weights
 
 __all__ = [
-    "LAYOUTS", "Entry", "Layout", "MoELayer", "load_moe_layer", "load_moe_layers", "load_moe_weights", "moe_layers", "save_moe_weights",
+    "LAYOUTS", "Entry", "Layout", "MoELayer", "load_lora", "load_moe_layer", "load_moe_layers", "load_moe_weights", "moe_layers",
+    "save_moe_weights",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from moe_fn.checkpoint.layers import MoELayer, moe_layers
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig, QuantConfig, as_activation
 from moe_fn.config.activation import PRESETS
 
 _COLUMNS = ("layers", "family", "layout", "experts", "top-k", "hidden", "intermediate", "shared", "dtype", "bytes each")
@@ -97,7 +97,18 @@ def _row(group: list[MoELayer]) -> tuple[str, ...]:
     if len(group) not in (1, last.index - first.index + 1):
         indices = ",".join(str(layer.index) for layer in group)
     sizes = ("?",) * 5 if config is None else _sizes(config)
-    return indices, first.family, first.layout or "?", *sizes, first.dtype, _bytes(first.bytes)
+    numbers = first.dtype if config is None or config.quant is None else _quant(config.quant)
+    return indices, first.family, first.layout or "?", *sizes, numbers, _bytes(first.bytes)
+
+
+def _quant(quant: QuantConfig) -> str:
+    """How the experts are stored, in short.
+
+    >>> _quant(QuantConfig(scheme="int4", granularity="group", group_size=128, zero_points=True))
+    'int4 group 128, zero points'
+    """
+    size = f" {quant.group_size}" if quant.group_size else "" if quant.block_shape is None else " {}x{}".format(*quant.block_shape)
+    return f"{quant.scheme} {quant.granularity}{size}{', zero points' * quant.zero_points}"
 
 
 def _sizes(config: MoEConfig) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
     E experts           G gate, up (1 where not gated)           I intermediate    X width of the experts
     N shared experts    B gate, up of the shared experts         M intermediate of a shared expert
     H hidden            L latent        C logits, D choices, W width of the gate's input      Z zero experts
-    V vocabulary        K top_k         1 one                    T banks of experts (text, vision)
+    V vocabulary        K top_k         1, 2 one, two            T banks of experts (text, vision)        P bytes of a block (gpt-oss)
 
 "E (G I) X" is [E, G * I, X] with all gates before all ups, "E (I G) X" has them alternate, "(E I) X" is flat: as in einops.
 A copy from one pattern to another needs no code of its own: both sides are brought into the order of the axes of one of them.
@@ -20,6 +20,8 @@ from moe_fn.config import MoEConfig, as_activation
 Path = tuple[str, ...]  # of a tensor in MoEWeights
 Dims = tuple[tuple[str, ...], ...]  # axes of each dim
 Ranges = Mapping[str, tuple[int, int]]  # start and stop along axes; all of an axis that is not in it
+Units = tuple[tuple[str, int | None], ...]  # places along an axis that one element is for; None: all of them; 1 where it is not said
+_TILED = ("scale", "zero_point", "global_scale")
 ANY = -1  # the size of an axis that the file decides
 
 
@@ -59,6 +61,27 @@ def shape_of(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """
     dims = dims_of(pattern)
     return tuple(ANY if any(sizes[axis] == ANY for axis in dim) else math.prod(sizes[axis] for axis in dim) for dim in dims)
+
+
+def in_units(sizes: Mapping[str, int], units: Units) -> dict[str, int]:
+    """Elements along each axis.
+
+    >>> in_units({"X": 65, "I": 4}, (("X", 32), ("I", None)))
+    {'X': 3, 'I': 1}
+    """
+    return dict(sizes) | {axis: 1 if unit is None else -(-sizes[axis] // unit) for axis, unit in units}
+
+
+def ranges_in_units(ranges: Ranges, units: Units) -> dict[str, tuple[int, int]]:
+    """The elements that the places in the ranges are in.
+
+    >>> ranges_in_units({"X": (4, 12), "I": (1, 2)}, (("X", 8), ("I", None)))
+    {'X': (0, 2), 'I': (0, 1)}
+    """
+    scaled = {
+        axis: (0, 1) if unit is None else (ranges[axis][0] // unit, -(-ranges[axis][1] // unit)) for axis, unit in units if axis in ranges
+    }
+    return dict(ranges) | scaled
 
 
 def by_axes(t: Tensor, pattern: str, sizes: Mapping[str, int], order: Sequence[str]) -> Tensor:
@@ -142,7 +165,9 @@ def sizes_of(config: MoEConfig) -> dict[str, int]:
         "V": ANY,
         "K": config.top_k,
         "1": 1,
+        "2": 2,
         "T": 2,
+        "P": 16,
     }
 
 
@@ -150,7 +175,10 @@ def patterns_of(config: MoEConfig) -> dict[Path, str]:
     """The pattern of every tensor of MoEWeights."""
     rows = "I G" if config.gate_up_layout == "interleaved" else "G I"
     out_in = config.weight_layout == "out_in"
-    return {
+    of_quant = {("quant", f"{name}_{field}"): axes for name, axes in (("gate_up", f"E ({rows}) X"), ("down", "E X I")) for field in _TILED}
+    return of_quant | {
+        ("quant", "gate_up_input_scale"): "E",
+        ("quant", "down_input_scale"): "E",
         ("gate_up",): f"E ({rows}) X" if out_in else f"E X ({rows})",
         ("down",): "E X I" if out_in else "E I X",
         ("gate_up_bias",): f"E ({rows})",

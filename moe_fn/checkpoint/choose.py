@@ -1,13 +1,16 @@
 """Which row of the layout table a block is in: by model_type and by names, and by shapes where those do not tell."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from moe_fn.checkpoint.entries import Layout
 from moe_fn.checkpoint.files import TensorInfo
-from moe_fn.checkpoint.folder import Checkpoint, Headers, model_types, read_headers, tensors_below
+from moe_fn.checkpoint.folder import Checkpoint, Headers, dtype_of_floats, full_name, model_types, quant_words, read_headers, tensors_below
 from moe_fn.checkpoint.layouts import LAYOUTS
-from moe_fn.checkpoint.match import Plan, beginnings_of, full_name, match, quantised, strangers
-from moe_fn.config import MoEConfig
+from moe_fn.checkpoint.match import Plan, beginnings_of, match, quantised, strangers
+from moe_fn.checkpoint.quantised import EXPERTS, quantised_layout
+from moe_fn.checkpoint.stored import CODES_SUFFIXES, FUSED_SUFFIXES, Words
+from moe_fn.config import MoEConfig, QuantConfig
 
 _SHOWN = 8  # problems in one message
 
@@ -42,23 +45,74 @@ def plan_of_block(checkpoint: Checkpoint, headers: Headers, prefix: str, config:
     Raises ValueError naming every tensor that is missing, surplus, mis-shaped or of a wrong dtype, with what was expected.
     """
     where = f"{checkpoint.folder}: {prefix}"
-    if layout is None:
-        rows = _rows_here(layouts_of_family(model_types(checkpoint.config)), checkpoint, prefix)
-    else:
-        rows = (layout_of_name(layout) if isinstance(layout, str) else layout,)
+    rows = rows_of_block(checkpoint, prefix, layout)
     tensors = tensors_below(checkpoint, headers, {beginning for row in rows for beginning in beginnings_of(row, prefix)})
     if not any(name.startswith(f"{prefix}.") for name in tensors):
         raise ValueError(f"{where} is not the beginning of any name; expected the tensors of a block below it")
-    if names := quantised(prefix, LAYOUTS, tensors):
+    words = quant_words(checkpoint)
+    if words is not None:
+        rows = _quantised_rows(where, rows, prefix, words, config, tensors)
+    elif names := quantised(prefix, LAYOUTS, tensors):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise ValueError(f"{where}: quantised checkpoints are not supported yet; expected weights in F32, BF16, F16 or F64, got {shown}")
-    return _only_fit(where, rows, prefix, config, tensors)
+        raise ValueError(f"{where} looks quantised, but config.json has no quantization_config; expected one beside {shown}")
+    elif config.quant is not None:
+        raise ValueError(f"{where} is not quantised, but config.quant is {config.quant!r}; expected None")
+    plan = _only_fit(where, rows, prefix, config, tensors)
+    decoded = {path: dtype_of_floats(checkpoint.config) for path, _ in plan.layout.methods if path not in EXPERTS}
+    return dataclasses.replace(plan, dtypes={**plan.dtypes, **decoded})
+
+
+def rows_of_block(checkpoint: Checkpoint, prefix: str, layout: Layout | str | None) -> tuple[Layout, ...]:
+    """The rows that a block may be in, of a checkpoint that is not quantised."""
+    if layout is None:
+        return _rows_here(layouts_of_family(model_types(checkpoint.config)), checkpoint, prefix)
+    return (layout_of_name(layout) if isinstance(layout, str) else layout,)
+
+
+def quant_of_block(checkpoint: Checkpoint, prefix: str, rows: Sequence[Layout], num_experts: int) -> QuantConfig | None:
+    """How a block's experts are quantised; None where they are not."""
+    words = quant_words(checkpoint)
+    if words is None:
+        return None
+    names = quantised_layout(rows[0], prefix, words, num_experts, {}).methods
+    return next((method.quant for path, method in names if path == ("down",)), None)
+
+
+def _quantised_rows(
+    where: str, rows: Sequence[Layout], prefix: str, words: Words, config: MoEConfig, tensors: Mapping[str, TensorInfo]
+) -> tuple[Layout, ...]:
+    """The rows as the checkpoint has them, those that it may have so: quantised as the config says it."""
+    made, errors = list[Layout](), list[ValueError]()
+    for row in rows:
+        try:
+            made.append(quantised_layout(row, prefix, words, config.num_experts, tensors))
+        except ValueError as error:
+            errors.append(error)
+    if not made:
+        raise ValueError(f"{where}: {errors[0]}")
+    for row in made:
+        found = next((method.quant for path, method in row.methods if path == ("down",)), None)
+        stored = (
+            None if found is None else dataclasses.replace(found, activations=None)
+        )  # what inputs are rounded to is the caller's choice
+        wanted = None if config.quant is None else dataclasses.replace(config.quant, activations=None)
+        if stored != wanted:
+            raise ValueError(f"{where}: config.quant is {config.quant!r}; expected {found!r}, which quantization_config says")
+    return tuple(made)
+
+
+def anchors_of(row: Layout) -> tuple[str, ...]:
+    """The names that the tensors of the last product may have, quantised ones too."""
+    stem = row.anchor.removesuffix(".weight")
+    return (row.anchor, *(stem + suffix for suffix in (FUSED_SUFFIXES if stem == row.anchor else CODES_SUFFIXES) if suffix != ".weight"))
 
 
 def _rows_here(rows: Sequence[Layout], checkpoint: Checkpoint, prefix: str) -> tuple[Layout, ...]:
     """Those rows whose last product is there under its name; the family's own, if there is none at all."""
     for candidates in (rows, LAYOUTS):
-        found = tuple(row for row in candidates if full_name(prefix, _first(row.anchor)) in checkpoint.file_of_tensor)
+        found = tuple(
+            row for row in candidates if any(full_name(prefix, _first(name)) in checkpoint.file_of_tensor for name in anchors_of(row))
+        )
         if found:
             return found
     return tuple(rows)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from moe_fn.checkpoint.axes import Path
+from moe_fn.checkpoint.axes import Path, Units
+from moe_fn.checkpoint.stored import Method
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Entry:
     optional  a file need not have it
     offset    the file holds the values less this (norms that multiply by 1 + weight); such a tensor is float32 in memory
     scales    it multiplies what the entries before it made, divided by the root of its length (the norm of Gemma-4's gate)
+    coding    of a tensor that is part of a quantised matrix: a row of `moe_fn.checkpoint.codings.CODINGS`
+    units     places along axes that one of its elements is for: eight in a word, 128 that share a scale
     """
 
     weight: Path
@@ -25,6 +28,8 @@ class Entry:
     optional: bool = False
     offset: float = 0.0
     scales: bool = False
+    coding: str = ""
+    units: Units = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Layout:
     entries   its tensors
     others    names below the prefix that are no part of MoEWeights ("gate.*": all that begin so); {z} is a zero expert
     owned     beginnings of names below the prefix where anything unknown is an error
+    methods   how matrices of this block are quantised, by their paths; only in rows that `moe_fn.checkpoint.quantised` made of others
     """
 
     name: str
@@ -45,6 +51,7 @@ class Layout:
     entries: tuple[Entry, ...]
     others: tuple[str, ...] = ()
     owned: tuple[str, ...] = ("",)
+    methods: tuple[tuple[Path, Method], ...] = ()
 
     @property
     def savable(self) -> bool:

@@ -5,19 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_fn.checkpoint.files import TensorInfo, parse_json, read_header, size_of_file
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+QUANT = "hf_quant_config.json"  # ModelOpt's
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Headers = Mapping[str, Mapping[str, TensorInfo]]  # tensors of a file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """folder, the parsed config.json if there is one, and the file of every tensor."""
+    """folder, the parsed config.json if there is one, the file of every tensor, and the parsed hf_quant_config.json if there is one."""
 
     folder: Path
     config: Mapping[str, Any] | None
     file_of_tensor: Mapping[str, str]
+    quant: Mapping[str, Any] | None = None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -29,11 +34,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a checkpoint folder, or a .safetensors file")
     folder = path if path.is_dir() else path.parent
-    config = parse_json(str(folder / CONFIG), _bytes(folder / CONFIG)) if (folder / CONFIG).is_file() else None
+    config, quant = (
+        parse_json(str(folder / name), _bytes(folder / name)) if (folder / name).is_file() else None for name in (CONFIG, QUANT)
+    )
     if path.is_dir() and (path / INDEX).exists():
-        return Checkpoint(folder, config, _files_of_index(path / INDEX))
+        return Checkpoint(folder, config, _files_of_index(path / INDEX), quant)
     file = path if not path.is_dir() else _only_file(path)
-    return Checkpoint(folder, config, dict.fromkeys(read_header(file), file.name))
+    return Checkpoint(folder, config, dict.fromkeys(read_header(file), file.name), quant)
 
 
 def read_headers(checkpoint: Checkpoint, files: Iterable[str]) -> Headers:
@@ -67,12 +74,62 @@ def tensors_below(checkpoint: Checkpoint, headers: Headers, beginnings: Iterable
     return found
 
 
+def full_name(prefix: str, name: str) -> str:
+    """A name in the file, from one below the prefix.
+
+    >>> full_name("model.layers.3.moe", "../share_expert.up_proj.weight")
+    'model.layers.3.share_expert.up_proj.weight'
+    """
+    while name.startswith("../"):
+        prefix, name = prefix.rpartition(".")[0], name[3:]
+    return f"{prefix}.{name}" if prefix else name
+
+
 def model_types(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Every model_type in a config.json, those of nested configs too."""
     if config is None:
         return ()
     own = (config["model_type"],) if isinstance(config.get("model_type"), str) else ()
     return own + tuple(name for value in config.values() if isinstance(value, Mapping) for name in model_types(value))
+
+
+def quant_words(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """What the checkpoint says of its quantisation: quantization_config in config.json, or in a config nested there, or ModelOpt's file.
+
+    Raises ValueError where two of them contradict one another.
+    """
+    found = list(_quant_words(checkpoint.config or {}))
+    if checkpoint.quant is not None:
+        words = checkpoint.quant.get("quantization")
+        if not isinstance(words, Mapping):
+            raise ValueError(f"{checkpoint.folder / QUANT}: quantization is {words!r:.80}; expected a JSON object")
+        found.append({"quant_method": "modelopt", **words})
+    for words in found[1:]:
+        for name in ("quant_method", "quant_algo"):
+            if name in words and name in found[0] and words[name] != found[0][name]:
+                raise ValueError(f"{checkpoint.folder} says {name} {found[0][name]!r} and {words[name]!r}; expected one")
+    return found[0] if found else None
+
+
+def _quant_words(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    for name in ("quantization_config", "compression_config"):
+        words = config.get(name)
+        if words is not None and not isinstance(words, Mapping):
+            raise ValueError(f"{name} in config.json is {words!r:.80}; expected a JSON object")
+        if words:
+            yield words if "quant_method" in words or name == "quantization_config" else {"quant_method": "compressed-tensors", **words}
+    for value in config.values():
+        if isinstance(value, Mapping) and "model_type" in value:
+            yield from _quant_words(value)
+
+
+def dtype_of_floats(config: Mapping[str, Any] | None) -> torch.dtype:
+    """The dtype that a model computes in, by its config.json; bfloat16 where that does not say."""
+    for part in (config or {}), *(value for value in (config or {}).values() if isinstance(value, Mapping)):
+        name = str(part.get("dtype", part.get("torch_dtype"))).removeprefix("torch.")
+        if name in _DTYPES:
+            return _DTYPES[name]
+    return torch.bfloat16
 
 
 def _only_file(folder: Path) -> Path:

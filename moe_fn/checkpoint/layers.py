@@ -1,5 +1,6 @@
 """Which layers of a checkpoint are mixtures of experts: by the names of their tensors; what they compute, by config.json."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moe_fn.checkpoint.choose import layouts_of_family, plan_of_block
+from moe_fn.checkpoint.choose import anchors_of, layouts_of_family, plan_of_block, quant_of_block, rows_of_block
 from moe_fn.checkpoint.entries import Layout
 from moe_fn.checkpoint.folder import Checkpoint, Headers, model_types, open_checkpoint, read_headers
 from moe_fn.checkpoint.layouts import LAYOUTS
@@ -81,7 +82,7 @@ def load_moe_layer(
     """
     checkpoint = open_checkpoint(path)
     prefix, index = _find(checkpoint, layer)
-    config = _config(checkpoint, index)
+    config = _config(checkpoint, prefix, index, layout)
     weights = load_from(
         checkpoint, prefix, config, layout, (experts, intermediate, shared_intermediate), dtype=dtype, device=device
     )  # fmt: skip
@@ -104,7 +105,7 @@ def load_moe_layers(
     """
     checkpoint = open_checkpoint(path)
     wanted = list(_prefixes(checkpoint).items()) if layers is None else [_find(checkpoint, layer) for layer in layers]
-    configs = [_config(checkpoint, index) for _, index in wanted]
+    configs = [_config(checkpoint, prefix, index) for prefix, index in wanted]
     try:
         for done, ((prefix, _), config) in enumerate(zip(wanted, configs, strict=True)):
             if progress:
@@ -120,7 +121,7 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, int]:
     rows = layouts_of_family(model_types(checkpoint.config))
     for candidates in (rows, LAYOUTS):
         anchors = "|".join(sorted({_anchor(row) for row in candidates}))
-        pattern = re.compile(f"{_LAYER}(?P<rest>{anchors})(?:_blocks)?")
+        pattern = re.compile(f"{_LAYER}(?P<rest>{anchors})")
         found = {}
         for name in checkpoint.file_of_tensor:
             if match := pattern.fullmatch(name):
@@ -132,8 +133,8 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _anchor(row: Layout) -> str:
-    name = re.escape("." + ".".join(filter(None, (row.block, row.anchor))))
-    return name.replace(r"\{e\}", r"\d+").replace(r"\{second\}", r"\d+")
+    names = "|".join(re.escape("." + ".".join(filter(None, (row.block, name)))) for name in anchors_of(row))
+    return names.replace(r"\{e\}", r"\d+").replace(r"\{second\}", r"\d+")
 
 
 def _find(checkpoint: Checkpoint, layer: int | str) -> tuple[str, int]:
@@ -149,10 +150,12 @@ def _find(checkpoint: Checkpoint, layer: int | str) -> tuple[str, int]:
     return found[0]
 
 
-def _config(checkpoint: Checkpoint, index: int) -> MoEConfig:
+def _config(checkpoint: Checkpoint, prefix: str, index: int, layout: Layout | str | None = None) -> MoEConfig:
     if checkpoint.config is None:
         raise ValueError(f"{checkpoint.folder} has no config.json; expected one, or load_moe_weights with a config")
-    return config_of_layer(checkpoint.config, index)
+    config = config_of_layer(checkpoint.config, index)
+    quant = quant_of_block(checkpoint, prefix, rows_of_block(checkpoint, prefix, layout), config.num_experts)
+    return config if quant is None else dataclasses.replace(config, quant=quant, weight_layout="out_in")
 
 
 def _describe(checkpoint: Checkpoint, headers: Headers, prefix: str, index: int) -> MoELayer:
@@ -162,7 +165,7 @@ def _describe(checkpoint: Checkpoint, headers: Headers, prefix: str, index: int)
     dtype, size = largest.dtype, sum(info.stop - info.start for info in below)
     config = None
     try:
-        config = _config(checkpoint, index)
+        config = _config(checkpoint, prefix, index)
         plan = plan_of_block(checkpoint, headers, prefix, config, None)
     except ValueError as error:
         return MoELayer(index, prefix, family, None, config, dtype, size, str(error))

@@ -145,6 +145,9 @@ LAYOUTS: tuple[Layout, ...] = (
         _TRANSPOSED + _FUSED_BIASES["G I"] + router("router.weight", bias="router.bias"),
     ),
     Layout("llama4", ("llama4", "llama4_text"), "feed_forward", _TRANSPOSED + router("router.weight") + shared("shared_expert")),
+    Layout(  # as it is quantised: llm-compressor takes experts apart
+        "llama4, one by one", ("llama4", "llama4_text"), "feed_forward", _EACH + router("router.weight") + shared("shared_expert"),
+    ),
     Layout(
         "aria", ("aria", "aria_text"), "mlp",
         fused("experts.fc1.weight", "experts.fc2.weight", transposed=True) + router("router.weight") + shared(),

@@ -29,18 +29,23 @@ def load_moe_weights(
 
     path                 a folder with model.safetensors, or with shards and an index; or one .safetensors file
     prefix               what the names of the block begin with: "model.layers.3.mlp"
-    config               of the whole block; its weight_layout and gate_up_layout are those of the result
+    config               of the whole block; its weight_layout and gate_up_layout are those of the result; its quant is the checkpoint's
     layout               a row of `moe_fn.checkpoint.LAYOUTS`, or its name; None: by model_type in config.json, and by names
     experts              ids of the experts that this rank has, in its order, repeats allowed; None: all
     intermediate         of every expert, the columns of the first product and rows of the last that this rank has; None: all
     shared_intermediate  the same of every shared expert
-    dtype                of the result, but for the router; None: as in the file
+    dtype                of the result, but for the router, codes and their scales; None: as in the file
 
     What has no such axis is whole on every rank: router, latent projections, down_bias (to be added on one rank only). The files are mapped
     and only the bytes of the slices are read; every tensor is allocated once, and its pieces are copied into place.
 
+    Codes and scales of quantised experts are laid as `QuantWeights` has them, and never rounded anew; of a gate and its up that say
+    different input scales, the larger counts. config.quant.activations may be another than the checkpoint's, or None. Shared experts and
+    latent projections that are quantised become floats: of `dtype`, or of config.json's.
+
     Raises ValueError before anything is allocated: for files that are cut short or whose headers lie, and for every tensor of the block
-    that is missing, surplus, mis-shaped or of a wrong dtype, with what was expected. Quantised checkpoints are refused.
+    that is missing, surplus, mis-shaped or of a wrong dtype, with what was expected; for methods of quantisation that are not known or
+    contradict the tensors; for slices that cut through what shares a scale.
 
     Laws
         Slices of ranks make up the whole.

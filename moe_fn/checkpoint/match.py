@@ -1,15 +1,20 @@
 """Which tensors of a file are which of a block: checked for the whole block, from headers alone, before anything is allocated."""
 
+import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moe_fn.checkpoint.axes import ANY, Path, dims_of, shape_of, sizes_of
+from moe_fn.checkpoint.axes import ANY, Path, dims_of, in_units, shape_of, sizes_of
+from moe_fn.checkpoint.codings import CODINGS
 from moe_fn.checkpoint.entries import Entry, Layout
 from moe_fn.checkpoint.files import FLOATS, INTEGERS, TensorInfo
+from moe_fn.checkpoint.folder import full_name
+from moe_fn.checkpoint.quantised import Place, base_of, is_check, places_of
 from moe_fn.config import MoEConfig
 from moe_fn.shapes import expected_shapes
 
@@ -29,29 +34,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to read: the parts of each tensor of MoEWeights, its dtype, and the sizes of the axes. Parts of a weight hold all of it."""
+    """What to read: the parts of each tensor of MoEWeights, its place and dtype, the sizes of the axes. Parts of a weight hold all of it.
+
+    Of a quantised matrix that is no expert, what it is decoded from: paths one longer than its own. `checks` are looked at, no more.
+    """
 
     layout: Layout
     sizes: Mapping[str, int]
     parts: Mapping[Path, tuple[Part, ...]]
+    places: Mapping[Path, Place]
     dtypes: Mapping[Path, torch.dtype]
+    checks: tuple[Part, ...] = ()
 
 
 def beginnings_of(layout: Layout, prefix: str) -> tuple[str, ...]:
     """Beginnings of the names of all tensors that a block of this layout may have."""
     outside = [entry.name.split("{")[0] for entry in layout.entries if entry.name.startswith("../")]
     return tuple(dict.fromkeys(full_name(prefix, name) for name in ("", *layout.owned, *outside)))
-
-
-def full_name(prefix: str, name: str) -> str:
-    """A name in the file, from one below the prefix.
-
-    >>> full_name("model.layers.3.moe", "../share_expert.up_proj.weight")
-    'model.layers.3.share_expert.up_proj.weight'
-    """
-    while name.startswith("../"):
-        prefix, name = prefix.rpartition(".")[0], name[3:]
-    return f"{prefix}.{name}" if prefix else name
 
 
 def names_of(entry: Entry, config: MoEConfig) -> Iterator[tuple[int | None, str]]:
@@ -72,11 +71,11 @@ def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, 
     for entry in layout.entries:
         named = [(expert, full_name(prefix, name)) for expert, name in names_of(entry, config)]
         known.update(name for _, name in named)
-        if entry.weight not in allowed:
+        if base_of(entry.weight) not in allowed:
             surplus = [name for _, name in named if name in tensors and name not in others]
             problems += [f"{name} is there; expected none, for the config has no use for it" for name in surplus]
             continue
-        found = [Part(entry, expert, name, tensors[name]) for expert, name in named if name in tensors]
+        found = [Part(_as_it_lies(entry, sizes, tensors[name]), expert, name, tensors[name]) for expert, name in named if name in tensors]
         if found or not entry.optional:
             problems += [f"{name} is missing; expected {_words(entry, sizes)}" for _, name in named if name not in tensors]
         parts.setdefault(entry.weight, []).extend(found)
@@ -90,12 +89,24 @@ def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, 
     problems += [
         f"no tensor of the layout {layout.name!r} is weights.{'.'.join(path)}; expected one, for the config asks for it"
         for path, (_, required) in allowed.items()
-        if required and path not in parts
+        if required and path not in {base_of(path) for path in parts}
     ]
     sizes, wrong = _fitted(parts, sizes)
+    checks = tuple(part for path in list(parts) if is_check(path) for part in parts.pop(path))
     dtypes, wrong_dtypes = _dtypes(parts)
     problems += wrong + wrong_dtypes
-    return problems or Plan(layout, sizes, {path: tuple(found) for path, found in parts.items() if found}, dtypes)
+    found_parts = {path: tuple(found) for path, found in parts.items() if found}
+    return problems or Plan(layout, sizes, found_parts, places_of(config, layout), dtypes, checks)
+
+
+def _as_it_lies(entry: Entry, sizes: Mapping[str, int], info: TensorInfo) -> Entry:
+    """Single numbers, and columns of them, lie with as many dims of one as their writers liked: the axes follow the file."""
+    shape = shape_of(entry.axes, in_units(sizes, entry.units)) if entry.coding else info.shape
+    if shape == info.shape or [size for size in shape if size != 1] != [size for size in info.shape if size != 1]:
+        return entry
+    dims = ["(" + " ".join(dim) + ")" for dim, size in zip(dims_of(entry.axes), shape, strict=True) if size != 1]
+    axes = " ".join("1" if size == 1 else dims.pop(0) for size in info.shape)
+    return dataclasses.replace(entry, axes=axes, units=tuple((axis, unit) for axis, unit in entry.units if axis in axes))
 
 
 def _others(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -136,20 +147,32 @@ def _fitted(parts: Mapping[Path, Sequence[Part]], sizes: Mapping[str, int]) -> t
     for part in (part for found in parts.values() for part in found):
         for dim, size in zip(dims_of(part.entry.axes), part.info.shape, strict=False):
             fitted |= {axis: size for axis in dim if fitted[axis] == ANY}
-        if shape_of(part.entry.axes, fitted) != part.info.shape:
+        if shape_of(part.entry.axes, in_units(fitted, part.entry.units)) != part.info.shape:
             problems.append(f"{part.name} is {list(part.info.shape)}; expected {_words(part.entry, fitted)}")
+        problems += _straddling(part, fitted)
     return fitted, problems
+
+
+def _straddling(part: Part, sizes: Mapping[str, int]) -> list[str]:
+    """Elements for places of two gates, ups or shared experts at once, which no slice can have."""
+    units = dict(part.entry.units)
+    return [
+        f"{part.name} has elements for {units[dim[-1]]} places along {' '.join(dim)}; expected {sizes[dim[-1]]} to be a multiple"
+        for dim in dims_of(part.entry.axes)
+        if (units.get(dim[-1]) or 1) > 1 and sizes[dim[-1]] % (units[dim[-1]] or 1) and math.prod(sizes[axis] for axis in dim[:-1]) > 1
+    ]
 
 
 def _dtypes(parts: Mapping[Path, Sequence[Part]]) -> tuple[dict[Path, torch.dtype], list[str]]:
     """The dtype of each tensor in memory. The parts of a tensor have one dtype, and so have all matrices of the block."""
     dtypes: dict[Path, torch.dtype] = {}
     problems = []
-    matrices = [part for path in _COMPUTE for part in parts.get(path, ())]
+    matrices = [part for path in _COMPUTE for part in parts.get(path, ()) if not part.entry.coding]
     for path, found in parts.items():
-        choices = INTEGERS if path[-1] == "expert_ids_of_token" else FLOATS
         for part in found:
-            first = matrices[0] if path in _COMPUTE else found[0]
+            coding = part.entry.coding
+            choices = CODINGS[coding].dtypes if coding else INTEGERS if path[-1] == "expert_ids_of_token" else FLOATS
+            first = matrices[0] if path in _COMPUTE and not coding else found[0]
             if part.info.dtype not in choices:
                 problems.append(f"{part.name} is {part.info.dtype}; expected one of {', '.join(choices)}")
             elif part.info.dtype != first.info.dtype:
@@ -176,4 +199,5 @@ def strangers(layout: Layout, prefix: str, tensors: Mapping[str, TensorInfo]) ->
 
 
 def _words(entry: Entry, sizes: Mapping[str, int]) -> str:
+    sizes = in_units(sizes, entry.units)
     return f"{entry.axes} = {['any' if size == ANY else size for size in shape_of(entry.axes, sizes)]}".replace("'", "")

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checkpoint.axes import Path, Ranges, axes_of, by_axes, patterns_of, rectangles, shape_of, spans
+from moe_fn.checkpoint.axes import Path, Ranges, axes_of, by_axes, in_units, ranges_in_units, rectangles, shape_of, spans
+from moe_fn.checkpoint.coded import INPUT_SCALES, check_parts, decode_others, put_input_scale, to_codes
 from moe_fn.checkpoint.files import BITS, TensorInfo
 from moe_fn.checkpoint.match import Part, Plan
+from moe_fn.checkpoint.quantised import Place
 from moe_fn.config import MoEConfig
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, weights_of_leaves
 
@@ -55,18 +57,37 @@ def slices_of(config: MoEConfig, experts: Sequence[int] | None, intermediate: sl
 
 def read_weights(folder: FilePath, plan: Plan, config: MoEConfig, slices: Slices, dtype: torch.dtype | None, device: Any) -> MoEWeights:
     """The weights that a plan describes, those slices of them."""
-    local, patterns = slices.sizes(plan.sizes), patterns_of(config)
+    local = slices.sizes(plan.sizes)
+    _check_tiles(plan, slices)
+    check_parts(folder, plan, slices.experts)
     weights = {
         path: torch.empty(
-            shape_of(patterns[path], local), dtype=plan.dtypes[path] if dtype is None or _keeps(path) else dtype, device=device
+            shape_of(place.pattern, in_units(local, place.units)),
+            dtype=plan.dtypes[path] if dtype is None or _keeps(path, plan) else dtype,
+            device=device,
         )
-        for path in plan.parts
+        for path, place in ((path, plan.places[path]) for path in plan.parts)
     }
+    for path in INPUT_SCALES & weights.keys():
+        weights[path].zero_()
     pieces = [(path, piece) for path, parts in plan.parts.items() for part in parts for piece in _pieces(part, plan, slices)]
     pieces.sort(key=_turn)
     for (_, file), found in itertools.groupby(pieces, lambda piece: _turn(piece)[:2]):
-        _copy_pieces(folder / file, list(found), weights, patterns, plan.sizes, slices)
+        _copy_pieces(folder / file, list(found), weights, plan, slices)
+    decode_others(plan, weights, dtype)
     return weights_of_leaves([weights.get(path) for path in WEIGHT_PATHS])
+
+
+def _check_tiles(plan: Plan, slices: Slices) -> None:
+    """Slices begin and end where bytes and tiles do."""
+    for axis, name, (start, stop) in (
+        ("I", "intermediate", slices.intermediate),
+        ("M", "shared_intermediate", slices.shared_intermediate),
+    ):
+        for path in plan.parts:
+            unit = dict(plan.places[path].units).get(axis) or 1
+            if start % unit or (stop % unit and stop != plan.sizes[axis]):
+                raise ValueError(f"{name} is {start}..{stop}; expected multiples of {unit}, which share a scale or a byte")
 
 
 def _turn(found: tuple[Path, Piece]) -> tuple[bool, str, int]:
@@ -75,9 +96,9 @@ def _turn(found: tuple[Path, Piece]) -> tuple[bool, str, int]:
     return part.entry.scales, part.info.file, part.info.start
 
 
-def _keeps(path: Path) -> bool:
-    """The router stays as it is in the file: a correction bias of bfloat16 could not be balanced."""
-    return path[0] == "router"
+def _keeps(path: Path, plan: Plan) -> bool:
+    """The router stays as it is in the file: a correction bias of bfloat16 could not be balanced. So do codes and their scales."""
+    return path[0] == "router" or any(part.entry.coding for part in plan.parts[path])
 
 
 def _bounds(name: str, wanted: slice | None, size: int) -> tuple[int, int]:
@@ -106,17 +127,10 @@ def _pieces(part: Part, plan: Plan, slices: Slices) -> Iterator[Piece]:
             yield Piece(part, rectangle, place)
 
 
-def _copy_pieces(
-    file: FilePath,
-    pieces: Sequence[tuple[Path, Piece]],
-    weights: Mapping[Path, Tensor],
-    patterns: Mapping[Path, str],
-    sizes: Mapping[str, int],
-    slices: Slices,
-) -> None:
+def _copy_pieces(file: FilePath, pieces: Sequence[tuple[Path, Piece]], weights: Mapping[Path, Tensor], plan: Plan, slices: Slices) -> None:
     from safetensors import safe_open
 
-    regions = [spans(piece.part.entry.axes, sizes, piece.ranges) for _, piece in pieces]
+    regions = [_region(piece, plan.sizes) for _, piece in pieces]
     extents = [_extent(piece.part.info, region) for (_, piece), region in zip(pieces, regions, strict=True)]
     scratch = torch.empty(max(extents), dtype=torch.uint8)  # takes no memory until it is written to
     done = 0
@@ -126,10 +140,15 @@ def _copy_pieces(
             while done < len(pieces) and (mapped == 0 or mapped + extents[done] <= _WINDOW):
                 path, piece = pieces[done]
                 source = opened.get_slice(piece.part.name)[regions[done]]
-                _copy_piece(piece, source, weights[path], patterns[path], slices, sizes, scratch)
+                _copy_piece(piece, source, weights[path], plan.places[path], slices, plan.sizes, scratch)
                 mapped += extents[done]
                 done += 1
                 del source
+
+
+def _region(piece: Piece, sizes: Mapping[str, int]) -> tuple[slice, ...]:
+    entry = piece.part.entry
+    return spans(entry.axes, in_units(sizes, entry.units), ranges_in_units(piece.ranges, entry.units))
 
 
 def _extent(info: TensorInfo, region: Sequence[slice]) -> int:
@@ -141,31 +160,38 @@ def _extent(info: TensorInfo, region: Sequence[slice]) -> int:
 
 
 def _copy_piece(
-    piece: Piece, source: Tensor, target: Tensor, pattern: str, slices: Slices, sizes: Mapping[str, int], scratch: Tensor
+    piece: Piece, source: Tensor, target: Tensor, place: Place, slices: Slices, sizes: Mapping[str, int], scratch: Tensor
 ) -> None:
-    starts = {"I": slices.intermediate[0], "M": slices.shared_intermediate[0]}
-    lengths = {axis: stop - start for axis, (start, stop) in piece.ranges.items()}
-    order = sorted(axes_of(pattern), key=lambda axis: axis not in "EGNB")  # what is left is a matrix, in its own order
-    target = by_axes(target, pattern, slices.sizes(sizes), order)
-    pins = dict(piece.part.entry.pins) | ({} if piece.place is None else {"E": piece.place})
+    entry, units = piece.part.entry, place.units
+    local, ranges = in_units(slices.sizes(sizes), units), ranges_in_units(piece.ranges, units)
+    starts = ranges_in_units({"I": slices.intermediate, "M": slices.shared_intermediate}, units)
+    order = sorted(axes_of(place.pattern), key=lambda axis: axis not in "EGNB")  # what is left is a matrix, in its own order
+    target = by_axes(target, place.pattern, local, order)
+    pins = dict(entry.pins) | ({} if piece.place is None else {"E": piece.place})
     for dim, axis in enumerate(order):
         if axis in pins:
             target = target.narrow(dim, pins[axis], 1)
-        elif axis in lengths:
-            target = target.narrow(dim, piece.ranges[axis][0] - starts.get(axis, 0), lengths[axis])
-    source = by_axes(source, piece.part.entry.axes, lengths, order)
-    if piece.part.entry.scales:
+        elif axis in ranges:
+            start, stop = ranges[axis]
+            target = target.narrow(dim, start - starts.get(axis, (0, 0))[0], stop - start)
+    if entry.coding:
+        source = to_codes(entry, source, piece.ranges, units, order)
+    else:
+        source = by_axes(source, entry.axes, {axis: stop - start for axis, (start, stop) in piece.ranges.items()}, order)
+    if entry.scales:
         target.mul_(source.to(target.device)).mul_(source.numel() ** -0.5)
         return
+    if put_input_scale(piece.part, source, target):
+        return
     target.copy_(_in_rows(source, scratch))
-    if piece.part.entry.offset:
-        target.add_(piece.part.entry.offset)
+    if entry.offset:
+        target.add_(entry.offset)
 
 
 def _in_rows(t: Tensor, scratch: Tensor) -> Tensor:
     """A transposed piece, laid in rows: torch transposes into a whole matrix far faster than into a part of one."""
     flat = t.squeeze()
-    if flat.ndim not in (2, 3) or flat.stride(-1) <= flat.stride(-2):
+    if flat.ndim not in (2, 3) or flat.stride(-1) <= flat.stride(-2) or flat.numel() * flat.element_size() > scratch.numel():
         return t
     rows: Tensor = scratch[: flat.numel() * flat.element_size()].view(flat.dtype).view(flat.shape)
     for place in (...,) if flat.ndim == 2 else range(len(flat)):

@@ -15,8 +15,8 @@ from moe_fn.checkpoint.axes import ANY, Path, axes_of, by_axes, of_axes, pattern
 from moe_fn.checkpoint.choose import layout_of_name
 from moe_fn.checkpoint.entries import Entry, Layout
 from moe_fn.checkpoint.files import read_header
-from moe_fn.checkpoint.folder import INDEX, SINGLE, open_checkpoint
-from moe_fn.checkpoint.match import full_name, names_of
+from moe_fn.checkpoint.folder import INDEX, SINGLE, full_name, open_checkpoint
+from moe_fn.checkpoint.match import names_of
 from moe_fn.config import MoEConfig
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
 from moe_fn.shapes import expected_shapes
@@ -36,7 +36,8 @@ def save_moe_weights(
     path is a folder. Blocks that it has already stay, and the index is made or widened. config.json is the caller's. A file or an index
     is there whole or not at all. Beside the weights one shard's worth of memory is taken, where the layout lies otherwise than they do.
 
-    Raises ValueError for weights that do not fit the config, that the layout has no name for, or that the folder has already.
+    Raises ValueError for weights that do not fit the config, that the layout has no name for, that are codes (config.quant), or that the
+    folder has already.
 
     Laws
         Saving undoes loading.
@@ -76,6 +77,8 @@ class _Outgoing:
 
 
 def _check(layout: Layout, config: MoEConfig, leaves: Mapping[Path, Tensor]) -> None:
+    if config.quant is not None:
+        raise ValueError("save_moe_weights: config.quant is not None; expected floats (dequantize_weights), for codes are not written")
     if not layout.savable:
         raise ValueError(f"save_moe_weights: the layout {layout.name!r} has tensors that hold more than a block; expected another one")
     allowed, patterns, sizes = expected_shapes(config), patterns_of(config), sizes_of(config)

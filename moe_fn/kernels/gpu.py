@@ -29,10 +29,18 @@ def problem(device: str, dtype: torch.dtype) -> str | None:
 @constant_while_tracing
 def quant_problem(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
     """Why the Triton kernels do not compute quantised experts (`QuantConfig.text`) on a device that runs them; None if they do."""
-    of = importlib.import_module("moe_fn.kernels.triton.quant_coverage")
     arch = importlib.import_module("moe_fn.kernels.triton.tiles").architecture_of(torch.device(device))
-    found: str | None = of.problem(quant_of_text(quant), (hidden, intermediate), arch)
+    found: str | None = _coverage().problem(quant_of_text(quant), (hidden, intermediate), arch)
     return found
+
+
+def decodes(quant: str, inputs: int) -> bool:
+    """Whether a product of the Triton kernels decodes weights with so many inputs."""
+    return _coverage().problem_of_weights(quant_of_text(quant), (inputs,)) is None
+
+
+def _coverage() -> Any:
+    return importlib.import_module("moe_fn.kernels.triton.quant_coverage")
 
 
 def interpreted() -> bool:

@@ -19,13 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fn.compiling import constant_while_tracing
+from moe_fn.config.quant import quant_of_text
+
 SOURCES = Path(__file__).parent / "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-# What each level is compiled with, best first; "plain" is what the compiler's plain target has (SSE2 on x86-64, NEON on Arm).
+# What each level is compiled with, best first. Of CPUs with bfloat16 products Cooper Lake alone lacks VBMI, which decodes fp8;
+# "plain" is what the compiler's plain target has (SSE2 on x86-64, NEON on Arm).
 LEVELS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "plain": (),
@@ -74,7 +78,8 @@ def best_level() -> str:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "plain"
     if torch.cpu._is_avx512_supported():
-        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
+        more = torch.cpu.get_capabilities()
+        return "avx512_bf16" if all(more.get(f"avx512_{name}") for name in ("bf16", "vnni", "vbmi")) else "avx512"
     return "avx2" if torch.cpu._is_avx2_supported() else "plain"
 
 
@@ -110,6 +115,19 @@ def problem(device: str, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
     return active().problem
+
+
+@constant_while_tracing
+def quant_problem(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
+    """Why the kernels do not compute quantised experts (`QuantConfig.text`); None if they do. A decoder takes 32 bits of codes at once."""
+    config = quant_of_text(quant)
+    tile, together, a = config.tile[1], 4 * config.per_byte, config.activations
+    if tile is not None and tile % together and tile < max(hidden, intermediate):
+        return f"quant: a scale of {tile} inputs; the native kernels take multiples of {together}"
+    if a is not None and (a.scheme, a.granularity, a.static) != ("int8", "token", False):
+        scale = "static" if a.static else "computed"
+        return f"quant: {a.scheme} activations, {scale} scale of a {a.granularity}; the native kernels take int8, computed for a token"
+    return None
 
 
 def run(name: str, otherwise: Callable[..., Any], like: Tensor, *rest: Any) -> Any:
@@ -160,7 +178,7 @@ def _build(level: str, name: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         extension = Extension(
             name,
-            [str(SOURCES / name) for name in ("kernels.cpp", "backward.cpp", "binding.cpp")],
+            [str(SOURCES / name) for name in ("kernels.cpp", "quantised.cpp", "backward.cpp", "binding.cpp")],
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=["c10", "torch", "torch_cpu"],

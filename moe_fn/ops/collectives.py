@@ -156,48 +156,6 @@ _exchange_splits: Any = _op(
 )
 
 
-# What arrived in another form (codes and scales: bytes have no gradient), with the gradient of the collective that took it there.
-_as_gathered: Any = _op(
-    "as_gathered(Tensor x, Tensor received, str group, int size) -> Tensor",
-    lambda x, received, group, size: received.clone(),
-    lambda x, received, group, size: received.new_empty(received.shape),
-    lambda i, g: _arrived(_scatter(g, i[2], i[3])),
-    lambda t, received, group, size: _arrived(_gather(t, group, size)),
-)
-_as_exchanged: Any = _op(
-    "as_exchanged(Tensor x, Tensor received, str group, int size) -> Tensor",
-    lambda x, received, group, size: received.clone(),
-    lambda x, received, group, size: received.new_empty(received.shape),
-    lambda i, g: _arrived(_exchange(g, i[2], i[3])),
-    lambda t, received, group, size: _arrived(_exchange(t, group, size)),
-)
-_as_split: Any = _op(
-    "as_split(Tensor x, Tensor received, SymInt[] sent, SymInt[] received_sizes, str group) -> Tensor",
-    lambda x, received, sent, received_sizes, group: received.clone(),
-    lambda x, received, sent, received_sizes, group: received.new_empty(received.shape),
-    lambda i, g: _arrived(_exchange_splits(g, i[3], i[2], i[4])),
-    lambda t, received, sent, received_sizes, group: _arrived(_exchange_splits(t, sent, received_sizes, group)),
-)
-
-
-def as_gathered(x: Tensor, received: Tensor, group: RankGroup) -> Tensor:
-    """`received`, which is gather_ranks(x) but for rounding: its gradient is that of gather_ranks."""
-    y: Tensor = _as_gathered(x, received, group.name, group.size)
-    return y
-
-
-def as_exchanged(x: Tensor, received: Tensor, group: RankGroup) -> Tensor:
-    """`received`, which is exchange_ranks(x) but for rounding: its gradient is that of exchange_ranks."""
-    y: Tensor = _as_exchanged(x, received, group.name, group.size)
-    return y
-
-
-def as_split(x: Tensor, received: Tensor, sent: Sequence[int], received_sizes: Sequence[int], group: RankGroup) -> Tensor:
-    """`received`, which is exchange_splits(x) but for rounding: its gradient is that of exchange_splits."""
-    y: Tensor = _as_split(x, received, sent, received_sizes, group.name)
-    return y
-
-
 def arrived(x: Tensor) -> Tensor:
     """What a collective that was begun brought."""
     y: Tensor = _arrived(x)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moe_fn.config import QuantConfig
 from moe_fn.config.quant import quant_of_text
+from moe_fn.kernels import gpu, torch_quantised
 from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
-from moe_fn.ops.grouped import GROUPED
-from moe_fn.quant.weights import Codes, decoded
+from moe_fn.quant.weights import Codes
 
 _SCHEMA = (
     "quantised_matmul{}(Tensor rows, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? global_scale, Tensor ends, str quant, "
@@ -45,9 +45,13 @@ def _kernel(
     backend: str, rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, ends: Tensor,
     quant: str, halves: int, transposed: bool, segments: int, weight_sets: int,
 ) -> Tensor:  # fmt: skip
+    one_set = transposed and segments == 1 and weight_sets == 1
+    if backend == "triton" and one_set and gpu.decodes(quant, weight.shape[2] * quant_of_text(quant).per_byte):
+        parts = weight, scale, zero_point, global_scale
+        product: Tensor = gpu.run("quantised_matmul", rows, *parts, ends, quant_of_text(quant), halves)
+        return product
     stored = Codes(codes=weight, scale=scale, zero_point=zero_point, global_scale=global_scale)
-    floats = decoded(quant_of_text(quant), stored, halves, rows.dtype)
-    return GROUPED[backend].matmul(rows, floats, ends, transposed, segments, weight_sets)
+    return torch_quantised.quantised_matmul(rows, stored, ends, quant_of_text(quant), halves, transposed, segments, weight_sets)
 
 
 def _backward(backend: str, inputs: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.fused import routed_experts
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops import collectives
+from moe_fn.ops import collectives, rounded_collectives
 from moe_fn.ops.rows import gather_rows
 from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
 from moe_fn.parallel.places import places_of_experts
@@ -77,7 +77,7 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     begun = [collectives.begin_gather(t, group) for t in sent]
     beside = meanwhile()
     rows, w, ids = (collectives.arrived(t) for t in begun)
-    rows = unpacked(codes, rows, x, lambda rows, received: collectives.as_gathered(rows, received, group))
+    rows = unpacked(codes, rows, x, lambda rows, received: rounded_collectives.as_gathered(rows, received, group))
     ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
     if logits is not None:
         everybody = route(config, weights, w)
@@ -103,7 +103,7 @@ def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     begun = [collectives.begin_splits(t, sizes[0], sizes[1], group) for t in sent]
     beside = meanwhile()
     rows, ids = (collectives.arrived(t) for t in begun)
-    rows = unpacked(codes, rows, out, lambda rows, received: collectives.as_split(rows, received, sizes[0], sizes[1], group))
+    rows = unpacked(codes, rows, out, lambda rows, received: rounded_collectives.as_split(rows, received, sizes[0], sizes[1], group))
     y = _of_slots(config, weights, rows, ids)
     back = collectives.exchange_splits(y, sizes[1], sizes[0], group)
     rows = torch.cat([back, back.new_zeros(sorted_.rows.shape[0] - total, back.shape[1])])
@@ -136,7 +136,7 @@ def all_to_all_static(
     begun = [collectives.begin_exchange(t, group) for t in (packed(codes, rows), ids)]
     beside = meanwhile()
     data, ids = (collectives.arrived(t) for t in begun)
-    came = unpacked(codes, data, rows, lambda rows, received: collectives.as_exchanged(rows, received, group))
+    came = unpacked(codes, data, rows, lambda rows, received: rounded_collectives.as_exchanged(rows, received, group))
     y = collectives.exchange_ranks(_of_slots(config, weights, came, ids), group)
     own_place = torch.arange(slots, device=x.device) - _with_spare(starts).index_select(0, sorted_.rank_of_row)
     goes = sorted_.rank_of_row < group.size

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import ActivationQuantConfig
-from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor
+from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor
 
 _E4M3_LEAST = 1 / (448 * 512)  # of a token's scale, as vLLM's kernel has it
 
@@ -52,7 +52,7 @@ def rounded_rows(config: ActivationQuantConfig, rows: Tensor, present: Tensor, s
 
 def round_to(scheme: str, units: Tensor) -> Tensor:
     """The nearest number of the scheme, as a float; saturating."""
-    number = NUMBERS[_ELEMENTS[scheme]]
+    number = NUMBERS[ELEMENTS[scheme]]
     return number.decode(number.encode(units), units.dtype)
 
 
@@ -77,7 +77,6 @@ def _power_of_two(exponents: Tensor) -> Tensor:
 
 
 Scales = Callable[[Tensor], Tensor]
-_ELEMENTS = {"fp8_e4m3": "e4m3", "int8": "int8", "mxfp8": "e4m3", "mxfp4": "e2m1", "nvfp4": "e2m1"}
 _SCALES: dict[tuple[str, str], Scales] = {  # of the largest magnitude
     ("fp8_e4m3", "tensor"): lambda amax: amax.clamp(min=1e-10) / 448,
     ("fp8_e4m3", "token"): lambda amax: (amax / 448).clamp(min=_E4M3_LEAST),

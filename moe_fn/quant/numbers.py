@@ -52,6 +52,9 @@ NUMBERS: dict[str, Number] = {
 }
 
 
+ELEMENTS = {"fp8_e4m3": "e4m3", "int8": "int8", "mxfp8": "e4m3", "mxfp4": "e2m1", "nvfp4": "e2m1"}  # of the schemes of activations
+
+
 def decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """2^(S - 127); NaN for S = 255. By a table: exponent bits alone would make S = 0 a zero, and exp2 is not exact everywhere."""
     return _of_table((*(2.0 ** (code - 127) for code in range(255)), torch.nan), codes, dtype)

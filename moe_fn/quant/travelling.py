@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_fn.config import ActivationQuantConfig, MoEConfig
 from moe_fn.quant.activations import rounded_rows
-from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_floor, pack_halves, unpack_halves
+from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_floor, pack_halves, unpack_halves
 
 _BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # exponents; the others are float32
 
@@ -37,7 +37,7 @@ def to_bytes(a: ActivationQuantConfig, rows: Tensor) -> Tensor:
     """Rows [R, K] as uint8 [R, bytes_of_row]: their codes, then their scales."""
     present = torch.ones(rows.shape[0], 1, dtype=torch.bool, device=rows.device)
     rounded = rounded_rows(a, rows, present, None)
-    codes = NUMBERS[_element(a)].encode(rounded.codes)
+    codes = NUMBERS[ELEMENTS[a.scheme]].encode(rounded.codes)
     if _packed(a):
         codes = pack_halves(torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)))
     scale = encode_e8m0(log2_floor(rounded.scale)) if a.scheme in _BYTES_OF_SCALE else rounded.scale.to(torch.float32)
@@ -48,20 +48,16 @@ def from_bytes(a: ActivationQuantConfig, data: Tensor, width: int, dtype: torch.
     """The rows that to_bytes(a, rows) stands for: [R, width]."""
     size = -(-width // 2) if _packed(a) else width
     codes, scale = data.narrow(1, 0, size), data.narrow(1, size, data.shape[1] - size).contiguous()
-    values = unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[_element(a)])
-    numbers = NUMBERS[_element(a)].decode(values, torch.float32)
+    values = unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[ELEMENTS[a.scheme]])
+    numbers = NUMBERS[ELEMENTS[a.scheme]].decode(values, torch.float32)
     scales = decode_e8m0(scale, torch.float32) if a.scheme in _BYTES_OF_SCALE else scale.view(torch.float32)
     if scales.shape[1] > 1:
         scales = scales.repeat_interleave(a.group_size or width, 1).narrow(1, 0, width)
     return (numbers * scales).to(dtype)
 
 
-def _element(a: ActivationQuantConfig) -> str:
-    return {"int8": "int8", "mxfp4": "e2m1", "nvfp4": "e2m1"}.get(a.scheme, "e4m3")
-
-
 def _packed(a: ActivationQuantConfig) -> bool:
-    return _element(a) == "e2m1"
+    return ELEMENTS[a.scheme] == "e2m1"
 
 
 _DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}

@@ -5,9 +5,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, QuantConfig
+from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, pack_halves, unpack_halves
+from moe_fn.quant.calibration import Calibration
+from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, pack_halves, unpack_halves
 from moe_fn.quant.tiles import WHOLE, Tile, by_tile, halves_of, spread
 from moe_fn.records import MoEWeights, QuantWeights
 
@@ -24,7 +25,9 @@ class Codes:
     global_scale: Tensor | None = None
 
 
-def quantize_weights(config: MoEConfig, weights: MoEWeights, quant: QuantConfig | None = None) -> tuple[MoEConfig, MoEWeights]:
+def quantize_weights(
+    config: MoEConfig, weights: MoEWeights, quant: QuantConfig | None = None, calibration: Calibration | None = None
+) -> tuple[MoEConfig, MoEWeights]:
     """(config, weights) with gate_up and down as codes and scales, each rounded to the nearest code.
 
         scale = the least that leaves no weight of a tile out of the codes' range;  q = round(W / scale)
@@ -32,13 +35,17 @@ def quantize_weights(config: MoEConfig, weights: MoEWeights, quant: QuantConfig 
     weights are floats in any layout that the config has; the result's weight_layout is "out_in". quant None: config.quant. Scales that
     are floats are float32, those of groups in the dtype of the weights. Biases, the router and shared experts stay as they are.
     int4 without zero points maps the weight of largest magnitude to -8, so a scale may be negative: steps are an eighth smaller than with
-    -7..7. Static scales of activations are not made here: put them into the result's `quant`.
+    -7..7.
 
-    Raises ValueError where there is no quant, or the weights are codes already.
+    calibration   what the experts see of some tokens (`moe_fn.calibrate`): of FACTORS times the least scale each tile then takes the one
+                  with the least sum of mean_square * (W - what the code stands for)^2, and static scales of inputs cover what was seen
+
+    Raises ValueError where there is no quant, the weights are codes already, or scales are static and nothing is known of the inputs.
 
     Laws
         Codes are the nearest ones.
         Quantising what was dequantised changes nothing.
+        Calibrated rounding errs no more.
         Quantised layers equal the reference.
         Quantised layers equal those of the floats that codes stand for.
         Gradients pass the rounding of inputs.
@@ -61,8 +68,13 @@ def quantize_weights(config: MoEConfig, weights: MoEWeights, quant: QuantConfig 
             raise ValueError(f"quantize_weights: weights.{name} is {weight.dtype} with {weight.ndim} dims; expected plain floats with 3")
     if config.weight_layout == "in_out":
         parts = {name: weight.transpose(1, 2) for name, weight in parts.items()}
-    made = {name: encoded(quant, weight.detach(), halves_of(config, name)) for name, weight in parts.items()}
+    if calibration is None and quant.activations is not None and quant.activations.static:
+        raise ValueError("quantize_weights: quant.activations.static=True; expected a calibration, which says what inputs there are")
+    seen = {name: None if calibration is None else getattr(calibration, f"{name}_mean_square") for name in NAMES}
+    made = {name: encoded(quant, weight.detach(), halves_of(config, name), seen[name]) for name, weight in parts.items()}
     beside = {f"{name}_{field}": getattr(codes, field) for name, codes in made.items() for field in ("scale", "zero_point", "global_scale")}
+    if calibration is not None and quant.activations is not None and quant.activations.static:
+        beside |= {f"{name}_input_scale": static_scale(quant.activations, getattr(calibration, f"{name}_amax")) for name in NAMES}
     return result, dataclasses.replace(weights, gate_up=made["gate_up"].codes, down=made["down"].codes, quant=QuantWeights(**beside))
 
 
@@ -124,15 +136,50 @@ def decode_scale(quant: QuantConfig, scale: Tensor, dtype: torch.dtype) -> Tenso
     return decode_e8m0(scale, dtype) if quant.row.scale == "e8m0" else scale.to(dtype)
 
 
-def encoded(quant: QuantConfig, weight: Tensor, halves: int) -> Codes:
-    """The codes nearest to [E, outputs, inputs] floats, and their scales."""
+# Of the least scale that leaves no weight of a tile out of range, those that are tried: few large weights may be cut for many small ones.
+FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def encoded(quant: QuantConfig, weight: Tensor, halves: int, importance: Tensor | None = None) -> Codes:
+    """The codes nearest to [E, outputs, inputs] floats, and their scales; with the importance of inputs [E, inputs] the best of FACTORS."""
+    if importance is None:
+        return _encoded(quant, weight, halves, 1.0)
+    found = [_encoded(quant, weight, halves, factor) for factor in FACTORS]
+    errors = []
+    for codes in found:
+        difference = decoded(quant, codes, halves, torch.float32) - weight.to(torch.float32)
+        errors.append(by_tile(difference.square() * importance.unsqueeze(1), quant.tile, halves).sum(-1))
+    best = torch.stack(errors).argmin(0)  # of each tile
+    of_byte = spread(best, quant.tile, halves, weight.shape[1], weight.shape[2])[..., :: quant.per_byte]
+    zero_points = [codes.zero_point for codes in found if codes.zero_point is not None]
+    return Codes(
+        codes=_chosen([codes.codes for codes in found], of_byte),
+        scale=_chosen([codes.scale for codes in found], best),
+        zero_point=_chosen(zero_points, best) if zero_points else None,
+        global_scale=found[0].global_scale,
+    )
+
+
+def _chosen(values: list[Tensor], which: Tensor) -> Tensor:
+    """At each place the value of that number; formats that cannot be gathered as bytes."""
+    bits = torch.stack([v.view(torch.uint8) if v.element_size() == 1 else v for v in values])
+    return bits.gather(0, which.unsqueeze(0)).squeeze(0).view(values[0].dtype)
+
+
+def static_scale(activations: ActivationQuantConfig, amax: Tensor) -> Tensor:
+    """Scales of inputs that reach amax: the largest of their codes stands for it (nvfp4: with the largest scale of a group)."""
+    largest = 448 * 6 if activations.scheme == "nvfp4" else NUMBERS[ELEMENTS[activations.scheme]].largest
+    return _at_least_1_if_zero(amax / largest).to(torch.float32)
+
+
+def _encoded(quant: QuantConfig, weight: Tensor, halves: int, factor: float) -> Codes:
     wide, row = weight.to(torch.float32), quant.row
-    tiles = by_tile(wide, quant.tile, halves)
+    tiles = by_tile(wide * factor, quant.tile, halves)
     zero_point = global_scale = None
     if quant.zero_points:
         scale, zero_point = _scale_and_zero(tiles, 2**row.bits - 1)
     elif row.scale == "e4m3":
-        scale, global_scale = _scales_of_nvfp4(wide, tiles, halves)
+        scale, global_scale = _scales_of_nvfp4(wide, tiles, halves)  # the one above is of all weights, whatever the factor
     else:
         scale = _SCALES[row.element, row.scale](tiles)
     if row.scale == "float" and quant.granularity == "group" and weight.dtype in (torch.bfloat16, torch.float16):

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "experts.h"
+#include "quant_arguments.h"
 
 namespace {
 using at::Tensor;
@@ -34,11 +35,13 @@ Type type_of(const Tensor& t) {
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, "moe_fn: dtype is ", t.scalar_type(), "; expected float32 or bfloat16");
   return t.scalar_type() == at::kFloat ? Type::f32 : Type::bf16;
 }
-Weight weight_of(const Tensor& t, int64_t columns, int64_t inner, bool transposed, bool gated, bool interleaved) {
+Weight weight_of(const Tensor& t, int64_t columns, int64_t inner, bool transposed, bool gated, bool interleaved, int per_byte = 1) {
   Weight w{static_cast<const char*>(t.const_data_ptr()), 0, columns, inner, int(t.element_size()), t.dim() == 4, transposed, gated, interleaved};
+  w.per_byte = per_byte;
+  const int64_t in = (inner + per_byte - 1) / per_byte;
   w.expert_bytes = t.numel() / std::max<int64_t>(t.size(0), 1) * w.element;
   const bool fits = w.prepared ? t.size(1) == w.panels() && t.size(2) == w.steps() && t.size(3) * w.element == PANEL * 4
-                               : t.dim() == 3 && t.size(1) == (transposed ? columns : inner) && t.size(2) == (transposed ? inner : columns);
+                               : t.dim() == 3 && t.size(1) == (transposed ? columns : in) && t.size(2) == (transposed ? in : columns);
   TORCH_CHECK_VALUE(fits, "moe_fn: weight is ", t.sizes(), "; expected ", columns, " columns of ", inner, " products, plain or prepared");
   return w;
 }
@@ -72,38 +75,57 @@ struct Call {
   Tensor x, ids, weights, gate_up, down;
   optional<Tensor> gate_up_bias, down_bias;
   RoutedExperts problem;
+  QuantTensors beside;
+  std::unique_ptr<Codes> gate_up_codes, down_codes;
 };
 Call call_of(ARGUMENTS) {
-  TORCH_CHECK_VALUE(quant.empty(), "moe_fn: weights are codes, ", quant, "; expected floats");
   auto dense = [](const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : optional<Tensor>(); };
-  Call c{x.contiguous(), ids.to(at::kLong).contiguous(), weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}};
+  Call c{x.contiguous(), ids.to(at::kLong).contiguous(), weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}, {}, {}, {}};
   TORCH_CHECK_VALUE(x.dim() == 2 && ids.dim() == 2 && ids.size(0) == x.size(0) && ids.sizes() == weights.sizes(), "moe_fn: x is ", x.sizes(), ", expert_ids ",
                     ids.sizes(), ", expert_weights ", weights.sizes(), "; expected [tokens, hidden] and twice [tokens, top_k]");
-  TORCH_CHECK_VALUE(gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
+  const bool floats = quant.empty();
+  const QuantDescription described = floats ? QuantDescription{} : description_of(std::string(quant));
+  const int per_byte = !floats && (described.scheme == "int4" || described.scheme == "mxfp4" || described.scheme == "nvfp4") ? 2 : 1;
+  TORCH_CHECK_VALUE(floats || (transposed && gate_up.element_size() == 1 && down.element_size() == 1), "moe_fn: quantised weights are ", gate_up.scalar_type(), " and ",
+                    down.scalar_type(), "; expected bytes, laid as out_in");
+  TORCH_CHECK_VALUE(!floats || (gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type()), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected the dtype of x, ", x.scalar_type());
   TORCH_CHECK_VALUE(gate_up.size(0) == down.size(0), "moe_fn: gate_up and down have ", gate_up.size(0), " and ", down.size(0), " experts");
   const int64_t hidden = x.size(1), experts = gate_up.size(0), columns = gated ? 2 * intermediate_size : intermediate_size;
   constexpr double none = std::numeric_limits<double>::infinity();
   c.problem = {type_of(x), x.size(0), ids.size(1), experts, hidden, hidden, c.ids.const_data_ptr<int64_t>(), c.weights.const_data_ptr<float>(),
-               c.x.const_data_ptr(), nullptr, nullptr, weight_of(c.gate_up, columns, hidden, transposed, gated, interleaved),
-               weight_of(c.down, hidden, intermediate_size, transposed, false, false), bias_of(c.gate_up_bias, experts, columns),
+               c.x.const_data_ptr(), nullptr, nullptr, weight_of(c.gate_up, columns, hidden, transposed, gated, interleaved, per_byte),
+               weight_of(c.down, hidden, intermediate_size, transposed, false, false, per_byte), bias_of(c.gate_up_bias, experts, columns),
                bias_of(c.down_bias, experts, hidden),
                {gate_of(function), gated, limit_output, float(alpha), float(up_offset), float(limit.value_or(none)), float(gate_cap.value_or(none)),
                 float(up_cap.value_or(none))}};
+  if (!floats) {
+    TORCH_CHECK_VALUE(gate_up_scale && down_scale, "moe_fn: quantised weights without scales");
+    c.beside = {dense(gate_up_scale), dense(down_scale), dense(gate_up_zero_point), dense(down_zero_point), dense(gate_up_global_scale), dense(down_global_scale)};
+    const bool is_signed = gate_up.scalar_type() == at::kChar;
+    auto codes = [&](Weight& w, const optional<Tensor>& scale, const optional<Tensor>& zero, const optional<Tensor>& global) {
+      auto found = codes_of(described, w, experts, is_signed, *scale, zero, global);
+      w.codes = found.get();
+      return found;
+    };
+    c.gate_up_codes = codes(c.problem.gate_up, c.beside.gate_up_scale, c.beside.gate_up_zero_point, c.beside.gate_up_global_scale);
+    c.down_codes = codes(c.problem.down, c.beside.down_scale, c.beside.down_zero_point, c.beside.down_global_scale);
+  }
   return c;
 }
 
-std::tuple<Tensor, Tensor> routed_experts_op(ARGUMENTS, bool keep) {
-  Call c = call_of(PASSED);
+std::tuple<Tensor, Tensor> run(Call c, const Tensor& x, const Tensor& ids, bool keep) {
   Tensor out = empty(x.sizes(), x.options()), pre = keep ? empty({ids.numel(), c.problem.gate_up.columns}, x.options()) : at::empty({0}, x.options());
   c.problem.out = out.mutable_data_ptr();
   c.problem.pre = keep ? pre.mutable_data_ptr() : nullptr;
   moe_fn::routed_experts(pool(), c.problem);
   return {out, pre};
 }
+std::tuple<Tensor, Tensor> routed_experts_op(ARGUMENTS, bool keep) { return run(call_of(PASSED), x, ids, keep); }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, const Tensor& pre_, ARGUMENTS) {
+  TORCH_CHECK_VALUE(quant.empty(), "moe_fn: weights of the backward pass are codes, ", quant, "; expected floats");
   Call c = call_of(PASSED);
   const Tensor gradient = gradient_.contiguous(), pre = pre_.contiguous();
   const bool kept = pre.dim() == 2;

@@ -1,6 +1,7 @@
 // What the library computes, free of torch: binding.cpp turns tensors into these.
 #pragma once
 #include "activation.h"
+#include "codes.h"
 #include "product.h"
 
 namespace moe_fn {
@@ -25,6 +26,7 @@ struct RoutedExperts {
   Activation activation;
 };
 void routed_experts(const Pool& pool, const RoutedExperts& problem);
+void quantised_experts(const Pool& pool, const RoutedExperts& problem);  // weights with codes
 
 // Gradients of routed_experts, from its arguments (plain weights), the gradient of its result, and what it kept (null: computed again).
 // Results that are null are not wanted.

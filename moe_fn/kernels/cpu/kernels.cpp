@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "forward.h"
 
 #include <chrono>
 
@@ -27,55 +27,21 @@ Plan plan_of_groups(const Groups& g, int rows_of_chunk) {
   return plan;
 }
 
-// First product and activation: hidden rows, packed as the second product reads them.
-template <class D>
-void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, float* hidden, int padded) {
-  const int per_panel = q.activation.gated ? PANEL / 2 : PANEL;
-  by_rows<D>(pool, plan, q.x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, const float* tile) {
-    float bias[PANEL];
-    const bool biased = panel_bias(q.gate_up_bias, q.gate_up, chunk.expert, panel, bias);
-    const Columns from = columns_of(q.gate_up, panel);
-    const int dword = panel * per_panel / D::PER_DWORD, there = from.count[0];
-    for (int r = 0; r < block.rows; r++, tile += PANEL) {
-      if (q.pre) store_pre<D>(from, tile, biased ? bias : nullptr, static_cast<typename D::Element*>(q.pre) + (block.start + r) * q.gate_up.columns);
-      float* to = hidden + block.start * padded + int64_t(dword / CHUNK) * block.rows * CHUNK + r * CHUNK + dword % CHUNK;
-      for (int c = 0; c < PANEL / 2; c += WIDTH) {
-        vec g = load(tile + c), u = load(tile + PANEL / 2 + c);
-        if (biased) g += load(bias + c), u += load(bias + PANEL / 2 + c);
-        auto* element = (typename D::Element*)to + c;
-        if (q.activation.gated) {
-          D::store(element, activate(q.activation, g, u));
-          // Columns past the last one would be NaN for infinite x, and NaN times a padded zero weight is NaN.
-          for (int i = std::max(there - c, 0); i < WIDTH; i++) element[i] = 0;
-        } else {
-          D::store(element, gate_function(q.activation, g));
-          // The second half of 32 float32 columns is the next chunk of 16 dwords.
-          auto* second = D::PER_DWORD == 1 ? (typename D::Element*)(to + block.rows * CHUNK) + c : element + PANEL / 2;
-          D::store(second, gate_function(q.activation, u));
-        }
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void routed_experts(const Pool& pool, const RoutedExperts& q) {
+  if (q.gate_up.codes) return quantised_experts(pool, q);
   with_type(q.type, [&](auto d) {
     using D = decltype(d);
     if (!q.tokens) return;
     const Plan plan = plan_of_routing(q, chunk_rows(q.gate_up));
-    // Prepared or not, the inner dimension of the second product covers whole panels of the first one: what is past its end is zero.
-    const int width = q.gate_up.panels() * (q.activation.gated ? PANEL / 2 : PANEL);
+    const int width = hidden_width(q);
     const int padded = round_up(std::max(width / D::PER_DWORD, q.down.steps()), CHUNK);
     const int64_t rows = int64_t(plan.source.size());
     Buffer hidden = buffer(rows * padded);
     if (width / D::PER_DWORD < padded) std::memset(hidden.get(), 0, size_t(rows) * padded * 4);
-    if (q.pre) {  // rows of no expert: a result of an op holds nothing that was there before
-      const int64_t row = q.gate_up.columns * int64_t(sizeof(typename D::Element));
-      std::memset(static_cast<char*>(q.pre) + rows * row, 0, size_t(q.tokens * q.top_k - rows) * row);
-    }
-    first_product<D>(pool, plan, q, hidden.get(), padded);
+    clear_pre<D>(q, rows);
+    first_product<D>(pool, plan, q, q.x, hidden.get(), padded);
     second_product<D>(pool, plan, plan.weight.data(), q, hidden.get(), padded);
   });
 }

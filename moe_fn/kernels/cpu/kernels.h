@@ -47,7 +47,7 @@ void store_pre(const Columns& to, const float* tile, const float* bias, typename
   }
 }
 
-inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk) {
+inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block = MAX_ROWS) {
   Plan plan;
   const int64_t slots = q.tokens * q.top_k;
   auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(q.experts); };
@@ -67,27 +67,27 @@ inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk) {
         plan.weight[slot] = q.expert_weights[i];
         plan.slot[slot] = i;
       }
-  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk);
+  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk, rows_of_block);
   return plan;
 }
 
 // Second product and weighted sum: a task owns output columns and goes through all experts in order, so there is no combine pass, no
 // buffer of rows x hidden, and one order of every sum. weights: of the sorted slots; null: 1.
-template <class D>
+template <class D, class M = Floats<D>>
 void second_product(const Pool& pool, const Plan& plan, const float* weights, const RoutedExperts& q, const float* hidden, int padded) {
   using Element = typename D::Element;
   const Weight& w = q.down;
-  const int panels = w.panels(), steps = w.steps(), workers = pool.workers, chunks = int(plan.chunks.size());
+  const int panels = w.panels(), workers = pool.workers, chunks = int(plan.chunks.size());
   int per = std::clamp(panels / (workers * 2), 1, 8);
   int tasks = (panels + per - 1) / per;
   tasks = std::min(panels, round_up(tasks, workers));
   per = (panels + tasks - 1) / tasks;
   auto from = [&](int task) { return int(int64_t(panels) * task / tasks); };
   const int ldo = per * PANEL;
-  const int64_t sums_size = int64_t(plan.most_rows) * PANEL * (block_steps(steps) == steps ? 1 : per + 1);
+  const int64_t sums_size = M::sums_floats(w, plan.most_rows, per + 1);
   std::atomic<int> counter{0};
   pool([&](int) {
-    Buffer all = buffer(q.tokens * ldo), sums = buffer(sums_size), scratch = buffer(scratch_floats(w));
+    Buffer all = buffer(q.tokens * ldo), sums = buffer(sums_size), scratch = buffer(M::scratch_floats(w));
     float* y = all.get();
     for (int task = counter++, following; task < tasks; task = following) {
       following = counter++;
@@ -96,13 +96,13 @@ void second_product(const Pool& pool, const Plan& plan, const float* weights, co
       for (int c = 0; c < chunks; c++) {
         const Chunk& chunk = plan.chunks[c];
         const float* next = nullptr;
-        if (w.prepared && c + 1 < chunks) next = Panels<D>(w, plan.chunks[c + 1].expert).at(first, 0);
-        else if (w.prepared && following < tasks) next = Panels<D>(w, plan.chunks[0].expert).at(from(following), 0);
+        if (w.prepared && c + 1 < chunks) next = panel_at(w, plan.chunks[c + 1].expert, first);
+        else if (w.prepared && following < tasks) next = panel_at(w, plan.chunks[0].expert, from(following));
         const RowBlock* blocks = plan.blocks.data() + chunk.first_block;
         auto place = [&](int p, const RowBlock& block, int r) { return y + plan.source[block.start + r] * ldo + (p - first) * PANEL; };
-        multiply<D>(
-            blocks, chunk.last_block - chunk.first_block, [&](int b) { return hidden + blocks[b].start * padded; }, Panels<D>(w, chunk.expert), first,
-            last, next, sums.get(), scratch.get(),
+        M::run(
+            blocks, chunk.last_block - chunk.first_block, [&](int b) { return hidden + blocks[b].start * padded; }, w, chunk.expert, first, last,
+            next, sums.get(), scratch.get(),
             [&](int p, int b) {
               for (int r = 0; r < blocks[b].rows; r++)
                 for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch((const char*)place(p, blocks[b], r) + line, 1, 3);

@@ -7,6 +7,8 @@
 
 namespace moe_fn {
 
+struct Codes;  // of quantised weights: codes.h
+
 // The matrix of each expert: `columns` outputs, `inner` products. Panels of a gated first product hold 16 gates, then the 16 ups that match.
 struct Weight {
   const char* data;
@@ -14,7 +16,10 @@ struct Weight {
   int element;  // bytes
   bool prepared, transposed, gated, interleaved;  // transposed: [columns, inner]; interleaved: gate and up alternate
   int panels() const { return int(gated ? (columns / 2 + PANEL / 2 - 1) / (PANEL / 2) : (columns + PANEL - 1) / PANEL); }
-  int steps() const { return int((inner * element + 3) / 4); }
+  const Codes* codes = nullptr;  // null: floats
+  int per_byte = 1;              // codes in a byte
+  int64_t row_bytes() const { return (inner * element + per_byte - 1) / per_byte; }
+  int steps() const { return int((row_bytes() + 3) / 4); }
   Weight flipped() const { return {data, expert_bytes, inner, columns, element, prepared, !transposed, false, false}; }  // of plain ones
 };
 
@@ -50,7 +55,7 @@ static inline void transpose(vec* x, float* out, int64_t ldo) {
 
 // Steps [first, first + count) of one panel from [columns, inner] rows: a transposition of dwords.
 static inline void lay_transposed(const Weight& w, const char* matrix, const Columns& from, int first, int count, float* out) {
-  const int64_t row_bytes = w.inner * w.element;
+  const int64_t row_bytes = w.row_bytes();
   for (int half = 0; half < 2; half++)
     for (int c0 = 0; c0 < PANEL / 2; c0 += WIDTH) {
       const int there = std::clamp(from.count[half] - c0, 0, WIDTH);

@@ -35,6 +35,8 @@ static inline Buffer buffer(int64_t floats) {
   return Buffer(static_cast<float*>(p));
 }
 
+static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
 struct Chunk { int64_t expert, start; int first_block, last_block, rows; };  // row blocks of one expert that fit in L2 together
 struct Plan {
   std::vector<int64_t> source;  // of a sorted slot: its row in x
@@ -44,10 +46,10 @@ struct Plan {
   std::vector<Chunk> chunks;
   int most_rows = 0;  // of a chunk
 
-  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows) {
+  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows, int block_rows = MAX_ROWS) {
     const int64_t n = end - start;
     if (n <= 0) return;
-    const int64_t nb = (n + MAX_ROWS - 1) / MAX_ROWS, per = std::max(1, chunk_rows / MAX_ROWS), nc = (nb + per - 1) / per;
+    const int64_t nb = (n + block_rows - 1) / block_rows, per = std::max(1, chunk_rows / block_rows), nc = (nb + per - 1) / per;
     for (int64_t c = 0, b = 0; c < nc; c++) {
       Chunk chunk{expert, start, int(blocks.size()), 0, 0};
       for (const int64_t last = nb * (c + 1) / nc; b < last; b++) {
@@ -63,7 +65,6 @@ struct Plan {
   }
 };
 
-static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 static inline int padded_steps(const Weight& w) { return round_up(w.steps(), CHUNK); }
 // Steps of a block of the inner dimension; a function of the matrix alone, so that the order of sums does not depend on the batch.
 static inline int block_steps(int steps) {
@@ -129,6 +130,23 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
   }
 }
 
+// How by_rows and second_product multiply: float weights here, quantised ones in quantised.h.
+template <class D>
+struct Floats {
+  static int row_dwords(const Weight& w) { return padded_steps(w); }  // of a packed row
+  static int64_t row_bytes(const Weight& w) { return w.inner * w.element; }  // of a row of x
+  static bool in_blocks(const Weight& w) { return block_steps(w.steps()) != w.steps(); }  // sums of all panels of a task are alive together
+  static int64_t sums_floats(const Weight& w, int rows, int panels) { return int64_t(rows) * PANEL * (in_blocks(w) ? panels : 1); }
+  static int64_t scratch_floats(const Weight& w) { return moe_fn::scratch_floats(w); }
+  static void run(const RowBlock* blocks, int count, auto rows, const Weight& w, int64_t expert, int first, int last, const float* next, float* sums,
+                  float* scratch, auto before, auto epilogue) {
+    multiply<D>(blocks, count, rows, Panels<D>(w, expert), first, last, next, sums, scratch, before, epilogue);
+  }
+};
+static inline const float* panel_at(const Weight& w, int64_t expert, int panel) {  // of prepared weights
+  return (const float*)(w.data + expert * w.expert_bytes) + int64_t(panel) * w.steps() * PANEL;
+}
+
 // A chunk's rows of x, each at its source, or in order if that is null.
 template <class D>
 inline void pack_rows(const Plan& plan, const Chunk& chunk, const int64_t* source, const void* x, int64_t row_bytes, int padded, float* out) {
@@ -148,19 +166,19 @@ inline void pack_rows(const Plan& plan, const Chunk& chunk, const int64_t* sourc
 }
 
 // Tasks (chunk, group of panels) in the order in which weights lie in memory; epilogue(chunk, panel, block, tile).
-template <class D, class Epilogue>
+template <class D, class M = Floats<D>, class Epilogue>
 void by_rows(const Pool& pool, const Plan& plan, const void* x, const Weight& w, Epilogue epilogue) {
-  const int panels = w.panels(), chunks = int(plan.chunks.size()), padded = padded_steps(w), steps = w.steps(), workers = pool.workers;
-  const int64_t row_bytes = w.inner * w.element;
+  const int panels = w.panels(), chunks = int(plan.chunks.size()), padded = M::row_dwords(w), workers = pool.workers;
+  const int64_t row_bytes = M::row_bytes(w);
   if (!chunks) return;
   // 24 tasks a worker, in pairs of panels, so that none waits long for the last one.
   int groups = chunks >= 24 * workers ? 1 : std::min(std::max(panels / 2, 1), (24 * workers + chunks - 1) / chunks);
   // Sums of all panels of a task are alive between blocks of steps: 256 KB of them beside 512 KB of rows.
-  if (block_steps(steps) != steps) groups = std::max(groups, int(int64_t(plan.most_rows) * PANEL * 4 * panels / (256 << 10)));
+  if (M::in_blocks(w)) groups = std::max(groups, int(int64_t(plan.most_rows) * PANEL * 4 * panels / (256 << 10)));
   groups = std::clamp(groups, 1, panels);
   auto from = [&](int g) { int p = int(int64_t(panels) * g / groups); return g == groups ? panels : groups * 2 <= panels ? p & ~1 : p; };
-  const int64_t sums_size = int64_t(plan.most_rows) * PANEL * (block_steps(steps) == steps ? 1 : panels / groups + 3);
-  const int64_t rows_size = int64_t(plan.most_rows) * padded, scratch_size = scratch_floats(w);
+  const int64_t sums_size = M::sums_floats(w, plan.most_rows, panels / groups + 3);
+  const int64_t rows_size = int64_t(plan.most_rows) * padded, scratch_size = M::scratch_floats(w);
   std::atomic<int64_t> counter{0};
   const int64_t tasks = int64_t(chunks) * groups;
   pool([&](int) {
@@ -174,11 +192,11 @@ void by_rows(const Pool& pool, const Plan& plan, const void* x, const Weight& w,
       if (have != task / groups) pack_rows<D>(plan, chunk, plan.source.data(), x, row_bytes, padded, rows.get());
       have = task / groups;
       const float* next = nullptr;
-      if (w.prepared && following < tasks) next = Panels<D>(w, plan.chunks[following / groups].expert).at(from(int(following % groups)), 0);
+      if (w.prepared && following < tasks) next = panel_at(w, plan.chunks[following / groups].expert, from(int(following % groups)));
       const RowBlock* blocks = plan.blocks.data() + chunk.first_block;
-      multiply<D>(
+      M::run(
           blocks, chunk.last_block - chunk.first_block, [&](int b) { return rows.get() + (blocks[b].start - chunk.start) * padded; },
-          Panels<D>(w, chunk.expert), first, last, next, sums.get(), scratch.get(), [](int, int) {},
+          w, chunk.expert, first, last, next, sums.get(), scratch.get(), [](int, int) {},
           [&](int p, int b, const float* c) { epilogue(chunk, p, blocks[b], c); });
     }
   });

@@ -27,6 +27,15 @@ typedef uint16_t vech __attribute__((vector_size(WIDTH * 2)));
 static inline vec load(const void* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(void* p, vec v) { std::memcpy(p, &v, sizeof v); }
 static inline vec splat(float s) { return s - vec{}; }  // s - 0 is s exactly, -0 too
+// The same of a dword in memory. As an integer: on Zen 4 that is done by the load, a broadcast of floats takes a port from the products.
+static inline vec splat_at(const float* p) {
+#if defined(__AVX512F__)
+  int32_t bits; std::memcpy(&bits, p, 4);
+  return (vec)_mm512_set1_epi32(bits);
+#else
+  return splat(*p);
+#endif
+}
 static inline veci splat_int(int32_t s) { return s - veci{}; }
 static inline vec select(veci mask, vec a, vec b) { return (vec)((mask & (veci)a) | (~mask & (veci)b)); }
 
@@ -89,7 +98,7 @@ struct BF16 {
 #if defined(__AVX512BF16__)
   struct Split { vec all; };
   static inline Split split(vec b) { return {b}; }
-  static inline vec mac(vec sum, const float* a, Split b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(*a), (__m512bh)b.all); }
+  static inline vec mac(vec sum, const float* a, Split b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_at(a), (__m512bh)b.all); }
   static inline vec dot(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
   static inline void two_rows(const uint16_t* one, const uint16_t* two, Split* out) {
     typedef uint16_t pairs __attribute__((vector_size(WIDTH * 4)));

@@ -10,12 +10,12 @@ from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.config.activation import activation_of_scalars
 from moe_fn.config.quant import quant_of_text
 from moe_fn.kernels.triton import quant_layer, top_k
-from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer
+from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer, quantised_matmul
 from moe_fn.kernels.triton.layer import Problem, backward, forward
 from moe_fn.kernels.triton.quant_matrix import matrix_of
 from moe_fn.quant.weights import Codes
 
-__all__ = ["grouped_matmul", "grouped_outer", "route_top_k", "routed_experts", "routed_experts_backward"]
+__all__ = ["grouped_matmul", "grouped_outer", "quantised_matmul", "route_top_k", "routed_experts", "routed_experts_backward"]
 
 
 def route_top_k(logits: Tensor, correction_bias: Tensor | None, config: MoEConfig) -> tuple[Tensor, Tensor]:

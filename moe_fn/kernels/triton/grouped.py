@@ -3,10 +3,16 @@
 import torch
 from torch import Tensor
 
+from moe_fn.config import QuantConfig
 from moe_fn.kernels.triton.outer import grouped_outer as outer_of_groups
 from moe_fn.kernels.triton.products import grouped_product
+from moe_fn.kernels.triton.quant_matrix import matrix_of
+from moe_fn.kernels.triton.quant_products import quantised_product
+from moe_fn.kernels.triton.quant_tiles import coded_tile
+from moe_fn.kernels.triton.quantise import Rows as Left
 from moe_fn.kernels.triton.slots import tiles_of_groups
 from moe_fn.kernels.triton.tiles import architecture_of, outer_tile, product_tile
+from moe_fn.quant.weights import Codes
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int) -> Tensor:
@@ -18,6 +24,18 @@ def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool,
     tile_map = tiles_of_groups(starts_of_groups(ends, num_rows, segments), ends, num_rows, tile.rows)
     shared = None if segments == weight_sets else _weight_of_group(ends, segments, weight_sets)
     return grouped_product(rows, weight, ends, tile_map, tile, weight_of_group=shared, zero_rest=True)
+
+
+def quantised_matmul(
+    rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, ends: Tensor, quant: QuantConfig,
+    halves: int,
+) -> Tensor:  # fmt: skip
+    """rows [R, K] x the floats that codes [E, N, K / codes in a byte] stand for, transposed; ends [E] int32 -> [R, N]."""
+    matrix = matrix_of(quant, Codes(codes=weight, scale=scale, zero_point=zero_point, global_scale=global_scale), halves)
+    (experts, columns, _), num_rows, arch = matrix.shape, rows.shape[0], architecture_of(rows.device)
+    tile = coded_tile("decoded_product", num_rows, experts, columns, weight.shape[2], matrix.shared, rows.element_size(), arch)
+    tile_map = tiles_of_groups(starts_of_groups(ends, num_rows, 1), ends, num_rows, tile.rows)
+    return quantised_product(Left(values=rows.contiguous()), matrix, ends, tile_map, tile, rows.dtype, zero_rest=True)
 
 
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor, segments: int, weight_sets: int) -> Tensor:

@@ -3,18 +3,19 @@
 from moe_fn.config import QuantConfig
 from moe_fn.kernels.triton.quant_tiles import LEAST_STEP, fitting_step
 
-LEAST_TILE = 8  # fewer take a register each
+LEAST_TILE = 16  # scales of 8 inputs take so many registers that tiles of 16 rows spill
 STEPS = (32, 64, 128)  # inner sizes of tiles
 NO_E4M3 = ("sm_75", "sm_80", "gfx942")  # the last has another fp8, fnuz
 
 
 def problem(quant: QuantConfig, inputs: tuple[int, int], arch: str) -> str | None:
     """Why the kernels do not compute a layer, in words; None if they do. inputs: those of gate_up and of down."""
-    checks = (_of_weights(quant, inputs), _of_activations(quant, inputs, arch))
+    checks = (problem_of_weights(quant, inputs), _of_activations(quant, inputs, arch))
     return next((f"quant: {text}" for text in checks if text is not None), None)
 
 
-def _of_weights(quant: QuantConfig, inputs: tuple[int, int]) -> str | None:
+def problem_of_weights(quant: QuantConfig, inputs: tuple[int, ...]) -> str | None:
+    """Why the products do not decode a layer's weights, or one matrix; None if they do."""
     tile_in = quant.tile[1]
     if (
         tile_in is None

@@ -54,9 +54,8 @@ class QuantMatrix:
     def arguments(self) -> tuple[Any, ...]:
         """What every kernel takes of it, after the payload."""
         _, columns, _ = self.shape
-        zero = self.scale if self.zero_point is None else self.zero_point.contiguous()
         scale = codes_of(self.scale.contiguous())
-        factor = self.scale if self.global_scale is None else self.global_scale.contiguous()
+        zero, factor = (scale if t is None else t.contiguous() for t in (self.zero_point, self.global_scale))
         return scale, zero, factor, columns // self.halves, self.scale.shape[1] // self.halves, self.outputs, self.scale.shape[2]
 
     def constants(self, step: int) -> dict[str, Any]:

@@ -159,14 +159,22 @@ def _product_kernel(
 
 
 def quantised_product(
-    rows: Rows, matrix: QuantMatrix, ends: Tensor, tile_map: TileMap, tile: Tile, dtype: torch.dtype, bias: Tensor | None = None
+    rows: Rows,
+    matrix: QuantMatrix,
+    ends: Tensor,
+    tile_map: TileMap,
+    tile: Tile,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    zero_rest: bool = False,
 ) -> Tensor:
-    """rows[r] @ W[e].T + bias[e], e the expert of row r: rows [R, K] -> [R, N] in dtype; rows of no expert are not written.
+    """rows[r] @ W[e].T + bias[e], e the expert of row r: rows [R, K] -> [R, N] in dtype; rows of no expert are not written, or are 0.
 
     ends int32 [E]: where each expert's rows end; tile_map: where they begin. tile.inner fits the scales (quant_tiles.fitting_step).
     """
     experts, columns, inner = matrix.shape
-    out = rows.values.new_empty((rows.values.shape[0], columns), dtype=dtype)
+    new = rows.values.new_zeros if zero_rest else rows.values.new_empty
+    out = new((rows.values.shape[0], columns), dtype=dtype)
     if out.numel() == 0:
         return out
     row_tiles = tile_map.expert_of_tile.shape[0]

@@ -1,0 +1,153 @@
+// Rows as products with quantised weights take them, for each row its dwords in the order of the decoded weights, rounded up to whole chunks,
+// and behind them what the row's sums need: the scale of an int8 row, and where weights have zero points, sums of x over each span.
+#pragma once
+#include "decode.h"
+#include "product.h"
+
+namespace moe_fn {
+
+template <class C>
+struct RowShape {
+  static constexpr bool BF16_ROWS = std::is_same_v<typename C::Dot, BF16>;
+  int dwords, extra;  // of products, and behind them; both whole chunks
+  explicit RowShape(const Weight& w) {
+    dwords = round_up(w.steps() * C::PER, CHUNK);
+    extra = round_up(int(int8() || w.codes->corrected(BF16_ROWS) ? 1 + w.codes->spans.size() : 0), CHUNK);
+  }
+  static constexpr bool int8() { return std::is_same_v<typename C::Dot, Int8>; }
+  int all() const { return dwords + extra; }
+};
+
+// Where chunk i of a row lies: in a row of its own, or in packed rows.
+struct Strided {
+  float* first;
+  int64_t stride;  // floats
+  float* chunk(int64_t i) const { return first + i * stride; }
+};
+
+// 16 bytes in another order; what is chosen here, decode.h says.
+template <class C>
+static inline void permute(const void* from, void* to) {
+  typedef uint16_t words __attribute__((vector_size(16)));
+  typedef uint8_t bytes __attribute__((vector_size(16)));
+  using D = typename C::Dot;
+  if constexpr (std::is_same_v<D, Int8>) {
+    bytes x; std::memcpy(&x, from, 16);
+    if constexpr (C::INPUTS == 8) x = __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    std::memcpy(to, &x, 16);
+  } else {
+    words x; std::memcpy(&x, from, 16);
+    if constexpr (D::PER_DWORD == 2 && C::INPUTS == 8) x = __builtin_shufflevector(x, x, 0, 4, 1, 5, 2, 6, 3, 7);
+    if constexpr (D::PER_DWORD == 2 && C::INPUTS == 4) x = __builtin_shufflevector(x, x, 0, 2, 1, 3, 4, 6, 5, 7);
+    std::memcpy(to, &x, 16);
+  }
+}
+
+// One row of `inner` elements of type D, to coded ones; they may be the same memory if neither the type nor the length changes.
+template <class C, class D>
+inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
+  using Element = typename D::Element;
+  constexpr int PER_CHUNK = CHUNK * D::PER_DWORD;
+  const Codes& q = *w.codes;
+  const RowShape<C> shape(w);
+  auto chunk_of = [&](int i, Element* out) {  // elements past the end are 0
+    const int there = int(std::clamp<int64_t>(w.inner - int64_t(i) * PER_CHUNK, 0, PER_CHUNK));
+    if (there < PER_CHUNK) std::memset(out, 0, CHUNK * 4);
+    if (there > 0) std::memcpy(out, from.chunk(i), there * sizeof(Element));
+  };
+  alignas(64) Element elements[PER_CHUNK];
+  if (!shape.extra) {
+    for (int i = 0; i < shape.dwords / CHUNK; i++) {
+      chunk_of(i, elements);
+      for (int part = 0; part < 4; part++) permute<C>((const char*)elements + part * 16, (char*)to.chunk(i) + part * 16);
+    }
+    return;
+  }
+  const int inputs = shape.dwords * C::Dot::PER_DWORD;
+  veci largest{};
+  for (int i = 0; i < inputs / PER_CHUNK; i++) {
+    chunk_of(i, elements);
+    for (int c = 0; c < PER_CHUNK; c += WIDTH) {
+      const vec x = D::load(elements + c);
+      store(values + i * PER_CHUNK + c, x);
+      const veci bits = (veci)x & 0x7fffffff;  // their order is that of the magnitudes, and NaN is the largest
+      largest = (veci)select(bits > largest, (vec)bits, (vec)largest);
+    }
+  }
+  auto extra = [&](int i) -> float& { return to.chunk((shape.dwords + i) / CHUNK)[i % CHUNK]; };
+  if constexpr (std::is_same_v<typename C::Dot, Int8>) {
+    float amax = 1e-10f;
+    for (int i = 0; i < WIDTH; i++) {
+      const float m = ((vec)largest)[i];
+      amax = m <= amax ? amax : m;
+      if (m != m) { amax = m; break; }
+    }
+    const float scale = amax / 127.f;
+    extra(0) = scale;
+    for (int i = 0; i < shape.dwords / CHUNK; i++) {
+      alignas(64) int8_t codes[64];
+      for (int c = 0; c < 64; c += WIDTH) {
+        const vec shifted = load(values + i * 64 + c) / scale + 12582912.f;  // 1.5 * 2^23: the nearest integer is in the low bits
+        const veci bits = (veci)shifted;
+        typedef int8_t lanes __attribute__((vector_size(WIDTH)));
+        const lanes narrow_bits = __builtin_convertvector((bits << 24) >> 24, lanes);
+        std::memcpy(codes + c, &narrow_bits, sizeof narrow_bits);
+        store(values + i * 64 + c, shifted - 12582912.f);
+      }
+      for (int part = 0; part < 4; part++) permute<C>(codes + part * 16, (char*)to.chunk(i) + part * 16);
+    }
+  } else {
+    extra(0) = 1.f;
+    for (int i = 0; i < shape.dwords / CHUNK; i++) {
+      alignas(64) Element now[PER_CHUNK];
+      for (int c = 0; c < PER_CHUNK; c += WIDTH) D::store(now + c, load(values + i * PER_CHUNK + c));
+      for (int part = 0; part < 4; part++) permute<C>((const char*)now + part * 16, (char*)to.chunk(i) + part * 16);
+    }
+  }
+  for (int s = 0; s < int(q.spans.size()); s++) {
+    const float *x = values + q.spans[s].first * C::INPUTS, *end = x + q.spans[s].count * C::INPUTS;
+    vec sum{};
+    for (; x + WIDTH <= end; x += WIDTH) sum += load(x);
+    float total = 0;
+    for (int i = 0; i < WIDTH; i++) total += sum[i];
+    for (; x < end; x++) total += *x;
+    extra(1 + s) = total;
+  }
+}
+
+template <class F>
+inline void in_parts(const Pool& pool, int64_t count, F some) {
+  if (count <= 8 || pool.workers == 1) return some(0, count);  // one more join costs as much
+  pool([&](int worker) { some(count * worker / pool.workers, count * (worker + 1) / pool.workers); });
+}
+
+// All rows of x, [rows, inner], one after the other.
+template <class C, class D>
+inline void code_rows(const Pool& pool, const Weight& w, const void* x, int64_t rows, float* out) {
+  const RowShape<C> shape(w);
+  const int64_t row_floats = w.inner * int64_t(sizeof(typename D::Element));
+  auto some = [&](int64_t first, int64_t last) {
+    Buffer values = buffer(int64_t(shape.dwords) * C::Dot::PER_DWORD);
+    for (int64_t r = first; r < last; r++)
+      code_row<C, D>(w, {(float*)(static_cast<const char*>(x) + r * row_floats), CHUNK}, {out + r * shape.all(), CHUNK}, values.get());
+  };
+  in_parts(pool, rows, some);
+}
+
+// Packed rows of a plan's blocks, `padded` floats each, to packed coded rows.
+template <class C, class D>
+inline void code_blocks(const Pool& pool, const Weight& w, const std::vector<RowBlock>& blocks, const float* rows, int padded, float* out) {
+  const RowShape<C> shape(w);
+  auto some = [&](int64_t first, int64_t last) {
+    Buffer values = buffer(int64_t(shape.dwords) * C::Dot::PER_DWORD);
+    for (int64_t b = first; b < last; b++)
+      for (int r = 0; r < blocks[b].rows; r++) {
+        const int64_t stride = int64_t(blocks[b].rows) * CHUNK;
+        code_row<C, D>(w, {const_cast<float*>(rows) + blocks[b].start * padded + r * CHUNK, stride}, {out + blocks[b].start * shape.all() + r * CHUNK, stride},
+                       values.get());
+      }
+  };
+  in_parts(pool, int64_t(blocks.size()), some);
+}
+
+}  // namespace moe_fn

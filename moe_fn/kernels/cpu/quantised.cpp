@@ -1,0 +1,46 @@
+#include "quantised.h"
+
+#include "forward.h"
+
+namespace moe_fn {
+namespace {
+
+template <class D, class C>
+void experts_of(const Pool& pool, const RoutedExperts& q) {
+  using M = Quantised<C>;
+  const Plan plan = plan_of_routing(q, M::chunk_rows(q.gate_up), BLOCK_ROWS);
+  const int64_t rows = int64_t(plan.source.size());
+  const RowShape<C> x_shape(q.gate_up), hidden_shape(q.down);
+  const int padded = round_up(hidden_width(q) / D::PER_DWORD, CHUNK);
+  Buffer x = buffer(q.tokens * x_shape.all());
+  code_rows<C, D>(pool, q.gate_up, q.x, q.tokens, x.get());
+  Buffer hidden = buffer(rows * padded);
+  clear_pre<D>(q, rows);
+  first_product<D, M>(pool, plan, q, x.get(), hidden.get(), padded);
+  Buffer coded = buffer(rows * hidden_shape.all());
+  code_blocks<C, D>(pool, q.down, plan.blocks, hidden.get(), padded, coded.get());
+  second_product<D, M>(pool, plan, plan.weight.data(), q, coded.get(), hidden_shape.all());
+}
+
+template <class D, class Dot>
+void with_scheme(const Pool& pool, const RoutedExperts& q) {
+  const Codes& codes = *q.gate_up.codes;
+  if (codes.scheme == Scheme::int4) return experts_of<D, Nibbles<Dot, false>>(pool, q);
+  if (codes.scheme == Scheme::int8) return experts_of<D, Bytes<Dot, false>>(pool, q);
+  if constexpr (!std::is_same_v<Dot, Int8>) {
+    if (codes.scheme == Scheme::e2m1) return experts_of<D, Nibbles<Dot, true>>(pool, q);
+    experts_of<D, Bytes<Dot, true>>(pool, q);
+  }
+}
+
+}  // namespace
+
+void quantised_experts(const Pool& pool, const RoutedExperts& q) {
+  if (!q.tokens) return;
+  with_type(q.type, [&](auto d) {
+    using D = decltype(d);
+    q.gate_up.codes->int8_rows ? with_scheme<D, Int8>(pool, q) : with_scheme<D, D>(pool, q);
+  });
+}
+
+}  // namespace moe_fn

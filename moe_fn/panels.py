@@ -1,0 +1,83 @@
+"""The layout of panels: which output lies where, for weights and for what belongs to their outputs. Permutations alone, all invertible.
+
+A panel has 32 columns, outputs of a matrix; one of a gated gate_up has 16 gates, then the 16 ups that match.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, as_activation
+
+PANEL = 32  # columns of a panel
+STEP_BYTES = 4  # of a column that lie together
+
+
+def per_step_of(dtype: torch.dtype) -> int:
+    """Inputs (of codes of 4 bits: pairs) that lie together: as many as fit in 32 bits."""
+    return max(STEP_BYTES // dtype.itemsize, 1)
+
+
+def num_panels(config: MoEConfig, name: str) -> int:
+    """Panels of gate_up, or of down."""
+    if name == "down":
+        return -(-config.expert_hidden_size // PANEL)
+    return -(-config.intermediate_size // (PANEL // 2 if as_activation(config.activation).gated else PANEL))
+
+
+def lay_weight(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
+    """[E, outputs, in] -> [E, panels, steps, 32 * d]; bytes of codes are what they are."""
+    per_step = per_step_of(weight.dtype)
+    by_panel = _to_panels(config, name, _bytes(weight))
+    steps: Tensor = _pad(by_panel, 2, per_step).unflatten(2, (-1, per_step)).unflatten(1, (-1, PANEL))
+    return steps.transpose(2, 3).flatten(3).contiguous().view(weight.dtype)
+
+
+def lift_weight(config: MoEConfig, name: str, panels: Tensor, inputs: int) -> Tensor:
+    """The inverse: [E, panels, steps, 32 * d] -> [E, outputs, inputs]; inputs counts elements of the tensor."""
+    columns: Tensor = _bytes(panels).unflatten(3, (PANEL, -1))
+    columns = columns.transpose(2, 3).flatten(3).flatten(1, 2).narrow(2, 0, inputs)
+    return _from_panels(config, name, columns).contiguous().view(panels.dtype)
+
+
+def lay_columns(config: MoEConfig, name: str, values: Tensor) -> Tensor:
+    """Numbers of outputs, [E, outputs, n] -> [E, panels, n, 32]: those of a panel's columns together."""
+    by_panel: Tensor = _to_panels(config, name, _bytes(values)).unflatten(1, (-1, PANEL))
+    return by_panel.transpose(2, 3).contiguous().view(values.dtype)
+
+
+def lift_columns(config: MoEConfig, name: str, panels: Tensor) -> Tensor:
+    """The inverse: [E, panels, n, 32] -> [E, outputs, n]."""
+    return _from_panels(config, name, _bytes(panels).transpose(2, 3).flatten(1, 2)).contiguous().view(panels.dtype)
+
+
+def _bytes(t: Tensor) -> Tensor:
+    return t.view(torch.uint8) if t.itemsize == 1 else t  # eight-bit floats cannot do all of this
+
+
+def _pad(weight: Tensor, dim: int, multiple: int) -> Tensor:
+    missing = -weight.shape[dim] % multiple
+    shape = list(weight.shape)
+    shape[dim] = missing
+    return torch.cat([weight, weight.new_zeros(shape)], dim) if missing else weight
+
+
+def _to_panels(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
+    """Outputs in the order of the panels, padded to whole ones."""
+    if name == "down" or not as_activation(config.activation).gated:
+        return _pad(weight, 1, PANEL)
+    gates_and_ups: Tensor = (
+        weight.unflatten(1, (2, -1)) if config.gate_up_layout == "packed" else weight.unflatten(1, (-1, 2)).transpose(1, 2)
+    )
+    by_panel: Tensor = _pad(gates_and_ups, 2, PANEL // 2).unflatten(2, (-1, PANEL // 2))
+    return by_panel.transpose(1, 2).flatten(1, 3)
+
+
+def _from_panels(config: MoEConfig, name: str, columns: Tensor) -> Tensor:
+    """Outputs in the order of the weights, without padding."""
+    if name == "down":
+        return columns.narrow(1, 0, config.expert_hidden_size)
+    inner = config.intermediate_size
+    if not as_activation(config.activation).gated:
+        return columns.narrow(1, 0, inner)
+    gates_and_ups: Tensor = columns.unflatten(1, (-1, 2, PANEL // 2)).transpose(1, 2).flatten(2, 3).narrow(2, 0, inner)
+    return gates_and_ups.flatten(1, 2) if config.gate_up_layout == "packed" else gates_and_ups.transpose(1, 2).flatten(1, 2)

@@ -1,0 +1,299 @@
+"""Adapters as PEFT saves them: by the documented layout, against peft itself where it is there, and folders that lie."""
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from support import law
+from torch import Tensor
+
+import moe_fn
+from moe_fn import MoEConfig
+from moe_fn.testing import assert_matches, weights_for
+
+pytest.importorskip("safetensors")
+from safetensors.torch import save_file
+
+from moe_fn.checkpoint import load_lora
+
+PREFIX = "model.layers.3.mlp"
+Products = dict[str, dict[int, Tensor]]  # by part and expert: what is to be added to the matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A folder's contents, and what the adapter adds to each matrix."""
+
+    config: MoEConfig
+    adapter_config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    added: Products
+    layout: Any = None
+
+
+def write(folder: Path | str, adapter_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(adapter_config))
+    save_file({name: t.clone() for name, t in tensors.items()}, Path(folder) / "adapter_model.safetensors")
+
+
+def sizes_of(config: MoEConfig) -> dict[str, tuple[int, int]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    gated = config.activation != "relu2_no_mul"
+    return {"gate": (hidden, inner), "up": (hidden, inner), "gate_up": (hidden, 2 * inner if gated else inner), "down": (inner, hidden)}
+
+
+@st.composite
+def saved(draw: DrawFn) -> Saved:
+    gated = draw(st.booleans())
+    config = MoEConfig(
+        num_experts=draw(st.integers(1, 4)),
+        top_k=1,
+        hidden_size=draw(st.integers(2, 6)),
+        intermediate_size=draw(st.integers(2, 5)),
+        activation="silu" if gated else "relu2_no_mul",
+        gate_up_layout=draw(st.sampled_from(["packed", "interleaved"])) if gated else "packed",
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    rank, alpha, stabilised = draw(st.integers(1, 3)), draw(st.sampled_from([1.0, 8, 0.5])), draw(st.booleans())
+    values: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": stabilised, "bias": "none"}
+    make = _modules if draw(st.booleans()) else _parameters
+    tensors, added, more = make(draw, config, gated, rank, alpha, stabilised, generator)
+    layout = draw(st.sampled_from([None, "packed", "interleaved"])) if make is _parameters and gated else None
+    return Saved(config, values | more, tensors, added, layout)
+
+
+def _modules(
+    draw: DrawFn, config: MoEConfig, gated: bool, rank: int, alpha: float, stabilised: bool, generator: torch.Generator
+) -> tuple[dict[str, Tensor], Products, dict[str, Any]]:
+    names = draw(st.sampled_from([("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")]))
+    parts = dict(zip(("gate", "up", "down"), names, strict=True))
+    if not gated:
+        parts = {"up": "up_proj", "down": "down_proj"}
+    parts = {part: parts[part] for part in draw(st.sets(st.sampled_from(sorted(parts)), min_size=1))}
+    other = draw(st.integers(1, 4))
+    pattern = {rf"experts.\d+.{next(iter(parts.values()))}": other} if draw(st.booleans()) else {}
+    tensors, added = {}, {part: dict[int, Tensor]() for part in parts}
+    for expert in draw(st.sets(st.integers(0, config.num_experts - 1), min_size=1)):
+        for part, name in parts.items():
+            own = other if pattern and part == next(iter(parts)) else rank
+            size, out = sizes_of(config)[part]
+            a, b = torch.randn(own, size, generator=generator), torch.randn(out, own, generator=generator)
+            module = f"base_model.model.{PREFIX}.experts.{expert}.{name}"
+            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            added[part][expert] = b @ a * alpha / (math.sqrt(own) if stabilised else own)
+    return tensors, added, {"rank_pattern": pattern}
+
+
+def _parameters(
+    draw: DrawFn, config: MoEConfig, gated: bool, rank: int, alpha: float, stabilised: bool, generator: torch.Generator
+) -> tuple[dict[str, Tensor], Products, dict[str, Any]]:
+    parts = draw(st.sampled_from([("gate_up", "down"), ("down",), ("gate_up",)]))
+    names = {"gate_up": "gate_up_proj" if gated else "up_proj", "down": "down_proj"}
+    alphas = {"mlp.experts.down_proj": 3.0} if draw(st.booleans()) else {}
+    tensors, added, experts = {}, {}, config.num_experts
+    for part in parts:
+        size, out = sizes_of(config)[part]
+        a, b = torch.randn(rank * experts, size, generator=generator), torch.randn(out, rank * experts, generator=generator)
+        module = f"base_model.model.{PREFIX}.experts" + (".base_layer" if part == "gate_up" and len(parts) == 2 else "")
+        tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        factor = alphas.get(f"mlp.experts.{names[part]}", alpha) / (math.sqrt(rank) if stabilised else rank)
+        every = torch.einsum("ore,eri->eoi", b.reshape(out, rank, experts), a.reshape(experts, rank, size)) * factor
+        added[part] = dict(enumerate(every))
+    return tensors, added, {"alpha_pattern": alphas, "target_parameters": [f"mlp.experts.{names[part]}" for part in parts]}
+
+
+def matrix(problem: Saved, product: str, expert: int) -> Tensor:
+    """What is added to a product of an expert, in the order of the config."""
+    config, (size, out) = problem.config, sizes_of(problem.config)[product]
+    if product in problem.added or product == "down" or config.activation == "relu2_no_mul":
+        part = product if product in problem.added or product == "down" else "up"
+        found = problem.added.get(part, {}).get(expert, torch.zeros(out, size))
+        layout = problem.layout or config.gate_up_layout
+    else:
+        halves = [problem.added.get(part, {}).get(expert, torch.zeros(out // 2, size)) for part in ("gate", "up")]
+        found, layout = torch.cat(halves), "packed"
+    if product == "gate_up" and layout != config.gate_up_layout:
+        half = out // 2
+        order = [row // 2 + half * (row % 2) for row in range(out)] if layout == "packed" else [*range(0, out, 2), *range(1, out, 2)]
+        found = found[order]
+    return found
+
+
+def assert_adds(config: MoEConfig, lora: moe_fn.LoRAWeights, wanted: Callable[[str, int], Tensor]) -> None:
+    for product in ("gate_up", "down"):
+        a, b = getattr(lora, f"{product}_a"), getattr(lora, f"{product}_b")
+        for expert in range(config.num_experts):
+            expected = wanted(product, expert)
+            assert_matches(torch.zeros_like(expected) if a is None else b[0, expert] @ a[0, expert], expected, scale=1.0)
+
+
+@settings(max_examples=40)
+@law(saved())
+def test_an_adapter_of_peft_is_loaded_as_it_was_saved(problem: Saved) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder, problem.adapter_config, problem.tensors)
+        lora = load_lora(folder, PREFIX, problem.config, gate_up_layout=problem.layout)
+    assert_adds(problem.config, lora, lambda product, expert: matrix(problem, product, expert))
+    config, weights = moe_fn.add_lora(problem.config, weights_for(problem.config), [lora])
+    assert config.lora is not None and config.lora.experts == "each"
+    moe_fn.moe_forward(config, weights, torch.zeros(2, config.hidden_size), torch.zeros(2, config.num_experts))
+
+
+CONFIG = MoEConfig(num_experts=4, top_k=2, hidden_size=16, intermediate_size=12)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("targets", [("gate_up_proj", "down_proj"), ("down_proj",), ("gate_up_proj",)], ids=str)
+def test_a_model_of_peft_computes_what_the_loaded_adapter_does(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    more = {"moe_intermediate_size": 12, "num_experts": 4} if family == "qwen3_moe" else {"num_local_experts": 4, "intermediate_size": 12}
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(
+            family, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=32,
+            num_experts_per_tok=2, **more,
+        )
+    )  # fmt: skip
+    lora_config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=[], target_parameters=[f"mlp.experts.{name}" for name in targets], init_lora_weights=False,
+        rank_pattern={"experts.down_proj": 2}, alpha_pattern={"experts.down_proj": 7},
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapted = peft.get_peft_model(model, lora_config)
+    adapted.save_pretrained(tmp_path)
+    after = dict(adapted.merge_and_unload().named_parameters())
+    interleaved = family == "gpt_oss"
+    lora = load_lora(tmp_path, "model.layers.0.mlp", CONFIG, gate_up_layout="interleaved" if interleaved else None)
+
+    def wanted(product: str, expert: int) -> Tensor:
+        name = f"model.layers.0.mlp.experts.{product}_proj"
+        difference = (after[name] - before[name])[expert].detach()
+        if not interleaved:
+            return difference
+        return difference.T if product == "down" else torch.cat([difference.T[0::2], difference.T[1::2]])
+
+    assert_adds(CONFIG, lora, wanted)
+
+
+class Experts(torch.nn.Module):
+    """Experts that are modules of their own, as models had them before transformers 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"gate_proj": (16, 12), "up_proj": (16, 12), "down_proj": (12, 16)}
+        each = (torch.nn.ModuleDict({name: torch.nn.Linear(*size, bias=False) for name, size in sizes.items()}) for _ in range(4))
+        self.mlp = torch.nn.ModuleDict({"experts": torch.nn.ModuleList(each)})
+
+
+@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["up_proj"], r".*experts\.[12]\.(gate|down)_proj"], ids=str)
+def test_modules_of_peft_are_what_the_loaded_adapter_adds(targets: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = Experts()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, rank_pattern={"experts.1.up_proj": 2},
+                               alpha_pattern={"down_proj": 7})
+    )  # fmt: skip
+    adapted.save_pretrained(tmp_path)
+    after = dict(adapted.merge_and_unload().named_parameters())
+    lora = load_lora(tmp_path, "mlp", CONFIG)
+
+    def wanted(product: str, expert: int) -> Tensor:
+        names = [f"mlp.experts.{expert}.{part}_proj.weight" for part in (("down",) if product == "down" else ("gate", "up"))]
+        return torch.cat([(after[name] - before[name]).detach() for name in names])
+
+    assert_adds(CONFIG, lora, wanted)
+
+
+def test_an_adapter_of_an_older_peft_is_turned_over(tmp_path: Path) -> None:
+    a, b = torch.randn(8, 16), torch.randn(12, 8)  # of down [4, 16, 12]: up to 0.18 the dims in their order
+    tensors = {f"{PREFIX}.experts.lora_A.weight": a, f"{PREFIX}.experts.lora_B.weight": b}
+    write(tmp_path, PLAIN | {"target_parameters": ["experts.down_proj"]}, tensors)
+    delta = torch.einsum("ore,eri->eio", b.reshape(12, 2, 4), a.reshape(4, 2, 16)) * 2
+    found = load_lora(tmp_path, PREFIX, CONFIG)
+    assert_adds(CONFIG, found, lambda product, expert: delta[expert] if product == "down" else torch.zeros(24, 16))
+
+
+def test_dtype_and_device_are_as_asked(tmp_path: Path) -> None:
+    write(tmp_path, PLAIN, {name: t.to(torch.bfloat16) for name, t in GOOD.items()})
+    kept, wide = (load_lora(tmp_path, PREFIX, CONFIG, dtype=dtype) for dtype in (None, torch.float64))
+    assert kept.down_a is not None and kept.down_a.dtype == torch.bfloat16
+    assert wide.down_b is not None and wide.down_b.dtype == torch.float64 and wide.down_b.shape == (1, 4, 16, 2)
+
+
+PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+GOOD = {f"{PREFIX}.experts.1.down_proj.lora_A.weight": torch.ones(2, 12), f"{PREFIX}.experts.1.down_proj.lora_B.weight": torch.ones(16, 2)}
+
+
+def renamed(old: str, new: str) -> dict[str, Tensor]:
+    return {name.replace(old, new): t for name, t in GOOD.items()}
+
+
+FOLDERS: dict[str, tuple[Any, dict[str, Tensor]]] = {
+    "peft_type is 'LOHA'": (PLAIN | {"peft_type": "LOHA"}, GOOD),
+    "peft_type is None": ({}, GOOD),
+    "use_dora is True": (PLAIN | {"use_dora": True}, GOOD),
+    "lora_bias is True": (PLAIN | {"lora_bias": True}, GOOD),
+    "bias is 'all'": (PLAIN | {"bias": "all"}, GOOD),
+    "init_lora_weights is 'pissa'": (PLAIN | {"init_lora_weights": "pissa"}, GOOD),
+    "init_lora_weights is \\[\\]": (PLAIN | {"init_lora_weights": []}, GOOD),
+    "r is None": ({"peft_type": "LORA", "lora_alpha": 4}, GOOD),
+    "r is -1": (PLAIN | {"r": -1}, GOOD),
+    "lora_alpha is inf": (PLAIN | {"lora_alpha": float("inf")}, GOOD),
+    "lora_alpha is 1000": (PLAIN | {"lora_alpha": 10**400}, GOOD),
+    "use_rslora is 3": (PLAIN | {"use_rslora": 3}, GOOD),
+    "target_parameters is 'x'": (PLAIN | {"target_parameters": "x"}, GOOD),
+    "rank_pattern is \\[3\\]": (PLAIN | {"rank_pattern": [3]}, GOOD),
+    "rank_pattern has the pattern '\\(a\\+\\)\\+'": (PLAIN | {"rank_pattern": {"(a+)+": 2}}, GOOD),
+    "rank_pattern has the pattern '\\*'": (PLAIN | {"rank_pattern": {"*": 2}}, GOOD),
+    "alpha_pattern is 'x'": (PLAIN | {"alpha_pattern": {"a": "x"}}, GOOD),
+    "holds a list": ([], GOOD),
+    "no adapter below": (PLAIN, renamed(PREFIX, "model.layers.4.mlp")),
+    "lora_A.weight is alone; expected": (PLAIN, dict(list(GOOD.items())[:1])),
+    "has model.layers.3.mlp.gate.lora_A.weight; expected only": (PLAIN, GOOD | {f"{PREFIX}.gate.lora_A.weight": torch.ones(2, 2)}),
+    "experts 0..3": (PLAIN, renamed("experts.1", "experts.4")),
+    "are \\[2, 12\\] and \\[16, 2\\]; expected \\[2, 16\\] and \\[12, 2\\]": (PLAIN, renamed("down_proj", "up_proj")),
+    "are \\[2, 12\\] and \\[16, 2\\]; expected \\[3, 12\\] and \\[16, 3\\]": (PLAIN | {"r": 3}, GOOD),
+    "is I64 \\[2, 12\\]": (PLAIN, {name: t.to(torch.int64) for name, t in GOOD.items()}),
+    "is F32 \\[2, 12, 1\\]": (PLAIN, {name: t.unsqueeze(2) for name, t in GOOD.items()}),
+    "expected one form": (PLAIN, GOOD | renamed("experts.1.down_proj", "experts")),
+    "expected target_parameters to name one": (PLAIN, renamed("experts.1.down_proj", "experts")),
+    "are \\[2, 12\\] and \\[16, 2\\]; expected \\[8, 12\\] and \\[16, 8\\] of down_proj": (
+        PLAIN | {"target_parameters": ["mlp.experts.down_proj"]},
+        renamed("experts.1.down_proj", "experts"),
+    ),
+    "a product has two adapters": (PLAIN, GOOD | renamed("down_proj", "w2")),
+}
+
+
+@pytest.mark.parametrize("words", FOLDERS)
+def test_folders_that_do_not_fit_are_refused_in_words(words: str, tmp_path: Path) -> None:
+    write(tmp_path, *FOLDERS[words])
+    with pytest.raises(ValueError, match=words):
+        load_lora(tmp_path, PREFIX, CONFIG)
+
+
+def test_what_is_no_folder_of_peft_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
+        load_lora(tmp_path, PREFIX, CONFIG)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PLAIN))
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
+        load_lora(tmp_path, PREFIX, CONFIG)
+    write(tmp_path, PLAIN, GOOD)
+    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match="expected"):
+        load_lora(tmp_path, PREFIX, CONFIG)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no JSON"):
+        load_lora(tmp_path, PREFIX, CONFIG)
