@@ -28,7 +28,7 @@ def spread(scale: Tensor, tile: Tile, halves: int, outputs: int, inputs: int) ->
     """Each tile's number at all its places: [E, tiles, tiles] -> [E, outputs, inputs].
 
     >>> spread(torch.tensor([[[1, 2]]]), (1, 2), 1, 1, 3).tolist()
-    [[[1, 2, 2]]]
+    [[[1, 1, 2]]]
     """
     of_half = outputs // halves
     by_half: Tensor = scale.unflatten(1, (halves, -1))

@@ -51,7 +51,7 @@ def configs(**fixed: Any) -> SearchStrategy[MoEConfig]:
 @st.composite
 def _configs(draw: DrawFn, fixed: dict[str, SearchStrategy[Any]]) -> MoEConfig:
     # Without a draw of its own where nobody fixes it: that would make all the other examples different ones.
-    known: Known = {"lora": None} | {name: draw(strategy) for name, strategy in fixed.items()}
+    known: Known = {"lora": None, "quant": None} | {name: draw(strategy) for name, strategy in fixed.items()}
     router = known.pop("router", None)
     if router is not None:
         known = {name: getattr(router, name) for name in _ROUTER_FIELDS} | known
