@@ -161,7 +161,7 @@ def draw(path: Path, rows: list[Row], adapted_loss: float | None) -> str:
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
     for i, row in enumerate(rows[1:]):
-        axes.plot(row.bits, row.loss, "o", color=f"C{i % 10}", marker="os^Dv"[i // 10 + (i % 3)], label=f"{row.name}: {row.loss:.4f}")
+        axes.plot(row.bits, row.loss, "os^"[i % 3], color=f"C{i % 10}", label=f"{row.name}: {row.loss:.4f}")
     if adapted_loss is not None:
         axes.plot(next(row.bits for row in rows if row.name == ADAPTED), adapted_loss, "*", color="black", markersize=11, label="and LoRA")
     axes.axhline(rows[0].loss, color="gray", linestyle=":", label=f"float32 (32 bits): {rows[0].loss:.4f}")
