@@ -15,9 +15,10 @@ _BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # exponents; the others are float32
 def travelling(config: MoEConfig, weighted: bool) -> ActivationQuantConfig | None:
     """How rows travel: rounded as the first product will round them, or as they are (None).
 
-    As they are where a scale is an expert's own (static), and where weights are still to be multiplied with what arrives.
+    As they are where a scale is an expert's own (static), where weights are still to be multiplied with what arrives, and where there are
+    adapters, which see inputs that are not rounded.
     """
-    activations = None if config.quant is None else config.quant.activations
+    activations = None if config.quant is None or config.lora is not None else config.quant.activations
     if activations is None or activations.static or (config.router.weight_on == "input" and not weighted):
         return None
     return activations
