@@ -51,11 +51,6 @@ def test_plain_compile_makes_one_graph_for_every_token_count() -> None:
     assert_one_graph(layer_of(config), lambda n: args_of(config, n), TOKENS, fullgraph=False, backward=True, backend="aot_eager")
 
 
-def test_inductor_gives_the_numbers_of_eager() -> None:
-    config = config_of()
-    assert_one_graph(layer_of(config), lambda n: args_of(config, n), (3, 0, 1, 33))
-
-
 def test_adapters_are_products_and_no_loop() -> None:
     """Two products of the experts, two of each projection's adapters, however many adapters there are; an outer product for each."""
     config = config_of(backend="torch")

@@ -195,6 +195,8 @@ def test_every_op_has_samples() -> None:
 def test_opcheck_passes(name: str, dtype: torch.dtype) -> None:
     if reason := refuses(name, dtype):
         pytest.skip(reason)
+    if name.endswith("_triton") and dtype != torch.float32:
+        pytest.skip("the interpreter takes 20 s for each dtype, and the contract is the same")
     for sample in SAMPLES[name](dtype, True):
         opcheck(op_of(name), sample)
 

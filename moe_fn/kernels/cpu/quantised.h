@@ -1,13 +1,17 @@
 // Products with quantised weights: of each span of the inner dimension, dwords are decoded and multiplied into sums from zero, in registers,
 // then   total += (sum + correction[column] * (sum of x)) * scale[column]
-// Weights are decoded in registers and used at once, by up to 12 rows. Where vectors are shorter than AVX-512's, several blocks of rows
+// Weights are decoded in registers and used at once, by up to 12 rows (6 without bfloat16 products). Where vectors are shorter than AVX-512's, several blocks of rows
 // share a span of a panel that is decoded to memory. Both add in one order, so a token's bits do not depend on the batch.
 #pragma once
 #include "coded_rows.h"
 
 namespace moe_fn {
 
-constexpr int FEW_ROWS = WIDTH == 16 ? 12 : MAX_ROWS;  // 12 x 2 vectors of sums, and what decodes in the others
+#if defined(__AVX512BF16__)
+constexpr int FEW_ROWS = 12;  // 12 x 2 vectors of sums, and what decodes in the others
+#else
+constexpr int FEW_ROWS = WIDTH == 16 ? 6 : MAX_ROWS;  // a pair of bfloat16 is two vectors there; and 12 would take a minute to compile
+#endif
 constexpr int BLOCK_ROWS = WIDTH == 16 ? FEW_ROWS : MAX_ROWS;
 
 // A panel's scales and what belongs to them.
