@@ -115,7 +115,7 @@ def codes_of(weights: MoEWeights, name: str) -> Codes:
 def decoded(quant: QuantConfig, stored: Codes, halves: int, dtype: torch.dtype) -> Tensor:
     """The floats: [E, outputs, inputs] in dtype, computed in float32 or wider."""
     wide, row = accumulation_dtype(dtype), quant.row
-    codes = unpack_halves(stored.codes) if row.bits == 4 else stored.codes
+    codes = _apart(quant, stored.codes)
     size = codes.shape[1], codes.shape[2]
 
     def at_all_places(values: Tensor, tile: Tile) -> Tensor:
@@ -150,14 +150,21 @@ def encoded(quant: QuantConfig, weight: Tensor, halves: int, importance: Tensor 
         difference = decoded(quant, codes, halves, torch.float32) - weight.to(torch.float32)
         errors.append(by_tile(difference.square() * importance.unsqueeze(1), quant.tile, halves).sum(-1))
     best = torch.stack(errors).argmin(0)  # of each tile
-    of_byte = spread(best, quant.tile, halves, weight.shape[1], weight.shape[2])[..., :: quant.per_byte]
+    of_weight = spread(best, quant.tile, halves, weight.shape[1], weight.shape[2])
     zero_points = [codes.zero_point for codes in found if codes.zero_point is not None]
+    # One by one: the two codes of a byte may lie in two tiles.
+    chosen = _chosen([_apart(quant, codes.codes) for codes in found], of_weight)
     return Codes(
-        codes=_chosen([codes.codes for codes in found], of_byte),
+        codes=pack_halves(chosen) if quant.row.bits == 4 else chosen,
         scale=_chosen([codes.scale for codes in found], best),
         zero_point=_chosen(zero_points, best) if zero_points else None,
         global_scale=found[0].global_scale,
     )
+
+
+def _apart(quant: QuantConfig, codes: Tensor) -> Tensor:
+    """Each code an element of its own."""
+    return unpack_halves(codes) if quant.row.bits == 4 else codes
 
 
 def _chosen(values: list[Tensor], which: Tensor) -> Tensor:
