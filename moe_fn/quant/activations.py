@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import ActivationQuantConfig
-from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor
+from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero
 
 _E4M3_LEAST = 1 / (448 * 512)  # of a token's scale, as vLLM's kernel has it
 
@@ -37,7 +37,7 @@ def rounded_rows(config: ActivationQuantConfig, rows: Tensor, present: Tensor, s
     groups = _by_group(wide, size)
     amax = groups.abs().amax(-1)
     if config.scheme == "nvfp4":
-        above = static_scale if static_scale is not None else _positive(amax.amax(-1, keepdim=True) / (448 * 6))
+        above = static_scale if static_scale is not None else one_if_zero(amax.amax(-1, keepdim=True) / (448 * 6))
         units, scale = _units_of_nvfp4(groups, amax, above)
     else:
         if config.granularity == "tensor" and static_scale is None:
@@ -66,10 +66,6 @@ def _units_of_nvfp4(groups: Tensor, amax: Tensor, above: Tensor) -> tuple[Tensor
     scale = round_to("fp8_e4m3", amax / (6 * above))
     units = groups / above.unsqueeze(-1) / scale.unsqueeze(-1)
     return torch.where(scale.unsqueeze(-1) == 0, 0, units), scale * above
-
-
-def _positive(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 1, scale)
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:

@@ -68,15 +68,23 @@ def encode_e8m0(exponents: Tensor) -> Tensor:
 
 def log2_floor(values: Tensor) -> Tensor:
     """floor(log2 v), exact for positive v; -inf for 0, v itself where it is infinite or NaN."""
-    exponent = torch.frexp(values).exponent.to(values.dtype) - 1
-    return torch.where(values > 0, torch.where(values.isfinite(), exponent, values), torch.where(values == 0, -torch.inf, torch.nan))
+    return _log2(values, torch.frexp(values).exponent - 1)
 
 
 def log2_ceil(values: Tensor) -> Tensor:
     """ceil(log2 v), exact for positive v; -inf for 0, v itself where it is infinite or NaN."""
     mantissa, exponent = torch.frexp(values)
-    above = exponent.to(values.dtype) - (mantissa == 0.5).to(values.dtype)
-    return torch.where(values > 0, torch.where(values.isfinite(), above, values), torch.where(values == 0, -torch.inf, torch.nan))
+    return _log2(values, exponent - (mantissa == 0.5).to(exponent.dtype))
+
+
+def _log2(values: Tensor, exponent: Tensor) -> Tensor:
+    whole = torch.where(values.isfinite(), exponent.to(values.dtype), values)
+    return torch.where(values > 0, whole, torch.where(values == 0, -torch.inf, torch.nan))
+
+
+def one_if_zero(scale: Tensor) -> Tensor:
+    """Zeros have any scale: 1."""
+    return torch.where(scale == 0, 1, scale)
 
 
 def pack_halves(codes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import ActivationQuantConfig, MoEConfig
-from moe_fn.quant.activations import rounded_rows
+from moe_fn.quant.activations import RoundedRows, rounded_rows
 from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_floor, pack_halves, unpack_halves
 
 _BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # exponents; the others are float32
@@ -52,9 +52,7 @@ def from_bytes(a: ActivationQuantConfig, data: Tensor, width: int, dtype: torch.
     values = unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[ELEMENTS[a.scheme]])
     numbers = NUMBERS[ELEMENTS[a.scheme]].decode(values, torch.float32)
     scales = decode_e8m0(scale, torch.float32) if a.scheme in _BYTES_OF_SCALE else scale.view(torch.float32)
-    if scales.shape[1] > 1:
-        scales = scales.repeat_interleave(a.group_size or width, 1).narrow(1, 0, width)
-    return (numbers * scales).to(dtype)
+    return RoundedRows(numbers, scales, a.group_size or width).floats().to(dtype)
 
 
 def _packed(a: ActivationQuantConfig) -> bool:

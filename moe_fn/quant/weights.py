@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.quant.calibration import Calibration
-from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, pack_halves, unpack_halves
+from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero, pack_halves, unpack_halves
 from moe_fn.quant.tiles import WHOLE, Tile, by_tile, halves_of, spread
 from moe_fn.records import MoEWeights, QuantWeights
 
@@ -176,7 +176,7 @@ def _chosen(values: list[Tensor], which: Tensor) -> Tensor:
 def static_scale(activations: ActivationQuantConfig, amax: Tensor) -> Tensor:
     """Scales of inputs that reach amax: the largest of their codes stands for it (nvfp4: with the largest scale of a group)."""
     largest = 448 * 6 if activations.scheme == "nvfp4" else NUMBERS[ELEMENTS[activations.scheme]].largest
-    return _at_least_1_if_zero(amax / largest).to(torch.float32)
+    return one_if_zero(amax / largest).to(torch.float32)
 
 
 def _encoded(quant: QuantConfig, weight: Tensor, halves: int, factor: float) -> Codes:
@@ -203,23 +203,18 @@ def _encoded(quant: QuantConfig, weight: Tensor, halves: int, factor: float) -> 
     return Codes(codes=pack_halves(codes) if row.bits == 4 else codes, scale=scale, zero_point=zero_point, global_scale=global_scale)
 
 
-def _at_least_1_if_zero(scale: Tensor) -> Tensor:
-    """A tile of zeros has any scale: 1."""
-    return torch.where(scale == 0, 1, scale)
-
-
 def _amax(tiles: Tensor) -> Tensor:
     return tiles.abs().amax(-1)
 
 
 def _scale_of_int4(tiles: Tensor) -> Tensor:
     largest = tiles.gather(-1, tiles.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    return _at_least_1_if_zero(largest / -8)
+    return one_if_zero(largest / -8)
 
 
 _SCALES = {
-    ("e4m3", "float"): lambda tiles: _at_least_1_if_zero(_amax(tiles) / 448),
-    ("int8", "float"): lambda tiles: _at_least_1_if_zero(_amax(tiles) / 127),
+    ("e4m3", "float"): lambda tiles: one_if_zero(_amax(tiles) / 448),
+    ("int8", "float"): lambda tiles: one_if_zero(_amax(tiles) / 127),
     ("int4", "float"): _scale_of_int4,
     ("e4m3", "e8m0"): lambda tiles: encode_e8m0(log2_ceil(_amax(tiles) / 448)),
     ("e2m1", "e8m0"): lambda tiles: encode_e8m0(log2_floor(_amax(tiles)) - 2),  # 2^2 is the largest power of two in e2m1
@@ -228,12 +223,12 @@ _SCALES = {
 
 def _scale_and_zero(tiles: Tensor, top: int) -> tuple[Tensor, Tensor]:
     least, most = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
-    scale = _at_least_1_if_zero((most - least) / top)
+    scale = one_if_zero((most - least) / top)
     return scale, (-least / scale).round().clamp(0, top).to(torch.uint8)
 
 
 def _scales_of_nvfp4(wide: Tensor, tiles: Tensor, halves: int) -> tuple[Tensor, Tensor]:
     """Scales of the groups in e4m3, the largest of them 448, above them one of each half in float32."""
-    global_scale = _at_least_1_if_zero(_amax(by_tile(wide, WHOLE, halves)) / (448 * 6))
+    global_scale = one_if_zero(_amax(by_tile(wide, WHOLE, halves)) / (448 * 6))
     above = spread(global_scale, WHOLE, halves, tiles.shape[1], tiles.shape[2])
     return (_amax(tiles) / 6 / above).clamp(max=448).to(torch.float8_e4m3fn), global_scale
