@@ -4,7 +4,7 @@ Why ops: codes are bytes, which have no gradient, so autograd cannot go back thr
 them: functional collectives in torch that take a dtype to travel in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,26 +12,32 @@ from torch import Tensor
 from moe_fn.config import RankGroup
 from moe_fn.ops import collectives
 
-_as_gathered: Any = collectives._op(
+
+def _as(schema: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Any:
+    """An op (x, received, *places) -> received; forward and backward are the collective and its gradient, begun, of (t, *places)."""
+    return collectives._op(
+        schema,
+        lambda x, received, *places: received.clone(),
+        lambda x, received, *places: received.new_empty(received.shape),
+        lambda inputs, gradient: collectives._arrived(backward(gradient, *inputs[2:])),
+        lambda tangent, received, *places: collectives._arrived(forward(tangent, *places)),
+    )
+
+
+_as_gathered = _as(
     "as_gathered(Tensor x, Tensor received, str group, int size) -> Tensor",
-    lambda x, received, group, size: received.clone(),
-    lambda x, received, group, size: received.new_empty(received.shape),
-    lambda i, g: collectives._arrived(collectives._scatter(g, i[2], i[3])),
-    lambda t, received, group, size: collectives._arrived(collectives._gather(t, group, size)),
+    lambda t, *places: collectives._gather(t, *places),
+    lambda t, *places: collectives._scatter(t, *places),
 )
-_as_exchanged: Any = collectives._op(
+_as_exchanged = _as(
     "as_exchanged(Tensor x, Tensor received, str group, int size) -> Tensor",
-    lambda x, received, group, size: received.clone(),
-    lambda x, received, group, size: received.new_empty(received.shape),
-    lambda i, g: collectives._arrived(collectives._exchange(g, i[2], i[3])),
-    lambda t, received, group, size: collectives._arrived(collectives._exchange(t, group, size)),
+    lambda t, *places: collectives._exchange(t, *places),
+    lambda t, *places: collectives._exchange(t, *places),
 )
-_as_split: Any = collectives._op(
+_as_split = _as(
     "as_split(Tensor x, Tensor received, SymInt[] sent, SymInt[] received_sizes, str group) -> Tensor",
-    lambda x, received, sent, received_sizes, group: received.clone(),
-    lambda x, received, sent, received_sizes, group: received.new_empty(received.shape),
-    lambda i, g: collectives._arrived(collectives._exchange_splits(g, i[3], i[2], i[4])),
-    lambda t, received, sent, received_sizes, group: collectives._arrived(collectives._exchange_splits(t, sent, received_sizes, group)),
+    lambda t, *places: collectives._exchange_splits(t, *places),
+    lambda t, sent, received_sizes, group: collectives._exchange_splits(t, received_sizes, sent, group),
 )
 
 
