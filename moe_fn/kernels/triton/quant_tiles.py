@@ -1,9 +1,10 @@
 """Tiles of the products with weights in codes, by rows per expert, as moe_fn.kernels.triton.tiles has those of float weights."""
 
+import functools
 import math
 from dataclasses import replace
 
-from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Row, Tile
+from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Row, Tile, rows_that_hold
 
 LEAST_STEP = 32  # products of 8-bit codes take 32 at a time
 
@@ -61,13 +62,10 @@ def swaps(tile: Tile, width: int) -> bool:
     return width == 2 or (width == 1 and tile.rows < 64)
 
 
+@functools.cache
 def rows_of_coded(kind: str, width: int, arch: str) -> tuple[tuple[float, Tile], ...]:
-    """(rows per expert at most, tile) of a kind, rising; width: bytes of an element of the left side, 1 for codes."""
-    found: dict[float, Tile] = {}
-    for start, bytes_of, most, tile in TABLES[kind]:
-        if arch.startswith(start) and bytes_of == width:
-            found.setdefault(most, tile)
-    return tuple(found.items())
+    """(rows per expert at most, tile) of a kind; width: bytes of an element of the left side, 1 for codes. Asked at every launch."""
+    return rows_that_hold(TABLES[kind], width, arch)
 
 
 def plainer(tile: Tile, width: int) -> Tile:

@@ -161,9 +161,14 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 @functools.cache
 def rows_of(kind: str, dtype_bytes: int, arch: str) -> tuple[tuple[float, Tile], ...]:
-    """(rows per expert at most, tile) of a kind, rising: of two rows with one border the first holds. Asked at every launch."""
+    """(rows per expert at most, tile) of a kind. Asked at every launch."""
+    return rows_that_hold(TABLES[kind], dtype_bytes, arch)
+
+
+def rows_that_hold(table: tuple[Row, ...], dtype_bytes: int, arch: str) -> tuple[tuple[float, Tile], ...]:
+    """(rows per expert at most, tile) of a table for elements and an architecture, rising: of two rows with one border the first holds."""
     found: dict[float, Tile] = {}
-    for start, width, most, tile in TABLES[kind]:
+    for start, width, most, tile in table:
         if arch.startswith(start) and width == dtype_bytes:
             found.setdefault(most, tile)
     return tuple(found.items())
