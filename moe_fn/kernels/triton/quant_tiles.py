@@ -4,7 +4,8 @@ import functools
 import math
 from dataclasses import replace
 
-from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Row, Tile, rows_that_hold
+from moe_fn.kernels.triton.tile_tables import Row, Tile, rows_that_hold
+from moe_fn.kernels.triton.tiles import width_for_grid
 
 LEAST_STEP = 32  # products of 8-bit codes take 32 at a time
 
@@ -80,18 +81,12 @@ def coded_tile(
 
     shared: how many inputs have one scale, of weights and of the left side; width: bytes of an element of the left side.
     """
-    per_expert = rows / max(experts, 1)
-    tile = next(tile for most, tile in rows_of_coded(kind, width, arch) if per_expert <= most)
+    tile = next(tile for most, tile in rows_of_coded(kind, width, arch) if rows / max(experts, 1) <= most)
     tile = tile if row_bytes % 16 == 0 else plainer(tile, width)
-    narrow = min(tile.columns, max(16, 1 << (columns - 1).bit_length()))
-    least = min(narrow, 64)
-    row_tiles = min(rows, experts) * math.ceil(math.ceil(per_expert) / tile.rows)
-    while narrow > least and row_tiles * math.ceil(columns / narrow) < 2 * ARCHITECTURES[arch].processors:
-        narrow //= 2
     inner = tile.inner
     for size in shared:
         inner = fitting_step(inner, size, whole=width == 1)
-    return replace(tile, columns=narrow, inner=inner)
+    return replace(tile, columns=width_for_grid(tile, rows, experts, columns, 64, arch), inner=inner)
 
 
 def fitting_step(inner: int, shared: int, whole: bool = False) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "shared_memory",
     "tiles_of",
     "up_tile",
+    "width_for_grid",
 ]
 
 LEAST_STEP = 64  # a step is not halved below it to spare masks: half as much is under way, and the masks cost less
@@ -132,12 +133,17 @@ def _fitted(kind: str, rows: int, experts: int, inner: int, columns: int, dtype_
     """No wider or deeper than the matrices, narrow enough to give every processor two programs, and within shared memory."""
     tile = _row(kind, rows / max(experts, 1), dtype_bytes, arch)
     tile = tile if divisible(inner, columns) else _plainer(tile, dtype_bytes)
+    width = width_for_grid(tile, rows, experts, columns, _least_columns(tile), arch)
+    return _shallower(replace(tile, columns=width, inner=_step(tile.inner, inner)), dtype_bytes, arch)
+
+
+def width_for_grid(tile: Tile, rows: int, experts: int, columns: int, least: int, arch: str) -> int:
+    """Columns of a tile: no more than there are, and halved, but not below `least`, until every processor has two programs."""
     width = min(tile.columns, _power_of_two(columns))
-    least = min(width, _least_columns(tile))
     rows_of_tiles = min(rows, experts) * _quotient(_quotient(rows, max(experts, 1)), tile.rows)
     while width > least and rows_of_tiles * _quotient(columns, width) < 2 * ARCHITECTURES[arch].processors:
         width //= 2
-    return _shallower(replace(tile, columns=width, inner=_step(tile.inner, inner)), dtype_bytes, arch)
+    return width
 
 
 def divisible(inner: int, columns: int) -> bool:
