@@ -60,6 +60,16 @@ def parts(tile, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):
 
 
 @triton.jit
+def store_product(acc, bias, out, group, first, row, live, column, N, BIAS: tl.constexpr, BN: tl.constexpr):
+    """Stores a tile with the bias of its group, the columns from `column` on; rows count from `first`, the tile's first one."""
+    out += first.to(tl.int64) * N  # within a tile 32 bits reach: pointers of 64 bits would take half of the registers
+    c = column + tl.arange(0, BN)
+    if BIAS:
+        acc += tl.load(bias + group.to(tl.int64) * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + row[:, None] * N + c[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & (c < N)[None, :])
+
+
+@triton.jit
 def _product_kernel(
     rows, weight, bias, out, slot_of_row, ends, group_of_tile, first_row_of_tile, weight_of_group,
     row_tiles, K, N, stride_rows, stride_group, stride_in, stride_out,
@@ -85,11 +95,7 @@ def _product_kernel(
     right = weight + group.to(tl.int64) * stride_group + k.to(tl.int64)[:, None] * stride_in + n[None, :] * stride_out
     step = tl.full((), BK, tl.int64) * stride_in
     acc = accumulate(tl.zeros((BM, BN), tl.float32), left, right, K, BK, step, BK, EVEN)
-    out += first.to(tl.int64) * N  # within a tile 32 bits reach: pointers of 64 bits would take half of the registers
-    c = column_tile * BN + tl.arange(0, BN)
-    if BIAS:
-        acc += tl.load(bias + group.to(tl.int64) * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + row[:, None] * N + c[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & (c < N)[None, :])
+    store_product(acc, bias, out, group, first, row, live, column_tile * BN, N, BIAS, BN)
 
 
 def tiles_side_by_side(num_rows: int, num_groups: int, tile: Tile) -> int:

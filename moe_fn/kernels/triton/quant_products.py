@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_fn.kernels.triton.codes import decode, nibbles, scale_value
-from moe_fn.kernels.triton.products import raster, tiles_side_by_side
+from moe_fn.kernels.triton.products import raster, store_product, tiles_side_by_side
 from moe_fn.kernels.triton.quant_matrix import QuantMatrix
 from moe_fn.kernels.triton.quant_tiles import swaps
 from moe_fn.kernels.triton.quantise import Rows
@@ -151,11 +151,7 @@ def _product_kernel(
         acc, left_scale + source, left_scale + expert, live, scale + place, factor + expert * (N // half_columns), n // half_columns,
         PLACE, SCALE_FORM, GLOBAL, LEFT, SWAP,
     )  # fmt: skip
-    out += first.to(tl.int64) * N
-    c = column_tile * BN + tl.arange(0, BN)
-    if BIAS:
-        acc += tl.load(bias + expert * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + row[:, None] * N + c[None, :], acc.to(out.dtype.element_ty), mask=live[:, None] & (c < N)[None, :])
+    store_product(acc, bias, out, expert, first, row, live, column_tile * BN, N, BIAS, BN)
 
 
 def quantised_product(
