@@ -15,7 +15,6 @@ from moe_fn.kernels.triton.quantise import CASTS_E4M3
 from moe_fn.kernels.triton.tile_tables import Tile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
 MAPS = ("slot_of_row", "starts", "ends", "expert_of_tile", "first_row_of_tile")
 FLOATS = ("left_scale", "factor", "out_scale")
 COUNTS = ("row_tiles", "half_rows", "tile_out", "in_tiles", "left_groups", "out_groups")  # not multiples of 16
@@ -93,11 +92,12 @@ def quant_case(kind: str, arch: str, form: Form, tile: Tile, dtype: str = "bf16"
     codes = {"fp8_e4m3": "*fp8e4nv", "int8": "*i8"}.get(form.scheme, "*u8")
     payload = codes if form.left is not None or (form.scheme == "fp8_e4m3" and arch in CASTS_E4M3) else "*u8"
     left = f"*{dtype}" if form.left is None else codes
-    tile = plainer(tile, WIDTHS[dtype]) if form.odd else tile
+    width = DTYPES[dtype].itemsize
+    tile = plainer(tile, width) if form.odd else tile
     tile = replace(tile, inner=min(tile.inner, form.inputs)) if form.left and form.inputs else tile
     stored = {"expert": "expert", "group": "group" if tile.columns == 256 else None}.get(form.left or "")
     place = "outer" if form.inputs is None else "step" if form.inputs % tile.inner == 0 else "inner"
-    swap = swaps(tile, 1 if form.left else WIDTHS[dtype])
+    swap = swaps(tile, 1 if form.left else width)
     config = PRESETS[activation]
     types = {
         **dict.fromkeys(("rows", "x"), left), **dict.fromkeys(("bias", "out", "pre"), f"*{dtype}"), **dict.fromkeys(MAPS, "*i32"),

@@ -29,7 +29,7 @@ def scale_row(columns, half_columns, half_rows, tile_out):
 @triton.jit
 def _weights(
     q, scale, zero, start, in_tiles, SCHEME: tl.constexpr, PLACE: tl.constexpr, SCALE_FORM: tl.constexpr, TILE_IN: tl.constexpr,
-    ZERO: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ZERO: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """float32 weights [BN, BK] of a step's codes, with their scales if those are inner."""
     middle = 8.0 if SCHEME == "int4" else 128.0
@@ -72,7 +72,7 @@ def accumulate_codes(
         if LEFT is None:
             if CODES == 2:
                 q = nibbles(q, BN, BK // CODES)
-            w = _weights(q, scale, zero, start, in_tiles, SCHEME, PLACE, SCALE_FORM, TILE_IN, ZERO, EVEN, BN, BK).to(a.dtype)
+            w = _weights(q, scale, zero, start, in_tiles, SCHEME, PLACE, SCALE_FORM, TILE_IN, ZERO, BN, BK).to(a.dtype)
         else:
             w = q
         if STEP:

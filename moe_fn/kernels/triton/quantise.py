@@ -34,11 +34,6 @@ class Rows:
         """What stands for the scale where there is none."""
         return other if self.scale is None else self.scale
 
-    @property
-    def shared(self) -> tuple[int, ...]:
-        """How many values of a row have one scale, if not all have."""
-        return (self.group,) if self.form == "group" and self.group < self.values.shape[1] else ()
-
     def payload_of(self, matrix: QuantMatrix, arch: str) -> Tensor:
         """Codes are multiplied as they are; decoded from bits, but where a cast is an instruction (a loop of 470 and not 1,600)."""
         native = self.form is not None or arch in CASTS_E4M3
