@@ -61,33 +61,24 @@ def forward(problem: QuantProblem, keep: bool) -> tuple[Tensor, Tensor]:
     heights = tuple(sorted({first.rows, second.rows}))
     slots, maps = sort_slots(p.expert_ids, p.gate_up.shape[0], heights)
     map_of = dict(zip(heights, maps, strict=True))
+    tokens = _left(p, p.x, p.gate_up_input_scale, slots, sorted_rows=False)
     rows, pre = quantised_up(
-        _tokens(p, slots), slots, map_of[first.rows], p.gate_up, p.gate_up_bias, p.activation, p.interleaved, keep, first, dtype,
+        tokens, slots, map_of[first.rows], p.gate_up, p.gate_up_bias, p.activation, p.interleaved, keep, first, dtype,
         None if keep else _store(p, first),
     )  # fmt: skip
     if rows.form is None:
-        rows = _activated(p, rows.values, slots)
+        rows = _left(p, rows.values, p.down_input_scale, slots, sorted_rows=True)
     out = quantised_product(rows, p.down, slots.ends, map_of[second.rows], second, dtype, p.down_bias)
     return gather_sum(out, slots.row_of_slot, p.expert_weights, slots.top_k, dtype), pre
 
 
-def _tokens(p: QuantProblem, slots: SortedSlots) -> Rows:
-    """The left side of the first product."""
+def _left(p: QuantProblem, values: Tensor, scale: Tensor | None, slots: SortedSlots, sorted_rows: bool) -> Rows:
+    """The left side of a product from floats: tokens, or activated rows (sorted_rows); scale: of each expert, if it is given."""
     a = p.rounding
     if a is None:
-        return Rows(values=p.x.contiguous())
-    if p.gate_up_input_scale is not None:
-        return quantise_by_expert(p.x, CODES[a.scheme], p.gate_up_input_scale, slots.slot_of_row, p.expert_ids, sorted_rows=False)
-    return quantise_rows(p.x, CODES[a.scheme], a.group_size, a.power_of_two_scales)
-
-
-def _activated(p: QuantProblem, values: Tensor, slots: SortedSlots) -> Rows:
-    """The left side of the second one, from rows that are stored as floats."""
-    a = p.rounding
-    if a is None:
-        return Rows(values=values)
-    if p.down_input_scale is not None:
-        return quantise_by_expert(values, CODES[a.scheme], p.down_input_scale, slots.slot_of_row, p.expert_ids, sorted_rows=True)
+        return Rows(values=values.contiguous())
+    if scale is not None:
+        return quantise_by_expert(values, CODES[a.scheme], scale, slots.slot_of_row, p.expert_ids, sorted_rows)
     return quantise_rows(values, CODES[a.scheme], a.group_size, a.power_of_two_scales)
 
 
