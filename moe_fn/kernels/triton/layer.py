@@ -19,10 +19,10 @@ from moe_fn.config import ActivationConfig
 from moe_fn.kernels.triton.combine import gather_sum
 from moe_fn.kernels.triton.decode import down_of_slots, up_of_slots
 from moe_fn.kernels.triton.down_backward import down_backward
-from moe_fn.kernels.triton.metadata import sort_slots
+from moe_fn.kernels.triton.metadata import sort_for_tiles
 from moe_fn.kernels.triton.outer import grouped_outer, segment_sums
 from moe_fn.kernels.triton.products import grouped_product
-from moe_fn.kernels.triton.slots import SortedSlots, TileMap
+from moe_fn.kernels.triton.slots import SortedSlots
 from moe_fn.kernels.triton.tiles import (
     Tile,
     architecture_of,
@@ -70,7 +70,7 @@ def forward(problem: Problem, keep: bool) -> tuple[Tensor, Tensor]:
     if not keep and p.rows * 4 <= p.gate_up.shape[0]:
         return decode(p), p.x.new_empty(0)
     first, second = p.up_tile(), p.tile(product_tile, *p.down.shape[1:])
-    slots, maps = _sorted(p, first, second)
+    slots, maps = sort_for_tiles(p.expert_ids, p.gate_up.shape[0], first, second)
     activated, pre = up(p.x, slots, maps[first.rows], p.gate_up, p.gate_up_bias, p.activation, p.interleaved, keep, first)
     rows = grouped_product(activated, p.down, slots.ends, maps[second.rows], second, p.down_bias)
     return gather_sum(rows, slots.row_of_slot, p.expert_weights, slots.top_k, p.x.dtype), pre
@@ -95,7 +95,7 @@ def backward(problem: Problem, gradient: Tensor, pre: Tensor, needed: tuple[bool
     hidden, columns = p.gate_up.shape[1:]
     inner = p.down.shape[1]
     first, second, third = p.up_tile(), p.tile(down_backward_tile, hidden, inner), p.tile(product_tile, columns, hidden)
-    slots, maps = _sorted(p, first, second, third)
+    slots, maps = sort_for_tiles(p.expert_ids, p.gate_up.shape[0], first, second, third)
     starts, ends = slots.begins, slots.ends
     if pre.ndim != 2:
         pre = up(p.x, slots, maps[first.rows], p.gate_up, p.gate_up_bias, p.activation, p.interleaved, True, first)[1]
@@ -120,13 +120,6 @@ def backward(problem: Problem, gradient: Tensor, pre: Tensor, needed: tuple[bool
         segment_sums(d_pre, starts, ends) if gate_up_bias_needed else None,
         segment_sums(gradient, starts, ends, p.expert_weights, slots.slot_of_row, slots.top_k) if down_bias_needed else None,
     ]
-
-
-def _sorted(problem: Problem, *tiles: Tile) -> tuple[SortedSlots, dict[int, TileMap]]:
-    """The slots by expert, and a map for each height of tile."""
-    heights = tuple(sorted({tile.rows for tile in tiles}))
-    slots, maps = sort_slots(problem.expert_ids, problem.gate_up.shape[0], heights)
-    return slots, dict(zip(heights, maps, strict=True))
 
 
 def _outer(problem: Problem, left: Tensor, right: Tensor, slots: SortedSlots, by_token: str) -> Tensor:

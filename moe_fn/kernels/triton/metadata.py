@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap, max_tiles
+from moe_fn.kernels.triton.tiles import Tile
 
 # Up to here one program sorts all slots (55 compare-and-swap steps for 1024, 78 for 4096, every one a pass through shared memory);
 # above it three launches (2 us each in a CUDA graph) are no slower, and their blocks are sorted side by side.
@@ -28,6 +29,13 @@ def sort_slots(expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...])
     """Slots sorted by expert, and a tile map for each of tile_rows: expert_ids [T, top_k] integers."""
     form = in_one_program if expert_ids.numel() <= ONE_PROGRAM_SLOTS else in_three_kernels
     return form(expert_ids, num_experts, tile_rows)
+
+
+def sort_for_tiles(expert_ids: Tensor, num_experts: int, *tiles: Tile) -> tuple[SortedSlots, dict[int, TileMap]]:
+    """sort_slots with a tile map for each height of the tiles."""
+    heights = tuple(sorted({tile.rows for tile in tiles}))
+    slots, maps = sort_slots(expert_ids, num_experts, heights)
+    return slots, dict(zip(heights, maps, strict=True))
 
 
 def in_one_program(expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]) -> tuple[SortedSlots, tuple[TileMap, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_fn.config import ActivationConfig, ActivationQuantConfig
 from moe_fn.kernels.triton.combine import gather_sum
-from moe_fn.kernels.triton.metadata import sort_slots
+from moe_fn.kernels.triton.metadata import sort_for_tiles
 from moe_fn.kernels.triton.quant_matrix import QuantMatrix
 from moe_fn.kernels.triton.quant_products import quantised_product
 from moe_fn.kernels.triton.quant_tiles import coded_tile
@@ -58,17 +58,15 @@ def forward(problem: QuantProblem, keep: bool) -> tuple[Tensor, Tensor]:
     """(y [T, H], pre [R, N] in the order of the rows, or [0] unless kept)."""
     p, dtype = problem, problem.x.dtype
     first, second = p.tile("up", p.gate_up), p.tile("product", p.down)
-    heights = tuple(sorted({first.rows, second.rows}))
-    slots, maps = sort_slots(p.expert_ids, p.gate_up.shape[0], heights)
-    map_of = dict(zip(heights, maps, strict=True))
+    slots, maps = sort_for_tiles(p.expert_ids, p.gate_up.shape[0], first, second)
     tokens = _left(p, p.x, p.gate_up_input_scale, slots, sorted_rows=False)
     rows, pre = quantised_up(
-        tokens, slots, map_of[first.rows], p.gate_up, p.gate_up_bias, p.activation, p.interleaved, keep, first, dtype,
+        tokens, slots, maps[first.rows], p.gate_up, p.gate_up_bias, p.activation, p.interleaved, keep, first, dtype,
         None if keep else _store(p, first),
     )  # fmt: skip
     if rows.form is None:
         rows = _left(p, rows.values, p.down_input_scale, slots, sorted_rows=True)
-    out = quantised_product(rows, p.down, slots.ends, map_of[second.rows], second, dtype, p.down_bias)
+    out = quantised_product(rows, p.down, slots.ends, maps[second.rows], second, dtype, p.down_bias)
     return gather_sum(out, slots.row_of_slot, p.expert_weights, slots.top_k, dtype), pre
 
 
