@@ -39,11 +39,16 @@ def make_lora(*, gate_up: Pair | None = None, down: Pair | None = None, alpha: f
             raise ValueError(
                 f"make_lora: {name} is {list(a.shape)} and {list(b.shape)}; expected [E or 1, rank, in] and [E or 1, out, rank]"
             )
-        factor = alpha / (math.sqrt(a.shape[1]) if rank_stabilised else a.shape[1])
+        factor = scaling_of(alpha, a.shape[1], rank_stabilised)
         tensors |= {f"{name}_a": a.unsqueeze(0), f"{name}_b": (b.to(accumulation_dtype(b.dtype)) * factor).to(b.dtype).unsqueeze(0)}
     if not tensors:
         raise ValueError("make_lora: gate_up and down are None; expected the matrices of one of them at least")
     return LoRAWeights(**tensors)
+
+
+def scaling_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank)."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeights]) -> tuple[MoEConfig, MoEWeights]:
@@ -171,8 +176,8 @@ def _with_both_products(lora: LoRAWeights, others: Sequence[LoRAWeights]) -> LoR
 
 def _kind(experts: dict[str, int], num_experts: int) -> LoRAExperts:
     """Who shares, from the largest expert dim of each tensor."""
-    if num_experts > 1 and all(size == 1 for size in experts.values()):
-        return "shared"
-    if num_experts > 1 and all(size == 1 for name, size in experts.items() if name in ("gate_up_a", "down_b")):
-        return "outer_shared"
+    kinds: tuple[LoRAExperts, ...] = ("shared", "outer_shared") if num_experts > 1 else ()
+    for kind in kinds:
+        if all(size == 1 for name, size in experts.items() if LoRAConfig(experts=kind).shares(name)):
+            return kind
     return "each"

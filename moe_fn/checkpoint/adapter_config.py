@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_fn.checkpoint.files import parse_json, size_of_file
+from moe_fn.checkpoint.files import read_json
+from moe_fn.merging import scaling_of
 
 CONFIG = "adapter_config.json"
 # What changes the function and is not plain LoRA; each is there under its name and false, null or empty in plain ones.
@@ -38,9 +39,8 @@ class AdapterConfig:
         return int(_first_match(self.rank_pattern, module, self.rank))
 
     def scaling_of(self, module: str) -> float:
-        """alpha / rank, or alpha / sqrt(rank)."""
-        rank = self.rank_of(module)
-        return float(_first_match(self.alpha_pattern, module, self.alpha)) / (math.sqrt(rank) if self.rank_stabilised else rank)
+        """What B A is multiplied by, for a module by its name in the model."""
+        return scaling_of(float(_first_match(self.alpha_pattern, module, self.alpha)), self.rank_of(module), self.rank_stabilised)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -48,8 +48,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} has no {CONFIG}; expected a folder that PEFT's save_pretrained wrote")
     where = str(folder / CONFIG)
-    size_of_file(folder / CONFIG)
-    values = parse_json(where, (folder / CONFIG).read_bytes())
+    values = read_json(folder / CONFIG)
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type is {values.get('peft_type')!r:.80}; expected 'LORA'")
     for name in _OTHERS:
@@ -102,14 +101,20 @@ def _pattern(where: str, name: str, values: Mapping[str, Any]) -> Mapping[str, A
     if not isinstance(found, dict) or len(found) > _MOST_PATTERNS:
         raise ValueError(f"{where}: {name} is {found!r:.80}; expected values by names of modules")
     for key in found:
-        simple = len(key) <= _LONGEST_PATTERN and _PLAIN.fullmatch(key) and key.count("*") + key.count("+") <= _MOST_REPEATS
-        try:
-            simple = bool(simple) and re.compile(key) is not None
-        except re.error:
-            simple = False
-        if not simple:
+        if not _is_quick(key):
             raise ValueError(f"{where}: {name} has the pattern {key!r:.120}; expected names, or patterns without groups and braces")
     return found
+
+
+def _is_quick(pattern: str) -> bool:
+    repeats = pattern.count("*") + pattern.count("+")
+    if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or not _PLAIN.fullmatch(pattern):
+        return False
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:

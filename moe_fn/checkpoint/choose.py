@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from moe_fn.checkpoint.entries import Layout
+from moe_fn.checkpoint.entries import Layout, of_first_expert
 from moe_fn.checkpoint.files import TensorInfo
 from moe_fn.checkpoint.folder import Checkpoint, Headers, dtype_of_floats, full_name, model_types, quant_words, read_headers, tensors_below
 from moe_fn.checkpoint.layouts import LAYOUTS
@@ -74,8 +74,11 @@ def quant_of_block(checkpoint: Checkpoint, prefix: str, rows: Sequence[Layout], 
     words = quant_words(checkpoint)
     if words is None:
         return None
-    names = quantised_layout(rows[0], prefix, words, num_experts, {}).methods
-    return next((method.quant for path, method in names if path == ("down",)), None)
+    return _quant_of_experts(quantised_layout(rows[0], prefix, words, num_experts, {}))
+
+
+def _quant_of_experts(row: Layout) -> QuantConfig | None:
+    return next((method.quant for path, method in row.methods if path == ("down",)), None)
 
 
 def _quantised_rows(
@@ -91,14 +94,15 @@ def _quantised_rows(
     if not made:
         raise ValueError(f"{where}: {errors[0]}")
     for row in made:
-        found = next((method.quant for path, method in row.methods if path == ("down",)), None)
-        stored = (
-            None if found is None else dataclasses.replace(found, activations=None)
-        )  # what inputs are rounded to is the caller's choice
-        wanted = None if config.quant is None else dataclasses.replace(config.quant, activations=None)
-        if stored != wanted:
+        found = _quant_of_experts(row)
+        if _without_activations(found) != _without_activations(config.quant):
             raise ValueError(f"{where}: config.quant is {config.quant!r}; expected {found!r}, which quantization_config says")
     return tuple(made)
+
+
+def _without_activations(quant: QuantConfig | None) -> QuantConfig | None:
+    """What inputs are rounded to is the caller's choice."""
+    return None if quant is None else dataclasses.replace(quant, activations=None)
 
 
 def anchors_of(row: Layout) -> tuple[str, ...]:
@@ -110,16 +114,14 @@ def anchors_of(row: Layout) -> tuple[str, ...]:
 def _rows_here(rows: Sequence[Layout], checkpoint: Checkpoint, prefix: str) -> tuple[Layout, ...]:
     """Those rows whose last product is there under its name; the family's own, if there is none at all."""
     for candidates in (rows, LAYOUTS):
-        found = tuple(
-            row for row in candidates if any(full_name(prefix, _first(name)) in checkpoint.file_of_tensor for name in anchors_of(row))
-        )
+        found = tuple(row for row in candidates if any(_is_there(checkpoint, prefix, name) for name in anchors_of(row)))
         if found:
             return found
     return tuple(rows)
 
 
-def _first(name: str) -> str:
-    return name.replace("{e}", "0").replace("{second}", "0")
+def _is_there(checkpoint: Checkpoint, prefix: str, name: str) -> bool:
+    return full_name(prefix, of_first_expert(name)) in checkpoint.file_of_tensor
 
 
 def _only_fit(where: str, rows: Sequence[Layout], prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]) -> Plan:

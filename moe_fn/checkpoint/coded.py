@@ -11,7 +11,7 @@ from moe_fn.checkpoint.axes import Path, Ranges, Units, axes_of, by_axes, dims_o
 from moe_fn.checkpoint.codings import CODINGS, check_order, check_sizes, check_zeros
 from moe_fn.checkpoint.entries import Entry
 from moe_fn.checkpoint.match import Part, Plan
-from moe_fn.checkpoint.quantised import EXPERTS
+from moe_fn.checkpoint.quantised import CODED, EXPERTS
 from moe_fn.quant.numbers import pack_halves
 from moe_fn.quant.weights import Codes, decoded
 
@@ -88,10 +88,6 @@ def decode_others(plan: Plan, weights: dict[Path, Tensor], dtype: torch.dtype | 
     for path, method in plan.layout.methods:
         if path in EXPERTS or (*path, "codes") not in weights:
             continue
-        found: Mapping[str, Tensor] = {
-            role: weights.pop((*path, role)).unsqueeze(0)
-            for role in ("codes", "scale", "zero_point", "global_scale")
-            if (*path, role) in weights
-        }
+        found: Mapping[str, Tensor] = {role: weights.pop((*path, role)).unsqueeze(0) for role in CODED if (*path, role) in weights}
         halves = plan.sizes["B"] if path == ("shared", "gate_up") else 1
         weights[path] = decoded(method.quant, Codes(**found), halves, plan.dtypes[path] if dtype is None else dtype)[0]

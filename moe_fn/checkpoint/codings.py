@@ -47,11 +47,6 @@ def _unpack(t: Tensor, bits: int, dim: int) -> Tensor:
     return _as_bytes(t) if bits == 8 else unpack_halves(_as_bytes(t))
 
 
-def _bytes_of_rows(t: Tensor) -> Tensor:
-    """[n, outputs] int32, each with codes of several inputs -> [4 n, outputs] bytes: as memory has them, the other way round."""
-    return _as_bytes(t.transpose(-1, -2)).transpose(-1, -2)
-
-
 def _unpack_awq(t: Tensor) -> Tensor:
     eights: Tensor = unpack_halves(_as_bytes(t)).unflatten(-1, (-1, 8))
     return torch.stack([eights[..., place] for place in _AWQ_PLACE], -1).flatten(-2)  # an index of all at once takes 16 times as long
@@ -85,8 +80,8 @@ CODINGS: dict[str, Coding] = {
         lambda t: t if t.is_floating_point() and t.itemsize > 1 else decode_e8m0(t.view(torch.uint8), torch.float32),
     ),
     "awq": Coding({"I32": torch.uint8}, _unpack_awq, -1, 8),
-    "rows of words": Coding({"I32": torch.uint8}, _bytes_of_rows, -2, 4),
-    "rows of words, shifted": Coding({"I32": torch.int8}, lambda t: _other_sign(_bytes_of_rows(t)), -2, 4),
+    "rows of words": _unpacked(8, -2),  # bytes of one code or two, as memory has them the other way round
+    "rows of words, shifted": Coding({"I32": torch.int8}, lambda t: _other_sign(_unpack(t, 8, -2)), -2, 4),
     **{f"rows of {bits} bits": _unpacked(bits, -2) for bits in (4, 8)},
     **{f"columns of {bits} bits": _unpacked(bits, -1) for bits in (4, 8)},
     **{f"columns of {bits} bits, less 1": _unpacked(bits, -1, lambda t, bits=bits: _plus_1(t, bits)) for bits in (4, 8)},  # type: ignore[misc]

@@ -64,6 +64,15 @@ class Layout:
         return next(entry.name for entry in self.entries if entry.weight == ("down",))
 
 
+def of_first_expert(name: str) -> str:
+    """An entry's name with an expert's number: that of the first, in whichever bank.
+
+    >>> of_first_expert("experts.{e}.w2.weight")
+    'experts.0.w2.weight'
+    """
+    return name.replace("{e}", "0").replace("{second}", "0")
+
+
 def per_expert(gate: str, up: str, down: str, experts: str = "experts.{e}.") -> tuple[Entry, ...]:
     """Three matrices an expert: [I, X], [I, X] and [X, I]."""
     return (

@@ -69,6 +69,12 @@ def size_of_file(path: Path) -> int:
     return found.st_size
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a regular file holds."""
+    size_of_file(path)
+    return parse_json(str(path), path.read_bytes())
+
+
 def parse_json(where: str, text: bytes) -> dict[str, Any]:
     """A JSON object, no name twice."""
     twice: list[str] = []

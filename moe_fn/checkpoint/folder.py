@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_fn.checkpoint.files import TensorInfo, parse_json, read_header, size_of_file
+from moe_fn.checkpoint.files import TensorInfo, read_header, read_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 QUANT = "hf_quant_config.json"  # ModelOpt's
@@ -34,9 +34,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a checkpoint folder, or a .safetensors file")
     folder = path if path.is_dir() else path.parent
-    config, quant = (
-        parse_json(str(folder / name), _bytes(folder / name)) if (folder / name).is_file() else None for name in (CONFIG, QUANT)
-    )
+    config, quant = (read_json(folder / name) if (folder / name).is_file() else None for name in (CONFIG, QUANT))
     if path.is_dir() and (path / INDEX).exists():
         return Checkpoint(folder, config, _files_of_index(path / INDEX), quant)
     file = path if not path.is_dir() else _only_file(path)
@@ -145,7 +143,7 @@ def _only_file(folder: Path) -> Path:
 
 
 def _files_of_index(path: Path) -> dict[str, str]:
-    files = parse_json(str(path), _bytes(path)).get("weight_map")
+    files = read_json(path).get("weight_map")
     if not isinstance(files, Mapping):
         raise ValueError(f"{path}: weight_map is {files!r:.60}; expected the file of every tensor")
     for name, file in files.items():
@@ -154,8 +152,3 @@ def _files_of_index(path: Path) -> dict[str, str]:
         if not file.endswith(".safetensors"):
             raise ValueError(f"{path}: {name} is in {file!r:.120}; expected a .safetensors file, for pickles are not read")
     return dict(files)
-
-
-def _bytes(path: Path) -> bytes:
-    size_of_file(path)
-    return path.read_bytes()

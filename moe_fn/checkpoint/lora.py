@@ -25,6 +25,7 @@ from moe_fn.checkpoint.adapter_config import AdapterConfig, read_adapter_config
 from moe_fn.checkpoint.files import FLOATS, TensorInfo, read_header
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.merging import padded_to
+from moe_fn.numerics import accumulation_dtype
 from moe_fn.records import LoRAWeights
 
 MODEL, _BEFORE = "adapter_model.safetensors", "base_model.model."
@@ -194,7 +195,7 @@ def _read(
             experts = config.num_experts if module.expert is None else 1
             a, b = a.unflatten(0, (experts, -1)), b.unflatten(1, (-1, experts)).permute(2, 0, 1)
             a, b = (b.transpose(1, 2), a.transpose(1, 2)) if module.turned else (a, b)
-            factors[module] = a, b.to(torch.promote_types(b.dtype, torch.float32)) * adapter.scaling_of(module.name)
+            factors[module] = a, b.to(accumulation_dtype(b.dtype)) * adapter.scaling_of(module.name)
     kept = dtype or functools.reduce(torch.promote_types, dtypes)
     return {module: (a.to(device, kept).contiguous(), b.to(device, kept).contiguous()) for module, (a, b) in factors.items()}
 

@@ -14,12 +14,11 @@ from moe_fn.checkpoint.codings import CODINGS
 from moe_fn.checkpoint.entries import Entry, Layout
 from moe_fn.checkpoint.files import FLOATS, INTEGERS, TensorInfo
 from moe_fn.checkpoint.folder import full_name
-from moe_fn.checkpoint.quantised import Place, base_of, is_check, places_of
+from moe_fn.checkpoint.quantised import MATRICES, Place, base_of, is_check, places_of
 from moe_fn.config import MoEConfig
 from moe_fn.shapes import expected_shapes
 
 _QUANTISED = re.compile(r"(_blocks|_scales?|_scale_inv|_scale_2|\.qweight|\.qzeros|\.scales|\.g_idx|_packed|\.absmax|\.quant_map)$")
-_COMPUTE = (("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output"))
 
 
 @dataclass(frozen=True)
@@ -167,12 +166,12 @@ def _dtypes(parts: Mapping[Path, Sequence[Part]]) -> tuple[dict[Path, torch.dtyp
     """The dtype of each tensor in memory. The parts of a tensor have one dtype, and so have all matrices of the block."""
     dtypes: dict[Path, torch.dtype] = {}
     problems = []
-    matrices = [part for path in _COMPUTE for part in parts.get(path, ()) if not part.entry.coding]
+    matrices = [part for path in MATRICES for part in parts.get(path, ()) if not part.entry.coding]
     for path, found in parts.items():
         for part in found:
             coding = part.entry.coding
             choices = CODINGS[coding].dtypes if coding else INTEGERS if path[-1] == "expert_ids_of_token" else FLOATS
-            first = matrices[0] if path in _COMPUTE and not coding else found[0]
+            first = matrices[0] if path in MATRICES and not coding else found[0]
             if part.info.dtype not in choices:
                 problems.append(f"{part.name} is {part.info.dtype}; expected one of {', '.join(choices)}")
             elif part.info.dtype != first.info.dtype:

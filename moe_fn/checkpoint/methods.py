@@ -51,20 +51,15 @@ def _tiles(size: Any) -> dict[str, Any]:
     return {"granularity": "channel"} if size == -1 else {"granularity": "group", "group_size": size}
 
 
-_TOKEN = {name: ActivationQuantConfig(scheme=name, granularity="token") for name in ("fp8_e4m3", "int8")}  # type: ignore[arg-type]
+_TOKEN = ActivationQuantConfig(scheme="fp8_e4m3", granularity="token")
 _MXFP4 = QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
-
-
-def _microscaled(scheme: Any, activations: bool) -> QuantConfig:
-    inputs = ActivationQuantConfig(scheme=scheme, granularity="group", group_size=32) if activations else None
-    return QuantConfig(scheme=scheme, granularity="group", group_size=32, activations=inputs)
+_MXFP8_INPUTS = ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32)
+_MXFP8 = QuantConfig(scheme="mxfp8", granularity="group", group_size=32, activations=_MXFP8_INPUTS)
+_NVFP4_INPUTS = ActivationQuantConfig(scheme="nvfp4", granularity="group", group_size=16, static=True)
 
 
 def _nvfp4(inputs: ActivationQuantConfig | None) -> QuantConfig:
     return QuantConfig(scheme="nvfp4", granularity="group", group_size=16, activations=inputs)
-
-
-_NVFP4_INPUTS = ActivationQuantConfig(scheme="nvfp4", granularity="group", group_size=16, static=True)
 
 
 def _fp8(words: Words, module: str, of_experts: bool) -> Method:
@@ -80,7 +75,7 @@ def _fp8(words: Words, module: str, of_experts: bool) -> Method:
     if not isinstance(block, list) or len(block) != 2 or inputs == "static":
         raise _refuse("weight_block_size", block, "two numbers, with activation_scheme 'dynamic'")
     if block == [1, 32]:
-        return Method(_microscaled("mxfp8", True), "mxfp8")
+        return Method(_MXFP8, "mxfp8")
     power = words.get("scale_fmt", "float") == "ue8m0"
     of_inputs = ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=block[1], power_of_two_scales=power)
     return Method(QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=tuple(block), activations=of_inputs), "fp8")
@@ -121,11 +116,11 @@ _MODELOPT: dict[str, Method] = {
         "modelopt fp8",
     ),
     "FP8_PER_CHANNEL_PER_TOKEN": Method(
-        QuantConfig(scheme="fp8_e4m3", granularity="channel", activations=_TOKEN["fp8_e4m3"]), "modelopt fp8"
+        QuantConfig(scheme="fp8_e4m3", granularity="channel", activations=_TOKEN), "modelopt fp8"
     ),
     "NVFP4": Method(_nvfp4(_NVFP4_INPUTS), "modelopt nvfp4"),
     "W4A16_NVFP4": Method(_nvfp4(None), "modelopt nvfp4"),
-    "MXFP8": Method(_microscaled("mxfp8", True), "modelopt mxfp8"),
+    "MXFP8": Method(_MXFP8, "modelopt mxfp8"),
 }  # fmt: skip
 
 
@@ -160,7 +155,7 @@ def _compressed_tensors(words: Words, module: str, of_experts: bool) -> Method |
 _READERS: dict[str, Callable[[Words, str, bool], Method | None]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
-    "mxfp8": lambda words, *a: Method(_microscaled("mxfp8", True), "mxfp8"),
+    "mxfp8": lambda words, *a: Method(_MXFP8, "mxfp8"),
     "mxfp4": lambda words, *a: Method(_MXFP4, "mxfp4 blocks"),
     "gptq": _gptq,
     "awq": _awq,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_fn.checkpoint.axes import Path, Units, dims_of, patterns_of
-from moe_fn.checkpoint.entries import Entry, Layout
+from moe_fn.checkpoint.entries import Entry, Layout, of_first_expert
 from moe_fn.checkpoint.files import FLOATS, TensorInfo
 from moe_fn.checkpoint.folder import full_name
 from moe_fn.checkpoint.methods import method_of
@@ -13,11 +13,12 @@ from moe_fn.checkpoint.stored import FORMATS, Method, Stored, Words
 from moe_fn.config import MoEConfig, as_activation
 
 EXPERTS: tuple[Path, ...] = (("gate_up",), ("down",))
-# The axis along which each matrix is multiplied. Those that are no experts are read as floats.
+# The matrices that are products, and the axis along which each is multiplied. Those that are no experts are read as floats.
 _INPUTS: dict[Path, str] = {
     ("gate_up",): "X", ("down",): "I", ("shared", "gate_up"): "H", ("shared", "down"): "M", ("latent", "input"): "H",
     ("latent", "output"): "L",
 }  # fmt: skip
+MATRICES = tuple(_INPUTS)
 CODED = ("codes", "scale", "zero_point", "global_scale")  # what a matrix that is no expert is decoded from
 Tensors = Mapping[str, TensorInfo]
 
@@ -94,23 +95,23 @@ def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: T
     fused = not entry.name.endswith(".weight")
     suffixes = (stored.fused,) if fused else stored.suffix
     names = [entry.name.removesuffix(".weight") + suffix for suffix in suffixes if suffix is not None]
-    name = next((name for name in names if full_name(prefix, _first(name)) in tensors), next(iter(names), ""))
+    name = next((name for name in names if full_name(prefix, of_first_expert(name)) in tensors), next(iter(names), ""))
     expert, inputs = entry.weight in EXPERTS, method.quant.activations
     if stored.role == "input_scale" and not (expert and inputs is not None and inputs.static):
         return name or stored.suffix[0]
     if not name:
         raise ValueError(f"{full_name(prefix, entry.name)} holds all experts, quantised by {method.stored!r}; expected experts one by one")
     axes, units = _axes(entry, stored, method)
-    weight: Path = (*entry.weight, stored.role)
-    if expert and stored.role == "codes":
-        weight = entry.weight
-    elif expert and not is_check(weight):
-        weight = ("quant", f"{entry.weight[0]}_{stored.role}")
+    weight = _path_of_role(entry.weight, stored.role)
     return Entry(weight, name, axes, entry.pins, optional=is_check(weight), coding=stored.coding, units=units)
 
 
-def _first(name: str) -> str:
-    return name.replace("{e}", "0").replace("{second}", "0")
+def _path_of_role(path: Path, role: str) -> Path:
+    """Where a part of a matrix goes: experts stay codes, others are decoded from theirs."""
+    whole = (*path, role)
+    if path not in EXPERTS or is_check(whole):
+        return whole
+    return path if role == "codes" else ("quant", f"{path[0]}_{role}")
 
 
 def _axes(entry: Entry, stored: Stored, method: Method) -> tuple[str, Units]:
@@ -160,6 +161,5 @@ def places_of(config: MoEConfig, layout: Layout) -> dict[Path, Place]:
         units: dict[str, Units] = {"codes": _units(inputs, quant.per_byte), "global_scale": whole}
         units |= dict.fromkeys(("scale", "zero_point"), (*_units(outputs, tile[0]), *_units(inputs, tile[1])))
         for role in CODED:
-            target = (*path, role) if path not in EXPERTS else path if role == "codes" else ("quant", f"{path[0]}_{role}")
-            places[target] = Place(patterns[path], units[role])
+            places[_path_of_role(path, role)] = Place(patterns[path], units[role])
     return places
