@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import moe_fn.reference
-from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.bench.problem import Problem, TokenInput, weights_of_experts
 from moe_fn.config import MoEConfig, RouterConfig
-from moe_fn.records import MoEWeights, QuantWeights, Routing
+from moe_fn.records import MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 
 TOKENS = 4  # that are checked; the reference is slow
 TOKENS_OF_CODES = 2  # slower still, there
@@ -93,17 +93,5 @@ def _config_of_slots(config: MoEConfig) -> MoEConfig:
 
 
 def _weights_of_slots(weights: MoEWeights, ids: Tensor) -> MoEWeights:
-    def chosen(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach()[ids.to(tensor.device)].cpu()
-
-    beside = weights.quant
-    quant = None if beside is None else QuantWeights(**{f.name: chosen(getattr(beside, f.name)) for f in dataclasses.fields(beside)})
-    gate_up, down = weights.gate_up.detach(), weights.down.detach()
-    at = ids.to(gate_up.device)
-    return MoEWeights(
-        gate_up=gate_up[at].cpu(),
-        down=down[at].cpu(),
-        gate_up_bias=chosen(weights.gate_up_bias),
-        down_bias=chosen(weights.down_bias),
-        quant=quant,
-    )
+    chosen = weights_of_experts(weights, ids.to(weights.gate_up.device))
+    return weights_of_leaves([None if leaf is None else leaf.detach().cpu() for leaf in leaves_of_weights(chosen)])

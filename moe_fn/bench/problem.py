@@ -12,7 +12,7 @@ from moe_fn.bench.models import Model, matrices
 from moe_fn.bench.quants import expert_bytes, quantised_config
 from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.quant import quantize_weights
-from moe_fn.records import MoEWeights, QuantWeights, RouterWeights, Routing, leaves_of_weights
+from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights, weights_of_leaves
 from moe_fn.stages.route import router_logits
 
 Part = Literal["experts", "layer"]
@@ -55,6 +55,12 @@ def problem_of_model(
         if leaf is not None and backward:
             leaf.requires_grad_()
     return Problem(config=config, weights=weights, dtype=dtype, device=device, threads=threads, part=part, backward=backward)
+
+
+def weights_of_experts(weights: MoEWeights, which: slice | Tensor) -> MoEWeights:
+    """All that belongs to those experts, and nothing else."""
+    leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
+    return weights_of_leaves([None if leaf is None or path not in EXPERT_PATHS else leaf[which] for path, leaf in leaves])
 
 
 def token_inputs(problem: Problem, tokens: int) -> tuple[TokenInput, ...]:
@@ -128,18 +134,12 @@ def _floats(config: MoEConfig, noise: Tensor, gate_up: tuple[int, int], down: tu
 
 def _codes(config: MoEConfig, quant: QuantConfig, noise: Tensor, gate_up: tuple[int, int], down: tuple[int, int]) -> MoEWeights:
     """The codes of those floats, made one expert at a time: all of them in float32 may not fit in memory."""
-    one = dataclasses.replace(quantised_config(config, quant), quant=None)
+    plain = dataclasses.replace(config, weight_layout="out_in")
     made = []
     for expert in range(config.num_experts):
         floats = [_window(noise, expert, shape).unsqueeze(0) * shape[1] ** -0.5 for shape in (gate_up, down)]
-        made.append(quantize_weights(one, MoEWeights(gate_up=floats[0], down=floats[1]), quant)[1])
-    beside = [one.quant or QuantWeights() for one in made]
-    names = [field.name for field in dataclasses.fields(QuantWeights) if getattr(beside[0], field.name) is not None]
-    return MoEWeights(
-        gate_up=torch.cat([one.gate_up for one in made]),
-        down=torch.cat([one.down for one in made]),
-        quant=QuantWeights(**{name: torch.cat([getattr(one, name) for one in beside]) for name in names}),
-    )
+        made.append(leaves_of_weights(quantize_weights(plain, MoEWeights(gate_up=floats[0], down=floats[1]), quant)[1]))
+    return weights_of_leaves([None if parts[0] is None else torch.cat(parts) for parts in zip(*made, strict=True)])
 
 
 def _window(noise: Tensor, expert: int, shape: tuple[int, int]) -> Tensor:

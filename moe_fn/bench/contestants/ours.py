@@ -13,10 +13,10 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, Run, always_installed, trained_leaves
-from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.bench.problem import Problem, TokenInput, weights_of_experts
 from moe_fn.config import MoEConfig
 from moe_fn.quant import dequantize_weights
-from moe_fn.records import MoEWeights, QuantWeights
+from moe_fn.records import MoEWeights
 
 
 def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool, floats: bool = False) -> Layer:
@@ -39,18 +39,15 @@ def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool, f
 
 def floats_of(problem: Problem) -> tuple[MoEConfig, MoEWeights]:
     """What the codes stand for, made one expert at a time, as `problem` makes them."""
-    config, weights, beside = problem.config, problem.weights, problem.weights.quant or QuantWeights()
-    result = dataclasses.replace(config, quant=None)
+    config, weights = problem.config, problem.weights
     hidden, inner, outputs = config.hidden_size, config.intermediate_size, weights.gate_up.shape[1]
     gate_up = torch.empty((config.num_experts, outputs, hidden), dtype=problem.dtype, device=problem.device)
     down = torch.empty((config.num_experts, hidden, inner), dtype=problem.dtype, device=problem.device)
     for expert in range(config.num_experts):
         one = slice(expert, expert + 1)
-        scales = {name: None if tensor is None else tensor[one] for name, tensor in vars(beside).items()}
-        codes = MoEWeights(gate_up=weights.gate_up[one], down=weights.down[one], quant=QuantWeights(**scales))
-        found = dequantize_weights(config, codes, problem.dtype)[1]
+        found = dequantize_weights(config, weights_of_experts(weights, one), problem.dtype)[1]
         gate_up[one], down[one] = found.gate_up, found.down
-    return result, dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
+    return dataclasses.replace(config, quant=None), dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
 
 
 def _refuses(problem: Problem, tokens: int, plain: bool) -> str | None:

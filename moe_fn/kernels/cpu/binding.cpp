@@ -85,7 +85,7 @@ Call call_of(ARGUMENTS) {
                     ids.sizes(), ", expert_weights ", weights.sizes(), "; expected [tokens, hidden] and twice [tokens, top_k]");
   const bool floats = quant.empty();
   const QuantDescription described = floats ? QuantDescription{} : description_of(std::string(quant));
-  const int per_byte = !floats && (described.scheme == "int4" || described.scheme == "mxfp4" || described.scheme == "nvfp4") ? 2 : 1;
+  const int per_byte = floats ? 1 : codes_in_byte(described.scheme);
   TORCH_CHECK_VALUE(floats || (transposed && gate_up.element_size() == 1 && down.element_size() == 1), "moe_fn: quantised weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected bytes, laid as out_in");
   TORCH_CHECK_VALUE(!floats || (gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type()), "moe_fn: weights are ", gate_up.scalar_type(), " and ",

@@ -43,7 +43,7 @@ static inline void permute(const void* from, void* to) {
   }
 }
 
-// One row of `inner` elements of type D, to coded ones; they may be the same memory if neither the type nor the length changes.
+// One row of `inner` elements of type D, to coded ones.
 template <class C, class D>
 inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
   using Element = typename D::Element;
@@ -97,7 +97,6 @@ inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
       for (int part = 0; part < 4; part++) permute<C>(codes + part * 16, (char*)to.chunk(i) + part * 16);
     }
   } else {
-    extra(0) = 1.f;
     for (int i = 0; i < shape.dwords / CHUNK; i++) {
       alignas(64) Element now[PER_CHUNK];
       for (int c = 0; c < PER_CHUNK; c += WIDTH) D::store(now + c, load(values + i * PER_CHUNK + c));
@@ -125,11 +124,11 @@ inline void in_parts(const Pool& pool, int64_t count, F some) {
 template <class C, class D>
 inline void code_rows(const Pool& pool, const Weight& w, const void* x, int64_t rows, float* out) {
   const RowShape<C> shape(w);
-  const int64_t row_floats = w.inner * int64_t(sizeof(typename D::Element));
+  const int64_t row_bytes = w.inner * int64_t(sizeof(typename D::Element));
   auto some = [&](int64_t first, int64_t last) {
     Buffer values = buffer(int64_t(shape.dwords) * C::Dot::PER_DWORD);
     for (int64_t r = first; r < last; r++)
-      code_row<C, D>(w, {(float*)(static_cast<const char*>(x) + r * row_floats), CHUNK}, {out + r * shape.all(), CHUNK}, values.get());
+      code_row<C, D>(w, {(float*)(static_cast<const char*>(x) + r * row_bytes), CHUNK}, {out + r * shape.all(), CHUNK}, values.get());
   };
   in_parts(pool, rows, some);
 }

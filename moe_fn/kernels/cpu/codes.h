@@ -9,6 +9,7 @@
 namespace moe_fn {
 
 enum class Scheme { int4, int8, e4m3, e2m1 };
+static inline int codes_in_byte(Scheme scheme) { return scheme == Scheme::int4 || scheme == Scheme::e2m1 ? 2 : 1; }
 enum class ScaleType { f32, bf16, f16, e8m0, e4m3 };
 
 // Dwords [first, first + count) of a column, with one scale: their products are summed from zero, in registers.
@@ -26,8 +27,7 @@ struct Codes {
   bool is_signed;            // of int8: the payload is two's complement, not 0..255
   std::vector<Span> spans;
 
-  bool four_bits() const { return scheme == Scheme::int4 || scheme == Scheme::e2m1; }
-  int inputs_per_dword() const { return four_bits() ? 8 : 4; }
+  int inputs_per_dword() const { return 4 * codes_in_byte(scheme); }
   // Operands of products are codes plus an offset (decode.h): what makes them exact and cheap there is taken back by sums of x.
   float offset(bool bf16) const { return int8_rows ? 0.f : scheme == Scheme::int4 ? (bf16 ? 16.f : -8.f) : scheme == Scheme::int8 ? -128.f : 0.f; }
   float unit() const { return scheme == Scheme::int8 && !int8_rows ? 0x1p-24f : 1.f; }  // of an operand

@@ -25,24 +25,6 @@ inline std::string value_of_key(const std::string& json, const std::string& key)
   return value == "null" ? "" : value;
 }
 
-struct QuantDescription { std::string scheme, granularity, activations; int64_t tile_out, tile_in; };  // tiles: 0 is all
-inline QuantDescription description_of(std::string json) {
-  QuantDescription d{};
-  const std::string inner = value_of_key(json, "activations");
-  if (!inner.empty()) {
-    const std::string scheme = value_of_key(inner, "scheme"), granularity = value_of_key(inner, "granularity"), is_static = value_of_key(inner, "static");
-    TORCH_CHECK_VALUE(scheme == "int8" && granularity == "token" && is_static != "true", "moe_fn: activations are ", inner, "; expected int8, one dynamic scale a token");
-    d.activations = scheme;
-    json.replace(json.find(inner), inner.size(), "null");
-  }
-  d.scheme = value_of_key(json, "scheme"), d.granularity = value_of_key(json, "granularity");
-  const std::string group = value_of_key(json, "group_size"), block = value_of_key(json, "block_shape");
-  if (d.granularity == "channel") d.tile_out = 1;
-  if (d.granularity == "group") d.tile_out = 1, d.tile_in = std::stoll(group);
-  if (d.granularity == "block") d.tile_out = std::stoll(block.substr(1)), d.tile_in = std::stoll(block.substr(block.find(',') + 1));
-  return d;
-}
-
 inline Scheme scheme_of(const std::string& name) {
   if (name == "int4") return Scheme::int4;
   if (name == "int8") return Scheme::int8;
@@ -50,6 +32,25 @@ inline Scheme scheme_of(const std::string& name) {
   TORCH_CHECK_VALUE(name == "mxfp4" || name == "nvfp4", "moe_fn: weights are ", name, "; expected int4, int8, fp8_e4m3, mxfp4, mxfp8 or nvfp4");
   return Scheme::e2m1;
 }
+
+struct QuantDescription { Scheme scheme; bool int8_rows; int64_t tile_out, tile_in; };  // tiles: 0 is all
+inline QuantDescription description_of(std::string json) {
+  QuantDescription d{};
+  const std::string inner = value_of_key(json, "activations");
+  if (!inner.empty()) {
+    const std::string scheme = value_of_key(inner, "scheme"), granularity = value_of_key(inner, "granularity"), is_static = value_of_key(inner, "static");
+    TORCH_CHECK_VALUE(scheme == "int8" && granularity == "token" && is_static != "true", "moe_fn: activations are ", inner, "; expected int8, one dynamic scale a token");
+    d.int8_rows = true;
+    json.replace(json.find(inner), inner.size(), "null");
+  }
+  d.scheme = scheme_of(value_of_key(json, "scheme"));
+  const std::string granularity = value_of_key(json, "granularity"), group = value_of_key(json, "group_size"), block = value_of_key(json, "block_shape");
+  if (granularity == "channel") d.tile_out = 1;
+  if (granularity == "group") d.tile_out = 1, d.tile_in = std::stoll(group);
+  if (granularity == "block") d.tile_out = std::stoll(block.substr(1)), d.tile_in = std::stoll(block.substr(block.find(',') + 1));
+  return d;
+}
+
 inline ScaleType scale_type_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat: return ScaleType::f32;
@@ -66,8 +67,8 @@ inline ScaleType scale_type_of(const at::Tensor& t) {
 inline std::unique_ptr<Codes> codes_of(const QuantDescription& d, const Weight& w, int64_t experts, bool is_signed, const at::Tensor& scale,
                                        const c10::optional<at::Tensor>& zero, const c10::optional<at::Tensor>& global) {
   auto q = std::make_unique<Codes>();
-  q->scheme = scheme_of(d.scheme);
-  q->int8_rows = !d.activations.empty();
+  q->scheme = d.scheme;
+  q->int8_rows = d.int8_rows;
   q->is_signed = is_signed;
   q->scale_type = scale_type_of(scale);
   q->halves = w.gated && !w.interleaved ? 2 : 1;
