@@ -1,7 +1,8 @@
 """The CPU kernels: a C++ library built on first use from the sources beside this file, one for each instruction-set level.
 
 The compiler is the one that torch.compile needs on a CPU anyway, run by torch's own extension builder. The library is kept where torch
-keeps extensions, under a name that holds level, torch version and a hash of the sources. Without a compiler there is a reason instead.
+keeps extensions, in a folder that nobody else may write into (`moe_fn.kernels.trust`), under a name that holds level, torch version and a
+hash of the sources. Without a compiler or such a folder there is a reason instead.
 """
 
 import functools
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from moe_fn.compiling import constant_while_tracing
 from moe_fn.config.quant import quant_of_text
+from moe_fn.kernels.trust import only_ours, private_folder
 
 SOURCES = Path(__file__).parent / "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -85,11 +87,11 @@ def best_level() -> str:
 
 @functools.cache
 def library(level: str) -> Library:
-    """The library of a level, loaded; built if it is not there yet."""
+    """The library of a level, loaded; built if it is not there yet, or if somebody else may have written it."""
     name = f"moe_fn_{level}_{_fingerprint(level)}"
     try:
         path = _folder() / f"{name}.so"
-        if not path.exists():
+        if not only_ours(path):
             _build(level, name, path)
         torch.ops.load_library(path)
     except Exception as error:  # whatever a compiler, a loader or a full disk has to say: torch's own products are the answer to all
@@ -160,9 +162,7 @@ def _fingerprint(level: str) -> str:
 def _folder() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 
-    folder = Path(get_default_build_root()) / "moe_fn"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return private_folder(Path(get_default_build_root()) / "moe_fn")
 
 
 def _build(level: str, name: str, path: Path) -> None:
@@ -190,7 +190,9 @@ def _build(level: str, name: str, path: Path) -> None:
         command.build_lib, command.build_temp = folder, str(Path(folder) / "objects")
         command.ensure_finalized()
         command.run()
-        os.replace(Path(folder) / f"{name}.so", path)
+        built = Path(folder) / f"{name}.so"
+        built.chmod(0o700)  # whatever the umask: what others may write is not loaded
+        os.replace(built, path)
     _log.info("moe_fn: built in %.0f s", time.perf_counter() - start)
 
 
