@@ -1,9 +1,12 @@
-"""Profiles: `ci` draws the same examples every time; `--hypothesis-profile=dev` draws new ones and remembers failures, `deep` many."""
+"""Profiles: `ci` draws the same examples every time; `--hypothesis-profile=dev` draws new ones and remembers failures, `deep` many.
+
+`mutants`: for mutation testing, few examples and no shrinking.
+"""
 
 import os
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
@@ -14,5 +17,8 @@ settings.register_profile(
 )
 settings.register_profile("dev", deadline=None, max_examples=100, suppress_health_check=_QUIET)
 settings.register_profile("deep", deadline=None, max_examples=5000, suppress_health_check=_QUIET)
+settings.register_profile(
+    "mutants", parent=settings.get_profile("ci"), phases=[Phase.generate], report_multiple_bugs=False, max_examples=25
+)
 settings.load_profile("ci")
 torch.set_num_threads(1)  # problems are tiny; xdist runs one process a core

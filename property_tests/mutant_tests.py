@@ -1,0 +1,35 @@
+"""Which tests judge the mutants of which file: the quickest to kill for every mutant, and the file's own for what survives those."""
+
+DIRECT = ("test_layer.test_the_layer_equals_the_reference", "test_layer.test_any_routing_equals_the_reference")  # called without pytest
+WITH_DIRECT: dict[str, tuple[str, ...]] = {
+    "moe_fn/stages/route.py": ("test_route.test_routing_equals_the_reference",),
+    "moe_fn/selection.py": ("test_route.test_routing_equals_the_reference", "test_route.test_ties_go_to_the_lowest_expert_id"),
+    "moe_fn/stages/experts.py": ("test_quant.test_quantised_layers_equal_the_reference", "test_layer.test_gradients_equal_the_reference"),
+    "moe_fn/lora.py": ("test_lora.test_merged_equals_applied",),
+    "moe_fn/balance/losses.py": ("test_layer.test_losses_equal_the_reference",),
+    "moe_fn/quant/numbers.py": ("test_quant.test_quantised_layers_equal_the_reference",),
+}
+AROUND = ("property_tests/test_around_the_experts.py",)
+OWN: dict[str, tuple[str, ...]] = {
+    "moe_fn/stages/route.py": ("property_tests/test_route.py", "property_tests/test_triton_top_k.py"),
+    "moe_fn/stages/dispatch.py": ("property_tests/test_dispatch.py", "property_tests/test_lora.py"),
+    "moe_fn/stages/combine.py": ("property_tests/test_combine.py",),
+    "moe_fn/stages/experts.py": ("property_tests/test_experts.py", "property_tests/test_quant.py", "property_tests/test_lora.py"),
+    "moe_fn/stages/reduce_and_trunc.py": (*AROUND, "compile_tests/test_parallel_traffic.py"),
+    "moe_fn/selection.py": ("property_tests/test_route.py",),
+    "moe_fn/lora.py": ("property_tests/test_lora.py", "compile_tests/test_lora.py"),
+    "moe_fn/balance/losses.py": ("property_tests/test_layer.py",),
+    "moe_fn/quant/numbers.py": ("property_tests/test_quant_numbers.py", "property_tests/test_quant.py"),
+    "moe_fn/ops/grouped.py": ("property_tests/test_experts.py", "compile_tests/test_op_contracts.py", "compile_tests/test_transforms.py"),
+    "moe_fn/ops/rows.py": ("compile_tests/test_op_contracts.py", "compile_tests/test_transforms.py"),
+}
+
+
+def direct_of(file: str) -> tuple[str, ...]:
+    """Names of tests without arguments, the first to try."""
+    return (*WITH_DIRECT.get(file, ()), *DIRECT)
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """Arguments of pytest, for what survives those."""
+    return ("property_tests/test_stages.py", *OWN.get(file, AROUND))

@@ -1,0 +1,103 @@
+"""Mutation testing: does a test fail for every small change of the code?  `make mutants`, or
+
+    python property_tests/mutants.py run out/mutants.jsonl moe_fn/stages/*.py      what is in the file already is not run again
+    python property_tests/mutants.py report out/mutants.jsonl > examples/campaign/mutants.md
+
+The mutants are mutmut's. Its own runner keeps all mutants of a function in one module and chooses between them at each call, which
+lambdas in tables, torch's compiler and tests that look at sources do not survive. So each mutant here is a process of its own: forked
+from one that has imported everything, with other code in one function; or, where the change is outside of functions, from one that has
+imported no module of moe_fn, and imports the changed one.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import conftest  # noqa: F401  before Triton: it says how kernels run
+from hypothesis import settings
+from mutant_tests import direct_of, tests_of
+from mutants_judged import Plan, judged
+from mutants_made import Mutant, mutants_of
+from mutants_report import report
+
+ROOT = Path(__file__).parent.parent
+
+
+def import_what_others_made() -> None:
+    """Import all that the tests import but for moe_fn and the tests, so that a child has little to do."""
+    code = "import sys, conftest, moe_fn.testing, test_layer, test_lora, test_quant; print(*sys.modules)"
+    path = f"{ROOT}:{ROOT / 'property_tests'}"
+    names = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)  # noqa: TID251
+    for name in names.stdout.decode().split():
+        ours = name.split(".")[0] in ("moe_fn", "__main__") or (ROOT / "property_tests" / f"{name}.py").exists()
+        if not ours and name not in sys.modules:
+            try:
+                importlib.import_module(name)
+            except ImportError:  # a name that a module made up for itself
+                continue
+    assert not any(name.split(".")[0] == "moe_fn" for name in sys.modules)
+    gc.freeze()
+
+
+def import_ours(plan: Plan) -> None:
+    """Import moe_fn and the tests, and run one of them, so that what is made once is made."""
+    settings.load_profile(plan.profile)  # tests take theirs when they are defined
+    for name in plan.direct:
+        importlib.import_module(name.partition(".")[0])
+    importlib.import_module("test_layer").test_the_layer_equals_the_reference()
+    gc.collect()
+    gc.freeze()
+
+
+def run(found: Path, files: Sequence[str], own: bool) -> None:
+    """Test every mutant of the files that `found` does not hold, a line of JSON each. own: survivors again, by the files' own tests."""
+    found.parent.mkdir(parents=True, exist_ok=True)
+    old = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
+    last = {line["id"]: line["verdict"] for line in old}
+    import_what_others_made()
+    for file in files:
+        todo = [m for m in mutants_of(file) if last.get(m.id) == ("survived" if own else None)]
+        plan = Plan(direct_of(file), tests_of(file) if own else (), "mutants", Counter())
+        for inside in (True, False):
+            some = [m for m in todo if m.inside == inside]
+            child = os.fork() if some else None
+            if child == 0:
+                if inside:
+                    import_ours(plan)
+                _run_some(found, some, plan)
+                os._exit(0)
+            if child is not None and os.waitpid(child, 0)[1] != 0:
+                raise RuntimeError(f"{file}: the tests fail for the code as it is, or the runner broke")
+
+
+def _run_some(found: Path, mutants: Sequence[Mutant], plan: Plan) -> None:
+    verdict, by = judged(None, plan)
+    if verdict != "survived":
+        print(f"the code as it is fails {by}", flush=True)
+        os._exit(1)
+    for mutant in mutants:
+        start = time.monotonic()
+        verdict, by = judged(mutant, plan)
+        plan.kills[by] += verdict == "killed"
+        line = {**mutant.described, "verdict": verdict, "by": by, "own": bool(plan.tests), "seconds": round(time.monotonic() - start, 1)}
+        with found.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        print(f"{mutant.file}:{mutant.line} {verdict} {by or mutant.change} {line['seconds']}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("found", type=Path, help="lines of JSON, one a mutant")
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--own", action="store_true", help="run the survivors again, against the file's own tests")
+    a = parser.parse_args()
+    print(report(a.found)) if a.what == "report" else run(a.found, a.files, a.own)

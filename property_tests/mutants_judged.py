@@ -1,0 +1,160 @@
+"""One mutant in a process of its own: planted, tested, and what became of it."""
+
+import doctest
+import importlib
+import importlib.abc
+import importlib.util
+import os
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from mutants_made import Mutant, functions_of
+
+MEMORY = 8 << 30  # bytes of data; a mutated size may ask for more than there is
+SECONDS = 240.0  # a mutant may loop for ever
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tests called by name, arguments of pytest for what survives them, a profile of Hypothesis, and who has killed how many."""
+
+    direct: tuple[str, ...]
+    tests: tuple[str, ...]
+    profile: str
+    kills: Counter[str]
+
+
+def judged(mutant: Mutant | None, plan: Plan) -> tuple[str, str]:
+    """("survived", "") or ("killed", by what), found out by a child process; None is the code as it is."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _in_child(mutant, plan, lambda name: os.write(writing, f"{name}\n".encode()))
+    os.close(writing)
+    status = _wait(child)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read().splitlines()
+    if status is None:
+        return "killed", "no end in sight"
+    if os.WIFSIGNALED(status):
+        return "killed", f"signal {os.WTERMSIG(status)}"
+    return ("survived", "") if os.WEXITSTATUS(status) == 0 else ("killed", told[0] if told else "no import")
+
+
+def _in_child(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> None:
+    """Plant and test; never returns."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if mutant is not None:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            _plant(mutant)
+        code = _tested(mutant, plan, tell)
+    finally:
+        os._exit(code)
+
+
+def _tested(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> int:
+    """0 if all is well."""
+    if mutant is not None and doctest.testmod(importlib.import_module(mutant.module)).failed:
+        tell("its doctest")
+        return 1
+    settings.load_profile(plan.profile)  # before the tests are imported
+    for name in sorted(plan.direct, key=lambda name: -plan.kills[name]):
+        module, _, function = name.partition(".")
+        try:
+            getattr(importlib.import_module(module), function)()
+        except BaseException:
+            tell(name)
+            raise
+    if not plan.tests:
+        return 0
+    options = ["-x", "-q", "--tb=line", "-p", "no:xdist", "-W", "ignore", f"--hypothesis-profile={plan.profile}"]
+    return int(pytest.main([*options, *plan.tests], plugins=[Order(plan.kills, tell)]))
+
+
+def _plant(mutant: Mutant) -> None:
+    if "moe_fn" not in sys.modules:
+        sys.meta_path.insert(0, Mutated(mutant.module, ROOT / mutant.file, mutant.source))
+        importlib.import_module("moe_fn")
+        return
+    module = importlib.import_module(mutant.module)
+    new = functions_of(compile(mutant.source, str(ROOT / mutant.file), "exec"))
+    changed = 0
+    for function in _functions_in(module):
+        code = new.get(function.__code__.co_qualname)
+        if code is not None and code != function.__code__:
+            function.__code__ = code
+            changed += 1
+    assert changed == 1, f"{mutant.change}: {changed} functions have changed"
+
+
+def _functions_in(module: ModuleType) -> list[Any]:
+    """Functions and methods that the module defines, each once."""
+    found = {}
+    for value in list(vars(module).values()):
+        for one in (value, *(vars(value).values() if isinstance(value, type) else ())):
+            one = getattr(one, "__func__", one)
+            if isinstance(getattr(one, "__code__", None), CodeType) and one.__module__ == module.__name__:
+                found[id(one)] = one
+    return list(found.values())
+
+
+def _wait(child: int) -> int | None:
+    """The status that a child ends with; None if it takes too long."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from other source than its file's."""
+
+    def __init__(self, name: str, path: Path, source: str) -> None:
+        self.name, self.path, self.source = name, path, source
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        """A spec for that module, and for no other."""
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the mutated source."""
+        exec(compile(self.source, str(self.path), "exec"), module.__dict__)
+
+
+class Order:
+    """A pytest plugin: runs those tests first that have killed most, and tells which one fails."""
+
+    def __init__(self, kills: Counter[str], tell: Callable[[str], Any]) -> None:
+        self.kills, self.tell = kills, tell
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Sort; stable, so the order of mutant_tests.py stays where nothing is known."""
+        items.sort(key=lambda item: -self.kills[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Tell the name of a test that fails."""
+        if report.failed:
+            self.tell(report.nodeid)

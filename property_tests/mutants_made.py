@@ -1,0 +1,90 @@
+"""The mutants of a file, as mutmut makes them: the whole source each, and the line that changed."""
+
+import difflib
+import hashlib
+import inspect
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from mutmut.mutation.file_mutation import create_mutations
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file of the package with one change."""
+
+    file: str
+    line: int
+    change: str
+    inside: bool  # of a function that other code can be put into
+    source: str
+
+    @property
+    def module(self) -> str:
+        """What it is imported as."""
+        return self.file.removesuffix(".py").replace("/", ".")
+
+    @cached_property
+    def id(self) -> str:
+        """The same for the same change of the same source."""
+        return hashlib.sha256(f"{self.file}\0{self.source}".encode()).hexdigest()[:16]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """All but the source, for JSON."""
+        return {"id": self.id, "file": self.file, "line": self.line, "change": self.change}
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    """Every mutant of a file. Two operators may make the same one; it counts once."""
+    before = (ROOT / file).read_text()
+    module, mutations, _, _ = create_mutations(file, before)
+    made = {}
+    for mutation in mutations:
+        source = module.deep_replace(mutation.original_node, mutation.mutated_node).code
+        line, change = _change(before.splitlines(), source.splitlines())
+        made[source] = Mutant(file, line, change, _inside(before, source), source)
+    return list(made.values())
+
+
+def functions_of(module: CodeType) -> dict[str, CodeType]:
+    """Functions and methods in the code of a module, by qualified name."""
+    found: dict[str, CodeType] = {}
+    for const in module.co_consts:
+        if isinstance(const, CodeType) and "<" not in const.co_qualname:
+            found |= {const.co_qualname: const} if _is_function(const) else functions_of(const)
+    return found
+
+
+def _is_function(code: CodeType) -> bool:
+    return bool(code.co_flags & inspect.CO_OPTIMIZED)
+
+
+def _inside(before: str, after: str) -> bool:
+    """Whether one function has changed, and nothing outside of functions: no default, no table, no class."""
+    modules = [compile(text, "", "exec") for text in (before, after)]
+    old, new = (functions_of(module) for module in modules)
+    changed = [name for name in old if name in new and old[name] != new[name]]
+    return len(changed) == 1 and _skeleton(modules[0]) == _skeleton(modules[1]) and not old[changed[0]].co_freevars
+
+
+def _skeleton(code: CodeType) -> tuple[Any, ...]:
+    """The code less that of its named functions."""
+    consts = [
+        ("function" if _is_function(c) and "<" not in c.co_qualname else _skeleton(c)) if isinstance(c, CodeType) else (type(c), c)
+        for c in code.co_consts
+    ]
+    return code.co_code, code.co_names, consts
+
+
+def _change(before: list[str], after: list[str]) -> tuple[int, str]:
+    """(number of the first line that differs, what differs in words: old -> new)."""
+    codes = difflib.SequenceMatcher(None, before, after, False).get_opcodes()
+    _, first, last, start, end = next(code for code in codes if code[0] != "equal")
+    old, new = (" ".join(line.partition("  #")[0].strip() for line in lines) for lines in (before[first:last], after[start:end]))
+    return first + 1, f"{old} -> {new}"

@@ -1,0 +1,74 @@
+"""The report of mutation testing: killed and survived, file by file, and why a survivor is the same program."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from mutants_made import mutants_of
+from mutants_same import SAME, reason_of
+
+Line = Mapping[str, Any]
+
+
+def report(found: Path) -> str:
+    """Markdown. A mutant that was run again counts as the last time; one of sources that have changed since does not count."""
+    last = {line["id"]: line for line in map(json.loads, found.read_text().splitlines())}
+    of_file: dict[str, list[Line]] = defaultdict(list)
+    for line in last.values():
+        of_file[line["file"]].append(line)
+    kept = {file: _of_now(file, lines) for file, lines in sorted(of_file.items())}
+    lines = [line for lines in kept.values() for line in lines]
+    alive = [line for line in lines if line["verdict"] == "survived"]
+    unknown = [line for line in alive if reason_of(line["file"], line["change"]) is None]
+    rows = [_row(file, lines) for file, lines in kept.items()]
+    rows.append(_row("**all**", lines))
+    killers = Counter(line["by"].split("::")[-1].split("[")[0] for line in lines if line["by"])
+    return "\n".join(
+        (
+            "| file | mutants | killed | survived | of these the same program | killed, % |",
+            "|---|---:|---:|---:|---:|---:|",
+            *rows,
+            "",
+            "Who killed most: " + ", ".join(f"{name} {count}" for name, count in killers.most_common(8)) + ".",
+            "",
+            "## Survivors that are the same program",
+            "",
+            *(text for name in SAME for text in _of_reason(name, alive)),
+            "## Survivors without such a reason",
+            "",
+            *(f"- {_where(line)}" for line in unknown),
+        )
+    )
+
+
+def _of_now(file: str, lines: list[Line]) -> list[Line]:
+    now = {mutant.id for mutant in mutants_of(file)}
+    return [line for line in lines if line["id"] in now]
+
+
+def _row(name: str, lines: list[Line]) -> str:
+    alive = [line for line in lines if line["verdict"] == "survived"]
+    same, killed = sum(reason_of(line["file"], line["change"]) is not None for line in alive), len(lines) - len(alive)
+    return f"| {name} | {len(lines)} | {killed} | {len(alive)} | {same} | {100 * killed / max(len(lines), 1):.1f} |"
+
+
+def _of_reason(name: str, alive: list[Line]) -> list[str]:
+    mine = [line for line in alive if reason_of(line["file"], line["change"]) == name]
+    return [f"**{name}**", "", *(f"- {_where(line)}" for line in mine), ""] if mine else []
+
+
+def _where(line: Line) -> str:
+    return f"{line['file'].removeprefix('moe_fn/')}:{line['line']} `{_short(line['change'])}`"
+
+
+def _short(change: str) -> str:
+    """Only the words around what differs."""
+    old, new = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in change.split(" -> ", 1)) if " -> " in change else ([change], [""])
+    codes = [code for code in SequenceMatcher(None, old, new, False).get_opcodes() if code[0] != "equal"]
+    first, last = codes[0], codes[-1]
+    pieces = ((old, first[1], last[2]), (new, first[3], last[4]))
+    return " -> ".join("".join(words[max(start - 8, 0) : stop + 5]).strip() for words, start, stop in pieces)
