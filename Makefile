@@ -8,13 +8,14 @@ CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers
 QUANTISED := "moe_fn,moe_fn plain,moe_fn eager,moe_fn unquantised,torch packed_mm,onnxruntime,zentorch,ggml"
 QUANTS := int8,int8-int8,int4-g32,int4-g128,int4-g32-int8,mxfp4,nvfp4,fp8,fp8-block
 GPU_MODELS := qwen3-30b-a3b,olmoe,mixtral-8x7b,gpt-oss-20b,gpt-oss-120b,deepseek-v3-32
+PYTHONS ?= python3.11 python3.12 python3.13
 MUTATED ?= $(wildcard moe_fn/stages/*.py) moe_fn/activations.py moe_fn/selection.py moe_fn/layer.py moe_fn/lora.py moe_fn/ops/rows.py \
   moe_fn/ops/grouped.py moe_fn/balance/losses.py moe_fn/quant/numbers.py
 BIN := .venv/bin
 MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel mutants clean
+.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -56,7 +57,12 @@ test-gpu: $(INSTALLED)
 	  $(BIN)/python -m pytest -m gpu compile_tests/test_triton_on_gpu.py -k "odd and bfloat16 and 64"; fi
 
 wheel: $(INSTALLED)
-	$(BIN)/python -m build --wheel --outdir dist
+	rm -rf build dist
+	PIP_CONSTRAINT=$(CURDIR)/.ci/constraints.txt $(BIN)/python -m build --wheel --outdir dist
+
+# The wheel in new environments of the Pythons that are here, with Triton and without it; each takes torch's size on the disk while it runs.
+try-wheel: wheel
+	.ci/try-wheel dist/moe_fn-*.whl $(PYTHONS)
 
 # Does a test fail for every small change of the code? Hours; what out/mutants.jsonl holds is not run again. The second turn runs what
 # survived against the tests of the file's own.
