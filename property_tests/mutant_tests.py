@@ -32,4 +32,4 @@ def direct_of(file: str) -> tuple[str, ...]:
 
 def tests_of(file: str) -> tuple[str, ...]:
     """Arguments of pytest, for what survives those."""
-    return ("property_tests/test_stages.py", *OWN.get(file, AROUND))
+    return ("property_tests/test_stages.py", "property_tests/test_stages_of_routing.py", *OWN.get(file, AROUND))

@@ -128,14 +128,26 @@ def test_zero_experts_are_added_in_float32(dtype: torch.dtype, kind: Any) -> Non
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_shared_experts_round_between_their_products_alone(dtype: torch.dtype) -> None:
-    config = layer(shared=SharedExpertsConfig(intermediate_size=8, gate="sigmoid"))
+@pytest.mark.parametrize("gate", ("none", "sigmoid", "router"))
+@pytest.mark.parametrize("biases", (None, "own", "float32"))
+def test_shared_experts_round_between_their_products_alone(dtype: torch.dtype, gate: Any, biases: str | None) -> None:
+    """Weights of the router are theirs only if the config says so."""
+    router = RouterConfig(scoring="sigmoid")
+    config = layer(router=router, shared=SharedExpertsConfig(intermediate_size=4, count=2, gate=gate))
     new = lambda *shape: random(*shape, dtype=dtype)
-    dense = SharedWeights(gate_up=new(16, 6), down=new(6, 8), gate_up_bias=random(16), down_bias=new(6), gate=new(1, 6))
+    dense = SharedWeights(gate_up=new(16, 6), down=new(6, 8), gate=new(1, 6))
+    if biases is not None:
+        kind = dtype if biases == "own" else torch.float32
+        dense = dataclasses.replace(dense, gate_up_bias=random(16, dtype=kind), down_bias=random(6, dtype=dtype))
     weights = MoEWeights(gate_up=torch.zeros(4, 16, 6), down=torch.zeros(4, 6, 8), shared=dense)
-    x, nobody = new(9, 6), Routing(expert_ids=torch.full((9, 4), -1), weights=torch.zeros(9, 4))
-    gate, up = ((x @ dense.gate_up.t()).float() + dense.gate_up_bias).chunk(2, -1)
-    y = (torch.nn.functional.silu(gate) * up).to(dtype) @ dense.down.t() + dense.down_bias
-    expected = (y.float() * torch.sigmoid(x.float() @ dense.gate.float().t())).to(dtype)
-    found = shared_experts(config, weights, x, nobody)
-    assert found is not None and torch.equal(found, expected)
+    x, w = new(9, 6), random(9, 2)
+    routing = Routing(expert_ids=torch.full((9, 4), -1), weights=torch.zeros(9, 4), shared_weights=w)
+    hidden = (x @ dense.gate_up.t()).float()
+    gates, ups = (hidden if dense.gate_up_bias is None else hidden + dense.gate_up_bias).chunk(2, -1)
+    hidden = torch.nn.functional.silu(gates) * ups
+    hidden = (hidden.view(9, 2, 4) * w.view(9, 2, 1)).view(9, 8) if gate == "router" else hidden
+    y = hidden.to(dtype) @ dense.down.t()
+    y = y if dense.down_bias is None else y + dense.down_bias
+    y = (y.float() * torch.sigmoid(x.float() @ dense.gate.float().t())).to(dtype) if gate == "sigmoid" else y
+    found = shared_experts(config, weights, x, routing)
+    assert found is not None and torch.equal(found, y)
