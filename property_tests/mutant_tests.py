@@ -9,6 +9,7 @@ WITH_DIRECT: dict[str, tuple[str, ...]] = {
     "moe_fn/balance/losses.py": ("test_layer.test_losses_equal_the_reference",),
     "moe_fn/quant/numbers.py": ("test_quant.test_quantised_layers_equal_the_reference",),
 }
+ALL_STAGES = ("property_tests/test_stages_of_routing.py", "property_tests/test_stages_around.py", "property_tests/test_stages.py")
 AROUND = ("property_tests/test_around_the_experts.py",)
 OWN: dict[str, tuple[str, ...]] = {
     "moe_fn/stages/route.py": ("property_tests/test_route.py", "property_tests/test_triton_top_k.py"),
@@ -32,4 +33,4 @@ def direct_of(file: str) -> tuple[str, ...]:
 
 def tests_of(file: str) -> tuple[str, ...]:
     """Arguments of pytest, for what survives those."""
-    return ("property_tests/test_stages.py", "property_tests/test_stages_of_routing.py", *OWN.get(file, AROUND))
+    return (*ALL_STAGES, *OWN.get(file, AROUND))

@@ -37,7 +37,7 @@ def weights_of(config: MoEConfig, dtype: torch.dtype, **rest: Any) -> MoEWeights
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bias", "norm", "padding"), itertools.product((False, True), (False, True), (0, 2)))
+@pytest.mark.parametrize(("bias", "norm", "padding"), list(itertools.product((False, True), (False, True), (0, 2))))
 def test_the_latent_space_is_two_products_with_norms(dtype: torch.dtype, bias: bool, norm: bool, padding: int) -> None:
     config = layer(latent=LatentConfig(size=5, norm_epsilon=EPSILON), hidden_padding=padding)
     latent = LatentWeights(input=random(5, 6, dtype=dtype), output=random(6, 5, dtype=dtype))
@@ -83,7 +83,7 @@ def sorted_rows(dtype: torch.dtype) -> Dispatched:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("layout", "bias", "norm"), itertools.product(("out_in", "in_out"), (None, "own", "wide"), (None, "before", "after"))
+    ("layout", "bias", "norm"), list(itertools.product(("out_in", "in_out"), (None, "own", "wide"), (None, "before", "after")))
 )
 def test_the_network_of_an_expert_rounds_after_its_products_and_biases(
     dtype: torch.dtype, layout: Any, bias: str | None, norm: Any
