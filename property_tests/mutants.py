@@ -27,6 +27,7 @@ from mutant_tests import direct_of, tests_of
 from mutants_judged import Plan, judged
 from mutants_made import Mutant, mutants_of
 from mutants_report import report
+from mutants_same import reason_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,13 +59,17 @@ def import_ours(plan: Plan) -> None:
 
 
 def run(found: Path, files: Sequence[str], own: bool) -> None:
-    """Test every mutant of the files that `found` does not hold, a line of JSON each. own: survivors again, by the files' own tests."""
+    """Test every mutant of the files that `found` does not hold, a line of JSON each.
+
+    own: instead those that survived, by the files' own tests, but for those that are the same program.
+    """
     found.parent.mkdir(parents=True, exist_ok=True)
     old = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
     last = {line["id"]: line["verdict"] for line in old}
     import_what_others_made()
     for file in files:
         todo = [m for m in mutants_of(file) if last.get(m.id) == ("survived" if own else None)]
+        todo = [m for m in todo if not (own and reason_of(file, m.change))]
         plan = Plan(direct_of(file), tests_of(file) if own else (), "mutants", Counter())
         for inside in (True, False):
             some = [m for m in todo if m.inside == inside]

@@ -74,6 +74,16 @@ def test_combine_multiplies_and_sums_in_float32_whatever_the_dtype_of_the_weight
     assert torch.equal(moe_fn.combine(config, rows, in_order(rows, 4), routing), expected)
 
 
+@pytest.mark.parametrize("weight_on", ("input", "output"))
+def test_ids_below_zero_and_from_num_experts_on_are_nobodys(weight_on: Any) -> None:
+    config, x = layer(router=RouterConfig(weight_on=weight_on)), random(3, 6)
+    routing = Routing(expert_ids=torch.tensor([[0, 4, 5, -1]]).expand(3, 4), weights=random(3, 4))
+    d = moe_fn.dispatch(config, x, routing)
+    assert d.expert_ends.tolist() == [3, 3, 3, 3]
+    rows = d.rows.index_fill(0, torch.arange(3, 12), torch.nan)
+    assert torch.equal(moe_fn.combine(config, rows, d, routing), x * routing.weights[:, :1])
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_weighted_inputs_are_rounded_once(dtype: torch.dtype) -> None:
     x, weights = random(10, 6, dtype=dtype), random(10, 1)
@@ -116,15 +126,17 @@ def test_columns_are_those_of_the_last_dimension() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", ("identity", "constant"))
-def test_zero_experts_are_added_in_float32(dtype: torch.dtype, kind: Any) -> None:
+@pytest.mark.parametrize("of_weights", (torch.float32, None))
+def test_zero_experts_are_added_in_float32(dtype: torch.dtype, kind: Any, of_weights: torch.dtype | None) -> None:
+    """The ids of 2 zero experts are 4 and 5: 6 and -1 are nobody's. Vectors of constant experts are theirs alone."""
     config = layer(zero_experts=ZeroExpertsConfig(count=2, kind=kind))
-    constants = random(2, 6, dtype=dtype) if kind == "constant" else None
+    constants = random(2, 6, dtype=dtype)
     weights = MoEWeights(gate_up=torch.zeros(4, 16, 6), down=torch.zeros(4, 6, 8), constants=constants)
-    routing = Routing(expert_ids=torch.tensor([[4, 0, 5, -1]]).expand(7, 4), weights=random(7, 4))
-    x, y, w = random(7, 6, dtype=dtype), random(7, 6, dtype=dtype).flip(0), routing.weights
-    added = (w[:, :1] + w[:, 2:3]) * x.float() if constants is None else w[:, [0, 2]] @ constants.float()
+    routing = Routing(expert_ids=torch.tensor([[4, 6, 5, -1]]).expand(7, 4), weights=random(7, 4, dtype=of_weights or dtype))
+    x, y, w = random(7, 6, dtype=dtype), random(7, 6, dtype=dtype).flip(0), routing.weights.float()
+    added = (w[:, :1] + w[:, 2:3]) * x.float() if kind == "identity" else w[:, [0, 2]] @ constants.float()
     found = zero_experts(config, weights, x, routing, y)
-    assert torch.equal(found, (y.float() + added).to(dtype))
+    assert found.dtype == dtype and torch.equal(found, (y.float() + added).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -110,3 +110,10 @@ def test_the_network_of_an_expert_rounds_after_its_products_and_biases(
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
             out = (wide * scale if norm == "after" else wide).to(dtype)
         assert torch.equal(found[part], out)
+
+
+def test_a_norm_of_experts_needs_its_config_and_its_scales() -> None:
+    weights, d, config = weights_of(layer(), torch.float32), sorted_rows(torch.float32), layer(expert_norm=ExpertNormConfig())
+    plain, with_scales = moe_fn.experts(layer(), weights, d), dataclasses.replace(weights, expert_norm=random(3, 6))
+    assert torch.equal(moe_fn.experts(layer(), with_scales, d), plain) and torch.equal(moe_fn.experts(config, weights, d), plain)
+    assert not torch.equal(moe_fn.experts(config, with_scales, d), plain)
