@@ -12,7 +12,7 @@ WITH_DIRECT: dict[str, tuple[str, ...]] = {
 ALL_STAGES = ("property_tests/test_stages_of_routing.py", "property_tests/test_stages_around.py", "property_tests/test_stages.py")
 AROUND = ("property_tests/test_around_the_experts.py",)
 OWN: dict[str, tuple[str, ...]] = {
-    "moe_fn/stages/route.py": ("property_tests/test_route.py", "property_tests/test_triton_top_k.py"),
+    "moe_fn/stages/route.py": ("property_tests/test_route.py",),
     "moe_fn/stages/dispatch.py": ("property_tests/test_dispatch.py", "property_tests/test_lora.py"),
     "moe_fn/stages/combine.py": ("property_tests/test_combine.py",),
     "moe_fn/stages/experts.py": ("property_tests/test_experts.py", "property_tests/test_quant.py", "property_tests/test_lora.py"),

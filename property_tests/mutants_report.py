@@ -1,10 +1,14 @@
 """The report of mutation testing: killed and survived, file by file, and why a survivor is the same program."""
 
 import json
+import platform
 import re
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from datetime import date
 from difflib import SequenceMatcher
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ def report(found: Path) -> str:
     killers = Counter(line["by"].split("::")[-1].split("[")[0] for line in lines if line["by"])
     return "\n".join(
         (
+            *_heading(),
             "| file | mutants | killed | survived | of these the same program | killed, % |",
             "|---|---:|---:|---:|---:|---:|",
             *rows,
@@ -42,6 +47,23 @@ def report(found: Path) -> str:
             "",
             *(f"- {_where(line)}" for line in unknown),
         )
+    )
+
+
+def _heading() -> tuple[str, ...]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    versions = f"mutmut {version('mutmut')}, torch {version('torch')}, Python {platform.python_version()}"
+    return (
+        "# Mutation testing",
+        "",
+        f"{date.today()}, sources of commit {commit or 'unknown'}, {versions}. `make mutants` makes this page again.",
+        "",
+        "A mutant is the code with one small change: another operator or number, an argument less or None, a condition turned round. It",
+        "is killed if a test fails. First the file's doctests and two or three laws of the whole layer judge it, 25 examples each; then,",
+        "what survives those, the tests of the stages and of the file (`property_tests/mutant_tests.py`). Not mutated: annotations,",
+        "docstrings, the words of errors, and functions with decorators, which mutmut leaves alone. A crash, a failing import and running",
+        "for minutes count as killed.",
+        "",
     )
 
 

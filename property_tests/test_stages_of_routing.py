@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, RouterWeights, Routing, SharedExpertsConfig, reference
 from moe_fn.config import ZeroExpertsConfig
-from moe_fn.kernels import native
+from moe_fn.kernels import gpu, native
 from moe_fn.stages.route import router_logits, scores_of_logits
 from moe_fn.testing import assert_matches, configs
 
@@ -169,3 +169,27 @@ def test_masked_tokens_go_nowhere() -> None:
     routing = moe_fn.route(config, weights_of(config, None), logits, token_mask=mask)
     assert isinstance(routing, Routing) and routing.expert_ids.tolist() == [[0, 1, 2], [-1, -1, -1], [0, 1, 2]]
     assert torch.isfinite(routing.weights).all() and (routing.weights[1] == 0).all()
+
+
+@pytest.mark.skipif(gpu.problem("cpu", torch.float32) is not None, reason="Triton's interpreter does not run here")
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("scale", (False, True))
+def test_the_kernel_that_routes_has_the_values_and_gradients_of_torch(bias: bool, scale: bool) -> None:
+    """Where the experts have a scale of their own, which the kernel does not know, torch routes."""
+    router = RouterConfig(scoring="sigmoid", correction_bias="scores" if bias else "none", routed_scaling_factor=2.5)
+    extra = RouterWeights(correction_bias=random(6) if bias else None, expert_scale=random(6) if scale else None)
+    found = []
+    for backend in ("torch", "triton"):
+        config, logits = layer(router=router, backend=backend), random(4, 6).requires_grad_()
+        with Names() as names:
+            routing = moe_fn.route(config, weights_of(config, extra), logits)
+        assert any("route_top_k" in name for name in names.seen) == (backend == "triton" and not scale)
+        (routing.weights * random(4, 3)).sum().backward()
+        found.append((routing.expert_ids, routing.weights.detach(), logits.grad))
+        ids = routing.expert_ids
+        with torch.autograd.forward_ad.dual_level():  # the kernel has no tangents of its own: torch routes
+            dual = moe_fn.route(config, weights_of(config, extra), torch.autograd.forward_ad.make_dual(random(4, 6), random(6, 4).t()))
+            found[-1] += (torch.autograd.forward_ad.unpack_dual(dual.weights).tangent,)
+    assert torch.equal(ids, found[0][0])
+    for left, right in zip(*found, strict=True):
+        assert_matches(left, right, tolerance=1e-5)
