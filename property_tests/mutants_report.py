@@ -20,7 +20,7 @@ Line = Mapping[str, Any]
 
 def report(found: Path) -> str:
     """Markdown. A mutant that was run again counts as the last time; one of sources that have changed since does not count."""
-    last = {line["id"]: line for line in map(json.loads, found.read_text().splitlines())}
+    last = {line["id"]: line for line in map(json.loads, found.read_text().replace("`", "").splitlines())}
     of_file: dict[str, list[Line]] = defaultdict(list)
     for line in last.values():
         of_file[line["file"]].append(line)

@@ -24,6 +24,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("stages/combine.py", "routing.weights.to(None)"),
         ("stages/dispatch.py", "(x.to(None) * weights)"),
         (SHARED, "routing.shared_weights.to(None)"),
+        (SHARED, "(y.to(None) * torch.sigmoid("),
         ("stages/zero_experts.py", "(y.to(None) + "),
         ("stages/zero_experts.py", "* x.to(None)"),
     ),

@@ -38,7 +38,7 @@ def in_order(rows: Tensor, experts: int) -> Dispatched:
     return Dispatched(rows=rows, expert_ends=ends, slot_of_row=order, row_of_slot=order)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(problems())
 def test_no_stage_makes_a_tensor_on_another_device(problem: MoEProblem) -> None:
     """Values of fake tensors cannot be read either: no stage waits for a device."""
@@ -163,3 +163,5 @@ def test_shared_experts_round_between_their_products_alone(dtype: torch.dtype, g
     y = (y.float() * torch.sigmoid(x.float() @ dense.gate.float().t())).to(dtype) if gate == "sigmoid" else y
     found = shared_experts(config, weights, x, routing)
     assert found is not None and torch.equal(found, y)
+    assert shared_experts(layer(), weights, x, routing) is None
+    assert shared_experts(config, dataclasses.replace(weights, shared=None), x, routing) is None
