@@ -12,13 +12,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import moe_fn
-from moe_fn import Dispatched, MoEConfig, MoEWeights, RouterConfig, Routing, SharedExpertsConfig, SharedWeights
-from moe_fn.config import ZeroExpertsConfig
+from moe_fn import (
+    Dispatched,
+    ExpertNormConfig,
+    GroupConfig,
+    LatentConfig,
+    LoRAConfig,
+    MoEConfig,
+    MoEWeights,
+    NormsConfig,
+    RouterConfig,
+    Routing,
+    SharedExpertsConfig,
+    SharedWeights,
+    ZeroExpertsConfig,
+)
 from moe_fn.stages.dispatch import weighted
 from moe_fn.stages.join import addends, join
 from moe_fn.stages.shared import shared_experts
 from moe_fn.stages.zero_experts import zero_experts
-from moe_fn.testing import MoEProblem, problems
+from moe_fn.testing import MoEProblem, problems, weights_for
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -38,18 +51,37 @@ def in_order(rows: Tensor, experts: int) -> Dispatched:
     return Dispatched(rows=rows, expert_ends=ends, slot_of_row=order, row_of_slot=order)
 
 
-@settings(max_examples=6)
-@given(problems())
-def test_no_stage_makes_a_tensor_on_another_device(problem: MoEProblem) -> None:
+RICH: dict[str, dict[str, Any]] = {  # not codes: torch without CUDA cannot look at one place of a fake tensor
+    "everything around": {
+        "top_k": 3,
+        "router": RouterConfig(capacity=2, correction_bias="scores", logit_softcap=5.0),
+        "zero_experts": ZeroExpertsConfig(count=2, kind="constant"),
+        "latent": LatentConfig(size=4),
+        "norms": NormsConfig(input=True, output=True, gate=True),
+        "shared": SharedExpertsConfig(intermediate_size=4, gate="sigmoid"),
+        "expert_norm": ExpertNormConfig(),
+    },
+    "groups": {"top_k": 2, "router": RouterConfig(scoring="sigmoid", groups=GroupConfig(count=2, top_k=1, score="top2_sum"))},
+    "mixer": {"top_k": 2, "router": RouterConfig(selection="sparsemixer", renormalize=False)},
+    "adapters": {"top_k": 2, "lora": LoRAConfig(num_adapters=3, rank=2)},
+}
+
+
+@pytest.mark.parametrize("name", RICH)
+def test_no_stage_makes_a_tensor_on_another_device(name: str) -> None:
     """Values of fake tensors cannot be read either: no stage waits for a device."""
-    config = dataclasses.replace(problem.config, backend="torch")
-    arguments = (problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
+    config = layer(backend="torch", **RICH[name])
+    adapters = torch.zeros(5, dtype=torch.int64) if config.lora is not None else None
+    arguments = (weights_for(config), random(5, 6), random(5, config.num_logits), torch.ones(5, dtype=torch.bool), adapters)
     with FakeTensorMode():
-        weights, x, logits, token_ids, token_mask = tree_map(
+        weights, x, logits, token_mask, adapter_ids = tree_map(
             lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda") if isinstance(t, Tensor) else t, arguments
         )
-        y, stats = moe_fn.moe_forward_with_stats(config, weights, x, logits, token_ids=token_ids, token_mask=token_mask)
-        assert y.device == x.device and stats.expert_load.device == x.device
+        y = moe_fn.moe_forward(config, weights, x, logits, token_mask=token_mask, adapter_ids=adapter_ids)
+        assert y.device == x.device
+        if config.lora is None:
+            stats = moe_fn.moe_forward_with_stats(config, weights, x, logits, token_mask=token_mask)[1]
+            assert stats.expert_load.device == x.device
 
 
 @given(problems(dtype=torch.bfloat16))

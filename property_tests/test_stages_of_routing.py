@@ -193,3 +193,8 @@ def test_the_kernel_that_routes_has_the_values_and_gradients_of_torch(bias: bool
     assert torch.equal(ids, found[0][0])
     for left, right in zip(*found, strict=True):
         assert_matches(left, right, tolerance=1e-5)
+
+
+def test_a_mask_has_one_word_for_every_token() -> None:
+    with pytest.raises(ValueError, match="token_mask"):
+        moe_fn.route(layer(), weights_of(layer(), None), random(5, 6), token_mask=torch.ones(4, dtype=torch.bool))
