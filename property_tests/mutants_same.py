@@ -13,6 +13,8 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (ROUTE, ".gather(+1, ids)"),
         (ROUTE, "shared.shape[+1]"),
         (ROUTE, "token_mask.unsqueeze(+1)"),
+        (ROUTE, "ids.view(*leading, ids.shape[+1])"),
+        (ROUTE, "(ids.shape[+1], -1)"),
         (ROUTE, "logits).narrow(+1, 0"),
         (ROUTE, "sum(+1, keepdim"),
         (ROUTE, "order, +1, keepdim"),

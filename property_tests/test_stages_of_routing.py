@@ -184,6 +184,7 @@ def test_the_kernel_that_routes_has_the_values_and_gradients_of_torch(bias: bool
         with Names() as names:
             routing = moe_fn.route(config, weights_of(config, extra), logits)
         assert any("route_top_k" in name for name in names.seen) == (backend == "triton" and not scale)
+        assert routing.shared_weights is None
         (routing.weights * random(4, 3)).sum().backward()
         found.append((routing.expert_ids, routing.weights.detach(), logits.grad))
         ids = routing.expert_ids
