@@ -71,6 +71,10 @@ BAD_CONFIGS = {
     ),
     "a score of one logit alone": config(shared=SharedExpertsConfig(intermediate_size=2, gate="router")),
     "gate_input='transformed' would have no effect": config(router=RouterConfig(gate_input="transformed")),
+    "GroupConfig or None": router(groups=5),
+    "routed_scaling_factor is 1000.*expected a finite number": router(routed_scaling_factor=10**400),
+    "num_experts is 9223372036854775808; expected an int >= 1, below 2.63": config(num_experts=2**63),
+    r"unknown names \[1, 'experts'\]": lambda: MoEConfig.from_dict(BASE | {1: 2, "experts": 3}),  # type: ignore[dict-item]
     "scoring is 'tanh'": router(scoring="tanh"),
     "selection is 'random'": router(selection="random"),
     "routed_scaling_factor is nan": router(routed_scaling_factor=float("nan")),

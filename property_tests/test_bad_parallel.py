@@ -68,8 +68,9 @@ BAD: dict[str, Callable[[], Any]] = {
     "sp: expected no tp": parallel(sp=TWO, tp=OTHER, ep=OTHER, dispatch="all_to_all", shared="replicated"),
     "shared='sharded' with sp": parallel(sp=TWO, ep=TWO, dispatch="all_to_all"),
     "placement has 3 ranks; expected one for each of 4 experts": layer(ParallelConfig(ep=TWO, placement=(0, 1, 0))),
-    r"leaves ranks of ep without an expert: \[1, 1, 1, 1, 0\]": layer(ParallelConfig(ep=RankGroup(name="0", size=5, rank=0))),
-    r"without an expert: \[4, 0\]": layer(ParallelConfig(ep=TWO, placement=(0, 0, 0, 0))),
+    "leaves 1 of 5 ranks of ep without an expert": layer(ParallelConfig(ep=RankGroup(name="0", size=5, rank=0))),
+    "leaves 1152921504606846972 of 1152921504606846976 ranks": layer(ParallelConfig(ep=RankGroup(name="0", size=2**60, rank=0))),
+    "leaves 1 of 2 ranks of ep without an expert": layer(ParallelConfig(ep=TWO, placement=(0, 0, 0, 0))),
     "intermediate_size=5; expected a multiple of the 2 slices": layer(ParallelConfig(tp=TWO), intermediate_size=5),
     "SharedExpertsConfig.intermediate_size=3; expected a multiple": layer(
         ParallelConfig(tp=TWO), shared=SharedExpertsConfig(intermediate_size=3)

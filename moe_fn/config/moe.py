@@ -215,9 +215,9 @@ _DATACLASS_OF_FIELD: dict[str, type] = {
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{cls.__name__}.from_dict: got {values!r}; expected a dict")
+        raise ValueError(f"{cls.__name__}.from_dict: got {values!r:.200}; expected a dict")
     names = [f.name for f in dataclasses.fields(cls)]
-    unknown = sorted(set(values) - set(names))
+    unknown = [name for name in values if name not in names]
     if unknown:
         raise ValueError(f"{cls.__name__}.from_dict: unknown names {unknown}; expected some of {names}")
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]

@@ -99,6 +99,8 @@ class RouterConfig:
         check_choice("RouterConfig.gate_dtype", self.gate_dtype, get_args(Precision))
         check_choice("RouterConfig.score_dtype", self.score_dtype, get_args(Precision))
         check_choice("RouterConfig.gate_input", self.gate_input, ("original", "transformed"))
+        if not isinstance(self.groups, GroupConfig | None):
+            raise ValueError(f"RouterConfig.groups is {self.groups!r:.200}; expected a GroupConfig or None")
         if self.scale_on != "weights" and self.routed_scaling_factor == 0.0:
             raise ValueError("RouterConfig.routed_scaling_factor=0.0 with a scale on the output: expected a number other than 0")
         self._reject_what_would_be_ignored()

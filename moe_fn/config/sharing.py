@@ -12,10 +12,7 @@ def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
     Raises ValueError for what cannot be shared so.
     """
     _check(config, parallel)
-    counts = [sum(rank == r for rank in ranks_of_experts(config, parallel)) for r in range(parallel.ep.size if parallel.ep else 1)]
-    if min(counts) == 0:
-        raise ValueError(f"MoEConfig.parallel leaves ranks of ep without an expert: {counts}; expected at least one on each")
-    experts = counts[parallel.ep.rank if parallel.ep else 0]
+    experts = _own_experts(config, parallel)
     by_slot = parallel.dispatch.startswith("all_to_all") or config.router.weight_on == "input"  # each slot is a row of its own
     top_k = 1 if by_slot else config.top_k
     return {
@@ -27,6 +24,18 @@ def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
         "intermediate_size": config.intermediate_size // parallel.slices[0],
         **{name: getattr(config, name) for name in _SAME},
     }
+
+
+def _own_experts(config: Any, parallel: ParallelConfig) -> int:
+    """How many experts, or slots, this rank has. Without a list of all ranks, for sizes may come from anywhere."""
+    experts, ranks = parallel.num_physical or config.num_experts, parallel.ep.size if parallel.ep else 1
+    used = len(set(parallel.placement)) if isinstance(parallel.placement, tuple) else min(experts, ranks)
+    if used < ranks:
+        raise ValueError(f"MoEConfig.parallel leaves {ranks - used} of {ranks} ranks of ep without an expert; expected one on each")
+    rank = parallel.ep.rank if parallel.ep else 0
+    if isinstance(parallel.placement, tuple):
+        return parallel.placement.count(rank)
+    return experts // ranks + (rank < experts % ranks)
 
 
 _SAME = ("activation", "gate_up_layout", "weight_layout", "expert_norm", "quant", "lora", "recompute", "backend")
