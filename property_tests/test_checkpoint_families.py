@@ -168,7 +168,7 @@ def test_a_saved_model_comes_back(row: BlockRow, tmp_path: Path) -> None:
         check(row, block, config, weights)
 
 
-JUNK = (None, "x", [1], [], {}, {"a": 1}, -1, 0, 1e99, True, 2.5, 10**30)
+JUNK = (None, "x", [1], [], {}, {"a": 1}, -1, 0, 1e99, True, 2.5, 10**30, 10**400, float("inf"), float("nan"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "mistral4", "inkling", "nemotron_h", "dbrx"])

@@ -52,7 +52,7 @@ def config_of_layer(model_config: Mapping[str, Any], layer: int) -> MoEConfig:
     family = family_of_config(model_config)
     try:
         return build_config(family, _look_in(model_config, layer), sizes={})
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         kind = f"{family.names[0]}: the model's config has null, or a value of another kind than this family's models have"
         raise ValueError(f"{kind} ({error}); expected what transformers writes") from error
 

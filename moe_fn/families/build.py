@@ -16,7 +16,7 @@ from moe_fn.config import (
     ZeroExpertsConfig,
 )
 from moe_fn.families.row import Family, Shared
-from moe_fn.families.words import Look, resolve
+from moe_fn.families.words import Look, resolve, whole
 
 _NESTED = {"latent": LatentConfig, "zero_experts": ZeroExpertsConfig, "expert_norm": ExpertNormConfig, "norms": NormsConfig}
 _WITH_RENORMALIZE = ("renormalize_epsilon", "renormalize_minimum", "renormalize_order")
@@ -46,7 +46,7 @@ def build_config(
 def _size(name: str, word: Any, look: Look) -> int:
     size = resolve(word, look)
     if not isinstance(size, int):
-        raise ValueError(f"{word!r} is {size!r} in the model's config; expected a whole number, the {name}")
+        raise ValueError(f"{word!r} is {size!r:.80} in the model's config; expected a whole number, the {name}")
     return size
 
 
@@ -67,7 +67,7 @@ def _router(row: Mapping[str, Any], look: Look) -> RouterConfig:
     if not values.get("renormalize", True):
         values = {name: value for name, value in values.items() if name not in _WITH_RENORMALIZE}
     floats = {f.name for f in fields(RouterConfig) if f.type in ("float", float)}
-    exact: dict[str, Any] = {name: float(value) if name in floats else value for name, value in values.items()}
+    exact: dict[str, Any] = {name: float(value) if name in floats and type(value) is int else value for name, value in values.items()}
     return RouterConfig(**exact)
 
 
@@ -76,8 +76,8 @@ def _shared(
 ) -> SharedExpertsConfig | None:
     if row is None:
         return None
-    count = int(resolve(row.count, look) or 0)
-    width = int(resolve(row.width, look) or 0) if width is None else width
+    count = whole(row.count, look)
+    width = whole(row.width, look) if width is None else width
     if not width or not count:
         return None
     return SharedExpertsConfig(

@@ -65,6 +65,14 @@ def word(*names: str, default: Any = MISSING, values: Mapping[Any, Any] | None =
     return Word(names, default, values)
 
 
+def whole(value: Any, look: Look) -> int:
+    """What a row's entry stands for, a whole number; None is 0. Raises ValueError for anything else."""
+    found = resolve(value, look)
+    if type(found) not in (int, type(None)):
+        raise ValueError(f"{value!r} is {found!r:.80} in the model's config; expected a whole number")
+    return found or 0
+
+
 def resolve(value: Any, look: Look) -> Any:
     """What a row's entry stands for: words are looked up, everything else is itself. Raises ValueError naming what is missing."""
     if isinstance(value, Mapping):
@@ -76,7 +84,7 @@ def resolve(value: Any, look: Look) -> Any:
         if value.values is None:
             return found
         if found not in value.values:
-            raise ValueError(f"{value!r} is {found!r} in the model's config; expected one of {', '.join(map(repr, value.values))}")
+            raise ValueError(f"{value!r} is {found!r:.80} in the model's config; expected one of {', '.join(map(repr, value.values))}")
         return resolve(value.values[found], look)
     if isinstance(value, Given):
         return resolve(value.then if resolve(value.word, look) is not None else value.otherwise, look)
@@ -84,5 +92,5 @@ def resolve(value: Any, look: Look) -> Any:
         limit = resolve(value.word, look)
         return None if limit is None or not 0 < limit < math.inf else float(limit)
     if isinstance(value, Times):
-        return (resolve(value.left, look) or 0) * (resolve(value.right, look) or 0)
+        return whole(value.left, look) * whole(value.right, look)
     return value
