@@ -52,12 +52,13 @@ def beginnings_of(layout: Layout, prefix: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(full_name(prefix, name) for name in ("", *layout.owned, *outside)))
 
 
-def names_of(entry: Entry, config: MoEConfig) -> Iterator[tuple[int | None, str]]:
-    """The names of an entry, with the expert that each is of."""
+def names_of(entry: Entry, config: MoEConfig, most: int | None = None) -> Iterator[tuple[int | None, str]]:
+    """The names of an entry, with the expert that each is of; of the first `most` experts."""
+    experts = range(config.num_experts if most is None else min(config.num_experts, most))
     if "{e}" in entry.name:
-        yield from ((e, entry.name.replace("{e}", str(e))) for e in range(config.num_experts))
+        yield from ((e, entry.name.replace("{e}", str(e))) for e in experts)
     elif "{second}" in entry.name:
-        yield from ((e, entry.name.replace("{second}", str(e + config.num_experts))) for e in range(config.num_experts))
+        yield from ((e, entry.name.replace("{second}", str(e + config.num_experts))) for e in experts)
     else:
         yield None, entry.name
 
@@ -67,8 +68,9 @@ def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, 
     allowed, problems = expected_shapes(config), list[str]()
     sizes, others, parts = sizes_of(config), set(_others(layout, prefix, config, tensors)), dict[Path, list[Part]]()
     known = set(others)
+    most = len(tensors) + 1  # of more experts than tensors one is missing, and a config may say any number
     for entry in layout.entries:
-        named = [(expert, full_name(prefix, name)) for expert, name in names_of(entry, config)]
+        named = [(expert, full_name(prefix, name)) for expert, name in names_of(entry, config, most)]
         known.update(name for _, name in named)
         if base_of(entry.weight) not in allowed:
             surplus = [name for _, name in named if name in tensors and name not in others]
@@ -116,7 +118,16 @@ def _others(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str
         if name.endswith("*"):
             yield from (found for found in tensors if found.startswith(name[:-1]))
         placeholder = next((place for place in ranges if place in name), None)
-        yield from [name] if placeholder is None else (name.replace(placeholder, str(e)) for e in range(*ranges[placeholder]))
+        if placeholder is None:
+            yield name
+            continue
+        before, _, after = name.partition(placeholder)
+        numbered = (found for found in tensors if found.startswith(before) and found.endswith(after))
+        yield from (found for found in numbered if _is_in(found[len(before) : len(found) - len(after)], *ranges[placeholder]))
+
+
+def _is_in(number: str, first: int, stop: int) -> bool:
+    return number.isdecimal() and len(number) < 20 and number == str(int(number)) and first <= int(number) < stop
 
 
 def _halves(layout: Layout, prefix: str, parts: Mapping[Path, Sequence[Part]]) -> list[str]:

@@ -1,12 +1,11 @@
 """quantization_config to a QuantConfig and a row of FORMATS: what each published method says, and in which words."""
 
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_fn.checkpoint.compressed import method_of_group
-from moe_fn.checkpoint.matching import is_listed, is_target
+from moe_fn.checkpoint.matching import is_listed, is_target, matches_from_start
 from moe_fn.checkpoint.stored import Method, Words
 from moe_fn.config import ActivationQuantConfig, QuantConfig
 
@@ -21,7 +20,7 @@ def method_of(words: Words, module: str, of_experts: bool) -> Method | None:
         raise ValueError(f"quantization_config.quant_method is {method!r}; expected one of {', '.join(map(repr, _READERS))}")
     try:
         return _method_of(words, method, module, of_experts)
-    except (TypeError, AttributeError, KeyError, IndexError, re.error) as error:
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"quantization_config has a value of another kind than {method!r} has ({error}); expected what its tools write"
         ) from error
@@ -83,7 +82,7 @@ def _fp8(words: Words, module: str, of_experts: bool) -> Method:
 
 def _gptq(words: Words, module: str, of_experts: bool) -> Method | None:
     for pattern, changes in (words.get("dynamic") or {}).items():  # GPTQModel: what is different for some modules
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), module):
+        if matches_from_start(pattern.removeprefix("+:").removeprefix("-:"), module):
             if pattern.startswith("-:") or changes is False:
                 return None
             words = {**words, **changes}
