@@ -108,6 +108,11 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no json": (lambda path: in_words(path, b"{'a': 1}"), "is no JSON"),
     "no text": (lambda path: in_words(path, b'{"\xff\xfe": 1}'), "is no JSON .UnicodeDecodeError"),
     "deep json": (lambda path: in_words(path, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "is no JSON .RecursionError"),
+    "deep json that can be read": (
+        lambda path: in_words(path, b'{"a":' + b"[" * 300 + b"]" * 300 + b"}"),
+        "nests lists and objects deeper than 64",
+    ),
+    "half of a surrogate": (renamed("gate.weight", "\ud800"), "gate.weight is missing"),
     "a list": (lambda path: in_words(path, b"[1]"), "holds a list; expected a JSON object"),
     "a name twice": (repeated, "is there twice; expected every name once"),
     "metadata": (edited(lambda header: header.update(__metadata__=[1])), "__metadata__ is"),
@@ -236,6 +241,27 @@ def test_arguments_that_mean_nothing_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no mixture of experts in layer 4; expected one of 3"):
         load_moe_layer(tmp_path, 4)
     with pytest.raises(ValueError, match=r"has no config.json; expected one, or load_moe_weights"):
+        load_moe_layer(tmp_path, 3)
+
+
+def test_what_safetensors_alone_refuses_is_named(tmp_path: Path) -> None:
+    """Half of a surrogate, in a name that nobody asks for: Python's JSON has such, safetensors' has not."""
+    save(tmp_path)
+    header, data = read_raw(tmp_path / ONE)
+    write_raw(tmp_path / ONE, {**header, "__metadata__": {"a": "\ud800"}}, data)
+    with pytest.raises(ValueError, match=r"invalid JSON in header.*expected a file that safetensors reads"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("count", [10**6, 2**31, 2**62])
+def test_experts_that_no_file_has_take_no_time(count: int, tmp_path: Path) -> None:
+    """A config.json may say any number of them: the first that are missing are named, and no list is made of the rest."""
+    save(tmp_path)
+    words = {"model_type": "deepseek_v3", "n_routed_experts": count, "num_experts_per_tok": 2, "hidden_size": 4, "moe_intermediate_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**words, "n_shared_experts": 1}))
+    (layer,) = moe_layers(tmp_path)
+    assert layer.problem is not None and "experts.3.gate_proj.weight is missing" in layer.problem
+    with pytest.raises(ValueError, match=r"experts.3.gate_proj.weight is missing"):
         load_moe_layer(tmp_path, 3)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_fn.checkpoint.axes import Path, Ranges, Units, axes_of, by_axes, dims_of, ranges_in_units
 from moe_fn.checkpoint.codings import CODINGS, check_order, check_sizes, check_zeros
 from moe_fn.checkpoint.entries import Entry
+from moe_fn.checkpoint.files import open_tensors
 from moe_fn.checkpoint.match import Part, Plan
 from moe_fn.checkpoint.quantised import CODED, EXPERTS
 from moe_fn.quant.numbers import pack_halves
@@ -58,11 +59,9 @@ def put_input_scale(part: Part, source: Tensor, target: Tensor) -> bool:
 
 def check_parts(folder: FilePath, plan: Plan, experts: Sequence[int]) -> None:
     """Looks at what must not say anything new, of these experts."""
-    from safetensors import safe_open
-
     wanted = [part for part in plan.checks if part.expert is None or part.expert in experts]
     for file, parts in itertools.groupby(sorted(wanted, key=lambda part: part.info.file), lambda part: part.info.file):
-        with safe_open(str(folder / file), framework="pt") as opened:
+        with open_tensors(folder / file) as opened:
             for part in parts:
                 _check_part(f"{folder / file}: {part.name}", opened.get_tensor(part.name), part, plan)
 

@@ -3,10 +3,11 @@
 A file is 8 bytes of length, little-endian, that many bytes of JSON, and the tensors: one after the other, no byte unused.
 """
 
+import contextlib
 import json
 import math
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ BITS = {
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 _LONGEST_HEADER = 100_000_000  # the format's own limit
+_DEEPEST = 64
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """safetensors' handle on a file whose header has been read. ValueError for what its parser refuses and ours does not."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}; expected a file that safetensors reads") from None
+
+
 def size_of_file(path: Path) -> int:
     """Bytes of a regular file, behind links if need be."""
     try:
@@ -90,11 +104,22 @@ def parse_json(where: str, text: bytes) -> dict[str, Any]:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no JSON ({type(error).__name__}: {error}); expected a JSON object") from None
+    if not _is_shallow(value):
+        raise ValueError(f"{where} nests lists and objects deeper than {_DEEPEST}; expected a JSON object without such")
     if twice:
         raise ValueError(f"{where}: {twice[0]!r} is there twice; expected every name once")
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a {type(value).__name__}; expected a JSON object")
     return value
+
+
+def _is_shallow(value: Any) -> bool:
+    """Whether what walks down a value, its repr too, stays far from the depth that Python allows."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        lists = [inner for inner in level if isinstance(inner, dict | list)]
+        level = [inner for outer in lists for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return not any(isinstance(inner, dict | list) for inner in level)
 
 
 def _tensor(where: str, file: str, name: str, said: Any) -> TensorInfo:

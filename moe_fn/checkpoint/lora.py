@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.checkpoint.adapter_config import AdapterConfig, read_adapter_config
-from moe_fn.checkpoint.files import FLOATS, TensorInfo, read_header
+from moe_fn.checkpoint.files import FLOATS, TensorInfo, open_tensors, read_header
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.merging import padded_to
 from moe_fn.numerics import accumulation_dtype
@@ -184,11 +184,9 @@ def _read(
     device: torch.device | str,
 ) -> dict[Module, Factors]:
     """A [E or 1, rank, in] and B [E or 1, out, rank] of each module, scaled."""
-    from safetensors import safe_open
-
     factors: dict[Module, Factors] = {}
     dtypes: set[torch.dtype] = set()
-    with safe_open(str(file), framework="pt") as opened:
+    with open_tensors(file) as opened:
         for module, names in modules.items():
             a, b = (opened.get_tensor(name) for name in names)
             dtypes |= {a.dtype, b.dtype}

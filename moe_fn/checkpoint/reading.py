@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_fn.checkpoint.axes import Path, Ranges, axes_of, by_axes, in_units, ranges_in_units, rectangles, shape_of, spans
 from moe_fn.checkpoint.coded import INPUT_SCALES, check_parts, decode_others, put_input_scale, to_codes
-from moe_fn.checkpoint.files import BITS, TensorInfo
+from moe_fn.checkpoint.files import BITS, TensorInfo, open_tensors
 from moe_fn.checkpoint.match import Part, Plan
 from moe_fn.checkpoint.quantised import Place
 from moe_fn.config import MoEConfig
@@ -25,7 +25,7 @@ _WINDOW = 16 * 2**20
 class Slices:
     """What of a block a rank wants: its experts, and places along the intermediates."""
 
-    experts: tuple[int, ...]
+    experts: Sequence[int]
     intermediate: tuple[int, int]
     shared_intermediate: tuple[int, int]
 
@@ -46,8 +46,8 @@ class Piece:
 
 def slices_of(config: MoEConfig, experts: Sequence[int] | None, intermediate: slice | None, shared_intermediate: slice | None) -> Slices:
     """The slices that these arguments stand for; None is all. Raises ValueError for what the block does not have."""
-    chosen = tuple(range(config.num_experts)) if experts is None else tuple(experts)
-    if not chosen or not all(type(e) is int and 0 <= e < config.num_experts for e in chosen):
+    chosen = range(config.num_experts) if experts is None else tuple(experts)  # a range, for a config may say any number
+    if experts is not None and not (chosen and all(type(e) is int and 0 <= e < config.num_experts for e in chosen)):
         raise ValueError(f"experts is {experts!r:.80}; expected ids in 0..{config.num_experts - 1}, at least one")
     width = config.shared.intermediate_size if config.shared else 0
     return Slices(
@@ -128,14 +128,12 @@ def _pieces(part: Part, plan: Plan, slices: Slices) -> Iterator[Piece]:
 
 
 def _copy_pieces(file: FilePath, pieces: Sequence[tuple[Path, Piece]], weights: Mapping[Path, Tensor], plan: Plan, slices: Slices) -> None:
-    from safetensors import safe_open
-
     regions = [_region(piece, plan.sizes) for _, piece in pieces]
     extents = [_extent(piece.part.info, region) for (_, piece), region in zip(pieces, regions, strict=True)]
     scratch = torch.empty(max(extents), dtype=torch.uint8)  # takes no memory until it is written to
     done = 0
     while done < len(pieces):
-        with safe_open(str(file), framework="pt") as opened:
+        with open_tensors(file) as opened:
             mapped = 0
             while done < len(pieces) and (mapped == 0 or mapped + extents[done] <= _WINDOW):
                 path, piece = pieces[done]
