@@ -1,6 +1,7 @@
 # make demo   trains a small MoE language model and shows it       make bench  times the layer beside the machine's floor and others
 # make demo-parallel   trains and serves it on four ranks of this machine
 # make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  what needs a CUDA device
+# make fuzz   damages configs and checkpoints until a reader breaks, minutes each (FUZZ=seconds)
 # make bench-quant   the same with experts in 8 and 4 bits
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN := .venv/bin
 MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants clean
+.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -55,6 +56,14 @@ test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu compile_tests property_tests
 	if command -v compute-sanitizer > /dev/null; then compute-sanitizer --error-exitcode 1 \
 	  $(BIN)/python -m pytest -m gpu compile_tests/test_triton_on_gpu.py -k "odd and bfloat16 and 64"; fi
+
+# Damaged configs and checkpoints, FUZZ seconds for each reader; what breaks one is kept in out/fuzz.
+FUZZ ?= 300
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[fuzz]"
+	for reader in config family checkpoint adapter; do \
+	  PYTHONPATH=.:property_tests $(BIN)/python -m fuzz $$reader --seconds $(FUZZ) --corpus out/fuzz/corpus/$$reader || exit 1; \
+	done
 
 wheel: $(INSTALLED)
 	rm -rf build dist

@@ -1,0 +1,159 @@
+"""Whole configs and checkpoints, to be damaged."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import quantised_files
+import torch
+from safetensors.torch import save
+
+from moe_fn import (
+    ActivationConfig,
+    ActivationQuantConfig,
+    ExpertNormConfig,
+    GroupConfig,
+    LatentConfig,
+    LoRAConfig,
+    MoEConfig,
+    NormsConfig,
+    ParallelConfig,
+    QuantConfig,
+    RankGroup,
+    RouterConfig,
+    SharedExpertsConfig,
+    ZeroExpertsConfig,
+)  # fmt: skip
+from moe_fn.checkpoint import LAYOUTS, load_moe_layer, save_moe_weights
+from moe_fn.families import FAMILIES, config_of_layer
+from moe_fn.families.words import Word
+from moe_fn.testing import weights_for
+
+Files = dict[str, bytes]  # of a folder
+SIZES: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 6, "intermediate_size": 4}
+_TWO = RankGroup(name="0", size=2, rank=1)
+CONFIGS: tuple[MoEConfig, ...] = (
+    MoEConfig(
+        **SIZES, router=RouterConfig(groups=GroupConfig(count=2, top_k=1), correction_bias="scores", renormalize_epsilon=1e-20),
+        activation=ActivationConfig(limit=7.0, alpha=1.702, up_offset=1.0), shared=SharedExpertsConfig(intermediate_size=2),
+        latent=LatentConfig(size=4), norms=NormsConfig(input=True), zero_experts=ZeroExpertsConfig(count=2), chunk_tokens=8,
+    ),
+    MoEConfig(
+        **SIZES, quant=QuantConfig(
+            scheme="int4", granularity="group", group_size=2, zero_points=True,
+            activations=ActivationQuantConfig(scheme="int8", granularity="token"),
+        ),
+        lora=LoRAConfig(num_adapters=2, rank=2), expert_norm=ExpertNormConfig(),
+        parallel=ParallelConfig(ep=_TWO, dispatch="all_to_all_static", max_tokens=4, placement=(0, 1, 0, 1), shared="replicated"),
+    ),
+    MoEConfig(
+        **(SIZES | {"intermediate_size": 8}), quant=QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=(1, 2)),
+        parallel=ParallelConfig(tp=_TWO, dp=dataclasses.replace(_TWO, name="1"), dispatch="all_gather"),
+    ),
+)  # fmt: skip
+# Enough words for most families; n_group and topk_group of 1 are no groups.
+MODEL: dict[str, Any] = {
+    "num_experts": 3, "num_local_experts": 3, "n_routed_experts": 3, "moe_num_experts": 3, "num_experts_per_tok": 2, "hidden_size": 4,
+    "d_model": 4, "intermediate_size": 2, "moe_intermediate_size": 2, "ffn_hidden_size": 2, "d_ff": 2, "shared_expert_intermediate_size": 2,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_topk": 2, "output_multiplier": 1.0, "moe_hidden_size": 2,
+    "mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0, "shared_experts_intermediate_size": 2, "moe_k": 2, "hidden_act": "silu",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "swiglu_limits": [None, 7.0], "rms_norm_eps": 1e-6, "scoring_func": "sigmoid",
+}  # fmt: skip
+ADAPTER: dict[str, Any] = {
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False, "init_lora_weights": True,
+    "rank_pattern": {r"experts.\d+.down_proj": 1}, "alpha_pattern": {"mlp.experts.down_proj": 3.0}, "target_parameters": [],
+}  # fmt: skip
+
+
+def models() -> tuple[dict[str, Any], ...]:
+    """A config.json of every family."""
+    return tuple(MODEL | {"model_type": family.names[0]} for family in FAMILIES)
+
+
+def words() -> tuple[str, ...]:
+    """Every word that a family's config may have, and what quantisation configs say."""
+    found = {name for family in FAMILIES for word in _words_in(family) for name in word.names} | set(MODEL) | {"text_config", "ffn_config"}
+    found |= {name for family in FAMILIES for name in family.names}
+    for made in quantised_files.FORMATS.values():
+        found |= set(_strings(made.words))
+    more = ("quantization_config", "compression_config", "weight_map", "__metadata__", "dynamic", "shape", "dtype", "data_offsets", "F32")
+    return tuple(sorted(found | set(more)))
+
+
+def config_words() -> tuple[str, ...]:
+    """Names and values of MoEConfig."""
+    return tuple(
+        sorted({name for config in CONFIGS for name in _strings(config.to_dict())} | {"sigmoid", "hash", "native", "mxfp4", "torch"})
+    )
+
+
+def _words_in(value: Any) -> Iterator[Word]:
+    if isinstance(value, Word):
+        yield value
+    if isinstance(value, dict):
+        for entry in value.values():
+            yield from _words_in(entry)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _words_in(getattr(value, field.name))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from (name, *_strings(entry))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _strings(entry)
+
+
+@functools.cache
+def checkpoints() -> tuple[Files, ...]:
+    """Folders with a layer each: of every quantised format, and of every layout that a family's words and random weights can fill."""
+    found = [_files_of(lambda folder, made=made: quantised_files.write(folder, made)) for made in quantised_files.FORMATS.values()]
+    found.append(_files_of(lambda folder: quantised_files.write(folder, quantised_files.FORMATS["awq"], shards=3)))
+    for row in LAYOUTS:
+        for family in row.families:
+            try:
+                found.append(_files_of(lambda folder, row=row, family=family: _write(folder, row, MODEL | {"model_type": family})))
+                break
+            except ValueError:
+                continue
+    return tuple(found)
+
+
+def _write(folder: Path, row: Any, model: dict[str, Any]) -> None:
+    config = config_of_layer(model, 0)
+    prefix = ".".join(filter(None, ["model.layers.0", row.block]))
+    save_moe_weights(folder, prefix, config, weights_for(config, bias=False, scales=False), layout=row)
+    (folder / "config.json").write_text(json.dumps(model))
+    load_moe_layer(folder, 0)
+
+
+def adapters() -> tuple[Files, ...]:
+    """PEFT's two forms, for MoEConfig(**SIZES) below "layers.0.mlp"."""
+    each = {f"experts.{e}.{name}": size for e in range(4) for name, size in (("gate_proj", (6, 4)), ("up_proj", (6, 4)))}
+    each |= {f"experts.{e}.down_proj": (4, 6) for e in range(4)}
+    ranks = {name: 1 if name.endswith("down_proj") else 2 for name in each}
+    modules = {name: (torch.ones(ranks[name], size), torch.ones(out, ranks[name])) for name, (size, out) in each.items()}
+    of_all = {"experts.base_layer": (torch.ones(8, 6), torch.ones(8, 8)), "experts": (torch.ones(8, 4), torch.ones(6, 8))}
+    plain = ADAPTER | {"rank_pattern": {}, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    return _adapter(ADAPTER, modules), _adapter(plain, of_all)
+
+
+def _adapter(values: dict[str, Any], modules: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Files:
+    before = "base_model.model.layers.0.mlp."
+    tensors = {f"{before}{name}.lora_{side}.weight": pair[side == "B"] for name, pair in modules.items() for side in "AB"}
+    return {"adapter_config.json": json.dumps(values).encode(), "adapter_model.safetensors": save(tensors)}
+
+
+def _files_of(write: Any) -> Files:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
