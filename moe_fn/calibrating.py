@@ -5,7 +5,9 @@ from torch import Tensor
 
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
+from moe_fn.checking import check_beside_x, check_weights, check_x
 from moe_fn.config import MoEConfig, as_activation
+from moe_fn.kinds import check_kind, check_layer
 from moe_fn.layer import route_tokens
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
@@ -34,10 +36,16 @@ def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor 
     >>> calibrate(config, weights, torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.eye(2)).gate_up_mean_square.tolist()
     [[9.0, 16.0], [0.0, 4.0]]
     """
+    check_layer("calibrate", config, weights)
+    check_kind("calibrate", "x", x, Tensor)
     if config.quant is not None or config.lora is not None:
         raise ValueError("calibrate: config.quant or config.lora is there; expected a layer of plain floats")
     if x.ndim != 2 or not len(x):
         raise ValueError(f"calibrate: x is {list(x.shape)}; expected (tokens, hidden_size) with at least one token")
+    check_x("calibrate", config, x)
+    if logits is not None:
+        check_beside_x("calibrate", "logits", logits, x, ("num_logits", config.num_logits), "float")
+    check_weights("calibrate", config, weights, x)
     _, routing = route_tokens(config, weights, x, logits, None, None)
     d = dispatch(config, transform_input(config, weights, x), routing)
     backend, plain = backend_of(config, d.rows), restore_weights(config, weights)

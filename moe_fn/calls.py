@@ -42,7 +42,7 @@ def enter(
 ) -> Call:
     """The call, checked: ValueError for what does not fit."""
     check_x(where, config, x)
-    low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    low = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else None
     computed = x if low is None else x.to(low)
     weights = weights if low is None else _cast(restore_weights(config, weights), low)
     check_weights(where, config, weights, computed)
@@ -82,7 +82,12 @@ def flat_routing(routing: Routing, call: Call) -> Routing:
 def autocast_off(x: Tensor) -> Any:
     """Autocast is decided once, in enter: left on, it would reach eager matmuls but not those inside compiled ops."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(x) else contextlib.nullcontext()
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; there is none for meta tensors."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _cast(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:

@@ -6,24 +6,25 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
+from moe_fn.kinds import check_config, check_kind, check_layer
 from moe_fn.lora import check_adapters
 from moe_fn.preparing import Shape, is_prepared, prepared_beside_shapes, prepared_shapes
 from moe_fn.quant.shapes import dtypes_of_quant
-from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
+from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
 from moe_fn.shapes import ANY, expected_shapes
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
 _COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
 _INTEGERS = {("router", name) for name in ("expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas")}
 _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
+_OF_EXPERTS = {path for path in WEIGHT_PATHS if path in EXPERT_PATHS or path[0] == "lora"}
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor) -> None:
     """Every weight has the shape that the config gives it, a float dtype (that of x for the matrices) and the device of x."""
-    if not isinstance(weights, MoEWeights):
-        raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
+    check_layer(where, config, weights)
     shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
-    if isinstance(weights.gate_up, Tensor) and is_prepared(weights.gate_up):
+    if is_prepared(weights.gate_up):
         laid = prepared_beside_shapes(config.own)
         shapes |= {path: (laid[path], True) for path in shapes if path in laid}
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
@@ -41,14 +42,27 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
 
 def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
     """Every weight that is there has the shape that the config gives it; what else must be there is known when the layer is called."""
-    if not isinstance(config, MoEConfig):
-        raise ValueError(f"{where}: config is a {type(config).__name__}; expected MoEConfig")
-    if not isinstance(weights, MoEWeights):
-        raise ValueError(f"{where}: weights is a {type(weights).__name__}; expected MoEWeights")
+    check_layer(where, config, weights)
     shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
         if leaf is not None:
             _check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), leaf.device, quantised.get(path))
+
+
+def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights, rows: Tensor) -> None:
+    """What `experts` reads, plain or prepared: shapes by the config, dtype and device of its rows."""
+    prepared, shapes, quantised = is_prepared(weights.gate_up), expected_shapes(config), dtypes_of_quant(config)
+    laid = prepared_beside_shapes(config.own) if prepared else {}
+    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
+        if path not in _OF_EXPERTS or (path[0] == "lora" and config.lora is None):
+            continue
+        expected = (laid[path], True) if path in laid else shapes.get(path)
+        if path in _PREPARED and prepared:
+            expected = _prepared_shape(config, path, rows.dtype)
+        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, rows.device, quantised.get(path))
+        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != rows.dtype:
+            raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of the rows, {rows.dtype}")
+    check_adapters(where, config, weights.lora)
 
 
 def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype) -> tuple[Shape, bool]:
@@ -75,7 +89,7 @@ def _check_weight(
     if leaf.ndim != len(shape) or any(size != ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
         raise ValueError(f"{where}: {name} is {_sizes(leaf)}; expected {_words(shape)}")
     if dtypes is None:
-        _check_kind(where, name, leaf, "integer" if path in _INTEGERS else "float")
+        check_dtype(where, name, leaf, "integer" if path in _INTEGERS else "float")
     elif leaf.dtype not in dtypes:
         raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, dtypes))}, for config.quant")
     if leaf.device != device:
@@ -88,10 +102,8 @@ def _words(shape: Shape) -> str:
 
 
 def check_x(where: str, config: MoEConfig, x: Tensor) -> None:
-    if not isinstance(config, MoEConfig):
-        raise ValueError(f"{where}: config is a {type(config).__name__}; expected MoEConfig")
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{where}: x is a {type(x).__name__}; expected a Tensor")
+    check_config(where, config)
+    check_kind(where, "x", x, Tensor)
     if x.ndim < 2 or x.shape[-1] != config.hidden_size:
         raise ValueError(
             f"{where}: x is {_sizes(x)}; expected (..., hidden_size) with hidden_size={config.hidden_size} and at least 2 dims"
@@ -102,8 +114,7 @@ def check_x(where: str, config: MoEConfig, x: Tensor) -> None:
 
 def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[str, int] | None, kind: str) -> None:
     """A tensor with one entry (or one row of `last` entries) for each token of x."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{where}: {name} is a {type(value).__name__}; expected a Tensor")
+    check_kind(where, name, value, Tensor)
     leading = x.ndim - 1
     if value.ndim != leading + (last is not None) or (last is not None and value.shape[-1] != last[1]):
         wanted = f"(..., {last[0]}) with {last[0]}={last[1]}" if last else "(...)"
@@ -114,7 +125,7 @@ def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[
             torch._check(value.shape[dim] == x.shape[dim], lambda: "moe_fn: x and a tensor beside it differ in their number of tokens")
         elif value.shape[dim] != x.shape[dim]:
             raise ValueError(f"{where}: {name} is {_sizes(value)}; expected the leading dims of x, {_sizes(x)}")
-    _check_kind(where, name, value, kind)
+    check_dtype(where, name, value, kind)
     if value.device != x.device:
         raise ValueError(f"{where}: {name} is on {value.device}; expected the device of x, {x.device}")
 
@@ -126,7 +137,8 @@ _KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
 }
 
 
-def _check_kind(where: str, name: str, value: Tensor, kind: str) -> None:
+def check_dtype(where: str, name: str, value: Tensor, kind: str) -> None:
+    check_kind(where, name, value, Tensor)
     wanted, fits = _KINDS[kind]
     if not fits(value.dtype):
         raise ValueError(f"{where}: {name} is {value.dtype}; expected {wanted}")
@@ -140,11 +152,10 @@ def check_routing_inputs(
     config: MoEConfig, router: RouterWeights, logits: Tensor, token_ids: Tensor | None, token_mask: Tensor | None
 ) -> None:
     """What `route` reads, checked where route is called alone."""
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"route: logits is a {type(logits).__name__}; expected a Tensor")
+    check_kind("route", "logits", logits, Tensor)
     if logits.ndim != 2 or logits.shape[-1] != config.num_logits:
         raise ValueError(f"route: logits is {_sizes(logits)}; expected (tokens, num_logits) with num_logits={config.num_logits}")
-    _check_kind("route", "logits", logits, "float")
+    check_dtype("route", "logits", logits, "float")
     check_token_inputs("route", config, logits, token_ids, token_mask)
     shapes = expected_shapes(config)
     for name in ("correction_bias", "expert_scale", "expert_ids_of_token"):
@@ -178,6 +189,7 @@ def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Ten
 
 def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) -> None:
     """A Routing, ours or the caller's own, that fits the config and x."""
+    check_kind(where, "routing", routing, Routing)
     top_k = ("top_k", config.top_k)
     check_beside_x(where, "routing.expert_ids", routing.expert_ids, x, top_k, "integer")
     check_beside_x(where, "routing.weights", routing.weights, x, top_k, "float")

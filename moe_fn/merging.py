@@ -11,6 +11,7 @@ from moe_fn.checking import check_shapes
 from moe_fn.config import LoRAConfig, MoEConfig
 from moe_fn.config.checks import check_float, check_int
 from moe_fn.config.lora import LoRAExperts
+from moe_fn.kinds import check_kind, check_layer
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.preparing import restore_weights
 from moe_fn.records import LoRAWeights, MoEWeights
@@ -68,14 +69,15 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
     >>> config.lora, weights.lora.down_a.shape
     (LoRAConfig(num_adapters=2, rank=3, experts='each'), torch.Size([2, 4, 3, 6]))
     """
-    if not isinstance(config, MoEConfig) or not isinstance(weights, MoEWeights):
-        raise ValueError(f"add_lora: got a {type(config).__name__} and a {type(weights).__name__}; expected MoEConfig and MoEWeights")
+    check_layer("add_lora", config, weights)
     if config.lora is not None or weights.lora is not None:
         raise ValueError("add_lora: the layer has adapters; expected none, and all of them in one call")
     if config.parallel is not None:
         raise ValueError("add_lora: config.parallel is given; expected None: first add_lora, then shard_weights")
-    if not adapters or not all(isinstance(lora, LoRAWeights) and _tensors(lora) for lora in adapters):
-        raise ValueError("add_lora: adapters is empty, or one has no tensors; expected a LoRAWeights of one adapter or several for each")
+    if not isinstance(adapters, Sequence) or not adapters or not all(isinstance(lora, LoRAWeights) and _tensors(lora) for lora in adapters):
+        raise ValueError(
+            "add_lora: adapters is empty, no sequence, or one has no tensors; expected a LoRAWeights of one adapter or several for each"
+        )
     every = [_with_both_products(lora, adapters) for lora in adapters]
     ranks = [t.shape[2 if name.endswith("a") else 3] for lora in every for name, t in _tensors(lora).items()]
     sizes = {name: max(_tensors(lora)[name].shape[1] for lora in every) for name in _tensors(every[0])}
@@ -110,6 +112,7 @@ def merge_lora(config: MoEConfig, weights: MoEWeights, adapter: int = 0) -> tupl
     >>> merged.down.item(), merged.lora, config.lora
     (7.0, None, None)
     """
+    check_layer("merge_lora", config, weights)
     if config.lora is None or weights.lora is None:
         raise ValueError("merge_lora: the layer has no adapters; expected config.lora and weights.lora")
     merged = _with_product_added("merge_lora", config, weights, weights.lora, adapter, 1.0)
@@ -124,6 +127,7 @@ def unmerge_lora(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adap
     Laws
         Unmerging undoes merging.
     """
+    check_kind("unmerge_lora", "lora", lora, LoRAWeights)
     config, weights = add_lora(config, weights, [lora])
     return config, _with_product_added("unmerge_lora", config, weights, lora, adapter, -1.0)
 

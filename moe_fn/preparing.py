@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.kernels import native
+from moe_fn.kinds import check_layer
 from moe_fn.panels import PANEL, lay_columns, lay_weight, lift_columns, lift_weight, num_panels, per_step_of
 from moe_fn.quant.tiles import halves_of, spread
 from moe_fn.records import MoEWeights, QuantWeights
@@ -46,6 +47,7 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     >>> torch.equal(restored.gate_up, weights.gate_up) and torch.equal(restored.down, weights.down)
     True
     """
+    check_layer("prepare_weights", config, weights)
     config = config.own
     _check("prepare_weights", config, weights)
     computed = weights.gate_up if config.quant is None else weights.gate_up.new_empty(0, dtype=torch.float32)
@@ -79,6 +81,7 @@ def lay_down(config: MoEConfig, down: Tensor) -> Tensor:
 
 def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     """The plain weights that prepare_weights came from, bit for bit; plain weights come back as they are."""
+    check_layer("restore_weights", config, weights)
     config = config.own
     _check("restore_weights", config, weights)
     if not is_prepared(weights.gate_up):

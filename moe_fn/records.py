@@ -152,13 +152,13 @@ RECORDS = (RouterWeights, SharedWeights, LatentWeights, LoRAWeights, QuantWeight
 for _cls in RECORDS:
     torch.export.register_dataclass(_cls, serialized_type_name=f"moe_fn.{_cls.__name__}")
 
-_NESTED = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights, "lora": LoRAWeights, "quant": QuantWeights}
+NESTED_WEIGHTS = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights, "lora": LoRAWeights, "quant": QuantWeights}
 
 
 def _paths() -> tuple[tuple[str, ...], ...]:
     paths: list[tuple[str, ...]] = []
     for field in dataclasses.fields(MoEWeights):
-        nested = _NESTED.get(field.name)
+        nested = NESTED_WEIGHTS.get(field.name)
         paths += [(field.name,)] if nested is None else [(field.name, f.name) for f in dataclasses.fields(nested)]
     return tuple(paths)
 
@@ -191,4 +191,4 @@ def weights_of_leaves(leaves: list[Tensor | None]) -> MoEWeights:
             values[path[0]] = leaf
         elif leaf is not None:
             nested.setdefault(path[0], {})[path[1]] = leaf
-    return MoEWeights(**values, **{name: _NESTED[name](**parts) for name, parts in nested.items()})  # type: ignore[arg-type]
+    return MoEWeights(**values, **{name: NESTED_WEIGHTS[name](**parts) for name, parts in nested.items()})  # type: ignore[arg-type]

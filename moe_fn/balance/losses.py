@@ -10,7 +10,10 @@ import math
 import torch
 from torch import Tensor
 
+from moe_fn.checking import check_beside_x, check_dtype
 from moe_fn.config import MoEConfig
+from moe_fn.config.checks import check_float, check_int
+from moe_fn.kinds import check_kind
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.records import Routing, RoutingStats
 from moe_fn.stages.route import scores_of_logits
@@ -24,6 +27,8 @@ def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
     >>> expert_load(torch.tensor([[0, 2], [2, -1]]), 3).tolist()
     [1, 0, 2]
     """
+    check_int("expert_load: num_experts", num_experts, 1)
+    check_dtype("expert_load", "expert_ids", expert_ids, "integer")
     return _load_of_rows(expert_ids.flatten(), num_experts)
 
 
@@ -33,6 +38,8 @@ def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     >>> router_z_loss(torch.zeros(3, 1)).item()
     0.0
     """
+    check_dtype("router_z_loss", "logits", logits, "float")
+    _check_mask("router_z_loss", logits, token_mask)
     z = logits.to(accumulation_dtype(logits.dtype))
     z = z if token_mask is None else torch.where(token_mask.unsqueeze(-1), z, 0)
     largest = z.detach().amax(-1, keepdim=True)
@@ -49,6 +56,7 @@ def load_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor |
     >>> load_balancing_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]])).item()
     1.0
     """
+    _check_scores("load_balancing_loss", scores, expert_ids, token_mask, 2)
     experts = scores.shape[-1]
     ids = expert_ids if token_mask is None else torch.where(token_mask.unsqueeze(-1), expert_ids, -1)
     load = expert_load(ids, experts).to(scores.dtype)
@@ -65,6 +73,7 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
     >>> sequence_balancing_loss(torch.full((1, 2, 2), 0.5), torch.tensor([[[0], [1]]])).item()
     1.0
     """
+    _check_scores("sequence_balancing_loss", scores, expert_ids, token_mask, 3)
     experts, top_k = scores.shape[-1], expert_ids.shape[-1]
     total = scores.sum(-1, keepdim=True)
     share = scores / torch.where(total != 0, total, 1)
@@ -84,6 +93,12 @@ def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -
     >>> update_correction_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
     [-0.5, 0.0, 0.5]
     """
+    check_dtype("update_correction_bias", "correction_bias", correction_bias, "float")
+    check_kind("update_correction_bias", "load", load, Tensor)
+    check_float("update_correction_bias: rate", rate)
+    if load.shape != correction_bias.shape:
+        wanted = f"that of correction_bias, {list(correction_bias.shape)}"
+        raise ValueError(f"update_correction_bias: load is {list(load.shape)}; expected {wanted}")
     load = load.to(correction_bias.dtype)
     return correction_bias + rate * torch.sign(load.mean(-1, keepdim=True) - load)
 
@@ -109,6 +124,20 @@ def stats_of_routing(
             None if token_mask is None else token_mask.view(sequences),
         ),
     )
+
+
+def _check_scores(where: str, scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None, dims: int) -> None:
+    check_dtype(where, "scores", scores, "float")
+    if scores.ndim != dims:
+        raise ValueError(f"{where}: scores is {list(scores.shape)}; expected {'[tokens, E]' if dims == 2 else '[B, S, E]'}")
+    check_dtype(where, "expert_ids", expert_ids, "integer")
+    check_beside_x(where, "expert_ids", expert_ids, scores, ("top_k", expert_ids.shape[-1]), "integer")
+    _check_mask(where, scores, token_mask)
+
+
+def _check_mask(where: str, scores: Tensor, token_mask: Tensor | None) -> None:
+    if token_mask is not None:
+        check_beside_x(where, "token_mask", token_mask, scores, None, "bool")
 
 
 def _load_of_rows(expert_ids: Tensor, num_experts: int) -> Tensor:

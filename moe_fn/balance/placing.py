@@ -113,6 +113,8 @@ def replicate(load: Sequence[float], num_slots: int) -> Slots:
     >>> replicate([8, 3, 1], 5)
     [0, 1, 2, 0, 0]
     """
+    if num_slots < len(load):
+        raise ValueError(f"replicate: num_slots={num_slots}; expected at least one for each of {len(load)} experts")
     slots, count = list(range(len(load))), [1] * len(load)
     heaviest = [(-share, expert) for expert, share in enumerate(load)]
     heapq.heapify(heaviest)

@@ -142,7 +142,8 @@ class MoEConfig:
         size, rest = divmod(self.num_choices, groups.count)
         if rest or (groups.score == "top2_sum" and size < 2):
             raise ValueError(
-                f"MoEConfig.router.groups: {self.num_choices} experts do not split into {groups.count} equal groups with a {groups.score}"
+                f"MoEConfig.router.groups: {self.num_choices} experts do not split into {groups.count} equal groups with a {groups.score}; "
+                f"expected a multiple of {groups.count}, {2 if groups.score == 'top2_sum' else 1} in a group at least"
             )
         if self.top_k > groups.top_k * size:
             raise ValueError(f"MoEConfig.top_k={self.top_k}; expected at most the {groups.top_k * size} experts of {groups.top_k} groups")
@@ -222,7 +223,7 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
         raise ValueError(f"{cls.__name__}.from_dict: unknown names {unknown}; expected some of {names}")
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
-        raise ValueError(f"{cls.__name__}.from_dict: {missing} missing")
+        raise ValueError(f"{cls.__name__}.from_dict: {missing} missing; expected them among {list(values)}")
     nested = {n: _from_dict(_DATACLASS_OF_FIELD[n], v) for n, v in values.items() if n in _DATACLASS_OF_FIELD and isinstance(v, dict)}
     return cls(**(values | nested))
 

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from moe_fn.config import MoEConfig, RankGroup
+from moe_fn.kinds import check_config
 from moe_fn.ops import collectives
 from moe_fn.parallel.sizes import longest_of_ranks
 
@@ -16,7 +17,10 @@ def gather_tokens(config: MoEConfig, *tensors: Tensor) -> tuple[Tensor, ...]:
     are zeros. M is max_tokens, or the most that a rank has (a host sync). Gradients are summed over ranks, back at their tokens.
     Raises ValueError for a config without ep or dp, tensors of other lengths, and more tokens than max_tokens.
     """
+    check_config("gather_tokens", config)
     group = token_group(config)
+    if not tensors:
+        raise ValueError("gather_tokens: no tensors; expected one at least")
     tokens = tensors[0].shape[0]
     if any(t.shape[0] != tokens for t in tensors):
         raise ValueError(f"gather_tokens: tensors of {[t.shape[0] for t in tensors]} tokens; expected as many in each")

@@ -8,6 +8,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from moe_fn.config import MoEConfig, ParallelConfig
+from moe_fn.config.checks import check_int
+from moe_fn.kinds import check_config, check_kind
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.parallel.adapters import group_of_role, summed_over
 from moe_fn.parallel.formats import _capacity
@@ -87,6 +89,9 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
     >>> traffic(config, 8, torch.bfloat16).sent == 3 * 16 * (128 + 8) + 3 * 16 * 128
     True
     """
+    check_config("traffic", config)
+    check_int("traffic: tokens", tokens, 0)
+    check_kind("traffic", "dtype", dtype, torch.dtype)
     if config.parallel is None:
         return Traffic(())
     parallel, w = config.parallel, accumulation_dtype(dtype).itemsize

@@ -1,8 +1,9 @@
 """What shapes and dtypes codes, scales and what stands beside them have."""
 
 import torch
+from torch import Tensor
 
-from moe_fn.config import MoEConfig
+from moe_fn.config import MoEConfig, as_activation
 from moe_fn.quant.tiles import halves_of, scale_shape
 
 Path = tuple[str, ...]
@@ -44,3 +45,12 @@ def dtypes_of_quant(config: MoEConfig) -> dict[Path, tuple[torch.dtype, ...]]:
         found[("quant", f"{name}_zero_point")] = (torch.uint8,)
         found[("quant", f"{name}_global_scale")] = found[("quant", f"{name}_input_scale")] = (torch.float32,)
     return found
+
+
+def check_sizes(where: str, config: MoEConfig, parts: dict[str, Tensor], per_byte: int) -> None:
+    """[E, out, in], `per_byte` numbers of an output in an element."""
+    experts, hidden, inner = config.own.num_experts, config.expert_hidden_size, config.own.intermediate_size
+    outputs = 2 * inner if as_activation(config.activation).gated else inner
+    for name, expected in (("gate_up", (experts, outputs, hidden // per_byte)), ("down", (experts, hidden, inner // per_byte))):
+        if tuple(parts[name].shape) != expected:
+            raise ValueError(f"{where}: weights.{name} is {list(parts[name].shape)} as [E, out, in]; expected {list(expected)}")

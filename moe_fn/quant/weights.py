@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
+from moe_fn.kinds import check_kind, check_layer
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.quant.calibration import Calibration
 from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero, pack_halves, unpack_halves
+from moe_fn.quant.shapes import check_sizes
 from moe_fn.quant.tiles import WHOLE, Tile, by_tile, halves_of, spread
 from moe_fn.records import MoEWeights, QuantWeights
 
@@ -58,9 +60,13 @@ def quantize_weights(
     >>> codes.gate_up.dtype, codes.quant.gate_up_scale.shape
     (torch.int8, torch.Size([2, 8, 1]))
     """
+    check_layer("quantize_weights", config, weights)
     quant = config.quant if quant is None else quant
     if quant is None:
         raise ValueError("quantize_weights: config.quant is None; expected one there, or as the third argument")
+    check_kind("quantize_weights", "quant", quant, QuantConfig)
+    if calibration is not None:
+        check_kind("quantize_weights", "calibration", calibration, Calibration)
     result = dataclasses.replace(config, quant=quant, weight_layout="out_in")
     parts = {name: getattr(weights, name) for name in NAMES}
     for name, weight in parts.items():
@@ -68,6 +74,7 @@ def quantize_weights(
             raise ValueError(f"quantize_weights: weights.{name} is {weight.dtype} with {weight.ndim} dims; expected plain floats with 3")
     if config.weight_layout == "in_out":
         parts = {name: weight.transpose(1, 2) for name, weight in parts.items()}
+    check_sizes("quantize_weights", config, parts, 1)
     if calibration is None and quant.activations is not None and quant.activations.static:
         raise ValueError("quantize_weights: quant.activations.static=True; expected a calibration, which says what inputs there are")
     seen = {name: None if calibration is None else getattr(calibration, f"{name}_mean_square") for name in NAMES}
@@ -92,8 +99,12 @@ def dequantize_weights(config: MoEConfig, weights: MoEWeights, dtype: torch.dtyp
     >>> torch.equal(dequantize_weights(*coded)[1].down, weights.down)
     True
     """
+    check_layer("dequantize_weights", config, weights)
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise ValueError(f"dequantize_weights: dtype is {dtype}; expected float64, float32, bfloat16 or float16")
     if config.quant is None:
         raise ValueError("dequantize_weights: config.quant is None; expected one, for weights that are codes")
+    check_sizes("dequantize_weights", config, {name: getattr(weights, name) for name in NAMES}, config.quant.per_byte)
     gate_up, down = (decoded(config.quant, codes_of(weights, name), halves_of(config, name), dtype) for name in NAMES)
     return dataclasses.replace(config, quant=None), dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_fn.checking_stages import check_combine
 from moe_fn.config import MoEConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.rows import gather_rows
@@ -31,6 +32,7 @@ def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Ro
     >>> combine(config, torch.tensor([[4.0], [8.0]]), d, routing)
     tensor([[7.]])
     """
+    check_combine(config, rows, dispatched, routing)
     wide = accumulation_dtype(rows.dtype)
     slots = gather_rows(rows, dispatched.row_of_slot, dispatched.slot_of_row, 1).unflatten(0, (-1, config.top_k)).to(wide)
     ids = routing.expert_ids

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_fn.checking_stages import check_dispatch
 from moe_fn.config import MoEConfig
 from moe_fn.ops.rows import gather_rows
 from moe_fn.records import Dispatched, Routing
@@ -31,6 +32,7 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     >>> d.rows.flatten().tolist(), d.expert_ends.tolist()
     ([20.0, 40.0, 10.0, 30.0], [2, 2, 3])
     """
+    check_dispatch(config, x, routing)
     ids = routing.expert_ids.flatten().to(torch.int64)  # num_experts, the word for none, may not fit into a small dtype
     num_experts = config.num_experts
     expert_of_slot = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)

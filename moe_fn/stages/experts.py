@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
+from moe_fn.checking_stages import check_experts
 from moe_fn.config import ActivationQuantConfig, ExpertNormConfig, MoEConfig, as_activation
 from moe_fn.lora import add_adapters, sort_by_adapter
 from moe_fn.numerics import accumulation_dtype
@@ -44,6 +45,7 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     >>> experts(config, weights, rows).flatten().tolist()
     [1.0, 2.0]
     """
+    check_experts(config, weights, dispatched)
     rows, ends = dispatched.rows, dispatched.expert_ends
     backend, weights = backend_of(config, rows), restore_weights(config, weights)
     by_adapter = sort_by_adapter(config, dispatched)

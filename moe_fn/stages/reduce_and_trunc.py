@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
+from moe_fn.checking_stages import check_reduce
 from moe_fn.config import RankGroup
+from moe_fn.kinds import check_kind
 from moe_fn.ops.collectives import sum_over_ranks
 
 
@@ -21,6 +23,9 @@ def reduce_and_trunc(y: Tensor, *, group: RankGroup | None = None, width: int | 
     >>> reduce_and_trunc(torch.tensor([[1.0, 2.0, 0.0]]), width=2)
     tensor([[1., 2.]])
     """
+    check_reduce(y, width)
+    if group is not None:
+        check_kind("reduce_and_trunc", "group", group, RankGroup)
     y = sum_over_ranks(y, group)
     if width is None or width == y.shape[-1]:
         return y

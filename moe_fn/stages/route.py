@@ -10,6 +10,7 @@ from moe_fn.checking import check_routing_inputs
 from moe_fn.compiling import in_forward_mode
 from moe_fn.config import MoEConfig, RouterConfig
 from moe_fn.kernels.triton.coverage import covers
+from moe_fn.kinds import check_layer
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED
 from moe_fn.ops.top_k import define_route_top_k
@@ -60,6 +61,7 @@ def route(
     >>> route(config, weights, torch.tensor([[0.0, 1.0, 1.0, -1.0]])).expert_ids
     tensor([[1, 2]])
     """
+    check_layer("route", config, weights)
     extra = weights.router or RouterWeights()
     check_routing_inputs(config, extra, logits, token_ids, token_mask)
     if token_mask is not None:

@@ -1,0 +1,31 @@
+"""Of what type arguments are: said in words before anything reads them. Shapes and dtypes: `moe_fn.checking`."""
+
+from typing import Any
+
+from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.records import NESTED_WEIGHTS, WEIGHT_PATHS, MoEWeights, leaves_of_weights
+
+
+def check_kind(where: str, name: str, value: Any, kind: type) -> None:
+    """ValueError where the value is not of the type."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: {name} is a {type(value).__name__}; expected {'a ' if kind is Tensor else ''}{kind.__name__}")
+
+
+def check_config(where: str, config: Any) -> None:
+    """ValueError for anything but a MoEConfig."""
+    check_kind(where, "config", config, MoEConfig)
+
+
+def check_layer(where: str, config: Any, weights: Any) -> None:
+    """ValueError for anything but a MoEConfig and MoEWeights that hold tensors."""
+    check_config(where, config)
+    check_kind(where, "weights", weights, MoEWeights)
+    for name, kind in NESTED_WEIGHTS.items():
+        if getattr(weights, name) is not None:
+            check_kind(where, f"weights.{name}", getattr(weights, name), kind)
+    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
+        if leaf is not None or path in (("gate_up",), ("down",)):
+            check_kind(where, f"weights.{'.'.join(path)}", leaf, Tensor)
