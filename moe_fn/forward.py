@@ -47,6 +47,10 @@ def moe_forward(
         The layer is linear in the routing weights.
         All experts chosen is the dense mixture.
         Garbage in padding never reaches the output.
+        What is not finite in a token stays in it.
+        NaN in a token is NaN in its output.
+        What is not finite in an expert stays with its tokens.
+        Gradients of others do not see what is not finite.
         Chunked equals unchunked.
         Opaque equals transparent.
         Leading dimensions are only a shape.

@@ -33,10 +33,9 @@ def test_a_wrong_call_raises_the_words_of_the_page(wrong: str) -> None:
 
 # Records hold what they are given, which is looked at where it is used; the rest takes no argument, is the judge, or needs ranks.
 UNCHECKED = {
-    "BackendInfo", "Calibration", "Dispatched", "Entry", "LAYOUTS", "LatentWeights", "Layout", "LoRAWeights", "Routing", "LoadWindow", "Message",
-    "MoELayer", "MoEWeights", "Move",
-    "Moves", "Placement", "RoutingStats", "Traffic", "backends", "balance", "balanced_senders", "balancedness", "move_experts", "reference",
-    "sends_per_gpu", "start_moving", "stats_of_routing", "total",
+    "BackendInfo", "Calibration", "Dispatched", "Entry", "LAYOUTS", "LatentWeights", "Layout", "LoRAWeights", "LoadWindow", "Message",
+    "MoELayer", "MoEWeights", "Move", "Moves", "Placement", "Routing", "RoutingStats", "Traffic", "backends", "balance", "balanced_senders",
+    "balancedness", "move_experts", "reference", "sends_per_gpu", "start_moving", "stats_of_routing", "total",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from planted_bugs import BUGS as OF_THE_LAYER
 from planted_bugs import PlantedBug, planted
 from planted_bugs_of_balance import BUGS as OF_BALANCE
+from planted_bugs_of_nan import BUGS as OF_NAN
 from planted_bugs_of_quant import BUGS as OF_QUANT
 
 FOLDER = Path(__file__).parent
@@ -21,13 +22,14 @@ FILES = (
     "test_around_the_experts",
     "test_preparing",
     "test_layer",
+    "test_not_finite",
     "test_eplb",
     "test_quant",
     "test_lora",
 )
 WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint", "test_checkpoint_lora")}
 FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)
-BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT
+BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT + OF_NAN
 MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)
 LAWS = {name.removeprefix("test_"): value for module in MODULES for name, value in vars(module).items() if hasattr(value, "strategies")}
 QUICK = settings(

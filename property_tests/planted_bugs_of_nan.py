@@ -1,0 +1,40 @@
+"""Planted bugs of the laws in test_not_finite."""
+
+from typing import Any
+
+import torch
+from planted_bugs import PlantedBug, after
+
+from moe_fn import fused
+
+
+def _of_the_whole_batch(y: Any, *args: Any) -> Any:
+    return y + 0 * y.sum(0, keepdim=True)
+
+
+def _scaled_by_the_whole_batch(y: Any, *args: Any) -> Any:
+    return y * (1 + 0 * y.sum(0, keepdim=True))
+
+
+def _of_every_expert(y: Any, config: Any, weights: Any, *args: Any) -> Any:
+    return y + 0 * weights.down.to(y.dtype).sum()
+
+
+BUGS = (
+    PlantedBug("what_is_not_finite_in_a_token_stays_in_it", "a product with 0", fused.routed_experts, after(_of_the_whole_batch)),
+    PlantedBug(
+        "nan_in_a_token_is_nan_in_its_output", "NaN is cleared away", fused.routed_experts, after(lambda y, *args: torch.nan_to_num(y))
+    ),
+    PlantedBug(
+        "what_is_not_finite_in_an_expert_stays_with_its_tokens",
+        "every expert times 0",
+        fused.routed_experts,
+        after(_of_every_expert),
+    ),
+    PlantedBug(
+        "gradients_of_others_do_not_see_what_is_not_finite",
+        "a factor of the whole batch",
+        fused.routed_experts,
+        after(_scaled_by_the_whole_batch),
+    ),
+)
