@@ -1,5 +1,6 @@
 """Shapes, dtypes and devices against the config: where, what came, what was expected; from Python ints, so it costs no graph node."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from moe_fn.shapes import ANY, expected_shapes
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
 _COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
 _INTEGERS = {("router", name) for name in ("expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas")}
+MOST_SLOTS = 2**31 - 1  # rows of experts are counted in int32
 _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
 _OF_EXPERTS = {path for path in WEIGHT_PATHS if path in EXPERT_PATHS or path[0] == "lora"}
 
@@ -110,6 +112,12 @@ def check_x(where: str, config: MoEConfig, x: Tensor) -> None:
         )
     if not x.dtype.is_floating_point:
         raise ValueError(f"{where}: x is {x.dtype}; expected a floating-point dtype")
+    check_slots(where, math.prod(x.shape[:-1]), config.top_k)
+
+
+def check_slots(where: str, tokens: int, top_k: int) -> None:
+    if not torch.compiler.is_compiling() and isinstance(tokens, int) and tokens * top_k > MOST_SLOTS:  # in a graph it would be a guard
+        raise ValueError(f"{where}: x has {tokens} tokens, {tokens * top_k} slots with top_k={top_k}; expected at most {MOST_SLOTS}")
 
 
 def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[str, int] | None, kind: str) -> None:

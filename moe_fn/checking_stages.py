@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checking import check_beside_x, check_weights_of_experts
+from moe_fn.checking import check_beside_x, check_slots, check_weights_of_experts
 from moe_fn.config import MoEConfig
 from moe_fn.kinds import check_config, check_kind, check_layer
 from moe_fn.records import Dispatched, MoEWeights, Routing
@@ -16,6 +16,7 @@ _INDICES = (torch.int32, torch.int64)
 def check_dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> None:
     check_config("dispatch", config)
     _check_rows("dispatch", "x", x, None)
+    check_slots("dispatch", x.shape[0], config.top_k)
     check_kind("dispatch", "routing", routing, Routing)
     check_beside_x("dispatch", "routing.expert_ids", routing.expert_ids, x, ("top_k", config.top_k), "integer")
     if config.router.weight_on == "input":
