@@ -184,6 +184,20 @@ def test_the_layer_behind_a_router_of_your_own_is_one_graph(case: Case) -> None:
     assert_one_graph(layer, make_args, (3, 0, 1, 20), backward=True, backend="aot_eager", forbid=ATOMICS)
 
 
+def test_a_replayed_choice_is_one_graph() -> None:
+    case = Case("everything")
+    config = case.config
+
+    def make_args(tokens: int) -> tuple[Any, ...]:
+        return *case.args(tokens), torch.randint(-1, config.num_choices, (tokens, config.top_k), dtype=torch.int16)
+
+    def layer(weights: MoEWeights, x: Tensor, logits: Tensor | None, mask: Tensor | None, ids: Tensor) -> Tensor:
+        logits, _ = moe_fn.moe_route(config, weights, x, logits, token_mask=mask)
+        return moe_fn.moe_forward_routed(config, weights, x, moe_fn.route_to(config, weights, logits, ids, token_mask=mask))
+
+    assert_one_graph(layer, make_args, (3, 0, 1, 20), backward=True, backend="aot_eager", forbid=ATOMICS)
+
+
 OTHER_ROUTERS = {
     "hash": RouterConfig(selection="hash", scoring="sigmoid"),
     "sparsemixer": RouterConfig(selection="sparsemixer", renormalize=False),

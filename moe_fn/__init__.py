@@ -37,6 +37,7 @@ from moe_fn.records import (
     RoutingStats,
     SharedWeights,
 )
+from moe_fn.replay import route_to
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch
 from moe_fn.stages.experts import experts
@@ -52,5 +53,5 @@ __all__ = [
     "SharedWeights", "ZeroExpertsConfig", "add_lora", "backends", "balance", "calibrate", "combine", "dequantize_weights", "dispatch",
     "experts", "join_weights", "make_lora", "mark_tokens", "merge_lora", "moe_forward", "moe_forward_routed", "moe_forward_shared",
     "moe_forward_with_stats", "moe_route", "prepare_weights", "quantize_weights", "reduce_and_trunc", "reference", "restore_weights",
-    "route", "shard_weights", "unmerge_lora",
+    "route", "route_to", "shard_weights", "unmerge_lora",
 ]  # fmt: skip

@@ -165,10 +165,38 @@ def check_routing_inputs(
         raise ValueError(f"route: logits is {_sizes(logits)}; expected (tokens, num_logits) with num_logits={config.num_logits}")
     check_dtype("route", "logits", logits, "float")
     check_token_inputs("route", config, logits, token_ids, token_mask)
+    _check_router("route", config, router, logits)
+
+
+def _check_router(where: str, config: MoEConfig, router: RouterWeights, logits: Tensor) -> None:
     shapes = expected_shapes(config)
     for name in ("correction_bias", "expert_scale", "expert_ids_of_token"):
         path = ("router", name)
-        _check_weight("route", f"weights.router.{name}", path, getattr(router, name), shapes.get(path), logits.device)
+        _check_weight(where, f"weights.router.{name}", path, getattr(router, name), shapes.get(path), logits.device)
+
+
+def check_choice_inputs(
+    where: str, config: MoEConfig, router: RouterWeights, logits: Tensor, expert_ids: Tensor, token_mask: Tensor | None
+) -> None:
+    """What `route_to` reads, and that the ids say what the weights are."""
+    if not isinstance(config, MoEConfig):
+        raise ValueError(f"{where}: config is a {type(config).__name__}; expected MoEConfig")
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{where}: logits is a {type(logits).__name__}; expected a Tensor")
+    if logits.ndim < 2 or logits.shape[-1] != config.num_logits:
+        raise ValueError(f"{where}: logits is {_sizes(logits)}; expected (..., num_logits) with num_logits={config.num_logits}")
+    _check_kind(where, "logits", logits, "float")
+    check_beside_x(where, "expert_ids", expert_ids, logits, ("top_k", config.top_k), "integer")
+    if token_mask is not None:
+        check_beside_x(where, "token_mask", token_mask, logits, None, "bool")
+    _check_router(where, config, router, logits)
+    if config.router.selection == "sparsemixer":
+        raise ValueError(f"{where}: selection='sparsemixer' weighs by softmaxes around its own choice; expected 'top_k' or 'hash'")
+    if config.router.capacity is not None and config.router.renormalize:
+        raise ValueError(
+            f"{where}: capacity={config.router.capacity} with renormalize=True: slots dropped from the ids are part of the norm; "
+            "expected capacity=None or renormalize=False"
+        )
 
 
 def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None) -> None:

@@ -92,6 +92,16 @@ def top_k_weights(config: MoEConfig, extra: RouterWeights, z: Tensor, ids: Tenso
     return _weights_of_chosen(config.router, z, _values_and_scores(config, extra, z)[1], ids)
 
 
+def weights_of_choice(router: RouterConfig, z: Tensor, ids: Tensor) -> Tensor:
+    """Weights, before any norm, of experts that somebody else has chosen: whatever this run's groups are, and 0 for ids below 0."""
+    none, known = ids < 0, ids.clamp(min=0)
+    if router.scoring_order == "after_top_k":
+        # Who is not there has no part in a softmax; a row of nobody keeps its numbers, for a softmax of nothing has NaN for a gradient.
+        chosen = torch.where(none & ~none.all(-1, keepdim=True), -torch.inf, z.gather(-1, known))
+        return torch.where(none, 0, finite(SCORES[router.scoring](chosen)))
+    return torch.where(none, 0, finite(SCORES[router.scoring](z)).gather(-1, known))
+
+
 def _weights_of_chosen(router: RouterConfig, z: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
     return finite(SCORES[router.scoring](z.gather(-1, ids))) if router.scoring_order == "after_top_k" else scores.gather(-1, ids)
 

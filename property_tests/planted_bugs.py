@@ -182,6 +182,16 @@ def _first_adapter(f: Callable[..., Any]) -> Callable[..., Any]:
     return lambda where, config, weights, adapters, adapter, sign: f(where, config, weights, adapters, 0, sign)
 
 
+def _only_in_kept_groups(f: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(router: Any, z: Any, ids: Any) -> Any:
+        if router.groups is None or router.groups.limit == "each":
+            return f(router, z, ids)
+        kept = selection._kept_experts(router.groups, z.detach())
+        return torch.where(kept.gather(-1, ids.clamp(min=0)), f(router, z, ids), 0)
+
+    return broken
+
+
 BUGS = (
     # route
     PlantedBug("routing_equals_the_reference", "weights swapped in a row", route.route, after(_swap_first_and_last)),
@@ -280,6 +290,30 @@ BUGS = (
         "weights are given twice",
         forward.moe_route,
         after(lambda out, *a: (out[0], replace(out[1], weights=2 * out[1].weights))),
+    ),
+    PlantedBug(
+        "routing_to_its_own_choice_gives_the_routing",
+        "weights in another order",
+        selection.weights_of_choice,
+        after(lambda w, *a: w.flip(-1)),
+    ),
+    PlantedBug(
+        "routing_to_its_own_choice_gives_the_routing",
+        "no gradient to the router",
+        selection.weights_of_choice,
+        after(lambda w, *a: w.detach()),
+    ),
+    PlantedBug(
+        "routing_to_any_choice_equals_the_reference",
+        "no expert counts as expert 0",
+        selection.weights_of_choice,
+        before(lambda router, z, ids: (router, z, ids.clamp(min=0))),
+    ),
+    PlantedBug(
+        "routing_to_any_choice_equals_the_reference",
+        "experts outside of this run's groups weigh nothing",
+        selection.weights_of_choice,
+        _only_in_kept_groups,
     ),
     # dispatch
     PlantedBug(

@@ -16,6 +16,7 @@ from planted_bugs_of_quant import BUGS as OF_QUANT
 FOLDER = Path(__file__).parent
 FILES = (
     "test_route",
+    "test_replay",
     "test_dispatch",
     "test_experts",
     "test_combine",

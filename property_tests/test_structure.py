@@ -30,7 +30,7 @@ LAYERS = (
     ("checking",),
     ("checking_stages",),
     ("stages",),
-    ("balance", "fused", "merging"),
+    ("balance", "fused", "merging", "replay"),
     ("parallel",),
     ("layer",),
     ("chunked", "calibrating"),

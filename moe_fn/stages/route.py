@@ -1,6 +1,7 @@
 """route: logits -> Routing. By torch's ops, or by one op where a kernel knows the router; why an op: `moe_fn.ops.top_k`."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def route(
         chosen, ids = route_top_k_op(logits, extra.correction_bias, config._json)  # type: ignore[attr-defined]
         shared = None
     else:
-        ids, chosen, shared = _in_torch(config, extra, logits, token_ids)
+        ids, chosen, shared = weigh(config, extra, logits, lambda z: SELECTIONS[config.router.selection](config, extra, z, token_ids))
     routing = Routing(expert_ids=ids, weights=chosen, shared_weights=shared)
     routing = routing if token_mask is None else without_padding(routing, token_mask)
     return routing if config.router.capacity is None else _within_capacity(config, routing, config.router.capacity, leading)
@@ -86,16 +87,16 @@ def _within_capacity(config: MoEConfig, routing: Routing, capacity: int, leading
     return dataclasses.replace(routing, expert_ids=torch.where(fits, ids, -1), weights=torch.where(fits, routing.weights, 0))
 
 
-def _in_torch(
-    config: MoEConfig, extra: RouterWeights, logits: Tensor, token_ids: Tensor | None, ids: Tensor | None = None
+def weigh(
+    config: MoEConfig, extra: RouterWeights, logits: Tensor, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids, their weights, and those of shared experts; `ids`: where the choice has been made."""
+    """Ids, their weights, and those of shared experts; `choose`: from transformed logits the ids and what they weigh before any norm."""
     router = config.router
     z = transformed_logits(router, logits)
     shared = z.narrow(-1, config.num_choices, z.shape[-1] - config.num_choices) if z.shape[-1] > config.num_choices else None
     z = z.narrow(-1, 0, config.num_choices) if shared is not None else z
     shared = None if shared is None else finite(SCORES[router.scoring](shared))
-    ids, chosen = SELECTIONS[router.selection](config, extra, z, token_ids) if ids is None else (ids, top_k_weights(config, extra, z, ids))
+    ids, chosen = choose(z)
     if router.renormalize:
         total = _norm(router, chosen if shared is None else torch.cat([chosen, shared], -1))
         chosen, shared = chosen / total, None if shared is None else shared / total
@@ -113,7 +114,8 @@ def _in_torch(
 
 def _weights_of_ids(config: MoEConfig, logits: Tensor, correction_bias: Tensor | None, ids: Tensor) -> Tensor:
     """What the chosen experts weigh, as a function of the logits."""
-    return _in_torch(config, RouterWeights(correction_bias=correction_bias), logits, None, ids)[1]
+    extra = RouterWeights(correction_bias=correction_bias)
+    return weigh(config, extra, logits, lambda z: (ids, top_k_weights(config, extra, z, ids)))[1]
 
 
 route_top_k_op = define_route_top_k(_weights_of_ids)
