@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
 }
 
 _log = logging.getLogger("moe_fn")
+_first_use = threading.RLock()  # functools.cache lets threads that find nothing all compute: each would run the compiler
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,17 @@ def best_level() -> str:
     return "avx2" if torch.cpu._is_avx2_supported() else "plain"
 
 
-@functools.cache
 def library(level: str) -> Library:
-    """The library of a level, loaded; built if it is not there yet, or if somebody else may have written it."""
+    """The library of a level, loaded; built if it is not there yet, or if somebody else may have written it.
+
+    Threads that come first together build it once.
+    """
+    with _first_use:
+        return _library(level)
+
+
+@functools.cache
+def _library(level: str) -> Library:
     name = f"moe_fn_{level}_{_fingerprint(level)}"
     try:
         path = _folder() / f"{name}.so"
@@ -99,9 +109,14 @@ def library(level: str) -> Library:
     return Library(level, path, None)
 
 
-@functools.cache
 def active() -> Library:
     """The library of this CPU's best level, in place as the CPU kernels of moe_fn's ops."""
+    with _first_use:
+        return _active()
+
+
+@functools.cache
+def _active() -> Library:
     found = library(best_level())
     if found.problem is None:
         found.ops.install()  # type: ignore[attr-defined]
