@@ -78,12 +78,10 @@ class Host:
 HOSTS: dict[str, Host] = {
     "DDP": Host(data_parallel),
     "DDP, checkpointed": Host(data_parallel, again=True),
-    "DDP of compiled layers": Host(lambda model: data_parallel(compiled_inside(model))),
     "compiled DDP": Host(lambda model: compiled_outside(data_parallel(model))),
     "FSDP2": Host(sharded),
     "FSDP2, checkpointed": Host(sharded, again=True),
     "FSDP2 of compiled layers": Host(lambda model: sharded(compiled_inside(model))),
-    "compiled FSDP2": Host(lambda model: compiled_outside(sharded(model))),
     "FSDP2 in bfloat16": Host(lambda model: sharded(model, mp_policy=HALF), tolerance=None),  # near-ties may go to other experts
 }
 

@@ -1,6 +1,8 @@
 """Laws of route_to, and the ids of one run in another: other precision, other back-end, activation checkpointing."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,3 +138,15 @@ def test_a_checkpointed_layer_recomputes_with_the_ids_of_its_forward(reentrant: 
     (expected,) = torch.autograd.grad(plain.square().sum(), x)
     kept.square().sum().backward()
     assert torch.equal(x.grad, expected)  # type: ignore[arg-type]
+
+
+def test_the_example_shows_that_replay_takes_the_mismatch_away() -> None:
+    place = Path(moe_fn.__file__).parents[1] / "examples" / "replay.py"
+    if not place.exists():
+        pytest.skip("installed without the repository")
+    example = runpy.run_path(str(place))
+    for int8 in (False, True):
+        for _, differ, own, again in example["learn"](2, int8, replay=True, show=0):
+            assert 0 < differ < 0.5
+            assert again.k3 < own.k3 / 10
+            assert own.least < again.least < 1 < again.largest < own.largest
