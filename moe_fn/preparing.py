@@ -58,10 +58,13 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         if native.quant_problem(config.quant.text, config.expert_hidden_size, config.intermediate_size, computed.device.type) is not None:
             return weights
         quant = None if quant is None else _lay_beside(config, quant)
-    gate_up, down = lay_panels(config, weights.gate_up, weights.down)
-    if not (torch.compiler.is_compiling() or gate_up.requires_grad or down.requires_grad):
-        gate_up, down = native.in_huge_pages(gate_up), native.in_huge_pages(down)
+    gate_up = _in_huge_pages(lay_gate_up(config, weights.gate_up))  # one after the other: the copy that is laid goes before the next comes
+    down = _in_huge_pages(lay_down(config, weights.down))
     return dataclasses.replace(weights, gate_up=gate_up, down=down, quant=quant)
+
+
+def _in_huge_pages(laid: Tensor) -> Tensor:
+    return laid if torch.compiler.is_compiling() or laid.requires_grad else native.in_huge_pages(laid)
 
 
 def lay_panels(config: MoEConfig, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

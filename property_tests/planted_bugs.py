@@ -483,8 +483,8 @@ BUGS = (
     PlantedBug(
         "prepared_weights_give_the_same_numbers",
         "panels in the wrong order",
-        preparing.lay_panels,
-        after(lambda laid, *a: tuple(t.flip(3) for t in laid)),
+        preparing.lay_down,
+        after(lambda laid, *a: laid.flip(3)),
     ),
     PlantedBug("restoring_undoes_preparing", "columns in the wrong order", panels.lift_weight, after(lambda t, *a: t.flip(1))),
     PlantedBug("preparing_twice_is_preparing_once", "prepared weights are not known", preparing.is_prepared, instead(lambda w: False)),
