@@ -2,6 +2,7 @@
 # make demo-parallel   trains and serves it on four ranks of this machine
 # make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  what needs a CUDA device
 # make fuzz   damages configs and checkpoints until a reader breaks, minutes each (FUZZ=seconds)
+# make soak   a thousand times each: forward, backward, compile, export; memory stays flat, and its peaks are those of the formulas
 # make bench-quant   the same with experts in 8 and 4 bits
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
@@ -16,7 +17,7 @@ BIN := .venv/bin
 MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz clean
+.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz soak clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -25,6 +26,11 @@ demo-parallel: $(INSTALLED)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --doctest-modules moe_fn property_tests compile_tests
+
+soak: $(INSTALLED)
+	$(BIN)/python property_tests/peaks_of_paths.py 1 8,4,256,512,8192
+	$(BIN)/python property_tests/peaks_of_paths.py 2 16,8,512,256,8192
+	$(BIN)/python property_tests/soak.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -123,7 +123,7 @@ def in_a_fork(check: Callable[[], bool]) -> str:
         os._exit(0)
     os.close(writer)
     start, done = time.perf_counter(), 0
-    while not done and time.perf_counter() - start < 20:
+    while not done and time.perf_counter() - start < 60:
         done, _ = os.waitpid(child, os.WNOHANG)
         time.sleep(0.01)
     if not done:

@@ -1,0 +1,155 @@
+"""Does anything stay behind? Every way of calling, again and again; the process' resident memory must stay flat. `make soak` runs it.
+
+python property_tests/soak.py [--times 1000] [--only forward,compile]
+
+Of compile and export torch's own caches grow a little: a plain network of torch goes through the same, and the layer may leave no more
+than that and SLACK.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moe_fn
+from moe_fn import MoEConfig, RouterConfig
+from moe_fn.testing import weights_for
+
+SLACK = 4e6  # bytes, over all times: the allocator's own ups and downs
+CONFIG = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=96)
+WEIGHTS = weights_for(CONFIG)
+
+
+def resident() -> int:
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+
+
+def inputs(number: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    """Other numbers of tokens every time: what is kept by shape would pile up."""
+    tokens = 1 + 37 * number % 300 if tokens is None else tokens
+    return torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 8, requires_grad=True)
+
+
+def forward(number: int) -> None:
+    with torch.no_grad():
+        moe_fn.moe_forward(CONFIG, WEIGHTS, *inputs(number))
+
+
+def backward(number: int) -> None:
+    leaves = [t.detach().requires_grad_() for t in (WEIGHTS.gate_up, WEIGHTS.down)]
+    weights = dataclasses.replace(WEIGHTS, gate_up=leaves[0], down=leaves[1])
+    moe_fn.moe_forward(CONFIG, weights, *inputs(number)).square().sum().backward()
+
+
+def new_configs(number: int) -> None:
+    """A config that has not been there before, as JSON inside the op too."""
+    router = RouterConfig(routed_scaling_factor=1.0 + number / 1000)
+    config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=96, router=router, opaque=number % 2 == 0)
+    moe_fn.moe_forward(config, WEIGHTS, *inputs(number, 5)).sum().backward()
+
+
+def prepare(number: int) -> None:
+    moe_fn.restore_weights(CONFIG, moe_fn.prepare_weights(CONFIG, WEIGHTS))
+
+
+def replay(number: int) -> None:
+    x, logits = inputs(number)
+    routing = moe_fn.route_to(CONFIG, WEIGHTS, logits, moe_fn.route(CONFIG, WEIGHTS, logits).expert_ids)
+    moe_fn.moe_forward_routed(CONFIG, WEIGHTS, x, routing).sum().backward()
+
+
+def of_layer(x: Tensor, logits: Tensor) -> Tensor:
+    return moe_fn.moe_forward(CONFIG, WEIGHTS, x, logits)
+
+
+def of_torch(x: Tensor, logits: Tensor) -> Tensor:
+    """As many ops, none of ours."""
+    z = torch.softmax(logits, -1).topk(2).values
+    for matrix in WEIGHTS.down[:4].unbind():
+        x = x + (torch.nn.functional.silu(x) @ matrix) @ matrix.t() * z.sum(-1, keepdim=True)
+    return x
+
+
+def compiling(function: Callable[..., Tensor]) -> Callable[[int], None]:
+    def compile_anew(number: int) -> None:
+        torch._dynamo.reset()
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            torch.compile(function, backend="aot_eager", fullgraph=True)(*inputs(number, 5)).sum().backward()
+
+    return compile_anew
+
+
+class Exported(torch.nn.Module):
+    """What torch.export wants around a function."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        return self.function(x, logits)
+
+
+def exporting(function: Callable[..., Tensor]) -> Callable[[int], None]:
+    module = Exported(function)
+
+    def export_anew(number: int) -> None:
+        torch.export.export(module, tuple(t.detach() for t in inputs(number, 5))).module()(*inputs(number, 5))
+
+    return export_anew
+
+
+# Each with what it may be compared to.
+KINDS: dict[str, tuple[Callable[[int], None], Callable[[int], None] | None]] = {
+    "forward": (forward, None),
+    "backward": (backward, None),
+    "new configs": (new_configs, None),
+    "prepare": (prepare, None),
+    "replay": (replay, None),
+    "compile": (compiling(of_layer), compiling(of_torch)),
+    "export": (exporting(of_layer), exporting(of_torch)),
+}
+
+
+def growth(call: Callable[[int], None], times: int) -> int:
+    """Bytes that `times` calls leave behind, once a fifth of them has filled what there is to fill."""
+    for number in range(max(times // 5, 3)):
+        call(number)
+    before = resident()
+    for number in range(times):
+        call(number + times)
+    return resident() - before
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=1000)
+    parser.add_argument("--only", default=",".join(KINDS))
+    options: Any = parser.parse_args()
+    torch.set_num_threads(1)
+    leaks = 0
+    for kind in options.only.split(","):
+        call, other = KINDS[kind]
+        start = time.perf_counter()
+        found, allowed = growth(call, options.times), 0 if other is None else max(growth(other, options.times), 0)
+        leaks += found > allowed + SLACK
+        beside = "" if other is None else f", plain torch {allowed / 1e6:.2f} MB"
+        print(f"{kind:12} {options.times} times: {found / 1e6:7.2f} MB{beside}; {time.perf_counter() - start:.0f} s", flush=True)
+    return leaks
+
+
+if __name__ == "__main__":
+    sys.exit(main())
