@@ -167,7 +167,7 @@ def test_a_spawned_process_computes_the_same_bits() -> None:
 
 
 RACE = """
-import os, shutil, sys, threading, time
+import shutil, sys, threading, time
 import torch
 import moe_fn
 from moe_fn.kernels import native
@@ -177,7 +177,7 @@ built = []
 def build(level, name, path):  # the compiler takes a minute; the library that it made takes none
     built.append(level)
     time.sleep(0.3)
-    own = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    own = path.with_suffix(f".{threading.get_ident()}")
     shutil.copy(sys.argv[1], own)
     own.replace(path)
 
@@ -196,12 +196,11 @@ print(len(built))
 
 
 @NATIVE
-def test_threads_and_processes_that_come_first_together_find_one_library(tmp_path: Path) -> None:
+def test_threads_that_come_first_together_build_one_library(tmp_path: Path) -> None:
     path = native.active().path
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}  # noqa: TID251
     command = [sys.executable, "-c", RACE, str(path)]
     root = Path(moe_fn.__file__).parents[1]
-    processes = [subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    builds = [process.communicate(timeout=120)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    assert all(int(count) <= 1 for count in builds) and any(int(count) == 1 for count in builds), builds
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "1\n"  # times that the library was built
