@@ -102,14 +102,14 @@ def rounded(
         largest = float(group.abs().max()) if group.numel() else 0.0
         if config.scheme == "nvfp4":
             above = static_scale if static_scale is not None else _single(float(v.detach().abs().max()) / (448 * 6), single) or 1.0
-            scale = float(_nearest(table_of_e4m3(v), torch.tensor([_single(largest / _single(6 * above, single), single)]).to(table))[0])
+            scale = float(nearest(table_of_e4m3(v), torch.tensor([_single(largest / _single(6 * above, single), single)]).to(table))[0])
             unit = [_single(_single(value / above, single) / scale, single) if scale else 0.0 for value in group.tolist()]
             step = _single(scale * above, single)
         else:
             shared = amax_of_call if amax_of_call is not None else largest
             step = static_scale if static_scale is not None else scale_of(config, shared, single)
             unit = [_single(value / step, single) for value in group.tolist()]
-        pieces.append(_nearest(table, torch.tensor(unit, dtype=torch.float64, device=v.device)) * step)
+        pieces.append(nearest(table, torch.tensor(unit, dtype=torch.float64, device=v.device)) * step)
     whole = torch.cat(pieces) if pieces else v.detach()
     return whole + (v - v.detach())
 
@@ -149,7 +149,7 @@ def _single(value: float, single: bool) -> float:
     return float(torch.tensor(value, dtype=torch.float32)) if single else value
 
 
-def _nearest(table: Tensor, values: Tensor) -> Tensor:
+def nearest(table: Tensor, values: Tensor) -> Tensor:
     """The nearest entries of an ascending table; of two as near, the one of even place counted from 0's. NaN stays."""
     zero = int((table == 0).nonzero()[0])
     above = torch.searchsorted(table, values.nan_to_num()).clamp(max=len(table) - 1)
