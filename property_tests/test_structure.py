@@ -39,6 +39,7 @@ LAYERS = (
     ("forward",),
     ("families",),
     ("bench", "integrations", "checkpoint"),
+    ("campaign",),  # public names, reference and testing
     ("",),  # the package itself re-exports
 )
 # What runs on the host between steps, and reads values there: the rest of the package must leave them on the device.
@@ -70,6 +71,9 @@ def test_modules_import_downwards_only(path: Path) -> None:
             assert other in ("reference", "config", "records"), f"the reference imports moe_fn.{module}, which it judges"
         elif part == "testing":
             assert other in ("testing", "config", "records", "compiling"), f"testing imports moe_fn.{module}"
+        elif part == "campaign":
+            tests = ("campaign", "testing", "reference", "bench", "config", "records", "")
+            assert other in tests, f"{path.name} imports moe_fn.{module}"
         elif part == "bench":
             assert other != "testing", f"{path.name} imports moe_fn.{module}"
         elif part == "stages":

@@ -1,0 +1,141 @@
+"""What must leave the output where it is: other ways to ask for the same numbers, each held to the same bound."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moe_fn
+from moe_fn.testing import MoEProblem
+
+
+@dataclass(frozen=True)
+class Law:
+    """The output of a problem asked for in another way, and when there is such a way."""
+
+    output: Callable[[MoEProblem], Tensor]
+    applies: Callable[[MoEProblem], bool] = lambda problem: True
+
+
+def forward(problem: MoEProblem) -> Tensor:
+    """The layer of a problem."""
+    y: Tensor = problem.call(moe_fn.moe_forward)
+    return y
+
+
+def with_config(problem: MoEProblem, **changes: Any) -> MoEProblem:
+    """The problem with other fields of its config."""
+    return problem.replace(config=dataclasses.replace(problem.config, **changes))
+
+
+def of_tokens(problem: MoEProblem, index: Tensor) -> MoEProblem:
+    """The problem of some of its tokens, laid flat."""
+
+    def chosen(t: Tensor | None, extra: int) -> Tensor | None:
+        return None if t is None else t.reshape(-1, *t.shape[t.ndim - extra :])[index]
+
+    return problem.replace(
+        x=chosen(problem.x, 1),
+        logits=chosen(problem.logits, 1),
+        token_ids=chosen(problem.token_ids, 0),
+        token_mask=chosen(problem.token_mask, 0),
+        adapter_ids=chosen(problem.adapter_ids, 0),
+    )
+
+
+def _tokens(problem: MoEProblem) -> Tensor:
+    return torch.arange(problem.x[..., 0].numel())
+
+
+def _permuted(problem: MoEProblem) -> Tensor:
+    order = _tokens(problem).flip(0).roll(1)
+    return forward(of_tokens(problem, order))[order.argsort()].view(problem.x.shape)
+
+
+def _split(problem: MoEProblem) -> Tensor:
+    tokens = _tokens(problem)
+    cut = len(tokens) // 3
+    return torch.cat([forward(of_tokens(problem, part)) for part in (tokens[:cut], tokens[cut:])]).view(problem.x.shape)
+
+
+def _padded(problem: MoEProblem) -> Tensor:
+    """With two tokens of padding behind, which hold NaN."""
+    flat, count = of_tokens(problem, _tokens(problem)), problem.x[..., 0].numel()
+    mask = torch.ones(count, dtype=torch.bool) if flat.token_mask is None else flat.token_mask
+    ids, adapters = (None if t is None else torch.cat([t, t.new_zeros(2)]) for t in (flat.token_ids, flat.adapter_ids))
+    longer = flat.replace(
+        x=_with_garbage(flat.x),
+        logits=None if flat.logits is None else _with_garbage(flat.logits),
+        token_mask=torch.cat([mask, mask.new_zeros(2)]),
+        token_ids=ids,
+        adapter_ids=adapters,
+    )
+    return forward(longer)[:count].view(problem.x.shape)
+
+
+def _with_garbage(rows: Tensor) -> Tensor:
+    return torch.cat([rows, *(rows.new_full((1, rows.shape[-1]), garbage) for garbage in (torch.nan, torch.inf))])
+
+
+def _chunked(problem: MoEProblem) -> Tensor:
+    return forward(with_config(problem, chunk_tokens=3 if problem.config.chunk_tokens is None else None))
+
+
+def _opaque(problem: MoEProblem) -> Tensor:
+    return forward(with_config(problem, opaque=not problem.config.opaque))
+
+
+def _prepared(problem: MoEProblem) -> Tensor:
+    return forward(problem.replace(weights=moe_fn.prepare_weights(problem.config, problem.weights)))
+
+
+def _in_torch(problem: MoEProblem) -> Tensor:
+    return forward(with_config(problem, backend="torch" if problem.config.backend == "auto" else "auto"))
+
+
+def _routed(problem: MoEProblem) -> Tensor:
+    _, routing = problem.call(moe_fn.moe_route)
+    y: Tensor = moe_fn.moe_forward_routed(problem.config, problem.weights, problem.x, routing, token_mask=problem.token_mask)
+    return y
+
+
+def _with_stats(problem: MoEProblem) -> Tensor:
+    y: Tensor = problem.call(moe_fn.moe_forward_with_stats)[0]
+    return y
+
+
+def _alone(problem: MoEProblem) -> bool:
+    """Whether a token is nobody else's business: a capacity is shared by a sequence."""
+    return problem.config.router.capacity is None
+
+
+def _without_scale_of_call(problem: MoEProblem) -> bool:
+    quant = problem.config.quant
+    activations = None if quant is None else quant.activations
+    return activations is None or activations.granularity != "tensor" or activations.static
+
+
+def _has_panels(problem: MoEProblem) -> bool:
+    return problem.x.dtype in (torch.float32, torch.bfloat16) and problem.config.backend == "auto" and problem.config.lora is None
+
+
+LAWS: dict[str, Law] = {
+    "permuting tokens": Law(_permuted, _alone),
+    "splitting the batch": Law(_split, lambda problem: _alone(problem) and _without_scale_of_call(problem)),
+    "padding": Law(_padded, _alone),
+    "other chunks": Law(_chunked, _without_scale_of_call),
+    "opaque or not": Law(_opaque),
+    "prepared weights": Law(_prepared, _has_panels),
+    "other back-end": Law(_in_torch),
+    "router apart": Law(_routed),
+    "with statistics": Law(_with_stats),
+    "again": Law(forward),  # the same bits
+}
+
+
+def laws_of(index: int) -> tuple[str, ...]:
+    """Half of the laws, by turns."""
+    return tuple(name for place, name in enumerate(LAWS) if (index + place) % 2 == 0)
