@@ -10,6 +10,8 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, QuantConfig
+from moe_fn.campaign import error_bound
+from moe_fn.campaign.checking import share_of_bound
 from moe_fn.testing import assert_matches, configs, problems, quants, weights_for
 from moe_fn.testing.problem import MoEProblem
 
@@ -21,9 +23,6 @@ SIZES: dict[str, object] = {
     "latent": None,
     "weight_layout": "out_in",
 }
-# With activations that are rounded, a number that float64 has just on the other side of a tie is a step away: one of 127 for int8, of 8
-# or of 4 for the floats. In float32 that is seldom; one such step among a row's numbers is what this allows. A wrong scale is 0.1 off.
-ROUNDED = 3e-2
 
 
 def problems_of(quant: QuantConfig, **fixed: object) -> st.SearchStrategy[MoEProblem]:
@@ -38,10 +37,9 @@ WEIGHT_ONLY = quants(activations=False).flatmap(problems_of)
 
 @law(PROBLEMS)
 def test_quantised_layers_equal_the_reference(problem: MoEProblem) -> None:
-    quant = problem.config.quant
-    assert quant is not None
+    """Up to the problem's own bound, which knows where float32 may round an input to the next code: no tolerance has room for that."""
     y, expected = problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward)
-    assert_matches(y, expected, tolerance=None if quant.activations is None else ROUNDED, scale=0.1)
+    assert share_of_bound(y, expected, error_bound(problem)) <= 1
 
 
 @law(WEIGHT_ONLY)
@@ -72,7 +70,10 @@ def _leaf(t: Tensor) -> Tensor:
 
 @law(PROBLEMS)
 def test_gradients_pass_the_rounding_of_inputs(problem: MoEProblem) -> None:
-    """As those of the reference do, to which the rounding is an addend without gradient."""
+    """As those of the reference do, to which the rounding is an addend without gradient; where no code and no derivative is undecided."""
+    bound = error_bound(problem)
+    if bound.tied or bound.jumps:
+        return
     p = with_gradients(problem)
     inputs = [t for t in (p.x, p.logits, p.weights.gate_up_bias, p.weights.down_bias) if t is not None]
     ours, theirs = (
@@ -81,7 +82,7 @@ def test_gradients_pass_the_rounding_of_inputs(problem: MoEProblem) -> None:
     )
     for one, other in zip(ours, theirs, strict=True):
         if one is not None and other is not None:
-            assert_matches(one.nan_to_num(), other.nan_to_num(), tolerance=ROUNDED, scale=1.0)
+            assert_matches(one.nan_to_num(), other.nan_to_num(), tolerance=1e-4, scale=1.0)
 
 
 @law(quants(activations=False), st.integers(0, 2**20))
