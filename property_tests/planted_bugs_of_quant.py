@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from planted_bugs import PlantedBug, after, before, instead
 
 from moe_fn.ops import quantised
-from moe_fn.quant import activations, numbers, tiles, weights
+from moe_fn.quant import activations, numbers, tiles, travelling, weights
 from moe_fn.quant.numbers import Number
 
 
@@ -88,6 +89,12 @@ BUGS = (
         after(lambda y, *a: y * 1.01),
     ),
     PlantedBug("gradients_pass_the_rounding_of_inputs", "rounding has no gradient", activations.straight_through, instead(lambda r, x: r)),
+    PlantedBug(
+        "rows_arrive_as_the_experts_round_them",
+        "rows of float64 travel with scales of float32",
+        travelling.travelling,
+        before(lambda config, dtype: (config, torch.float32)),
+    ),
     PlantedBug("codes_are_the_nearest_ones", "codes are rounded down", weights.encoded, _with_number("int8", _round_down)),
     PlantedBug("calibrated_rounding_errs_no_more", "another scale is taken", weights._chosen, before(_another)),
     PlantedBug(

@@ -85,6 +85,23 @@ def test_gradients_pass_the_rounding_of_inputs(problem: MoEProblem) -> None:
             assert_matches(one.nan_to_num(), other.nan_to_num(), tolerance=1e-4, scale=1.0)
 
 
+DTYPES = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+
+@law(quants(of_call=False), DTYPES, st.integers(0, 2**20))
+def test_rows_arrive_as_the_experts_round_them(quant: QuantConfig, dtype: torch.dtype, seed: int) -> None:
+    """Rounding what was rounded on its way to another rank is rounding once."""
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20, quant=quant)
+    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    codes = moe_fn.quant.travelling.travelling(config, dtype, weighted=True)
+    received = moe_fn.quant.travelling.packed(codes, rows)
+    arrived = moe_fn.quant.travelling.unpacked(codes, received, rows, lambda rows, received: received)
+    if quant.activations is not None and not quant.activations.static:
+        present = torch.ones(3, 1, dtype=torch.bool)
+        once, twice = (moe_fn.quant.activations.rounded_rows(quant.activations, t, present, None).floats() for t in (rows, arrived))
+        assert_matches(twice.to(dtype), once.to(dtype))
+
+
 @law(quants(activations=False), st.integers(0, 2**20))
 def test_codes_are_the_nearest_ones(quant: QuantConfig, seed: int) -> None:
     config, weights, floats = drawn(quant, seed)

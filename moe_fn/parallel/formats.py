@@ -72,7 +72,7 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     real = routing.expert_ids.new_ones(tokens, 1)
     ids = routing.expert_ids + 1 if logits is None else real  # padding has id -1, and no adapter
     ids = ids if routing.adapter_ids is None else torch.cat([ids, routing.adapter_ids.unsqueeze(1) + 1], 1)
-    codes, x = travelling(config, weighted=False), padded(x, room)
+    codes, x = travelling(config, x.dtype, weighted=False), padded(x, room)
     sent = (packed(codes, x), padded(routing.weights if logits is None else logits, room), padded(ids, room))
     begun = [collectives.begin_gather(t, group) for t in sent]
     beside = meanwhile()
@@ -98,7 +98,7 @@ def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     sizes = numbers(both)
     total = sum(sizes[0])
     torch._check(total <= sorted_.rows.shape[0])
-    codes, out = travelling(config, weighted=True), sorted_.rows.narrow(0, 0, total)
+    codes, out = travelling(config, x.dtype, weighted=True), sorted_.rows.narrow(0, 0, total)
     sent = (packed(codes, out), sorted_.ids_of_row.narrow(0, 0, total))
     begun = [collectives.begin_splits(t, sizes[0], sizes[1], group) for t in sent]
     beside = meanwhile()
@@ -132,7 +132,7 @@ def all_to_all_static(
     row_of_place = torch.where(taken, row_of_place, slots)  # one row of zeros stands behind all others
     rows = _with_spare(sorted_.rows).index_select(0, row_of_place)
     ids = torch.where(taken.unsqueeze(1), _with_spare(sorted_.ids_of_row).index_select(0, row_of_place), -1)
-    codes = travelling(config, weighted=True)
+    codes = travelling(config, x.dtype, weighted=True)
     begun = [collectives.begin_exchange(t, group) for t in (packed(codes, rows), ids)]
     beside = meanwhile()
     data, ids = (collectives.arrived(t) for t in begun)

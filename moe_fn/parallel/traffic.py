@@ -76,9 +76,10 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
         tp (early)          2 (n-1)/n T X' [+ 2 (n-1)/n T H of shared]       the same; X' without hidden_padding
         sp                  (n-1) T H                                        (n-1) T (H + K w) + 2 (n-1)/n of the weights that each has
 
-    Where quant.activations round the experts' inputs, rows go there (not back) as codes and scales: the first X of a line is then fewer.
-    Without ep, dp's ranks are all_gather's n. gather="logits" has E b for K w in the rows of tp and sp too, and router-weighted shared
-    experts add w for each. Where there are several LoRA adapters 8 bytes more travel with the ids of each token (all_to_all: each slot).
+    Where quant.activations round the experts' inputs, rows go there (not back) as codes and scales, but those of float64: the first X of a
+    line is then fewer. Without ep, dp's ranks are all_gather's n. gather="logits" has E b for K w in the rows of tp and sp too, and
+    router-weighted shared experts add w for each. Where there are several LoRA adapters 8 bytes more travel with the ids of each token
+    (all_to_all: each slot).
     all_to_all is of slots spread evenly over the ranks; the others do not depend on the routing. backward is of everything that can have
     a gradient; `weights`, this rank's, are needed for those whose gradients are summed (over sp, LoRA's, and the gate of sharded shared
     experts), else these are not counted. Without `parallel` nothing is sent.
@@ -96,7 +97,7 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
         return Traffic(())
     parallel, w = config.parallel, accumulation_dtype(dtype).itemsize
     rows = -(-tokens // parallel.sp.size) if parallel.sp else tokens
-    sizes = _Sizes(config=config, parallel=parallel, rows=rows, b=dtype.itemsize, w=w)
+    sizes = _Sizes(config=config, parallel=parallel, rows=rows, dtype=dtype, w=w)
     pieces = (_dispatched_backward, _sums_backward) if backward else (_dispatched, _sums)
     found = [m for piece in pieces for m in piece(sizes)] + (list(_of_weights(config, parallel, weights)) if backward and weights else [])
     return Traffic(tuple(m for m in found if m.payload))
@@ -107,8 +108,12 @@ class _Sizes:
     config: MoEConfig
     parallel: ParallelConfig
     rows: int  # T
-    b: int
+    dtype: torch.dtype
     w: int
+
+    @property
+    def b(self) -> int:
+        return self.dtype.itemsize
 
     @property
     def x(self) -> int:
@@ -116,7 +121,7 @@ class _Sizes:
 
     def x_there(self, weighted: bool) -> int:
         """Bytes of a row on its way to the experts: fewer where it travels as codes."""
-        codes = travelling(self.config, weighted)
+        codes = travelling(self.config, self.dtype, weighted)
         return self.x if codes is None else bytes_of_row(codes, self.config.expert_hidden_size)
 
     @property

@@ -12,16 +12,19 @@ from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, lo
 _BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # exponents; the others are float32
 
 
-def travelling(config: MoEConfig, weighted: bool) -> ActivationQuantConfig | None:
-    """How rows travel: rounded as the first product will round them, or as they are (None).
+def travelling(config: MoEConfig, dtype: torch.dtype, weighted: bool) -> ActivationQuantConfig | None:
+    """How rows of a dtype travel: rounded as the first product will round them, or as they are (None).
 
-    As they are where a scale is an expert's own (static), where weights are still to be multiplied with what arrives, and where there are
-    adapters, which see inputs that are not rounded.
+    As they are where a scale is an expert's own (static), where weights are still to be multiplied with what arrives, where there are
+    adapters, which see inputs that are not rounded, and in float64, whose scales have more digits than those that travel.
+
+    Laws
+        Rows arrive as the experts round them.
     """
     activations = None if config.quant is None or config.lora is not None else config.quant.activations
     if activations is None or activations.static or (config.router.weight_on == "input" and not weighted):
         return None
-    return activations
+    return None if dtype == torch.float64 else activations
 
 
 def bytes_of_row(a: ActivationQuantConfig, width: int) -> int:
