@@ -48,11 +48,11 @@ def ends(*values: int) -> Tensor:
 def grouped_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     r = make(0, dtype, requires_grad)
     return [
-        (r(7, 4), r(3, 4, 5), ends(2, 2, 6), False, 1, 1),  # an empty expert and a row of nobody
-        (r(7, 4), r(3, 5, 4), ends(2, 2, 6), True, 1, 1),
-        (r(0, 4), r(3, 4, 5), ends(0, 0, 0), False, 1, 1),
-        (r(8, 4), r(2, 4, 5), ends(1, 4, 5, 8), False, 2, 1),
-        (r(8, 4), r(4, 5, 4), ends(1, 3, 4, 7), True, 2, 2),
+        (r(7, 4), r(3, 4, 5), ends(2, 2, 6), False, 1, 1, False),  # an empty expert and a row of nobody
+        (r(7, 4), r(3, 5, 4), ends(2, 2, 6), True, 1, 1, True),
+        (r(0, 4), r(3, 4, 5), ends(0, 0, 0), False, 1, 1, False),
+        (r(8, 4), r(2, 4, 5), ends(1, 4, 5, 8), False, 2, 1, True),
+        (r(8, 4), r(4, 5, 4), ends(1, 3, 4, 7), True, 2, 2, False),
     ]
 
 
@@ -102,8 +102,13 @@ def quantised_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any,
         codes = torch.randint(0, 127, (3, 6, 4 // per_byte), dtype=torch.uint8).to(torch.uint8 if zero else torch.int8)
         scale, zeros = torch.rand(3, 6, 2), torch.randint(0, 15, (3, 6, 2), dtype=torch.uint8) if zero else None
         for transposed, width in ((True, 4), (False, 6)):
-            samples.append((r(7, width), codes, scale, zeros, None, ends(2, 2, 6), quant.text, 2, transposed, 1, 1))
+            samples.append((r(7, width), codes, scale, zeros, None, ends(2, 2, 6), quant.text, 2, transposed, 1, 1, zero))
     return samples
+
+
+def elementwise(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+    r = make(5, dtype, requires_grad)
+    return [(r(*shape), name) for shape, name in (((3, 5), "exp"), ((0,), "sigmoid"), ((), "softplus"), ((40,), "tanh"), ((2, 1), "erf"))]
 
 
 def route_top_k(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
@@ -160,6 +165,7 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "moe_fn::quantised_matmul": quantised_matmul,
     "moe_fn::quantised_matmul_native": quantised_matmul,
     "moe_fn::quantised_matmul_triton": quantised_matmul,
+    "moe_fn::elementwise": elementwise,
     "moe_fn::gather_rows": gather_rows,
     "moe_fn::moe_forward": whole_layer,
     "moe_fn::moe_forward_shared": whole_layer,

@@ -173,7 +173,7 @@ def test_grouped_products_have_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
         ends = cuda(6, dtype=torch.int32)
         for segments, sets in ((1, 1), (2, 1), (2, 2)):
             weight = cuda(6 // segments * sets, 32, 64)
-            assert entry.grouped_matmul(cuda(100, 32), weight, ends, False, segments, sets).shape == (100, 64)
+            assert entry.grouped_matmul(cuda(100, 32), weight, ends, False, segments, sets, False).shape == (100, 64)
             assert entry.grouped_outer(cuda(100, 32), cuda(100, 64), ends, segments, sets).shape == weight.shape
 
 

@@ -179,13 +179,11 @@ def check_choice_inputs(
     where: str, config: MoEConfig, router: RouterWeights, logits: Tensor, expert_ids: Tensor, token_mask: Tensor | None
 ) -> None:
     """What `route_to` reads, and that the ids say what the weights are."""
-    if not isinstance(config, MoEConfig):
-        raise ValueError(f"{where}: config is a {type(config).__name__}; expected MoEConfig")
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"{where}: logits is a {type(logits).__name__}; expected a Tensor")
+    check_config(where, config)
+    check_kind(where, "logits", logits, Tensor)
     if logits.ndim < 2 or logits.shape[-1] != config.num_logits:
         raise ValueError(f"{where}: logits is {_sizes(logits)}; expected (..., num_logits) with num_logits={config.num_logits}")
-    _check_kind(where, "logits", logits, "float")
+    check_dtype(where, "logits", logits, "float")
     check_beside_x(where, "expert_ids", expert_ids, logits, ("top_k", config.top_k), "integer")
     if token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, logits, None, "bool")

@@ -56,6 +56,8 @@ def moe_forward(
         Leading dimensions are only a shape.
         Inputs are never written to.
         The same inputs give the same bits.
+        A batch invariant token has the same bits in any batch.
+        A batch invariant gradient has the same bits in any batch.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538); every published variant in `MoEConfig`.
 
@@ -200,7 +202,9 @@ def moe_forward_with_stats(
             if overflow is not None:
                 stats = dataclasses.replace(stats, dropped_slots=stats.dropped_slots + overflow)
             return leave(call, y), stats
-        (y,) = _run(config, call, logits, routing, with_shared=False)
+        # An op that wants no bits to depend on the compiler routes for itself.
+        again = config.batch_invariant and _routes_inside(config)
+        (y,) = _run(config, call, call.logits if again else logits, None if again else routing, with_shared=False)
         return leave(call, y), stats
 
 
@@ -211,7 +215,7 @@ def _route(config: MoEConfig, call: Call) -> tuple[Tensor, Routing]:
 
 def _routes_inside(config: MoEConfig) -> bool:
     """Whether the op routes: tokens are flat there, and a capacity counts within sequences."""
-    return config.opaque and config.router.capacity is None
+    return config.as_op and config.router.capacity is None and config.parallel is None
 
 
 def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
@@ -219,7 +223,7 @@ def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing 
     if config.parallel is not None and routing is not None:
         return (_run_over_ranks(config, call, logits, routing),)
     chunked = config.chunk_tokens is not None
-    if routing is None or config.opaque or (chunked and not scan_traces()):
+    if routing is None or config.as_op or (chunked and not scan_traces()):
         pending = (logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
         return layer_as_op(config, call.weights, call.x, routing, *pending, call.adapter_ids, with_shared)
     if chunked:
@@ -235,6 +239,6 @@ def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routin
             "moe_forward: ParallelConfig.capacity may drop slots; expected None, or moe_forward_with_stats, which returns how many"
         )
     sent = logits if config.parallel.gather == "logits" else None  # None too where a caller routed: then the routing travels
-    if reads_sizes(config.parallel) and not scalars_allowed():
+    if config.batch_invariant or (reads_sizes(config.parallel) and not scalars_allowed()):
         return layer_as_op(config, call.weights, call.x, routing, sent, None, None, call.adapter_ids, False)[0]
     return layer_over_ranks(config, config.parallel, call.weights, call.x, routing, sent)[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moe_fn.activations import activate
+from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.backends import backend_of
 from moe_fn.compiling import in_forward_mode
 from moe_fn.config import MoEConfig, as_activation
@@ -96,9 +97,10 @@ def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     if config.router.weight_on == "output":
         return _launch(op, config, weights, x, ids, w)
     # Every slot is a token of its own, w * x, with one expert; the sum over a token's slots comes after.
-    slots = weighted(x.unsqueeze(1), w.unsqueeze(-1)).flatten(0, 1)
+    slots = weighted(config, x.unsqueeze(1), w.unsqueeze(-1)).flatten(0, 1)
     y = _launch(op, config, weights, slots, ids.reshape(-1, 1), torch.ones_like(w).reshape(-1, 1))
-    return y if config.top_k == 1 else y.unflatten(0, (-1, config.top_k)).sum(1, dtype=accumulation_dtype(y.dtype)).to(y.dtype)
+    wide = y.unflatten(0, (-1, config.top_k)).to(accumulation_dtype(y.dtype))
+    return y if config.top_k == 1 else ARITHMETIC[config.batch_invariant].added(wide, 1).to(y.dtype)
 
 
 def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
@@ -146,28 +148,30 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
     """
     config, weights, x, routing = unpacked(args)
     ops, wide, transposed = GROUPED[backend], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
+    arithmetic = ARITHMETIC[config.batch_invariant]
+    product = functools.partial(ops.matmul, invariant=config.batch_invariant)
     d = dispatch(config, x, routing)
     ends, rows = d.expert_ends, d.rows
 
     def spread(bias: Tensor) -> Tensor:
         return spread_over_rows(backend, bias, ends, rows.shape[0])
 
-    hidden = ops.matmul(rows, weights.gate_up, ends, transposed).to(wide)
+    hidden = product(rows, weights.gate_up, ends, transposed).to(wide)
     hidden = hidden if weights.gate_up_bias is None else hidden + spread(weights.gate_up_bias)
-    activation = functools.partial(activate, as_activation(config.activation), layout=config.gate_up_layout)
+    activation = functools.partial(activate, as_activation(config.activation), layout=config.gate_up_layout, arithmetic=arithmetic)
     a, pull = torch.func.vjp(activation, hidden)[:2]
     g = gather_rows(gradient, d.slot_of_row, d.row_of_slot, config.top_k)
-    d_a = ops.matmul(g, weights.down, ends, not transposed).to(wide)
+    d_a = product(g, weights.down, ends, not transposed).to(wide)
 
     has_expert = (torch.arange(rows.shape[0], device=x.device) < ends[-1]).unsqueeze(1)
     w = gather_rows(routing.weights.reshape(-1, 1), d.slot_of_row, d.row_of_slot, 1)
     w = torch.where(has_expert, w, 0).to(wide)
-    d_w = (d_a * a).sum(-1, keepdim=True)
-    d_w = d_w if weights.down_bias is None else d_w + (g.to(wide) * spread(weights.down_bias)).sum(-1, keepdim=True)
+    d_w = arithmetic.total(d_a * a)
+    d_w = d_w if weights.down_bias is None else d_w + arithmetic.total(g.to(wide) * spread(weights.down_bias))
     d_w = gather_rows(torch.where(has_expert, d_w, 0), d.row_of_slot, d.slot_of_row, 1).view_as(routing.weights)
     d_hidden = pull(d_a * w)[0].to(x.dtype)
-    d_x = gather_rows(ops.matmul(d_hidden, weights.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
-    d_x = d_x.unflatten(0, (-1, config.top_k)).sum(1, dtype=wide).to(x.dtype)
+    d_x = gather_rows(product(d_hidden, weights.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
+    d_x = arithmetic.added(d_x.unflatten(0, (-1, config.top_k)).to(wide), 1).to(x.dtype)
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
         return ops.outer(left, right, ends) if transposed else ops.outer(right, left, ends)

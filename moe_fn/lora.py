@@ -4,6 +4,8 @@ No loop over adapters and no look at values: the graph is the same whoever has w
 nothing is sorted: rows lie by expert already.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,11 +15,12 @@ from torch import Tensor
 from moe_fn.backends import backend_of
 from moe_fn.config import LoRAConfig, MoEConfig
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops.grouped import GROUPED, GroupedOps
+from moe_fn.ops.grouped import GROUPED
 from moe_fn.ops.rows import gather_rows
 from moe_fn.records import Dispatched, LoRAWeights
 
 Dim = tuple[str, int]  # name and size
+Product = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # GroupedOps.matmul
 
 
 def shapes_of_adapters(lora: LoRAConfig, experts: Dim, wide: Dim, gate_up: Dim, inner: Dim) -> dict[tuple[str, ...], tuple[Dim, ...]]:
@@ -46,7 +49,7 @@ def check_adapters(where: str, config: MoEConfig, lora: LoRAWeights | None) -> N
 class ByAdapter:
     """Rows in the order of (adapter, expert), those without either last."""
 
-    ops: GroupedOps
+    product: Product
     ends_of_pairs: Tensor  # [L * E] int32: where the rows of adapter l and expert e end, at l * E + e
     ends_of_adapters: Tensor  # [L] int32
     row_of_place: Tensor | None  # [R]; None: the rows lie so
@@ -57,12 +60,13 @@ def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | No
     """Where the rows of each adapter and expert are; None without config.lora."""
     if config.lora is None:
         return None
-    ops, ends, adapters = GROUPED[backend_of(config, dispatched.rows)], dispatched.expert_ends, dispatched.adapter_of_row
+    ends, adapters = dispatched.expert_ends, dispatched.adapter_of_row
+    product = functools.partial(GROUPED[backend_of(config, dispatched.rows)].matmul, invariant=config.batch_invariant)
     num_experts, num_adapters = config.num_experts, config.lora.num_adapters
     if adapters is None:
         if num_adapters > 1:
             raise ValueError(f"experts: adapter_of_row is None; expected ids, for config.lora has {num_adapters} adapters")
-        return ByAdapter(ops, ends, ends.narrow(0, num_experts - 1, 1), None, None)
+        return ByAdapter(product, ends, ends.narrow(0, num_experts - 1, 1), None, None)
     rows, pairs = torch.arange(adapters.shape[0], device=ends.device), num_adapters * num_experts
     expert_of_row = torch.searchsorted(ends, rows.to(ends.dtype), right=True)
     adapters = adapters.to(torch.int64)
@@ -72,7 +76,8 @@ def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | No
     place_of_row = torch.zeros_like(row_of_place).scatter(0, row_of_place, rows)
     numbers = torch.arange(pairs, device=ends.device)
     ends_of_pairs = torch.searchsorted(pair_of_place, numbers, right=True).to(torch.int32)
-    return ByAdapter(ops, ends_of_pairs, ends_of_pairs.unflatten(0, (num_adapters, num_experts)).select(1, -1), row_of_place, place_of_row)
+    ends_of_adapters = ends_of_pairs.unflatten(0, (num_adapters, num_experts)).select(1, -1)
+    return ByAdapter(product, ends_of_pairs, ends_of_adapters, row_of_place, place_of_row)
 
 
 def add_adapters(by: ByAdapter | None, lora: LoRAWeights | None, product: Literal["gate_up", "down"], rows: Tensor, out: Tensor) -> Tensor:
@@ -97,4 +102,4 @@ def add_adapters(by: ByAdapter | None, lora: LoRAWeights | None, product: Litera
 def _product(by: ByAdapter, rows: Tensor, matrices: Tensor) -> Tensor:
     """matrices [L, E or 1, out, in] times the rows of each adapter and expert, or of each adapter."""
     of_all = matrices.shape[0] * matrices.shape[1] != by.ends_of_pairs.shape[0]
-    return by.ops.matmul(rows, matrices.flatten(0, 1), by.ends_of_adapters if of_all else by.ends_of_pairs, True)
+    return by.product(rows, matrices.flatten(0, 1), by.ends_of_adapters if of_all else by.ends_of_pairs, True)

@@ -1,4 +1,4 @@
-"""Which dtype sums are carried in, and the norm that several stages share."""
+"""Which dtype sums are carried in, and a root that has gradients."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rms_norm(x: Tensor, scale: Tensor | None, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * scale over the last dimension, in float32 or wider, rounded once to the dtype of x.
+def root(x: Tensor) -> Tensor:
+    """The square root, with gradient 0 where x is 0: the derivative is infinite there, and inf * 0 is NaN.
 
-    >>> rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]), 0.0)
-    tensor([0.8485, 2.2627])
+    >>> root(torch.tensor([0.0, 4.0]))
+    tensor([0., 2.])
     """
-    wide = x.to(accumulation_dtype(x.dtype))
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return (y if scale is None else y * scale).to(x.dtype)
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)

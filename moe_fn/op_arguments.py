@@ -25,13 +25,14 @@ def packed(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Te
         *(None if quant is None else getattr(quant, name) for name in QUANT_FIELDS),
         config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
         a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap, "" if config.quant is None else config.quant.text,
+        config.batch_invariant,
     )  # fmt: skip
 
 
 def with_floats(args: Sequence[Any], weights: MoEWeights) -> tuple[Any, ...]:
     """The arguments with other gate_up and down, which are plain floats."""
     beside = (None,) * len(QUANT_FIELDS)
-    return (*args[:3], weights.gate_up, weights.down, *args[5:NUM_FLOATS], *beside, *args[NUM_TENSORS:-1], "")
+    return (*args[:3], weights.gate_up, weights.down, *args[5:NUM_FLOATS], *beside, *args[NUM_TENSORS:-2], "", args[-1])
 
 
 def unpacked(args: Sequence[Any]) -> tuple[MoEConfig, MoEWeights, Tensor, Routing]:
@@ -47,6 +48,7 @@ def unpacked(args: Sequence[Any]) -> tuple[MoEConfig, MoEWeights, Tensor, Routin
 def _config_of(
     num_experts: int, top_k: int, hidden: int, intermediate: int, transposed: bool, function: Any, gated: bool, interleaved: bool,
     alpha: float, up_offset: float, limit: float | None, limit_output: bool, gate_cap: float | None, up_cap: float | None, quant: str,
+    invariant: bool,
 ) -> MoEConfig:  # fmt: skip
     """The config, as far as the op is told it."""
     return MoEConfig(
@@ -59,4 +61,5 @@ def _config_of(
         gate_up_layout="interleaved" if interleaved else "packed",
         weight_layout="out_in" if transposed else "in_out",
         quant=quant_of_text(quant) if quant else None,
+        batch_invariant=invariant,
     )

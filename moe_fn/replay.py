@@ -49,6 +49,6 @@ def route_to(config: MoEConfig, weights: MoEWeights, logits: Tensor, expert_ids:
     ids = expert_ids.to(torch.int64)
     ids = torch.where((ids >= 0) & (ids < config.num_choices), ids, -1)
     logits = logits if token_mask is None else torch.where(token_mask.unsqueeze(-1), logits, 0)
-    _, w, shared = weigh(config, extra, logits, lambda z: (ids.clamp(min=0), weights_of_choice(config.router, z, ids)))
+    _, w, shared = weigh(config, extra, logits, lambda z: (ids.clamp(min=0), weights_of_choice(config, z, ids)))
     routing = Routing(expert_ids=ids, weights=w, shared_weights=shared)
     return routing if token_mask is None else without_padding(routing, token_mask)

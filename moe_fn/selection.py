@@ -3,36 +3,35 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moe_fn.arithmetic import ARITHMETIC, Arithmetic
 from moe_fn.compiling import constant_while_tracing
 from moe_fn.config import GroupConfig, MoEConfig, RouterConfig
-from moe_fn.numerics import accumulation_dtype
+from moe_fn.numerics import accumulation_dtype, root
 from moe_fn.records import RouterWeights
 
-
-def _sqrt_softplus(z: Tensor) -> Tensor:
-    softplus = F.softplus(z)
-    positive = softplus > 0  # below -104 it is 0 in float32, where the derivative of the root is infinite, and inf * 0 is NaN
-    return torch.where(positive, torch.where(positive, softplus, 1).sqrt(), 0)
-
-
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda z: torch.softmax(z, -1),
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": _sqrt_softplus,
-    "identity": lambda z: z,
+SCORES: dict[str, Callable[[Arithmetic, Tensor], Tensor]] = {
+    "softmax": lambda m, z: m.softmax(z),
+    "sigmoid": lambda m, z: m.sigmoid(z),
+    "sqrtsoftplus": lambda m, z: root(m.softplus(z)),  # below -104 softplus is 0 in float32
+    "identity": lambda m, z: z,
 }
 
 
-def transformed_logits(router: RouterConfig, logits: Tensor) -> Tensor:
+def scores_of(config: MoEConfig, z: Tensor) -> Tensor:
+    """Scores of transformed logits, 0 where they are no number."""
+    return finite(SCORES[config.router.scoring](ARITHMETIC[config.batch_invariant], z))
+
+
+def transformed_logits(config: MoEConfig, logits: Tensor) -> Tensor:
     """What scores are functions of: logits in the dtype of scores, multiplied and soft-capped."""
+    router = config.router
     z = logits.to(accumulation_dtype(logits.dtype)) if router.score_dtype == "float32" else logits
     if router.logit_multiplier != 1.0:
         z = z * router.logit_multiplier
     if router.logit_softcap is not None:
-        z = router.logit_softcap * torch.tanh(z / router.logit_softcap)
+        z = router.logit_softcap * ARITHMETIC[config.batch_invariant].tanh(z / router.logit_softcap)
     return z
 
 
@@ -84,33 +83,33 @@ def _top_k(config: MoEConfig, extra: RouterWeights, z: Tensor, token_ids: Tensor
         ids = _best_of_each_group(config.router.groups, config.top_k, values)
     else:
         ids = _best(values, config.top_k)
-    return ids, _weights_of_chosen(config.router, z, scores, ids)
+    return ids, _weights_of_chosen(config, z, scores, ids)
 
 
 def top_k_weights(config: MoEConfig, extra: RouterWeights, z: Tensor, ids: Tensor) -> Tensor:
     """Weights of experts that have been chosen, before any norm."""
-    return _weights_of_chosen(config.router, z, _values_and_scores(config, extra, z)[1], ids)
+    return _weights_of_chosen(config, z, _values_and_scores(config, extra, z)[1], ids)
 
 
-def weights_of_choice(router: RouterConfig, z: Tensor, ids: Tensor) -> Tensor:
+def weights_of_choice(config: MoEConfig, z: Tensor, ids: Tensor) -> Tensor:
     """Weights, before any norm, of experts that somebody else has chosen: whatever this run's groups are, and 0 for ids below 0."""
     none, known = ids < 0, ids.clamp(min=0)
-    if router.scoring_order == "after_top_k":
+    if config.router.scoring_order == "after_top_k":
         # Who is not there has no part in a softmax; a row of nobody keeps its numbers, for a softmax of nothing has NaN for a gradient.
         chosen = torch.where(none & ~none.all(-1, keepdim=True), -torch.inf, z.gather(-1, known))
-        return torch.where(none, 0, finite(SCORES[router.scoring](chosen)))
-    return torch.where(none, 0, finite(SCORES[router.scoring](z)).gather(-1, known))
+        return torch.where(none, 0, scores_of(config, chosen))
+    return torch.where(none, 0, scores_of(config, z).gather(-1, known))
 
 
-def _weights_of_chosen(router: RouterConfig, z: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
-    return finite(SCORES[router.scoring](z.gather(-1, ids))) if router.scoring_order == "after_top_k" else scores.gather(-1, ids)
+def _weights_of_chosen(config: MoEConfig, z: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
+    return scores_of(config, z.gather(-1, ids)) if config.router.scoring_order == "after_top_k" else scores.gather(-1, ids)
 
 
 def _values_and_scores(config: MoEConfig, extra: RouterWeights, z: Tensor) -> tuple[Tensor, Tensor]:
     """What the choice is made by, without gradient, and what the weights are made of."""
     router = config.router
     after = router.scoring_order == "after_top_k"
-    scores = finite(SCORES[router.scoring](z)) if not after or router.correction_bias == "scores" else z
+    scores = scores_of(config, z) if not after or router.correction_bias == "scores" else z
     if router.correction_bias == "logits" or (after and router.correction_bias == "none"):
         values = _with_bias(router, extra, "logits", z)
     else:
@@ -144,27 +143,26 @@ def _best_of_each_group(groups: GroupConfig, top_k: int, values: Tensor) -> Tens
 def _hash(config: MoEConfig, extra: RouterWeights, z: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     if token_ids is None or extra.expert_ids_of_token is None:  # said at length by check_routing_inputs
         raise ValueError("route: selection='hash' needs token_ids and weights.router.expert_ids_of_token")
-    score = SCORES[config.router.scoring]
     ids = extra.expert_ids_of_token.index_select(0, token_ids).to(torch.int64)
     if config.router.scoring_order == "after_top_k":
-        return ids, finite(score(z.gather(-1, ids)))
-    return ids, finite(score(z)).gather(-1, ids)
+        return ids, scores_of(config, z.gather(-1, ids))
+    return ids, scores_of(config, z).gather(-1, ids)
 
 
 def _sparsemixer(config: MoEConfig, extra: RouterWeights, z: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two softmaxes, each over the logits near its maximum (arXiv 2409.12136); the deterministic form, as at inference."""
-    first_id, first = _sparsemixer_choice(config.router, z, z)
+    first_id, first = _sparsemixer_choice(config, z, z)
     rest = z.scatter(-1, first_id, -torch.inf)
-    second_id, second = _sparsemixer_choice(config.router, z, rest)
+    second_id, second = _sparsemixer_choice(config, z, rest)
     return torch.cat([first_id, second_id], -1), torch.cat([first, second], -1)
 
 
-def _sparsemixer_choice(router: RouterConfig, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def _sparsemixer_choice(config: MoEConfig, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     best = _best(torch.nan_to_num(candidates.detach(), nan=torch.finfo(z.dtype).min, posinf=torch.finfo(z.dtype).min, neginf=-torch.inf), 1)
     largest = candidates.detach().gather(-1, best)
     scale = torch.maximum(z.detach().abs(), largest)
-    far = (largest - z.detach()) / scale > 2 * router.sparsemixer_epsilon  # 0 / 0 is not far: such an expert stays
-    p = torch.softmax(torch.where(far, -torch.inf, candidates), -1)
+    far = (largest - z.detach()) / scale > 2 * config.router.sparsemixer_epsilon  # 0 / 0 is not far: such an expert stays
+    p = ARITHMETIC[config.batch_invariant].softmax(torch.where(far, -torch.inf, candidates))
     return best, finite(p.gather(-1, best))
 
 

@@ -81,26 +81,33 @@ def _forward_kernel(with_shared: bool, text: str, *args: Any) -> tuple[Tensor, .
 
 
 def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:
-    config, per_token = config_of_json(text), len(_TOKEN_ARGS)
-    with_shared = grad_shared is not None
-    wanted = [i for i, need in enumerate(needed) if need]
-    found = {i: args[i].new_empty(args[i].shape) for i in wanted if i < per_token}
-    found |= {i: args[i].new_zeros(args[i].shape, dtype=accumulation_dtype(args[i].dtype)) for i in wanted if i >= per_token}
-    for rows in _chunks(config, args[0]):
-        chunk = [*_rows(list(args[:per_token]), rows), *args[per_token:]]
-
-        def function(*inputs: Tensor, chunk: list[Any] = chunk) -> tuple[Tensor, ...]:
-            replaced = dict(zip(wanted, inputs, strict=True))
-            return _chunk(config, with_shared, [replaced.get(i, a) for i, a in enumerate(chunk)])
-
-        vjp = torch.func.vjp(function, *(chunk[i] for i in wanted))[1]
-        gradients = vjp((grad_shared[rows], grad[rows]) if grad_shared is not None else (grad[rows],))
-        for i, gradient in zip(wanted, gradients, strict=True):
-            if i < per_token:
-                found[i][rows] = gradient
-            else:
-                found[i] += gradient
+    config, wanted = config_of_json(text), [i for i, need in enumerate(needed) if need]
+    chunks = _chunks(config, args[0])
+    if len(chunks) == 1:
+        found = _of_chunk(config, grad_shared, grad, wanted, args, None)
+    else:
+        found = {i: args[i].new_zeros(args[i].shape, dtype=accumulation_dtype(args[i].dtype)) for i in wanted}
+        for rows in chunks:
+            for i, gradient in _of_chunk(config, grad_shared, grad, wanted, args, rows).items():
+                into = found[i][rows] if i < len(_TOKEN_ARGS) else found[i]
+                into += gradient
     return tuple(found[i].to(args[i].dtype) if i in found else args[0].new_empty(0) for i in range(len(args)))
+
+
+def _of_chunk(
+    config: MoEConfig, grad_shared: Tensor | None, grad: Tensor, wanted: list[int], args: tuple[Any, ...], rows: slice | None
+) -> dict[int, Tensor]:
+    """Gradients of the arguments `wanted`, from some tokens; rows None: from all."""
+    with_shared, per_token = grad_shared is not None, len(_TOKEN_ARGS)
+    given = [grad_shared, grad] if with_shared else [grad]
+    chunk = list(args)
+    if rows is not None:
+        chunk, given = [*_rows(chunk[:per_token], rows), *chunk[per_token:]], _rows(given, rows)
+    leaves = {i: chunk[i].detach().requires_grad_() for i in wanted}
+    with torch.enable_grad():
+        outs = _chunk(config, with_shared, [leaves.get(i, a) for i, a in enumerate(chunk)])
+    found = torch.autograd.grad(outs, tuple(leaves.values()), given, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
 
 
 def _backward_fake(grad_shared: Any, grad: Any, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_fn import balance, calls, chunked, forward, fused, layer, lora, merging, numerics, panels, preparing, selection, whole_layer
+from moe_fn import arithmetic, balance, calls, chunked, forward, fused, layer, lora, merging, panels, preparing, selection, whole_layer
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
 from moe_fn.parallel import cutting
@@ -280,8 +280,8 @@ BUGS = (
     PlantedBug(
         "norms_around_the_layer_equal_the_reference",
         "the scale is forgotten",
-        numerics.rms_norm,
-        before(lambda x, scale, eps: (x, None, eps)),
+        arithmetic.rms_norm,
+        before(lambda config, x, scale, eps: (config, x, None, eps)),
     ),
     PlantedBug("joining_undoes_sharding", "halves are not cut apart", cutting.slice_of, before(lambda t, dim, parts, *r: (t, dim, 1, *r))),
     PlantedBug("a_norm_for_the_gate_is_the_gate_of_the_norm", "not normed", transform.norm_for_gate, instead(lambda config, x: x)),
@@ -555,6 +555,18 @@ BUGS = (
         after(lambda y, call, *a: y if y.ndim < 3 else y.flip(0, 1, 2)),
     ),
     PlantedBug("inputs_are_never_written_to", "in place on x", transform.transform_input, _writes_into_x),
+    PlantedBug(
+        "a_batch_invariant_token_has_the_same_bits_in_any_batch",
+        "logits shifted by the largest of the batch, for safety",
+        selection.transformed_logits,
+        after(lambda z, *a: (z - z.amax()) + z.amax() if z.numel() else z),
+    ),
+    PlantedBug(
+        "a_batch_invariant_gradient_has_the_same_bits_in_any_batch",
+        "gradients scaled by the largest of the batch, and back",
+        whole_layer._gradients,
+        after(lambda gs, *a: tuple(g if g is None or not g.numel() else g * (1 / g.abs().amax()) * g.abs().amax() for g in gs)),
+    ),
     PlantedBug("the_same_inputs_give_the_same_bits", "random rounding", combine.combine, after(_random_bits)),
     PlantedBug(
         "shared_and_routed_add_up_to_the_layer", "shared twice", layer.parts_of_tokens, after(lambda parts, *a: (parts[0] * 2, parts[1]))

@@ -106,8 +106,12 @@ def test_few_and_many_rows_of_weights_kept_in_out(level: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 70), st.integers(1, 70), DTYPES)
-def test_grouped_products_of_every_level(level: str, counts: list[int], extra: int, m: int, n: int, dtype: torch.dtype) -> None:
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 70), st.integers(1, 70), DTYPES, st.booleans()
+)
+def test_grouped_products_of_every_level(
+    level: str, counts: list[int], extra: int, m: int, n: int, dtype: torch.dtype, invariant: bool
+) -> None:
     generator = torch.Generator().manual_seed(m)
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     total = int(ends[-1]) + extra
@@ -117,8 +121,8 @@ def test_grouped_products_of_every_level(level: str, counts: list[int], extra: i
     ops: Any = native.library(level).ops
     outer = ops.grouped_outer(left, right, ends, 1, 1)
     product, transposed = (
-        ops.grouped_matmul(left, weight, ends, False, 1, 1),
-        ops.grouped_matmul(left, weight.mT.contiguous(), ends, True, 1, 1),
+        ops.grouped_matmul(left, weight, ends, False, 1, 1, invariant),
+        ops.grouped_matmul(left, weight.mT.contiguous(), ends, True, 1, 1, invariant),
     )
     start = 0
     for expert, end in enumerate(ends.tolist()):
@@ -167,7 +171,7 @@ def test_wrong_shapes_raise_in_words() -> None:
         call(RUNNABLE[0], config, weights, torch.ones(3, 5), routing)
     for ends in ([2, 1], [1, 9], [-1, 1]):
         with pytest.raises(ValueError, match="expected ends that do not decrease"):
-            ops.grouped_matmul(x, weights.gate_up, torch.tensor(ends, dtype=torch.int32), True, 1, 1)
+            ops.grouped_matmul(x, weights.gate_up, torch.tensor(ends, dtype=torch.int32), True, 1, 1, False)
 
 
 WITHOUT_COMPILER = """

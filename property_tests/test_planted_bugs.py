@@ -29,6 +29,7 @@ FILES = (
     "test_quant",
     "test_lora",
     "test_campaign",
+    "test_batch_invariance",
 )
 WITH = {"transformers": ("test_transformers_laws",), "safetensors": ("test_checkpoint", "test_checkpoint_lora")}
 FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)

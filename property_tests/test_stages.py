@@ -119,7 +119,7 @@ def test_ids_below_zero_and_from_num_experts_on_are_nobodys(weight_on: Any) -> N
 @pytest.mark.parametrize("dtype", HALVES)
 def test_weighted_inputs_are_rounded_once(dtype: torch.dtype) -> None:
     x, weights = random(10, 6, dtype=dtype), random(10, 1)
-    assert torch.equal(weighted(x, weights), (x.float() * weights).to(dtype))
+    assert torch.equal(weighted(layer(), x, weights), (x.float() * weights).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int8, torch.int16, torch.int32))

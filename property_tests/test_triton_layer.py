@@ -136,3 +136,20 @@ def test_the_same_inputs_give_the_same_bits() -> None:
     x.requires_grad_()
     runs = [torch.autograd.grad(moe_fn.moe_forward(config, weights, x, logits).sum(), x)[0] for _ in range(2)]
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("in_out", [False, True], ids=["out_in", "in_out"])
+def test_batch_invariant_tokens_have_the_same_bits_in_any_batch(in_out: bool) -> None:
+    """From a token alone, which would be decoded, to a batch that would get larger tiles."""
+    layout: Any = "in_out" if in_out else "out_in"
+    config, weights, x, logits = plain_problem(40, num_experts=8, batch_invariant=True, weight_layout=layout)
+
+    def run(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        one = x[index].clone().requires_grad_()
+        y = moe_fn.moe_forward(config, weights, one, logits[index])
+        return y.detach(), torch.autograd.grad(y.square().sum(), one)[0]
+
+    expected = run(torch.arange(40))
+    for index in (torch.tensor([17]), torch.tensor([3, 39, 17]), torch.arange(39, 10, -1)):
+        for found, all_of_them in zip(run(index), expected, strict=True):
+            assert torch.equal(found, all_of_them[index])

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
 from moe_fn.config.checks import check_bool, check_choice, check_int
+from moe_fn.config.invariance import check_batch_invariant
 from moe_fn.config.lora import LoRAConfig
 from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
@@ -31,7 +32,9 @@ class MoEConfig:
     hidden_padding   zeros appended to the routed input, and cut off its output: the experts are wider than the model
     chunk_tokens     tokens worked on at a time, which bounds peak memory in forward and backward; None: all
     recompute        gradients compute the first product again (2 of 9 parts of all products) instead of keeping rows x 2I for it
-    batch_invariant  a token's bits do not depend on the batch; a back-end that cannot promise it raises
+    batch_invariant  a token's bits, and those of its gradient, depend neither on the other tokens nor on how many there are. The layer is
+                     then one node in the graph, for the code that a compiler makes of a row depends on the shapes; a back-end that cannot
+                     promise it raises
     backend          what computes the experts; `moe_fn.backends()` says what there is
     opaque           the whole layer is one node in the graph, for hosts that want it
 
@@ -85,6 +88,8 @@ class MoEConfig:
             raise ValueError("MoEConfig.gate_up_layout='interleaved' would have no effect: expected a gated activation")
         self._check_routing()
         self._check_quant()
+        if self.batch_invariant:
+            check_batch_invariant(self.router, self.quant, self.parallel)
         # Not a field: what the whole-layer op takes, ready before any tracing (json does not trace).
         object.__setattr__(self, "_json", json.dumps(self.to_dict(), sort_keys=True))
         object.__setattr__(self, "_own", None if self.parallel is None else MoEConfig(**own_fields(self, self.parallel)))
@@ -115,8 +120,6 @@ class MoEConfig:
             raise ValueError("MoEConfig.norms.gate=True with router.gate_input='transformed': expected a gate that sees the original input")
         if router.gate_input == "transformed" and self.latent is None and self.hidden_padding == 0:
             raise ValueError("MoEConfig.router.gate_input='transformed' would have no effect: expected latent or hidden_padding")
-        if self.batch_invariant:
-            raise ValueError("MoEConfig.batch_invariant=True: no back-end of this version can promise it; expected False")
         if groups is not None:
             self._check_groups(groups)
 
@@ -131,8 +134,7 @@ class MoEConfig:
         for name in ("expert_hidden_size", "intermediate_size"):
             if getattr(self, name) % quant.per_byte:
                 raise ValueError(f"MoEConfig.{name}={getattr(self, name)} with quant.scheme={quant.scheme!r}: expected an even one")
-        of_call = quant.activations is not None and quant.activations.granularity == "tensor" and not quant.activations.static
-        if of_call and (self.chunk_tokens is not None or self.parallel is not None):
+        if quant.activations is not None and quant.activations.is_of_call and (self.chunk_tokens is not None or self.parallel is not None):
             raise ValueError(
                 "MoEConfig.quant.activations of granularity 'tensor', not static, with chunk_tokens or parallel: expected 'token', for a "
                 "scale of all rows is not that of a part of them"
@@ -154,6 +156,11 @@ class MoEConfig:
     def own(self) -> "MoEConfig":
         """The layer of this rank's experts alone, with the sizes of its weights; the config itself without `parallel`."""
         return self._own or self  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def as_op(self) -> bool:
+        """Whether the whole layer is one node in a graph: asked for, or wanted by batch_invariant."""
+        return self.opaque or self.batch_invariant
 
     @property
     def num_choices(self) -> int:

@@ -77,6 +77,11 @@ class ActivationQuantConfig:
         if self.power_of_two_scales and (self.scheme != "fp8_e4m3" or self.granularity != "group"):
             raise ValueError(f"{where}.power_of_two_scales=True with {self.scheme!r}, {self.granularity!r}; expected groups of fp8_e4m3")
 
+    @property
+    def is_of_call(self) -> bool:
+        """Whether one scale is computed from all rows of a call."""
+        return self.granularity == "tensor" and not self.static
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:

@@ -16,21 +16,33 @@ BLOCK_ROWS = 64  # rows of a block off the CPU; a group wastes at most one block
 BLOCKS_AT_A_TIME = 64  # weights of so many blocks are copied at once
 
 
-def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int) -> Tensor:
+def grouped_matmul(
+    rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int, invariant: bool = False
+) -> Tensor:
     if transposed:
         weight = weight.transpose(1, 2)
     if rows.device.type != "cpu":
+        if invariant:
+            raise ValueError(f"MoEConfig.batch_invariant=True: torch's products on {rows.device.type} choose their kernels by the batch")
         return blocked_matmul(rows, weight, ends, segments, weight_sets)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     done = 0
     for index, start, end in _groups(ends, rows.shape[0], segments, weight_sets):
         if start > done:
             out[done:start].zero_()  # the last segment's rows of no expert
-        if end > start:
-            torch.mm(rows[start:end], weight[index], out=out[start:end])
+        multiply(rows[start:end], weight[index], out[start:end], invariant)
         done = end
     out[done:].zero_()
     return out
+
+
+def multiply(rows: Tensor, weight: Tensor, out: Tensor, invariant: bool) -> None:
+    """out = rows @ weight on the CPU. invariant: row by row, each in its own memory: BLAS chooses kernels by sizes and by alignment."""
+    if not invariant and rows.shape[0]:
+        torch.mm(rows, weight, out=out)
+    elif invariant:
+        for row, to in zip(rows.split(1), out.split(1), strict=True):
+            to.copy_(torch.mm(row.clone(), weight))
 
 
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor, segments: int, weight_sets: int) -> Tensor:

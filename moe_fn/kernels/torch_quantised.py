@@ -1,5 +1,7 @@
 """Grouped products with weights that are codes, in plain torch: on the CPU expert by expert, so only the floats of one are there."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,11 +9,14 @@ from moe_fn.config import QuantConfig
 from moe_fn.kernels.torch_grouped import _groups, grouped_matmul
 from moe_fn.quant.weights import Codes, decoded
 
+Product = Callable[[Tensor, Tensor], Tensor]  # rows [R, K], weight [K, N] -> [R, N]
+
 
 def quantised_matmul(
-    rows: Tensor, stored: Codes, ends: Tensor, quant: QuantConfig, halves: int, transposed: bool, segments: int, weight_sets: int
-) -> Tensor:
-    """`moe_fn.ops.quantised`'s product. Off the CPU all experts are decoded, for which of them are hit is not known there."""
+    rows: Tensor, stored: Codes, ends: Tensor, quant: QuantConfig, halves: int, transposed: bool, segments: int, weight_sets: int,
+    product: Product = torch.mm,
+) -> Tensor:  # fmt: skip
+    """`moe_fn.ops.quantised`'s product, by `product`; off the CPU all experts are decoded: which of them are hit is not known there."""
     if rows.device.type != "cpu":
         return grouped_matmul(rows, decoded(quant, stored, halves, rows.dtype), ends, transposed, segments, weight_sets)
     columns = stored.codes.shape[1] if transposed else stored.codes.shape[2] * quant.per_byte
@@ -19,7 +24,7 @@ def quantised_matmul(
     for index, start, end in _groups(ends, rows.shape[0], segments, weight_sets):
         if end > start:
             weight = decoded(quant, _of_expert(stored, index), halves, rows.dtype)[0]
-            torch.mm(rows[start:end], weight.t() if transposed else weight, out=out[start:end])
+            out[start:end] = product(rows[start:end], weight.t() if transposed else weight)
     return out
 
 

@@ -30,12 +30,15 @@ class GroupedOps:
     outer_op: Kernel
     dtypes: tuple[torch.dtype, ...] | None = None  # None: all
 
-    def matmul(self, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int = 1, weight_sets: int = 1) -> Tensor:
+    def matmul(
+        self, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int = 1, weight_sets: int = 1, invariant: bool = False
+    ) -> Tensor:
         """rows[r] @ weight[e] (weight[e].T if transposed) for the expert e of row r.
 
-        rows [R, K], weight [E, K, N] (transposed: [E, N, K]), ends [E] int32 -> [R, N].
+        rows [R, K], weight [E, K, N] (transposed: [E, N, K]), ends [E] int32 -> [R, N]. invariant: a row's bits are the same whatever other
+        rows there are.
         """
-        out: Tensor = self.matmul_op(rows, weight, ends, transposed, segments, weight_sets)
+        out: Tensor = self.matmul_op(rows, weight, ends, transposed, segments, weight_sets, invariant)
         return out
 
     def outer(self, left: Tensor, right: Tensor, ends: Tensor, segments: int = 1, weight_sets: int = 1) -> Tensor:
@@ -47,7 +50,7 @@ class GroupedOps:
         return out
 
 
-def _matmul_fake(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int) -> Tensor:
+def _matmul_fake(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, *_: Any) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1] if transposed else weight.shape[2])
 
 
@@ -57,11 +60,11 @@ def _outer_fake(left: Tensor, right: Tensor, ends: Tensor, segments: int, weight
 
 def _matmul_backward(backend: str, inputs: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
     ops = GROUPED[backend]
-    rows, weight, ends, transposed, *sets = inputs
-    d_rows = ops.matmul(gradient, weight, ends, not transposed, *sets) if needed[0] else None
+    rows, weight, ends, transposed, segments, weight_sets, invariant = inputs
+    d_rows = ops.matmul(gradient, weight, ends, not transposed, segments, weight_sets, invariant) if needed[0] else None
     left, right = (gradient, rows) if transposed else (rows, gradient)
-    d_weight = ops.outer(left, right, ends, *sets) if needed[1] else None
-    return d_rows, d_weight, None, None, None, None
+    d_weight = ops.outer(left, right, ends, segments, weight_sets) if needed[1] else None
+    return d_rows, d_weight, *(None,) * (len(inputs) - 2)
 
 
 def _matmul_jvp(backend: str, inputs: list[Any], rows_tangent: Tensor | None, weight_tangent: Tensor | None, *_: Any) -> Any:
@@ -72,15 +75,16 @@ def _matmul_jvp(backend: str, inputs: list[Any], rows_tangent: Tensor | None, we
 
 
 def _matmul_vmap(
-    backend: str, info: Any, in_dims: Any, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int
-) -> tuple[Tensor, int]:
+    backend: str, info: Any, in_dims: Any, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int,
+    invariant: bool,
+) -> tuple[Tensor, int]:  # fmt: skip
     ops = GROUPED[backend]
     batch = info.batch_size
     rows = batch_to_front(rows, in_dims[0], batch)
     if in_dims[1] is not None or weight_sets > 1:
         weight, weight_sets = batch_to_front(weight, in_dims[1], batch).flatten(0, 1), weight_sets * batch
     ends = batch_end_to_end(ends, in_dims[2], batch, rows.shape[1])
-    out = ops.matmul(rows.flatten(0, 1), weight, ends, transposed, segments * batch, weight_sets)
+    out = ops.matmul(rows.flatten(0, 1), weight, ends, transposed, segments * batch, weight_sets, invariant)
     return out.unflatten(0, (batch, rows.shape[1])), 0
 
 
@@ -114,7 +118,8 @@ def _outer_vmap(
 def _define(backend: str, suffix: str, matmul: Kernel, outer: Kernel) -> tuple[Kernel, Kernel]:
     """The ops `grouped_matmul{suffix}` and `grouped_outer{suffix}`, whose gradients are made of one another."""
     return define_op(
-        f"grouped_matmul{suffix}(Tensor rows, Tensor weight, Tensor ends, bool transposed, SymInt segments, SymInt weight_sets) -> Tensor",
+        f"grouped_matmul{suffix}(Tensor rows, Tensor weight, Tensor ends, bool transposed, SymInt segments, SymInt weight_sets, "
+        "bool invariant) -> Tensor",
         kernel=matmul,
         fake=_matmul_fake,
         vmap=partial(_matmul_vmap, backend),

@@ -17,7 +17,7 @@ _ARGUMENTS = (
     "Tensor? gate_up_scale, Tensor? down_scale, Tensor? gate_up_zero_point, Tensor? down_zero_point, Tensor? gate_up_global_scale, "
     "Tensor? down_global_scale, Tensor? gate_up_input_scale, Tensor? down_input_scale, "
     "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, float? limit, "
-    "bool limit_output, float? gate_cap, float? up_cap, str quant"
+    "bool limit_output, float? gate_cap, float? up_cap, str quant, bool invariant"
 )
 _RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
 NUM_TENSORS = 15  # the arguments that are tensors come first
@@ -28,6 +28,7 @@ def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> 
     """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared, keep -> y [T, H], pre.
 
     quant is "" or a QuantConfig's text; the eight tensors before intermediate_size are then the leaves of QuantWeights, in their order.
+    invariant: no bit of a token's result depends on the other tokens.
     pre [T * k, columns of gate_up], slots sorted by expert, is without gradient, for the backward; empty unless kept. There is no forward
     mode: a rule of an op cannot itself start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.fused import routed_experts
 from moe_fn.numerics import accumulation_dtype
@@ -41,12 +42,11 @@ def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: 
     """This rank's part of y for tokens x [T, Hx], own ids and weights [T, K], adapters [T] -> [T, Hx]."""
     if config.router.weight_on == "output":
         return routed_experts(config.own, weights, x, Routing(expert_ids=ids, weights=w, adapter_ids=adapter_ids))
-    slots = (x.unsqueeze(1).to(w.dtype) * w.unsqueeze(-1)).to(x.dtype).flatten(0, 1)
+    slots = weighted(config, x.unsqueeze(1), w.unsqueeze(-1)).flatten(0, 1)
     adapter_ids = None if adapter_ids is None else adapter_ids.unsqueeze(1).expand(ids.shape).flatten()
     routing = Routing(expert_ids=ids.reshape(-1, 1), weights=torch.ones_like(w).reshape(-1, 1), adapter_ids=adapter_ids)
     y = routed_experts(config.own, weights, slots, routing)
-    total: Tensor = y.unflatten(0, (-1, ids.shape[-1])).sum(1, dtype=w.dtype).to(y.dtype)
-    return total
+    return ARITHMETIC[config.batch_invariant].added(y.unflatten(0, (-1, ids.shape[-1])).to(w.dtype), 1).to(y.dtype)
 
 
 def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
@@ -164,7 +164,7 @@ def _by_rank(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing
     row_of_slot = torch.zeros_like(slot_of_row).scatter(0, slot_of_row, slots)
     rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
     if config.router.weight_on == "input":
-        rows = weighted(rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
+        rows = weighted(config, rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
     ids = [own.unsqueeze(1)]
     if routing.adapter_ids is not None:
         ids.append(routing.adapter_ids.unsqueeze(1).expand(routing.expert_ids.shape).reshape(-1, 1))

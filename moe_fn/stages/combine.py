@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.checking_stages import check_combine
 from moe_fn.config import MoEConfig
 from moe_fn.numerics import accumulation_dtype
@@ -33,11 +34,11 @@ def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Ro
     tensor([[7.]])
     """
     check_combine(config, rows, dispatched, routing)
-    wide = accumulation_dtype(rows.dtype)
+    wide, arithmetic = accumulation_dtype(rows.dtype), ARITHMETIC[config.batch_invariant]
     slots = gather_rows(rows, dispatched.row_of_slot, dispatched.slot_of_row, 1).unflatten(0, (-1, config.top_k)).to(wide)
     ids = routing.expert_ids
     has_expert = ((ids >= 0) & (ids < config.num_experts)).unsqueeze(-1)
     slots = torch.where(has_expert, slots, 0)  # not a product with 0: an unused row may hold NaN
     if config.router.weight_on == "output":
-        slots = slots * torch.where(has_expert, routing.weights.to(wide).unsqueeze(-1), 0)
-    return slots.sum(1).to(rows.dtype)
+        slots = slots * arithmetic.spread(torch.where(has_expert, routing.weights.to(wide).unsqueeze(-1), 0), slots.shape[-1])
+    return arithmetic.added(slots, 1).to(rows.dtype)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.checking_stages import check_dispatch
 from moe_fn.config import MoEConfig
 from moe_fn.ops.rows import gather_rows
@@ -43,7 +44,7 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     expert_ends = torch.searchsorted(expert_of_row, experts, right=True).to(torch.int32)
     rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
     if config.router.weight_on == "input":
-        rows = weighted(rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
+        rows = weighted(config, rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
     adapters = routing.adapter_ids
     return Dispatched(
         rows=rows,
@@ -54,6 +55,6 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     )
 
 
-def weighted(x: Tensor, weights: Tensor) -> Tensor:
+def weighted(config: MoEConfig, x: Tensor, weights: Tensor) -> Tensor:
     """w * x, rounded once, for weight_on="input": x [..., width], weights [..., 1]."""
-    return (x.to(weights.dtype) * weights).to(x.dtype)
+    return (x.to(weights.dtype) * ARITHMETIC[config.batch_invariant].spread(weights, x.shape[-1])).to(x.dtype)

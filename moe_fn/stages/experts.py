@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.activations import activate
+from moe_fn.arithmetic import ARITHMETIC, rms_norm
 from moe_fn.backends import backend_of
 from moe_fn.checking_stages import check_experts
 from moe_fn.config import ActivationQuantConfig, ExpertNormConfig, MoEConfig, as_activation
@@ -53,23 +54,26 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     hidden = add_adapters(by_adapter, weights.lora, "gate_up", rows, hidden)
     if weights.gate_up_bias is not None:
         hidden = hidden + spread_over_rows(backend, weights.gate_up_bias, ends, rows.shape[0])
-    hidden = activate(as_activation(config.activation), hidden, config.gate_up_layout).to(rows.dtype)
+    hidden = activate(as_activation(config.activation), hidden, config.gate_up_layout, ARITHMETIC[config.batch_invariant]).to(rows.dtype)
     out = add_adapters(by_adapter, weights.lora, "down", hidden, _product(config, weights, "down", hidden, ends, backend))
     if weights.down_bias is not None:
         out = out.to(accumulation_dtype(rows.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])
     out = out.to(rows.dtype)
     if config.expert_norm is not None and weights.expert_norm is not None:
-        out = _normalise(config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0]))
+        out = _normalise(config, config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0]))
     return out
 
 
 def _product(config: MoEConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
     """Rows times their experts' gate_up, or down, whatever these are stored as."""
     if config.quant is None:
-        return GROUPED[backend].matmul(rows, getattr(weights, name), ends, config.weight_layout == "out_in")
+        return GROUPED[backend].matmul(
+            rows, getattr(weights, name), ends, config.weight_layout == "out_in", invariant=config.batch_invariant
+        )
     if config.quant.activations is not None:
         rows = _rounded(config.quant.activations, weights, name, rows, ends, backend)
-    return quantised_matmul(backend, rows, codes_of(weights, name), ends, config.quant, halves_of(config, name))
+    halves, invariant = halves_of(config, name), config.batch_invariant
+    return quantised_matmul(backend, rows, codes_of(weights, name), ends, config.quant, halves, invariant=invariant)
 
 
 def _rounded(a: ActivationQuantConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
@@ -81,9 +85,8 @@ def _rounded(a: ActivationQuantConfig, weights: MoEWeights, name: str, rows: Ten
     return straight_through(rounded_rows(a, rows.detach(), present, static).floats().to(rows.dtype), rows)
 
 
-def _normalise(norm: ExpertNormConfig, rows: Tensor, scale: Tensor) -> Tensor:
+def _normalise(config: MoEConfig, norm: ExpertNormConfig, rows: Tensor, scale: Tensor) -> Tensor:
     wide = rows.to(accumulation_dtype(rows.dtype))
     if norm.scale == "before":
         wide = wide * scale
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
-    return (wide * scale if norm.scale == "after" else wide).to(rows.dtype)
+    return rms_norm(config, wide, scale if norm.scale == "after" else None, norm.epsilon).to(rows.dtype)

@@ -6,17 +6,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.backends import backend_of, runs
 from moe_fn.checking import check_routing_inputs
 from moe_fn.compiling import in_forward_mode
-from moe_fn.config import MoEConfig, RouterConfig
+from moe_fn.config import MoEConfig
 from moe_fn.kernels.triton.coverage import covers
 from moe_fn.kinds import check_layer
-from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops.grouped import GROUPED
+from moe_fn.numerics import accumulation_dtype, root
+from moe_fn.ops.dense import dense_product, product_of_all
 from moe_fn.ops.top_k import define_route_top_k
 from moe_fn.records import MoEWeights, RouterWeights, Routing
-from moe_fn.selection import SCORES, SELECTIONS, finite, top_k_weights, transformed_logits
+from moe_fn.selection import SELECTIONS, scores_of, top_k_weights, transformed_logits
 
 
 def route(
@@ -91,15 +92,16 @@ def weigh(
     config: MoEConfig, extra: RouterWeights, logits: Tensor, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ids, their weights, and those of shared experts; `choose`: from transformed logits the ids and what they weigh before any norm."""
-    router = config.router
-    z = transformed_logits(router, logits)
+    router, arithmetic = config.router, ARITHMETIC[config.batch_invariant]
+    z = transformed_logits(config, logits)
     shared = z.narrow(-1, config.num_choices, z.shape[-1] - config.num_choices) if z.shape[-1] > config.num_choices else None
     z = z.narrow(-1, 0, config.num_choices) if shared is not None else z
-    shared = None if shared is None else finite(SCORES[router.scoring](shared))
+    shared = None if shared is None else scores_of(config, shared)
     ids, chosen = choose(z)
     if router.renormalize:
-        total = _norm(router, chosen if shared is None else torch.cat([chosen, shared], -1))
-        chosen, shared = chosen / total, None if shared is None else shared / total
+        total = _norm(config, chosen if shared is None else torch.cat([chosen, shared], -1))
+        chosen = chosen / arithmetic.spread(total, chosen.shape[-1])
+        shared = None if shared is None else shared / arithmetic.spread(total, shared.shape[-1])
     if extra.expert_scale is not None:
         scale = extra.expert_scale.to(chosen.dtype)
         # A gather of an expanded row, whose gradient is a sum in fixed order; indexing it would scatter with atomics.
@@ -128,11 +130,8 @@ def router_logits(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
         raise ValueError("moe_forward: logits is None and weights.router.gate too; expected one of them")
     dtype = accumulation_dtype(x.dtype) if config.router.gate_dtype == "float32" else x.dtype
     x, gate = x.to(dtype), router.gate.to(dtype)
-    if backend_of(config, x) == "native":  # a product with one expert: at 1 token torch's own, on one core, costs 100 us more
-        ends = torch.full((1,), x.shape[0], dtype=torch.int32)
-        logits = GROUPED["native"].matmul(x, gate.unsqueeze(0), ends, True)
-    else:
-        logits = x @ gate.t()
+    # On a CPU torch's own product of 1 token, on one core, costs 100 us more than one with an expert.
+    logits = product_of_all(config, x, gate) if backend_of(config, x) == "native" else dense_product(config, x, gate)
     return logits if router.bias is None else logits + router.bias.to(dtype)
 
 
@@ -150,13 +149,18 @@ def without_padding(routing: Routing, token_mask: Tensor) -> Routing:
 
 def scores_of_logits(config: MoEConfig, logits: Tensor) -> Tensor:
     """Scores of all choices, whichever are chosen; what balancing losses look at."""
-    z = transformed_logits(config.router, logits).narrow(-1, 0, config.num_choices)
-    return finite(SCORES[config.router.scoring](z))
+    return scores_of(config, transformed_logits(config, logits).narrow(-1, 0, config.num_choices))
 
 
-def _norm(router: RouterConfig, weights: Tensor) -> Tensor:
+def _norm(config: MoEConfig, weights: Tensor) -> Tensor:
+    router, arithmetic = config.router, ARITHMETIC[config.batch_invariant]
     order = router.renormalize_order
-    total = weights.abs().sum(-1, keepdim=True) if order == 1.0 else torch.linalg.vector_norm(weights, order, -1, keepdim=True)
+    if order == 1.0:
+        total = arithmetic.total(weights.abs())
+    elif order == 2.0 and config.batch_invariant:
+        total = root(arithmetic.total(weights.square()))
+    else:
+        total = torch.linalg.vector_norm(weights, order, -1, keepdim=True)
     if router.renormalize_epsilon:
         total = total + router.renormalize_epsilon
     if router.renormalize_minimum:

@@ -1,11 +1,12 @@
 """shared_experts: the dense experts that every token visits."""
 
-import torch
 from torch import Tensor
 
 from moe_fn.activations import activate
+from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.dense import dense_product
 from moe_fn.records import MoEWeights, Routing
 
 
@@ -35,16 +36,18 @@ def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
     shared, dense = config.shared, weights.shared
     if shared is None or dense is None:
         return None
-    wide = accumulation_dtype(x.dtype)
-    hidden = (x @ dense.gate_up.t()).to(wide)
+    wide, arithmetic = accumulation_dtype(x.dtype), ARITHMETIC[config.batch_invariant]
+    hidden = dense_product(config, x, dense.gate_up).to(wide)
     if dense.gate_up_bias is not None:
         hidden = hidden + dense.gate_up_bias
-    hidden = activate(as_activation(shared.activation), hidden)
+    hidden = activate(as_activation(shared.activation), hidden, arithmetic=arithmetic)
     if shared.gate == "router" and routing.shared_weights is not None:
-        hidden = (hidden.unflatten(-1, (shared.count, -1)) * routing.shared_weights.to(wide).unsqueeze(-1)).flatten(-2)
-    y = hidden.to(x.dtype) @ dense.down.t()
+        by_expert = hidden.unflatten(-1, (shared.count, -1))
+        hidden = (by_expert * arithmetic.spread(routing.shared_weights.to(wide).unsqueeze(-1), by_expert.shape[-1])).flatten(-2)
+    y = dense_product(config, hidden.to(x.dtype), dense.down)
     if dense.down_bias is not None:
         y = y + dense.down_bias
     if shared.gate == "sigmoid" and dense.gate is not None:
-        y = (y.to(wide) * torch.sigmoid(x.to(wide) @ dense.gate.to(wide).t())).to(x.dtype)
+        gate = arithmetic.sigmoid(dense_product(config, x.to(wide), dense.gate.to(wide)))
+        y = (y.to(wide) * arithmetic.spread(gate, y.shape[-1])).to(x.dtype)
     return y

@@ -3,8 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_fn.arithmetic import rms_norm
 from moe_fn.config import MoEConfig
-from moe_fn.numerics import rms_norm
+from moe_fn.ops.dense import dense_product
 from moe_fn.records import MoEWeights
 
 
@@ -23,11 +24,11 @@ def transform_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor
     """
     latent = weights.latent
     if config.norms is not None and config.norms.input:
-        x = rms_norm(x, weights.input_norm, config.norms.epsilon)
+        x = rms_norm(config, x, weights.input_norm, config.norms.epsilon)
     if config.latent is not None and latent is not None:
-        x = x @ latent.input.t()
+        x = dense_product(config, x, latent.input)
         x = x if latent.input_bias is None else x + latent.input_bias
-        x = x if latent.input_norm is None else rms_norm(x, latent.input_norm, config.latent.norm_epsilon)
+        x = x if latent.input_norm is None else rms_norm(config, x, latent.input_norm, config.latent.norm_epsilon)
     return F.pad(x, (0, config.hidden_padding)) if config.hidden_padding else x
 
 
@@ -47,8 +48,8 @@ def transform_output(config: MoEConfig, weights: MoEWeights, routed: Tensor) -> 
     latent = weights.latent
     if config.latent is None or latent is None:
         return routed
-    routed = routed if latent.output_norm is None else rms_norm(routed, latent.output_norm, config.latent.norm_epsilon)
-    y = routed @ latent.output.t()
+    routed = routed if latent.output_norm is None else rms_norm(config, routed, latent.output_norm, config.latent.norm_epsilon)
+    y = dense_product(config, routed, latent.output)
     return y if latent.output_bias is None else y + latent.output_bias
 
 
@@ -66,7 +67,7 @@ def norm_for_gate(config: MoEConfig, x: Tensor) -> Tensor:
     >>> norm_for_gate(config, torch.tensor([[3.0, 4.0]]))
     tensor([[0.8485, 1.1314]])
     """
-    return rms_norm(x, None, config.norms.epsilon) if config.norms is not None and config.norms.gate else x
+    return rms_norm(config, x, None, config.norms.epsilon) if config.norms is not None and config.norms.gate else x
 
 
 def norm_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
@@ -84,4 +85,4 @@ def norm_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
     >>> norm_output(config, weights, torch.tensor([[3.0, 4.0]]))
     tensor([[0.8485, 0.5657]])
     """
-    return rms_norm(y, weights.output_norm, config.norms.epsilon) if config.norms is not None and config.norms.output else y
+    return rms_norm(config, y, weights.output_norm, config.norms.epsilon) if config.norms is not None and config.norms.output else y

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.config import MoEConfig
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.dense import dense_product
 from moe_fn.records import MoEWeights, Routing
 
 
@@ -37,8 +39,9 @@ def zero_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
     is_zero_expert = (number >= 0) & (number < zero.count)
     w = torch.where(is_zero_expert, routing.weights.to(wide), 0)
     if zero.kind == "identity" or weights.constants is None:
-        return (y.to(wide) + w.sum(-1, keepdim=True) * x.to(wide)).to(y.dtype)
+        arithmetic = ARITHMETIC[config.batch_invariant]
+        return (y.to(wide) + arithmetic.spread(arithmetic.total(w), x.shape[-1]) * x.to(wide)).to(y.dtype)
     # A [tokens, count] matrix of weights times the vectors: its gradient is a product too, with no scatter.
     chosen = number.unsqueeze(-1) == torch.arange(zero.count, device=number.device)
-    per_vector = torch.where(chosen, w.unsqueeze(-1), 0).sum(-2)
-    return (y.to(wide) + per_vector @ weights.constants.to(wide)).to(y.dtype)
+    per_vector = ARITHMETIC[config.batch_invariant].added(torch.where(chosen, w.unsqueeze(-1), 0), -2)
+    return (y.to(wide) + dense_product(config, per_vector, weights.constants.to(wide).t())).to(y.dtype)

@@ -30,8 +30,7 @@ def configs(**fixed: Any) -> SearchStrategy[MoEConfig]:
     """Configs over the whole option space, small and adversarial, always valid; simple ones first when it shrinks.
 
     Draws every field of MoEConfig, RouterConfig and the nested configs: num_experts 1 to 8, zero experts 0 to 3, top_k up to all of them,
-    hidden_size 1 to 12, intermediate_size 1 to 8. Only `batch_invariant` (nothing promises it yet)
-    and `recompute` (the torch back-end refuses it) stay False.
+    hidden_size 1 to 12, intermediate_size 1 to 8. Only `recompute` (the torch back-end refuses it) stays False.
 
     Keywords fix fields, by a value or by a strategy: any field of MoEConfig or of RouterConfig, or `router` for all of the latter.
     The other options are then drawn so that they go with those; fields that contradict each other raise ValueError.

@@ -8,7 +8,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from moe_fn.config import ActivationConfig, ExpertNormConfig, GroupConfig, SharedExpertsConfig, ZeroExpertsConfig, as_activation
+from moe_fn.config import (
+    ActivationConfig,
+    ExpertNormConfig,
+    GroupConfig,
+    QuantConfig,
+    SharedExpertsConfig,
+    ZeroExpertsConfig,
+    as_activation,
+)
 
 Known = dict[str, Any]
 
@@ -43,7 +51,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     # Epsilons are large: small ones multiply the rounding error of a tiny vector by 1/sqrt(epsilon), and would not show in the numbers.
     "expert_norm": (None, ExpertNormConfig(epsilon=0.01), ExpertNormConfig(epsilon=0.5, scale="before")),
     "chunk_tokens": (None, None, None, 1, 2, 3, 8),
-    "batch_invariant": (False,),
     "backend": ("auto", "torch"),  # not "native", which refuses float64
     "opaque": (False, False, True),
     "norms": (None,),  # not drawn: a norm of everything breaks the laws of sums; fix it to test it
@@ -52,6 +59,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "lora": (None,),  # likewise: fix it to test it
     "capacity": (None,),  # likewise: with it a token depends on those before it
     "recompute": (False,),  # not True, which the torch back-end refuses
+    "batch_invariant": (False, False, True),
 }
 
 
@@ -101,6 +109,10 @@ def _gate(shared: SharedExpertsConfig | str | None) -> str | None:
     return shared.gate if isinstance(shared, SharedExpertsConfig) else shared
 
 
+def _rounds_by_call(quant: QuantConfig | None) -> bool:
+    return quant is not None and quant.activations is not None and quant.activations.is_of_call
+
+
 def _gated(activation: Any) -> bool:
     return activation == "gated" or (activation != "plain" and as_activation(activation).gated)
 
@@ -137,6 +149,10 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool]], ...] = (
     (("zero_experts", "scale_on"), _default_unless("weights", None)),
     (("scale_on", "routed_scaling_factor"), lambda scale_on, factor: scale_on == "weights" or factor != 0.0),
     (("gate_input", "latent", "hidden_padding"), lambda seen, latent, pad: seen == "original" or latent is not None or pad > 0),
+    (("batch_invariant", "renormalize_order"), lambda invariant, order: not invariant or order in (1.0, 2.0)),
+    (("batch_invariant", "capacity"), _default_unless(None, False)),
+    (("batch_invariant", "quant"), lambda invariant, quant: not invariant or not _rounds_by_call(quant)),
+    (("batch_invariant", "parallel"), _default_unless(None, False)),
     (("gate_up_layout", "activation"), lambda layout, activation: layout == "packed" or _gated(activation)),
 )
 

@@ -15,7 +15,6 @@ from moe_fn.integrations.transformers.blocks import config_of_block, family_of_m
 from moe_fn.integrations.transformers.experts import experts_forward
 from moe_fn.integrations.transformers.tensors import Plan, plan_of_block
 from moe_fn.records import Routing
-from moe_fn.selection import SCORES
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def gemma_router_forward(layer: nn.Module, swap: Swap, hidden_states: Tensor) ->
     """Gemma-4's router, which its layer calls: (probabilities, weights, ids)."""
     weights = weights_of_block(swap.config, layer, swap.plan)
     logits, routing = moe_route(swap.config, weights, hidden_states)
-    return SCORES["softmax"](logits.float()), routing.weights, routing.expert_ids
+    return torch.softmax(logits.float(), -1), routing.weights, routing.expert_ids
 
 
 def _pack(shape: Shape, logits: Tensor, routing: Routing) -> tuple[Any, ...]:

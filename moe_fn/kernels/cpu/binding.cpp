@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <cmath>
+
 #include "experts.h"
 #include "quant_arguments.h"
 
@@ -57,6 +59,32 @@ Gate gate_of(c10::string_view name) {
   TORCH_CHECK_VALUE(false, "moe_fn: activation function is ", name, "; expected silu, gelu, gelu_tanh, relu, relu2 or situ");
 }
 
+// f of each number, one by one and by libm: at::exp has vectors, and other code for what is left of them, so bits depend on where a number lies.
+template <class T, class F>
+void map(const Tensor& x, const Tensor& out, F f) {
+  const T* from = x.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  at::parallel_for(0, x.numel(), 4096, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) to[i] = f(from[i]);
+  });
+}
+template <class T>
+void map_named(const Tensor& x, const Tensor& out, c10::string_view name) {
+  if (name == "exp") return map<T>(x, out, [](T v) { return std::exp(v); });
+  if (name == "sigmoid") return map<T>(x, out, [](T v) { return 1 / (1 + std::exp(-v)); });
+  if (name == "softplus") return map<T>(x, out, [](T v) { return v > 20 ? v : std::log1p(std::exp(v)); });  // as torch has it
+  if (name == "tanh") return map<T>(x, out, [](T v) { return std::tanh(v); });
+  if (name == "erf") return map<T>(x, out, [](T v) { return std::erf(v); });
+  TORCH_CHECK_VALUE(false, "moe_fn: function is ", name, "; expected exp, sigmoid, softplus, tanh or erf");
+}
+Tensor elementwise_op(const Tensor& x_, c10::string_view function) {
+  const Tensor x = x_.contiguous();
+  Tensor out = at::empty(x.sizes(), x.options());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "moe_fn: dtype is ", x.scalar_type(), "; expected float32 or float64");
+  x.scalar_type() == at::kFloat ? map_named<float>(x, out, function) : map_named<double>(x, out, function);
+  return out;
+}
+
 // The arguments of routed_experts; moe_fn.ops.routed names them, and torch compares its schema with this when the ops are installed.
 #define ARGUMENTS                                                                                                                                              \
   const Tensor &x, const Tensor &ids, const Tensor &weights, const Tensor &gate_up, const Tensor &down, const optional<Tensor>&gate_up_bias,                   \
@@ -64,11 +92,11 @@ Gate gate_of(c10::string_view name) {
       const optional<Tensor>&down_zero_point, const optional<Tensor>&gate_up_global_scale, const optional<Tensor>&down_global_scale,                           \
       const optional<Tensor>&gate_up_input_scale, const optional<Tensor>&down_input_scale, int64_t intermediate_size, bool transposed,                         \
       c10::string_view function, bool gated, bool interleaved, double alpha, double up_offset, optional<double> limit, bool limit_output,                      \
-      optional<double> gate_cap, optional<double> up_cap, c10::string_view quant
+      optional<double> gate_cap, optional<double> up_cap, c10::string_view quant, bool invariant
 #define PASSED                                                                                                                                                 \
   x, ids, weights, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale, gate_up_zero_point, down_zero_point, gate_up_global_scale,               \
       down_global_scale, gate_up_input_scale, down_input_scale, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit,          \
-      limit_output, gate_cap, up_cap, quant
+      limit_output, gate_cap, up_cap, quant, invariant
 
 // The arguments of routed_experts, contiguous and checked; the tensors live as long as the problem that points into them.
 struct Call {
@@ -99,6 +127,7 @@ Call call_of(ARGUMENTS) {
                bias_of(c.down_bias, experts, hidden),
                {gate_of(function), gated, limit_output, float(alpha), float(up_offset), float(limit.value_or(none)), float(gate_cap.value_or(none)),
                 float(up_cap.value_or(none))}};
+  c.problem.gate_up.invariant = c.problem.down.invariant = invariant;
   if (!floats) {
     TORCH_CHECK_VALUE(gate_up_scale && down_scale, "moe_fn: quantised weights without scales");
     c.beside = {dense(gate_up_scale), dense(down_scale), dense(gate_up_zero_point), dense(down_zero_point), dense(gate_up_global_scale), dense(down_global_scale)};
@@ -159,14 +188,16 @@ Groups groups_of(const Tensor& ends, int64_t rows, int64_t segments, int64_t wei
   return {at, ends.numel(), rows, segments, weight_sets};
 }
 
-Tensor grouped_matmul_op(const Tensor& rows_, const Tensor& weight_, const Tensor& ends_, bool transposed, int64_t segments, int64_t weight_sets) {
+Tensor grouped_matmul_op(const Tensor& rows_, const Tensor& weight_, const Tensor& ends_, bool transposed, int64_t segments, int64_t weight_sets,
+                         bool invariant) {
   const Tensor rows = rows_.contiguous(), weight = weight_.contiguous(), ends = ends_.to(at::kInt).contiguous();
   const int64_t columns = weight.size(transposed ? 1 : 2);
   TORCH_CHECK_VALUE(rows.scalar_type() == weight.scalar_type(), "moe_fn: weight is ", weight.scalar_type(), "; expected the dtype of rows, ", rows.scalar_type());
   Tensor out = empty({rows.size(0), columns}, rows.options());
+  Weight matrix = weight_of(weight, columns, rows.size(1), transposed, false, false);
+  matrix.invariant = invariant;
   if (rows.size(0))
-    moe_fn::grouped_matmul(pool(), type_of(rows), rows.const_data_ptr(), weight_of(weight, columns, rows.size(1), transposed, false, false),
-                           groups_of(ends, rows.size(0), segments, weight_sets), out.mutable_data_ptr());
+    moe_fn::grouped_matmul(pool(), type_of(rows), rows.const_data_ptr(), matrix, groups_of(ends, rows.size(0), segments, weight_sets), out.mutable_data_ptr());
   return out;
 }
 
@@ -205,6 +236,7 @@ TORCH_LIBRARY_FRAGMENT(NAME, m) {  // schemas follow from the functions' types
   m.def("routed_experts_backward", &routed_experts_backward_op);
   m.def("grouped_matmul", &grouped_matmul_op);
   m.def("grouped_outer", &grouped_outer_op);
+  m.def("elementwise", &elementwise_op);
   m.def("empty_like", &empty_like_op);
   m.def("read", &read_op);
   m.def("gemm", &gemm_op);

@@ -18,9 +18,14 @@ struct Weight {
   int panels() const { return int(gated ? (columns / 2 + PANEL / 2 - 1) / (PANEL / 2) : (columns + PANEL - 1) / PANEL); }
   const Codes* codes = nullptr;  // null: floats
   int per_byte = 1;              // codes in a byte
+  bool invariant = false;        // a row's sums are added in one order, however many rows there are
   int64_t row_bytes() const { return (inner * element + per_byte - 1) / per_byte; }
   int steps() const { return int((row_bytes() + 3) / 4); }
-  Weight flipped() const { return {data, expert_bytes, inner, columns, element, prepared, !transposed, false, false}; }  // of plain ones
+  Weight flipped() const {  // of plain ones
+    Weight w{data, expert_bytes, inner, columns, element, prepared, !transposed, false, false};
+    w.invariant = invariant;
+    return w;
+  }
 };
 
 // Where the two halves of a panel come from: 16 columns each from `start`, `stride` apart, `count` of them there.
@@ -164,7 +169,7 @@ struct Panels {
     }
     return scratch + int64_t(ahead) * count * PANEL;
   }
-  bool suits_dots(int64_t rows) const { return !w.prepared && w.transposed && rows <= DOTS_UNTIL; }
+  bool suits_dots(int64_t rows) const { return !w.prepared && w.transposed && (rows <= DOTS_UNTIL || w.invariant); }
   const char* column(const Columns& from, int c) const {
     const int half = c / (PANEL / 2), i = c % (PANEL / 2);
     return i < from.count[half] ? matrix + (from.start[half] + int64_t(i) * from.stride) * w.inner * w.element : nullptr;

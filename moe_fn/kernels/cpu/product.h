@@ -76,6 +76,7 @@ static inline int64_t scratch_floats(const Weight& w) {
   return w.prepared ? 0 : std::max(int64_t(block_steps(w.steps())) * PANEL * (w.transposed ? 1 : PANELS_AT_ONCE), stream_floats(w));
 }
 static inline int chunk_rows(const Weight& w) {  // 512 KB of packed rows, half of L2
+  if (w.invariant && !w.prepared && !w.transposed) return STREAM_UNTIL;  // whatever there is goes through `stream`
   return std::max(2 * MAX_ROWS, (w.prepared ? 1 : 2) * 512 * 256 / std::min(w.steps(), 768));
 }
 

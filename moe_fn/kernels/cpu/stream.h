@@ -14,7 +14,7 @@ constexpr int STRIP = 2 * WIDTH;        // columns
 template <class D>
 constexpr int HELD = (WIDTH == 16 ? 8 : 4) * int(sizeof(vec)) / int(sizeof(typename D::Split));  // steps: half of the registers
 
-static inline bool suits_stream(const Weight& w, int64_t rows) { return !w.prepared && !w.transposed && rows <= STREAM_UNTIL; }
+static inline bool suits_stream(const Weight& w, int64_t rows) { return !w.prepared && !w.transposed && (rows <= STREAM_UNTIL || w.invariant); }
 static inline int64_t stream_floats(const Weight& w) {
   return w.prepared || w.transposed ? 0 : STREAM_FLOATS + STREAM_UNTIL * (PANEL + 2 * STRIP);
 }

@@ -25,15 +25,15 @@ def route_top_k(logits: Tensor, correction_bias: Tensor | None, config: MoEConfi
 
 def routed_experts(*args: Any) -> tuple[Tensor, Tensor]:
     """moe_fn::routed_experts_triton."""
-    *arguments, quant, keep = args
+    *arguments, quant, invariant, keep = args
     if quant:
-        return quant_layer.forward(_quant_problem(quant_of_text(quant), arguments), keep)
-    return forward(_problem(arguments), keep)
+        return quant_layer.forward(_quant_problem(quant_of_text(quant), arguments, invariant), keep)
+    return forward(_problem(arguments, invariant), keep)
 
 
 def routed_experts_backward(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """moe_fn::routed_experts_backward_triton; weights are floats."""
-    found = backward(_problem(args[:-1]), gradient, pre, tuple(needed), transposed=args[_TRANSPOSED])
+    found = backward(_problem(args[:-2], args[-1]), gradient, pre, tuple(needed), transposed=args[_TRANSPOSED])
     likes = (args[0], *args[2:7])
     return tuple(gradient.new_empty(0) if g is None or like is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True))
 
@@ -42,7 +42,7 @@ _SCALARS = 15  # the arguments that are tensors come first
 _TRANSPOSED = _SCALARS + 1
 
 
-def _shared(arguments: Sequence[Any]) -> dict[str, Any]:
+def _shared(arguments: Sequence[Any], invariant: bool) -> dict[str, Any]:
     """What floats and codes have in common."""
     x, expert_ids, expert_weights, _, _, gate_up_bias, down_bias = arguments[:7]
     _, _, function, gated, interleaved, *numbers = arguments[_SCALARS:]
@@ -54,17 +54,18 @@ def _shared(arguments: Sequence[Any]) -> dict[str, Any]:
         "down_bias": down_bias,
         "activation": activation_of_scalars(function, gated, *numbers),
         "interleaved": interleaved,
+        "invariant": invariant,
     }
 
 
-def _problem(arguments: Sequence[Any]) -> Problem:
+def _problem(arguments: Sequence[Any], invariant: bool) -> Problem:
     gate_up, down = (t.mT if arguments[_TRANSPOSED] else t for t in arguments[3:5])
-    return Problem(gate_up=gate_up, down=down, **_shared(arguments))
+    return Problem(gate_up=gate_up, down=down, **_shared(arguments, invariant))
 
 
-def _quant_problem(quant: QuantConfig, arguments: Sequence[Any]) -> quant_layer.QuantProblem:
+def _quant_problem(quant: QuantConfig, arguments: Sequence[Any], invariant: bool) -> quant_layer.QuantProblem:
     scales, zeros, above, static = (arguments[first : first + 2] for first in range(7, _SCALARS, 2))
-    shared = _shared(arguments)
+    shared = _shared(arguments, invariant)
     halves = 2 if shared["activation"].gated and not shared["interleaved"] else 1
     gate_up, down = (
         matrix_of(quant, Codes(codes=codes, scale=scale, zero_point=zero, global_scale=factor), parts)

@@ -11,16 +11,19 @@ from moe_fn.kernels.triton.quant_products import quantised_product
 from moe_fn.kernels.triton.quant_tiles import coded_tile
 from moe_fn.kernels.triton.quantise import Rows as Left
 from moe_fn.kernels.triton.slots import tiles_of_groups
-from moe_fn.kernels.triton.tiles import architecture_of, outer_tile, product_tile
+from moe_fn.kernels.triton.tiles import architecture_of, outer_tile, product_tile, rows_of_tiles
 from moe_fn.quant.weights import Codes
 
 
-def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int) -> Tensor:
+def grouped_matmul(
+    rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int, invariant: bool
+) -> Tensor:
     """rows [R, K] x weight [weight_sets * E, K, N] (transposed: [.., N, K]), ends [segments * E] int32 -> [R, N]."""
     weight = weight.mT if transposed else weight
     num_rows, groups = rows.shape[0], ends.shape[0]
     inner, columns = weight.shape[-2:]
-    tile = product_tile(num_rows, groups, inner, columns, rows.element_size(), architecture_of(rows.device))
+    tile_rows = rows_of_tiles(num_rows, groups, invariant)
+    tile = product_tile(tile_rows, groups, inner, columns, rows.element_size(), architecture_of(rows.device))
     tile_map = tiles_of_groups(starts_of_groups(ends, num_rows, segments), ends, num_rows, tile.rows)
     shared = None if segments == weight_sets else _weight_of_group(ends, segments, weight_sets)
     return grouped_product(rows, weight, ends, tile_map, tile, weight_of_group=shared, zero_rest=True)
@@ -28,12 +31,13 @@ def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool,
 
 def quantised_matmul(
     rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, ends: Tensor, quant: QuantConfig,
-    halves: int,
+    halves: int, invariant: bool,
 ) -> Tensor:  # fmt: skip
     """rows [R, K] x the floats that codes [E, N, K / codes in a byte] stand for, transposed; ends [E] int32 -> [R, N]."""
     matrix = matrix_of(quant, Codes(codes=weight, scale=scale, zero_point=zero_point, global_scale=global_scale), halves)
     (experts, columns, _), num_rows, arch = matrix.shape, rows.shape[0], architecture_of(rows.device)
-    tile = coded_tile("decoded_product", num_rows, experts, columns, weight.shape[2], matrix.shared, rows.element_size(), arch)
+    tile_rows = rows_of_tiles(num_rows, experts, invariant)
+    tile = coded_tile("decoded_product", tile_rows, experts, columns, weight.shape[2], matrix.shared, rows.element_size(), arch)
     tile_map = tiles_of_groups(starts_of_groups(ends, num_rows, 1), ends, num_rows, tile.rows)
     return quantised_product(Left(values=rows.contiguous()), matrix, ends, tile_map, tile, rows.dtype, zero_rest=True)
 

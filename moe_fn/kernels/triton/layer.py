@@ -31,6 +31,7 @@ from moe_fn.kernels.triton.tiles import (
     down_backward_tile,
     outer_tile,
     product_tile,
+    rows_of_tiles,
     up_tile,
 )
 from moe_fn.kernels.triton.up import up
@@ -49,11 +50,12 @@ class Problem:
     down_bias: Tensor | None
     activation: ActivationConfig
     interleaved: bool
+    invariant: bool = False  # no bit of a token's result depends on the other tokens
 
     @property
     def rows(self) -> int:
-        """Slots: tokens * top_k."""
-        return self.expert_ids.numel()
+        """Slots, tokens * top_k, as far as tiles know of them."""
+        return rows_of_tiles(self.expert_ids.numel(), self.gate_up.shape[0], self.invariant)
 
     def tile(self, choose: Callable[[int, int, int, int, int, str], Tile], inner: int, columns: int) -> Tile:
         """The tile of one of this layer's kernels."""
@@ -67,7 +69,7 @@ class Problem:
 def forward(problem: Problem, keep: bool) -> tuple[Tensor, Tensor]:
     """(y [T, H], pre [R, N] in the order of the rows, or [0] unless kept)."""
     p = problem
-    if not keep and p.rows * 4 <= p.gate_up.shape[0]:
+    if not (keep or p.invariant) and p.rows * 4 <= p.gate_up.shape[0]:
         return decode(p), p.x.new_empty(0)
     first, second = p.up_tile(), p.tile(product_tile, *p.down.shape[1:])
     slots, maps = sort_for_tiles(p.expert_ids, p.gate_up.shape[0], first, second)

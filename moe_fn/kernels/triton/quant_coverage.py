@@ -38,7 +38,7 @@ def _of_activations(quant: QuantConfig, inputs: tuple[int, int], arch: str) -> s
         return f"{a.scheme} activations; the Triton kernels take fp8_e4m3 and int8"
     if a.scheme == "fp8_e4m3" and arch in NO_E4M3:
         return f"fp8_e4m3 activations on {arch}, whose matrix unit has no e4m3; weights alone may be fp8_e4m3 there"
-    if a.granularity == "tensor" and not a.static:
+    if a.is_of_call:
         return "one scale computed for all activations of a call; the Triton kernels take static ones, and those of tokens and groups"
     shared = [size for size in (tile_in, a.group_size) if size is not None and any(size < k for k in inputs)]
     if any(size % LEAST_STEP for size in shared):

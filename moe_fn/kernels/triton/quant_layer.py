@@ -22,7 +22,7 @@ from moe_fn.kernels.triton.quant_tiles import coded_tile
 from moe_fn.kernels.triton.quant_up import Store, quantised_up
 from moe_fn.kernels.triton.quantise import Rows, quantise_by_expert, quantise_rows
 from moe_fn.kernels.triton.slots import SortedSlots
-from moe_fn.kernels.triton.tiles import Tile, architecture_of
+from moe_fn.kernels.triton.tiles import Tile, architecture_of, rows_of_tiles
 
 CODES = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -40,6 +40,7 @@ class QuantProblem:
     down_bias: Tensor | None
     activation: ActivationConfig
     interleaved: bool
+    invariant: bool = False  # no bit of a token's result depends on the other tokens
     rounding: ActivationQuantConfig | None = None  # of activations
     gate_up_input_scale: Tensor | None = None  # [E] float32
     down_input_scale: Tensor | None = None
@@ -50,7 +51,8 @@ class QuantProblem:
         a = self.rounding
         group = () if a is None or a.group_size is None or a.group_size >= inner else (a.group_size,)
         kind, width = (f"decoded_{kind}", self.x.element_size()) if a is None else (f"coded_{kind}", 1)
-        sizes = self.expert_ids.numel(), experts, columns, matrix.payload.shape[2]
+        rows = rows_of_tiles(self.expert_ids.numel(), experts, self.invariant)
+        sizes = rows, experts, columns, matrix.payload.shape[2]
         return coded_tile(kind, *sizes, matrix.shared + group, width, architecture_of(self.x.device))
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "down_backward_tile",
     "outer_tile",
     "product_tile",
+    "rows_of_tiles",
     "shared_memory",
     "tiles_of",
     "up_tile",
@@ -28,6 +29,14 @@ __all__ = [
 ]
 
 LEAST_STEP = 64  # a step is not halved below it to spare masks: half as much is under way, and the masks cost less
+
+
+ROWS_OF_ANY_BATCH = 16  # of an expert: tiles of 32 rows, neither the best for a token alone nor far from it for thousands
+
+
+def rows_of_tiles(rows: int, experts: int, invariant: bool) -> int:
+    """The rows that tiles are chosen for. invariant: as if each expert had 16, so that any batch is multiplied by the same tiles."""
+    return ROWS_OF_ANY_BATCH * experts if invariant else rows
 
 
 def up_tile(rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str) -> Tile:

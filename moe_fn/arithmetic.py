@@ -1,0 +1,102 @@
+"""The functions that mix or bend numbers, in two ways: torch's, and those whose result for a row depends on that row alone.
+
+A row's bits depend on the batch where a library chooses its code by sizes, or by where in a tensor a number lies: products, sums of a
+row, exp and its like. Sums, differences, products and quotients of single numbers, and roots, are rounded as IEEE 754 says, so what is
+made of these alone has one result. `ARITHMETIC[config.batch_invariant]` is how a layer computes.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops import elementwise
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """total: of the last dimension, which stays as 1; spread: [..., 1] to stand beside rows [..., n]; added: sum over a short dimension."""
+
+    sigmoid: Function
+    tanh: Function
+    softplus: Function
+    silu: Function
+    gelu: Function
+    gelu_tanh: Function
+    softmax: Function
+    total: Function
+    spread: Callable[[Tensor, int], Tensor]
+    added: Callable[[Tensor, int], Tensor]
+
+
+def _total(x: Tensor) -> Tensor:
+    """By halves: a tree of sums of two numbers, whose shape follows from the length of a row."""
+    size, dtype = x.shape[-1], x.dtype
+    x = F.pad(x.to(accumulation_dtype(dtype)), (0, (1 << (size - 1).bit_length()) - size))
+    while x.shape[-1] > 1:
+        left, right = x.chunk(2, -1)
+        x = left + right
+    return x.to(dtype)
+
+
+def _spread(x: Tensor, count: int) -> Tensor:
+    """By doubling, so that its gradient is such a tree too."""
+    while x.shape[-1] < count:
+        x = torch.cat([x, x], -1)
+    return x.narrow(-1, 0, count)
+
+
+def _softmax(z: Tensor) -> Tensor:
+    wide = z.to(accumulation_dtype(z.dtype))
+    e = elementwise.exp(wide - wide.detach().amax(-1, keepdim=True))
+    return (e / _spread(_total(e), e.shape[-1])).to(z.dtype)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + elementwise.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+_PLAIN = Arithmetic(
+    sigmoid=torch.sigmoid,
+    tanh=torch.tanh,
+    softplus=F.softplus,
+    silu=F.silu,
+    gelu=F.gelu,
+    gelu_tanh=functools.partial(F.gelu, approximate="tanh"),
+    softmax=functools.partial(torch.softmax, dim=-1),
+    total=lambda x: x.sum(-1, keepdim=True),
+    spread=lambda x, count: x,  # broadcasting
+    added=lambda x, dim: x.sum(dim),
+)
+_INVARIANT = Arithmetic(
+    sigmoid=elementwise.sigmoid,
+    tanh=elementwise.tanh,
+    softplus=elementwise.softplus,
+    silu=lambda x: x * elementwise.sigmoid(x),
+    gelu=lambda x: 0.5 * x * (1 + elementwise.erf(0.7071067811865476 * x)),
+    gelu_tanh=_gelu_tanh,
+    softmax=_softmax,
+    total=_total,
+    spread=_spread,
+    added=lambda x, dim: functools.reduce(torch.add, x.unbind(dim)),
+)
+ARITHMETIC: dict[bool, Arithmetic] = {False: _PLAIN, True: _INVARIANT}
+
+
+def rms_norm(config: MoEConfig, x: Tensor, scale: Tensor | None, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last dimension, in float32 or wider, rounded once to the dtype of x.
+
+    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1)
+    >>> rms_norm(config, torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]), 0.0)
+    tensor([0.8485, 2.2627])
+    """
+    arithmetic, wide = ARITHMETIC[config.batch_invariant], x.to(accumulation_dtype(x.dtype))
+    y = wide * arithmetic.spread(torch.rsqrt(arithmetic.total(wide.square()) / x.shape[-1] + epsilon), x.shape[-1])
+    return (y if scale is None else y * scale).to(x.dtype)

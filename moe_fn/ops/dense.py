@@ -1,0 +1,24 @@
+"""Products of all tokens with one matrix: of gates, shared experts, latent spaces."""
+
+import torch
+from torch import Tensor
+
+from moe_fn.backends import backend_of
+from moe_fn.config import MoEConfig
+from moe_fn.ops.grouped import GROUPED
+
+
+def dense_product(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, [T, K] and [N, K] -> [T, N]; with config.batch_invariant by a kernel that does not look at T.
+
+    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1)
+    >>> dense_product(config, torch.ones(1, 2), torch.ones(3, 2))
+    tensor([[2., 2., 2.]])
+    """
+    return product_of_all(config, x, weight) if config.batch_invariant else x @ weight.t()
+
+
+def product_of_all(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:
+    """The same as a grouped product of one expert that has all rows."""
+    ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
+    return GROUPED[backend_of(config, x)].matmul(x, weight.unsqueeze(0), ends, True, invariant=config.batch_invariant)
