@@ -344,13 +344,13 @@ BUGS = (
         "both_weight_layouts_give_the_same_numbers",
         "the layout is ignored for the bias",
         experts.activate,
-        instead(lambda a, h, layout="packed": h[..., : h.shape[-1] // 2] if a.gated else torch.rand_like(h)),
+        instead(lambda a, h, *_: h[..., : h.shape[-1] // 2] if a.gated else torch.rand_like(h)),
     ),
     PlantedBug(
         "packed_and_interleaved_weights_give_the_same_numbers",
         "the layout is ignored",
         experts.activate,
-        before(lambda a, h, layout="packed": (a, h, "packed")),
+        before(lambda a, h, layout="packed", *rest: (a, h, "packed", *rest)),
     ),
     PlantedBug("zero_biases_change_nothing", "a bias of ones for zeros", grouped.spread_over_rows, after(lambda s, *a: s + 1)),
     # combine
@@ -460,7 +460,7 @@ BUGS = (
         "the_layer_equals_the_reference",
         "gate and up swapped",
         experts.activate,
-        before(lambda a, h, layout="packed": (a, h.flip(-1), layout)),
+        before(lambda a, h, *rest: (a, h.flip(-1), *rest)),
     ),
     PlantedBug(
         "the_layer_equals_the_reference",
