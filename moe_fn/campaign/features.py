@@ -26,7 +26,7 @@ def features_of(problem: MoEProblem) -> Features:
             "tokens": "0" if tokens == 0 else "1" if tokens == 1 else "2-7" if tokens < 8 else "8-17",
             "dims": "flat" if problem.x.ndim == 2 else "batch",
             "padding": "none" if problem.token_mask is None else "all" if not bool(problem.token_mask.any()) else "some",
-            "inputs of size": _size(problem.x),
+            "inputs of size": size_of(problem.x),
             "logits": "gate" if problem.logits is None else "given",
             "biases": str(problem.weights.gate_up_bias is not None),
         }
@@ -36,7 +36,8 @@ def features_of(problem: MoEProblem) -> Features:
     )
 
 
-def _size(x: Tensor) -> str:
+def size_of(x: Tensor) -> str:
+    """How large inputs are, in a word."""
     largest = float(x.abs().nan_to_num(posinf=0.0).max()) if x.numel() else 0.0
     return "0" if largest == 0 else "small" if largest < 0.1 else "near 1" if largest <= 4 else "large"
 

@@ -34,14 +34,14 @@ class Bound:
     jumps: bool
 
 
-def error_bound(problem: MoEProblem, ranks: int = 1) -> Bound:
+def error_bound(problem: MoEProblem, ranks: int = 1, logits: Ball | None = None) -> Bound:
     """The layer of a problem in float64, and how far from it a layer may be that rounds as the contract says, op by op.
 
         |y - value| <= radius:   products  gamma_(n+1) |W| |x| + |W| r_x + u |y|;   functions  f([x - r, x + r]);   sums  gamma_k sum |w o|
 
     Running error analysis (Wilkinson; Higham, Accuracy and Stability of Numerical Algorithms, 3.3): every value carries its bound through
     the same formulae. Sums in float32 or wider in any order; what is kept between ops is rounded to the dtype of x.
-    ranks: over how many the sums are spread, each of which stores its part.
+    ranks: over how many the sums are spread, each of which stores its part. logits: what the router gets, instead of the problem's.
     Which experts are chosen is the reference's choice: it is right or wrong, not near.
 
     Laws
@@ -59,10 +59,10 @@ def error_bound(problem: MoEProblem, ranks: int = 1) -> Bound:
     config, units = problem.config, UNITS[problem.x.dtype]
     weights = float64_weights(problem.weights)
     router = weights.router or RouterWeights()
-    real = torch.ones(problem.x[..., 0].numel(), dtype=torch.bool) if problem.token_mask is None else problem.token_mask.flatten()
+    real = _real_tokens(problem)
     x = exact(_real_rows(problem.x, config.hidden_size, real))
     v = _routed_input(units, config, weights, x)
-    logits = _logits(units, problem, router, x, v, real)
+    logits = _logits(units, problem, router, x, v, real) if logits is None else logits
     chosen, ids = _choices(problem, logits)
     w, shared_w = routing_weights(units, config, router, logits, chosen.expert_ids, chosen.weights)
     routed = _routed(units, config, weights, v, ids, w, _adapters(problem, len(ids)), ranks)
@@ -92,14 +92,32 @@ def _adapters(problem: MoEProblem, tokens: int) -> Tensor:
 
 
 def _logits(units: Units, problem: MoEProblem, router: RouterWeights, x: Ball, v: Ball, real: Tensor) -> Ball:
-    config = problem.config
     if problem.logits is not None:
-        return exact(_real_rows(problem.logits, config.num_logits, real))
+        return exact(_real_rows(problem.logits, problem.config.num_logits, real))
+    return gate_logits(units, problem.config, router, _seen_by_gate(units, problem.config, x, v))
+
+
+def _seen_by_gate(units: Units, config: MoEConfig, x: Ball, v: Ball) -> Ball:
     if config.router.gate_input == "transformed":
-        return gate_logits(units, config, router, v)
+        return v
     normed = config.norms is not None and config.norms.gate
-    seen = stored(units, norm(units, x, config.norms.epsilon)) if normed and config.norms is not None else x
-    return gate_logits(units, config, router, seen)
+    return stored(units, norm(units, x, config.norms.epsilon)) if normed and config.norms is not None else x
+
+
+def logits_again(problem: MoEProblem, logits: Tensor) -> Ball:
+    """Logits of the gate inside the layer, and how far off them the same gate may be in another batch, where products sum otherwise."""
+    config, units = problem.config, UNITS[problem.x.dtype]
+    weights = float64_weights(problem.weights)
+    real = _real_tokens(problem)
+    x = exact(_real_rows(problem.x, config.hidden_size, real))
+    seen = _seen_by_gate(units, config, x, _routed_input(units, config, weights, x))
+    radius = 2 * gate_logits(units, config, weights.router or RouterWeights(), exact(seen.value)).radius
+    return Ball(_real_rows(logits, config.num_logits, real), radius)
+
+
+def _real_tokens(problem: MoEProblem) -> Tensor:
+    tokens = problem.x[..., 0].numel()
+    return torch.ones(tokens, dtype=torch.bool) if problem.token_mask is None else problem.token_mask.flatten()
 
 
 def _routed_input(units: Units, config: MoEConfig, weights: MoEWeights, x: Ball) -> Ball:
