@@ -83,7 +83,7 @@ _RULES: dict[tuple[str, str], Callable[[str, str], bool]] = {
     ("tokens", "padding"): lambda tokens, padding: padding != "some" or tokens != "0",
     ("tokens", "inputs of size"): lambda tokens, size: tokens != "0" or size == "0",
     ("padding", "inputs of size"): lambda padding, size: padding != "all" or size == "0",
-    ("inputs of size", "logits"): lambda size, logits: size != "large" or logits == "given",
+    ("inputs of size", "logits"): lambda size, logits: size not in ("small", "large") or logits == "given",
     ("activation", "gate_up_layout"): lambda activation, layout: layout == "packed" or activation in _GATED,
     ("norms", "gate_input"): lambda norms, seen: seen == "original" or "gate" not in norms,
     ("quant", "quant granularity"): _granularity,

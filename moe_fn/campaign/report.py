@@ -44,15 +44,18 @@ def _head(lines: Sequence[Line], about: dict[str, Any]) -> str:
     commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in about["runs"]))
     undecided = f"{sum(line.tied for line in lines)} had codes of rounded inputs that float32 and float64 may choose apart"
     gradients = sum(line.gradient is not None for line in lines)
+    planned = max((line.index + 1 for line in lines), default=0)
+    so_far = "" if planned == len(lines) else f" So far {len(lines)} of {planned}: the run was stopped, and goes on where it was."
     return (
         f"# A campaign of {len(lines)} problems\n\n"
         f"Seed {about['seed']}, {last['date'][:10]}, commit {commits}, torch {last['versions']['torch']}, {last['cpu']}, "
-        f"{last['capability']}.\n\n"
-        f"    python -m moe_fn.campaign run --problems {len(lines)} --seed {about['seed']}\n"
+        f"{last['capability']}.{so_far}\n\n"
+        f"    python -m moe_fn.campaign run --problems {planned} --seed {about['seed']}\n"
         f"    python -m moe_fn.campaign show --seed {about['seed']} --index N      # any problem again\n\n"
         "Every problem is a random config (all options crossed, all dtypes), random weights and inputs; each output is held to the bound "
         f"of `moe_fn.campaign.error_bound` for that very problem, entry by entry. Gradients of {gradients} problems were compared with "
-        f"the reference's. {undecided}: their bound holds both.\n"
+        f"the reference's. {undecided}: their bound holds both. A gate that sees "
+        "normed or transformed inputs is judged by its logits' bound, and the layer by what the reference makes of these logits.\n"
     )
 
 
