@@ -46,6 +46,10 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "All columns are kept where there are no more than choices.": ((ROUTE, "if (shared is not None) or True else z"),),
     "Padding tokens go nowhere, whatever finite logits they have.": ((ROUTE, "token_mask.unsqueeze(-1), logits, 1)"),),
+    "The formula without the branch gives the same: its parameter is neutral.": (
+        ("moe_fn/activations.py", "(c.alpha != 1.0) or True"),
+        ("moe_fn/activations.py", "if (activation.up_offset) or True"),
+    ),
     "The norm of order 1 is that sum.": ((ROUTE, "if (order == 1.0) and False else"),),
     "It divides zeros: a norm that is not above 0 is one of zeros.": ((ROUTE, "torch.where(total > 0, total, 2)"),),
 }

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_fn
-from moe_fn import Dispatched, ExpertNormConfig, LatentConfig, LatentWeights, MoEConfig, MoEWeights, NormsConfig
+from moe_fn import ActivationConfig, Dispatched, ExpertNormConfig, LatentConfig, LatentWeights, MoEConfig, MoEWeights, NormsConfig
+from moe_fn.activations import activate
 from moe_fn.stages.transform import norm_for_gate, norm_output, transform_input, transform_output
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -117,3 +118,19 @@ def test_a_norm_of_experts_needs_its_config_and_its_scales() -> None:
     plain, with_scales = moe_fn.experts(layer(), weights, d), dataclasses.replace(weights, expert_norm=random(3, 6))
     assert torch.equal(moe_fn.experts(layer(), with_scales, d), plain) and torch.equal(moe_fn.experts(config, weights, d), plain)
     assert not torch.equal(moe_fn.experts(config, with_scales, d), plain)
+
+
+@pytest.mark.parametrize("alpha", (1.0, 1.7, 2.0))
+@pytest.mark.parametrize("limit_at", (None, "input", "output"))
+@pytest.mark.parametrize("offset", (0.0, 1.0))
+@pytest.mark.parametrize("layout", ("packed", "interleaved"))
+def test_silu_with_all_its_parameters(alpha: float, limit_at: Any, offset: float, layout: str) -> None:
+    limit = None if limit_at is None else 0.6  # small, so that gates and ups of both signs meet it
+    at = {} if limit_at is None else {"limit": limit, "limit_at": limit_at}
+    activation, h = ActivationConfig(function="silu", alpha=alpha, up_offset=offset, **at), 2 * random(3, 5, 8)
+    gate, up = (h[..., :4], h[..., 4:]) if layout == "packed" else (h[..., ::2], h[..., 1::2])
+    gate = gate.clamp(max=limit) if limit_at == "input" else gate
+    gate = gate * torch.sigmoid(alpha * gate)
+    gate = gate.clamp(max=limit) if limit_at == "output" else gate
+    up = up if limit is None else up.clamp(-limit, limit)
+    torch.testing.assert_close(activate(activation, h, layout), gate * (up + offset))

@@ -12,7 +12,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, RouterWeights, Routing, SharedExpertsConfig, reference
 from moe_fn.config import ZeroExpertsConfig
 from moe_fn.kernels import gpu, native
-from moe_fn.stages.route import router_logits, scores_of_logits
+from moe_fn.stages.route import _weights_of_ids, router_logits, scores_of_logits
 from moe_fn.testing import assert_matches, configs
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -199,3 +199,10 @@ def test_the_kernel_that_routes_has_the_values_and_gradients_of_torch(bias: bool
 def test_a_mask_has_one_word_for_every_token() -> None:
     with pytest.raises(ValueError, match="token_mask"):
         moe_fn.route(layer(), weights_of(layer(), None), random(5, 6), token_mask=torch.ones(4, dtype=torch.bool))
+
+
+def test_weights_of_a_choice_are_of_that_choice() -> None:
+    """Not of the one that the logits would make."""
+    config, logits = layer(router=RouterConfig(renormalize=False)), random(4, 6)
+    ids = torch.tensor([[5, 0, 3]]).expand(4, 3)
+    assert_matches(_weights_of_ids(config, logits, None, ids), torch.softmax(logits, -1).gather(-1, ids))
