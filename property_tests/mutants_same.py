@@ -50,6 +50,11 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("moe_fn/activations.py", "(c.alpha != 1.0) or True"),
         ("moe_fn/activations.py", "if (activation.up_offset) or True"),
     ),
+    "What is not gate_up is down.": (
+        (EXPERTS, "by_adapter, weights.lora, None, hidden"),
+        (EXPERTS, 'weights.lora, "XXdownXX", hidden'),
+        (EXPERTS, 'weights.lora, "DOWN", hidden'),
+    ),
     "The norm of order 1 is that sum.": ((ROUTE, "if (order == 1.0) and False else"),),
     "It divides zeros: a norm that is not above 0 is one of zeros.": ((ROUTE, "torch.where(total > 0, total, 2)"),),
 }

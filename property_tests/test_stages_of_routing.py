@@ -206,3 +206,10 @@ def test_weights_of_a_choice_are_of_that_choice() -> None:
     config, logits = layer(router=RouterConfig(renormalize=False)), random(4, 6)
     ids = torch.tensor([[5, 0, 3]]).expand(4, 3)
     assert_matches(_weights_of_ids(config, logits, None, ids), torch.softmax(logits, -1).gather(-1, ids))
+
+
+def test_weights_of_shared_experts_are_float32_whatever_scores_are() -> None:
+    shared = SharedExpertsConfig(intermediate_size=2, count=2, gate="router")
+    config = layer(router=RouterConfig(scoring="sigmoid", score_dtype="input", renormalize=False), shared=shared)
+    routing = moe_fn.route(config, weights_of(config, None), random(5, 8, dtype=torch.bfloat16))
+    assert routing.shared_weights is not None and routing.shared_weights.dtype == torch.float32
