@@ -31,10 +31,12 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("stages/zero_experts.py", "* x.to(None)"),
     ),
     "torch adds two halves in float32 and rounds once by itself.": (
+        (EXPERTS, "out = out.to(None) + spread_over_rows"),
         ("stages/join.py", "wide = None"),
         ("stages/join.py", "(routed.to(None) + shared.to(wide))"),
         ("stages/join.py", "(routed.to(wide) + shared.to(None))"),
     ),
+    "The bias changes the choice, and here the choice is given.": ((ROUTE, "RouterWeights(correction_bias=None)"),),
     "The factor meets a 0 that the line above has put there.": (("stages/combine.py", "unsqueeze(-1), 1)"),),
     "num_experts becomes num_experts either way.": (("stages/dispatch.py", "(ids <= num_experts), ids, num_experts)"),),
     "The dtype is the one that torch chooses by itself, and holds the same numbers.": (

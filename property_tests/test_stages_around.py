@@ -10,9 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moe_fn
-from moe_fn import ActivationConfig, Dispatched, ExpertNormConfig, LatentConfig, LatentWeights, MoEConfig, MoEWeights, NormsConfig
+from moe_fn import (
+    ActivationConfig,
+    ActivationQuantConfig,
+    Dispatched,
+    ExpertNormConfig,
+    LatentConfig,
+    LatentWeights,
+    MoEConfig,
+    MoEWeights,
+    NormsConfig,
+    QuantConfig,
+)
 from moe_fn.activations import activate
 from moe_fn.stages.transform import norm_for_gate, norm_output, transform_input, transform_output
+from moe_fn.testing import assert_matches, weights_for
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPSILON = 0.25  # large, so that it is seen
@@ -134,3 +146,18 @@ def test_silu_with_all_its_parameters(alpha: float, limit_at: Any, offset: float
     gate = gate.clamp(max=limit) if limit_at == "output" else gate
     up = up if limit is None else up.clamp(-limit, limit)
     torch.testing.assert_close(activate(activation, h, layout), gate * (up + offset))
+
+
+@pytest.mark.parametrize("granularity", ("tensor", "token"))
+def test_inputs_are_rounded_by_the_scale_that_is_kept_where_there_is_one(granularity: Any) -> None:
+    kept = granularity == "tensor"
+    activations = ActivationQuantConfig(scheme="int8", granularity=granularity, static=kept)
+    config = layer(quant=QuantConfig(scheme="int8", granularity="channel", activations=activations))
+    weights, d = weights_for(config), sorted_rows(torch.float32)
+    assert weights.quant is not None and (weights.quant.gate_up_input_scale is not None) == kept
+    if weights.quant.gate_up_input_scale is not None:  # another scale for every product and expert, each of them coarse
+        coarse = {name: 0.05 * (1 + random(3).abs()) for name in ("gate_up_input_scale", "down_input_scale")}
+        weights = dataclasses.replace(weights, quant=dataclasses.replace(weights.quant, **coarse))
+    x, routing = d.rows[:5], moe_fn.Routing(expert_ids=torch.tensor([[0], [0], [2], [2], [2]]), weights=torch.ones(5, 1))
+    expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
+    assert_matches(moe_fn.experts(config, weights, d)[:5], expected, scale=0.1)
