@@ -183,11 +183,12 @@ def _first_adapter(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _only_in_kept_groups(f: Callable[..., Any]) -> Callable[..., Any]:
-    def broken(router: Any, z: Any, ids: Any) -> Any:
-        if router.groups is None or router.groups.limit == "each":
-            return f(router, z, ids)
-        kept = selection._kept_experts(router.groups, z.detach())
-        return torch.where(kept.gather(-1, ids.clamp(min=0)), f(router, z, ids), 0)
+    def broken(config: Any, z: Any, ids: Any) -> Any:
+        groups = config.router.groups
+        if groups is None or groups.limit == "each":
+            return f(config, z, ids)
+        kept = selection._kept_experts(groups, z.detach())
+        return torch.where(kept.gather(-1, ids.clamp(min=0)), f(config, z, ids), 0)
 
     return broken
 

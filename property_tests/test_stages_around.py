@@ -128,7 +128,9 @@ def test_the_network_of_an_expert_rounds_after_its_products_and_biases(
 def test_a_norm_of_experts_needs_its_config_and_its_scales() -> None:
     weights, d, config = weights_of(layer(), torch.float32), sorted_rows(torch.float32), layer(expert_norm=ExpertNormConfig())
     plain, with_scales = moe_fn.experts(layer(), weights, d), dataclasses.replace(weights, expert_norm=random(3, 6))
-    assert torch.equal(moe_fn.experts(layer(), with_scales, d), plain) and torch.equal(moe_fn.experts(config, weights, d), plain)
+    for needs, given in ((layer(), with_scales), (config, weights)):
+        with pytest.raises(ValueError, match=r"weights\.expert_norm is"):
+            moe_fn.experts(needs, given, d)
     assert not torch.equal(moe_fn.experts(config, with_scales, d), plain)
 
 
