@@ -14,11 +14,13 @@ GPU_MODELS := qwen3-30b-a3b,olmoe,mixtral-8x7b,gpt-oss-20b,gpt-oss-120b,deepseek
 PYTHONS ?= python3.11 python3.12 python3.13
 MUTATED ?= $(wildcard moe_fn/stages/*.py) moe_fn/activations.py moe_fn/selection.py moe_fn/layer.py moe_fn/lora.py moe_fn/ops/rows.py \
   moe_fn/ops/grouped.py moe_fn/balance/losses.py moe_fn/quant/numbers.py
+PROBLEMS ?= 20000
+WORKERS ?= 2
 BIN := .venv/bin
 MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz soak PROBLEMS ?= 20000 WORKERS ?= 2 campaign clean
+.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz soak campaign clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
