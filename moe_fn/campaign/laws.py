@@ -14,10 +14,11 @@ from moe_fn.testing import MoEProblem
 
 @dataclass(frozen=True)
 class Law:
-    """The output of a problem asked for in another way, and when there is such a way."""
+    """The output of a problem asked for in another way, when there is such a way, and when it must have the same bits."""
 
     output: Callable[[MoEProblem], Tensor]
     applies: Callable[[MoEProblem], bool] = lambda problem: True
+    exact: Callable[[MoEProblem], bool] = lambda problem: False
 
 
 def forward(problem: MoEProblem) -> Tensor:
@@ -115,7 +116,11 @@ def _alone(problem: MoEProblem) -> bool:
 def _without_scale_of_call(problem: MoEProblem) -> bool:
     quant = problem.config.quant
     activations = None if quant is None else quant.activations
-    return activations is None or activations.granularity != "tensor" or activations.static
+    return activations is None or not activations.is_of_call
+
+
+def _invariant(problem: MoEProblem) -> bool:
+    return problem.config.batch_invariant
 
 
 def _has_panels(problem: MoEProblem) -> bool:
@@ -123,16 +128,16 @@ def _has_panels(problem: MoEProblem) -> bool:
 
 
 LAWS: dict[str, Law] = {
-    "permuting tokens": Law(_permuted, _alone),
-    "splitting the batch": Law(_split, lambda problem: _alone(problem) and _without_scale_of_call(problem)),
-    "padding": Law(_padded, _alone),
-    "other chunks": Law(_chunked, _without_scale_of_call),
-    "opaque or not": Law(_opaque),
+    "permuting tokens": Law(_permuted, _alone, exact=_invariant),
+    "splitting the batch": Law(_split, lambda problem: _alone(problem) and _without_scale_of_call(problem), _invariant),
+    "padding": Law(_padded, _alone, exact=_invariant),
+    "other chunks": Law(_chunked, _without_scale_of_call, exact=_invariant),
+    "opaque or not": Law(_opaque, exact=_invariant),
     "prepared weights": Law(_prepared, _has_panels),
     "other back-end": Law(_in_torch),
     "router apart": Law(_routed),
-    "with statistics": Law(_with_stats),
-    "again": Law(forward),  # the same bits
+    "with statistics": Law(_with_stats, exact=_invariant),
+    "again": Law(forward, exact=lambda problem: True),
 }
 
 
