@@ -19,6 +19,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (ROUTE, "sum(+1, keepdim"),
         (ROUTE, "order, +1, keepdim"),
         (SHARED, "hidden.unflatten(+1,"),
+        (EXPERTS, "wide.square().mean(+1,"),
         ("stages/zero_experts.py", "w.sum(+1, keepdim"),
     ),
     "torch promotes to the same dtype without the cast: the other operand is float32, as weights of a Routing are, or wider.": (
@@ -37,6 +38,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("stages/join.py", "(routed.to(wide) + shared.to(None))"),
     ),
     "The bias changes the choice, and here the choice is given.": ((ROUTE, "RouterWeights(correction_bias=None)"),),
+    "Behind one dimension, 1 is the last.": ((EXPERTS, "(torch.float32).unsqueeze(+1)"),),
     "The factor meets a 0 that the line above has put there.": (("stages/combine.py", "unsqueeze(-1), 1)"),),
     "num_experts becomes num_experts either way.": (("stages/dispatch.py", "(ids <= num_experts), ids, num_experts)"),),
     "The dtype is the one that torch chooses by itself, and holds the same numbers.": (

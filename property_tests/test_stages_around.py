@@ -163,3 +163,19 @@ def test_inputs_are_rounded_by_the_scale_that_is_kept_where_there_is_one(granula
     x, routing = d.rows[:5], moe_fn.Routing(expert_ids=torch.tensor([[0], [0], [2], [2], [2]]), weights=torch.ones(5, 1))
     expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
     assert_matches(moe_fn.experts(config, weights, d)[:5], expected, scale=0.1)
+
+
+def test_rows_of_nobody_have_no_part_in_the_scale_of_all_rows() -> None:
+    config = layer(
+        quant=QuantConfig(
+            scheme="int8", granularity="channel", activations=ActivationQuantConfig(scheme="int8", granularity="tensor", static=False)
+        )
+    )
+    weights, d = weights_for(config), sorted_rows(torch.float32)
+    alone = dataclasses.replace(d, rows=d.rows[:5] * torch.tensor([[1.0], [1.0], [9.0], [1.0], [1.0]]))
+    more = dataclasses.replace(d, rows=torch.cat([alone.rows, torch.full((2, 6), 1e3)]))
+    assert torch.equal(moe_fn.experts(config, weights, more)[:5], moe_fn.experts(config, weights, alone))
+    routing = moe_fn.Routing(expert_ids=torch.tensor([[0], [0], [2], [2], [2]]), weights=torch.ones(5, 1))
+    assert_matches(
+        moe_fn.experts(config, weights, alone), moe_fn.reference.moe_forward_routed(config, weights, alone.rows, routing), scale=1.0
+    )
