@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mutants_made import mutants_of
-from mutants_same import SAME, reason_of
+from mutants_same import OPEN, SAME, reason_of
 
 Line = Mapping[str, Any]
 
@@ -44,6 +44,8 @@ def report(found: Path) -> str:
             "",
             *(text for name in SAME for text in _of_reason(name, alive)),
             "## Survivors without such a reason",
+            "",
+            OPEN.strip(),
             "",
             *(f"- {_where(line)}" for line in unknown),
         )
