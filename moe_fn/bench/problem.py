@@ -10,7 +10,7 @@ from torch import Tensor
 import moe_fn
 from moe_fn.bench.models import Model, matrices
 from moe_fn.bench.quants import expert_bytes, quantised_config
-from moe_fn.config import MoEConfig, QuantConfig
+from moe_fn.config import MoEConfig, QuantConfig, RouterConfig
 from moe_fn.quant import quantize_weights
 from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights, weights_of_leaves
 from moe_fn.stages.route import router_logits
@@ -61,6 +61,11 @@ def weights_of_experts(weights: MoEWeights, which: slice | Tensor) -> MoEWeights
     """All that belongs to those experts, and nothing else."""
     leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
     return weights_of_leaves([None if leaf is None or path not in EXPERT_PATHS else leaf[which] for path, leaf in leaves])
+
+
+def config_of_one(config: MoEConfig) -> MoEConfig:
+    """The config of a single expert of these."""
+    return dataclasses.replace(config, num_experts=1, top_k=1, router=RouterConfig(), shared=None, zero_experts=None)
 
 
 def token_inputs(problem: Problem, tokens: int) -> tuple[TokenInput, ...]:
@@ -134,7 +139,7 @@ def _floats(config: MoEConfig, noise: Tensor, gate_up: tuple[int, int], down: tu
 
 def _codes(config: MoEConfig, quant: QuantConfig, noise: Tensor, gate_up: tuple[int, int], down: tuple[int, int]) -> MoEWeights:
     """The codes of those floats, made one expert at a time: all of them in float32 may not fit in memory."""
-    plain = dataclasses.replace(config, weight_layout="out_in")
+    plain = dataclasses.replace(config_of_one(config), weight_layout="out_in", quant=None)
     made = []
     for expert in range(config.num_experts):
         floats = [_window(noise, expert, shape).unsqueeze(0) * shape[1] ** -0.5 for shape in (gate_up, down)]

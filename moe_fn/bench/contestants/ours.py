@@ -1,28 +1,28 @@
-"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels, and its plain torch back-end.
+"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels, batch-invariant, and its plain torch back-end.
 
 Where experts are quantised: with the codes, and with the floats that they stand for.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import moe_fn
 from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, Run, always_installed, trained_leaves
-from moe_fn.bench.problem import Problem, TokenInput, weights_of_experts
+from moe_fn.bench.problem import Problem, TokenInput, config_of_one, weights_of_experts
 from moe_fn.config import MoEConfig
 from moe_fn.quant import dequantize_weights
 from moe_fn.records import MoEWeights
 
 
-def _build(problem: Problem, compiled: bool, prepared: bool, only_torch: bool, floats: bool = False) -> Layer:
+def _build(problem: Problem, compiled: bool, prepared: bool, changes: Mapping[str, Any], floats: bool = False) -> Layer:
     config, weights = floats_of(problem) if floats else (problem.config, problem.weights)
-    if only_torch:
-        config = dataclasses.replace(config, backend="torch")
+    config = dataclasses.replace(config, **changes)
     if prepared and not problem.backward:
         weights = moe_fn.prepare_weights(config, weights)
     layer = problem.part == "layer"
@@ -45,7 +45,7 @@ def floats_of(problem: Problem) -> tuple[MoEConfig, MoEWeights]:
     down = torch.empty((config.num_experts, hidden, inner), dtype=problem.dtype, device=problem.device)
     for expert in range(config.num_experts):
         one = slice(expert, expert + 1)
-        found = dequantize_weights(config, weights_of_experts(weights, one), problem.dtype)[1]
+        found = dequantize_weights(config_of_one(config), weights_of_experts(weights, one), problem.dtype)[1]
         gate_up[one], down[one] = found.gate_up, found.down
     return dataclasses.replace(config, quant=None), dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
 
@@ -59,14 +59,14 @@ def _row(
     compiled: bool,
     devices: tuple[str, ...],
     prepared: bool = True,
-    only_torch: bool = False,
+    changes: Mapping[str, Any] = MappingProxyType({}),
     takes: Literal["codes", "both"] = "both",
 ) -> Contestant:
     return Contestant(
         name=name,
         installed=always_installed,
         refuses=functools.partial(_refuses, plain=not prepared),
-        build=functools.partial(_build, compiled=compiled, prepared=prepared, only_torch=only_torch, floats=takes == "codes"),
+        build=functools.partial(_build, compiled=compiled, prepared=prepared, changes=changes, floats=takes == "codes"),
         takes=takes,
         copies=1 if prepared and takes == "both" else 0,
         copies_of_floats=2 if takes == "codes" else 0,
@@ -79,6 +79,8 @@ OURS: tuple[Contestant, ...] = (
     _row("moe_fn", compiled=True, devices=("cpu", "cuda")),
     _row("moe_fn plain", compiled=True, devices=("cpu",), prepared=False),  # the kernels of a GPU read weights as they are
     _row("moe_fn eager", compiled=False, devices=("cpu", "cuda")),
-    _row("moe_fn torch", compiled=True, devices=("cuda",), only_torch=True),
+    _row("moe_fn invariant", compiled=True, devices=("cpu", "cuda"), changes={"batch_invariant": True}),
+    _row("moe_fn plain invariant", compiled=True, devices=("cpu",), prepared=False, changes={"batch_invariant": True}),
+    _row("moe_fn torch", compiled=True, devices=("cuda",), changes={"backend": "torch"}),
     _row(UNQUANTISED, compiled=True, devices=("cpu", "cuda"), takes="codes"),
 )
