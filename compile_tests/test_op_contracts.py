@@ -77,13 +77,13 @@ def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1,
         weights = (r(3, 6, 4), r(3, 4, 3)) if transposed else (r(3, 4, 6), r(3, 3, 4))
         biases = (r(3, 6), r(3, 4)) if biased else (None, None)
         routing = torch.rand(tokens, 2).requires_grad_(requires_grad)
-        samples.append((r(tokens, 4), ids, routing, *weights, *biases, *NO_CODES, 3, transposed, *activation, "", requires_grad))
+        samples.append((r(tokens, 4), ids, routing, *weights, *biases, *NO_CODES, 3, transposed, *activation, "", biased, requires_grad))
     if codes:
         quant = QuantConfig(scheme="int8", granularity="channel").text
         weights = torch.arange(72, dtype=torch.int8).view(3, 6, 4), torch.arange(36, dtype=torch.int8).view(3, 4, 3)
         scales = torch.rand(3, 6, 1) / 100, torch.rand(3, 4, 1) / 100
         x, ids, routing = samples[0][:3]
-        samples.append((x, ids, routing, *weights, None, None, *scales, *NO_CODES[2:], 3, True, *silu, quant, requires_grad))
+        samples.append((x, ids, routing, *weights, None, None, *scales, *NO_CODES[2:], 3, True, *silu, quant, False, requires_grad))
     return samples
 
 
@@ -108,7 +108,7 @@ def quantised_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any,
 
 def elementwise(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     r = make(5, dtype, requires_grad)
-    return [(r(*shape), name) for shape, name in (((3, 5), "exp"), ((0,), "sigmoid"), ((), "softplus"), ((40,), "tanh"), ((2, 1), "erf"))]
+    return [(r(*shape), name) for shape, name in (((3, 5), "exp"), ((0,), "sigmoid"), ((1,), "softplus"), ((40,), "tanh"), ((2, 1), "erf"))]
 
 
 def route_top_k(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:

@@ -112,7 +112,7 @@ def test_launches_of_a_forward_and_no_sync(tokens: int, launches: int, monkeypat
             cuda(16, 128, 32),
             cuda(16, 32, 64),
         )
-        y, _ = entry.routed_experts(*args, None, None, *NO_CODES, *OPTIONS, "", False)
+        y, _ = entry.routed_experts(*args, None, None, *NO_CODES, *OPTIONS, "", False, False)
         assert y.shape == (tokens, 32) and y.device.type == "cuda"
     assert len(launched) == launches, launched
 
@@ -147,7 +147,7 @@ def test_launches_of_a_quantised_forward_and_no_sync(
         scales = cuda(2, 2, tiles, dtype=torch.float32), cuda(2, tiles, 1, dtype=torch.float32)
         static = (cuda(2, dtype=torch.float32),) * 2 if quant.activations is not None and quant.activations.static else (None, None)
         beside = (*scales, *NO_CODES[:4], *static)
-        y, _ = entry.routed_experts(*args, *codes, None, None, *beside, 128, *OPTIONS[1:], quant.text, False)
+        y, _ = entry.routed_experts(*args, *codes, None, None, *beside, 128, *OPTIONS[1:], quant.text, False, False)
         assert y.shape == (tokens, 256) and y.device.type == "cuda"
     assert len(launched) == (few if tokens == 100 else many), launched
 
@@ -160,7 +160,7 @@ def test_a_backward_has_no_sync(kept: bool, monkeypatch: pytest.MonkeyPatch) -> 
         args = cuda(100, 32), cuda(100, 2, dtype=torch.int64), cuda(100, 2, dtype=torch.float32), cuda(16, 128, 32), cuda(16, 32, 64)
         biases = cuda(16, 128), cuda(16, 32)
         pre = cuda(200, 128) if kept else cuda(0)
-        found = entry.routed_experts_backward(cuda(100, 32), [True] * 6, pre, *args, *biases, *NO_CODES, *OPTIONS, "")
+        found = entry.routed_experts_backward(cuda(100, 32), [True] * 6, pre, *args, *biases, *NO_CODES, *OPTIONS, "", False)
         assert [g.shape for g in found] == [a.shape for a in (args[0], *args[2:], *biases)]
         assert all(g.device.type == "cuda" for g in found)
     assert ("_up_kernel" in launched) != kept

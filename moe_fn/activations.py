@@ -27,6 +27,7 @@ def activate(activation: ActivationConfig, h: Tensor, layout: str = "packed", ar
     Computes in the dtype of `h`; callers pass float32 (or wider) and round once afterwards.
     Source: the models named in `ActivationConfig`; silu gating is Shazeer 2020, arXiv 2002.05202.
 
+    >>> import torch
     >>> from moe_fn.config import as_activation
     >>> activate(as_activation("silu"), torch.tensor([2.0, -1.0, -3.0, 0.5]))
     tensor([-5.2848, -0.1345])

@@ -58,7 +58,7 @@ def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights,
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
         if path not in _OF_EXPERTS or (path[0] == "lora" and config.lora is None):
             continue
-        expected = (laid[path], True) if path in laid else shapes.get(path)
+        expected = (laid[path], True) if path in laid and path in shapes else shapes.get(path)
         if path in _PREPARED and prepared:
             expected = _prepared_shape(config, path, rows.dtype)
         _check_weight(where, "weights." + ".".join(path), path, leaf, expected, rows.device, quantised.get(path))

@@ -91,7 +91,8 @@ def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool
             for i, gradient in _of_chunk(config, grad_shared, grad, wanted, args, rows).items():
                 into = found[i][rows] if i < len(_TOKEN_ARGS) else found[i]
                 into += gradient
-    return tuple(found[i].to(args[i].dtype) if i in found else args[0].new_empty(0) for i in range(len(args)))
+    # Contiguous, as the fake says.
+    return tuple(found[i].to(args[i].dtype).contiguous() if i in found else args[0].new_empty(0) for i in range(len(args)))
 
 
 def _of_chunk(
@@ -106,7 +107,11 @@ def _of_chunk(
     leaves = {i: chunk[i].detach().requires_grad_() for i in wanted}
     with torch.enable_grad():
         outs = _chunk(config, with_shared, [leaves.get(i, a) for i, a in enumerate(chunk)])
-    found = torch.autograd.grad(outs, tuple(leaves.values()), given, materialize_grads=True)
+    pairs = [(out, g) for out, g in zip(outs, given, strict=True) if out.requires_grad]  # without shared experts their part is a constant
+    if not pairs:
+        return {i: torch.zeros_like(leaf) for i, leaf in leaves.items()}
+    moved, directions = zip(*pairs, strict=True)
+    found = torch.autograd.grad(moved, tuple(leaves.values()), directions, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))
 
 

@@ -3,6 +3,7 @@
 `mutants`: for mutation testing, few examples and no shrinking.
 """
 
+import importlib.util
 import os
 
 import torch
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
+
+# Not tests: they want mutmut, which `make mutants` brings.
+collect_ignore = [] if importlib.util.find_spec("mutmut") else ["mutants.py", "mutants_judged.py", "mutants_made.py", "mutants_report.py"]
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 settings.register_profile(

@@ -24,7 +24,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
 
 
 def decoded(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
-    return dequantize_weights(config, weights)[1]
+    """The floats of a layer's weights, or of a rank's slices of them, which are a smaller layer's."""
+    experts, inner = weights.gate_up.shape[0], weights.down.shape[2] * (1 if config.quant is None else config.quant.per_byte)
+    own = dataclasses.replace(config, num_experts=experts, intermediate_size=inner, top_k=1, router=RouterConfig(), parallel=None)
+    return dequantize_weights(own, weights)[1]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -24,6 +24,7 @@ def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
 
     Source: DeepSeekMoE (arXiv 2401.06066); the sigmoid gate Qwen2-MoE; router-weighted ones Inkling.
 
+    >>> import torch
     >>> from moe_fn import SharedExpertsConfig, SharedWeights
     >>> shared = SharedExpertsConfig(intermediate_size=1, activation="relu_no_mul")
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1, shared=shared)
