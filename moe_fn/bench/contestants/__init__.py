@@ -23,7 +23,7 @@ def contestants_of_device(device: str, table: tuple[Contestant, ...] = CONTESTAN
     """The rows that are offered there.
 
     >>> [row.name for row in contestants_of_device("cuda:0") if row.ours]
-    ['moe_fn', 'moe_fn eager', 'moe_fn torch', 'moe_fn unquantised']
+    ['moe_fn', 'moe_fn eager', 'moe_fn invariant', 'moe_fn torch', 'moe_fn unquantised']
     """
     return tuple(row for row in table if device.split(":")[0] in row.devices)
 
