@@ -19,25 +19,14 @@ _COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a
 _INTEGERS = {("router", name) for name in ("expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas")}
 MOST_SLOTS = 2**31 - 1  # rows of experts are counted in int32
 _PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
-_OF_EXPERTS = {path for path in WEIGHT_PATHS if path in EXPERT_PATHS or path[0] == "lora"}
+_OF_EXPERTS = set(EXPERT_PATHS)
+_OF_ADAPTERS = {path for path in WEIGHT_PATHS if path[0] == "lora"}
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor) -> None:
     """Every weight has the shape that the config gives it, a float dtype (that of x for the matrices) and the device of x."""
     check_layer(where, config, weights)
-    shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
-    if is_prepared(weights.gate_up):
-        laid = prepared_beside_shapes(config.own)
-        shapes |= {path: (laid[path], True) for path in shapes if path in laid}
-    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
-        prepared = leaf is not None and path in _PREPARED and is_prepared(leaf)
-        expected = shapes.get(path) if not prepared else _prepared_shape(config, path, x.dtype)
-        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, x.device, quantised.get(path))
-        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != x.dtype:
-            raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of x, {x.dtype}")
-    if is_prepared(weights.gate_up) != is_prepared(weights.down):
-        raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
-    check_adapters(where, config, weights.lora)
+    _check_leaves(where, config, weights, set(WEIGHT_PATHS), x, "x")
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
 
@@ -53,17 +42,24 @@ def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
 
 def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights, rows: Tensor) -> None:
     """What `experts` reads, plain or prepared: shapes by the config, dtype and device of its rows."""
-    prepared, shapes, quantised = is_prepared(weights.gate_up), expected_shapes(config), dtypes_of_quant(config)
-    laid = prepared_beside_shapes(config.own) if prepared else {}
+    _check_leaves(where, config, weights, _OF_EXPERTS if config.lora is None else _OF_EXPERTS | _OF_ADAPTERS, rows, "the rows")
+
+
+def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set[tuple[str, ...]], beside: Tensor, named: str) -> None:
+    shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
+    if is_prepared(weights.gate_up):
+        laid = prepared_beside_shapes(config.own)
+        shapes |= {path: (laid[path], True) for path in shapes if path in laid}
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
-        if path not in _OF_EXPERTS or (path[0] == "lora" and config.lora is None):
+        if path not in paths or (leaf is None and path not in shapes):
             continue
-        expected = (laid[path], True) if path in laid and path in shapes else shapes.get(path)
-        if path in _PREPARED and prepared:
-            expected = _prepared_shape(config, path, rows.dtype)
-        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, rows.device, quantised.get(path))
-        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != rows.dtype:
-            raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of the rows, {rows.dtype}")
+        prepared = leaf is not None and path in _PREPARED and is_prepared(leaf)
+        expected = shapes.get(path) if not prepared else _prepared_shape(config, path, beside.dtype)
+        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, beside.device, quantised.get(path))
+        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != beside.dtype:
+            raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of {named}, {beside.dtype}")
+    if is_prepared(weights.gate_up) != is_prepared(weights.down):
+        raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
     check_adapters(where, config, weights.lora)
 
 

@@ -26,6 +26,8 @@ def check_layer(where: str, config: Any, weights: Any) -> None:
     for name, kind in NESTED_WEIGHTS.items():
         if getattr(weights, name) is not None:
             check_kind(where, f"weights.{name}", getattr(weights, name), kind)
+    for name in ("gate_up", "down"):
+        check_kind(where, f"weights.{name}", getattr(weights, name), Tensor)
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
-        if leaf is not None or path in (("gate_up",), ("down",)):
+        if leaf is not None and not isinstance(leaf, Tensor):
             check_kind(where, f"weights.{'.'.join(path)}", leaf, Tensor)

@@ -155,16 +155,17 @@ for _cls in RECORDS:
 NESTED_WEIGHTS = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights, "lora": LoRAWeights, "quant": QuantWeights}
 
 
-def _paths() -> tuple[tuple[str, ...], ...]:
-    paths: list[tuple[str, ...]] = []
-    for field in dataclasses.fields(MoEWeights):
-        nested = NESTED_WEIGHTS.get(field.name)
-        paths += [(field.name,)] if nested is None else [(field.name, f.name) for f in dataclasses.fields(nested)]
-    return tuple(paths)
+def _names(record: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(record))
 
+
+# What each field of MoEWeights is made of; None: a tensor itself.
+_PARTS = {name: _names(NESTED_WEIGHTS[name]) if name in NESTED_WEIGHTS else None for name in _names(MoEWeights)}
 
 # Every tensor that MoEWeights can hold, in the order that ops take them: ("gate_up",), ..., ("router", "gate"), ...
-WEIGHT_PATHS = _paths()
+WEIGHT_PATHS: tuple[tuple[str, ...], ...] = tuple(
+    path for name, parts in _PARTS.items() for path in ([(name,)] if parts is None else [(name, part) for part in parts])
+)
 
 
 # Those that have experts as their first dimension; the rest (router, shared experts, constants ...) is the same everywhere.
@@ -173,13 +174,16 @@ EXPERT_PATHS = tuple(path for path in WEIGHT_PATHS if path[0] in ("gate_up", "do
 
 def leaves_of_weights(weights: MoEWeights) -> list[Tensor | None]:
     """The tensors in the order of WEIGHT_PATHS, None where there is none."""
-    leaves = []
-    for path in WEIGHT_PATHS:
-        value = weights
-        for name in path:
-            value = None if value is None else getattr(value, name)
-        leaves.append(value)
-    return leaves  # type: ignore[return-value]
+    leaves: list[Tensor | None] = []
+    for name, parts in _PARTS.items():
+        value = getattr(weights, name)
+        if parts is None:
+            leaves.append(value)
+        elif value is None:  # most layers lack most of them, and every call of the layer comes here
+            leaves += [None] * len(parts)
+        else:
+            leaves += [getattr(value, part) for part in parts]
+    return leaves
 
 
 def weights_of_leaves(leaves: list[Tensor | None]) -> MoEWeights:

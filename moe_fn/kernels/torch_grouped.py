@@ -30,17 +30,18 @@ def grouped_matmul(
     for index, start, end in _groups(ends, rows.shape[0], segments, weight_sets):
         if start > done:
             out[done:start].zero_()  # the last segment's rows of no expert
-        multiply(rows[start:end], weight[index], out[start:end], invariant)
+        if end > start:
+            _multiply(rows[start:end], weight[index], out[start:end], invariant)
         done = end
     out[done:].zero_()
     return out
 
 
-def multiply(rows: Tensor, weight: Tensor, out: Tensor, invariant: bool) -> None:
+def _multiply(rows: Tensor, weight: Tensor, out: Tensor, invariant: bool) -> None:
     """out = rows @ weight on the CPU. invariant: row by row, each in its own memory: BLAS chooses kernels by sizes and by alignment."""
-    if not invariant and rows.shape[0]:
+    if not invariant:
         torch.mm(rows, weight, out=out)
-    elif invariant:
+    else:
         for row, to in zip(rows.split(1), out.split(1), strict=True):
             to.copy_(torch.mm(row.clone(), weight))
 
