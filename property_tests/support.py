@@ -66,8 +66,7 @@ def config_with(problem: MoEProblem, **changes: Any) -> MoEProblem:
     """The problem with another config; names of RouterConfig fields go to the router."""
     own = {f.name for f in dataclasses.fields(MoEConfig)}
     router = dataclasses.replace(problem.config.router, **{k: v for k, v in changes.items() if k not in own})
-    config = dataclasses.replace(problem.config, router=router, **{k: v for k, v in changes.items() if k in own})
-    return problem.replace(config=config)
+    return problem.with_config(router=router, **{k: v for k, v in changes.items() if k in own})
 
 
 def leaves(*trees: Any) -> list[Tensor]:

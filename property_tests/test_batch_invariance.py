@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import config_with, flat, law, leaves
-from test_layer import of_tokens
 from torch import Tensor
 
 import moe_fn
@@ -52,14 +51,14 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def test_a_batch_invariant_token_has_the_same_bits_in_any_batch(problem: MoEProblem, seed: int) -> None:
     index = some_tokens(problem, seed)
     expected = outputs(problem)[index]
-    assert same_bits(outputs(of_tokens(problem, index)), expected)
-    assert same_bits(outputs(config_with(of_tokens(problem, index), chunk_tokens=1 + seed % 3)), expected)
+    assert same_bits(outputs(problem.of_tokens(index)), expected)
+    assert same_bits(outputs(config_with(problem.of_tokens(index), chunk_tokens=1 + seed % 3)), expected)
 
 
 @law(INVARIANT, ORDERS)
 def test_a_batch_invariant_gradient_has_the_same_bits_in_any_batch(problem: MoEProblem, seed: int) -> None:
     index = some_tokens(problem, seed)
-    for found, expected in zip(token_gradients(of_tokens(problem, index)), token_gradients(problem), strict=True):
+    for found, expected in zip(token_gradients(problem.of_tokens(index)), token_gradients(problem), strict=True):
         assert same_bits(found, expected[index])
 
 
@@ -75,9 +74,7 @@ def test_quantised_and_adapted_tokens_too(strategy: st.SearchStrategy[MoEProblem
     @given(strategy, ORDERS)
     def check(problem: MoEProblem, seed: int) -> None:
         index = some_tokens(problem, seed)
-        batch = of_tokens(problem, index)
-        if problem.adapter_ids is not None:
-            batch = batch.replace(adapter_ids=problem.adapter_ids.flatten()[index])
+        batch = problem.of_tokens(index)
         assert same_bits(outputs(batch), outputs(problem)[index])
         for found, expected in zip(token_gradients(batch), token_gradients(problem), strict=True):
             assert same_bits(found, expected[index])

@@ -34,15 +34,6 @@ def assert_same_function(problem: MoEProblem, other: MoEProblem) -> None:
     assert_matches(actual, expected, tolerance=1e-5, scale=0.1)
 
 
-def of_tokens(problem: MoEProblem, index: Tensor) -> MoEProblem:
-    """The problem of some of its tokens, laid flat."""
-    parts: dict[str, Any] = {"x": flat(problem.x, 1)[index], "logits": None if problem.logits is None else flat(problem.logits, 1)[index]}
-    for name in ("token_ids", "token_mask"):
-        value = getattr(problem, name)
-        parts[name] = None if value is None else value.flatten()[index]
-    return problem.replace(**parts)
-
-
 @law(problems())
 def test_the_layer_equals_the_reference(problem: MoEProblem) -> None:
     assert_matches(forward(problem), problem.call(reference.moe_forward), scale=0.1)
@@ -80,8 +71,8 @@ def test_gradients_equal_the_reference(problem: MoEProblem) -> None:
 def test_the_layer_commutes_with_permuting_tokens(problem: MoEProblem, seed: int) -> None:
     tokens = torch.arange(problem.x[..., 0].numel())
     order = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
-    y = forward(of_tokens(problem, tokens))
-    assert_matches(forward(of_tokens(problem, order)), y[order], scale=0.1)
+    y = forward(problem.of_tokens(tokens))
+    assert_matches(forward(problem.of_tokens(order)), y[order], scale=0.1)
 
 
 @law(problems(configs(selection="top_k", groups=None, zero_experts=None, shared=None, correction_bias="none"), logits="grid"), SEEDS)
@@ -103,8 +94,8 @@ def test_relabelling_experts_changes_nothing(problem: MoEProblem, seed: int) -> 
 def test_the_layer_splits_over_concatenating_batches(problem: MoEProblem, seed: int) -> None:
     tokens = torch.arange(problem.x[..., 0].numel())
     cut = seed % (len(tokens) + 1)
-    parts = [forward(of_tokens(problem, part)) for part in (tokens[:cut], tokens[cut:])]
-    assert_matches(torch.cat(parts), forward(of_tokens(problem, tokens)), scale=0.1)
+    parts = [forward(problem.of_tokens(part)) for part in (tokens[:cut], tokens[cut:])]
+    assert_matches(torch.cat(parts), forward(problem.of_tokens(tokens)), scale=0.1)
 
 
 @law(problems())
@@ -193,7 +184,7 @@ def test_opaque_equals_transparent(problem: MoEProblem) -> None:
 
 @law(problems(), st.sampled_from([(1, 1), (2, 1), (1, 2, 1)]))
 def test_leading_dimensions_are_only_a_shape(problem: MoEProblem, ones: tuple[int, ...]) -> None:
-    plain = of_tokens(problem, torch.arange(problem.x[..., 0].numel()).repeat(max(ones)))
+    plain = problem.of_tokens(torch.arange(problem.x[..., 0].numel()).repeat(max(ones)))
 
     def shaped(t: Tensor | None, extra: int) -> Tensor | None:
         return None if t is None else t.view(*ones, -1, *t.shape[t.ndim - extra :])

@@ -26,8 +26,7 @@ SIZES: dict[str, object] = {
 
 
 def problems_of(quant: QuantConfig, **fixed: object) -> st.SearchStrategy[MoEProblem]:
-    of_call = quant.activations is not None and quant.activations.is_of_call
-    fixed = {**SIZES, **({"chunk_tokens": None} if of_call else {}), **fixed}
+    fixed = {**SIZES, **({"chunk_tokens": None} if quant.rounds_by_call else {}), **fixed}
     return problems(configs(quant=quant, **fixed), tokens=st.integers(0, 7), logits="grid")
 
 

@@ -45,7 +45,7 @@ def test_adapters_equal_the_reference(problem: MoEProblem) -> None:
 @FEW
 @given(on_triton(torch.float32, chunk_tokens=None), st.booleans())
 def test_gradients_equal_the_reference(problem: MoEProblem, recompute: bool) -> None:
-    problem = problem.replace(config=dataclasses.replace(problem.config, recompute=recompute and problem.config.expert_norm is None))
+    problem = problem.with_config(recompute=recompute and problem.config.expert_norm is None)
     expected = problem.call(moe_fn.reference.moe_forward)
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     actual = gradients(problem, moe_fn.moe_forward, direction)

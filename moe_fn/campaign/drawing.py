@@ -60,14 +60,13 @@ def every_problem(draw: DrawFn) -> MoEProblem:
 @st.composite
 def _fitting(draw: DrawFn, quant: QuantConfig) -> dict[str, Any]:
     """Options that codes ask for: two of 4 bits in a byte, scales along the inputs, and no chunks where one scale serves all rows."""
-    of_call = quant.activations is not None and quant.activations.granularity == "tensor" and not quant.activations.static
     return {
         "hidden_size": draw(_EVEN),
         "intermediate_size": draw(_EVEN),
         "hidden_padding": draw(st.sampled_from((0, 0, 2))),
         "latent": draw(st.sampled_from((None, None, LatentConfig(size=6, norm_epsilon=0.01)))),
         "weight_layout": "out_in",
-    } | ({"chunk_tokens": None} if of_call else {})
+    } | ({"chunk_tokens": None} if quant.rounds_by_call else {})
 
 
 def problem_of(seed: int, index: int) -> MoEProblem:

@@ -1,9 +1,7 @@
 """What must leave the output where it is: other ways to ask for the same numbers, each held to the same bound."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,44 +25,24 @@ def forward(problem: MoEProblem) -> Tensor:
     return y
 
 
-def with_config(problem: MoEProblem, **changes: Any) -> MoEProblem:
-    """The problem with other fields of its config."""
-    return problem.replace(config=dataclasses.replace(problem.config, **changes))
-
-
-def of_tokens(problem: MoEProblem, index: Tensor) -> MoEProblem:
-    """The problem of some of its tokens, laid flat."""
-
-    def chosen(t: Tensor | None, extra: int) -> Tensor | None:
-        return None if t is None else t.reshape(-1, *t.shape[t.ndim - extra :])[index]
-
-    return problem.replace(
-        x=chosen(problem.x, 1),
-        logits=chosen(problem.logits, 1),
-        token_ids=chosen(problem.token_ids, 0),
-        token_mask=chosen(problem.token_mask, 0),
-        adapter_ids=chosen(problem.adapter_ids, 0),
-    )
-
-
 def _tokens(problem: MoEProblem) -> Tensor:
     return torch.arange(problem.x[..., 0].numel())
 
 
 def _permuted(problem: MoEProblem) -> Tensor:
     order = _tokens(problem).flip(0).roll(1)
-    return forward(of_tokens(problem, order))[order.argsort()].view(problem.x.shape)
+    return forward(problem.of_tokens(order))[order.argsort()].view(problem.x.shape)
 
 
 def _split(problem: MoEProblem) -> Tensor:
     tokens = _tokens(problem)
     cut = len(tokens) // 3
-    return torch.cat([forward(of_tokens(problem, part)) for part in (tokens[:cut], tokens[cut:])]).view(problem.x.shape)
+    return torch.cat([forward(problem.of_tokens(part)) for part in (tokens[:cut], tokens[cut:])]).view(problem.x.shape)
 
 
 def _padded(problem: MoEProblem) -> Tensor:
     """With two tokens of padding behind, which hold NaN."""
-    flat, count = of_tokens(problem, _tokens(problem)), problem.x[..., 0].numel()
+    flat, count = problem.of_tokens(_tokens(problem)), problem.x[..., 0].numel()
     mask = torch.ones(count, dtype=torch.bool) if flat.token_mask is None else flat.token_mask
     ids, adapters = (None if t is None else torch.cat([t, t.new_zeros(2)]) for t in (flat.token_ids, flat.adapter_ids))
     longer = flat.replace(
@@ -82,11 +60,11 @@ def _with_garbage(rows: Tensor) -> Tensor:
 
 
 def _chunked(problem: MoEProblem) -> Tensor:
-    return forward(with_config(problem, chunk_tokens=3 if problem.config.chunk_tokens is None else None))
+    return forward(problem.with_config(chunk_tokens=3 if problem.config.chunk_tokens is None else None))
 
 
 def _opaque(problem: MoEProblem) -> Tensor:
-    return forward(with_config(problem, opaque=not problem.config.opaque))
+    return forward(problem.with_config(opaque=not problem.config.opaque))
 
 
 def _prepared(problem: MoEProblem) -> Tensor:
@@ -94,7 +72,7 @@ def _prepared(problem: MoEProblem) -> Tensor:
 
 
 def _in_torch(problem: MoEProblem) -> Tensor:
-    return forward(with_config(problem, backend="torch" if problem.config.backend == "auto" else "auto"))
+    return forward(problem.with_config(backend="torch" if problem.config.backend == "auto" else "auto"))
 
 
 def _routed(problem: MoEProblem) -> Tensor:
@@ -114,9 +92,7 @@ def _alone(problem: MoEProblem) -> bool:
 
 
 def _without_scale_of_call(problem: MoEProblem) -> bool:
-    quant = problem.config.quant
-    activations = None if quant is None else quant.activations
-    return activations is None or not activations.is_of_call
+    return problem.config.quant is None or not problem.config.quant.rounds_by_call
 
 
 def _invariant(problem: MoEProblem) -> bool:

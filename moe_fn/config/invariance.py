@@ -13,7 +13,7 @@ def check_batch_invariant(router: RouterConfig, quant: QuantConfig | None, paral
         raise ValueError(f"{_WHERE} router.capacity={router.capacity}: expected None, for the first tokens of a sequence get the places")
     if router.renormalize_order not in (1.0, 2.0):
         raise ValueError(f"{_WHERE} router.renormalize_order={router.renormalize_order}: expected 1.0 or 2.0, whose norms need no powers")
-    if quant is not None and quant.activations is not None and quant.activations.is_of_call:
+    if quant is not None and quant.rounds_by_call:
         raise ValueError(f"{_WHERE} quant.activations of granularity 'tensor', not static: expected 'token', for one scale is the batch's")
     if parallel is None:
         return

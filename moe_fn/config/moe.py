@@ -134,7 +134,7 @@ class MoEConfig:
         for name in ("expert_hidden_size", "intermediate_size"):
             if getattr(self, name) % quant.per_byte:
                 raise ValueError(f"MoEConfig.{name}={getattr(self, name)} with quant.scheme={quant.scheme!r}: expected an even one")
-        if quant.activations is not None and quant.activations.is_of_call and (self.chunk_tokens is not None or self.parallel is not None):
+        if quant.rounds_by_call and (self.chunk_tokens is not None or self.parallel is not None):
             raise ValueError(
                 "MoEConfig.quant.activations of granularity 'tensor', not static, with chunk_tokens or parallel: expected 'token', for a "
                 "scale of all rows is not that of a part of them"

@@ -142,6 +142,11 @@ class QuantConfig:
         return self._json  # type: ignore[attr-defined, no-any-return]
 
     @property
+    def rounds_by_call(self) -> bool:
+        """Whether activations share a scale that is computed from all rows of a call, so that tokens act on one another."""
+        return self.activations is not None and self.activations.is_of_call
+
+    @property
     def row(self) -> SchemeRow:
         """What the scheme is made of."""
         return SCHEMES[self.scheme]

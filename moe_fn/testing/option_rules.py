@@ -110,7 +110,7 @@ def _gate(shared: SharedExpertsConfig | str | None) -> str | None:
 
 
 def _rounds_by_call(quant: QuantConfig | None) -> bool:
-    return quant is not None and quant.activations is not None and quant.activations.is_of_call
+    return quant is not None and quant.rounds_by_call
 
 
 def _gated(activation: Any) -> bool:

@@ -38,6 +38,20 @@ class MoEProblem:
         """The problem with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def with_config(self, **changes: Any) -> Self:
+        """The problem with other fields of its config."""
+        return self.replace(config=dataclasses.replace(self.config, **changes))
+
+    def of_tokens(self, index: Tensor) -> Self:
+        """The problem of some of its tokens, laid flat."""
+
+        def chosen(name: str, extra: int) -> Tensor | None:
+            value = getattr(self, name)
+            return None if value is None else value.reshape(-1, *value.shape[value.ndim - extra :])[index]
+
+        rows = {name: chosen(name, 1) for name in ("x", "logits")}
+        return self.replace(**rows, **{name: chosen(name, 0) for name in ("token_ids", "token_mask", "adapter_ids")})
+
     def call(self, fn: Callable[..., Any]) -> Any:
         """fn(config, weights, x, logits, token_ids=..., token_mask=...), and adapter_ids=... where there are any."""
         adapters = {} if self.adapter_ids is None else {"adapter_ids": self.adapter_ids}

@@ -81,8 +81,7 @@ def _product(
 
 def _largest(config: MoEConfig, v: Ball, slots: Slots) -> Ball | None:
     """The largest magnitude of all rows that have an expert, where inputs share one scale that each call computes."""
-    activations = None if config.quant is None else config.quant.activations
-    if activations is None or activations.granularity != "tensor" or activations.static:
+    if config.quant is None or not config.quant.rounds_by_call:
         return None
     some = slots.present.unsqueeze(-1).expand_as(v.value)
     values, radii = v.value.abs()[some], v.radius.expand_as(v.value)[some]
