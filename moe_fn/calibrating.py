@@ -3,18 +3,15 @@
 import torch
 from torch import Tensor
 
-from moe_fn.activations import activate
-from moe_fn.backends import backend_of
 from moe_fn.checking import check_beside_x, check_weights, check_x
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.kinds import check_kind, check_layer
 from moe_fn.layer import route_tokens
-from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops.grouped import GROUPED, spread_over_rows
 from moe_fn.preparing import restore_weights
 from moe_fn.quant.calibration import Calibration
 from moe_fn.records import MoEWeights
 from moe_fn.stages.dispatch import dispatch
+from moe_fn.stages.experts import hidden_rows
 from moe_fn.stages.transform import transform_input
 
 
@@ -48,12 +45,7 @@ def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor 
     check_weights("calibrate", config, weights, x)
     _, routing = route_tokens(config, weights, x, logits, None, None)
     d = dispatch(config, transform_input(config, weights, x), routing)
-    backend, plain = backend_of(config, d.rows), restore_weights(config, weights)
-    wide = accumulation_dtype(x.dtype)
-    hidden = GROUPED[backend].matmul(d.rows, plain.gate_up, d.expert_ends, config.weight_layout == "out_in").to(wide)
-    if plain.gate_up_bias is not None:
-        hidden = hidden + spread_over_rows(backend, plain.gate_up_bias, d.expert_ends, hidden.shape[0])
-    hidden = activate(as_activation(config.activation), hidden, config.gate_up_layout).to(x.dtype)
+    hidden = hidden_rows(config, restore_weights(config, weights), d, None)
     row = torch.arange(d.rows.shape[0], device=x.device)
     expert = torch.searchsorted(d.expert_ends, row.to(d.expert_ends.dtype), right=True)  # num_experts for rows of nobody
     return Calibration(*_seen(config.num_experts, d.rows, expert), *_seen(config.num_experts, hidden, expert))

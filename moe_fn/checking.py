@@ -9,9 +9,9 @@ from torch import Tensor
 from moe_fn.config import MoEConfig
 from moe_fn.kinds import check_config, check_kind, check_layer
 from moe_fn.lora import check_adapters
-from moe_fn.preparing import Shape, is_prepared, prepared_beside_shapes, prepared_shapes
+from moe_fn.preparing import is_prepared, prepared_beside_shapes, prepared_shapes
 from moe_fn.quant.shapes import dtypes_of_quant
-from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights
+from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, RouterWeights, Routing, Shape, leaves_of_weights
 from moe_fn.shapes import ANY, expected_shapes
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
@@ -45,7 +45,7 @@ def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights,
     _check_leaves(where, config, weights, _OF_EXPERTS if config.lora is None else _OF_EXPERTS | _OF_ADAPTERS, rows, "the rows")
 
 
-def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set[tuple[str, ...]], beside: Tensor, named: str) -> None:
+def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set[Path], beside: Tensor, named: str) -> None:
     shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
     if is_prepared(weights.gate_up):
         laid = prepared_beside_shapes(config.own)
@@ -63,7 +63,7 @@ def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set
     check_adapters(where, config, weights.lora)
 
 
-def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype) -> tuple[Shape, bool]:
+def _prepared_shape(config: MoEConfig, path: Path, dtype: torch.dtype) -> tuple[Shape, bool]:
     shape = prepared_shapes(config.own, dtype)[_PREPARED.index(path)]
     return tuple(zip(("num_experts", "panels", "steps", "columns of a step"), shape, strict=True)), True
 
@@ -71,7 +71,7 @@ def _prepared_shape(config: MoEConfig, path: tuple[str, ...], dtype: torch.dtype
 def _check_weight(
     where: str,
     name: str,
-    path: tuple[str, ...],
+    path: Path,
     leaf: Tensor | None,
     expected: tuple[Shape, bool] | None,
     device: torch.device,

@@ -24,7 +24,7 @@ from moe_fn.op_arguments import NUM_FLOATS, packed, unpacked, with_floats
 from moe_fn.ops.define import Kernel
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
 from moe_fn.ops.routed import DIFFERENTIABLE, define_routed_experts, define_routed_experts_backward
-from moe_fn.ops.rows import gather_rows
+from moe_fn.ops.rows import gather_rows, has_expert
 from moe_fn.preparing import is_prepared, lay_down, lay_gate_up, restore_weights
 from moe_fn.quant.weights import dequantize_weights
 from moe_fn.records import MoEWeights, Routing
@@ -163,12 +163,12 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
     g = gather_rows(gradient, d.slot_of_row, d.row_of_slot, config.top_k)
     d_a = product(g, weights.down, ends, not transposed).to(wide)
 
-    has_expert = (torch.arange(rows.shape[0], device=x.device) < ends[-1]).unsqueeze(1)
+    present = has_expert(rows.shape[0], ends)
     w = gather_rows(routing.weights.reshape(-1, 1), d.slot_of_row, d.row_of_slot, 1)
-    w = torch.where(has_expert, w, 0).to(wide)
+    w = torch.where(present, w, 0).to(wide)
     d_w = arithmetic.total(d_a * a)
     d_w = d_w if weights.down_bias is None else d_w + arithmetic.total(g.to(wide) * spread(weights.down_bias))
-    d_w = gather_rows(torch.where(has_expert, d_w, 0), d.row_of_slot, d.slot_of_row, 1).view_as(routing.weights)
+    d_w = gather_rows(torch.where(present, d_w, 0), d.row_of_slot, d.slot_of_row, 1).view_as(routing.weights)
     d_hidden = pull(d_a * w)[0].to(x.dtype)
     d_x = gather_rows(product(d_hidden, weights.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
     d_x = arithmetic.added(d_x.unflatten(0, (-1, config.top_k)).to(wide), 1).to(x.dtype)

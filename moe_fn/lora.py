@@ -16,7 +16,7 @@ from moe_fn.backends import backend_of
 from moe_fn.config import LoRAConfig, MoEConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED
-from moe_fn.ops.rows import gather_rows
+from moe_fn.ops.rows import ends_of_keys, gather_rows, sort_slots
 from moe_fn.records import Dispatched, LoRAWeights
 
 Dim = tuple[str, int]  # name and size
@@ -72,10 +72,8 @@ def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | No
     adapters = adapters.to(torch.int64)
     known = (adapters >= 0) & (adapters < num_adapters) & (expert_of_row < num_experts)
     pair_of_row = torch.where(known, adapters * num_experts + expert_of_row, pairs)
-    pair_of_place, row_of_place = pair_of_row.sort(stable=True)
-    place_of_row = torch.zeros_like(row_of_place).scatter(0, row_of_place, rows)
-    numbers = torch.arange(pairs, device=ends.device)
-    ends_of_pairs = torch.searchsorted(pair_of_place, numbers, right=True).to(torch.int32)
+    pair_of_place, row_of_place, place_of_row = sort_slots(pair_of_row)
+    ends_of_pairs = ends_of_keys(pair_of_place, pairs).to(torch.int32)
     ends_of_adapters = ends_of_pairs.unflatten(0, (num_adapters, num_experts)).select(1, -1)
     return ByAdapter(product, ends_of_pairs, ends_of_adapters, row_of_place, place_of_row)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, ZeroExpertsConfig, as_activation
+from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.activation import activation_of_scalars
+from moe_fn.config.parts import nobody
 from moe_fn.config.quant import quant_of_text
 from moe_fn.ops.routed import NUM_TENSORS
 from moe_fn.records import MoEWeights, QuantWeights, Routing
@@ -54,7 +55,7 @@ def _config_of(
     return MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
-        zero_experts=ZeroExpertsConfig(count=top_k - num_experts) if top_k > num_experts else None,  # who else could be chosen
+        zero_experts=nobody(num_experts, top_k),
         hidden_size=hidden,
         intermediate_size=intermediate,
         activation=activation_of_scalars(function, gated, alpha, up_offset, limit, limit_output, gate_cap, up_cap),

@@ -12,9 +12,8 @@ from moe_fn.kernels import native
 from moe_fn.kinds import check_layer
 from moe_fn.panels import PANEL, lay_columns, lay_weight, lift_columns, lift_weight, num_panels, per_step_of
 from moe_fn.quant.tiles import halves_of, spread
-from moe_fn.records import MoEWeights, QuantWeights
+from moe_fn.records import MoEWeights, QuantWeights, Shape
 
-Shape = tuple[tuple[str, int], ...]  # name and size of each dim
 NAMES = ("gate_up", "down")
 BESIDE = ("scale", "zero_point")  # of codes: what is laid with them
 

@@ -152,6 +152,8 @@ RECORDS = (RouterWeights, SharedWeights, LatentWeights, LoRAWeights, QuantWeight
 for _cls in RECORDS:
     torch.export.register_dataclass(_cls, serialized_type_name=f"moe_fn.{_cls.__name__}")
 
+Path = tuple[str, ...]  # of a tensor in MoEWeights: ("router", "gate")
+Shape = tuple[tuple[str, int], ...]  # name and size of each dim of a weight
 NESTED_WEIGHTS = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights, "lora": LoRAWeights, "quant": QuantWeights}
 
 
@@ -163,7 +165,7 @@ def _names(record: type) -> tuple[str, ...]:
 _PARTS = {name: _names(NESTED_WEIGHTS[name]) if name in NESTED_WEIGHTS else None for name in _names(MoEWeights)}
 
 # Every tensor that MoEWeights can hold, in the order that ops take them: ("gate_up",), ..., ("router", "gate"), ...
-WEIGHT_PATHS: tuple[tuple[str, ...], ...] = tuple(
+WEIGHT_PATHS: tuple[Path, ...] = tuple(
     path for name, parts in _PARTS.items() for path in ([(name,)] if parts is None else [(name, part) for part in parts])
 )
 

@@ -2,13 +2,14 @@
 
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.lora import shapes_of_adapters
-from moe_fn.preparing import Shape, plain_shapes
+from moe_fn.preparing import plain_shapes
 from moe_fn.quant.shapes import shapes_of_quant
+from moe_fn.records import Path, Shape
 
 ANY = -1  # a size that the config does not say
 
 
-def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, bool]]:
+def expected_shapes(config: MoEConfig) -> dict[Path, tuple[Shape, bool]]:
     """Shape of every weight that fits the config, and whether it must be there; a weight not in the result must not be."""
     own = config.own  # with parallel, the rank's part
     experts, hidden = ("num_experts", own.num_experts), ("hidden_size", config.hidden_size)
@@ -17,7 +18,7 @@ def expected_shapes(config: MoEConfig) -> dict[tuple[str, ...], tuple[Shape, boo
     outputs = 1 if config.weight_layout == "out_in" else 2
     choices, logits = ("num_choices", config.num_choices), ("num_logits", config.num_logits)
     gate_width = hidden if config.router.gate_input == "original" else wide
-    shapes: dict[tuple[str, ...], tuple[Shape, bool]] = {
+    shapes: dict[Path, tuple[Shape, bool]] = {
         ("gate_up",): (gate_up, True),
         ("down",): (down, True),
         ("gate_up_bias",): ((experts, gate_up[outputs]), False),

@@ -11,9 +11,8 @@ from moe_fn.balance.moves import Moves, transfers
 from moe_fn.balance.placement import Placement
 from moe_fn.kernels import native
 from moe_fn.preparing import is_prepared
-from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, leaves_of_weights, weights_of_leaves
+from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
 
-Path = tuple[str, ...]
 _LORA = "lora"  # adapters have the experts second
 
 

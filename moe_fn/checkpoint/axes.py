@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
+from moe_fn.records import Path
 
-Path = tuple[str, ...]  # of a tensor in MoEWeights
 Dims = tuple[tuple[str, ...], ...]  # axes of each dim
 Ranges = Mapping[str, tuple[int, int]]  # start and stop along axes; all of an axis that is not in it
 Units = tuple[tuple[str, int | None], ...]  # places along an axis that one element is for; None: all of them; 1 where it is not said

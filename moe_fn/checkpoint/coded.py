@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from moe_fn.checkpoint.axes import Path, Ranges, Units, axes_of, by_axes, dims_of, ranges_in_units
+from moe_fn.checkpoint.axes import Ranges, Units, axes_of, by_axes, dims_of, ranges_in_units
 from moe_fn.checkpoint.codings import CODINGS, check_order, check_sizes, check_zeros
 from moe_fn.checkpoint.entries import Entry
 from moe_fn.checkpoint.files import open_tensors
@@ -15,6 +15,7 @@ from moe_fn.checkpoint.match import Part, Plan
 from moe_fn.checkpoint.quantised import CODED, EXPERTS
 from moe_fn.quant.numbers import pack_halves
 from moe_fn.quant.weights import Codes, decoded
+from moe_fn.records import Path
 
 INPUT_SCALES: frozenset[Path] = frozenset((("quant", "gate_up_input_scale"), ("quant", "down_input_scale")))
 _AGREE = 1e-5  # how far the input scales of a gate and its up may be apart: what their writers hold them to

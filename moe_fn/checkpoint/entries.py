@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from moe_fn.checkpoint.axes import Path, Units
+from moe_fn.checkpoint.axes import Units
 from moe_fn.checkpoint.stored import Method
+from moe_fn.records import Path
 
 
 @dataclass(frozen=True)

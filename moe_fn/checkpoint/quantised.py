@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_fn.checkpoint.axes import Path, Units, dims_of, patterns_of
+from moe_fn.checkpoint.axes import Units, dims_of, patterns_of
 from moe_fn.checkpoint.entries import Entry, Layout, of_first_expert
 from moe_fn.checkpoint.files import FLOATS, TensorInfo
 from moe_fn.checkpoint.folder import full_name
 from moe_fn.checkpoint.methods import method_of
 from moe_fn.checkpoint.stored import FORMATS, Method, Stored, Words
 from moe_fn.config import MoEConfig, as_activation
+from moe_fn.records import Path
 
 EXPERTS: tuple[Path, ...] = (("gate_up",), ("down",))
 # The matrices that are products, and the axis along which each is multiplied. Those that are no experts are read as floats.

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checkpoint.axes import Path, Ranges, axes_of, by_axes, in_units, ranges_in_units, rectangles, shape_of, spans
+from moe_fn.checkpoint.axes import Ranges, axes_of, by_axes, in_units, ranges_in_units, rectangles, shape_of, spans
 from moe_fn.checkpoint.coded import INPUT_SCALES, check_parts, decode_others, put_input_scale, to_codes
 from moe_fn.checkpoint.files import BITS, TensorInfo, open_tensors
 from moe_fn.checkpoint.match import Part, Plan
 from moe_fn.checkpoint.quantised import Place
 from moe_fn.config import MoEConfig
-from moe_fn.records import WEIGHT_PATHS, MoEWeights, weights_of_leaves
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, weights_of_leaves
 
 # Pages of a mapped file count as this process' memory until the mapping goes: it is made anew after a piece, or this many bytes of them.
 _WINDOW = 16 * 2**20

@@ -46,6 +46,15 @@ class ZeroExpertsConfig:
         check_choice("ZeroExpertsConfig.kind", self.kind, ("identity", "zero", "constant"))
 
 
+def nobody(num_experts: int, top_k: int) -> ZeroExpertsConfig | None:
+    """Choices that add nothing, where a token has more slots than a rank has experts: the other slots go to other ranks.
+
+    >>> nobody(num_experts=2, top_k=3)
+    ZeroExpertsConfig(count=1, kind='zero')
+    """
+    return ZeroExpertsConfig(count=top_k - num_experts, kind="zero") if top_k > num_experts else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
     """The routed experts work in a narrower space (Nemotron-H, Kimi-K3, Muse-Spark).

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe_fn.config.parallel import ParallelConfig
-from moe_fn.config.parts import ZeroExpertsConfig
+from moe_fn.config.parts import nobody
 
 
 def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
@@ -18,8 +18,7 @@ def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
     return {
         "num_experts": experts,
         "top_k": top_k,
-        # A rank may have fewer experts than a token chooses; the others' slots go nowhere.
-        "zero_experts": ZeroExpertsConfig(count=top_k - experts, kind="zero") if top_k > experts else None,
+        "zero_experts": nobody(experts, top_k),
         "hidden_size": config.expert_hidden_size,
         "intermediate_size": config.intermediate_size // parallel.slices[0],
         **{name: getattr(config, name) for name in _SAME},

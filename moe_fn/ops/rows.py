@@ -1,4 +1,4 @@
-"""A gather whose gradient is a gather too: no atomics, so the same bits every run.
+"""Rows sorted by a key, and a gather whose gradient is a gather too: no atomics, so the same bits every run.
 
 The gradient of torch's own index_select is a scatter with atomic adds under Inductor (measured: two runs differ in the last
 bit for top_k > 2).
@@ -6,6 +6,7 @@ bit for top_k > 2).
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_fn.numerics import accumulation_dtype
@@ -51,3 +52,34 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, repeat: int) -> Tenso
     """
     rows: Tensor = _gather_op(x, index, inverse, repeat)
     return rows
+
+
+def sort_slots(key_of_slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(key_of_row, slot_of_row, row_of_slot): slots in the order of their keys, equal ones in the order that they have. [S] int64 each.
+
+    >>> key_of_row, slot_of_row, row_of_slot = sort_slots(torch.tensor([2, 0, 2, 1]))
+    >>> key_of_row.tolist(), slot_of_row.tolist(), row_of_slot.tolist()
+    ([0, 1, 2, 2], [1, 3, 0, 2], [2, 0, 3, 1])
+    """
+    key_of_row, slot_of_row = key_of_slot.sort(stable=True)
+    slots = torch.arange(key_of_slot.shape[0], device=key_of_slot.device)
+    return key_of_row, slot_of_row, torch.zeros_like(slot_of_row).scatter(0, slot_of_row, slots)
+
+
+def ends_of_keys(key_of_row: Tensor, count: int) -> Tensor:
+    """Where the rows of each key 0 .. count - 1 end: sorted keys [R] -> int64 [count].
+
+    >>> ends_of_keys(torch.tensor([0, 1, 2, 2]), 2).tolist()
+    [1, 2]
+    """
+    keys = torch.arange(count, device=key_of_row.device, dtype=key_of_row.dtype)
+    return torch.searchsorted(key_of_row, keys, right=True)
+
+
+def has_expert(num_rows: int, expert_ends: Tensor) -> Tensor:
+    """Which rows are somebody's, as a column: bool [num_rows, 1].
+
+    >>> has_expert(3, torch.tensor([1, 2])).flatten().tolist()
+    [True, True, False]
+    """
+    return (torch.arange(num_rows, device=expert_ends.device) < expert_ends[-1]).unsqueeze(1)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from moe_fn.checking import check_weights
 from moe_fn.config import MoEConfig, RankGroup, as_activation
 from moe_fn.parallel.meeting import meet, words_of_ranks
+from moe_fn.parallel.sharding import FIRST_SLICE_ONLY
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
 
 _c10d: Any = dist.distributed_c10d  # torch finds groups by name only there
 _ROLES = ("tp", "ep", "dp", "sp")
-_SOME_RANKS_ONLY = {("down_bias",), ("shared", "down_bias")}  # these are on the first slice alone
 _ON_EVERY_RANK = ("router", "latent", "constants", "input_norm", "output_norm")
 _NOT_THERE = object()
 
@@ -115,7 +115,7 @@ def _fields(config: MoEConfig, weights: MoEWeights | None) -> dict[str, Any]:
     if not isinstance(weights, MoEWeights):
         return fields
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
-        if leaf is None or path in _SOME_RANKS_ONLY:
+        if leaf is None or path in FIRST_SLICE_ONLY:
             continue
         name = "weights." + ".".join(path)
         fields[f"dtype of {name}"] = str(leaf.dtype)

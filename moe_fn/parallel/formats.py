@@ -15,7 +15,7 @@ from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.fused import routed_experts
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops import collectives, rounded_collectives
-from moe_fn.ops.rows import gather_rows
+from moe_fn.ops.rows import ends_of_keys, gather_rows, sort_slots
 from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
 from moe_fn.parallel.places import places_of_experts
 from moe_fn.parallel.sizes import numbers
@@ -159,9 +159,7 @@ class SortedByRank:
 
 def _by_rank(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, group: RankGroup) -> SortedByRank:
     ranks, own = (t.flatten() for t in places_of_experts(config, weights, routing.expert_ids))
-    rank_of_row, slot_of_row = ranks.sort(stable=True)
-    slots = torch.arange(ranks.shape[0], device=x.device)
-    row_of_slot = torch.zeros_like(slot_of_row).scatter(0, slot_of_row, slots)
+    rank_of_row, slot_of_row, row_of_slot = sort_slots(ranks)
     rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
     if config.router.weight_on == "input":
         rows = weighted(config, rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))
@@ -192,8 +190,7 @@ def _combined(config: MoEConfig, rows: Tensor, sorted_: SortedByRank, routing: R
 
 def _counts(sorted_ranks: Tensor, ranks: int) -> Tensor:
     """How many rows go to each rank."""
-    every = torch.arange(ranks, device=sorted_ranks.device, dtype=sorted_ranks.dtype)
-    ends = torch.searchsorted(sorted_ranks, every, right=True)
+    ends = ends_of_keys(sorted_ranks, ranks)
     return torch.diff(ends, prepend=ends.new_zeros(1))
 
 

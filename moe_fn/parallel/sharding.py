@@ -16,7 +16,7 @@ from moe_fn.parallel.places import placement_of_weights, without_placement
 from moe_fn.quant.tiles import halves_of
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, SharedWeights, leaves_of_weights, weights_of_leaves
 
-_FIRST_SLICE_ONLY = (("down_bias",), ("shared", "down_bias"))
+FIRST_SLICE_ONLY = (("down_bias",), ("shared", "down_bias"))
 
 
 def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
@@ -160,7 +160,7 @@ def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) ->
         if _cut(config) != _cut(configs[0]):
             raise ValueError(f"join_weights: configs 0 and {number} are of different layers, or cut them in different ways")
         for path, here, there in zip(WEIGHT_PATHS, leaves_of_weights(shards[0]), leaves_of_weights(shard), strict=True):
-            if (here is None) != (there is None) and path not in _FIRST_SLICE_ONLY:
+            if (here is None) != (there is None) and path not in FIRST_SLICE_ONLY:
                 raise ValueError(f"join_weights: shards 0 and {number} differ in whether they have {'.'.join(path)}")
 
 

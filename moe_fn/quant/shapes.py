@@ -5,9 +5,7 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.quant.tiles import halves_of, scale_shape
-
-Path = tuple[str, ...]
-Shape = tuple[tuple[str, int], ...]  # name and size of each dim
+from moe_fn.records import Path, Shape
 
 
 def shapes_of_quant(config: MoEConfig, gate_up: Shape, down: Shape) -> dict[Path, Shape]:

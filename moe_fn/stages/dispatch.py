@@ -6,7 +6,7 @@ from torch import Tensor
 from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.checking_stages import check_dispatch
 from moe_fn.config import MoEConfig
-from moe_fn.ops.rows import gather_rows
+from moe_fn.ops.rows import ends_of_keys, gather_rows, sort_slots
 from moe_fn.records import Dispatched, Routing
 
 
@@ -37,11 +37,8 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     ids = routing.expert_ids.flatten().to(torch.int64)  # num_experts, the word for none, may not fit into a small dtype
     num_experts = config.num_experts
     expert_of_slot = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    expert_of_row, slot_of_row = expert_of_slot.sort(stable=True)
-    slots = torch.arange(ids.shape[0], device=ids.device)
-    row_of_slot = torch.zeros_like(slot_of_row).scatter(0, slot_of_row, slots)
-    experts = torch.arange(num_experts, device=ids.device, dtype=expert_of_row.dtype)
-    expert_ends = torch.searchsorted(expert_of_row, experts, right=True).to(torch.int32)
+    expert_of_row, slot_of_row, row_of_slot = sort_slots(expert_of_slot)
+    expert_ends = ends_of_keys(expert_of_row, num_experts).to(torch.int32)
     rows = gather_rows(x, slot_of_row, row_of_slot, config.top_k)
     if config.router.weight_on == "input":
         rows = weighted(config, rows, gather_rows(routing.weights.reshape(-1, 1), slot_of_row, row_of_slot, 1))

@@ -8,10 +8,11 @@ from moe_fn.arithmetic import ARITHMETIC, rms_norm
 from moe_fn.backends import backend_of
 from moe_fn.checking_stages import check_experts
 from moe_fn.config import ActivationQuantConfig, ExpertNormConfig, MoEConfig, as_activation
-from moe_fn.lora import add_adapters, sort_by_adapter
+from moe_fn.lora import ByAdapter, add_adapters, sort_by_adapter
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
 from moe_fn.ops.quantised import quantised_matmul
+from moe_fn.ops.rows import has_expert
 from moe_fn.preparing import restore_weights
 from moe_fn.quant.activations import rounded_rows, straight_through
 from moe_fn.quant.tiles import halves_of
@@ -50,11 +51,7 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     rows, ends = dispatched.rows, dispatched.expert_ends
     backend, weights = backend_of(config, rows), restore_weights(config, weights)
     by_adapter = sort_by_adapter(config, dispatched)
-    hidden = _product(config, weights, "gate_up", rows, ends, backend).to(accumulation_dtype(rows.dtype))
-    hidden = add_adapters(by_adapter, weights.lora, "gate_up", rows, hidden)
-    if weights.gate_up_bias is not None:
-        hidden = hidden + spread_over_rows(backend, weights.gate_up_bias, ends, rows.shape[0])
-    hidden = activate(as_activation(config.activation), hidden, config.gate_up_layout, ARITHMETIC[config.batch_invariant]).to(rows.dtype)
+    hidden = hidden_rows(config, weights, dispatched, by_adapter)
     out = add_adapters(by_adapter, weights.lora, "down", hidden, _product(config, weights, "down", hidden, ends, backend))
     if weights.down_bias is not None:
         out = out.to(accumulation_dtype(rows.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])
@@ -62,6 +59,16 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     if config.expert_norm is not None and weights.expert_norm is not None:
         out = _normalise(config, config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0]))
     return out
+
+
+def hidden_rows(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched, by_adapter: ByAdapter | None) -> Tensor:
+    """What down is multiplied with: the first half of `experts`, with plain weights. [R, Hx] -> [R, I] in the dtype of the rows."""
+    rows, ends, backend = dispatched.rows, dispatched.expert_ends, backend_of(config, dispatched.rows)
+    hidden = _product(config, weights, "gate_up", rows, ends, backend).to(accumulation_dtype(rows.dtype))
+    hidden = add_adapters(by_adapter, weights.lora, "gate_up", rows, hidden)
+    if weights.gate_up_bias is not None:
+        hidden = hidden + spread_over_rows(backend, weights.gate_up_bias, ends, rows.shape[0])
+    return activate(as_activation(config.activation), hidden, config.gate_up_layout, ARITHMETIC[config.batch_invariant]).to(rows.dtype)
 
 
 def _product(config: MoEConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
@@ -81,7 +88,7 @@ def _rounded(a: ActivationQuantConfig, weights: MoEWeights, name: str, rows: Ten
     static = None if weights.quant is None else getattr(weights.quant, f"{name}_input_scale")
     if static is not None:
         static = spread_over_rows(backend, static.to(torch.float32).unsqueeze(-1), ends, rows.shape[0])
-    present = (torch.arange(rows.shape[0], device=rows.device) < ends[-1]).unsqueeze(1)
+    present = has_expert(rows.shape[0], ends)
     return straight_through(rounded_rows(a, rows.detach(), present, static).floats().to(rows.dtype), rows)
 
 

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from moe_fn.config import GroupConfig, MoEConfig, RouterConfig, SharedExpertsConfig
 from moe_fn.integrations.torchtitan.layouts import config_of_experts, layout_of_class
-from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights, weights_of_leaves
-
-Path = tuple[str, ...]
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
 
 # Where each tensor of ours is in their state_dict; two names: halves of ours, along the last dimension but one (biases: the last).
 _AROUND: dict[Path, tuple[str, ...]] = {

@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from moe_fn.backends import backend_of
 from moe_fn.checking import check_routing, check_x
 from moe_fn.compiling import constant_while_tracing
-from moe_fn.config import MoEConfig, ZeroExpertsConfig, as_activation
+from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config.parts import nobody
 from moe_fn.forward import moe_forward_routed
 from moe_fn.integrations.transformers.gates import activation_of, places_of_numbers
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
+from moe_fn.ops.rows import has_expert
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch
@@ -100,19 +102,19 @@ def by_stages_of_module(module: nn.Module, config: MoEConfig, weights: MoEWeight
     dispatched = dispatch(config, x.to(dtype), routing)
     rows, ends, transposed = dispatched.rows, dispatched.expert_ends, config.weight_layout == "out_in"
     backend = backend_of(config, rows)
-    has_expert = (torch.arange(rows.shape[0], device=x.device) < ends[-1]).unsqueeze(1)
+    present = has_expert(rows.shape[0], ends)
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = GROUPED[backend].matmul(rows.to(dtype), weight.to(dtype), ends, transposed)
         return out if bias is None else (out + spread_over_rows(backend, bias, ends, rows.shape[0])).to(dtype)
 
-    rows = torch.where(has_expert, product(rows, weights.gate_up, weights.gate_up_bias), 1)
+    rows = torch.where(present, product(rows, weights.gate_up, weights.gate_up_bias), 1)
     rows = part._apply_gate(rows) if part.has_gate else part.act_fn(rows)
     if rows.shape[-1] != config.intermediate_size:
         raise ValueError(f"{_name(module)}: its gate gives {rows.shape[-1]} columns; expected {config.intermediate_size}")
     rows = product(rows, weights.down, weights.down_bias)
     if part.has_post_expert_norm:
-        rows = part.post_expert_norm(torch.where(has_expert, rows, 1))
+        rows = part.post_expert_norm(torch.where(present, rows, 1))
     return combine(config, rows, dispatched, routing)
 
 
@@ -136,8 +138,7 @@ def _make_config(known: bool, gated: bool, in_out: bool, gate: object, act: obje
     config = MoEConfig(
         num_experts=experts,
         top_k=top_k,
-        # One rank's share of the experts may be fewer than a token chooses.
-        zero_experts=ZeroExpertsConfig(count=top_k - experts, kind="zero") if top_k > experts else None,
+        zero_experts=nobody(experts, top_k),
         hidden_size=hidden,
         intermediate_size=intermediate,
         activation=activation,

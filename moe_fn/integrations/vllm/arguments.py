@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, RouterConfig, ZeroExpertsConfig
+from moe_fn.config import MoEConfig, RouterConfig
 from moe_fn.config.activation import PRESETS, ActivationConfig
+from moe_fn.config.parts import nobody
 from moe_fn.records import MoEWeights, Routing
 
 GateUpLayout = Literal["packed", "interleaved"]
@@ -112,7 +113,7 @@ def config_of_sizes(
         router=RouterConfig(renormalize=False),
         activation=function,
         gate_up_layout=layout,
-        zero_experts=ZeroExpertsConfig(count=top_k - num_experts, kind="zero") if top_k > num_experts else None,
+        zero_experts=nobody(num_experts, top_k),
     )
 
 
