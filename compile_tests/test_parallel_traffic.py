@@ -87,6 +87,7 @@ MESHES: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
     ({"ep": 2, "tp": 2}, {"dispatch": "all_to_all_static", "max_tokens": MOST, "shared": "replicated"}),
     ({"ep": 2, "tp": 2}, {"sequence_parallel": True, "dispatch": "all_to_all"}),
     ({"dp": 2, "tp": 2}, {"dispatch": "all_gather", "max_tokens": MOST}),
+    ({"dp": 2, "tp": 2}, {"dispatch": "all_gather", "max_tokens": MOST, "ordered_sums": True}),
 )
 _WITHOUT_LORA = [layer for layer in LAYERS if "lora" not in LAYERS[layer]]
 COUNTED = [(mesh, options, _WITHOUT_LORA[i % len(_WITHOUT_LORA)]) for i, (mesh, options) in enumerate(MESHES)] + [

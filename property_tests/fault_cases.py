@@ -92,6 +92,10 @@ FAULTS: dict[str, Fault] = {
         dispatch="all_to_all_static",
         max_tokens=4,
     ),
+    "sums in another order": Fault(
+        r"parallel.ep.ordered is False on ranks 0, 1 and True on rank 2",
+        config=in_parallel(ep=RankGroup(name="0", size=3, rank=2, ordered=True)),
+    ),
     "no parallel": Fault(r"parallel is not there on ranks 0, 1 and None on rank 2", config=changed(parallel=None)),
     "a config of another run": Fault(
         r"rank 2: ParallelConfig.ep is a group named '17', of which torch.distributed knows nothing",

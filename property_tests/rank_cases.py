@@ -109,6 +109,8 @@ def cases(world: int) -> list[Case]:
     copies = ("replicated", "all_gather", "all_to_all")
     found += [Case(((EP, n),), {"dispatch": dispatch, "num_physical": 8}) for n in (2, 4) for dispatch in copies]
     found += [Case(((EP, 2),), {"dispatch": "all_to_all", "num_physical": 8}, "lora")]
+    ordered = [(((TP, 4),), "replicated"), (((EP, 4),), "replicated"), (((EP, 4),), "all_gather"), (((DP, 2), (TP, 2)), "all_gather")]
+    found += [Case(mesh, {"dispatch": dispatch, "ordered_sums": True}, "shared") for mesh, dispatch in ordered]
     return list({case.name: case for case in found if case.world == world}.values())
 
 

@@ -21,8 +21,8 @@ def check_batch_invariant(router: RouterConfig, quant: QuantConfig | None, paral
         raise ValueError(f"{_WHERE} parallel.capacity={parallel.capacity}: expected None, for who is dropped depends on the others")
     for name, group in (("ep", parallel.ep), ("tp", parallel.tp), ("dp", parallel.dp)):
         exchanged = name != "tp" and parallel.dispatch in ("all_to_all", "all_to_all_static")
-        if group is not None and group.size > 2 and not exchanged:
+        if group is not None and group.size > 2 and not group.ordered and not exchanged:
             raise ValueError(
-                f"{_WHERE} parallel.{name} of {group.size} ranks, dispatch={parallel.dispatch!r}: expected at most 2, or 'all_to_all', "
-                "for more of them are added up in an order that depends on the place in the tensor"
+                f"{_WHERE} parallel.{name} of {group.size} ranks, dispatch={parallel.dispatch!r}: expected RankGroup.ordered=True, "
+                "for collectives add up more than two in an order that depends on the place in the tensor"
             )

@@ -34,7 +34,7 @@ class MoEConfig:
     recompute        gradients compute the first product again (2 of 9 parts of all products) instead of keeping rows x 2I for it
     batch_invariant  a token's bits, and those of its gradient, depend neither on the other tokens nor on how many there are. The layer is
                      then one node in the graph, for the code that a compiler makes of a row depends on the shapes; a back-end that cannot
-                     promise it raises
+                     promise it raises. Over more than two ranks sums want RankGroup.ordered
     backend          what computes the experts; `moe_fn.backends()` says what there is
     opaque           the whole layer is one node in the graph, for hosts that want it
 

@@ -11,17 +11,24 @@ Placement = Literal["linear", "round_robin"] | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class RankGroup:
-    """A process group as this rank sees it: its name in torch.distributed, how many ranks it has, and which one this is."""
+    """A process group as this rank sees it: its name in torch.distributed, how many ranks it has, and which one this is.
+
+    ordered  sums over the ranks are added up here, in the order of the ranks, in float32 or wider, rounded once: the same bits wherever in
+             a tensor a number stands, which a library's collective does not promise from three ranks on. As many bytes travel, but no
+             work of the layer's goes on meanwhile
+    """
 
     name: str
     size: int
     rank: int
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"RankGroup.name is {self.name!r}; expected the name of a process group")
         check_int("RankGroup.size", self.size, 1)
         check_int("RankGroup.rank", self.rank, 0, self.size - 1)
+        check_bool("RankGroup.ordered", self.ordered)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +137,13 @@ class ParallelConfig:
         max_tokens: int | None = None,
         capacity: int | None = None,
         shared: Literal["sharded", "replicated"] | None = None,
+        ordered_sums: bool = False,
     ) -> Self:
         """The config of this rank in a torch.distributed.device_mesh.DeviceMesh, whose dimensions are named.
 
         sequence_parallel: the ranks of `tp` divide rows and experts instead of slices; ep is then (ep x) tp. Defaults: dispatch
         "all_to_all" with ep, else "replicated"; shared "sharded", "replicated" with sequence_parallel. Dimensions of one rank are left out.
+        ordered_sums: RankGroup.ordered of every group.
         Raises ValueError for names that the mesh does not have, or that come twice.
         """
         if not hasattr(mesh, "mesh_dim_names"):
@@ -149,12 +158,13 @@ class ParallelConfig:
                 raise ValueError(f"ParallelConfig.from_mesh: {word} and {other} are both {name!r}; expected dimensions of their own")
         if sequence_parallel and tp is None:
             raise ValueError("ParallelConfig.from_mesh: sequence_parallel=True without tp: expected the ranks that divide the sequence")
-        groups = {"tp": _group(mesh, tp), "ep": _group(mesh, ep), "dp": _group(mesh, dp)}
+        check_bool("ParallelConfig.from_mesh: ordered_sums", ordered_sums)
+        groups = {word: _group(mesh, name, ordered_sums) for word, name in (("tp", tp), ("ep", ep), ("dp", dp))}
         sp = None
         if sequence_parallel and groups["tp"] is not None:
             sp, groups["tp"] = groups["tp"], None
             both = tuple(name for name in names if name in (ep, tp))
-            groups["ep"] = sp if groups["ep"] is None else _group_of_mesh(mesh[both]._flatten("_".join(both)))
+            groups["ep"] = sp if groups["ep"] is None else _group_of_mesh(mesh[both]._flatten("_".join(both)), ordered_sums)
         default = "all_to_all" if groups["ep"] is not None else "replicated"
         return cls(
             **groups,
@@ -169,10 +179,12 @@ class ParallelConfig:
         )
 
 
-def _group(mesh: Any, name: str | None) -> RankGroup | None:
-    return None if name is None else _group_of_mesh(mesh[name])
+def _group(mesh: Any, name: str | None, ordered: bool) -> RankGroup | None:
+    return None if name is None else _group_of_mesh(mesh[name], ordered)
 
 
-def _group_of_mesh(mesh: Any) -> RankGroup | None:
+def _group_of_mesh(mesh: Any, ordered: bool) -> RankGroup | None:
     """A mesh of one dimension; ranks that are alone need no group."""
-    return None if mesh.size() == 1 else RankGroup(name=mesh.get_group().group_name, size=mesh.size(), rank=mesh.get_local_rank())
+    if mesh.size() == 1:
+        return None
+    return RankGroup(name=mesh.get_group().group_name, size=mesh.size(), rank=mesh.get_local_rank(), ordered=ordered)

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives  # defines the ops
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_fn.config import RankGroup
+from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import Kernel, define_op
 
 
@@ -64,19 +66,29 @@ def _waited(x: Tensor) -> Tensor:
     return y
 
 
-def _all_reduce(x: Tensor, group: str) -> Tensor:
-    y: Tensor = _functional.all_reduce(x.contiguous(), "sum", group)
-    return y
+def _all_reduce(x: Tensor, group: str, size: int, ordered: bool) -> Tensor:
+    if not ordered:
+        y: Tensor = _functional.all_reduce(x.contiguous(), "sum", group)
+        return y
+    count = x.numel()
+    own = _reduce_scatter(pad(x.reshape(-1), (0, -count % size)), group, size, ordered)
+    return _wait(_all_gather(own, group, size)).narrow(0, 0, count).view(x.shape).clone()
 
 
-def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
+def _all_gather(x: Tensor, group: str, size: int, *_: Any) -> Tensor:
     y: Tensor = _functional.all_gather_into_tensor(x.contiguous(), size, group)
     return y
 
 
-def _reduce_scatter(x: Tensor, group: str, size: int) -> Tensor:
-    y: Tensor = _functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
-    return y
+def _reduce_scatter(x: Tensor, group: str, size: int, ordered: bool) -> Tensor:
+    if not ordered:
+        y: Tensor = _functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
+        return y
+    blocks: Tensor = _wait(_all_to_all(x, group, size)).unflatten(0, (size, x.shape[0] // size))
+    total = blocks[0].to(accumulation_dtype(x.dtype))
+    for block in blocks[1:]:
+        total = total + block
+    return total.to(x.dtype)
 
 
 def _block(x: Tensor, group: str, size: int, rank: int) -> Tensor:
@@ -104,26 +116,28 @@ def _like(x: Tensor, *_: Any) -> Tensor:
 
 
 _arrived: Any = _op("arrived(Tensor x) -> Tensor", _waited, _like, lambda i, g: g, lambda *a: _arrived(*a))
-_sum: Any = _op("sum_over_ranks(Tensor x, str group) -> Tensor", _all_reduce, _like, lambda i, g: g.clone(), lambda *a: _sum(*a))
+_sum: Any = _op(
+    "sum_over_ranks(Tensor x, str group, int size, bool ordered) -> Tensor", _all_reduce, _like, lambda i, g: g.clone(), lambda *a: _sum(*a)
+)
 _copy: Any = _op(
-    "copy_to_ranks(Tensor x, str group) -> Tensor",
-    lambda x, group: x.clone(),
+    "copy_to_ranks(Tensor x, str group, int size, bool ordered) -> Tensor",
+    lambda x, *_: x.clone(),
     _like,
-    lambda i, g: _arrived(_sum(g, i[1])),
+    lambda i, g: _arrived(_sum(g, *i[1:])),
     lambda *a: _copy(*a),
 )
 _gather: Any = _op(
-    "gather_ranks(Tensor x, str group, int size) -> Tensor",
+    "gather_ranks(Tensor x, str group, int size, bool ordered) -> Tensor",
     _all_gather,
-    lambda x, group, size: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    lambda i, g: _arrived(_scatter(g, i[1], i[2])),
+    lambda x, group, size, ordered: x.new_empty(x.shape[0] * size, *x.shape[1:]),
+    lambda i, g: _arrived(_scatter(g, *i[1:])),
     lambda *a: _gather(*a),
 )
 _scatter: Any = _op(
-    "scatter_ranks(Tensor x, str group, int size) -> Tensor",
+    "scatter_ranks(Tensor x, str group, int size, bool ordered) -> Tensor",
     _reduce_scatter,
-    lambda x, group, size: x.new_empty(x.shape[0] // size, *x.shape[1:]),
-    lambda i, g: _arrived(_gather(g, i[1], i[2])),
+    lambda x, group, size, ordered: x.new_empty(x.shape[0] // size, *x.shape[1:]),
+    lambda i, g: _arrived(_gather(g, *i[1:])),
     lambda *a: _scatter(*a),
 )
 _own: Any = _op(
@@ -156,6 +170,11 @@ _exchange_splits: Any = _op(
 )
 
 
+def _places(group: RankGroup) -> tuple[str, int, bool]:
+    """What collectives that sum, or whose gradients do, are told of the ranks."""
+    return group.name, group.size, group.ordered
+
+
 def arrived(x: Tensor) -> Tensor:
     """What a collective that was begun brought."""
     y: Tensor = _arrived(x)
@@ -169,19 +188,19 @@ def sum_over_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
 
 def begin_sum(x: Tensor, group: RankGroup) -> Tensor:
     """sum_over_ranks, on its way."""
-    y: Tensor = _sum(x, group.name)
+    y: Tensor = _sum(x, *_places(group))
     return y
 
 
 def copy_to_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
     """x, of which each rank of the group uses what it needs: gradients are summed."""
-    y: Tensor = x if group is None else _copy(x, group.name)
+    y: Tensor = x if group is None else _copy(x, *_places(group))
     return y
 
 
 def begin_gather(x: Tensor, group: RankGroup) -> Tensor:
     """Rows of every rank, end to end; as many on each. On their way."""
-    y: Tensor = _gather(x, group.name, group.size)
+    y: Tensor = _gather(x, *_places(group))
     return y
 
 
@@ -192,7 +211,7 @@ def gather_ranks(x: Tensor, group: RankGroup) -> Tensor:
 
 def scatter_ranks(x: Tensor, group: RankGroup) -> Tensor:
     """The sum over ranks of this rank's block of rows."""
-    return arrived(_scatter(x, group.name, group.size))
+    return arrived(_scatter(x, *_places(group)))
 
 
 def own_rows(x: Tensor, group: RankGroup) -> Tensor:

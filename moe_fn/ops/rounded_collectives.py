@@ -25,7 +25,7 @@ def _as(schema: str, forward: Callable[..., Tensor], backward: Callable[..., Ten
 
 
 _as_gathered = _as(
-    "as_gathered(Tensor x, Tensor received, str group, int size) -> Tensor",
+    "as_gathered(Tensor x, Tensor received, str group, int size, bool ordered) -> Tensor",
     lambda t, *places: collectives._gather(t, *places),
     lambda t, *places: collectives._scatter(t, *places),
 )
@@ -43,7 +43,7 @@ _as_split = _as(
 
 def as_gathered(x: Tensor, received: Tensor, group: RankGroup) -> Tensor:
     """`received`, which is gather_ranks(x) but for rounding: its gradient is that of gather_ranks."""
-    y: Tensor = _as_gathered(x, received, group.name, group.size)
+    y: Tensor = _as_gathered(x, received, *collectives._places(group))
     return y
 
 

@@ -28,10 +28,11 @@ def check_ranks_agree(
 ) -> None:
     """Compare config, weights and groups of all ranks, once, at set-up: every rank returns, or every rank raises the same words.
 
-    What must be the same: every field of the config but a rank's own coordinates (names and places in groups; their sizes must be the
-    same), the version of moe_fn, torch's major.minor, which weights there are, their dtypes and device type, and the shapes of those that
-    every rank has. What must fit on each rank: weights to the config's shapes for this rank; the groups that the config names to
-    torch.distributed's groups of those names (a config of another run does not), and to what the groups' other ranks say.
+    What must be the same: every field of the config but a rank's own coordinates (names and places in groups; their sizes, and whether
+    sums are ordered, must be the same), the version of moe_fn, torch's major.minor, which weights there are, their dtypes and device
+    type, and the shapes of those that every rank has. What must fit on each rank: weights to the config's shapes for this rank; the groups
+    that the config names to torch.distributed's groups of those names (a config of another run does not), and to what the groups' other
+    ranks say.
 
     group      whose ranks compare: those that run this layer, for instance one stage of a pipeline; None: all ranks
     timeout_s  how long a rank waits for the others, from its own call
@@ -108,7 +109,8 @@ def _fields(config: MoEConfig, weights: MoEWeights | None) -> dict[str, Any]:
     """All that must be the same on every rank, by the name that an error gives it."""
     values = dataclasses.replace(config, activation=as_activation(config.activation)).to_dict()
     for role in _ROLES if values["parallel"] else ():
-        values["parallel"][role] = values["parallel"][role] and {"size": values["parallel"][role]["size"]}
+        of_group = values["parallel"][role]
+        values["parallel"][role] = of_group and {name: of_group[name] for name in ("size", "ordered")}
     fields = dict(_flat("", values))
     fields["the version of moe_fn"] = sys.modules["moe_fn"].__version__  # the package itself imports this module
     fields["the version of torch"] = ".".join(torch.__version__.split(".")[:2])

@@ -19,6 +19,7 @@ from moe_fn.quant.travelling import bytes_of_row, travelling
 from moe_fn.records import LoRAWeights, MoEWeights
 
 ID_BYTES = 8  # ids and counts are int64
+_MOST_TOKENS = "the most tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,8 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
     Where quant.activations round the experts' inputs, rows go there (not back) as codes and scales, but those of float64: the first X of a
     line is then fewer. Without ep, dp's ranks are all_gather's n. gather="logits" has E b for K w in the rows of tp and sp too, and
     router-weighted shared experts add w for each. Where there are several LoRA adapters 8 bytes more travel with the ids of each token
-    (all_to_all: each slot).
+    (all_to_all: each slot). Sums of groups with `ordered` are other collectives of as many bytes (the padding of a sum to a multiple of n
+    numbers is not counted).
     all_to_all is of slots spread evenly over the ranks; the others do not depend on the routing. backward is of everything that can have
     a gradient; `weights`, this rank's, are needed for those whose gradients are summed (over sp, LoRA's, and the gate of sharded shared
     experts), else these are not counted. Without `parallel` nothing is sent.
@@ -100,7 +102,16 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
     sizes = _Sizes(config=config, parallel=parallel, rows=rows, dtype=dtype, w=w)
     pieces = (_dispatched_backward, _sums_backward) if backward else (_dispatched, _sums)
     found = [m for piece in pieces for m in piece(sizes)] + (list(_of_weights(config, parallel, weights)) if backward and weights else [])
-    return Traffic(tuple(m for m in found if m.payload))
+    return Traffic(tuple(sent for m in found if m.payload for sent in _as_sent(parallel, m)))
+
+
+def _as_sent(parallel: ParallelConfig, message: Message) -> list[Message]:
+    """The collectives that a message is: sums in the order of the ranks are exchanged, added up by the rank of each block, and gathered."""
+    if not getattr(parallel, message.group).ordered or message.what == _MOST_TOKENS:
+        return [message]
+    exchanged = dataclasses.replace(message, collective="all_to_all")
+    gathered = dataclasses.replace(message, collective="all_gather", payload=message.payload // message.ranks)
+    return {"all_reduce": [exchanged, gathered], "reduce_scatter": [exchanged]}.get(message.collective, [message])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +168,7 @@ def _dispatched(s: _Sizes) -> Iterator[Message]:
     parallel, group, k = s.parallel, s.tokens_of, s.config.top_k
     n = 1 if getattr(parallel, group) is None else getattr(parallel, group).size
     if reads_sizes(parallel) and parallel.dispatch == "all_gather":
-        yield s.message("the most tokens", "all_reduce", group, ID_BYTES)
+        yield s.message(_MOST_TOKENS, "all_reduce", group, ID_BYTES)
     if parallel.dispatch == "all_gather":
         yield s.message("tokens", "all_gather", group, s.room * s.x_there(weighted=False))
         yield s.message("logits" if parallel.gather == "logits" else "weights", "all_gather", group, s.room * s.routing)
