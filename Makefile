@@ -1,6 +1,7 @@
 # make demo   trains a small MoE language model and shows it       make bench  times the layer beside the machine's floor and others
 # make demo-parallel   trains and serves it on four ranks of this machine
 # make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  what needs a CUDA device
+# make test-thorough   the variants of tests that take minutes (all tiles of all kernels for four GPUs, the largest scan under Inductor ...)
 # make fuzz   damages configs and checkpoints until a reader breaks, minutes each (FUZZ=seconds)
 # make soak   a thousand times each: forward, backward, compile, export; memory stays flat, and its peaks are those of the formulas
 # make bench-quant   the same with experts in 8 and 4 bits
@@ -20,7 +21,7 @@ BIN := .venv/bin
 MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz soak campaign clean
+.PHONY: demo demo-parallel test test-thorough check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz soak campaign clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -29,6 +30,10 @@ demo-parallel: $(INSTALLED)
 
 test: check
 	$(BIN)/python -m pytest -n 2 --doctest-modules moe_fn property_tests compile_tests
+
+# What make test leaves out: minutes more of what it tries with less.
+test-thorough: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m thorough property_tests compile_tests
 
 soak: $(INSTALLED)
 	$(BIN)/python property_tests/peaks_of_paths.py 1 8,4,256,512,8192

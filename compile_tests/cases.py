@@ -46,6 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 GATE_INSIDE = {"gpt_oss", "everything"}
 MASKED = {"everything"}
 CHUNK = 16
+LONGEST = ("everything", "chunked")  # a scan that carries everything compiles four times as long as any other
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "opaque": {"opaque": True},
@@ -99,9 +100,14 @@ def every_case(recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = t
     return [Case(recipe, form) for recipe in recipes for form in forms]
 
 
-def cases(recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = tuple(FORMS)) -> pytest.MarkDecorator:
-    """A test over layers and forms: its argument `case`."""
-    return pytest.mark.parametrize("case", every_case(recipes, forms), ids=str)
+def cases(recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = tuple(FORMS), longest: bool = False) -> pytest.MarkDecorator:
+    """A test over layers and forms: its argument `case`. longest: also, not among the thorough ones alone, the case that takes longest."""
+
+    def marks(case: Case) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.thorough] if (case.recipe, case.form) == LONGEST and not longest else []
+
+    found = [pytest.param(case, marks=marks(case), id=str(case)) for case in every_case(recipes, forms)]
+    return pytest.mark.parametrize("case", found)
 
 
 def as_leaves(args: Any) -> Any:

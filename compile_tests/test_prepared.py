@@ -107,10 +107,10 @@ PEAK = """
 import sys, torch, moe_fn
 config = moe_fn.MoEConfig(num_experts=8, top_k=4, hidden_size=256, intermediate_size=1024, chunk_tokens=int(sys.argv[1]) or None)
 weights = moe_fn.MoEWeights(gate_up=torch.randn(8, 2048, 256), down=torch.randn(8, 256, 1024))
-weights = moe_fn.prepare_weights(config, weights) if sys.argv[2] == "prepared" else weights
+weights = moe_fn.prepare_weights(config, weights)
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-tokens = int(sys.argv[3])
+tokens = int(sys.argv[2])
 x, logits = torch.randn(tokens, 256), torch.randn(tokens, 8)
 with torch.no_grad():
     moe_fn.moe_forward(config, weights, x[:64], logits[:64])
@@ -122,10 +122,9 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["prepared", "plain"])
-def test_peak_memory_is_bounded(kind: str) -> None:
+def test_peak_memory_is_bounded() -> None:
     def megabytes(tokens: int, chunk_tokens: int = 0) -> float:
-        command = [sys.executable, "-c", PEAK, str(chunk_tokens), kind, str(tokens)]
+        command = [sys.executable, "-c", PEAK, str(chunk_tokens), str(tokens)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(moe_fn.__file__).parents[1]).stdout)
 
     rows, of_a_row = 2048 * 4, 2 * 1024 + 256

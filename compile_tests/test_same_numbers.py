@@ -30,7 +30,7 @@ def run(fn: Any, args: tuple[Any, ...]) -> tuple[Tensor, Any]:
 DTYPE_OF = {"everything": torch.float32, "gpt_oss": torch.bfloat16, "deepseek": torch.float16, "default": torch.float64}
 
 
-@cases()
+@cases(longest=True)
 def test_aot_eager_gives_the_bits_of_eager(case: Case) -> None:
     dtype = DTYPE_OF[case.recipe]
     args = case.args(20, dtype)
