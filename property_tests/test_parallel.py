@@ -1,5 +1,6 @@
 """Sharded equals unsharded, values and gradients, in real processes: every format on every mesh of 1, 2 and 4 ranks."""
 
+import contextlib
 import queue
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rank_bugs import RANK_BUGS
 from rank_cases import cases, worker
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-TIMEOUT_S = 180
+TIMEOUT_S, WORD_S = 180, 10
 
 
 def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[int, str | None]]:
@@ -25,15 +26,26 @@ def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[in
     found: dict[str, dict[int, str | None]] = {}
     try:
         for _ in range(world * (len(RANK_BUGS) if bugs else len(cases(world)))):
-            rank, name, error = results.get(timeout=TIMEOUT_S)
+            rank, name, error = next_word(results, processes)
             found.setdefault(name, {})[rank] = error
     except queue.Empty:
-        pytest.fail(f"{world} ranks: no word for {TIMEOUT_S} s after {len(found)} cases, the last {list(found)[-1:]}")
+        ends = [process.exitcode for process in processes]
+        pytest.fail(f"{world} ranks, that ended with {ends}: no word after {len(found)} cases, the last {list(found)[-1:]}")
     finally:
         for process in processes:
             process.join(timeout=20)
             process.kill()
     return found
+
+
+def next_word(results: Any, processes: Any) -> Any:
+    """queue.Empty after TIMEOUT_S, and soon where a rank is dead: the others' errors of every case that is left say nothing."""
+    for _ in range(TIMEOUT_S // WORD_S):
+        with contextlib.suppress(queue.Empty):
+            return results.get(timeout=WORD_S)
+        if any(process.exitcode for process in processes):
+            break
+    raise queue.Empty
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
