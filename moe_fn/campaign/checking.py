@@ -11,6 +11,8 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn.campaign.bounds import Bound, error_bound, logits_again
+from moe_fn.campaign.bounds.ball import Ball
+from moe_fn.campaign.choices import has_logits_off_the_grid, leant, sums_may_tie, undecided
 from moe_fn.campaign.drawing import problem_of
 from moe_fn.campaign.features import Features, features_of, size_of
 from moe_fn.campaign.gradients import GRADIENT_TOLERANCES, gradient_error
@@ -63,18 +65,20 @@ def check(seed: int, index: int) -> Line:
 
 def check_problem(problem: MoEProblem, seed: int = 0, index: int = 0) -> Line:
     """The line of a problem, whose laws are those of an index."""
-    expected, bound, failures, decided = _judged(problem)
+    judged = _judged(problem)
+    expected, bound, failures = judged.expected, judged.bound, judged.failures
     y = forward(problem)
-    of_bound = {"the layer": share_of_bound(y, expected, bound)}
+    apart = problem.config.as_op and problem.config.chunk_tokens is not None  # the gate sees a chunk at a time
+    of_bound = {"the layer": share_of_bound(y, expected, judged.loose if apart else bound)}
     for name in laws_of(index):
         if LAWS[name].applies(problem):
             other = LAWS[name].output(problem)
-            of_bound[name] = share_of_bound(other, expected, bound)
+            of_bound[name] = share_of_bound(other, expected, judged.loose)
             if LAWS[name].exact(problem) and not torch.equal(other, y):
                 failures += (f"{name}: other bits",)
     failures += tuple(f"{name}: {share:.4g} of the bound" for name, share in of_bound.items() if not share <= 1)
     relative = _relative(bound.radius, expected)
-    asked = index % 2 == 0 and decided and not bound.jumps and has_plain_gradients(problem)  # they take as long as all the rest
+    asked = index % 2 == 0 and judged.decided and not bound.jumps and has_plain_gradients(problem)  # they take as long as all the rest
     gradient = gradient_error(problem) if asked else None
     allowed = max(GRADIENT_TOLERANCES[problem.x.dtype], relative or 0.0)  # what amplifies errors forward does so backward
     if gradient is not None and not gradient <= allowed:
@@ -94,24 +98,42 @@ def check_problem(problem: MoEProblem, seed: int = 0, index: int = 0) -> Line:
     )
 
 
-def _judged(problem: MoEProblem) -> tuple[Tensor, Bound, tuple[str, ...], bool]:
-    """What is expected, its bound, what is wrong so far, and whether the choice of experts was decided, for gradients.
+@dataclass(frozen=True)
+class _Judged:
+    """What is expected of a problem; loose: the bound without tokens whose experts are chosen by rounding."""
+
+    expected: Tensor
+    bound: Bound
+    loose: Bound
+    failures: tuple[str, ...]
+    decided: bool  # for gradients
+
+
+def _judged(problem: MoEProblem) -> _Judged:
+    """What is expected, and what is wrong so far.
 
     A gate that sees normed or transformed inputs has logits off the grid, where rounding may choose another expert, and be right. The layer
-    is judged in two parts there: its logits by their bound, and the rest by what the reference makes of these logits.
+    is judged in two parts there: its logits by their bound, and the rest by what the reference makes of these logits. Other ways to ask for
+    the layer may have other logits, and experts: they are judged where the choice is decided.
     """
     bound = error_bound(problem)
     logits, routing = problem.call(moe_fn.moe_route)
-    failures, decided, ids = _failures_of_logits(problem, logits, bound), True, routing.expert_ids.reshape(bound.expert_ids.shape)
-    if has_logits_off_the_grid(problem):
-        decided = problem.x.dtype in (torch.float64, torch.float32) and torch.equal(ids, bound.expert_ids)
+    failures, ids = _failures_of_logits(problem, logits, bound), routing.expert_ids.reshape(bound.expert_ids.shape)
+    off, decided, open_ = has_logits_off_the_grid(problem), True, torch.zeros(len(ids), dtype=torch.bool)
+    if off:
+        open_ = undecided(problem, logits, 2 * bound.logits.radius)
+        decided = not bool(open_.any()) and problem.x.dtype in (torch.float64, torch.float32) and torch.equal(ids, bound.expert_ids)
         problem, bound = _with_logits(problem, logits)
         if not torch.equal(ids, bound.expert_ids):
             problem, bound = _with_logits(problem, leant(logits, routing.expert_ids))
+    elif sums_may_tie(problem.config) and not torch.equal(ids, bound.expert_ids):
+        decided, (problem, bound) = False, _leaning(problem, routing.expert_ids)
     expected: Tensor = problem.call(moe_fn.reference.moe_forward)
     if not torch.equal(ids, bound.expert_ids):
         failures += ("other experts than the reference",)
-    return expected, bound, failures + _failures_of_the_bound(bound, expected), decided
+    radius = torch.where(open_.reshape(*problem.x.shape[:-1], 1), math.inf, bound.radius)
+    loose = dataclasses.replace(bound, radius=radius)
+    return _Judged(expected, bound, loose, failures + _failures_of_the_bound(bound, expected), decided)
 
 
 def _with_logits(problem: MoEProblem, logits: Tensor) -> tuple[MoEProblem, Bound]:
@@ -119,24 +141,15 @@ def _with_logits(problem: MoEProblem, logits: Tensor) -> tuple[MoEProblem, Bound
     return problem.replace(logits=logits), error_bound(problem.replace(logits=logits), logits=logits_again(problem, logits))
 
 
-def leant(logits: Tensor, expert_ids: Tensor) -> Tensor:
-    """Logits a few roundings away, towards a choice: scores that tie but for rounding are then apart as the choice has it.
-
-    >>> leant(torch.tensor([[1.0, 1.0]]), torch.tensor([[1]])).argmax(-1)
-    tensor([1])
-    """
-    top_k, roundings = expert_ids.shape[-1], 2 * torch.finfo(logits.dtype).eps
-    places = torch.arange(top_k, 0, -1, dtype=logits.dtype).expand(expert_ids.shape)
-    steps = torch.zeros_like(logits).scatter(-1, expert_ids.clamp(min=0), torch.where(expert_ids >= 0, places, 0))
-    return logits + steps * roundings * logits.abs().amax(-1, keepdim=True)
-
-
-def has_logits_off_the_grid(problem: MoEProblem) -> bool:
-    """Whether a gate inside the layer sees what was rounded before."""
-    config = problem.config
-    norms_input, norms_gate = (config.norms is not None and getattr(config.norms, name) for name in ("input", "gate"))
-    transformed = config.router.gate_input == "transformed" and (config.latent is not None or norms_input)
-    return problem.logits is None and (norms_gate or transformed)
+def _leaning(problem: MoEProblem, expert_ids: Tensor) -> tuple[MoEProblem, Bound]:
+    """The problem with its own logits a few roundings away, and a bound that covers the way back."""
+    logits = problem.logits if problem.logits is not None else problem.call(moe_fn.moe_route)[0]
+    leaning = leant(
+        logits.to(torch.float32) if logits.dtype != torch.float64 else logits, expert_ids, least=16.0
+    )  # of biased scores near 1
+    ball = error_bound(problem.replace(logits=leaning)).logits
+    changed = problem.replace(logits=leaning)
+    return changed, error_bound(changed, logits=Ball(ball.value, ball.radius + 2 * (leaning - logits).abs().reshape(ball.value.shape)))
 
 
 def has_plain_gradients(problem: MoEProblem) -> bool:
