@@ -111,8 +111,10 @@ class _Chunked(torch.autograd.Function):
             parts = dict(zip(wanted, vjp(tuple(_pick(padded, rows))), strict=True))
             return tuple(c + parts[i] for c, i in zip(carry, of_weights, strict=True)), tuple(parts[i] for i in per_token)
 
-        zeros = tuple(torch.zeros_like(args[i], dtype=accumulation_dtype(args[i].dtype)) for i in of_weights)
-        sums, pieces = _scan(ctx.config, step, zeros, args[0])
+        def zeros() -> tuple[Tensor, ...]:  # without a name, or they would live as long as the sums that take their place
+            return tuple(torch.zeros_like(args[i], dtype=accumulation_dtype(args[i].dtype)) for i in of_weights)
+
+        sums, pieces = _scan(ctx.config, step, zeros(), args[0])
         found = {i: g.to(args[i].dtype) for i, g in zip(of_weights, sums, strict=True)} | dict(zip(per_token, pieces, strict=True))
         return None, None, *(found.get(i) for i in range(len(args)))
 

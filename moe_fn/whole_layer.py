@@ -88,11 +88,16 @@ def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool
     else:
         found = {i: args[i].new_zeros(args[i].shape, dtype=accumulation_dtype(args[i].dtype)) for i in wanted}
         for rows in chunks:
-            for i, gradient in _of_chunk(config, grad_shared, grad, wanted, args, rows).items():
-                into = found[i][rows] if i < len(_TOKEN_ARGS) else found[i]
-                into += gradient
+            _add(found, rows, _of_chunk(config, grad_shared, grad, wanted, args, rows))
     # Contiguous, as the fake says.
     return tuple(found[i].to(args[i].dtype).contiguous() if i in found else args[0].new_empty(0) for i in range(len(args)))
+
+
+def _add(found: dict[int, Tensor], rows: slice, of_chunk: dict[int, Tensor]) -> None:
+    """A function of its own, so that no chunk's gradients live while those of the next one are computed."""
+    for i, gradient in of_chunk.items():
+        into = found[i][rows] if i < len(_TOKEN_ARGS) else found[i]
+        into += gradient
 
 
 def _of_chunk(

@@ -30,11 +30,14 @@ FORWARD: dict[str, dict[str, Any]] = {
 STEP: dict[str, dict[str, Any]] = {
     "native, step": {"backend": "native"},
     "native, step, recompute": {"backend": "native", "recompute": True},
+    "native, step, chunks": {"backend": "native", "chunk_tokens": 512},
+    "native, step, opaque chunks": {"backend": "native", "chunk_tokens": 512, "opaque": True},
     "stages, step": {"backend": "torch"},
 }
 # What the tests measure: the rest takes long, or is alike.
+_STEPS = ("native, step", "native, step, recompute", "native, step, chunks", "stages, step")
 QUICK = {
-    torch.float32: ("native", "native, chunks", "stages", "int8, inputs too", "native, step", "native, step, recompute", "stages, step"),
+    torch.float32: ("native", "native, chunks", "stages", "int8, inputs too", *_STEPS),
     torch.bfloat16: ("native", "int4 in groups", "native, step"),
 }
 

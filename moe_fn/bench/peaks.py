@@ -9,6 +9,8 @@ threads sum up in, f bytes for each of some columns of every token. Without bias
         opaque chunks T H s and one chunk
     native, step      2 R I s kept (recompute: 0), and T H s, and in the backward pass 5 R I s + T H s + Y, or if that is more
                       3 R I s + T H s + 3 E H I s             d hidden, weighted activations, rows of d hidden again, gradients
+        chunks        4 T H s + 3 E H I f + the step of a chunk, or 4 T H s + 3 E H I (2 f + s), or 6 T H s + 3 E H I f
+        opaque chunks T H (s + f) + 3 E H I f + the step of a chunk      sums of gradients are of f bytes each
     stages, forward   R H s + 4 R I f,  or 2 R H (s + f) + T H s
     stages, step      in `step_peak`
     prepare_weights   4 E H I s                               what is laid, and once more in huge pages, gate_up before down
@@ -65,8 +67,10 @@ def step_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int =
     359.661568
     """
     _check(config, tokens)
-    if config.quant is not None or config.chunk_tokens is not None:
-        raise ValueError("step_peak: quant or chunk_tokens is given; expected neither, for there is no formula of such a step")
+    if config.quant is not None or (config.chunk_tokens is not None and config.backend == "torch"):
+        raise ValueError("step_peak: quant, or chunk_tokens with backend='torch'; expected neither, for there is no formula of such a step")
+    if config.chunk_tokens is not None:
+        return _step_in_chunks(config, tokens, dtype, threads)
     rows, size, wide = tokens * config.top_k, dtype.itemsize, _wide(dtype)
     hidden, inner, whole = config.hidden_size, config.intermediate_size, tokens * config.hidden_size * dtype.itemsize
     weights = 3 * config.num_experts * hidden * inner * size
@@ -77,6 +81,21 @@ def step_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int =
     kept = 0 if config.recompute else 2 * rows * inner * size
     both = 3 * rows * inner * size + rows * _up(inner, PANEL) // PANEL * 4 + 2 * whole + rows * _INDICES
     return kept + both + max(rows * _rounded(2 * inner * size) + _sums(config, tokens, threads), weights)
+
+
+def _step_in_chunks(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int) -> int:
+    """Sums of the weights' gradients, and of everything else as much as a chunk; what x, results and gradients are laid into."""
+    chunk = step_peak(replace(config, chunk_tokens=None, opaque=False, recompute=True), config.chunk_tokens or 0, dtype, threads)
+    numbers, size, wide = 3 * config.num_experts * config.hidden_size * config.intermediate_size, dtype.itemsize, _wide(dtype)
+    whole, sums, cast = tokens * config.hidden_size * size, numbers * wide, numbers * size if size < wide else 0
+    beside = 2 * tokens * config.top_k * _INDICES
+    if config.opaque:  # the result, gradients of x and weights in sums; at the end once more where they are narrower
+        kept = whole + whole // size * wide + sums
+        return beside + kept + max(chunk, whole + cast if cast else 0)
+    # The result, x and its gradient with a spare row, and gradients of chunks, which are laid end to end and picked at the end. Sums of
+    # other dtypes cast what they add, down last.
+    added = 2 * sums + numbers * size + (sums // 3 if cast else 0)
+    return beside + max(4 * whole + max(sums + chunk, added), 6 * whole + sums + cast)
 
 
 def prepare_peak(config: MoEConfig, dtype: torch.dtype) -> int:
