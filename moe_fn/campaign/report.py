@@ -55,7 +55,8 @@ def _head(lines: Sequence[Line], about: dict[str, Any]) -> str:
         "Every problem is a random config (all options crossed, all dtypes), random weights and inputs; each output is held to the bound "
         f"of `moe_fn.campaign.error_bound` for that very problem, entry by entry. Gradients of {gradients} problems were compared with "
         f"the reference's. {undecided}: their bound holds both. A gate that sees "
-        "normed or transformed inputs is judged by its logits' bound, and the layer by what the reference makes of these logits.\n"
+        "normed or transformed inputs is judged by its logits' bound, and the layer by what the reference makes of these logits; "
+        "other ways to ask for it, whose gate may round otherwise, where moving the logits within their bound changes no choice.\n"
     )
 
 
