@@ -113,7 +113,8 @@ def run_compiled(layer: Any, calls: list[Any], results: list[list[Tensor]], full
 
 # Their graphs: test_plain_compile_breaks_nowhere, and 64 ranks; their numbers in eager: property_tests/test_parallel.py.
 TRACED_ALONE = (
-    "all_gather over dp", "all_to_all by a table", "all_gather of logits", "replicated over tp", "sequence, all_gather that asks",
+    "all_gather over dp", "all_to_all by a table", "all_gather of logits", "replicated over tp", "all_gather that asks",
+    "sequence, all_gather", "sequence, all_gather that asks", "sequence, all_to_all_static",
 )  # fmt: skip
 JOBS: tuple[tuple[str, bool, str], ...] = (  # format, fullgraph, backend
     *((name, True, "aot_eager") for name in FORMATS if name not in TRACED_ALONE),

@@ -58,15 +58,15 @@ def excesses(report: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
     return found
 
 
-# A third of the cases of each architecture, another one for each, so that a change meets them all; the others take two minutes each.
-PARTS = [(arch, part) for part in range(3) for arch in ARCHS]
-OFTEN = {(arch, number % 3) for number, arch in enumerate(ARCHS)}
+# A fifth of the cases of each architecture, another one for each, so that a change meets most; all take seven minutes from an empty cache.
+PARTS = [(arch, part) for part in range(5) for arch in ARCHS]
+OFTEN = {(arch, number) for number, arch in enumerate(ARCHS)}
 
 
 @pytest.mark.parametrize(("arch", "part"), [pytest.param(*case, marks=[] if case in OFTEN else [pytest.mark.thorough]) for case in PARTS])
 def test_every_kernel_with_every_tile_is_within_its_budget(arch: str, part: int, tmp_path: Path) -> None:
-    status, report = compiled(arch, tmp_path / "report.json", "--part", f"{part + 1}/3")
-    assert len(report["cases"]) > 50 and len(report["names"]) > 150
+    status, report = compiled(arch, tmp_path / "report.json", "--part", f"{part + 1}/5")
+    assert len(report["cases"]) > 30 and len(report["names"]) > 150
     assert excesses(report, json.loads(BUDGETS.read_text())) == []
     assert status == 0
 

@@ -17,7 +17,7 @@ collect_ignore = [] if importlib.util.find_spec("mutmut") else ["mutants.py", "m
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 settings.register_profile(
-    "ci", derandomize=True, database=None, deadline=None, print_blob=True, max_examples=60, suppress_health_check=_QUIET
+    "ci", derandomize=True, database=None, deadline=None, print_blob=True, max_examples=45, suppress_health_check=_QUIET
 )
 settings.register_profile("dev", deadline=None, max_examples=100, suppress_health_check=_QUIET)
 settings.register_profile("deep", deadline=None, max_examples=5000, suppress_health_check=_QUIET)

@@ -560,7 +560,7 @@ BUGS = (
         "a_batch_invariant_token_has_the_same_bits_in_any_batch",
         "logits shifted by the largest of the batch, for safety",
         selection.transformed_logits,
-        after(lambda z, *a: (z - z.amax()) + z.amax() if z.numel() else z),
+        after(lambda z, *a: (z - 16 * z.amax()) + 16 * z.amax() if z.numel() else z),
     ),
     PlantedBug(
         "a_batch_invariant_gradient_has_the_same_bits_in_any_batch",

@@ -50,6 +50,7 @@ def test_a_folder_before_and_after(tmp_path: Path) -> None:
     assert "1 blocks replaced, 0 left" in text
 
 
+@pytest.mark.thorough
 def test_a_replaced_model_is_exported_and_run_elsewhere() -> None:
     text = printed("export", "--tiny", "--model", "mixtral")
     assert "1 x moe_fn::routed_experts" in text

@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FEW = settings(max_examples=15)
+FEW = settings(max_examples=10)
 FLOATS = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 as integers
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # for real where there is a GPU, and `make test-gpu` takes them along
 

@@ -194,8 +194,7 @@ def begin_sum(x: Tensor, group: RankGroup) -> Tensor:
 
 def copy_to_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
     """x, of which each rank of the group uses what it needs: gradients are summed."""
-    y: Tensor = x if group is None else _copy(x, *_places(group))
-    return y
+    return x if group is None else _copy(x, *_places(group))  # type: ignore[no-any-return]
 
 
 def begin_gather(x: Tensor, group: RankGroup) -> Tensor:
@@ -227,8 +226,7 @@ def join_rows(x: Tensor, group: RankGroup) -> Tensor:
 
 def begin_exchange(x: Tensor, group: RankGroup) -> Tensor:
     """exchange_ranks, on its way."""
-    y: Tensor = _exchange(x, group.name, group.size)
-    return y
+    return _exchange(x, group.name, group.size)  # type: ignore[no-any-return]
 
 
 def exchange_ranks(x: Tensor, group: RankGroup) -> Tensor:
