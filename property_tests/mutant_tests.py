@@ -11,6 +11,7 @@ WITH_DIRECT: dict[str, tuple[str, ...]] = {
 }
 ALL_STAGES = ("property_tests/test_stages_of_routing.py", "property_tests/test_stages_around.py", "property_tests/test_stages.py")
 LORA = "property_tests/test_lora.py::test_lora_equals_the_reference"
+AROUND = "property_tests/test_around_the_experts.py"
 OWN: dict[str, tuple[str, ...]] = {
     "moe_fn/stages/route.py": ("property_tests/test_route.py",),
     "moe_fn/stages/dispatch.py": ("property_tests/test_dispatch.py", LORA),
@@ -20,7 +21,9 @@ OWN: dict[str, tuple[str, ...]] = {
         "property_tests/test_quant.py::test_static_scales_cover_what_was_seen",
         "property_tests/test_quant.py::test_gradients_pass_the_rounding_of_inputs",
     ),
-    "moe_fn/stages/reduce_and_trunc.py": ("compile_tests/test_parallel_traffic.py",),
+    "moe_fn/stages/join.py": (AROUND,),
+    "moe_fn/stages/zero_experts.py": (AROUND,),
+    "moe_fn/stages/reduce_and_trunc.py": (AROUND, "property_tests/test_bad_input.py", "compile_tests/test_parallel_traffic.py"),
     "moe_fn/selection.py": ("property_tests/test_route.py",),
     "moe_fn/lora.py": ("property_tests/test_lora.py", "compile_tests/test_lora.py"),
     "moe_fn/balance/losses.py": ("property_tests/test_layer.py",),
