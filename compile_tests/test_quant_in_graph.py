@@ -66,7 +66,11 @@ def test_quantised_layers_are_one_graph(name: str, fullgraph: bool) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "form"), [("mxfp4", {}), ("int8 by token", {"opaque": True}), ("mxfp4", {"chunk_tokens": 4})])
+_LONG = pytest.param("mxfp4", {"chunk_tokens": 4}, marks=pytest.mark.thorough)
+_ADAPTED = [("mxfp4", {}), ("int8 by token", {"opaque": True}), _LONG]
+
+
+@pytest.mark.parametrize(("name", "form"), _ADAPTED)
 def test_adapters_on_quantised_experts_train_in_one_graph(name: str, form: dict[str, Any]) -> None:
     config, weights = layer_of(name, lora=True, **form)
     assert_one_graph(
@@ -99,6 +103,7 @@ def test_exported_graphs_give_the_same_numbers() -> None:
         assert_matches(program.module()(*args), module(*args), tolerance=1e-6)
 
 
+@pytest.mark.thorough
 def test_ahead_of_time_packages_give_the_same_numbers(tmp_path: Any) -> None:
     module = Frozen(*layer_of("fp8 blocks"))
     tokens = torch.export.Dim("tokens", min=0, max=4096)

@@ -64,7 +64,7 @@ def test_the_same_inputs_give_the_same_bits_every_time() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("size", "opaque"), [(1, True), (7, True), (100, True), (7, False)])
+@pytest.mark.parametrize(("size", "opaque"), [(1, True), (7, True), (100, True), pytest.param(7, False, marks=pytest.mark.thorough)])
 def test_chunks_of_any_size_change_nothing_when_compiled(size: int, opaque: bool) -> None:
     case = Case("deepseek")
     config = replace(case.config, chunk_tokens=size, opaque=opaque)

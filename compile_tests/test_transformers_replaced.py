@@ -38,7 +38,11 @@ def compiled(model: Any, backend: str, fullgraph: bool = True) -> tuple[Any, Com
     return torch.compile(model, backend=counter, fullgraph=fullgraph), counter
 
 
-@pytest.mark.parametrize("name", MODELS)
+# deepseek_v4 takes as long as the others together.
+OFTEN = [pytest.param(name, marks=[pytest.mark.thorough] * (name == "deepseek_v4")) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", OFTEN)
 def test_a_replaced_model_is_one_graph_for_every_length_forward_and_backward(name: str) -> None:
     model = replaced(name)
     function, counter = compiled(model, "aot_eager")

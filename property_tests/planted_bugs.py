@@ -558,9 +558,9 @@ BUGS = (
     PlantedBug("inputs_are_never_written_to", "in place on x", transform.transform_input, _writes_into_x),
     PlantedBug(
         "a_batch_invariant_token_has_the_same_bits_in_any_batch",
-        "logits shifted by the largest of the batch, for safety",
+        "logits rounded in units of the largest of the batch",
         selection.transformed_logits,
-        after(lambda z, *a: (z - 16 * z.amax()) + 16 * z.amax() if z.numel() else z),
+        after(lambda z, *a: (z / (1 + z.abs().amax())).bfloat16().to(z.dtype) * (1 + z.abs().amax()) if z.numel() else z),
     ),
     PlantedBug(
         "a_batch_invariant_gradient_has_the_same_bits_in_any_batch",

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 SECONDS = 120
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_experts_move_between_processes_bit_for_bit(ranks: int, tmp_path: Path) -> None:
     context = mp.spawn(eplb_ranks.run, (ranks, str(tmp_path)), nprocs=ranks, join=False)
     deadline = time.monotonic() + SECONDS

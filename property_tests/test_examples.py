@@ -58,6 +58,7 @@ def test_a_replaced_model_is_exported_and_run_elsewhere() -> None:
         assert float(cells(text, row)[6]) < 1e-5
 
 
+@pytest.mark.thorough
 def test_the_coverage_table_is_measured_and_written(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- coverage -->\nold\n<!-- /coverage -->\nafter\n")

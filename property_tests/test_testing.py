@@ -38,7 +38,7 @@ from moe_fn.testing.weights import BIAS_STEP, SOFTMAX_BIAS_STEP
 
 # Draws that are the same every time; what is asserted is about all of them together.
 _DRAWS = settings(
-    max_examples=900, derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=1600, derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 _QUICK = settings(_DRAWS, max_examples=150)
 
