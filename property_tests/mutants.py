@@ -1,12 +1,14 @@
 """Mutation testing: does a test fail for every small change of the code?  `make mutants`, or
 
     python property_tests/mutants.py run out/mutants.jsonl moe_fn/stages/*.py      what is in the file already is not run again
-    python property_tests/mutants.py report out/mutants.jsonl > examples/campaign/mutants.md
+    python property_tests/mutants.py sample out/mutants-areas.jsonl [AREA ...]     some of every file of the areas around the stages
+    python property_tests/mutants.py report out/mutants.jsonl out/mutants-areas.jsonl > examples/campaign/mutants.md
 
-The mutants are mutmut's. Its own runner keeps all mutants of a function in one module and chooses between them at each call, which
-lambdas in tables, torch's compiler and tests that look at sources do not survive. So each mutant here is a process of its own: forked
-from one that has imported everything, with other code in one function; or, where the change is outside of functions, from one that has
-imported no module of moe_fn, and imports the changed one.
+Mutants of stages are mutmut's, all of them. Its own runner keeps all mutants of a function in one module and chooses between them at each
+call, which lambdas in tables, torch's compiler and tests that look at sources do not survive. So each mutant here is a process of its own:
+forked from one that has imported everything, with other code in one function; or, where the change is outside of functions, from one that
+has imported no module of moe_fn, and imports the changed one. Those of other areas (`mutants_areas.py`) are sampled, and each stands in a
+copy of the tree (`mutants_copied.py`).
 """
 
 import argparse
@@ -24,6 +26,8 @@ from pathlib import Path
 import conftest  # noqa: F401  before Triton: it says how kernels run
 from hypothesis import settings
 from mutant_tests import direct_of, tests_of
+from mutants_areas import AREAS
+from mutants_copied import sample
 from mutants_judged import Plan, judged
 from mutants_made import Mutant, mutants_of
 from mutants_report import report
@@ -100,9 +104,22 @@ def _run_some(found: Path, mutants: Sequence[Mutant], plan: Plan) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["run", "report"])
-    parser.add_argument("found", type=Path, help="lines of JSON, one a mutant")
-    parser.add_argument("files", nargs="*")
-    parser.add_argument("--own", action="store_true", help="run the survivors again, against the file's own tests")
+    what = parser.add_subparsers(dest="what", required=True)
+    all_of = what.add_parser("run", help="all mutants of files")
+    all_of.add_argument("found", type=Path, help="lines of JSON, one a mutant")
+    all_of.add_argument("files", nargs="*")
+    all_of.add_argument("--own", action="store_true", help="run the survivors again, against the file's own tests")
+    some_of = what.add_parser("sample", help="some mutants of every file of areas")
+    some_of.add_argument("found", type=Path, help="lines of JSON, one a mutant")
+    some_of.add_argument("areas", nargs="*", choices=[[], *AREAS], help="default: all")
+    some_of.add_argument("--per-file", type=int, default=4)
+    page = what.add_parser("report", help="Markdown of both")
+    page.add_argument("found", type=Path)
+    page.add_argument("sampled", type=Path)
     a = parser.parse_args()
-    print(report(a.found)) if a.what == "report" else run(a.found, a.files, a.own)
+    if a.what == "run":
+        run(a.found, a.files, a.own)
+    elif a.what == "sample":
+        sample(a.found, a.areas, a.per_file)
+    else:
+        print(report(a.found, a.sampled))

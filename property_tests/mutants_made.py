@@ -3,15 +3,18 @@
 import difflib
 import hashlib
 import inspect
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 from mutmut.mutation.file_mutation import create_mutations
 
 ROOT = Path(__file__).parent.parent
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,32 @@ class Mutant:
         return {"id": self.id, "file": self.file, "line": self.line, "change": self.change}
 
 
-def mutants_of(file: str) -> list[Mutant]:
-    """Every mutant of a file. Two operators may make the same one; it counts once."""
+def mutants_of(file: str, count: int | None = None) -> list[Mutant]:
+    """Every mutant of a file, or so many of them, the same each time. Two operators may make the same one; it counts once."""
     before = (ROOT / file).read_text()
     module, mutations, _, _ = create_mutations(file, before)
+    if count is not None:
+        mutations = sampled(file, mutations, count)
     made = {}
     for mutation in mutations:
         source = module.deep_replace(mutation.original_node, mutation.mutated_node).code
         line, change = _change(before.splitlines(), source.splitlines())
         made[source] = Mutant(file, line, change, _inside(before, source), source)
     return list(made.values())
+
+
+def source_hash(file: str) -> str:
+    """Of a file as it is now."""
+    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
+
+
+def sampled(file: str, mutations: Sequence[T], count: int) -> list[T]:
+    """So many of a file's mutations, anywhere in it; the same as long as there are as many.
+
+    >>> sampled("a.py", range(100), 3) == sampled("a.py", range(100), 3)
+    True
+    """
+    return random.Random(file).sample(mutations, min(count, len(mutations)))
 
 
 def functions_of(module: CodeType) -> dict[str, CodeType]:

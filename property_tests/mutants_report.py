@@ -12,14 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mutants_made import mutants_of
+from mutants_areas import AREAS
+from mutants_made import mutants_of, source_hash
 from mutants_same import OPEN, SAME, reason_of
 
 Line = Mapping[str, Any]
 
 
-def report(found: Path) -> str:
-    """Markdown. A mutant that was run again counts as the last time; one of sources that have changed since does not count."""
+def report(found: Path, sampled: Path) -> str:
+    """Markdown, of all mutants of the stages and of the samples of the areas.
+
+    A mutant that was run again counts as the last time; one of sources that have changed since does not count.
+    """
     last = {line["id"]: line for line in map(json.loads, found.read_text().replace("`", "").splitlines())}
     of_file: dict[str, list[Line]] = defaultdict(list)
     for line in last.values():
@@ -48,6 +52,8 @@ def report(found: Path) -> str:
             OPEN.strip(),
             "",
             *(f"- {_where(line)}" for line in unknown),
+            "",
+            *_of_areas(sampled),
         )
     )
 
@@ -67,6 +73,27 @@ def _heading() -> tuple[str, ...]:
         "for minutes count as killed.",
         "",
     )
+
+
+def _of_areas(sampled: Path) -> list[str]:
+    """The samples: a row an area, and who lives."""
+    last = {line["id"]: line for line in map(json.loads, sampled.read_text().replace("`", "").splitlines())}
+    lines = [line for line in last.values() if line["of"] == source_hash(line["file"]) and line["verdict"] != "no program"]
+    of_area = {name: [line for line in lines if line["area"] == name] for name in AREAS}
+    alive = [line for line in lines if line["verdict"] == "survived"]
+    return [
+        "## Samples of the areas around the stages",
+        "",
+        "The same few mutants of every file, each in a copy of the tree, against the area's tests (`property_tests/mutants_areas.py`).",
+        "C++ and Triton kernels are changed token by token (`mutants_of_lines.py`); what does not compile does not count.",
+        "",
+        "| area | mutants | killed | survived | of these the same program | killed, % |",
+        "|---|---:|---:|---:|---:|---:|",
+        *(_row(name, area) for name, area in of_area.items() if area),
+        _row("**all**", lines),
+        "",
+        *(f"- {_where(line)}: {reason_of(line['file'], line['change']) or 'no test sees it'}" for line in alive),
+    ]
 
 
 def _of_now(file: str, lines: list[Line]) -> list[Line]:
