@@ -189,8 +189,15 @@ print(info["native"].reason)
 
 
 def test_without_a_compiler_torch_runs_and_says_why(tmp_path: Path) -> None:
-    settings = ["CC=/no/such/compiler", "CXX=/no/such/compiler", f"XDG_CACHE_HOME={tmp_path}"]
+    """Beside half a library, which a loader would die of."""
+    library = native.active().path
+    assert library is not None
+    half = tmp_path / "moe_fn" / library.name
+    half.parent.mkdir()
+    half.write_bytes(library.read_bytes()[: library.stat().st_size // 2])
+    settings = ["CC=/no/such/compiler", "CXX=/no/such/compiler", f"TORCH_EXTENSIONS_DIR={tmp_path}"]
     command = ["env", *settings, sys.executable, "-c", WITHOUT_COMPILER]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(moe_fn.__file__).parents[1])
     assert run.returncode == 0, run.stderr
     assert "no native CPU kernels" in run.stderr and "/no/such/compiler" in run.stdout + run.stderr
+    assert f"{half} is damaged" in run.stderr

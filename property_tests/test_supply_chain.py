@@ -109,8 +109,13 @@ def test_every_file_of_the_package_is_in_the_wheel() -> None:
     assert all((file.parent / "__init__.py").exists() for file in PACKAGE.rglob("*.py")), "a folder without __init__.py is left out"
 
 
-def test_a_new_folder_is_ours_alone_and_an_open_one_is_closed(tmp_path: Path) -> None:
-    assert private_folder(tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+def test_a_new_folder_is_ours_to_write_and_an_open_one_is_closed(tmp_path: Path) -> None:
+    tmp_path.joinpath("a").mkdir(mode=0o755)
+    old = os.umask(0)
+    try:
+        assert private_folder(tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o755
+    finally:
+        os.umask(old)
     tmp_path.joinpath("a", "b").chmod(0o775)
     assert private_folder(tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o755
     tmp_path.joinpath("a").chmod(0o777)

@@ -1,16 +1,18 @@
 """The CPU kernels: a C++ library built on first use from the sources beside this file, one for each instruction-set level.
 
 The compiler is the one that torch.compile needs on a CPU anyway, run by torch's own extension builder. The library is kept where torch
-keeps extensions, in a folder that nobody else may write into (`moe_fn.kernels.trust`), under a name that holds level, torch version and a
-hash of the sources. Without a compiler or such a folder there is a reason instead.
+keeps extensions, in a folder that nobody else may write into (`moe_fn.kernels.trust`), under a name that holds the level, a hash of the
+sources and all else that it depends on, and a digest of itself (`moe_fn.kernels.building`). Without sources, a compiler or such a folder
+there is a reason instead.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
 import platform
-import tempfile
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +25,8 @@ from torch import Tensor
 
 from moe_fn.compiling import constant_while_tracing
 from moe_fn.config.quant import quant_of_text
-from moe_fn.kernels.trust import only_ours, private_folder
+from moe_fn.kernels.building import library_file
+from moe_fn.kernels.trust import private_folder, user
 
 SOURCES = Path(__file__).parent / "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,6 +40,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "plain": (),
 }
+# -g0: Python's own flags ask for symbols, which take half of the time and nine tenths of the file.
+FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-g0")
 
 _log = logging.getLogger("moe_fn")
 _first_use = threading.RLock()  # functools.cache lets threads that find nothing all compute: each would run the compiler
@@ -88,7 +93,7 @@ def best_level() -> str:
 
 
 def library(level: str) -> Library:
-    """The library of a level, loaded; built if it is not there yet, or if somebody else may have written it.
+    """The library of a level, loaded; built if it is not there yet or damaged, or if somebody else may have written it.
 
     Threads that come first together build it once.
     """
@@ -98,11 +103,9 @@ def library(level: str) -> Library:
 
 @functools.cache
 def _library(level: str) -> Library:
-    name = f"moe_fn_{level}_{_fingerprint(level)}"
     try:
-        path = _folder() / f"{name}.so"
-        if not only_ours(path):
-            _build(level, name, path)
+        name = f"moe_fn_{level}_{_fingerprint(level)}"
+        path = library_file(_folder(), name, lambda to: _build(level, name, to))
         torch.ops.load_library(path)
     except Exception as error:  # whatever a compiler, a loader or a full disk has to say: torch's own products are the answer to all
         return Library(level, None, f"{type(error).__name__}: {_short(error)}")
@@ -169,45 +172,65 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
 
 
 def _fingerprint(level: str) -> str:
-    text = [torch.__version__, level, *LEVELS[level]]
+    if not SOURCES.is_dir():
+        raise FileNotFoundError(f"no C++ sources at {SOURCES}; expected a folder, which a zip and most frozen applications do not have")
+    libc = "".join(platform.libc_ver())  # machines and containers may share a folder
+    text = [torch.__version__, sys.platform, platform.machine(), libc, level, *LEVELS[level], *FLAGS]
     text += [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
     return hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
 
 
 def _folder() -> Path:
-    from torch.utils.cpp_extension import get_default_build_root
+    """Where torch keeps extensions: TORCH_EXTENSIONS_DIR, or a folder in the user's cache.
 
-    return private_folder(Path(get_default_build_root()) / "moe_fn")
+    Never below the working folder, where the files of others may lie: torch takes an empty or relative XDG_CACHE_HOME from there, here it
+    counts as none, as its specification says.
+    """
+    from torch import _appdirs
+    from torch.utils import cpp_extension
+
+    try:
+        folder = Path(cpp_extension._get_build_directory("moe_fn", verbose=False))  # makes it
+    except OSError as error:
+        who = f"{user()} may not make or enter {error.filename} ({error.strerror})"
+        raise PermissionError(f"{who}; expected a folder of this user's own in TORCH_EXTENSIONS_DIR") from error
+    usual = Path(cpp_extension.get_default_build_root())
+    if folder.is_relative_to(usual) and not os.path.isabs(_appdirs.user_cache_dir("torch_extensions")):
+        with contextlib.suppress(OSError):  # they are not empty
+            for made in (folder, *folder.parents[: len(folder.relative_to(usual).parts)]):
+                made.rmdir()
+        folder = Path.home() / ".cache" / "torch_extensions" / folder.relative_to(usual)
+    if not folder.is_absolute():
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise ValueError(f"torch's folder for extensions is {str(folder)!r}; expected an absolute path (TORCH_EXTENSIONS_DIR, HOME)")
+    return private_folder(folder)
 
 
 def _build(level: str, name: str, path: Path) -> None:
-    """Build in a folder of our own and move the result.
+    """Compile a level's library to `path`, <name>.so in a folder for this alone.
 
     Not cpp_extension.load: it wants a ninja on the PATH, and its lock file, left by a killed process, makes the next one wait forever.
     """
     from setuptools import Distribution, Extension
     from torch.utils import cpp_extension
 
-    _log.warning("moe_fn: building the CPU kernels (%s), once, into %s", level, path)
+    _log.warning("moe_fn: building the CPU kernels (%s), once, into %s", level, path.parent.parent)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        extension = Extension(
-            name,
-            [str(SOURCES / name) for name in ("kernels.cpp", "quantised.cpp", "backward.cpp", "binding.cpp")],
-            include_dirs=cpp_extension.include_paths(),
-            library_dirs=cpp_extension.library_paths(),
-            libraries=["c10", "torch", "torch_cpu"],
-            extra_compile_args=["-O3", "-std=c++20", "-fopenmp", f"-DNAME=moe_fn_{level}", *LEVELS[level]],
-            extra_link_args=["-fopenmp"],
-            language="c++",
-        )
-        command = cpp_extension.BuildExtension(Distribution({"ext_modules": [extension]}), use_ninja=False, no_python_abi_suffix=True)
-        command.build_lib, command.build_temp = folder, str(Path(folder) / "objects")
-        command.ensure_finalized()
-        command.run()
-        built = Path(folder) / f"{name}.so"
-        built.chmod(0o700)  # whatever the umask: what others may write is not loaded
-        os.replace(built, path)
+    extension = Extension(
+        name,
+        [str(SOURCES / file) for file in ("kernels.cpp", "quantised.cpp", "backward.cpp", "binding.cpp")],
+        include_dirs=cpp_extension.include_paths(),
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["c10", "torch", "torch_cpu"],
+        extra_compile_args=[*FLAGS, f"-DNAME=moe_fn_{level}", *LEVELS[level]],
+        extra_link_args=["-fopenmp"],
+        language="c++",
+    )
+    command = cpp_extension.BuildExtension(Distribution({"ext_modules": [extension]}), use_ninja=False, no_python_abi_suffix=True)
+    command.build_lib, command.build_temp = str(path.parent), str(path.parent / "objects")
+    command.ensure_finalized()
+    command.run()
     _log.info("moe_fn: built in %.0f s", time.perf_counter() - start)
 
 
