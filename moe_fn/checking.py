@@ -12,7 +12,7 @@ from moe_fn.lora import check_adapters
 from moe_fn.preparing import is_prepared, prepared_beside_shapes, prepared_shapes
 from moe_fn.quant.shapes import dtypes_of_quant
 from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, RouterWeights, Routing, Shape, leaves_of_weights
-from moe_fn.shapes import ANY, expected_shapes
+from moe_fn.shapes import ANY, added_by_others, expected_shapes
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
 _COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
@@ -34,6 +34,7 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor)
 def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
     """Every weight that is there has the shape that the config gives it; what else must be there is known when the layer is called."""
     check_layer(where, config, weights)
+    _check_added_once(where, config, weights)
     shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
         if leaf is not None:
@@ -46,6 +47,7 @@ def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights,
 
 
 def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set[Path], beside: Tensor, named: str) -> None:
+    _check_added_once(where, config, weights)
     shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
     if is_prepared(weights.gate_up):
         laid = prepared_beside_shapes(config.own)
@@ -61,6 +63,17 @@ def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set
     if is_prepared(weights.gate_up) != is_prepared(weights.down):
         raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
     check_adapters(where, config, weights.lora)
+
+
+def _check_added_once(where: str, config: MoEConfig, weights: MoEWeights) -> None:
+    """Of ranks with slices of the same experts one has their bias: their outputs are summed."""
+    for path in added_by_others(config):
+        part = weights if len(path) == 1 else getattr(weights, path[0])
+        if getattr(part, path[-1], None) is not None:
+            raise ValueError(
+                f"{where}: weights.{'.'.join(path)} is on a rank with another slice than the first; expected None, for the slices' outputs "
+                "are summed, and the first slice adds it (shard_weights and load_moe_weights leave it out)"
+            )
 
 
 def _prepared_shape(config: MoEConfig, path: Path, dtype: torch.dtype) -> tuple[Shape, bool]:

@@ -47,7 +47,7 @@ def expected_shapes(config: MoEConfig) -> dict[Path, tuple[Shape, bool]]:
         shapes[("router", "physical_of_logical")] = ((logical, ("max replicas", ANY)), True)
         shapes[("router", "num_replicas")] = ((logical,), True)
     if config.shared is not None:
-        width = config.shared.count * config.shared.intermediate_size // _slices_of_shared(config)
+        width = config.shared.count * config.shared.intermediate_size // (config.parallel.slices_of_shared[0] if config.parallel else 1)
         both = 2 * width if as_activation(config.shared.activation).gated else width
         shapes[("shared", "gate_up")] = ((("shared gate_up", both), hidden), True)
         shapes[("shared", "down")] = ((hidden, ("shared width", width)), True)
@@ -64,9 +64,13 @@ def expected_shapes(config: MoEConfig) -> dict[Path, tuple[Shape, bool]]:
         shapes[("latent", "output")] = ((hidden, latent), True)
         for name, dim in (("input_bias", latent), ("output_bias", hidden), ("input_norm", latent), ("output_norm", latent)):
             shapes[("latent", name)] = ((dim,), False)
-    return shapes
+    return {path: shape for path, shape in shapes.items() if path not in added_by_others(config)}
 
 
-def _slices_of_shared(config: MoEConfig) -> int:
+def added_by_others(config: MoEConfig) -> tuple[Path, ...]:
+    """Biases that the rank with the first slice has, and no other: the slices' outputs are summed, and a bias is to be in it once."""
     parallel = config.parallel
-    return parallel.tp.size if parallel is not None and parallel.tp is not None and parallel.shared == "sharded" else 1
+    if parallel is None:
+        return ()
+    later = {("down_bias",): parallel.slices[1], ("shared", "down_bias"): parallel.slices_of_shared[1]}
+    return tuple(path for path, number in later.items() if number > 0)

@@ -37,39 +37,59 @@ def holds(layout: Layout, *path: str) -> bool:
     return any(entry.weight == path for entry in layout.entries)
 
 
-@st.composite
-def blocks(draw: Callable[[Any], Any], layouts: tuple[Layout, ...] = SAVED) -> Block:
-    """Any layout, sizes and dtype; memory laid in any way, whatever the layout of the file."""
-    layout = draw(st.sampled_from(layouts))
-    sizes = st.integers(1, 4)
-    gated = any(pins == ("G", 1) for entry in layout.entries for pins in entry.pins) or any("G" in entry.axes for entry in layout.entries)
-    activation = "silu" if gated else "relu2_no_mul"
-    stacked = any(entry.axes.startswith("N ") for entry in layout.entries)  # Inkling
-    shared = None
-    if holds(layout, "shared", "down") and (stacked or draw(st.booleans())):
-        gate = "router" if stacked else "sigmoid" if holds(layout, "shared", "gate") else "none"
-        shared = SharedExpertsConfig(intermediate_size=draw(sizes), count=draw(sizes), gate=gate, activation=activation)  # type: ignore[arg-type]
-    hashed = holds(layout, "router", "expert_ids_of_token") and draw(st.booleans())
+def is_gated(layout: Layout) -> bool:
+    return any(pins == ("G", 1) for entry in layout.entries for pins in entry.pins) or any("G" in entry.axes for entry in layout.entries)
+
+
+def is_stacked(layout: Layout) -> bool:
+    """Inkling's shared experts, each a matrix of its own."""
+    return any(entry.axes.startswith("N ") for entry in layout.entries)
+
+
+def config_of(
+    layout: Layout, shared: tuple[int, int] | None = None, latent: int | None = None, hashed: bool = False, **sizes_and_layouts: Any
+) -> MoEConfig:
+    """A config that a layout can hold; shared: intermediate size and count."""
+    activation: Any = "silu" if is_gated(layout) else "relu2_no_mul"
+    gate: Any = "router" if is_stacked(layout) else "sigmoid" if holds(layout, "shared", "gate") else "none"
     router = RouterConfig(
         scoring="sigmoid",
         selection="hash" if hashed else "top_k",
         correction_bias="scores" if holds(layout, "router", "correction_bias") and not hashed else "none",
     )
+    return MoEConfig(
+        router=router,
+        activation=activation,
+        shared=shared and SharedExpertsConfig(intermediate_size=shared[0], count=shared[1], gate=gate, activation=activation),
+        expert_norm=ExpertNormConfig() if holds(layout, "expert_norm") else None,
+        latent=None if latent is None else LatentConfig(size=latent),
+        zero_experts=_ZERO.get(layout.name),
+        norms=NormsConfig(output=True) if layout.name == "axk1" else None,
+        **sizes_and_layouts,
+    )
+
+
+@st.composite
+def blocks(draw: Callable[[Any], Any], layouts: tuple[Layout, ...] = SAVED, slices: int = 1) -> Block:
+    """Any layout, sizes and dtype; memory laid in any way, whatever the layout of the file. slices: what divides the intermediate sizes."""
+    layout = draw(st.sampled_from(layouts))
+    sizes = st.integers(1, 4)
+    shared = None
+    if holds(layout, "shared", "down") and (is_stacked(layout) or draw(st.booleans())):
+        shared = slices * draw(sizes), draw(sizes)
+    hashed = holds(layout, "router", "expert_ids_of_token") and draw(st.booleans())
     latent = holds(layout, "latent", "input") and (layout.name == "muse_spark" or draw(st.booleans()))
-    config = MoEConfig(
+    config = config_of(
+        layout,
+        shared,
+        draw(sizes) if latent else None,
+        hashed,
         num_experts=draw(st.integers(1, 5)),
         top_k=1,
         hidden_size=draw(sizes),
-        intermediate_size=draw(sizes),
-        router=router,
-        activation=activation,  # type: ignore[arg-type]
-        gate_up_layout=draw(st.sampled_from(["packed", "interleaved"])) if gated else "packed",
+        intermediate_size=slices * draw(sizes),
+        gate_up_layout=draw(st.sampled_from(["packed", "interleaved"])) if is_gated(layout) else "packed",
         weight_layout=draw(st.sampled_from(["out_in", "in_out"])),
-        shared=shared,
-        expert_norm=ExpertNormConfig() if holds(layout, "expert_norm") else None,
-        latent=LatentConfig(size=draw(sizes)) if latent else None,
-        zero_experts=_ZERO.get(layout.name),
-        norms=NormsConfig(output=True) if layout.name == "axk1" else None,
     )
     prefix = ".".join(filter(None, [draw(st.sampled_from(["", "model.", "model.language_model."])) + "layers.3", layout.block]))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))

@@ -626,7 +626,7 @@ if importlib.util.find_spec("transformers") is not None:
     )
 
 if importlib.util.find_spec("safetensors") is not None:
-    from moe_fn.checkpoint import adapter_config, axes, reading, saving
+    from moe_fn.checkpoint import adapter_config, axes, reading, saving, slices
     from moe_fn.checkpoint import lora as loading_lora
 
     BUGS += (
@@ -663,7 +663,25 @@ if importlib.util.find_spec("safetensors") is not None:
         PlantedBug(
             "slices_of_ranks_make_up_the_whole",
             "every rank has the first experts",
-            reading.slices_of,
-            after(lambda slices, *a: replace(slices, experts=tuple(range(len(slices.experts))))),
+            slices.slices_of,
+            after(lambda found, *a: replace(found, experts=tuple(range(len(found.experts))))),
+        ),
+        PlantedBug(
+            "loading_by_the_config_is_sharding_the_whole",
+            "every slice has the biases of the last products",
+            slices.is_added_here,
+            instead(lambda *a: True),
+        ),
+        PlantedBug(
+            "loading_by_the_config_is_sharding_the_whole",
+            "config.parallel is ignored",
+            slices.slices_of,
+            before(lambda config, wanted: (replace(config, parallel=None), replace(wanted, placement=None))),
+        ),
+        PlantedBug(
+            "loading_by_the_config_is_sharding_the_whole",
+            "a placement of copies is ignored",
+            slices._experts_of_rank,
+            before(lambda config, placement: (replace(config, parallel=replace(config.parallel, num_physical=None)), None)),
         ),
     )

@@ -13,10 +13,6 @@ LAW = "sharded_equals_unsharded"
 replace = dataclasses.replace
 
 
-def _bias_on_every_rank(weights: Any, config: Any, full: Any) -> Any:
-    return replace(weights, down_bias=full.down_bias)
-
-
 def _first_row_everywhere(rows: Any, a: Any, *rest: Any) -> Any:
     return rows if a is None else rows * 0 + rows[:1]
 
@@ -24,7 +20,7 @@ def _first_row_everywhere(rows: Any, a: Any, *rest: Any) -> Any:
 RANK_BUGS = (
     PlantedBug(LAW, "the sum over tp is forgotten", collectives.sum_over_ranks, instead(lambda x, group: x)),
     PlantedBug(LAW, "gradients of copies are not summed", collectives.copy_to_ranks, instead(lambda x, group: x)),
-    PlantedBug(LAW, "down's bias is on every slice", sharding.shard_weights, after(_bias_on_every_rank)),
+    PlantedBug(LAW, "down's bias is on no slice", sharding.shard_weights, after(lambda w, *a: replace(w, down_bias=None))),
     PlantedBug(LAW, "the neighbour's experts", formats.places_of_experts, after(lambda p, *a: (p[0], p[1].clamp(min=0) * 0))),
     PlantedBug(LAW, "weights applied on the way there too", formats._of_slots, after(lambda y, *a: y * 1.01)),
     PlantedBug(LAW, "rows of another rank", formats.padded, after(lambda rows, *a: rows.flip(0))),

@@ -1,5 +1,6 @@
 """The checkpoint loader and saver: laws over all layouts, sizes, shards and slices, and every way a file can be wrong."""
 
+import dataclasses
 import importlib.util
 import itertools
 from typing import Any
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from support import law
 from torch import Tensor
 
+from moe_fn import ParallelConfig, RankGroup, RouterWeights, shard_weights
+from moe_fn.balance import placement_of_slots
 from moe_fn.checkpoint import load_moe_weights, save_moe_weights
 from moe_fn.checkpoint.axes import by_axes, patterns_of, sizes_of
 from moe_fn.records import WEIGHT_PATHS, leaves_of_weights
@@ -68,6 +71,46 @@ def test_slices_of_ranks_make_up_the_whole(dealt: Any, shard_bytes: int) -> None
                     put(by_axes(rebuilt[name], patterns[name], known, AXES), by_axes(t, patterns[name], known | local, AXES), places)
     for name, t in rebuilt.items():
         assert torch.equal(t, whole[name]), name
+
+
+@st.composite
+def on_ranks(draw: Any) -> tuple[Block, ParallelConfig, Any]:
+    """A block, one rank of some that share it, and a placement where experts have copies."""
+    tp, dp, ep = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    block = draw(blocks(slices=tp * dp))
+    tp = 1 if block.config.expert_norm else tp
+    ep = min(ep, block.config.num_experts)
+
+    def group(size: int) -> RankGroup | None:
+        return RankGroup(name="0", size=size, rank=draw(st.integers(0, size - 1))) if size > 1 else None
+
+    groups = {"tp": group(tp), "ep": group(ep)}
+    options: dict[str, Any] = {"shared": draw(st.sampled_from(["sharded", "replicated"]))}
+    placement = None
+    if ep > 1:
+        options["placement"] = draw(st.sampled_from(["linear", "round_robin"]))
+        experts = block.config.num_experts
+        if options["placement"] == "linear" and draw(st.booleans()):
+            options["num_physical"] = -(-(experts + 1) // ep) * ep
+            more = [draw(st.integers(0, experts - 1)) for _ in range(options["num_physical"] - experts)]
+            slots = draw(st.permutations([*range(experts), *more]))
+            placement = placement_of_slots(torch.tensor(slots), num_experts=experts)
+    elif dp > 1 and not block.config.expert_norm:
+        groups["dp"], options["dispatch"] = group(dp), "all_gather"  # slices over dp x tp
+    return block, ParallelConfig(**groups, **options), placement
+
+
+@law(on_ranks(), SHARD_BYTES)
+def test_loading_by_the_config_is_sharding_the_whole(dealt: Any, shard_bytes: int) -> None:
+    block, parallel, placement = dealt
+    config, whole = dataclasses.replace(block.config, parallel=parallel), block.weights
+    with folder() as path:
+        save_moe_weights(path, block.prefix, block.config, block.weights, layout=block.layout, max_shard_bytes=shard_bytes)
+        mine = load_moe_weights(path, block.prefix, config, layout=block.layout, placement=placement)
+    if placement is not None:
+        tensors = {field.name: getattr(placement, field.name) for field in dataclasses.fields(placement)}
+        whole = dataclasses.replace(whole, router=dataclasses.replace(whole.router or RouterWeights(), **tensors))
+    assert same_bits(mine, shard_weights(config, whole))
 
 
 AXES = tuple("EIMGXNBHLCDWZVK1")

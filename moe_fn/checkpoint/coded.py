@@ -7,12 +7,13 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from moe_fn.checkpoint.axes import Ranges, Units, axes_of, by_axes, dims_of, ranges_in_units
+from moe_fn.checkpoint.axes import Ranges, Units, axes_of, by_axes, dims_of, of_axes, ranges_in_units
 from moe_fn.checkpoint.codings import CODINGS, check_order, check_sizes, check_zeros
 from moe_fn.checkpoint.entries import Entry
 from moe_fn.checkpoint.files import open_tensors
 from moe_fn.checkpoint.match import Part, Plan
 from moe_fn.checkpoint.quantised import CODED, EXPERTS
+from moe_fn.checkpoint.slices import Slices
 from moe_fn.quant.numbers import pack_halves
 from moe_fn.quant.weights import Codes, decoded
 from moe_fn.records import Path
@@ -83,11 +84,21 @@ def _sizes(part: Part, plan: Plan) -> tuple[int, ...]:
     return tuple(plan.sizes[axis] for axis in axes_of(codes.axes) if axis not in "EGBN")
 
 
-def decode_others(plan: Plan, weights: dict[Path, Tensor], dtype: torch.dtype | None) -> None:
-    """Makes floats of the quantised matrices that are no experts, for their products take floats; their codes go."""
+def decode_others(plan: Plan, weights: dict[Path, Tensor], dtype: torch.dtype | None, read: Slices, wanted: Slices) -> None:
+    """Makes floats of the quantised matrices that are no experts, for their products take floats; their codes go.
+
+    Whole tiles of them have been read; what is wanted of those is cut out of the floats.
+    """
+    start, stop = (place - read.shared_intermediate[0] for place in wanted.shared_intermediate)
     for path, method in plan.layout.methods:
         if path in EXPERTS or (*path, "codes") not in weights:
             continue
         found: Mapping[str, Tensor] = {role: weights.pop((*path, role)).unsqueeze(0) for role in CODED if (*path, role) in weights}
         halves = plan.sizes["B"] if path == ("shared", "gate_up") else 1
-        weights[path] = decoded(method.quant, Codes(**found), halves, plan.dtypes[path] if dtype is None else dtype)[0]
+        floats = decoded(method.quant, Codes(**found), halves, plan.dtypes[path] if dtype is None else dtype)[0]
+        pattern = plan.places[path].pattern
+        order = axes_of(pattern)
+        if "M" in order and read != wanted:
+            tiles = by_axes(floats, pattern, read.sizes(plan.sizes), order)
+            floats = of_axes(tiles.narrow(order.index("M"), start, stop - start), order, pattern)
+        weights[path] = floats

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from moe_fn.balance import Placement
 from moe_fn.checkpoint.choose import anchors_of, layouts_of_family, plan_of_block, quant_of_block, rows_of_block
 from moe_fn.checkpoint.entries import Layout
 from moe_fn.checkpoint.folder import Checkpoint, Headers, model_types, open_checkpoint, read_headers
 from moe_fn.checkpoint.layouts import LAYOUTS
 from moe_fn.checkpoint.loading import load_from
-from moe_fn.config import MoEConfig
+from moe_fn.checkpoint.slices import Wanted
+from moe_fn.config import MoEConfig, ParallelConfig
 from moe_fn.families import config_of_layer
 from moe_fn.progress import Progress, clear
 from moe_fn.records import MoEWeights
@@ -67,26 +69,28 @@ def load_moe_layer(
     path: str | Path,
     layer: int | str,
     *,
+    parallel: ParallelConfig | None = None,
     layout: Layout | str | None = None,
     experts: Sequence[int] | None = None,
     intermediate: slice | None = None,
     shared_intermediate: slice | None = None,
+    placement: Placement | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[MoEConfig, MoEWeights]:
     """The config and the weights of a layer: by its index, or by its prefix where two stacks of layers have the same indices.
 
-    The other arguments are those of load_moe_weights; the config is that of the whole layer, whatever the slices.
+    parallel says which ranks share the layer, and which this one is: it is in the config, and the weights are this rank's. The other
+    arguments are those of load_moe_weights; sizes of the config are those of the whole layer, whatever the slices.
 
-    Raises ValueError as load_moe_weights and `moe_fn.families.config_of_layer` do, and for a layer that is no mixture of experts.
+    Raises ValueError as load_moe_weights and `moe_fn.families.config_of_layer` do, for a layer that is no mixture of experts, and for one
+    that parallel does not divide.
     """
     checkpoint = open_checkpoint(path)
     prefix, index = _find(checkpoint, layer)
-    config = _config(checkpoint, prefix, index, layout)
-    weights = load_from(
-        checkpoint, prefix, config, layout, (experts, intermediate, shared_intermediate), dtype=dtype, device=device
-    )  # fmt: skip
-    return config, weights
+    config = dataclasses.replace(_config(checkpoint, prefix, index, layout), parallel=parallel)
+    wanted = Wanted(experts, intermediate, shared_intermediate, placement)
+    return config, load_from(checkpoint, prefix, config, layout, wanted, dtype=dtype, device=device)
 
 
 def load_moe_layers(
@@ -94,23 +98,27 @@ def load_moe_layers(
     layers: Iterable[int | str] | None = None,
     progress: bool = True,
     *,
+    parallel: ParallelConfig | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, MoEConfig, MoEWeights]]:
     """Layer after layer, as (prefix, config, weights); None: all of them. Only the layer that is being made is held here.
 
+    parallel, as for load_moe_layer, is every layer's; copies of experts (num_physical) are each layer's own, and load_moe_layer's matter.
     progress shows on stderr which layer is read, as a bar on a terminal, as lines elsewhere.
 
     Raises ValueError as load_moe_layer does; all layers that are asked for are found before the first is loaded.
     """
     checkpoint = open_checkpoint(path)
     wanted = list(_prefixes(checkpoint).items()) if layers is None else [_find(checkpoint, layer) for layer in layers]
-    configs = [_config(checkpoint, prefix, index) for prefix, index in wanted]
+    if parallel is not None and parallel.num_physical is not None:
+        raise ValueError("load_moe_layers: parallel.num_physical is given; expected load_moe_layer, with the placement of each layer")
+    configs = [dataclasses.replace(_config(checkpoint, prefix, index), parallel=parallel) for prefix, index in wanted]
     try:
         for done, ((prefix, _), config) in enumerate(zip(wanted, configs, strict=True)):
             if progress:
                 Progress(total=len(wanted), done=done, label=checkpoint.folder.name).say(prefix)
-            yield prefix, config, load_from(checkpoint, prefix, config, None, (None, None, None), dtype=dtype, device=device)
+            yield prefix, config, load_from(checkpoint, prefix, config, None, Wanted(), dtype=dtype, device=device)
     finally:
         if progress:
             clear()

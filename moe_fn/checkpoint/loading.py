@@ -1,15 +1,19 @@
-"""The loader: folders of safetensors to MoEWeights, whole or as the slices of a rank."""
+"""The loader: folders of safetensors to MoEWeights, whole or as the part of a rank."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from moe_fn.balance import Placement
 from moe_fn.checkpoint.choose import headers_of_block, plan_of_block
 from moe_fn.checkpoint.entries import Layout
 from moe_fn.checkpoint.folder import Checkpoint, open_checkpoint
-from moe_fn.checkpoint.reading import read_weights, slices_of
+from moe_fn.checkpoint.reading import read_weights
+from moe_fn.checkpoint.slices import Wanted, slices_of, with_placement
 from moe_fn.config import MoEConfig
+from moe_fn.kinds import check_config
 from moe_fn.records import MoEWeights
 
 
@@ -22,22 +26,27 @@ def load_moe_weights(
     experts: Sequence[int] | None = None,
     intermediate: slice | None = None,
     shared_intermediate: slice | None = None,
+    placement: Placement | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> MoEWeights:
-    """The weights of a block in a checkpoint, or the slices of them that a rank needs.
+    """The weights of a block in a checkpoint, or the part of them that a rank has.
+
+    With config.parallel they are this rank's: what `moe_fn.shard_weights` makes of the whole, of which only these bytes are read.
 
     path                 a folder with model.safetensors, or with shards and an index; or one .safetensors file
     prefix               what the names of the block begin with: "model.layers.3.mlp"
     config               of the whole block; its weight_layout and gate_up_layout are those of the result; its quant is the checkpoint's
     layout               a row of `moe_fn.checkpoint.LAYOUTS`, or its name; None: by model_type in config.json, and by names
-    experts              ids of the experts that this rank has, in its order, repeats allowed; None: all
-    intermediate         of every expert, the columns of the first product and rows of the last that this rank has; None: all
+    experts              without config.parallel: ids of the experts to load, in this order, repeats allowed; None: all
+    intermediate         likewise: of every expert, these columns of the first product and rows of the last; None: all
     shared_intermediate  the same of every shared expert
+    placement            with parallel.num_physical: which expert is in which slot (`moe_fn.balance`), of this layer
     dtype                of the result, but for the router, codes and their scales; None: as in the file
 
-    What has no such axis is whole on every rank: router, latent projections, down_bias (to be added on one rank only). The files are mapped
-    and only the bytes of the slices are read; every tensor is allocated once, and its pieces are copied into place.
+    down_bias comes with the slice of the experts that begins at 0, and with no other; the shared experts' with theirs: outputs of slices
+    are summed, and a bias is to be in the sum once. All else that has no such axis is whole on every rank: router, latent projections.
+    The files are mapped and only the bytes of the slices are read; every tensor is allocated once, its pieces are copied into place.
 
     Codes and scales of quantised experts are laid as `QuantWeights` has them, and never rounded anew; of a gate and its up that say
     different input scales, the larger counts. config.quant.activations may be another than the checkpoint's, or None. Shared experts and
@@ -45,10 +54,11 @@ def load_moe_weights(
 
     Raises ValueError before anything is allocated: for files that are cut short or whose headers lie, and for every tensor of the block
     that is missing, surplus, mis-shaped or of a wrong dtype, with what was expected; for methods of quantisation that are not known or
-    contradict the tensors; for slices that cut through what shares a scale.
+    contradict the tensors; for slices of experts that cut through what shares a scale or a byte, and slices by hand with config.parallel.
 
     Laws
         Slices of ranks make up the whole.
+        Loading by the config is sharding the whole.
 
     Source: the safetensors format (github.com/huggingface/safetensors); names as transformers 5.23 converts them.
 
@@ -64,7 +74,8 @@ def load_moe_weights(
     (torch.Size([2, 3, 3]), True)
     """
     checkpoint = open_checkpoint(path)
-    return load_from(checkpoint, prefix, config, layout, (experts, intermediate, shared_intermediate), dtype=dtype, device=device)
+    wanted = Wanted(experts, intermediate, shared_intermediate, placement)
+    return load_from(checkpoint, prefix, config, layout, wanted, dtype=dtype, device=device)
 
 
 def load_from(
@@ -72,12 +83,14 @@ def load_from(
     prefix: str,
     config: MoEConfig,
     layout: Layout | str | None,
-    cuts: tuple[Sequence[int] | None, slice | None, slice | None],
+    wanted: Wanted,
     *,
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> MoEWeights:
-    """load_moe_weights of a checkpoint that is open; cuts are its experts, intermediate and shared_intermediate."""
-    slices = slices_of(config, *cuts)
-    plan = plan_of_block(checkpoint, headers_of_block(checkpoint, prefix), prefix, config, layout)
-    return read_weights(checkpoint.folder, plan, config, slices, dtype, device)
+    """load_moe_weights of a checkpoint that is open."""
+    check_config("load_moe_weights", config)
+    whole = dataclasses.replace(config, parallel=None)
+    plan = plan_of_block(checkpoint, headers_of_block(checkpoint, prefix), prefix, whole, layout)
+    weights = read_weights(checkpoint.folder, plan, slices_of(config, wanted), dtype, device)
+    return with_placement(weights, wanted.placement)

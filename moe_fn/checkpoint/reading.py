@@ -1,6 +1,8 @@
 """Doing what a plan says: every tensor is allocated once, and pieces of the mapped files are copied into their places."""
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -13,26 +15,12 @@ from moe_fn.checkpoint.axes import Ranges, axes_of, by_axes, in_units, ranges_in
 from moe_fn.checkpoint.coded import INPUT_SCALES, check_parts, decode_others, put_input_scale, to_codes
 from moe_fn.checkpoint.files import BITS, TensorInfo, open_tensors
 from moe_fn.checkpoint.match import Part, Plan
-from moe_fn.checkpoint.quantised import Place
-from moe_fn.config import MoEConfig
+from moe_fn.checkpoint.quantised import Place, base_of
+from moe_fn.checkpoint.slices import Slices, is_added_here
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, weights_of_leaves
 
 # Pages of a mapped file count as this process' memory until the mapping goes: it is made anew after a piece, or this many bytes of them.
 _WINDOW = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class Slices:
-    """What of a block a rank wants: its experts, and places along the intermediates."""
-
-    experts: Sequence[int]
-    intermediate: tuple[int, int]
-    shared_intermediate: tuple[int, int]
-
-    def sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The sizes of what the rank gets, of those of the whole."""
-        (start, stop), (first, last) = self.intermediate, self.shared_intermediate
-        return dict(sizes) | {"E": len(self.experts), "I": stop - start, "M": last - first}
 
 
 @dataclass(frozen=True)
@@ -44,25 +32,15 @@ class Piece:
     place: int | None  # along E of the tensor in memory; None for all
 
 
-def slices_of(config: MoEConfig, experts: Sequence[int] | None, intermediate: slice | None, shared_intermediate: slice | None) -> Slices:
-    """The slices that these arguments stand for; None is all. Raises ValueError for what the block does not have."""
-    chosen = range(config.num_experts) if experts is None else tuple(experts)  # a range, for a config may say any number
-    if experts is not None and not (chosen and all(type(e) is int and 0 <= e < config.num_experts for e in chosen)):
-        raise ValueError(f"experts is {experts!r:.80}; expected ids in 0..{config.num_experts - 1}, at least one")
-    width = config.shared.intermediate_size if config.shared else 0
-    return Slices(
-        chosen, _bounds("intermediate", intermediate, config.intermediate_size), _bounds("shared_intermediate", shared_intermediate, width)
-    )
-
-
-def read_weights(folder: FilePath, plan: Plan, config: MoEConfig, slices: Slices, dtype: torch.dtype | None, device: Any) -> MoEWeights:
+def read_weights(folder: FilePath, plan: Plan, slices: Slices, dtype: torch.dtype | None, device: Any) -> MoEWeights:
     """The weights that a plan describes, those slices of them."""
-    local = slices.sizes(plan.sizes)
+    plan = dataclasses.replace(plan, parts={path: parts for path, parts in plan.parts.items() if is_added_here(slices, path)})
     _check_tiles(plan, slices)
     check_parts(folder, plan, slices.experts)
+    read = {path: _whole_tiles(plan, slices) if base_of(path) != path else slices for path in plan.parts}
     weights = {
         path: torch.empty(
-            shape_of(place.pattern, in_units(local, place.units)),
+            shape_of(place.pattern, in_units(read[path].sizes(plan.sizes), place.units)),
             dtype=plan.dtypes[path] if dtype is None or _keeps(path, plan) else dtype,
             device=device,
         )
@@ -70,24 +48,28 @@ def read_weights(folder: FilePath, plan: Plan, config: MoEConfig, slices: Slices
     }
     for path in INPUT_SCALES & weights.keys():
         weights[path].zero_()
-    pieces = [(path, piece) for path, parts in plan.parts.items() for part in parts for piece in _pieces(part, plan, slices)]
+    pieces = [(path, piece) for path, parts in plan.parts.items() for part in parts for piece in _pieces(part, plan, read[path])]
     pieces.sort(key=_turn)
     for (_, file), found in itertools.groupby(pieces, lambda piece: _turn(piece)[:2]):
-        _copy_pieces(folder / file, list(found), weights, plan, slices)
-    decode_others(plan, weights, dtype)
+        _copy_pieces(folder / file, list(found), weights, plan, read)
+    decode_others(plan, weights, dtype, _whole_tiles(plan, slices), slices)
     return weights_of_leaves([weights.get(path) for path in WEIGHT_PATHS])
 
 
 def _check_tiles(plan: Plan, slices: Slices) -> None:
-    """Slices begin and end where bytes and tiles do."""
-    for axis, name, (start, stop) in (
-        ("I", "intermediate", slices.intermediate),
-        ("M", "shared_intermediate", slices.shared_intermediate),
-    ):
-        for path in plan.parts:
-            unit = dict(plan.places[path].units).get(axis) or 1
-            if start % unit or (stop % unit and stop != plan.sizes[axis]):
-                raise ValueError(f"{name} is {start}..{stop}; expected multiples of {unit}, which share a scale or a byte")
+    """Slices of experts that stay codes begin and end where bytes and tiles do."""
+    start, stop = slices.intermediate
+    for path in plan.parts:
+        unit = dict(plan.places[path].units).get("I") or 1
+        if start % unit or (stop % unit and stop != plan.sizes["I"]):
+            raise ValueError(f"intermediate is {start}..{stop}; expected multiples of {unit}, which share a scale or a byte")
+
+
+def _whole_tiles(plan: Plan, slices: Slices) -> Slices:
+    """The slices, with what shares a scale or a byte with the shared experts' places: those are decoded, and cut afterwards."""
+    units = [dict(plan.places[path].units).get("M") or 1 for path in plan.parts if base_of(path) != path]
+    unit, (start, stop) = math.lcm(*units), slices.shared_intermediate
+    return dataclasses.replace(slices, shared_intermediate=(start // unit * unit, min(-(-stop // unit) * unit, plan.sizes["M"])))
 
 
 def _turn(found: tuple[Path, Piece]) -> tuple[bool, str, int]:
@@ -99,15 +81,6 @@ def _turn(found: tuple[Path, Piece]) -> tuple[bool, str, int]:
 def _keeps(path: Path, plan: Plan) -> bool:
     """The router stays as it is in the file: a correction bias of bfloat16 could not be balanced. So do codes and their scales."""
     return path[0] == "router" or any(part.entry.coding for part in plan.parts[path])
-
-
-def _bounds(name: str, wanted: slice | None, size: int) -> tuple[int, int]:
-    if wanted is None:
-        return 0, size
-    start, stop = 0 if wanted.start is None else wanted.start, size if wanted.stop is None else wanted.stop
-    if type(start) is not int or type(stop) is not int or wanted.step not in (None, 1) or not 0 <= start < stop <= size:
-        raise ValueError(f"{name} is {wanted!r}; expected a slice without a step, of at least one of the {size} places there are")
-    return start, stop
 
 
 def _pieces(part: Part, plan: Plan, slices: Slices) -> Iterator[Piece]:
@@ -127,7 +100,9 @@ def _pieces(part: Part, plan: Plan, slices: Slices) -> Iterator[Piece]:
             yield Piece(part, rectangle, place)
 
 
-def _copy_pieces(file: FilePath, pieces: Sequence[tuple[Path, Piece]], weights: Mapping[Path, Tensor], plan: Plan, slices: Slices) -> None:
+def _copy_pieces(
+    file: FilePath, pieces: Sequence[tuple[Path, Piece]], weights: Mapping[Path, Tensor], plan: Plan, read: Mapping[Path, Slices]
+) -> None:
     regions = [_region(piece, plan.sizes) for _, piece in pieces]
     extents = [_extent(piece.part.info, region) for (_, piece), region in zip(pieces, regions, strict=True)]
     scratch = torch.empty(max(extents), dtype=torch.uint8)  # takes no memory until it is written to
@@ -138,7 +113,7 @@ def _copy_pieces(file: FilePath, pieces: Sequence[tuple[Path, Piece]], weights: 
             while done < len(pieces) and (mapped == 0 or mapped + extents[done] <= _WINDOW):
                 path, piece = pieces[done]
                 source = opened.get_slice(piece.part.name)[regions[done]]
-                _copy_piece(piece, source, weights[path], plan.places[path], slices, plan.sizes, scratch)
+                _copy_piece(piece, source, weights[path], plan.places[path], read[path], plan.sizes, scratch)
                 mapped += extents[done]
                 done += 1
                 del source

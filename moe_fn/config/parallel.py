@@ -121,6 +121,11 @@ class ParallelConfig:
             return self.dp.size * size, self.dp.rank * size + rank
         return size, rank
 
+    @property
+    def slices_of_shared(self) -> tuple[int, int]:
+        """How many slices the shared experts' intermediate size is cut into, and which one is this rank's."""
+        return (1, 0) if self.tp is None or self.shared == "replicated" else (self.tp.size, self.tp.rank)
+
     @classmethod
     def from_mesh(
         cls,

@@ -87,3 +87,9 @@ def ranks_of_experts(config: Any, parallel: ParallelConfig) -> tuple[int, ...]:
         return tuple(expert % ranks for expert in range(experts))
     each, more = divmod(experts, ranks)
     return tuple(rank for rank in range(ranks) for _ in range(each + (rank < more)))
+
+
+def experts_of_rank(config: Any, parallel: ParallelConfig) -> tuple[int, ...]:
+    """The numbers of this rank's experts, in its order; of its slots where experts have copies."""
+    mine = parallel.ep.rank if parallel.ep else 0
+    return tuple(expert for expert, rank in enumerate(ranks_of_experts(config, parallel)) if rank == mine)

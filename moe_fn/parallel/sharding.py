@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_fn.balance import physical_weights
 from moe_fn.checking import check_shapes
 from moe_fn.config import MoEConfig, as_activation
-from moe_fn.config.sharing import ranks_of_experts
+from moe_fn.config.sharing import experts_of_rank, ranks_of_experts
 from moe_fn.parallel.adapters import join_adapters, shard_adapters
 from moe_fn.parallel.cutting import joined, slice_of
 from moe_fn.parallel.places import placement_of_weights, without_placement
@@ -48,8 +48,7 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     check_shapes("shard_weights", dataclasses.replace(config, parallel=None), without_placement(weights))
     if parallel.num_physical is not None:
         weights = physical_weights(weights, placement_of_weights(weights))
-    mine = parallel.ep.rank if parallel.ep else 0
-    experts = torch.tensor([e for e, rank in enumerate(ranks_of_experts(config, parallel)) if rank == mine], device=weights.gate_up.device)
+    experts = torch.tensor(experts_of_rank(config, parallel), device=weights.gate_up.device)
     slices, number = parallel.slices
     cuts = _cuts(config)
     whole = len(experts) == len(weights.gate_up)
@@ -88,10 +87,9 @@ def _cuts(config: MoEConfig) -> dict[tuple[str, ...], tuple[int, int] | None]:
 
 
 def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeights | None:
-    parallel = config.parallel
-    if shared is None or config.shared is None or parallel is None or parallel.tp is None or parallel.shared == "replicated":
+    if shared is None or config.shared is None or config.parallel is None:
         return shared
-    size, rank = parallel.tp.size, parallel.tp.rank
+    size, rank = config.parallel.slices_of_shared
     gated = as_activation(config.shared.activation).gated
     parts = (2 if gated else 1) * config.shared.count  # each expert is cut by itself: the router may weigh it
 

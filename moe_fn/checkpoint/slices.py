@@ -1,0 +1,116 @@
+"""What of a block is wanted: slices said by hand, or a rank's part as `shard_weights` cuts it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_fn.balance import Placement
+from moe_fn.config import MoEConfig
+from moe_fn.config.sharing import experts_of_rank
+from moe_fn.records import MoEWeights, Path, RouterWeights
+
+# What is added to a sum over slices belongs to the first of them.
+_FIRST_SLICE_ONLY: dict[Path, str] = {("down_bias",): "intermediate", ("shared", "down_bias"): "shared_intermediate"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The arguments of load_moe_weights that say which part of a block to load."""
+
+    experts: Sequence[int] | None = None
+    intermediate: slice | None = None
+    shared_intermediate: slice | None = None
+    placement: Placement | None = None
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What of a block a rank wants: its experts, and places along the intermediates."""
+
+    experts: Sequence[int]
+    intermediate: tuple[int, int]
+    shared_intermediate: tuple[int, int]
+
+    def sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of what the rank gets, of those of the whole."""
+        (start, stop), (first, last) = self.intermediate, self.shared_intermediate
+        return dict(sizes) | {"E": len(self.experts), "I": stop - start, "M": last - first}
+
+
+def is_added_here(slices: Slices, path: Path) -> bool:
+    """Whether a tensor is this rank's at all: biases of a last product are the first slice's."""
+    name = _FIRST_SLICE_ONLY.get(path)
+    return name is None or getattr(slices, name)[0] == 0
+
+
+def slices_of(config: MoEConfig, wanted: Wanted) -> Slices:
+    """The slices that these arguments, or config.parallel, stand for; None is all.
+
+    Raises ValueError for what the block does not have, and for a part that is said twice.
+    """
+    if config.parallel is None:
+        return _slices_by_hand(config, wanted)
+    for name in ("experts", "intermediate", "shared_intermediate"):
+        if getattr(wanted, name) is not None:
+            raise ValueError(f"{name} is {getattr(wanted, name)!r:.80} with config.parallel; expected None, for that says this rank's part")
+    (slices, number), (slices_of_shared, shared) = config.parallel.slices, config.parallel.slices_of_shared
+    width = config.intermediate_size // slices
+    shared_width = config.shared.intermediate_size // slices_of_shared if config.shared else 0
+    return Slices(
+        _experts_of_rank(config, wanted.placement),
+        (number * width, (number + 1) * width),
+        (shared * shared_width, (shared + 1) * shared_width),
+    )
+
+
+def _slices_by_hand(config: MoEConfig, wanted: Wanted) -> Slices:
+    experts = wanted.experts
+    if wanted.placement is not None:
+        raise ValueError("placement would have no effect; expected None, or a config with parallel.num_physical")
+    chosen = range(config.num_experts) if experts is None else tuple(experts)  # a range, for a config may say any number
+    if experts is not None and not (chosen and all(type(e) is int and 0 <= e < config.num_experts for e in chosen)):
+        raise ValueError(f"experts is {experts!r:.80}; expected ids in 0..{config.num_experts - 1}, at least one")
+    width = config.shared.intermediate_size if config.shared else 0
+    return Slices(
+        chosen,
+        _bounds("intermediate", wanted.intermediate, config.intermediate_size),
+        _bounds("shared_intermediate", wanted.shared_intermediate, width),
+    )
+
+
+def _bounds(name: str, wanted: slice | None, size: int) -> tuple[int, int]:
+    if wanted is None:
+        return 0, size
+    start, stop = 0 if wanted.start is None else wanted.start, size if wanted.stop is None else wanted.stop
+    if type(start) is not int or type(stop) is not int or wanted.step not in (None, 1) or not 0 <= start < stop <= size:
+        raise ValueError(f"{name} is {wanted!r}; expected a slice without a step, of at least one of the {size} places there are")
+    return start, stop
+
+
+def _experts_of_rank(config: MoEConfig, placement: Placement | None) -> tuple[int, ...]:
+    """This rank's experts in its order; of its slots where experts have copies."""
+    parallel = config.parallel
+    if parallel is None or (parallel.num_physical is None) != (placement is None):
+        num_physical = None if parallel is None else parallel.num_physical
+        there = "None" if placement is None else "given"
+        raise ValueError(f"placement is {there} with parallel.num_physical={num_physical}; expected both or neither: which expert is where")
+    mine = experts_of_rank(config, parallel)
+    if placement is None:
+        return mine
+    if not isinstance(placement, Placement):
+        raise ValueError(f"placement is a {type(placement).__name__}; expected a moe_fn.balance.Placement")
+    slots, experts = tuple(placement.logical_of_physical.shape), tuple(placement.num_replicas.shape)
+    if slots != (parallel.num_physical,) or experts != (config.num_experts,):
+        raise ValueError(
+            f"placement is of {list(slots)} slots and {list(experts)} experts; expected one layer's, [num_physical] = "
+            f"[{parallel.num_physical}] and [num_experts] = [{config.num_experts}]"
+        )
+    return tuple(int(placement.logical_of_physical[slot]) for slot in mine)
+
+
+def with_placement(weights: MoEWeights, placement: Placement | None) -> MoEWeights:
+    """The weights with the tensors that say where copies are, beside the router."""
+    if placement is None:
+        return weights
+    tensors = {field.name: getattr(placement, field.name).to(weights.down.device) for field in dataclasses.fields(placement)}
+    return dataclasses.replace(weights, router=dataclasses.replace(weights.router or RouterWeights(), **tensors))
