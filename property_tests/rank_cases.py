@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -301,23 +303,36 @@ def worker(rank: int, world: int, store: str, results: Any, bugs: bool = False) 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     meshes: dict[Any, DeviceMesh] = {}
-    for name, case, broken in _jobs(world, bugs):
-        if case.mesh not in meshes:
-            names, sizes = zip(*case.mesh, strict=True)
-            meshes[case.mesh] = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    for name, of_mesh, job, broken in jobs(world, bugs):
+        if of_mesh not in meshes:
+            names, sizes = zip(*of_mesh, strict=True)
+            meshes[of_mesh] = init_device_mesh("cpu", sizes, mesh_dim_names=names)
         try:
             with broken:
-                run(case, meshes[case.mesh], rank)
+                job(meshes[of_mesh], rank)
             results.put((rank, name, None))
         except Exception as error:
             results.put((rank, name, f"{type(error).__name__}: {str(error)[:600]}"))
     dist.destroy_process_group()
 
 
-def _jobs(world: int, bugs: bool) -> list[tuple[str, Case, Any]]:
-    if not bugs:
-        return [(case.name, case, contextlib.nullcontext()) for case in cases(world)]
-    from planted_bugs import planted
-    from rank_bugs import CASE_OF_BUG, RANK_BUGS
+Job = tuple[str, tuple[tuple[str, int], ...], Callable[[DeviceMesh, int], None], Any]  # its name, mesh, work, and what is broken meanwhile
 
-    return [(bug.what, CASE_OF_BUG[bug.what], planted(bug)) for bug in RANK_BUGS]
+
+def jobs(world: int, bugs: bool = False) -> list[Job]:
+    """What every rank of a world does: all cases, and those of loaded parts; or the case of every planted bug."""
+    if bugs:
+        from planted_bugs import planted
+        from rank_bugs import CASE_OF_BUG, RANK_BUGS
+
+        return [_job(bug.what, CASE_OF_BUG[bug.what], run, planted(bug)) for bug in RANK_BUGS]
+    found = [_job(case.name, case, run) for case in cases(world)]
+    if importlib.util.find_spec("safetensors") is not None:
+        from loaded_ranks import loaded, run_loaded
+
+        found += [_job(case.name, case, run_loaded) for case in loaded(world)]
+    return found
+
+
+def _job(name: str, case: Any, work: Callable[[Any, DeviceMesh, int], None], broken: Any = None) -> Job:
+    return name, case.mesh, functools.partial(work, case), broken or contextlib.nullcontext()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_bugs import RANK_BUGS
-from rank_cases import cases, worker
+from rank_cases import jobs, worker
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 TIMEOUT_S, WORD_S = 180, 10
@@ -25,7 +25,7 @@ def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[in
         process.start()
     found: dict[str, dict[int, str | None]] = {}
     try:
-        for _ in range(world * (len(RANK_BUGS) if bugs else len(cases(world)))):
+        for _ in range(world * len(jobs(world, bugs))):
             rank, name, error = next_word(results, processes)
             found.setdefault(name, {})[rank] = error
     except queue.Empty:
@@ -53,7 +53,7 @@ def test_sharded_equals_unsharded(world: int, tmp_path: Path) -> None:
     found = run_world(world, tmp_path)
     wrong = {f"{name}, rank {rank}": error for name, ranks in found.items() for rank, error in ranks.items() if error}
     assert not wrong, "\n".join(f"{place}: {error}" for place, error in list(wrong.items())[:20])
-    assert len(found) == len(cases(world))
+    assert len(found) == len(jobs(world))
 
 
 def test_the_law_kills_every_planted_bug(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""What ranks compute with the parts of a checkpoint that each has loaded by its config: run by `test_parallel` in its processes."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoints import SAVED, config_of, holds, is_stacked, same_bits, weights_of
+from quantised_files import FORMATS, E, X, mx, save, write
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+import moe_fn
+from moe_fn import MoEConfig, MoEWeights, ParallelConfig
+from moe_fn.checkpoint import load_moe_layer, load_moe_weights, save_moe_weights
+from moe_fn.testing import assert_matches
+
+BIASES = (("down_bias",), ("shared", "down_bias"))
+WITH_BIAS = tuple(layout for layout in SAVED if any(holds(layout, *path) for path in BIASES))
+Part = tuple[MoEConfig, MoEWeights]  # of a rank
+Load = Callable[[ParallelConfig | None], Part]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A mesh, how the layers are spread over it, and which files they come from: a row of LOADS."""
+
+    mesh: tuple[tuple[str, int], ...]
+    files: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        mesh = "x".join(f"{name}{n}" for name, n in self.mesh)
+        return f"{mesh} {' '.join(f'{k}={v}' for k, v in self.options.items())} loaded, {self.files}"
+
+
+def plain_files(folder: Path) -> Iterator[tuple[str, Load]]:
+    """Every layout that has a bias of a last product, with that bias."""
+    for layout in WITH_BIAS:
+        shared = (8, 2) if is_stacked(layout) else (8, 1) if holds(layout, "shared", "down") else None
+        whole = config_of(layout, shared, num_experts=4, top_k=2, hidden_size=6, intermediate_size=8)
+        weights = weights_of(layout, whole, bias=True, seed=1, dtype=torch.float32)
+        path, prefix = folder / layout.name, ".".join(filter(None, ["layers.3", layout.block]))
+        save_moe_weights(path, prefix, whole, weights, layout=layout)
+
+        def load(parallel: ParallelConfig | None, layout: Any = layout, whole: Any = whole, path: Any = path, prefix: Any = prefix) -> Part:
+            config = dataclasses.replace(whole, parallel=parallel)
+            return config, load_moe_weights(path, prefix, config, layout=layout)
+
+        yield layout.name, load
+
+
+def quantised_files(folder: Path) -> Iterator[tuple[str, Load]]:
+    """Codes of two kinds, and gpt-oss' blocks beside its biases."""
+    for name in ("ct w4a16 channel", "ct fp8 weight-only"):  # inputs that are rounded have scales of their slice
+        (folder / name).mkdir()
+        write(folder / name, FORMATS[name])
+        yield name, lambda parallel, name=name: load_moe_layer(folder / name, 1, parallel=parallel)  # type: ignore[misc]
+    random, lay, prefix = np.random.default_rng(0), mx(("_blocks", "_scales"), 4, blocks=True), "model.layers.1.mlp"
+    tensors: dict[str, Tensor] = {}
+    for name, size in (("gate_up_proj", (256, X)), ("down_proj", (X, 128))):
+        found = [lay(random, *size).tensors for _ in range(E)]
+        tensors |= {f"{prefix}.experts.{name}{suffix}": torch.stack([of_one[suffix] for of_one in found]) for suffix in found[0]}
+        tensors |= {f"{prefix}.experts.{name}_bias": torch.randn(E, size[0], generator=torch.Generator().manual_seed(2))}
+    tensors |= {f"{prefix}.router.weight": torch.ones(E, X), f"{prefix}.router.bias": torch.arange(float(E))}
+    words = {"num_local_experts": E, "num_experts_per_tok": 2, "hidden_size": X, "intermediate_size": 128, "swiglu_limit": 7.0}
+    (folder / "gpt-oss").mkdir()
+    save(folder / "gpt-oss", tensors)
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}, **words}
+    (folder / "gpt-oss" / "config.json").write_text(json.dumps(config))
+    yield "gpt-oss", lambda parallel: load_moe_layer(folder / "gpt-oss", 1, parallel=parallel)
+
+
+FILES = {"plain": plain_files, "quantised": quantised_files}
+MESHES: tuple[tuple[tuple[tuple[str, int], ...], dict[str, Any]], ...] = (
+    ((("tp", 2),), {"dispatch": "replicated"}),
+    ((("dp", 2),), {"dispatch": "all_gather"}),
+    ((("tp", 4),), {"dispatch": "replicated", "shared": "replicated"}),
+    ((("ep", 2), ("tp", 2)), {"dispatch": "all_to_all"}),
+)
+
+
+def loaded(world: int) -> list[Loaded]:
+    """Every mesh of so many ranks, with every kind of file."""
+    return [Loaded(mesh, files, options) for mesh, options in MESHES for files in FILES if np.prod([n for _, n in mesh]) == world]
+
+
+def run_loaded(case: Loaded, mesh: DeviceMesh, rank: int) -> None:
+    """Assert that ranks that loaded their parts compute what one does that loaded all, and have what shard_weights makes of all."""
+    parallel = ParallelConfig.from_mesh(mesh, **{name: name for name, _ in case.mesh}, **case.options)
+    differ = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, load in FILES[case.files](Path(folder)):
+            (config, weights), (whole, all_weights) = load(parallel), load(None)
+            generator = torch.Generator().manual_seed(7)
+            x = torch.randn(5, whole.hidden_size, generator=generator)
+            logits = torch.randn(5, whole.num_logits, generator=generator)
+            parts = [moe_fn.moe_forward(config, weights, x, logits), moe_fn.moe_forward(whole, all_weights, x, logits)]
+            differ += [f"{name}: not the part of the whole"] if not same_bits(weights, moe_fn.shard_weights(config, all_weights)) else []
+            biases = {all_weights.down_bias is not None, getattr(all_weights.shared, "down_bias", None) is not None}
+            differ += [f"{name}: without a bias"] if case.files == "plain" and True not in biases else []
+            try:
+                assert_matches(*parts, tolerance=1e-5, scale=0.1, name=name)
+            except AssertionError as error:
+                differ.append(str(error))
+    assert not differ, differ  # only now: a rank that fails in between would leave the others waiting
