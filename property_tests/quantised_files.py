@@ -190,35 +190,37 @@ def mx(
     return lay
 
 
-def gptq(bits: int, group: int, symmetric: bool, stored_less: int) -> Callable[[Random, int, int], Matrix]:
+def gptq(bits: int, group: int | None, symmetric: bool, stored_less: int) -> Callable[[Random, int, int], Matrix]:
     """[inputs, outputs], codes of inputs in int32; zero points along the outputs, stored less one by the first format."""
 
     def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+        size = group or inputs
         codes, middle = random.integers(0, 2**bits, (outputs, inputs)), 2 ** (bits - 1)
-        scale, floats = scales(random, inputs // group, outputs, dtype=torch.float16)
-        zero = np.full((inputs // group, outputs), middle) if symmetric else random.integers(0, 2**bits, (inputs // group, outputs))
+        scale, floats = scales(random, inputs // size, outputs, dtype=torch.float16)
+        zero = np.full((inputs // size, outputs), middle) if symmetric else random.integers(0, 2**bits, (inputs // size, outputs))
         tensors = {
             ".qweight": words_of(codes, bits).T.contiguous(),
             ".qzeros": words_of((zero - stored_less) % 2**bits, bits),
             ".scales": scale,
-            ".g_idx": (torch.arange(inputs) // group).to(torch.int32),
+            ".g_idx": (torch.arange(inputs) // size).to(torch.int32),
         }
         shape = codes.shape
-        return Matrix(tensors, (codes - over(zero.T, (1, group), shape)).astype(np.float32) * over(floats.T, (1, group), shape))
+        return Matrix(tensors, (codes - over(zero.T, (1, size), shape)).astype(np.float32) * over(floats.T, (1, size), shape))
 
     return lay
 
 
-def awq(group: int, symmetric: bool) -> Callable[[Random, int, int], Matrix]:
+def awq(group: int | None, symmetric: bool) -> Callable[[Random, int, int], Matrix]:
     """[inputs, outputs], codes of outputs in int32, in AutoAWQ's order."""
 
     def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+        size = group or inputs
         codes, order = random.integers(0, 16, (outputs, inputs)), (0, 4, 1, 5, 2, 6, 3, 7)
-        scale, floats = scales(random, inputs // group, outputs, dtype=torch.float16)
-        zero = np.full((inputs // group, outputs), 8) if symmetric else random.integers(0, 16, (inputs // group, outputs))
+        scale, floats = scales(random, inputs // size, outputs, dtype=torch.float16)
+        zero = np.full((inputs // size, outputs), 8) if symmetric else random.integers(0, 16, (inputs // size, outputs))
         tensors = {".qweight": words_of(codes.T, 4, order), ".qzeros": words_of(zero, 4, order), ".scales": scale}
         shape = codes.shape
-        return Matrix(tensors, (codes - over(zero.T, (1, group), shape)).astype(np.float32) * over(floats.T, (1, group), shape))
+        return Matrix(tensors, (codes - over(zero.T, (1, size), shape)).astype(np.float32) * over(floats.T, (1, size), shape))
 
     return lay
 
@@ -368,6 +370,13 @@ FORMATS: dict[str, Format] = {
     ),
     "gptq 8 bits": Format(GPTQ_WORDS | {"bits": 8}, group("int8", 32), gptq(8, 32, True, 1)),
     "gptq 8 bits zeros": Format(GPTQ_WORDS | {"bits": 8, "sym": False}, group("int8", 32, zero_points=True), gptq(8, 32, False, 1)),
+    "gptq channel": Format(
+        GPTQ_WORDS | {"sym": False, "group_size": -1}, QuantConfig(scheme="int4", granularity="channel", zero_points=True),
+        gptq(4, None, False, 1),
+    ),
+    "awq channel": Format(
+        AWQ_WORDS | {"group_size": -1}, QuantConfig(scheme="int4", granularity="channel", zero_points=True), awq(None, False),
+    ),
     "awq": Format(AWQ_WORDS, group("int4", 32, zero_points=True), awq(32, False)),
     "awq symmetric": Format(AWQ_WORDS | {"zero_point": False}, group("int4", 32), awq(32, True)),
     "modelopt fp8": Format(

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,20 @@ import numpy as np
 import pytest
 import quantised_files
 import torch
+from checkpoints import same_bits
 from quantised_files import FORMATS, PREFIX, WIDTH, WORDS, E, Written, X, group, mx, plain_fp8, save, save_words, write
 
-from moe_fn import MoEConfig, MoEWeights, QuantConfig, RouterConfig, dequantize_weights, moe_forward
+from moe_fn import (
+    MoEConfig,
+    MoEWeights,
+    ParallelConfig,
+    QuantConfig,
+    RankGroup,
+    RouterConfig,
+    dequantize_weights,
+    moe_forward,
+    shard_weights,
+)
 from moe_fn.checking import check_weights
 from moe_fn.checkpoint import load_moe_layer, load_moe_weights, moe_layers, reading, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
@@ -70,6 +82,53 @@ def test_slices_of_a_rank_are_those_of_the_whole(name: str, tmp_path: Path) -> N
     assert torch.equal(mine.shared.down, written.shared_down[:, start:stop])
     own = dataclasses.replace(config, num_experts=3, intermediate_size=stop - start, shared=None, router=RouterConfig())
     check_weights("test", own, dataclasses.replace(mine, shared=None, router=None), torch.zeros(1, config.hidden_size))
+
+
+CUTS = ((0, 1), (3, 8), (2, 12), (16, 40), (7, 95), (20, 96), (40, 80), (48, 96), (80, 96))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_slices_end_where_tiles_do_or_are_refused(name: str, tmp_path: Path) -> None:
+    """Inside a word of the file, at the ragged end, inside a tile, where experts, which stay codes, refuse and shared ones do not."""
+    written = write(tmp_path, FORMATS[name])
+    config, _ = load_moe_layer(tmp_path, 1)
+    assert config.quant is not None
+    unit = math.lcm(*(size or 1 for size in config.quant.tile), config.quant.per_byte)
+    refused = 0
+    for start, stop in CUTS:
+        cut: dict[str, Any] = {"shared_intermediate": slice(start, stop), "experts": (1,)}
+        if start % unit == 0 and (stop % unit == 0 or stop == WIDTH):
+            cut["intermediate"] = slice(start, stop)
+        else:
+            refused += 1
+            with pytest.raises(
+                ValueError, match=rf"intermediate is {start}..{stop}; expected multiples of \d+, which share a scale or a byte"
+            ):
+                load_moe_weights(tmp_path, PREFIX, config, intermediate=slice(start, stop))
+        mine, rows = load_moe_weights(tmp_path, PREFIX, config, **cut), [*range(start, stop), *range(WIDTH + start, WIDTH + stop)]
+        assert mine.shared is not None
+        assert torch.equal(mine.shared.gate_up, written.shared_gate_up[rows]), (start, stop)
+        assert torch.equal(mine.shared.down, written.shared_down[:, start:stop]), (start, stop)
+        if "intermediate" in cut:
+            floats = decoded(config, mine)
+            assert torch.equal(floats.gate_up, written.gate_up[1:2, rows]), (start, stop)
+            assert torch.equal(floats.down, written.down[1:2, :, start:stop]), (start, stop)
+    assert (refused == 0) == (unit == 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantised_part_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
+    """By config.parallel, as shard_weights cuts codes, scales and decoded floats; where it cannot, the config is refused."""
+    write(tmp_path, FORMATS[name], shards=2)
+    _, whole = load_moe_layer(tmp_path, 1)
+    for tp, ep in ((2, 1), (4, 1), (3, 2)):
+        groups = {"tp": RankGroup(name="0", size=tp, rank=tp - 1), "ep": RankGroup(name="1", size=ep, rank=0) if ep > 1 else None}
+        try:
+            config, mine = load_moe_layer(tmp_path, 1, parallel=ParallelConfig(**groups))
+        except ValueError as error:
+            assert "share a scale or a byte" in str(error)
+        else:
+            assert same_bits(mine, shard_weights(config, whole)), (tp, ep)
 
 
 def test_bytes_are_cut_where_words_are_not(tmp_path: Path) -> None:

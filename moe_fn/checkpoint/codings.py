@@ -30,7 +30,8 @@ class Coding:
 
 def _as_bytes(t: Tensor) -> Tensor:
     """[..., n] int32 -> [..., 4 n], the low byte first, whatever order the machine has."""
-    laid: Tensor = t.contiguous().view(torch.uint8)
+    # Of a single column any stride passes as contiguous, and a view as bytes wants 1.
+    laid: Tensor = t.contiguous().flatten().as_strided((t.numel(),), (1,)).view(torch.uint8).unflatten(0, (*t.shape[:-1], -1))
     return laid if sys.byteorder == "little" else laid.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
 
 
