@@ -10,9 +10,11 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import moe_fn
+from moe_fn import reference
+from moe_fn.campaign.bounds import error_bound
 from moe_fn.config import MoEConfig
 from moe_fn.records import RouterWeights, Routing
-from moe_fn.testing import MoEProblem
+from moe_fn.testing import MoEProblem, assert_matches
 
 
 def law(*strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
@@ -48,6 +50,22 @@ def route(problem: MoEProblem, logits: Tensor | None = None, **config_changes: A
     logits = logits_of(problem) if logits is None else logits
     ids, mask = flat(problem.token_ids), flat(problem.token_mask)
     return moe_fn.route(config, problem.weights, logits, token_ids=ids, token_mask=mask, leading=tuple(problem.x.shape[:-1]))
+
+
+def assert_is_the_layer(problem: MoEProblem, y: Tensor, other: Tensor | None = None, scale: float = 0.1) -> None:
+    """y is what the reference computes, or what `other` is, computed as y was; up to the rounding that its dtype excuses.
+
+    Where terms cancel before a norm, the norm makes their rounding up to 1 / sqrt(epsilon) times larger (expert_norm and latent.output_norm
+    one after the other: 100 times), which no tolerance of a dtype knows of. What is beyond the table must be within the bound that running
+    error analysis computes for this very problem, from the reference; two such computations within twice the bound from each other.
+    """
+    try:
+        assert_matches(y, problem.call(reference.moe_forward) if other is None else other, scale=scale)
+    except AssertionError:
+        bound = error_bound(problem)
+        value, radius = (bound.value, bound.radius) if other is None else (other, 2 * bound.radius)
+        if not (radius.isfinite() & ((y - value).abs() <= radius)).all():
+            raise
 
 
 def real_tokens(problem: MoEProblem) -> Tensor:

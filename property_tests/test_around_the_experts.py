@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import strategies as st
-from support import config_with, gradients, law, real_tokens
+from support import assert_is_the_layer, config_with, gradients, law, real_tokens
 from torch import Tensor
 
 import moe_fn
@@ -13,12 +14,14 @@ from moe_fn import (
     LatentWeights,
     LoRAConfig,
     MoEConfig,
+    MoEWeights,
     NormsConfig,
     ParallelConfig,
     RankGroup,
     SharedExpertsConfig,
     ZeroExpertsConfig,
 )
+from moe_fn.config import ExpertNormConfig
 from moe_fn.stages.route import router_logits
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems, weights_for
 
@@ -95,10 +98,25 @@ NORMS = [NormsConfig(epsilon=0.1, input=True), NormsConfig(epsilon=0.5, output=T
 
 @law(problems(configs(norms=st.sampled_from(NORMS), backend="auto"), logits="grid"))
 def test_norms_around_the_layer_equal_the_reference(problem: MoEProblem) -> None:
-    assert_matches(problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward), scale=0.1)
+    assert_is_the_layer(problem, problem.call(moe_fn.moe_forward))
     direction = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     actual, expected = (gradients(problem, f, direction) for f in (moe_fn.moe_forward, moe_fn.reference.moe_forward))
     assert_matches(actual, expected, tolerance=2e-5, scale=1.0)
+
+
+def test_a_norm_of_numbers_that_cancelled_makes_their_rounding_large_and_the_layer_stays_within_its_bound() -> None:
+    config = MoEConfig(
+        num_experts=1, top_k=1, hidden_size=1, intermediate_size=3, activation="relu_no_mul", expert_norm=ExpertNormConfig(epsilon=0.01)
+    )
+    ups, downs = torch.full((1, 3, 1), 1 / 3), torch.full((1, 1, 3), 10.0)
+    weights = MoEWeights(gate_up=ups, down=downs, down_bias=torch.tensor([[-10.0]]), expert_norm=torch.ones(1, 1))
+    problem = MoEProblem(config=config, weights=weights, x=torch.linspace(0.999, 1.001, 64).unsqueeze(1), logits=torch.zeros(64, 1))
+    y = problem.call(moe_fn.moe_forward)
+    with pytest.raises(AssertionError, match="relative RMS error"):
+        assert_matches(y, problem.call(moe_fn.reference.moe_forward), scale=0.1)
+    assert_is_the_layer(problem, y)
+    with pytest.raises(AssertionError, match="relative RMS error"):
+        assert_is_the_layer(problem, y * 1.02)
 
 
 @law(problems(configs(gate_input="original"), logits="gate"))

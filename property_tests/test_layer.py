@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from support import config_with, flat, gradients, law, leaves, logits_of, real_tokens, with_gradients
+from support import assert_is_the_layer, config_with, flat, gradients, law, leaves, logits_of, real_tokens, with_gradients
 from torch import Tensor
 
 import moe_fn
@@ -28,7 +28,7 @@ def direction_of(problem: MoEProblem) -> Tensor:
 
 def assert_same_function(problem: MoEProblem, other: MoEProblem) -> None:
     """Both problems have the same output and the same gradients."""
-    assert_matches(forward(problem), forward(other), scale=0.1)
+    assert_is_the_layer(problem, forward(problem), forward(other))
     direction = direction_of(problem)
     actual, expected = (gradients(p, moe_fn.moe_forward, direction) for p in (problem, other))
     assert_matches(actual, expected, tolerance=1e-5, scale=0.1)
@@ -36,7 +36,7 @@ def assert_same_function(problem: MoEProblem, other: MoEProblem) -> None:
 
 @law(problems())
 def test_the_layer_equals_the_reference(problem: MoEProblem) -> None:
-    assert_matches(forward(problem), problem.call(reference.moe_forward), scale=0.1)
+    assert_is_the_layer(problem, forward(problem))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -44,7 +44,7 @@ def test_the_layer_equals_the_reference_in_every_dtype(dtype: torch.dtype) -> No
     # Terms are as large as the largest routed scale that is drawn, times x near 1, and may cancel.
     @law(problems(dtype=dtype))
     def check(problem: MoEProblem) -> None:
-        assert_matches(forward(problem), problem.call(reference.moe_forward), scale=2.5)
+        assert_is_the_layer(problem, forward(problem), scale=2.5)
 
     check()
 
@@ -72,7 +72,7 @@ def test_the_layer_commutes_with_permuting_tokens(problem: MoEProblem, seed: int
     tokens = torch.arange(problem.x[..., 0].numel())
     order = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     y = forward(problem.of_tokens(tokens))
-    assert_matches(forward(problem.of_tokens(order)), y[order], scale=0.1)
+    assert_is_the_layer(problem.of_tokens(order), forward(problem.of_tokens(order)), y[order])
 
 
 @law(problems(configs(selection="top_k", groups=None, zero_experts=None, shared=None, correction_bias="none"), logits="grid"), SEEDS)
@@ -95,7 +95,7 @@ def test_the_layer_splits_over_concatenating_batches(problem: MoEProblem, seed: 
     tokens = torch.arange(problem.x[..., 0].numel())
     cut = seed % (len(tokens) + 1)
     parts = [forward(problem.of_tokens(part)) for part in (tokens[:cut], tokens[cut:])]
-    assert_matches(torch.cat(parts), forward(problem.of_tokens(tokens)), scale=0.1)
+    assert_is_the_layer(problem.of_tokens(tokens), torch.cat(parts), forward(problem.of_tokens(tokens)))
 
 
 @law(problems())
