@@ -46,7 +46,7 @@ def plan_of_block(checkpoint: Checkpoint, headers: Headers, prefix: str, config:
     """
     where = f"{checkpoint.folder}: {prefix}"
     rows = rows_of_block(checkpoint, prefix, layout)
-    tensors = tensors_below(checkpoint, headers, {beginning for row in rows for beginning in beginnings_of(row, prefix)})
+    tensors = _tensors_of_rows(checkpoint, headers, prefix, rows)
     if not any(name.startswith(f"{prefix}.") for name in tensors):
         raise ValueError(f"{where} is not the beginning of any name; expected the tensors of a block below it")
     words = quant_words(checkpoint)
@@ -70,11 +70,16 @@ def rows_of_block(checkpoint: Checkpoint, prefix: str, layout: Layout | str | No
 
 
 def quant_of_block(checkpoint: Checkpoint, prefix: str, rows: Sequence[Layout], num_experts: int) -> QuantConfig | None:
-    """How a block's experts are quantised; None where they are not."""
+    """How a block's experts are quantised, as the words say it and the headers bear out; None where they are not."""
     words = quant_words(checkpoint)
     if words is None:
         return None
-    return _quant_of_experts(quantised_layout(rows[0], prefix, words, num_experts, {}))
+    tensors = _tensors_of_rows(checkpoint, headers_of_block(checkpoint, prefix), prefix, rows)
+    return _quant_of_experts(quantised_layout(rows[0], prefix, words, num_experts, tensors))
+
+
+def _tensors_of_rows(checkpoint: Checkpoint, headers: Headers, prefix: str, rows: Sequence[Layout]) -> dict[str, TensorInfo]:
+    return tensors_below(checkpoint, headers, {beginning for row in rows for beginning in beginnings_of(row, prefix)})
 
 
 def _quant_of_experts(row: Layout) -> QuantConfig | None:

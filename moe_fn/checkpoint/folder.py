@@ -92,21 +92,34 @@ def model_types(config: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def quant_words(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """What the checkpoint says of its quantisation: quantization_config in config.json, or in a config nested there, or ModelOpt's file.
+    """What the checkpoint says of its quantisation: quantization_config in config.json, or in a config nested there, and ModelOpt's file.
+
+    An expert_dtype that config.json has outside of it counts (DeepSeek-V4). Where config.json says fp8 and ModelOpt's file is there, some
+    modules of an fp8 model were quantised anew: the words are those of both.
 
     Raises ValueError where two of them contradict one another.
     """
-    found = list(_quant_words(checkpoint.config or {}))
+    config = checkpoint.config or {}
+    found = list(_quant_words(config))
     if checkpoint.quant is not None:
         words = checkpoint.quant.get("quantization")
         if not isinstance(words, Mapping):
             raise ValueError(f"{checkpoint.folder / QUANT}: quantization is {words!r:.80}; expected a JSON object")
-        found.append({"quant_method": "modelopt", **words})
+        anew = bool(found) and found[0].get("quant_method") == "fp8"
+        found = [{**words, **found[0]}, *found[1:]] if anew else [*found, {"quant_method": "modelopt", **words}]
     for words in found[1:]:
         for name in ("quant_method", "quant_algo"):
             if name in words and name in found[0] and words[name] != found[0][name]:
                 raise ValueError(f"{checkpoint.folder} says {name} {found[0][name]!r} and {words[name]!r}; expected one")
-    return found[0] if found else None
+    if not found:
+        return None
+    of_experts = [part["expert_dtype"] for part in (found[0], *_parts(config)) if part.get("expert_dtype") is not None]
+    return {**found[0], **({"expert_dtype": of_experts[0]} if of_experts else {})}
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A config and those nested in it."""
+    return [config, *(value for value in config.values() if isinstance(value, Mapping))]
 
 
 def _quant_words(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
@@ -123,7 +136,7 @@ def _quant_words(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
 
 def dtype_of_floats(config: Mapping[str, Any] | None) -> torch.dtype:
     """The dtype that a model computes in, by its config.json; bfloat16 where that does not say."""
-    for part in (config or {}), *(value for value in (config or {}).values() if isinstance(value, Mapping)):
+    for part in _parts(config or {}):
         name = str(part.get("dtype", part.get("torch_dtype"))).removeprefix("torch.")
         if name in _DTYPES:
             return _DTYPES[name]

@@ -1,43 +1,83 @@
-"""Lists of modules in a model's config: names, parts of names, globs and regular expressions."""
+"""Lists of modules in a model's config, each looked through as the tool does that writes it."""
 
 import fnmatch
 import math
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-_LINEAR = ("Linear", "LinearBase", "FusedMoE", "MoEGate")  # classes that experts are, for whoever writes such lists
+_LINEAR = ("Linear", "LinearBase", "FusedMoE")  # classes that experts are, for whoever writes lists of targets
 _MOST_STEPS = 10**8  # of a list, for one name: seconds
 _GROUP = re.compile(r"\(\?(?:P?<\w+>|[:=!]|<[=!])")
 _ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
+_OF_EXPRESSIONS = frozenset("\\[](){}^$|?*+")
 
 
-def is_listed(module: str, patterns: Iterable[str]) -> bool:
-    """Whether a list has a module, or one that it is in.
+@dataclass(frozen=True)
+class ListRule:
+    """How a tool tells whether a list has a module.
 
-    "re:..." is a regular expression from the name's beginning on, and so is what has a sign that only those have (transformers), up to the
-    end of a part; a "*" makes a glob (ModelOpt); anything else is a run of whole parts: "mlp.gate" is not in "mlp.gate_proj".
+    keys         the words of quantization_config that are such lists
+    text         whether an entry, as text, has a module of this name
+    expression   the regular expression that an entry is beside, from the name's beginning on; None where it is none
+    containers   whether the module that holds all experts is looked up too: where that one is listed, so are they
+    vague        whether the tools that read the list disagree, so that codes in the file say more than an entry
+    """
+
+    keys: tuple[str, ...]
+    text: Callable[[str, str], bool]
+    expression: Callable[[str], str | None] = lambda entry: None
+    containers: bool = False
+    vague: bool = False
+
+
+def is_listed(module: str, entries: Iterable[str], rule: ListRule) -> bool:
+    """Whether a list has a module.
 
     Raises ValueError for what is no regular expression, and for those that could take very long: nobody vouches for a model's config.
 
-    >>> is_listed("model.layers.1.mlp.experts.0.gate_proj", ["lm_head", "mlp.gate", "re:.*self_attn.*", "model.layers.0.*"])
+    Laws
+        A list leaves out what its tool leaves out.
+
+    >>> is_listed("model.layers.1.mlp.experts.0.gate_proj", ["lm_head", "model.layers.1.mlp.experts"], COMPRESSED_TENSORS)
     False
-    >>> is_listed("model.layers.1.mlp.experts.0.gate_proj", ["model.layers.1.mlp"])
+    >>> is_listed("model.layers.1.mlp.experts.0.gate_proj", ["lm_head", "model.layers.1.mlp.experts"], TRANSFORMERS)
     True
     """
-    patterns = list(patterns)
-    steps = sum(steps_of(expression, module) for expression in map(_expression, patterns) if expression is not None)
-    if steps > _MOST_STEPS:
+    entries = list(entries)
+    expressions = [expression for expression in map(rule.expression, entries) if expression is not None]
+    names = [module, container] if rule.containers and (container := container_of(module)) else [module]
+    if sum(steps_of(expression, module) for expression in expressions) > _MOST_STEPS:
         raise ValueError(
-            f"a list of modules in quantization_config, {', '.join(map(repr, patterns))!r:.200}, could take very long to look through; "
+            f"a list of modules in quantization_config, {', '.join(map(repr, entries))!r:.200}, could take very long to look through; "
             "expected regular expressions without repeated groups, with few repeats and alternatives"
         )
-    return any(_matches(module, pattern) for pattern in patterns)
+    return any(
+        any(rule.text(name, entry) for entry in entries) or any(matches_from_start(expression, name) for expression in expressions)
+        for name in names
+    )
 
 
-def is_target(module: str, targets: Iterable[str]) -> bool:
-    """Whether a list of targets, which may be classes, has a linear module."""
-    targets = list(targets)
-    return any(target in _LINEAR for target in targets) or is_listed(module, targets)
+def target_of(module: str, targets: Iterable[str]) -> str | None:
+    """The target that a linear module has, of compressed-tensors': its name before an expression, and that before its class.
+
+    >>> target_of("mlp.experts.0.up_proj", ["Linear", "re:.*self_attn.*", "re:.*experts.*"])
+    're:.*experts.*'
+    """
+    by_text = sorted(targets, key=lambda target: ("re:" in target, target))
+    named = (target for target in by_text if is_listed(module, [target], COMPRESSED_TENSORS))
+    return next(named, next((target for target in by_text if target in _LINEAR), None))
+
+
+def container_of(module: str) -> str:
+    """The module that holds all experts, of one in it; "" where there is none.
+
+    >>> container_of("model.layers.1.mlp.experts.0.up_proj"), container_of("model.layers.1.mlp.shared_experts.up_proj")
+    ('model.layers.1.mlp.experts', '')
+    """
+    before, found, _ = module.rpartition(".experts.")
+    return f"{before}.experts" if found else ""
 
 
 def matches_from_start(expression: str, text: str) -> bool:
@@ -76,19 +116,34 @@ def steps_of(expression: str, text: str) -> float:
     return math.comb(len(text) + repeats, repeats) * ways * math.prod(found + 1 for found in inside) * 2.0**optional
 
 
-def _expression(pattern: str) -> str | None:
-    """The regular expression that an entry is, if it is one."""
-    if pattern.startswith("re:"):
-        return pattern[3:]
-    if pattern.startswith(".*") or set(pattern) & set("\\[(+^$|?"):
-        return rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
-    return None
+def _after_re(entry: str) -> str | None:
+    return entry.removeprefix("re:") if entry.startswith("re:") else None
 
 
-def _matches(module: str, pattern: str) -> bool:
-    expression = _expression(pattern)
-    if expression is not None:
-        return matches_from_start(expression, module)
-    if "*" in pattern:
-        return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"{pattern}.*")
-    return f".{pattern}." in f".{module}."
+def _up_to_the_end_of_a_part(entry: str) -> str | None:
+    """transformers': any entry is an expression; names alone are compared as text, which is faster, and so is what is none."""
+    if not _OF_EXPRESSIONS & set(entry):
+        return None
+    expression = rf"(?:{entry})(?:(?<=\.)|(?=\.|$))"
+    if steps_of(entry, "") < math.inf:
+        try:
+            re.compile(expression)
+        except (re.error, OverflowError, RecursionError):
+            return None
+    return expression
+
+
+def _begins_or_ends(name: str, entry: str) -> bool:
+    if name.endswith(entry):
+        return True
+    end = len(entry)
+    begins = end <= len(name) and all(sign in (other, ".") for sign, other in zip(entry, name, strict=False))
+    return begins and (name[end - 1 : end] == "." or name[end : end + 1] in ("", "."))
+
+
+# Each as its tool has it: compressed-tensors 0.20 (`match_name`), transformers 5.23 (`should_convert_module`), AutoAWQ 0.2.7
+# (`exclude_layers_to_not_quantize`: parts of names. vLLM looks up the container, transformers whole parts), ModelOpt 0.47 (fnmatch).
+COMPRESSED_TENSORS = ListRule(("ignore",), operator.eq, _after_re)
+TRANSFORMERS = ListRule(("modules_to_not_convert", "ignored_layers"), _begins_or_ends, _up_to_the_end_of_a_part, containers=True)
+AUTOAWQ = ListRule(("modules_to_not_convert",), operator.contains, vague=True)
+MODELOPT = ListRule(("exclude_modules", "ignore"), fnmatch.fnmatchcase, containers=True)

@@ -1,36 +1,77 @@
 """quantization_config to a QuantConfig and a row of FORMATS: what each published method says, and in which words."""
 
-import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moe_fn.checkpoint.compressed import method_of_group
-from moe_fn.checkpoint.matching import is_listed, is_target, matches_from_start
-from moe_fn.checkpoint.stored import Method, Words
+from moe_fn.checkpoint.matching import (
+    AUTOAWQ,
+    COMPRESSED_TENSORS,
+    MODELOPT,
+    TRANSFORMERS,
+    ListRule,
+    is_listed,
+    matches_from_start,
+    target_of,
+)
+from moe_fn.checkpoint.modelopt import algorithm_of_experts, modelopt
+from moe_fn.checkpoint.stored import MXFP4, MXFP8, Method, Module, Words, fits
 from moe_fn.config import ActivationQuantConfig, QuantConfig
 
 
-def method_of(words: Words, module: str, of_experts: bool) -> Method | None:
-    """The method of a linear module, by its name in the checkpoint; None where its weight is as it was.
+@dataclass(frozen=True)
+class Reader:
+    """What a method's words say of a module that its list, if it has one, does not leave out."""
 
-    Raises ValueError for a method that is not known, and for words that contradict one another.
+    read: Callable[[Words, Module], Method | None]
+    lists: ListRule | None = None
+
+
+def method_of(words: Words, name: str, of_experts: bool, *, fused: bool = False, dtypes: Mapping[str, str] | None = None) -> Method | None:
+    """The method of a module; None where its weight is as it was.
+
+    name        of a linear module in the checkpoint, or of a tensor of all experts: those are `fused`
+    of_experts  whether it is a routed expert's
+    dtypes      of its tensors in the file, by what their names have behind its own; None: not known
+
+    Where the file is known, its tensors say whether they are floats, whatever lists of modules say: tools leave out more than they list.
+
+    Raises ValueError for a method that is not known, for words that contradict one another, and for codes in the file where the words say
+    that nothing is quantised.
+
+    Laws
+        What a file has as floats is floats whatever the words say.
     """
+    module = Module(name, of_experts, fused, dtypes or {})
     method = str(words.get("quant_method", "modelopt" if "quant_algo" in words else None))
     if method not in _READERS:
         raise ValueError(f"quantization_config.quant_method is {method!r}; expected one of {', '.join(map(repr, _READERS))}")
+    if module.floats:
+        return None
     try:
-        return _method_of(words, method, module, of_experts)
+        found = _method_of(words, _READERS[method], module)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"quantization_config has a value of another kind than {method!r} has ({error}); expected what its tools write"
         ) from error
+    if found is None and module.codes is not None:
+        raise ValueError(
+            f"{module.name}{module.codes} is {module.dtypes[module.codes]}, but quantization_config leaves that module out; expected floats"
+        )
+    return found
 
 
-def _method_of(words: Words, method: str, module: str, of_experts: bool) -> Method | None:
-    lists = (words.get(name) for name in ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules"))
-    if any(is_listed(module, _strings(names)) for names in lists if names):
+def _method_of(words: Words, reader: Reader, module: Module) -> Method | None:
+    rule = reader.lists
+    asked = rule is not None and not (rule.vague and module.codes is not None)
+    if rule is not None and asked and is_listed(module.name, _listed(words, rule), rule):
         return None
-    return _READERS[method](words, module, of_experts)
+    return reader.read(words, module)
+
+
+def _listed(words: Words, rule: ListRule) -> list[str]:
+    return [name for key in rule.keys for name in _strings(words.get(key) or [])]
 
 
 def _strings(names: Any) -> list[str]:
@@ -50,21 +91,22 @@ def _tiles(size: Any) -> dict[str, Any]:
     return {"granularity": "channel"} if size == -1 else {"granularity": "group", "group_size": size}
 
 
-_TOKEN = ActivationQuantConfig(scheme="fp8_e4m3", granularity="token")
-_MXFP4 = QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
-_MXFP8_INPUTS = ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32)
-_MXFP8 = QuantConfig(scheme="mxfp8", granularity="group", group_size=32, activations=_MXFP8_INPUTS)
-_NVFP4_INPUTS = ActivationQuantConfig(scheme="nvfp4", granularity="group", group_size=16, static=True)
+def _fp8(words: Words, module: Module) -> Method:
+    """DeepSeek's; its experts may be fp4, or what ModelOpt made of them: of what the words say, the first that the file has."""
+    eight, four, dtype = _fp8_itself(words), Method(MXFP4, "fp4"), words.get("expert_dtype")
+    if dtype not in (None, "fp8", "fp4"):
+        raise _refuse("expert_dtype", dtype, "'fp8' or 'fp4'")
+    own = [eight] if not module.of_experts else [four, eight] if dtype == "fp4" else [eight, four]
+    anew, of_experts = modelopt(words, module), modelopt({"moe_quant_algo": algorithm_of_experts(words)}, module)
+    left_out = is_listed(module.name, _listed(words, MODELOPT), MODELOPT)  # by ModelOpt alone
+    said = [method for method in (*own, anew, of_experts) if method is not None]
+    if anew is not None and not left_out:
+        said.insert(0, anew)
+    return next((method for method in said if fits(method, module)), said[0])
 
 
-def _nvfp4(inputs: ActivationQuantConfig | None) -> QuantConfig:
-    return QuantConfig(scheme="nvfp4", granularity="group", group_size=16, activations=inputs)
-
-
-def _fp8(words: Words, module: str, of_experts: bool) -> Method:
-    """DeepSeek's: blocks, scales that multiply; without blocks one scale a matrix (AutoFP8)."""
-    if of_experts and words.get("expert_dtype", "fp8") == "fp4":
-        return Method(_MXFP4, "fp4")
+def _fp8_itself(words: Words) -> Method:
+    """Blocks, scales that multiply; without blocks one scale a matrix (AutoFP8)."""
     block, inputs = words.get("weight_block_size"), words.get("activation_scheme", "dynamic")
     if inputs not in ("dynamic", "static"):
         raise _refuse("activation_scheme", inputs, "'dynamic' or 'static'")
@@ -74,15 +116,19 @@ def _fp8(words: Words, module: str, of_experts: bool) -> Method:
     if not isinstance(block, list) or len(block) != 2 or inputs == "static":
         raise _refuse("weight_block_size", block, "two numbers, with activation_scheme 'dynamic'")
     if block == [1, 32]:
-        return Method(_MXFP8, "mxfp8")
+        return Method(MXFP8, "mxfp8")
     power = words.get("scale_fmt", "float") == "ue8m0"
     of_inputs = ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=block[1], power_of_two_scales=power)
     return Method(QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=tuple(block), activations=of_inputs), "fp8")
 
 
-def _gptq(words: Words, module: str, of_experts: bool) -> Method | None:
+def _gptq(words: Words, module: Module) -> Method | None:
+    blocks = words.get("modules_in_block_to_quantize") or []  # optimum's: names, or lists of names, within a block
+    inside = [name for part in blocks for name in _strings(part if isinstance(part, list) else [part])]
+    if inside and not any(name in module.name for name in inside):
+        return None
     for pattern, changes in (words.get("dynamic") or {}).items():  # GPTQModel: what is different for some modules
-        if matches_from_start(pattern.removeprefix("+:").removeprefix("-:"), module):
+        if matches_from_start(pattern.removeprefix("+:").removeprefix("-:"), module.name):
             if pattern.startswith("-:") or changes is False:
                 return None
             words = {**words, **changes}
@@ -97,7 +143,7 @@ def _gptq(words: Words, module: str, of_experts: bool) -> Method | None:
     return Method(quant, f"gptq{versions[version]} {bits} bits{', symmetric' if symmetric else ''}")
 
 
-def _awq(words: Words, module: str, of_experts: bool) -> Method:
+def _awq(words: Words, module: Module) -> Method:
     bits, version = words.get("bits", words.get("w_bit")), str(words.get("version", "gemm")).lower()
     zeros = words.get("zero_point", True)
     if bits != 4 or version != "gemm" or not isinstance(zeros, bool):
@@ -106,58 +152,24 @@ def _awq(words: Words, module: str, of_experts: bool) -> Method:
     return Method(quant, "awq" if zeros else "awq, symmetric")
 
 
-_MODELOPT: dict[str, Method] = {
-    "FP8": Method(
-        QuantConfig(
-            scheme="fp8_e4m3", granularity="tensor",
-            activations=ActivationQuantConfig(scheme="fp8_e4m3", granularity="tensor", static=True),
-        ),
-        "modelopt fp8",
-    ),
-    "FP8_PER_CHANNEL_PER_TOKEN": Method(
-        QuantConfig(scheme="fp8_e4m3", granularity="channel", activations=_TOKEN), "modelopt fp8"
-    ),
-    "NVFP4": Method(_nvfp4(_NVFP4_INPUTS), "modelopt nvfp4"),
-    "W4A16_NVFP4": Method(_nvfp4(None), "modelopt nvfp4"),
-    "MXFP8": Method(_MXFP8, "modelopt mxfp8"),
-}  # fmt: skip
-
-
-def _modelopt(words: Words, module: str, of_experts: bool) -> Method | None:
-    if words.get("quant_algo") == "MIXED_PRECISION":
-        layers = words.get("quantized_layers")
-        if not isinstance(layers, Mapping) or not all(isinstance(layer, Mapping) for layer in layers.values()):
-            raise _refuse("quantized_layers", layers, "an algorithm for each layer, with MIXED_PRECISION")
-        names = itertools.accumulate(module.split("."), "{}.{}".format)
-        found = [layers[name] for name in names if name in layers]
-        return _modelopt({"quant_algo": None, **found[-1]}, module, of_experts) if found else None
-    algorithm = words.get("quant_algo")
-    if algorithm not in _MODELOPT:
-        raise _refuse("quant_algo", algorithm, f"one of {', '.join(_MODELOPT)}")
-    method, size = _MODELOPT[algorithm], words.get("group_size")
-    if size not in (None, 0, method.quant.group_size):
-        raise _refuse("group_size", size, f"{method.quant.group_size}, which {algorithm} fixes")
-    return method
-
-
-def _compressed_tensors(words: Words, module: str, of_experts: bool) -> Method | None:
+def _compressed_tensors(words: Words, module: Module) -> Method | None:
     if words.get("transform_config") or (words.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise _refuse("transform_config or sparsity_config", "given", "neither transforms nor sparsity")
     groups = words.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise _refuse("config_groups", groups, "groups with targets, by name")
-    found = [group for group in groups.values() if is_target(module, _strings(group.get("targets")))]
-    by_name = [group for group in found if not is_target("", group["targets"])]  # a name says more than a class
-    return method_of_group(words, (by_name or found)[0]) if found else None
+    group_of_target = {target: group for group in groups.values() for target in _strings(group.get("targets"))}
+    target = target_of(module.name, group_of_target)
+    return None if target is None else method_of_group(words, group_of_target[target])
 
 
-_READERS: dict[str, Callable[[Words, str, bool], Method | None]] = {
-    "compressed-tensors": _compressed_tensors,
-    "fp8": _fp8,
-    "mxfp8": lambda words, *a: Method(_MXFP8, "mxfp8"),
-    "mxfp4": lambda words, *a: Method(_MXFP4, "mxfp4 blocks"),
-    "gptq": _gptq,
-    "awq": _awq,
-    "modelopt": _modelopt,
-    "modelopt_fp4": _modelopt,
+_READERS: dict[str, Reader] = {
+    "compressed-tensors": Reader(_compressed_tensors, COMPRESSED_TENSORS),
+    "fp8": Reader(_fp8, TRANSFORMERS),
+    "mxfp8": Reader(lambda words, module: Method(MXFP8, "mxfp8"), TRANSFORMERS),
+    "mxfp4": Reader(lambda words, module: Method(MXFP4, "mxfp4 blocks"), TRANSFORMERS),
+    "gptq": Reader(_gptq),
+    "awq": Reader(_awq, AUTOAWQ),
+    "modelopt": Reader(modelopt, MODELOPT),
+    "modelopt_fp4": Reader(modelopt, MODELOPT),
 }

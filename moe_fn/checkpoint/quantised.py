@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from moe_fn.checkpoint.axes import Units, dims_of, patterns_of
 from moe_fn.checkpoint.entries import Entry, Layout, of_first_expert
-from moe_fn.checkpoint.files import FLOATS, TensorInfo
+from moe_fn.checkpoint.files import TensorInfo
 from moe_fn.checkpoint.folder import full_name
 from moe_fn.checkpoint.methods import method_of
-from moe_fn.checkpoint.stored import FORMATS, Method, Stored, Words
+from moe_fn.checkpoint.stored import FORMATS, SUFFIXES, Method, Stored, Words
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.records import Path
 
@@ -52,6 +52,9 @@ def quantised_layout(row: Layout, prefix: str, words: Words, num_experts: int, t
     for path in _INPUTS:
         found = _method(row, path, prefix, words, num_experts, tensors)
         methods |= {} if found is None else {path: found}
+    first, last = (methods.get(path) for path in EXPERTS)
+    if first != last:
+        raise ValueError(f"{prefix}: the experts' first product is {_name(first)}, their last {_name(last)}; expected the same of both")
     for entry in row.entries:
         if entry.weight not in methods:
             entries.append(entry)
@@ -65,21 +68,19 @@ def quantised_layout(row: Layout, prefix: str, words: Words, num_experts: int, t
 
 def _method(row: Layout, path: Path, prefix: str, words: Words, num_experts: int, tensors: Tensors) -> Method | None:
     entries = [entry for entry in row.entries if entry.weight == path]
-    if path not in EXPERTS:  # lists of modules name them as often as not: what is a float in the file is one
-        entries = [entry for entry in entries if not _is_float(tensors, full_name(prefix, entry.name))]
-    modules = {full_name(prefix, name.removesuffix(".weight")) for entry in entries for name in _names(entry, num_experts)}
-    found = {module: method_of(words, module, path in EXPERTS) for module in sorted(modules)}
+    names = sorted({full_name(prefix, name) for entry in entries for name in _names(entry, num_experts)})
+    found = {name.removesuffix(".weight"): _method_of_name(name, path, words, tensors) for name in names}
     if len(set(found.values())) > 1:
         first = next(iter(found))
         other = next(module for module, method in found.items() if method != found[first])
-        raise ValueError(
-            f"quantization_config says {_name(found[first])} of {first} and {_name(found[other])} of {other}; expected the same"
-        )
+        raise ValueError(f"{first} is {_name(found[first])} and {other} is {_name(found[other])}; expected the same")
     return next(iter(found.values()), None)
 
 
-def _is_float(tensors: Tensors, name: str) -> bool:
-    return name in tensors and tensors[name].dtype in FLOATS
+def _method_of_name(name: str, path: Path, words: Words, tensors: Tensors) -> Method | None:
+    module, fused = name.removesuffix(".weight"), not name.endswith(".weight")
+    dtypes = {suffix: tensors[module + suffix].dtype for suffix in SUFFIXES if module + suffix in tensors}
+    return method_of(words, module, path in EXPERTS, fused=fused, dtypes=dtypes)
 
 
 def _names(entry: Entry, num_experts: int) -> list[str]:
@@ -88,14 +89,13 @@ def _names(entry: Entry, num_experts: int) -> list[str]:
 
 
 def _name(method: Method | None) -> str:
-    return "nothing" if method is None else repr(method.stored)
+    return "not quantised" if method is None else f"{method.stored!r}, {method.quant!r}"
 
 
 def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: Tensors) -> Entry | str:
     """The entry of one tensor of a matrix; the name alone where it is of no use."""
     fused = not entry.name.endswith(".weight")
-    suffixes = (stored.fused,) if fused else stored.suffix
-    names = [entry.name.removesuffix(".weight") + suffix for suffix in suffixes if suffix is not None]
+    names = [entry.name.removesuffix(".weight") + suffix for suffix in stored.suffixes(fused)]
     name = next((name for name in names if full_name(prefix, of_first_expert(name)) in tensors), next(iter(names), ""))
     expert, inputs = entry.weight in EXPERTS, method.quant.activations
     if stored.role == "input_scale" and not (expert and inputs is not None and inputs.static):

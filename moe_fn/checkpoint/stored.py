@@ -4,9 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_fn.config import QuantConfig
+from moe_fn.checkpoint.codings import CODINGS
+from moe_fn.checkpoint.files import FLOATS
+from moe_fn.config import ActivationQuantConfig, QuantConfig
 
 Words = Mapping[str, Any]  # of quantization_config
+MXFP4 = QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
+MXFP8 = QuantConfig(
+    scheme="mxfp8", granularity="group", group_size=32,
+    activations=ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -15,6 +22,27 @@ class Method:
 
     quant: QuantConfig
     stored: str
+
+
+@dataclass(frozen=True)
+class Module:
+    """What `moe_fn.checkpoint.methods.method_of` is asked about."""
+
+    name: str
+    of_experts: bool
+    fused: bool
+    dtypes: Mapping[str, str]
+
+    @property
+    def floats(self) -> bool:
+        """Whether the file has floats of it."""
+        return self.dtypes.get("" if self.fused else ".weight") in FLOATS
+
+    @property
+    def codes(self) -> str | None:
+        """The name that codes of it have in the file behind its own; None where it has none."""
+        found = (suffix for suffix in CODES if self.dtypes.get(suffix, "F32") not in FLOATS)
+        return next(found, None)
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,10 @@ class Stored:
     dims: str
     coding: str
     fused: str | None = None
+
+    def suffixes(self, fused: bool) -> tuple[str, ...]:
+        """What its name may have behind that of a module, or of a tensor of all experts."""
+        return self.suffix if not fused else () if self.fused is None else (self.fused,)
 
 
 def _codes(suffix: str, dims: str, coding: str, fused: str | None = None) -> Stored:
@@ -136,3 +168,15 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
 # What may stand for ".weight", and behind the name of a fused tensor
 CODES_SUFFIXES = tuple(sorted({suffix for row in FORMATS.values() for s in row if s.role == "codes" for suffix in s.suffix} - {"_blocks"}))
 FUSED_SUFFIXES = ("_blocks",)
+CODES = (*CODES_SUFFIXES, *FUSED_SUFFIXES, "")
+SUFFIXES = tuple(sorted({suffix for row in FORMATS.values() for s in row for suffix in s.suffixes(False) + s.suffixes(True)}))
+_NEEDED = ("codes", "scale", "zero_point", "global_scale")
+
+
+def fits(method: Method, module: Module) -> bool:
+    """Whether the file has of a module what a method stores."""
+    return all(
+        any(module.dtypes.get(suffix) in CODINGS[stored.coding].dtypes for suffix in stored.suffixes(module.fused))
+        for stored in FORMATS[method.stored]
+        if stored.role in _NEEDED
+    )

@@ -1,0 +1,42 @@
+"""Bugs planted in what quantised files' lists of modules leave out, and in what their tensors say."""
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+from planted_bugs import PlantedBug, before
+
+from moe_fn.checkpoint import matching, methods
+
+
+def _by_rule(rule: matching.ListRule, **changes: Any) -> Any:
+    """is_listed with other columns of one tool's rule."""
+    return before(lambda module, entries, asked: (module, entries, replace(asked, **changes) if asked is rule else asked))
+
+
+def _whole_parts(name: str, entry: str) -> bool:
+    return f".{entry.strip('.')}." in f".{name}."
+
+
+LISTS = "a_list_leaves_out_what_its_tool_leaves_out"
+BUGS: tuple[PlantedBug, ...] = (
+    PlantedBug(
+        LISTS, "AutoAWQ's entries are whole parts of names", matching.is_listed, _by_rule(matching.AUTOAWQ, text=_whole_parts)
+    ),
+    PlantedBug(
+        LISTS,
+        "compressed-tensors leaves out what is in a module",
+        matching.is_listed,
+        _by_rule(matching.COMPRESSED_TENSORS, text=lambda name, entry: f"{name}.".startswith(f"{entry}.")),
+    ),
+    PlantedBug(LISTS, "transformers looks at no ends", matching.is_listed, _by_rule(matching.TRANSFORMERS, text=_whole_parts)),
+    PlantedBug(LISTS, "ModelOpt's globs are of linear modules alone", matching.is_listed, _by_rule(matching.MODELOPT, containers=False)),
+    PlantedBug(
+        "what_a_file_has_as_floats_is_floats_whatever_the_words_say",
+        "words alone say what is quantised",
+        methods.method_of,
+        lambda f: lambda words, name, of_experts, **known: f(words, name, of_experts, fused=known.get("fused", False)),
+    ),
+)  # fmt: skip
+if importlib.util.find_spec("safetensors") is None:  # the laws cannot run
+    BUGS = ()
