@@ -626,7 +626,7 @@ if importlib.util.find_spec("transformers") is not None:
     )
 
 if importlib.util.find_spec("safetensors") is not None:
-    from moe_fn.checkpoint import adapter_config, axes, reading, saving, slices
+    from moe_fn.checkpoint import adapter_config, axes, peft_versions, reading, saving, slices
     from moe_fn.checkpoint import lora as loading_lora
 
     BUGS += (
@@ -635,6 +635,12 @@ if importlib.util.find_spec("safetensors") is not None:
             "patterns are ignored",
             adapter_config._first_match,
             instead(lambda pattern, module, default: default),
+        ),
+        PlantedBug(
+            "an_adapter_of_peft_is_loaded_as_it_was_saved",
+            "every peft is taken for a new one",
+            peft_versions.is_of_outputs,
+            instead(lambda *a: False),
         ),
         PlantedBug(
             "an_adapter_of_peft_is_loaded_as_it_was_saved",

@@ -17,7 +17,7 @@ from support import law
 from torch import Tensor
 
 import moe_fn
-from moe_fn import MoEConfig
+from moe_fn import MoEConfig, QuantConfig
 from moe_fn.testing import assert_matches, weights_for
 
 pytest.importorskip("safetensors")
@@ -38,11 +38,12 @@ class Saved:
     tensors: dict[str, Tensor]
     added: Products
     layout: Any = None
+    weight_layout: Any = None  # as the caller says it
 
 
 def write(folder: Path | str, adapter_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     (Path(folder) / "adapter_config.json").write_text(json.dumps(adapter_config))
-    save_file({name: t.clone() for name, t in tensors.items()}, Path(folder) / "adapter_model.safetensors")
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, Path(folder) / "adapter_model.safetensors")
 
 
 def sizes_of(config: MoEConfig) -> dict[str, tuple[int, int]]:
@@ -65,10 +66,43 @@ def saved(draw: DrawFn) -> Saved:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     rank, alpha, stabilised = draw(st.integers(1, 3)), draw(st.sampled_from([1.0, 8, 0.5])), draw(st.booleans())
     values: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": stabilised, "bias": "none"}
-    make = _modules if draw(st.booleans()) else _parameters
-    tensors, added, more = make(draw, config, gated, rank, alpha, stabilised, generator)
-    layout = draw(st.sampled_from([None, "packed", "interleaved"])) if make is _parameters and gated else None
-    return Saved(config, values | more, tensors, added, layout)
+    if draw(st.booleans()):
+        tensors, added, more = _modules(draw, config, gated, rank, alpha, stabilised, generator)
+        return Saved(config, values | more, tensors, added)
+    layout = draw(st.sampled_from([None, "packed", "interleaved"])) if gated else None
+    tensors, added, more = _parameters(draw, config, gated, rank, alpha, stabilised, generator)
+    values["peft_version"] = version = draw(st.sampled_from(VERSIONS))
+    interleaved = (layout or config.gate_up_layout) == "interleaved"
+    weight_layout = draw(st.sampled_from(["out_in", "in_out"] if interleaved else ["out_in"]))  # of packed ones some say so, some do not
+    told = None if (weight_layout == "in_out") == interleaved and draw(st.booleans()) else weight_layout
+    if (told == "out_in") if version is None else is_of_outputs(version, weight_layout):
+        tensors = exchanged(tensors, rank, config.num_experts)
+    return Saved(config, values | more, tensors, added, layout, told)
+
+
+VERSIONS = (None, "0.18.0", "0.18.1", "0.19.0", "0.19.1", "0.20.0", "0.21.2", "0.22.1.dev0@0a1b2c", "1.0.0")
+
+
+def is_of_outputs(version: str, weight_layout: str) -> bool:
+    """What peft's ParamWrapper does with the dims of [E, m, n], of a model that says is_transposed where it keeps [E, in, out]."""
+    inputs, outputs = ("out", "in") if weight_layout == "out_in" else ("in", "out")
+    if version == "0.19.0":
+        inputs, outputs = (outputs, inputs) if weight_layout == "in_out" else (inputs, outputs)
+    elif not version.startswith("0.18"):
+        inputs, outputs = (outputs, inputs) if weight_layout == "out_in" else (inputs, outputs)
+    return inputs == "out"
+
+
+def exchanged(tensors: dict[str, Tensor], rank: int, experts: int) -> dict[str, Tensor]:
+    """A of the outputs [E r, out], B of the inputs [in, r E]."""
+    found = {}
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            other = name.replace("lora_A", "lora_B")
+            b = tensors[other].unflatten(1, (rank, experts))
+            found[name] = b.permute(2, 1, 0).flatten(0, 1)
+            found[other] = a.unflatten(0, (experts, rank)).permute(2, 1, 0).flatten(1)
+    return found
 
 
 def _modules(
@@ -98,7 +132,7 @@ def _parameters(
 ) -> tuple[dict[str, Tensor], Products, dict[str, Any]]:
     parts = draw(st.sampled_from([("gate_up", "down"), ("down",), ("gate_up",)]))
     names = {"gate_up": "gate_up_proj" if gated else "up_proj", "down": "down_proj"}
-    alphas = {"mlp.experts.down_proj": 3.0} if draw(st.booleans()) else {}
+    alphas = {"mlp.experts.down_proj": 3.0, "mlp.experts.up_proj": 5.0} if draw(st.booleans()) else {}
     tensors, added, experts = {}, {}, config.num_experts
     for part in parts:
         size, out = sizes_of(config)[part]
@@ -141,22 +175,27 @@ def assert_adds(config: MoEConfig, lora: moe_fn.LoRAWeights, wanted: Callable[[s
 def test_an_adapter_of_peft_is_loaded_as_it_was_saved(problem: Saved) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(folder, problem.adapter_config, problem.tensors)
-        lora = load_lora(folder, PREFIX, problem.config, gate_up_layout=problem.layout)
+        lora = load_lora(folder, PREFIX, problem.config, gate_up_layout=problem.layout, weight_layout=problem.weight_layout)
     assert_adds(problem.config, lora, lambda product, expert: matrix(problem, product, expert))
     config, weights = moe_fn.add_lora(problem.config, weights_for(problem.config), [lora])
     assert config.lora is not None and config.lora.experts == "each"
     moe_fn.moe_forward(config, weights, torch.zeros(2, config.hidden_size), torch.zeros(2, config.num_experts))
 
 
+PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+QUANT = QuantConfig(scheme="int8", granularity="channel")
 CONFIG = MoEConfig(num_experts=4, top_k=2, hidden_size=16, intermediate_size=12)
 
 
+@pytest.mark.parametrize("inner", [12, 8, 16])  # of hidden 16: gate_up of 8 has 16 inputs and outputs, down of 16 too
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("targets", [("gate_up_proj", "down_proj"), ("down_proj",), ("gate_up_proj",)], ids=str)
-def test_a_model_of_peft_computes_what_the_loaded_adapter_does(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_model_of_peft_computes_what_the_loaded_adapter_does(family: str, targets: tuple[str, ...], inner: int, tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)
-    more = {"moe_intermediate_size": 12, "num_experts": 4} if family == "qwen3_moe" else {"num_local_experts": 4, "intermediate_size": 12}
+    config = dataclasses.replace(CONFIG, intermediate_size=inner)
+    of_qwen = {"moe_intermediate_size": inner, "num_experts": 4}
+    more = of_qwen if family == "qwen3_moe" else {"num_local_experts": 4, "intermediate_size": inner}
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(
             family, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=32,
@@ -172,7 +211,7 @@ def test_a_model_of_peft_computes_what_the_loaded_adapter_does(family: str, targ
     adapted.save_pretrained(tmp_path)
     after = dict(adapted.merge_and_unload().named_parameters())
     interleaved = family == "gpt_oss"
-    lora = load_lora(tmp_path, "model.layers.0.mlp", CONFIG, gate_up_layout="interleaved" if interleaved else None)
+    lora = load_lora(tmp_path, "model.layers.0.mlp", config, gate_up_layout="interleaved" if interleaved else None)
 
     def wanted(product: str, expert: int) -> Tensor:
         name = f"model.layers.0.mlp.experts.{product}_proj"
@@ -181,7 +220,7 @@ def test_a_model_of_peft_computes_what_the_loaded_adapter_does(family: str, targ
             return difference
         return difference.T if product == "down" else torch.cat([difference.T[0::2], difference.T[1::2]])
 
-    assert_adds(CONFIG, lora, wanted)
+    assert_adds(config, lora, wanted)
 
 
 class Experts(torch.nn.Module):
@@ -215,6 +254,24 @@ def test_modules_of_peft_are_what_the_loaded_adapter_adds(targets: Any, tmp_path
     assert_adds(CONFIG, lora, wanted)
 
 
+SQUARE = dataclasses.replace(CONFIG, intermediate_size=16)
+OF_ALL = {f"{PREFIX}.experts.lora_A.weight": torch.ones(8, 16), f"{PREFIX}.experts.lora_B.weight": torch.ones(16, 8)}
+UNCLEAR: dict[str, tuple[MoEConfig, str]] = {
+    "packed [E, in, out], which may be a Llama-4": (dataclasses.replace(SQUARE, weight_layout="in_out"), "0.21.2"),
+    "codes, whose floats may lie either way": (dataclasses.replace(SQUARE, quant=QUANT), "0.18.1"),
+    "between two releases": (SQUARE, "0.19.1.dev0"),
+    "no version": (SQUARE, "main"),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_sides_that_nothing_tells_are_refused_in_words(case: str, tmp_path: Path) -> None:
+    config, version = UNCLEAR[case]
+    write(tmp_path, PLAIN | {"target_parameters": ["experts.down_proj"], "peft_version": version}, OF_ALL)
+    with pytest.raises(ValueError, match=r"experts.down_proj has as many inputs as outputs, .* expected the model's weight_layout="):
+        load_lora(tmp_path, PREFIX, config)
+
+
 def test_an_adapter_of_an_older_peft_is_turned_over(tmp_path: Path) -> None:
     a, b = torch.randn(8, 16), torch.randn(12, 8)  # of down [4, 16, 12]: up to 0.18 the dims in their order
     tensors = {f"{PREFIX}.experts.lora_A.weight": a, f"{PREFIX}.experts.lora_B.weight": b}
@@ -231,7 +288,6 @@ def test_dtype_and_device_are_as_asked(tmp_path: Path) -> None:
     assert wide.down_b is not None and wide.down_b.dtype == torch.float64 and wide.down_b.shape == (1, 4, 16, 2)
 
 
-PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 GOOD = {f"{PREFIX}.experts.1.down_proj.lora_A.weight": torch.ones(2, 12), f"{PREFIX}.experts.1.down_proj.lora_B.weight": torch.ones(16, 2)}
 
 
@@ -252,6 +308,7 @@ FOLDERS: dict[str, tuple[Any, dict[str, Tensor]]] = {
     "lora_alpha is inf": (PLAIN | {"lora_alpha": float("inf")}, GOOD),
     "lora_alpha is 1000": (PLAIN | {"lora_alpha": 10**400}, GOOD),
     "use_rslora is 3": (PLAIN | {"use_rslora": 3}, GOOD),
+    "peft_version is 18": (PLAIN | {"peft_version": 18}, GOOD),
     "target_parameters is 'x'": (PLAIN | {"target_parameters": "x"}, GOOD),
     "rank_pattern is \\[3\\]": (PLAIN | {"rank_pattern": [3]}, GOOD),
     "rank_pattern has the pattern '\\(a\\+\\)\\+'": (PLAIN | {"rank_pattern": {"(a+)+": 2}}, GOOD),

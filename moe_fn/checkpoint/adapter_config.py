@@ -33,6 +33,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     rank_stabilised: bool
     parameters: tuple[str, ...]
+    version: str | None = None  # of the peft that wrote it
 
     def rank_of(self, module: str) -> int:
         """The rank of a module, or a parameter, by its name in the model."""
@@ -76,7 +77,14 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         alpha_pattern={k: _number(where, "alpha_pattern", v) for k, v in _pattern(where, "alpha_pattern", values).items()},
         rank_stabilised=stabilised,
         parameters=tuple(parameters),
+        version=_version(where, values.get("peft_version")),
     )
+
+
+def _version(where: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: peft_version is {value!r:.80}; expected a version such as '0.21.2'")
+    return value
 
 
 def _rank(where: str, name: str, value: Any) -> int:

@@ -7,42 +7,27 @@ PEFT has two forms for experts, and both are read (names below the block's prefi
     a parameter of all experts  experts[.base_layer].lora_A.weight [E r, in], row e r + j;  .lora_B.weight [out, r E], column j E + e
     (target_parameters)         of both products, base_layer's is gate_up_proj; of one, adapter_config.json says which
 
-Up to peft 0.18 `in` and `out` of the second form are exchanged for models that keep [E, out, in]: shapes tell, and such are turned over.
+Up to peft 0.18 `in` and `out` of the second form are exchanged for models that keep [E, out, in]: such are turned over. Shapes tell, of
+the parameter or of the other one of the same experts; where they do not, peft's version does (`moe_fn.checkpoint.peft_versions`).
 """
 
-import dataclasses
 import functools
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe_fn.checkpoint.adapter_config import AdapterConfig, read_adapter_config
-from moe_fn.checkpoint.files import FLOATS, TensorInfo, open_tensors, read_header
+from moe_fn.checkpoint.adapter_modules import GateUpLayout, Kept, Module, WeightLayout, modules_of_block
+from moe_fn.checkpoint.files import open_tensors, read_header
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.merging import padded_to
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.records import LoRAWeights
 
-MODEL, _BEFORE = "adapter_model.safetensors", "base_model.model."
-_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down", "gate_up_proj": "gate_up"}
-_NAME = re.compile(rf"experts\.(?:(0|[1-9]\d{{0,8}})\.({'|'.join(_PARTS)})\.|(base_layer\.)?)lora_([AB])\.weight")
-GateUpLayout = Literal["packed", "interleaved"]
+MODEL = "adapter_model.safetensors"
 Factors = tuple[Tensor, Tensor]  # A [E, rank, in], B [E, out, rank]
-
-
-@dataclass(frozen=True)
-class Module:
-    """A module of the model that has an adapter: of one expert, or (expert None) a parameter of all."""
-
-    expert: int | None
-    part: str  # "gate", "up", "gate_up" or "down"
-    name: str  # in the model
-    turned: bool = False  # A is of the outputs, B of the inputs
 
 
 def load_lora(
@@ -51,6 +36,7 @@ def load_lora(
     config: MoEConfig,
     *,
     gate_up_layout: GateUpLayout | None = None,
+    weight_layout: WeightLayout | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> LoRAWeights:
@@ -60,6 +46,7 @@ def load_lora(
     prefix          what the names of the block begin with, in the file: "model.layers.3.mlp"
     config          of the whole block; its gate_up_layout is that of the result
     gate_up_layout  of the model's gate_up_proj, where the adapter is of that; None: the config's
+    weight_layout   of the model's parameters of all experts, which matters where shapes do not tell inputs from outputs; None: the config's
     dtype           of the result; None: as in the file
 
     Ranks and alphas may differ (rank_pattern, alpha_pattern): smaller ranks are padded with zeros, and experts that the adapter leaves
@@ -79,100 +66,19 @@ def load_lora(
     if not (folder / MODEL).is_file():
         raise ValueError(f"{folder} has no {MODEL}; expected the adapter's tensors there (no pickles are read)")
     header = read_header(folder / MODEL)
-    modules = _modules(folder, prefix, header, config, adapter)
+    found_layout = gate_up_layout or config.gate_up_layout
+    modules = modules_of_block(folder, prefix, header, config, adapter, Kept(weight_layout, found_layout))
     factors = _read(folder / MODEL, modules, config, adapter, dtype, device)
     experts = config.num_experts
     down, fused = (_of_experts(factors, part, experts) for part in ("down", "gate_up"))
     if fused is None:
         gate_up, found = _gate_and_up(_of_experts(factors, "gate", experts), _of_experts(factors, "up", experts)), "packed"
     else:
-        gate_up, found = fused, gate_up_layout or config.gate_up_layout
+        gate_up, found = fused, found_layout
     if gate_up is not None and as_activation(config.activation).gated:
         gate_up = gate_up[0], _in_layout(gate_up[1], found, config.gate_up_layout)
     tensors = {"gate_up": gate_up, "down": down}
     return LoRAWeights(**{f"{n}_{side}": t[0 if side == "a" else 1].unsqueeze(0) for n, t in tensors.items() if t for side in "ab"})
-
-
-def _modules(
-    folder: Path, prefix: str, header: Mapping[str, TensorInfo], config: MoEConfig, adapter: AdapterConfig
-) -> dict[Module, tuple[str, str]]:
-    """Names of A and B of each module of the block; ValueError for all that is not of its experts, or does not fit."""
-    found: dict[tuple[str | None, str], dict[str, str]] = {}
-    for name in header:
-        in_model = name.removeprefix(_BEFORE)
-        if not in_model.startswith(prefix + "."):
-            continue
-        match = _NAME.fullmatch(in_model.removeprefix(prefix + "."))
-        if match is None:
-            raise ValueError(f"{folder}: the adapter has {name}; expected only adapters of the block's experts, for others have none here")
-        expert, part, inner, side = match.groups()
-        found.setdefault((expert, part or inner or ""), {})[side] = name
-    if not found:
-        raise ValueError(f"{folder} has no adapter below {prefix}.experts; expected one, as PEFT names them")
-    if len({expert is None for expert, _ in found}) > 1:
-        raise ValueError(f"{folder}: below {prefix}.experts are adapters of single experts and of parameters of all; expected one form")
-    modules: dict[Module, tuple[str, str]] = {}
-    for (expert, part), sides in found.items():
-        if set(sides) != {"A", "B"}:
-            raise ValueError(f"{folder}: {next(iter(sides.values()))} is alone; expected lora_A and lora_B")
-        a, b = header[sides["A"]], header[sides["B"]]
-        for name, info in ((sides["A"], a), (sides["B"], b)):
-            if len(info.shape) != 2 or info.dtype not in FLOATS:
-                raise ValueError(f"{folder}: {name} is {info.dtype} {list(info.shape)}; expected a matrix of {', '.join(FLOATS)}")
-        if expert is None:
-            module = _parameter(folder, prefix, part, len(found), (a.shape, b.shape), config, adapter)
-        else:
-            module = _single(folder, prefix, int(expert), part, (a.shape, b.shape), config, adapter)
-        modules[module] = sides["A"], sides["B"]
-    parts = {module.part for module in modules}
-    if len({(module.expert, module.part) for module in modules}) < len(found) or ("gate_up" in parts and parts & {"gate", "up"}):
-        raise ValueError(f"{folder}: below {prefix}.experts a product has two adapters; expected gates and ups apart, or in one")
-    return modules
-
-
-def _sizes(config: MoEConfig, part: str) -> tuple[int, int]:
-    """(in, out) of a product."""
-    hidden, inner = config.expert_hidden_size, config.intermediate_size
-    both = 2 * inner if as_activation(config.activation).gated else inner
-    return {"down": (inner, hidden), "gate_up": (hidden, both)}.get(part, (hidden, inner))
-
-
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _single(folder: Path, prefix: str, expert: int, part: str, shapes: Shapes, config: MoEConfig, adapter: AdapterConfig) -> Module:
-    gated = as_activation(config.activation).gated
-    if not gated and part in ("gate_proj", "w3"):
-        raise ValueError(f"{folder}: the adapter is of {part}; expected up_proj or w1 alone, for the activation is not gated")
-    module = Module(expert, _PARTS[part] if gated or _PARTS[part] == "down" else "gate_up", f"{prefix}.experts.{expert}.{part}")
-    if expert >= config.num_experts:
-        raise ValueError(f"{folder}: the adapter is of {module.name}; expected experts 0..{config.num_experts - 1}")
-    (size, out), rank = _sizes(config, module.part), adapter.rank_of(module.name)
-    if shapes != ((rank, size), (out, rank)):
-        raise ValueError(f"{folder}: A and B of {module.name} are {_words(shapes)}; expected {_words(((rank, size), (out, rank)))}")
-    return module
-
-
-def _parameter(folder: Path, prefix: str, inner: str, count: int, shapes: Shapes, config: MoEConfig, adapter: AdapterConfig) -> Module:
-    """Which parameter it is that all experts' adapters are of; the outer one of two is down_proj."""
-    names = [name.rpartition(".")[2] for name in adapter.parameters]
-    if count == 2:
-        names = ["gate_up_proj", "up_proj"] if inner else ["down_proj"]
-    expected = []
-    for name in dict.fromkeys(name for name in names if name in ("gate_up_proj", "up_proj", "down_proj")):
-        module = Module(None, "down" if name == "down_proj" else "gate_up", f"{prefix}.experts.{name}")
-        (size, out), rows = _sizes(config, module.part), adapter.rank_of(module.name) * config.num_experts
-        straight = ((rows, size), (out, rows))
-        if shapes in (straight, ((rows, out), (size, rows))):
-            return dataclasses.replace(module, turned=shapes != straight)
-        expected.append(f"{_words(straight)} of {name}")
-    raise ValueError(
-        f"{folder}: A and B of {prefix}.experts are {_words(shapes)}; expected {' or '.join(expected) or 'target_parameters to name one'}"
-    )
-
-
-def _words(shapes: Shapes) -> str:
-    return f"{list(shapes[0])} and {list(shapes[1])}"
 
 
 def _read(
