@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, SharedExpertsConfig
-from moe_fn.checkpoint import load_moe_layer, load_moe_weights, moe_layers, reading, save_moe_weights
+from moe_fn.checkpoint import load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, reading, save_moe_weights
+from moe_fn.checkpoint.__main__ import main
 from moe_fn.testing import weights_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
@@ -263,6 +264,55 @@ def test_experts_that_no_file_has_take_no_time(count: int, tmp_path: Path) -> No
     assert layer.problem is not None and "experts.3.gate_proj.weight is missing" in layer.problem
     with pytest.raises(ValueError, match=r"experts.3.gate_proj.weight is missing"):
         load_moe_layer(tmp_path, 3)
+
+
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 4, "intermediate_size": 2}
+NAMES: dict[str, tuple[Any, list[str], str]] = {
+    "an expert's parts": (
+        MIXTRAL, ["model.layers.0.block_sparse_moe.experts.0.linear_v.weight"],
+        r"by its tensors.*'mixtral': it has .*linear_v.weight; expected one such as layers.N.block_sparse_moe.experts.\{e\}.w2.weight",
+    ),
+    "no experts by name": (MIXTRAL, ["model.layers.0.some_ffn.0"], r"by its config.json.* it has model.layers.0.some_ffn.0; expected"),
+    "no family": ({"model_type": "unheard_of"}, ["model.layers.0.mlp.experts.down"], r"by its tensors.*'unheard_of'"),
+    "no config": (None, ["transformer.blocks.0.experts.1.a"], r"by its tensors.*'\?'"),
+}  # fmt: skip
+WITHOUT: dict[str, tuple[Any, list[str]]] = {
+    "one expert": (MIXTRAL | {"num_local_experts": 1}, ["model.layers.0.mlp.down_proj.weight"]),
+    "dense, of a family that may have experts": ({"model_type": "gemma4", "hidden_size": 4}, ["model.layers.0.mlp.down_proj.weight"]),
+    "unheard of": ({"model_type": "unheard_of"}, ["model.layers.0.mlp.down_proj.weight", "action_expert.layers.0.mlp.down_proj.weight"]),
+    "no layer at all": (MIXTRAL, ["lm_head.weight"]),
+}
+
+
+def write_names(path: Path, words: Any, names: list[str]) -> None:
+    ends = [{"dtype": "F32", "shape": [1], "data_offsets": [4 * place, 4 * place + 4]} for place in range(len(names))]
+    write_raw(path / ONE, dict(zip(names, ends, strict=True)), bytes(4 * len(names)))
+    if words is not None:
+        (path / "config.json").write_text(json.dumps(words))
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_experts_under_names_that_are_not_known_are_said_to_be_there(case: str, tmp_path: Path) -> None:
+    words, names, said = NAMES[case]
+    write_names(tmp_path, words, names)
+    for find in (moe_layers, lambda path: list(load_moe_layers(path, progress=False)), lambda path: load_moe_layer(path, 0)):
+        with pytest.raises(ValueError, match=said):
+            find(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_a_model_without_experts_has_no_layers(case: str, tmp_path: Path) -> None:
+    write_names(tmp_path, *WITHOUT[case])
+    assert moe_layers(tmp_path) == []
+
+
+def test_a_shard_without_experts_has_no_layers(tmp_path: Path) -> None:
+    write_names(tmp_path, MIXTRAL, ["model.layers.0.self_attn.q_proj.weight"])
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"model.layers.0.self_attn.q_proj.weight": ONE}}))
+    assert moe_layers(tmp_path / ONE) == []
+    with pytest.raises(ValueError, match=r"by its config\.json"):
+        moe_layers(tmp_path)
 
 
 def test_folders_without_a_checkpoint_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,49 @@ def test_experts_of_qwen3_vl_lie_either_way(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     assert moe_layers(tmp_path)[0].layout == "qwen fused, transposed"
     check(row, block, *load_moe_layer(tmp_path, 1))
+
+
+def taken_apart(tensors: dict[str, Tensor], prefix: str, weights: MoEWeights, experts: str) -> dict[str, Tensor]:
+    """Experts one by one, as tools that quantise write them, of packed weights [E, out, in]."""
+    found = {name: t for name, t in tensors.items() if not re.search(r"\.experts\.(gate_up|down|fc[12])|_linear", name)}
+    for e in range(len(weights.down)):
+        halves = dict(zip(("gate_proj", "up_proj"), weights.gate_up[e].chunk(2), strict=True)) | {"down_proj": weights.down[e]}
+        found |= {f"{prefix}.{experts}.{e}.{name}.weight": t.contiguous() for name, t in halves.items()}
+        if weights.gate_up_bias is not None and weights.down_bias is not None:
+            halves = dict(zip(("gate_proj", "up_proj"), weights.gate_up_bias[e].chunk(2), strict=True)) | {
+                "down_proj": weights.down_bias[e]
+            }
+            found |= {f"{prefix}.{experts}.{e}.{name}.bias": t.contiguous() for name, t in halves.items()}
+    return found
+
+
+APART = [
+    ("gemma4", "experts", {}, "gemma4, one by one"),
+    ("gemma4", "moe.experts", {}, "gemma4 moe"),
+    ("gemma4", "moe.experts", {"router.per_expert_scale": "moe.per_expert_scale"}, "gemma4 moe, its scale"),
+    ("granitemoe", "experts", {}, "granite, one by one"),
+    ("granitemoehybrid", "experts", {"router.layer.weight": "router.weight"}, "granite fused, one by one"),
+    ("granitemoe_swa", "experts", {}, "granite fused, one by one"),
+    *((family, "experts", {}, f"{name}, one by one") for family, name in (
+        ("gpt_oss", "gpt_oss"), ("openai_privacy_filter", "openai_privacy_filter"), ("llama4", "llama4"), ("aria", "aria"),
+        ("hy_v4", "hy_v4"), ("muse_spark", "muse_spark"), ("zaya", "zaya"),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "experts", "renamed", "layout"), APART, ids=[f"{row[3]}, {row[0]}" for row in APART])
+def test_experts_taken_apart_are_the_block(family: str, experts: str, renamed: dict[str, str], layout: str, tmp_path: Path) -> None:
+    row = next(row for row in WHOLE_BLOCKS if row.family == family)
+    block = make_block(row, 0)
+    write(tmp_path, row, block)
+    (found,) = moe_layers(tmp_path)
+    assert found.config is not None
+    packed = dataclasses.replace(found.config, gate_up_layout="packed", weight_layout="out_in")
+    apart = taken_apart(load_file(tmp_path / "model.safetensors"), found.prefix, load_moe_weights(tmp_path, found.prefix, packed), experts)
+    names = {f"{found.prefix}.{old}": f"{found.prefix}.{new}" for old, new in renamed.items()}
+    save_file({names.get(name, name): t for name, t in apart.items()}, tmp_path / "model.safetensors")
+    assert [(layer.layout, layer.prefix, layer.problem) for layer in moe_layers(tmp_path)] == [(layout, found.prefix, None)]
+    check(row, block, *load_moe_layer(tmp_path, layer_of(row)))
 
 
 # Whole models as save_pretrained writes them, in many shards: what a config wants beside the sizes of the zoo's blocks

@@ -1,6 +1,7 @@
 """python -m moe_fn.checkpoint inspect PATH: the Mixture-of-Experts layers of a checkpoint, from config.json and the headers of its files.
 
-Layers in a row that are alike share a line. The exit status is 1 if a layer could not be loaded, 2 if there is no checkpoint to read.
+Layers in a row that are alike share a line. The exit status is 1 if a layer could not be loaded, 2 if there is no checkpoint to read, or
+one whose names are not known.
 """
 
 import argparse

@@ -23,6 +23,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     file_of_tensor: Mapping[str, str]
     quant: Mapping[str, Any] | None = None
+    is_whole: bool = True  # not one file of several
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -38,7 +39,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir() and (path / INDEX).exists():
         return Checkpoint(folder, config, _files_of_index(path / INDEX), quant)
     file = path if not path.is_dir() else _only_file(path)
-    return Checkpoint(folder, config, dict.fromkeys(read_header(file), file.name), quant)
+    return Checkpoint(folder, config, dict.fromkeys(read_header(file), file.name), quant, not (folder / INDEX).exists())
 
 
 def read_headers(checkpoint: Checkpoint, files: Iterable[str]) -> Headers:

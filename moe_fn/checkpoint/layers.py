@@ -1,5 +1,6 @@
 """Which layers of a checkpoint are mixtures of experts: by the names of their tensors; what they compute, by config.json."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,7 +46,8 @@ class MoELayer:
 def moe_layers(path: str | Path) -> list[MoELayer]:
     """The Mixture-of-Experts layers of a checkpoint, in order; headers are read and checked, tensors are not.
 
-    Raises ValueError for a folder without safetensors, and for headers that lie. What is wrong with one layer is in its `problem`.
+    Raises ValueError for a folder without safetensors, for headers that lie, and where there are experts under names that are not known:
+    names say so, or config.json does. What is wrong with one layer is in its `problem`. A model without experts has no layers.
 
     >>> import json, tempfile
     >>> from moe_fn import RouterWeights
@@ -137,7 +139,33 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, int]:
                 found[".".join(filter(None, (match["layer"], block)))] = int(match["index"])
         if found:
             break
+    if not found:
+        _refuse_unknown_names(checkpoint, rows)
     return dict(sorted(found.items(), key=lambda item: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]))
+
+
+def _refuse_unknown_names(checkpoint: Checkpoint, rows: Sequence[Layout]) -> None:
+    """ValueError for a checkpoint whose names, or whose config.json, say that there are experts, though no row has their names."""
+    named = [name for name in checkpoint.file_of_tensor if re.search(r"(?:^|[._])experts(?:[._]|$)", name)]
+    said = checkpoint.is_whole and _says_experts(checkpoint)
+    if not named and not said:
+        return
+    family = (model_types(checkpoint.config) or ("?",))[0]
+    expected = list(dict.fromkeys(".".join(filter(None, ("layers.N", row.block, row.anchor))) for row in rows))
+    some = named or [name for name in checkpoint.file_of_tensor if re.match(_LAYER, name)] or list(checkpoint.file_of_tensor)
+    raise ValueError(
+        f"{checkpoint.folder} has experts ({'by its tensors' if named else 'by its config.json'}), but not under names that are known of "
+        f"model_type {family!r}: it has {', '.join(some[:3])}; expected one such as {', '.join(expected[:4])}"
+    )
+
+
+def _says_experts(checkpoint: Checkpoint) -> bool:
+    """Whether config.json makes a mixture of two experts or more of any layer that has tensors."""
+    matches = (re.match(_LAYER, name) for name in checkpoint.file_of_tensor)
+    for index in sorted({int(match["index"]) for match in matches if match and len(match["index"]) < 10}):
+        with contextlib.suppress(ValueError):
+            return checkpoint.config is not None and config_of_layer(checkpoint.config, index).num_experts > 1
+    return False
 
 
 def _anchor(row: Layout) -> str:

@@ -3,6 +3,8 @@
 Where one family has several rows (experts one by one, or fused), the names in the file decide.
 """
 
+import dataclasses
+
 from moe_fn.checkpoint.entries import Entry, Layout, fused, latent, per_expert, router, shared, ungated, ungated_shared
 
 _EACH = per_expert("gate_proj", "up_proj", "down_proj")
@@ -50,13 +52,30 @@ _INKLING = (
 )
 
 
-_GEMMA = (
-    Entry(("router", "gate"), "router.proj.weight", "C W"),
-    Entry(("router", "gate"), "router.scale", "W", scales=True),
-    Entry(("router", "expert_scale"), "router.per_expert_scale", "C"),
-    Entry(("input_norm",), "pre_feedforward_layernorm_2.weight", "H"),
-    Entry(("output_norm",), "post_feedforward_layernorm_2.weight", "H"),
-)
+_GEMMA_FAMILIES = ("gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text")
+
+
+def _gemma(experts: tuple[Entry, ...], scale: str = "router.per_expert_scale") -> tuple[Entry, ...]:
+    return (
+        *experts,
+        Entry(("router", "gate"), "router.proj.weight", "C W"),
+        Entry(("router", "gate"), "router.scale", "W", scales=True),
+        Entry(("router", "expert_scale"), scale, "C"),
+        Entry(("input_norm",), "pre_feedforward_layernorm_2.weight", "H"),
+        Entry(("output_norm",), "post_feedforward_layernorm_2.weight", "H"),
+    )
+
+
+def _one_by_one(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """As tools that quantise take experts apart (llm-compressor, ModelOpt), with their biases if they have any; the rest as it was."""
+    of_experts = {("gate_up",), ("down",), ("gate_up_bias",), ("down_bias",)}
+    biases = (
+        Entry(("gate_up_bias",), "experts.{e}.gate_proj.bias", "I", (("G", 0),)),
+        Entry(("gate_up_bias",), "experts.{e}.up_proj.bias", "I", (("G", 1),)),
+        Entry(("down_bias",), "experts.{e}.down_proj.bias", "X"),
+    )
+    has_biases = any(entry.weight == ("down_bias",) for entry in entries)
+    return _EACH + (biases if has_biases else ()) + tuple(entry for entry in entries if entry.weight not in of_experts)
 
 
 def _ernie_bank(bank: int, expert: str, gate: str) -> tuple[Entry, ...]:
@@ -73,15 +92,17 @@ def _others_of_bank(expert: str) -> tuple[str, ...]:
     return tuple(f"experts.{{{expert}}}.{name}_proj.weight" for name in ("gate", "up", "down"))
 
 
-LAYOUTS: tuple[Layout, ...] = (
+_PUBLISHED: tuple[Layout, ...] = (
     Layout("qwen", _QWEN_FAMILIES, "mlp", _EACH + _QWEN),
     Layout("qwen fused", _QWEN_FAMILIES, "mlp", _FUSED + _QWEN),
     Layout("qwen fused, transposed", _QWEN_FAMILIES, "mlp", _TRANSPOSED + _QWEN),
     Layout("deepseek", _V3_FAMILIES, "mlp", _EACH + _V3),
     Layout("axk1", ("axk1",), "mlp", (*_EACH, *_V3, Entry(("output_norm",), "../post_mlp_layernorm.weight", "H"))),
-    Layout(
-        "gemma4", ("gemma4", "gemma4_text", "diffusion_gemma", "diffusion_gemma_text"), "", _FUSED + _GEMMA,
-        owned=("experts.", "router."),
+    Layout("gemma4", _GEMMA_FAMILIES, "", _gemma(_FUSED), owned=("experts.", "router.")),
+    *(
+        Layout(name, _GEMMA_FAMILIES, "", _gemma(per_expert("gate_proj", "up_proj", "down_proj", "moe.experts.{e}."), scale),
+               owned=("moe.", "router."))
+        for name, scale in (("gemma4 moe", "router.per_expert_scale"), ("gemma4 moe, its scale", "moe.per_expert_scale"))
     ),
     Layout("deepseek fused", _V3_FAMILIES, "mlp", _FUSED + _V3),
     Layout("exaone", ("exaone_moe",), "mlp", _EACH + router("gate.weight", "e_score_correction_bias") + shared()),
@@ -145,9 +166,6 @@ LAYOUTS: tuple[Layout, ...] = (
         _TRANSPOSED + _FUSED_BIASES["G I"] + router("router.weight", bias="router.bias"),
     ),
     Layout("llama4", ("llama4", "llama4_text"), "feed_forward", _TRANSPOSED + router("router.weight") + shared("shared_expert")),
-    Layout(  # as it is quantised: llm-compressor takes experts apart
-        "llama4, one by one", ("llama4", "llama4_text"), "feed_forward", _EACH + router("router.weight") + shared("shared_expert"),
-    ),
     Layout(
         "aria", ("aria", "aria_text"), "mlp",
         fused("experts.fc1.weight", "experts.fc2.weight", transposed=True) + router("router.weight") + shared(),
@@ -198,3 +216,13 @@ LAYOUTS: tuple[Layout, ...] = (
         "nllb", ("nllb-moe", "nllb_moe"), "ffn", ungated("fc1", "fc2", "experts.expert_{e}.", bias=True) + _CLASSIFIER,
     ),
 )  # fmt: skip
+
+# Tools that quantise (llm-compressor, ModelOpt) take experts apart that a model keeps in one tensor, whatever the family.
+_TAKEN_APART = (
+    "gemma4", "granite", "granite fused", "llama4", "gpt_oss", "openai_privacy_filter", "aria", "hy_v4", "muse_spark", "zaya",
+)  # fmt: skip
+LAYOUTS = _PUBLISHED + tuple(
+    dataclasses.replace(row, name=f"{row.name}, one by one", entries=_one_by_one(row.entries))
+    for row in _PUBLISHED
+    if row.name in _TAKEN_APART
+)
