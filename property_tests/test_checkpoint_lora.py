@@ -254,6 +254,42 @@ def test_modules_of_peft_are_what_the_loaded_adapter_adds(targets: Any, tmp_path
     assert_adds(CONFIG, lora, wanted)
 
 
+LAYER = "model.language_model.layers.3"  # Gemma-4's experts and router lie beside its attention
+BESIDE = ("self_attn.q_proj", "mlp.gate_proj", "per_layer_input_gate")
+
+
+@pytest.mark.parametrize("experts", ["experts", "moe.experts"])
+def test_an_adapter_of_a_layers_own_experts_may_adapt_the_rest_of_it(experts: str, tmp_path: Path) -> None:
+    others = {f"base_model.model.{LAYER}.{name}.lora_{side}.weight": torch.ones(2, 2) for name in BESIDE for side in "AB"}
+    write(tmp_path, PLAIN, renamed(f"{PREFIX}.experts", f"{LAYER}.{experts}") | others)
+    (tmp_path / "alone").mkdir()
+    write(tmp_path / "alone", PLAIN, GOOD)
+    found, alone = load_lora(tmp_path, LAYER, CONFIG), load_lora(tmp_path / "alone", PREFIX, CONFIG)
+    assert found.down_a is not None and alone.down_a is not None and torch.equal(found.down_a, alone.down_a)
+    for name in ("router.proj", "experts.gate", "shared_experts.up_proj"):
+        write(tmp_path, PLAIN, renamed(PREFIX, LAYER) | {f"{LAYER}.{name}.lora_A.weight": torch.ones(2, 2)})
+        with pytest.raises(ValueError, match=rf"has {LAYER}.{name}.lora_A.weight; expected only adapters of the block's experts"):
+            load_lora(tmp_path, LAYER, CONFIG)
+
+
+def test_an_adapter_of_peft_for_gemma_4_that_adapts_attention_too(tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words = {
+        "hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 12, "num_experts": 4, "top_k_experts": 2,
+        "enable_moe_block": True, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8, "vocab_size": 32,
+        "vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"],
+    }  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gemma4_text", **words))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    targets = {"target_modules": ["q_proj", "o_proj", "gate_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **targets))
+    adapted.save_pretrained(tmp_path)
+    after = dict(adapted.merge_and_unload().named_parameters())
+    lora, where = load_lora(tmp_path, "model.layers.0", CONFIG), "model.layers.0.experts."
+    assert_adds(CONFIG, lora, lambda product, expert: (after[f"{where}{product}_proj"] - before[f"{where}{product}_proj"])[expert].detach())
+
+
 SQUARE = dataclasses.replace(CONFIG, intermediate_size=16)
 OF_ALL = {f"{PREFIX}.experts.lora_A.weight": torch.ones(8, 16), f"{PREFIX}.experts.lora_B.weight": torch.ones(16, 8)}
 UNCLEAR: dict[str, tuple[MoEConfig, str]] = {

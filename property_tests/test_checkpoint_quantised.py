@@ -213,6 +213,51 @@ def test_gpt_oss_is_read_number_by_number(tmp_path: Path) -> None:
     )
 
 
+APART: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
+    "granite": (
+        {"model_type": "granitemoehybrid", "num_local_experts": E, "num_experts_per_tok": 1, "hidden_size": X, "intermediate_size": WIDTH},
+        "model.layers.1.block_sparse_moe", "experts", {"router.layer.weight": torch.ones(E, X)},
+    ),
+    **{
+        f"gemma-4, {experts}": (
+            {"model_type": "gemma4", "text_config": {
+                "model_type": "gemma4_text", "num_experts": E, "top_k_experts": 1, "hidden_size": X, "moe_intermediate_size": WIDTH,
+                "enable_moe_block": True, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+            }},
+            "model.language_model.layers.1", experts,
+            {
+                "router.proj.weight": torch.ones(E, X), "router.scale": torch.ones(X), "router.per_expert_scale": torch.ones(E),
+                "pre_feedforward_layernorm_2.weight": torch.ones(X), "post_feedforward_layernorm_2.weight": torch.ones(X),
+                "self_attn.q_proj.weight": torch.ones(X, X),
+            },
+        )
+        for experts in ("experts", "moe.experts")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["ct nvfp4", "ct int8", "modelopt nvfp4", "gptq zeros"])
+@pytest.mark.parametrize("case", APART)
+def test_experts_that_tools_took_apart_are_read(case: str, method: str, tmp_path: Path) -> None:
+    words, prefix, experts, tensors = APART[case]
+    random, made = np.random.default_rng(0), FORMATS[method]
+    sizes = {"gate_proj": (WIDTH, X), "up_proj": (WIDTH, X), "down_proj": (X, WIDTH)}
+    found = {(e, name): made.lay(random, *size) for e in range(E) for name, size in sizes.items()}
+    coded = {f"{prefix}.{experts}.{e}.{name}{end}": t for (e, name), matrix in found.items() for end, t in matrix.tensors.items()}
+    save(tmp_path, {f"{prefix}.{name}": t for name, t in tensors.items()} | coded)
+    save_words(tmp_path, made)
+    quant = {} if made.hf_quant_config else {"quantization_config": made.words}
+    (tmp_path / "config.json").write_text(json.dumps(words | quant))
+    config, weights = load_moe_layer(tmp_path, 1)
+    assert config.quant == made.quant and [layer.problem for layer in moe_layers(tmp_path)] == [None]
+    floats = decoded(config, weights)
+    down = [torch.from_numpy(found[e, "down_proj"].floats.astype(np.float32)) for e in range(E)]
+    halves = [
+        torch.from_numpy(np.concatenate([found[e, f"{half}_proj"].floats for half in ("gate", "up")]).astype(np.float32)) for e in range(E)
+    ]
+    assert torch.equal(floats.down, torch.stack(down)) and torch.equal(floats.gate_up, torch.stack(halves))
+
+
 def test_deepseek_v4_has_experts_in_four_bits(tmp_path: Path) -> None:
     """Experts in fp4, all else in fp8, with scales that are powers of two, as bytes; `.scale` for weight_scale_inv."""
     random, prefix = np.random.default_rng(0), "layers.1.ffn"
