@@ -292,6 +292,13 @@ FORMATS: dict[str, Format] = {
         compressed("int-quantized", kind("int", 4, "channel"), TOKENS["fp8_e4m3"]),
         QuantConfig(scheme="int4", granularity="channel", activations=inputs_of("fp8_e4m3", "token")), int_rows(4, False),
     ),
+    "ct int4 zeros": Format(
+        compressed("naive-quantized", kind("int", 4, "channel", symmetric=False)),
+        QuantConfig(scheme="int4", granularity="channel", zero_points=True), int_rows(4, True),
+    ),
+    "ct int8 naive": Format(
+        compressed("naive-quantized", kind("int", 8, "channel")), QuantConfig(scheme="int8", granularity="channel"), int_rows(8, False),
+    ),
     "ct w4a16 zeros": Format(
         compressed("pack-quantized", kind("int", 4, "group", group_size=32, symmetric=False)), group("int4", 32, zero_points=True),
         packed(4, 32, True),
@@ -367,6 +374,11 @@ FORMATS: dict[str, Format] = {
     "gptq zeros": Format(GPTQ_WORDS | {"sym": False}, group("int4", 32, zero_points=True), gptq(4, 32, False, 1)),
     "gptq v2": Format(
         GPTQ_WORDS | {"sym": False, "checkpoint_format": "gptq_v2"}, group("int4", 32, zero_points=True), gptq(4, 32, False, 0),
+    ),
+    "gptq v2 symmetric": Format(GPTQ_WORDS | {"checkpoint_format": "gptq_v2"}, group("int4", 32), gptq(4, 32, True, 0)),
+    "gptq v2 8 bits": Format(GPTQ_WORDS | {"bits": 8, "checkpoint_format": "gptq_v2"}, group("int8", 32), gptq(8, 32, True, 0)),
+    "gptq v2 8 bits zeros": Format(
+        GPTQ_WORDS | {"bits": 8, "sym": False, "checkpoint_format": "gptq_v2"}, group("int8", 32, zero_points=True), gptq(8, 32, False, 0),
     ),
     "gptq 8 bits": Format(GPTQ_WORDS | {"bits": 8}, group("int8", 32), gptq(8, 32, True, 1)),
     "gptq 8 bits zeros": Format(GPTQ_WORDS | {"bits": 8, "sym": False}, group("int8", 32, zero_points=True), gptq(8, 32, False, 1)),

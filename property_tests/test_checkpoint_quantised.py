@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from moe_fn import (
     shard_weights,
 )
 from moe_fn.checking import check_weights
-from moe_fn.checkpoint import load_moe_layer, load_moe_weights, moe_layers, reading, save_moe_weights
+from moe_fn.checkpoint import compressed, load_moe_layer, load_moe_weights, moe_layers, reading, save_moe_weights, stored
 from moe_fn.checkpoint.__main__ import main
 from moe_fn.checkpoint.methods import method_of
 
@@ -58,6 +59,27 @@ def test_a_format_is_read_number_by_number(name: str, tmp_path: Path) -> None:
         assert torch.equal(weights.quant.down_input_scale, torch.full((E,), 0.25))  # type: ignore[arg-type]
     (layer,) = moe_layers(tmp_path)
     assert layer.problem is None and layer.config == config
+
+
+def test_every_stored_format_is_read_by_a_test() -> None:
+    """Beside those here: DeepSeek-V4's experts (`test_checkpoint_published`) and gpt-oss'."""
+    found = [method_of({"quant_method": "modelopt", **made.words}, f"{PREFIX}.experts.0.up_proj", True) for made in FORMATS.values()]
+    assert {method.stored for method in found if method is not None} | {"fp4", "mxfp4 blocks"} == set(stored.FORMATS)
+    layouts = {(made.words.get("format"), method.quant.scheme) for made, method in zip(FORMATS.values(), found, strict=True) if method}
+    assert set(compressed._FORMATS) <= layouts
+
+
+@pytest.mark.parametrize(("name", "row"), [("autofp8", "fp8"), ("deepseek", "fp8"), ("transformers mxfp8", "mxfp8")])
+def test_writers_have_several_names_for_a_tensor(name: str, row: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    written = write(tmp_path, FORMATS[name])
+    tensors = load_file(tmp_path / "model.safetensors")
+    for names in (entry.suffix for entry in stored.FORMATS[row]):
+        ends = {end: re.compile("|".join(f"{re.escape(other)}$" for other in names)) for end in names}
+        for end, any_end in ends.items():
+            save(tmp_path, {any_end.sub(end, tensor): t for tensor, t in tensors.items()})
+            assert torch.equal(decoded(*load_moe_layer(tmp_path, 1)).gate_up, written.gate_up), end
 
 
 @pytest.mark.parametrize("name", FORMATS)
