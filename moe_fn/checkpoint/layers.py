@@ -189,7 +189,7 @@ def _find(checkpoint: Checkpoint, layer: int | str) -> tuple[str, int]:
 def _config(checkpoint: Checkpoint, prefix: str, index: int, layout: Layout | str | None = None) -> MoEConfig:
     if checkpoint.config is None:
         raise ValueError(f"{checkpoint.folder} has no config.json; expected one, or load_moe_weights with a config")
-    config = config_of_layer(checkpoint.config, index)
+    config = config_of_layer(checkpoint.config, index, prefix)
     quant = quant_of_block(checkpoint, prefix, rows_of_block(checkpoint, prefix, layout), config.num_experts)
     return config if quant is None else dataclasses.replace(config, quant=quant, weight_layout="out_in")
 

@@ -8,18 +8,21 @@ from typing import Any
 
 from moe_fn.config import MoEConfig
 from moe_fn.families.build import build_activation, build_config
+from moe_fn.families.choices import check_choices
+from moe_fn.families.classes import ConfigClass, words_of_layer
+from moe_fn.families.composite import part_of_layer
+from moe_fn.families.defaults import CONFIG_CLASSES
 from moe_fn.families.others import OTHERS
 from moe_fn.families.row import Family
 from moe_fn.families.sigmoid import WITH_GROUPS, WITHOUT_GROUPS
 from moe_fn.families.softmax import AFTER_TOP_K, BEFORE_TOP_K
-from moe_fn.families.words import MISSING, Look
+from moe_fn.families.words import MISSING, NULL
 
 __all__ = ["FAMILIES", "Family", "build_activation", "build_config", "config_of_layer", "family_of_block", "family_of_config"]
 
 FAMILIES: tuple[Family, ...] = BEFORE_TOP_K + AFTER_TOP_K + WITH_GROUPS + WITHOUT_GROUPS + OTHERS
 _OF_NAME = {name: family for family in FAMILIES for name in family.names}
 _OF_BLOCK = {name: family for family in FAMILIES for name in family.blocks}
-_NESTED = ("text_config", "ffn_config", "llm_config", "thinker_config", "language_config")
 
 
 def family_of_block(class_name: str) -> Family:
@@ -29,55 +32,63 @@ def family_of_block(class_name: str) -> Family:
     return _OF_BLOCK[class_name]
 
 
-def family_of_config(model_config: Mapping[str, Any]) -> Family:
-    """The row of a parsed config.json, by its model_type or that of a config nested in it. Raises ValueError for one that is not known."""
-    types = [str(part["model_type"]) for part in _parts(model_config) if "model_type" in part]
-    for name in types:
-        if name in _OF_NAME:
-            return _OF_NAME[name]
-    raise ValueError(f"model_type is {' or '.join(map(repr, types)) or 'missing'}; expected one of {', '.join(sorted(_OF_NAME))}")
+def family_of_config(model_config: Mapping[str, Any], prefix: str | None = None) -> Family:
+    """The row of a parsed config.json, by its model_type or that of a config nested in it. Raises ValueError for one that is not known.
+
+    prefix: what the names of a layer's tensors begin with, for models of several parts; None: the language model.
+    """
+    return _part(model_config, prefix)[0]
 
 
-def config_of_layer(model_config: Mapping[str, Any], layer: int) -> MoEConfig:
+def config_of_layer(model_config: Mapping[str, Any], layer: int, prefix: str | None = None) -> MoEConfig:
     """The MoEConfig of one layer of a model, from its parsed config.json alone.
 
-    Values that are lists hold one entry a layer. Which layers are mixtures of experts at all, the tensors say, not the config.
+    Words that the file leaves out are what transformers' config class of the model puts there (`moe_fn.families.defaults`). Values that
+    are lists hold one entry a layer. Which layers are mixtures of experts at all, the tensors say, not the config.
+    prefix: what the names of the layer's tensors begin with, such as "talker.model.layers.3.mlp". A model of several parts with experts
+    (Qwen3-Omni's thinker and talker) has words for each. None: its language model's.
 
-    Raises ValueError for an unknown or refused family, a missing word, or a value that this version does not know.
+    Raises ValueError for an unknown or refused family, a word that is missing or null where the class has no default, a prefix of no
+    part of the model, and a value that this version does not know.
 
     >>> words = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 128}
     >>> config_of_layer(words, 0).num_experts
     8
     """
-    family = family_of_config(model_config)
+    family, model_type, part = _part(model_config, prefix)
+    if family.refused:
+        raise ValueError(f"{family.names[0]}: {family.refused}")
+    words: Mapping[str, Any] = {}
     try:
-        return build_config(family, _look_in(model_config, layer), sizes={})
-    except (TypeError, OverflowError) as error:
+        words = words_of_layer(CONFIG_CLASSES[model_type], part, layer)
+        config = build_config(family, lambda name: words.get(name, MISSING), sizes={})
+    except (TypeError, OverflowError, AttributeError) as error:
         kind = f"{family.names[0]}: the model's config has null, or a value of another kind than this family's models have"
         raise ValueError(f"{kind} ({error}); expected what transformers writes") from error
+    except ValueError as error:
+        if "the model's config" in str(error) or not words:
+            raise
+        raise ValueError(f"{error}{_left_out(CONFIG_CLASSES[model_type], part)}") from error
+    for name, value in words.items():  # of words that this layer has no use for
+        if value is NULL:
+            raise ValueError(f"{name} is None in the model's config; expected a value, or no such word")
+    check_choices(family, config, part)
+    return config
 
 
-def _look_in(model_config: Mapping[str, Any], layer: int) -> Look:
-    def look(name: str) -> Any:
-        for part in _parts(model_config):
-            if name in part and not name.startswith("."):
-                value = part[name]
-                value = value["name"] if isinstance(value, Mapping) and "name" in value else value
-                return _of_layer(name, value, layer)
-        return MISSING
-
-    return look
-
-
-def _of_layer(name: str, value: Any, layer: int) -> Any:
-    if not isinstance(value, list):
-        return value
-    if not 0 <= layer < len(value):
-        raise ValueError(f"{name} has {len(value)} entries; expected one for layer {layer}")
-    return value[layer]
+def _left_out(config_class: ConfigClass, part: Mapping[str, Any]) -> str:
+    """For an error: the words that a file does not say, with what the class puts there."""
+    said = {config_class.renamed.get(name, name) for name in part}
+    defaults = [
+        f"{name} ({value!r})"
+        for name, value in config_class.defaults.items()
+        if config_class.renamed.get(name, name) not in said and value is not MISSING
+    ]
+    return f"; left out, and so the default of its class: {', '.join(defaults)}" if defaults else ""
 
 
-def _parts(model_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Nested configs first: a multimodal model says its own sizes outside, those of its language model inside."""
-    inner = [model_config[name] for name in _NESTED if isinstance(model_config.get(name), Mapping)]
-    return [part for nested in inner for part in _parts(nested)] + [model_config]
+def _part(model_config: Mapping[str, Any], prefix: str | None) -> tuple[Family, str, Mapping[str, Any]]:
+    model_type, words = part_of_layer(model_config, _OF_NAME, prefix)
+    if model_type not in _OF_NAME:
+        raise ValueError(f"model_type is {model_type}; expected one of {', '.join(sorted(_OF_NAME))}")
+    return _OF_NAME[model_type], model_type, words

@@ -1,7 +1,6 @@
 """From a family's row and a way to look words up to a MoEConfig."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from moe_fn.config import (
@@ -16,7 +15,7 @@ from moe_fn.config import (
     ZeroExpertsConfig,
 )
 from moe_fn.families.row import Family, Shared
-from moe_fn.families.words import Look, resolve, whole
+from moe_fn.families.words import Look, resolve
 
 _NESTED = {"latent": LatentConfig, "zero_experts": ZeroExpertsConfig, "expert_norm": ExpertNormConfig, "norms": NormsConfig}
 _WITH_RENORMALIZE = ("renormalize_epsilon", "renormalize_minimum", "renormalize_order")
@@ -45,7 +44,7 @@ def build_config(
 
 def _size(name: str, word: Any, look: Look) -> int:
     size = resolve(word, look)
-    if not isinstance(size, int):
+    if type(size) is not int:
         raise ValueError(f"{word!r} is {size!r:.80} in the model's config; expected a whole number, the {name}")
     return size
 
@@ -62,13 +61,12 @@ def build_activation(row: Mapping[str, Any], look: Look) -> ActivationConfig:
 def _router(row: Mapping[str, Any], look: Look) -> RouterConfig:
     values = resolve(row, look)
     groups = values.pop("groups", None)
-    if groups is not None and (groups["count"] or 1) > 1:
-        values["groups"] = GroupConfig(**groups)
+    if groups is not None:
+        limited = GroupConfig(**groups)
+        values["groups"] = limited if limited.count > 1 else None  # of one group that one is kept
     if not values.get("renormalize", True):
         values = {name: value for name, value in values.items() if name not in _WITH_RENORMALIZE}
-    floats = {f.name for f in fields(RouterConfig) if f.type in ("float", float)}
-    exact: dict[str, Any] = {name: float(value) if name in floats and type(value) is int else value for name, value in values.items()}
-    return RouterConfig(**exact)
+    return RouterConfig(**values)
 
 
 def _shared(
@@ -76,8 +74,8 @@ def _shared(
 ) -> SharedExpertsConfig | None:
     if row is None:
         return None
-    count = whole(row.count, look)
-    width = whole(row.width, look) if width is None else width
+    count = resolve(row.count, look)
+    width = resolve(row.width, look) if width is None else width
     if not width or not count:
         return None
     return SharedExpertsConfig(

@@ -1,6 +1,6 @@
 """Families with routers of their own (E), and what is no token-choice mixture of feed-forward experts."""
 
-from moe_fn.families.row import CLAMPED, SCALE, Family, Shared
+from moe_fn.families.row import CLAMPED, SCALE, SCORINGS, WIDTH_OF_EXPERT, Family, Shared
 from moe_fn.families.words import word
 
 _V4_LAYER = (".is_hash", "mlp_layer_types")
@@ -10,16 +10,16 @@ OTHERS: tuple[Family, ...] = (
         ("deepseek_v4",),
         ("DeepseekV4SparseMoeBlock",),
         {
-            "scoring": word("scoring_func", default="sqrtsoftplus"),
-            "selection": word(*_V4_LAYER, default=False, values={True: "hash", False: "top_k", "hash_moe": "hash", "moe": "top_k"}),
-            "correction_bias": word(*_V4_LAYER, default=False, values={True: "none", False: "scores", "hash_moe": "none", "moe": "scores"}),
+            "scoring": word("scoring_func", values=SCORINGS),
+            "selection": word(*_V4_LAYER, values={True: "hash", False: "top_k", "hash_moe": "hash", "moe": "top_k"}),
+            "correction_bias": word(*_V4_LAYER, values={True: "none", False: "scores", "hash_moe": "none", "moe": "scores"}),
             "renormalize_epsilon": 1e-20,
             "routed_scaling_factor": SCALE,
             "gate_dtype": "input",
             "score_dtype": "input",
         },
         CLAMPED,
-        shared=Shared(),
+        shared=Shared(width=WIDTH_OF_EXPERT),  # one, whatever n_shared_experts says
     ),
     Family(
         ("phimoe",),
@@ -27,16 +27,16 @@ OTHERS: tuple[Family, ...] = (
         {
             "selection": "sparsemixer",
             "renormalize": False,
-            "sparsemixer_epsilon": word(".router_jitter_noise", "router_jitter_noise", default=0.01),
+            "sparsemixer_epsilon": word(".router_jitter_noise", "router_jitter_noise", kind="number"),
             "gate_dtype": "input",
         },
     ),
     Family(
         ("switch_transformers",),
         ("SwitchTransformersSparseMLP",),
-        {"renormalize": False, "capacity": word(".expert_capacity", "expert_capacity", default=64)},
-        {"act": word("dense_act_fn", default="relu", values={"relu": {"function": "relu"}, "gelu": {"function": "gelu"}}), "gated": False},
-        top_k=word("experts_per_token", default=1),
+        {"renormalize": False, "capacity": word(".expert_capacity", "expert_capacity", kind="whole")},
+        {"act": word("dense_act_fn", values={"relu": {"function": "relu"}, "gelu": {"function": "gelu"}}), "gated": False},
+        top_k=1,
         intermediate_size=word("d_ff"),
     ),
     Family(

@@ -11,24 +11,28 @@ from moe_fn.families.row import (
     OAI,
     PLAIN,
     SCALE,
+    SCORINGS,
     SHARED_BY_SIZE,
     SILU,
     WIDTH,
+    WIDTH_OF_SHARED,
     Family,
     Shared,
 )  # fmt: skip
-from moe_fn.families.words import Positive, Times, Word, word
+from moe_fn.families.words import Given, Limit, Times, word
 
+_GROUP_COUNT = word(".num_group", "n_group", "num_expert_group", kind="whole")
 _GROUPS = {
-    "count": word(".num_group", "n_group", "num_expert_group", default=1),
-    "top_k": word(".topk_group", "topk_group", default=1),
+    "count": _GROUP_COUNT,
+    "top_k": word(".topk_group", "topk_group", kind="whole"),
     "score": "top2_sum",
 }
 _BIASED = {"scoring": "sigmoid", "correction_bias": "scores"}
-_FLAG = Word(NORM_TOP_K.names, True)
 # DeepSeek-V3: sigmoid, bias for the choice, groups by their two best, renormalised, scaled.
-_V3 = _BIASED | {"groups": _GROUPS, "renormalize": _FLAG, "renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE}
+_V3 = _BIASED | {"groups": _GROUPS, "renormalize": NORM_TOP_K, "renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE}
 
+_RMS_EPSILON = word("rms_norm_eps", kind="number")
+_LATENT_SIZE = word("moe_latent_size", kind="whole")
 _SILU_CLAMPED = SILU | {"limit": LIMIT}  # whatever hidden_act says
 
 WITH_GROUPS: tuple[Family, ...] = (
@@ -69,10 +73,10 @@ WITH_GROUPS: tuple[Family, ...] = (
         ("dots3_note_text", "dots3_note"),
         ("Dots3NoteTextMoE",),
         _V3,
-        shared=Shared(width=Times(word("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"), NUM_SHARED)),
+        shared=Shared(width=Times(word("shared_experts_intermediate_size", kind="whole"), NUM_SHARED)),
     ),
-    Family(("axk1",), ("AXK1MoE",), _V3, shared=Shared(), layer={"norms": {"epsilon": word("rms_norm_eps", default=1e-6), "output": True}}),
-    Family(("axk2",), ("AXK2MoE",), _V3 | {"groups": _GROUPS | {"fill": "zero"}}, shared=Shared()),
+    Family(("axk1",), ("AXK1MoE",), _V3, shared=Shared(), layer={"norms": {"epsilon": _RMS_EPSILON, "output": True}}),
+    Family(("axk2",), ("AXK2MoE",), _V3 | {"groups": Given(_GROUP_COUNT, _GROUPS | {"fill": "zero"}, None)}, shared=Shared()),
     Family(("beam",), ("BeamMoE",), _V3 | {"scale_on": "output"}),
     Family(("glm5_next_text", "glm5_next"), ("Glm5NextTextMoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=CLAMPED)),
     Family(("hy_v4",), ("HYV4MoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=PLAIN)),
@@ -80,15 +84,15 @@ WITH_GROUPS: tuple[Family, ...] = (
         ("nemotron_h",),
         ("NemotronHMoE",),
         _V3,
-        {"act": word(".act_fn", "mlp_hidden_act", default="relu2", values=ACTIVATIONS), "gated": False},
-        shared=Shared(width=word("moe_shared_expert_intermediate_size", default=0)),
-        layer={"latent": {"size": word("moe_latent_size", default=None)}},
+        {"act": word(".act_fn", "mlp_hidden_act", values=ACTIVATIONS), "gated": False},
+        shared=Shared(width=word("moe_shared_expert_intermediate_size", kind="whole")),
+        layer={"latent": Given(_LATENT_SIZE, {"size": _LATENT_SIZE}, None)},
     ),
 )
 
 _ALWAYS = _BIASED | {"renormalize": True}
-_STEP_LIMIT = Positive(word(".limit", "swiglu_limits", default=None))
-_STEP_SHARED_LIMIT = Positive(word(".limit", "swiglu_limits_shared", default=None))
+_STEP_LIMIT = Limit(word(".limit", "swiglu_limits", kind="number"), zero_is_none=True)
+_STEP_SHARED_LIMIT = Limit(word(".limit", "swiglu_limits_shared", kind="number"), zero_is_none=True)
 _INKLING_MOE = {"scoring": "sigmoid", "correction_bias": "scores", "renormalize": True, "routed_scaling_factor": SCALE}
 
 WITHOUT_GROUPS: tuple[Family, ...] = (
@@ -98,7 +102,7 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         ("MiniMaxM3VLSparseMoeBlock",),
         _ALWAYS | {"gate_dtype": "input", "routed_scaling_factor": SCALE, "scale_on": "output"},
         OAI,
-        shared=Shared(width=word("shared_intermediate_size", default=0)),
+        shared=Shared(width=word("shared_intermediate_size", kind="whole")),
         intermediate_size=WIDTH,
     ),
     Family(
@@ -107,7 +111,7 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         _ALWAYS | {"gate_dtype": "input", "routed_scaling_factor": SCALE, "scale_on": "output"},
         {"act": ACT, "limit": _STEP_LIMIT, "limit_at": "output"},
         shared=Shared(
-            width=word("share_expert_dim", "share_expert_dims", default=0),
+            width=word("share_expert_dim", kind="whole"),
             activation={"act": ACT, "limit": _STEP_SHARED_LIMIT, "limit_at": "output"},
         ),
     ),
@@ -117,7 +121,7 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         _ALWAYS
         | {
             "gate_dtype": "input",
-            "logit_softcap": Positive(word(".router_logit_softcapping", "moe_router_logit_softcapping", default=0.0)),
+            "logit_softcap": Limit(word(".router_logit_softcapping", "moe_router_logit_softcapping", kind="number"), zero_is_none=True),
             "routed_scaling_factor": SCALE,
             "scale_on": "output",
         },
@@ -135,7 +139,7 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         ("Dots3NoteVisionMoE",),
         _ALWAYS | {"renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE},
     ),
-    Family(("flint",), ("FlintSparseMoeBlock",), {"scoring": "sigmoid", "renormalize": _FLAG}, shared=Shared(width=SHARED_BY_SIZE)),
+    Family(("flint",), ("FlintSparseMoeBlock",), {"scoring": "sigmoid", "renormalize": NORM_TOP_K}, shared=Shared(width=SHARED_BY_SIZE)),
     Family(
         ("kolibri1",),
         ("Kolibri1SparseMoeBlock",),
@@ -147,13 +151,14 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         ("Lfm2MoeSparseMoeBlock",),
         {
             "scoring": "sigmoid",
-            "correction_bias": word(".use_expert_bias", "use_expert_bias", default=True, values={True: "scores", False: "none"}),
-            "renormalize": _FLAG,
+            "correction_bias": word(".use_expert_bias", "use_expert_bias", values={True: "scores", False: "none"}),
+            "renormalize": NORM_TOP_K,
             "renormalize_epsilon": 1e-6,
             "routed_scaling_factor": SCALE,
             "gate_dtype": "input",
             "score_dtype": "input",
         },
+        SILU,
     ),
     Family(
         ("muse_spark_text", "muse_spark"),
@@ -162,11 +167,11 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         | {
             "renormalize_epsilon": 1e-15,
             "routed_scaling_factor": SCALE,
-            "logit_multiplier": word(".output_multiplier", "output_multiplier"),
+            "logit_multiplier": word(".output_multiplier", "output_multiplier", kind="number"),
         },
         layer={
-            "latent": {"size": word("moe_hidden_size"), "norm_epsilon": word("rms_norm_eps", default=1e-6)},
-            "expert_norm": {"epsilon": word("post_norm_eps", "rms_norm_eps", default=1e-6), "scale": "before"},
+            "latent": {"size": word("moe_hidden_size", kind="whole"), "norm_epsilon": _RMS_EPSILON},
+            "expert_norm": {"epsilon": word("post_norm_eps", kind="number"), "scale": "before"},
         },
     ),
     Family(
@@ -178,14 +183,14 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
     Family(
         ("inkling2_text", "inkling2"),
         ("Inkling2SparseMoeBlock",),
-        _INKLING_MOE | {"scoring": word("scoring_func", default="sigmoid"), "renormalize_epsilon": 1e-20},
-        {"function": "situ", "gate_cap": word("mlp_gate_softcap"), "up_cap": word("mlp_up_softcap")},
+        _INKLING_MOE | {"scoring": word("scoring_func", values=SCORINGS), "renormalize_epsilon": 1e-20},
+        {"function": "situ", "gate_cap": word("mlp_gate_softcap", kind="number"), "up_cap": word("mlp_up_softcap", kind="number")},
     ),
     Family(
         ("llama4_text", "llama4"),
         ("Llama4TextMoe",),
         {"scoring": "sigmoid", "scoring_order": "after_top_k", "renormalize": False, "weight_on": "input", "gate_dtype": "input"},
-        shared=Shared(width=WIDTH),
+        shared=Shared(width=WIDTH_OF_SHARED),
         layer={"weight_layout": "in_out"},
         hidden_size=HIDDEN,
         intermediate_size=WIDTH,

@@ -1,6 +1,19 @@
 """Families whose router is a softmax: before the top-k (A), and after it (B)."""
 
-from moe_fn.families.row import ACT, ACTIVATIONS, NORM_TOP_K, OAI, PLAIN, SCALE, SHARED_BY_SIZE, SILU, WIDTH, Family, Shared
+from moe_fn.families.row import (
+    ACT,
+    ACTIVATIONS,
+    NORM_TOP_K,
+    OAI,
+    PLAIN,
+    SCALE,
+    SHARED_BY_SIZE,
+    SILU,
+    WIDTH,
+    WIDTH_OF_SHARED,
+    Family,
+    Shared,
+)
 from moe_fn.families.words import Given, word
 
 _FLAG = {"renormalize": NORM_TOP_K, "gate_dtype": "input"}
@@ -8,16 +21,19 @@ _ALWAYS = {"renormalize": True, "gate_dtype": "input"}
 _NEVER = {"renormalize": False, "gate_dtype": "input"}
 _GATED = Shared(width=SHARED_BY_SIZE, gate="sigmoid")
 
+_GROUP_COUNT = word(".num_group", "n_group", kind="whole")
+_GROUP_TOP_K = word(".topk_group", "topk_group", kind="whole")
+
 # DeepSeek-V2: groups where topk_method says so; norm_topk_prob is in its config and never read.
 _V2 = {
     "renormalize": False,
     "routed_scaling_factor": SCALE,
     "groups": word(
-        ".topk_method", "topk_method", default="greedy",
+        ".topk_method", "topk_method",
         values={
             "greedy": None,
             "group_limited_greedy": {
-                "count": word(".num_group", "n_group"), "top_k": word(".topk_group", "topk_group"), "score": "max", "fill": "zero",
+                "count": _GROUP_COUNT, "top_k": _GROUP_TOP_K, "score": "max", "fill": "zero",
             },
         },
     ),
@@ -26,13 +42,13 @@ _MISTRAL = {
     "renormalize_epsilon": 1e-20,
     "routed_scaling_factor": SCALE,
     "groups": {
-        "count": word(".num_group", "n_group", default=1), "top_k": word(".topk_group", "topk_group", default=1),
+        "count": _GROUP_COUNT, "top_k": _GROUP_TOP_K,
         "score": "top2_sum", "fill": "zero",
     },
 }  # fmt: skip
-_ERNIE = {"correction_bias": "scores", "renormalize_minimum": word(".norm_min", "moe_norm_min", default=1e-12)}
-_DBRX_NORM = word(".moe_normalize_expert_weights", "moe_normalize_expert_weights", default=1.0)
-_GEMMA_EPSILON = word("rms_norm_eps", default=1e-6)
+_ERNIE = {"correction_bias": "scores", "renormalize_minimum": word(".norm_min", "moe_norm_min", kind="number")}
+_DBRX_NORM = word(".moe_normalize_expert_weights", "moe_normalize_expert_weights", kind="number")
+_GEMMA_EPSILON = word("rms_norm_eps", kind="number")
 
 BEFORE_TOP_K: tuple[Family, ...] = (
     Family(("mixtral", "minimax"), ("MixtralSparseMoeBlock", "MiniMaxSparseMoeBlock"), _ALWAYS),
@@ -57,7 +73,7 @@ BEFORE_TOP_K: tuple[Family, ...] = (
     ),
     Family(("qwen3_5_moe_text", "qwen3_5_moe"), ("Qwen3_5MoeSparseMoeBlock",), _ALWAYS, shared=_GATED),
     Family(("jamba",), ("JambaSparseMoeBlock",), _NEVER),
-    Family(("hunyuan_v1_moe",), ("HunYuanMoEV1Moe",), {"renormalize": True}, shared=Shared(width=WIDTH), intermediate_size=WIDTH),
+    Family(("hunyuan_v1_moe",), ("HunYuanMoEV1Moe",), {"renormalize": True}, shared=Shared(width=WIDTH_OF_SHARED), intermediate_size=WIDTH),
     Family(("ernie4_5_moe",), ("Ernie4_5_MoeSparseMoeBlock",), _ERNIE, shared=Shared()),
     Family(("ernie4_5_vl_moe_bank",), ("Ernie4_5_VLMoeSparseMoeBlock",), _ERNIE),
     Family(
@@ -88,7 +104,7 @@ BEFORE_TOP_K: tuple[Family, ...] = (
         ("longcat_flash",),
         ("LongcatFlashMoE",),
         {"correction_bias": "scores", "renormalize": False, "routed_scaling_factor": SCALE},
-        layer={"zero_experts": {"count": word("zero_expert_num", default=0)}},
+        layer={"zero_experts": {"count": word("zero_expert_num", kind="whole")}},
     ),
     Family(
         ("zaya",),
@@ -105,7 +121,7 @@ BEFORE_TOP_K: tuple[Family, ...] = (
             "gate_dtype": "input",
             "score_dtype": "input",
         },
-        activation={"act": word(".activation_fn", "ffn_act_fn", default="silu", values=ACTIVATIONS)},
+        activation={"act": word(".activation_fn", "ffn_act_fn", values=ACTIVATIONS)},
     ),
 )
 
@@ -138,14 +154,12 @@ AFTER_TOP_K: tuple[Family, ...] = (
         ("cohere2_moe",),
         ("Cohere2MoeSparseMoeBlock",),
         {
-            "scoring": word(".expert_selection_fn", "expert_selection_fn", default="softmax"),
+            "scoring": word(".expert_selection_fn", "expert_selection_fn", values={"softmax": "softmax", "sigmoid": "sigmoid"}),
             "scoring_order": "after_top_k",
-            "renormalize": word(
-                ".expert_selection_fn", "expert_selection_fn", default="softmax", values={"softmax": False, "sigmoid": NORM_TOP_K}
-            ),
+            "renormalize": word(".expert_selection_fn", "expert_selection_fn", values={"softmax": False, "sigmoid": NORM_TOP_K}),
             "gate_dtype": "input",
         },
-        shared=Shared(combine=word("shared_expert_combination_strategy", default="average")),
+        shared=Shared(combine=word("shared_expert_combination_strategy", values={"average": "average", "sum": "sum"})),
         intermediate_size=WIDTH,
     ),
     Family(("jetmoe",), ("JetMoeMoE",), _AFTER | {"gate_dtype": "input"}, {"act": ACT}),

@@ -1,0 +1,231 @@
+"""Configs that nest configs, words of single layers, and words of wrong kinds or that name a function, for every family."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("safetensors")
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from test_checkpoint_families import check, on_disk
+from test_family_words import EACH, FIRST, Words, layer_of, names_of, ours, theirs, words_of, words_read
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from zoo import TOKEN_CHOICE, BlockRow, make_block
+
+from moe_fn.checkpoint import load_moe_layer, moe_layers
+from moe_fn.families import FAMILIES, config_of_layer
+from moe_fn.families.composite import PARTS, Part
+from moe_fn.families.defaults import CONFIG_CLASSES
+
+OF_TYPE = {words_of(row)["model_type"]: row for row in FIRST}
+SINGLE = [(outer, part) for outer, parts in PARTS.items() for part in parts if part.model_type in OF_TYPE and outer in CONFIG_MAPPING]
+
+
+def nested_in(config_class: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str, bool]]:
+    """Paths of the configs that a class nests, their model_type, and whether the file may choose another."""
+    found = []
+    for name, spec in config_class.sub_configs_defaults.items():
+        chosen = not issubclass(spec.config_class, PreTrainedConfig)
+        found.append(((*path, name), spec.model_type, chosen))
+        found += [] if chosen else nested_in(spec.config_class, (*path, name))
+    return found
+
+
+def test_every_family_has_a_class_or_parts() -> None:
+    for family in FAMILIES:
+        assert family.refused or all(name in CONFIG_CLASSES or name in PARTS for name in family.names), family.names
+
+
+@pytest.mark.thorough  # imports all of transformers' config classes
+def test_every_config_that_nests_a_mixture_of_experts_is_listed() -> None:
+    for outer in CONFIG_MAPPING:
+        nested = {(path, kind, chosen) for path, kind, chosen in nested_in(CONFIG_MAPPING[outer]) if kind in CONFIG_CLASSES}
+        listed = {(part.path, part.model_type, part.chosen) for part in PARTS.get(outer, ()) if part.model_type in CONFIG_CLASSES}
+        assert nested == listed, outer
+
+
+def put(path: tuple[str, ...], words: Words) -> Words:
+    for name in reversed(path):
+        words = {name: words}
+    return words
+
+
+@pytest.mark.parametrize(("outer", "part"), SINGLE, ids=lambda value: value if isinstance(value, str) else value.path[0])
+def test_a_part_is_read_alone(outer: str, part: Part) -> None:
+    """Neither other parts nor words outside say anything of it, and what it leaves out is its own class's default."""
+    row = OF_TYPE[part.model_type]
+    words = {name: value for name, value in words_of(row).items() if name != "model_type"}
+    prefix = f"{part.named[0]}.layers.1.mlp" if part.named else "model.layers.1.mlp"
+    decoys: Words = dict.fromkeys(words_read(row), 3) | {"model_type": outer, "text_config": {"num_experts": 5}}
+    decoys |= {other.path[0]: {"hidden_size": 5} for other in PARTS[outer] if other.path[0] != part.path[0]}
+    for left_out in ("", "hidden_size", "num_experts_per_tok", "hidden_act", "norm_topk_prob"):
+        inner = {name: value for name, value in words.items() if name != left_out}
+        wanted = ours(row, {**inner, "model_type": part.model_type})
+        try:
+            mine = config_of_layer({**decoys, **put(part.path, inner)}, layer_of(row), prefix)
+        except ValueError as error:
+            assert str(error) == wanted
+            continue
+        assert mine == wanted
+        try:
+            made: Any = CONFIG_MAPPING[outer].from_dict({"model_type": outer, **put(part.path, inner)})
+        except StrictDataclassError:  # the sizes of the parts do not fit
+            continue
+        for name in part.path:
+            made = getattr(made, name)
+        assert ours(row, json.loads(made.to_json_string(use_diff=False))) == mine
+
+
+# A class that has words of its own for its text config; one whose defaults its own check refuses
+OF_THEIR_OWN = ("nemo_speechlm", "gemma4_assistant")
+
+
+@pytest.mark.parametrize("outer", [outer for outer in PARTS if outer in CONFIG_MAPPING and outer not in OF_THEIR_OWN])
+def test_a_config_without_its_parts_has_their_defaults(outer: str) -> None:
+    made: Any = CONFIG_MAPPING[outer]()
+    for name in PARTS[outer][0].path:
+        made = getattr(made, name)
+    said = json.loads(made.to_json_string(use_diff=False))
+    for words in ({"model_type": outer}, {"model_type": outer, PARTS[outer][0].path[0]: None}):
+        try:
+            wanted = config_of_layer(said, 0)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=str(error)[:30]):
+                config_of_layer(words, 0)
+        else:
+            assert config_of_layer(words, 0) == wanted
+
+
+def test_a_prefix_chooses_among_parts() -> None:
+    """By its whole names; where all parts have a name, one of them has to be in it."""
+    of_text = {"hidden_size": 8, "shared_expert_intermediate_size": 4}
+    words = {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": of_text}, "talker_config": {"text_config": of_text}}
+    for prefix, experts, shared in (("thinker.model.layers.0.mlp", 768, None), ("talker.model.layers.0.mlp", 384, 4), (None, 768, None)):
+        config = config_of_layer(words, 0, prefix)
+        assert (config.intermediate_size, config.shared and config.shared.intermediate_size) == (experts, shared)
+    for prefix in ("model.layers.0.mlp", "talkers.layers.0.mlp"):
+        with pytest.raises(ValueError, match=r"2 parts with experts, and '.*' does not say which; expected 'thinker' or 'talker' in it"):
+            config_of_layer(words, 0, prefix)
+    with pytest.raises(ValueError, match="text_config is 3 in the model's config; expected a JSON object"):
+        config_of_layer({"model_type": "llama4", "text_config": 3}, 0)
+    unlisted = {"model_type": "unheard_of", "speech_config": {"model_type": "mixtral"}, "llm_config": {"model_type": "qwen3_moe"}}
+    assert config_of_layer(unlisted, 0).num_experts == 128
+    assert config_of_layer(unlisted, 0, "model.speech.layers.0.mlp").num_experts == 8
+
+
+# Words that a class checks, or copies elsewhere, before it knows of layers
+NOT_OF_A_LAYER = {"moe_apply_router_weight_on_input", "d_model", "ffn_config"}
+# Words that these rows' variants do not use: beside others, or with another way to choose
+OF_NO_USE = {("inkling", "intermediate_size"), ("dots3_note", "num_local_experts"), ("cohere2_moe", "norm_topk_prob")}
+OF_NO_USE |= {("cohere2_moe", "shared_expert_combination_strategy")}
+OF_NO_USE |= {(family, name) for family in ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr") for name in ("n_group", "topk_group")}
+TWO_PARTS = {
+    "qwen3_omni_moe": {"qwen3_omni_moe_text": "thinker.model.layers.{}.mlp", "qwen3_omni_moe_talker_text": "talker.model.layers.{}.mlp"},
+    "dots3_note": {
+        "dots3_note_text": "model.language_model.layers.{}.mlp",
+        "dots3_note_vision_encoder": "model.vision_tower.blocks.{}.mlp",
+    },
+}
+
+
+@pytest.mark.parametrize("outer", TWO_PARTS)
+def test_a_checkpoint_of_two_parts_is_the_blocks_of_both(outer: str, tmp_path: Path) -> None:
+    tensors, words, blocks = {}, {"model_type": outer}, {}
+    for model_type, template in TWO_PARTS[outer].items():
+        row = next(row for row in TOKEN_CHOICE if words_of(row)["model_type"] == model_type)
+        prefix, block = template.format(layer_of(row)), make_block(row, 0)
+        state = {f"{prefix}.{name}": t.contiguous().clone() for name, t in block.state_dict().items()}
+        tensors.update({name: t.contiguous() for name, t in on_disk(row, state).items()})
+        words |= put(next(part.path for part in PARTS[outer] if part.model_type == model_type), words_of(row))
+        blocks[prefix] = (row, block)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    assert {layer.prefix: layer.problem for layer in moe_layers(tmp_path)} == dict.fromkeys(blocks)
+    for prefix, (row, block) in blocks.items():
+        check(row, block, *load_moe_layer(tmp_path, prefix))
+
+
+@pytest.mark.thorough
+@EACH
+def test_words_of_one_layer_are_read_for_that_layer(row: BlockRow) -> None:
+    """per_layer_config: this layer's words are over those of the model, other layers' are nothing to it."""
+    words, compared = words_of(row), 0
+    layers = words.pop("per_layer_config", None) or {}
+    for name in sorted(words_read(row) & set(words) - NOT_OF_A_LAYER):
+        value = words[name]
+        changed = not value if isinstance(value, bool) else value * 2 if isinstance(value, int | float) else value
+        for layer in (layer_of(row), 1 - layer_of(row)):
+            own = next((dict(entry) for key, entry in layers.items() if int(key) == layer), {})
+            others = {key: entry for key, entry in layers.items() if int(key) != layer}
+            said = {**words, "per_layer_config": {**others, f"{layer:03}": {**own, name: changed}}}
+            wanted = theirs(row, said)  # None: the class holds layers against one another
+            compared += wanted is not None
+            assert wanted is None or ours(row, said) == wanted, (name, layer)
+    assert compared or row.family in ("dots3_note", "dbrx")
+
+
+@EACH
+def test_a_value_of_another_kind_is_no_default(row: BlockRow) -> None:
+    """A word that is a whole number is no true and no fraction, a flag is no word; a number may be written as a whole one."""
+    words = words_of(row)
+    for name in sorted((words_read(row) & set(words)) - {"ffn_config"}):
+        if (row.family, name) in OF_NO_USE:
+            continue
+        value = words[name]
+        wrong = {
+            bool: ("yes", 2, [], 0.5),
+            int: (True, 2.0, "2", {}, 1e99),
+            float: (True, "1.0", {}, 10**400),
+            str: ("unheard of", 1, {}, []),
+        }
+        for other in wrong.get(type(value), ()):
+            mine = ours(row, {**words, name: other})
+            assert isinstance(mine, str) and any(known in mine for known in names_of(words, name)), (name, other, mine)
+        if isinstance(value, float) and value != int(value):
+            assert ours(row, {**words, name: 2}) == ours(row, {**words, name: 2.0}), name
+        if isinstance(value, bool) and name not in NOT_OF_A_LAYER:
+            assert ours(row, {**words, name: int(value)}) == ours(row, words), name
+
+
+SCORES = ("scoring_func", "score_func", "score_function", "moe_router_activation_func", "moe_router_activation", "expert_selection_fn")
+
+
+@EACH
+def test_a_word_that_names_a_function_names_the_one_that_is_computed(row: BlockRow) -> None:
+    words = words_of(row)
+    config = config_of_layer(words, layer_of(row))
+    for name in (*SCORES, "topk_method"):
+        for value in ("unheard of", "identity", ["sigmoid"], {}, 1, "sigmoid", "softmax", "sqrtsoftplus"):
+            changed = {**words, name: value}
+            mine = ours(row, changed)
+            if isinstance(mine, str):
+                assert name in mine
+                continue
+            assert name != "topk_method" and mine.router.scoring == value
+            assert mine == (theirs(row, changed) if name in words else config)
+
+
+def test_lists_hold_an_entry_for_the_layer() -> None:
+    words: Words = {"model_type": "hunyuan_v1_moe", "num_experts": 8, "moe_topk": [1, 2]}
+    assert [config_of_layer(words, layer).top_k for layer in (0, 1)] == [1, 2]
+    for layer in (2, -1):
+        with pytest.raises(ValueError, match=f"moe_topk has 2 entries; expected one for layer {layer}"):
+            config_of_layer(words, layer)
+    own: Words = {"model_type": "mixtral", "num_experts": 6, "per_layer_config": {"01": {"num_experts": 4}}}
+    assert [config_of_layer(own, layer).num_experts for layer in (0, 1, 10)] == [6, 4, 6]
+    v4: Words = {"model_type": "deepseek_v4", "num_hash_layers": 1}
+    assert [config_of_layer(v4, layer).router.selection for layer in (0, 1, 42, 43)] == ["hash", "top_k", "top_k", "top_k"]
+    with pytest.raises(ValueError, match="mlp_layer_types has 1 entries; expected one for layer 1"):
+        config_of_layer({**v4, "mlp_layer_types": ["hash_moe"]}, 1)
+    with pytest.raises(ValueError, match="per_layer_config is 3 in the model's config"):
+        config_of_layer({"model_type": "mixtral", "per_layer_config": 3}, 1)
+
+
+def test_infinity_as_transformers_writes_it_is_no_limit() -> None:
+    config = config_of_layer({"model_type": "gpt_oss", "swiglu_limit": {"__float__": "Infinity"}}, 0)
+    assert config.activation.limit is None  # type: ignore[union-attr]
