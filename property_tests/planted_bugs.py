@@ -607,8 +607,11 @@ BUGS = (
 
 # Bugs of what needs packages that users of the layer alone do not have.
 if importlib.util.find_spec("transformers") is not None:
-    from moe_fn.integrations.transformers import blocks
-    from moe_fn.integrations.transformers import replace as replacing
+    from moe_fn.integrations.transformers import blocks, swapped
+    from moe_fn.integrations.transformers import reading as below_block
+
+    def _alone(child: tuple[str, below_block.Kind]) -> tuple[str, below_block.Kind]:
+        return child[0], replace(child[1], children=())
 
     BUGS += (
         PlantedBug(
@@ -620,8 +623,20 @@ if importlib.util.find_spec("transformers") is not None:
         PlantedBug(
             "a_replaced_model_computes_the_same",
             "the correction bias is left out",
-            replacing._unpack,
+            swapped._unpack,
             after(lambda out, *a: (out[0], replace(out[1], expert_ids=out[0].topk(out[1].expert_ids.shape[-1]).indices))),
+        ),
+        PlantedBug(
+            "what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name",
+            "parameters are read whatever the module computes",
+            below_block.why_called_itself,
+            instead(lambda module, cls, ours=(), recorded=False: None),
+        ),
+        PlantedBug(
+            "what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name",
+            "what is below a module is not looked at",
+            below_block.why_called,
+            before(lambda module, kind, *rest: (module, replace(kind, children=tuple(map(_alone, kind.children))), *rest)),
         ),
     )
 

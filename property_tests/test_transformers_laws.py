@@ -1,5 +1,6 @@
 """Laws of the integration with transformers: its own blocks are the oracle, tiny and random (`zoo`)."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from hung_on_modules import OF_PARAMETERS, WAYS, hang, names_of
 from hypothesis import strategies as st
 from support import law
 from torch import Tensor, nn
@@ -113,6 +115,42 @@ def test_gradients_of_a_replaced_block_are_its_own(row: BlockRow) -> None:
         assert (found[name] - expected).abs().max().item() <= 2e-4 * scale, f"{row.name}: gradient of {name}"
 
 
+@law(st.sampled_from(ONE_OF_A_KIND), st.integers(0, 2**20), st.sampled_from(sorted(WAYS)), st.booleans())
+def test_what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name(row: BlockRow, n: int, way: str, first: bool) -> None:
+    """Values and gradients of the block as it is, with the same thing on the same module; put there first, or when the block is ours."""
+    quiet, x = dataclasses.replace(row, routing="none"), make_input(row, 4)
+    theirs = make_block(row, 3)
+    read = ("router.", "experts.", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")  # of a Gemma-4 layer
+    paths = [name for name, _ in theirs.named_modules() if name and (row.takes != "gemma_layer" or f"{name}.".startswith(read))]
+    paths = [name for name in paths if way not in OF_PARAMETERS or names_of(theirs.get_submodule(name))]
+    path, ours = paths[n % len(paths)], copy.deepcopy(theirs)
+    names = (path, type(ours.get_submodule(path)).__name__, *names_of(ours.get_submodule(path)))
+    hang(theirs, path, way)
+    try:
+        expected = with_gradient(quiet, theirs, x)
+    except (AttributeError, RuntimeError):  # their own code cannot do with it
+        return
+    try:
+        if first:
+            hang(ours, path, way)
+        replace_moe_blocks(ours)
+        if not first:
+            hang(ours, path, way)
+        found = with_gradient(quiet, ours, x)
+    except ValueError as error:
+        assert any(name in str(error) for name in names), f"{row.name}, {path}, {way}: {error}"
+        return
+    for got, wanted, tolerance in zip(found, expected, (TOLERANCE, 1e-4), strict=True):
+        assert relative_rms(got, wanted) <= tolerance, f"{row.name}, {path}, {way}"
+
+
+def with_gradient(row: BlockRow, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = run_block(row, block, x).y
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    return y.detach(), gradient
+
+
 def gradients(row: BlockRow, block: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Of x and of every parameter that the block reads; a sum over y weighted so that no two entries count alike."""
     x = x.clone().requires_grad_()
@@ -133,7 +171,7 @@ def test_replacing_keeps_the_state_and_restoring_undoes_it() -> None:
     other = make_block(row, 5)
     block.load_state_dict(other.state_dict())
     assert relative_rms(block(x), other(x)) <= TOLERANCE
-    assert restore_moe_blocks(block) == 2
+    assert restore_moe_blocks(block) == 3
     assert torch.equal(block(x), other(x)) and not torch.equal(block(x), expected)
 
 

@@ -8,10 +8,12 @@ from torch import nn
 from moe_fn.config import MoEConfig
 from moe_fn.families import Family, build_config, family_of_block
 from moe_fn.families.words import MISSING, Look
+from moe_fn.integrations.transformers.reading import Kind, kind_of, overridden, why_called, without_wrappers
 from moe_fn.integrations.transformers.tensors import Plan, Sizes, plan_of_block, tensor_of
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, weights_of_leaves
 
 _PLAIN = (bool, int, float, str, type(None))
+_LAYERS = ("gemma4_text",)  # families whose block is a whole decoder layer: of its modules those count that hold a tensor of ours
 
 
 def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
@@ -25,7 +27,9 @@ def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
     Hash layers want token_ids. Zaya's router is a network with a state: hand moe_forward the logits that its gate returns.
     What a block does in training only (jitter of its input, Phi's sampling) is not part of the config.
 
-    Raises ValueError for a block that is not known, and for one that is no token-choice mixture of feed-forward experts, saying why.
+    Raises ValueError for a block that is not known, for one that is no token-choice mixture of feed-forward experts, saying why, and
+    where the block computes something else than its parameters say, naming the module: an adapter, a hook, a forward of its own, a
+    class that is not known, a parameter that is quantised or a shard. Parametrizations are computed, and then are what they were.
 
     Laws
         A block of transformers equals its config and weights.
@@ -44,14 +48,47 @@ def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
     if family.refused:
         raise ValueError(f"from_block: {type(block).__name__} is not for moe_fn: {family.refused}")
     plan = plan_of_block(family.names[0], block)
+    why = why_not_known(block) or why_no_floats(block, plan) or why_called(block, kind_of_block(family, block, plan))
+    if why is not None:
+        wanted = "expected modules that compute what their parameters say: merge adapters and remove hooks first, or call the block"
+        raise ValueError(f"from_block: {type(block).__name__}: {why}; {wanted}")
     config = config_of_block(family, block, plan)
     return config, weights_of_block(config, block, plan)
 
 
 def family_of_module(module: nn.Module) -> Family:
     """The family's row, by the class of a module or a class that it derives from."""
-    known = [cls.__name__ for cls in type(module).__mro__ if is_known(cls)]
-    return family_of_block(known[0] if known else type(module).__name__)
+    known = known_class(module)
+    return family_of_block(type(module).__name__ if known is None else known.__name__)
+
+
+def known_class(module: nn.Module) -> type | None:
+    """The module's class, or the first that it derives from, which is in the table."""
+    return next((cls for cls in type(module).__mro__ if is_known(cls)), None)
+
+
+def why_not_known(block: nn.Module) -> str | None:
+    """Why a block is not what the table says of the class that it derives from; None for one that is."""
+    known = known_class(block)
+    own = [] if known is None else overridden(type(block), known)
+    return None if known is None or not own else f"it has {', '.join(own)} of its own, beside {known.__name__}"
+
+
+def why_no_floats(block: nn.Module, plan: Plan) -> str | None:
+    """Why the experts have no weights for us; None if they have: modules of quantised experts have other names."""
+    missing = [path for path in ("gate_up", "down") if path not in dict(plan)]
+    experts = type(without_wrappers(getattr(block, "experts", block))).__name__
+    return f"{experts} has no tensor that is {' or '.join(missing)}; expected experts of floats" if missing else None
+
+
+def kind_of_block(family: Family, block: nn.Module, plan: Plan, leave: tuple[str, ...] = (), alone: tuple[str, ...] = ()) -> Kind:
+    """The modules whose parameters are read in place of calling them, as they are now.
+
+    leave: names of modules that are called. alone: of those that are called, but not for all that they give.
+    """
+    read = {name.split(".")[0] for _, source in plan for name in source.names}
+    others = tuple(name for name in block._modules if name not in read) if family.names[0] in _LAYERS else ()
+    return kind_of(block, known_class(block) or type(block), (*leave, *others), alone)
 
 
 def is_known(cls: type) -> bool:
@@ -66,7 +103,7 @@ def is_known(cls: type) -> bool:
 def config_of_block(family: Family, block: nn.Module, plan: Plan) -> MoEConfig:
     """The config: options from the block's attributes and its model's config, sizes from its tensors."""
     shapes = _shapes(block, plan)
-    shared = next((m for name in ("shared_experts", "shared_expert", "shared_mlp") if (m := getattr(block, name, None)) is not None), None)
+    shared = next((m for name in ("shared_experts", "shared_expert", "shared_mlp") if (m := _module(block, name)) is not None), None)
     width = shapes["shared.down"][1] if "shared.down" in shapes else 0
     look = look_in(block)
     in_out = family.layer.get("weight_layout") == "in_out"
@@ -103,7 +140,7 @@ def _shapes(block: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 def _num_experts(block: nn.Module) -> int:
-    experts: Any = getattr(block, "experts", block)
+    experts: Any = without_wrappers(getattr(block, "experts", block))
     return int(getattr(experts, "num_experts", 1))
 
 
@@ -126,7 +163,7 @@ def look_in(block: nn.Module, first: nn.Module | None = None) -> Look:
 def _module(block: nn.Module, path: str) -> nn.Module | None:
     value: Any = block
     for name in path.split("."):
-        value = getattr(value, name, None)
+        value = without_wrappers(getattr(value, name, None))
     return value if isinstance(value, nn.Module) else None
 
 
@@ -134,9 +171,15 @@ def _plain(value: Any, layer: Any) -> Any:
     """Numbers and words, the layer's own of a list, and the name of an activation; anything else is no option."""
     if isinstance(value, list | tuple):
         value = value[layer] if layer is not None and layer < len(value) else MISSING
-    if isinstance(value, nn.Module):
-        return _names_of_activations().get(type(value), MISSING)
+    if isinstance(value, nn.Module):  # one that has no name is not what the config says: then the class's name is refused in words
+        return _name_of_activation(value)
     return value if isinstance(value, _PLAIN) else MISSING
+
+
+def _name_of_activation(module: nn.Module) -> str:
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
+    return _names_of_activations().get(type(module), type(module).__name__)
 
 
 @functools.cache
@@ -144,4 +187,4 @@ def _names_of_activations() -> dict[type, str]:
     from transformers.activations import ACT2FN
 
     names = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "relu", "relu2")
-    return {type(ACT2FN[name]): name for name in names}
+    return {nn.SiLU: "silu", nn.ReLU: "relu"} | {type(ACT2FN[name]): name for name in names}

@@ -1,12 +1,12 @@
 """Our experts in transformers' ExpertsInterface: routers, blocks, checkpoints and `generate` stay the model's own."""
 
 import functools
+import json
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_fn.backends import backend_of
 from moe_fn.checking import check_routing, check_x
@@ -15,12 +15,15 @@ from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.parts import nobody
 from moe_fn.forward import moe_forward_routed
 from moe_fn.integrations.transformers.gates import activation_of, places_of_numbers
+from moe_fn.integrations.transformers.reading import calls_known_modules_only, is_plain
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
 from moe_fn.ops.rows import has_expert
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch
 
+# How experts may run, where their module is called by the model's own code: of these options of MoEConfig.
+RUNNING = ("chunk_tokens", "recompute", "opaque", "backend")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -68,7 +71,12 @@ def register(name: str = "moe_fn") -> None:
         interface.register(name, experts_forward)
 
 
-def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def running_of(config: MoEConfig) -> str:
+    """How a config's experts run, as the word that experts_forward takes."""
+    return json.dumps({name: getattr(config, name) for name in (*RUNNING, "batch_invariant")})
+
+
+def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, running: str = "{}") -> Tensor:
     """What transformers calls for each experts module: x [T, H], ids and weights [T, K] -> [T, H] in the dtype of x."""
     part: Any = module
     gate, act = _gate_of(module), _act_of(module)
@@ -79,7 +87,9 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     numbers = () if places is None else tuple(_text(_number(module, place)) for place in places)
     sizes = [_text(n) for n in (weights.gate_up.shape[0], top_k_index.shape[-1], *weights.down.shape[1:])]
     known = places is not None
-    key = _key_of_config(known, part.has_gate, part.is_transposed, gate if known else None, act if known else None, *sizes, *numbers)
+    key = _key_of_config(
+        running, known, part.has_gate, part.is_transposed, gate if known else None, act if known else None, *sizes, *numbers
+    )
     config = _CONFIGS[key]
     # Words for "no expert", the number of experts for one, may not fit into a small dtype.
     ids = top_k_index if top_k_index.dtype in (torch.int64, torch.int32) else top_k_index.to(torch.int64)
@@ -87,6 +97,8 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     x = hidden_states.to(weights.gate_up.dtype)
     if known and not part.has_post_expert_norm:
         return moe_forward_routed(config, weights, x, routing).to(hidden_states.dtype)
+    if config.chunk_tokens is not None or config.recompute or config.batch_invariant or config.opaque:
+        raise ValueError(f"{_name(module)}: experts with a gate or norm of their own run without options; expected none of {running}")
     return by_stages_of_module(module, config, weights, x, routing).to(hidden_states.dtype)
 
 
@@ -124,12 +136,12 @@ _CONFIGS: dict[str, MoEConfig] = {}
 
 
 @constant_while_tracing
-def _key_of_config(known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None) -> str:
-    return _make_config(known, gated, in_out, gate, act, *texts)
+def _key_of_config(running: str, known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None) -> str:
+    return _make_config(running, known, gated, in_out, gate, act, *texts)
 
 
 @functools.lru_cache(maxsize=1024)
-def _make_config(known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None) -> str:
+def _make_config(running: str, known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None) -> str:
     """The key of the config; texts are num_experts, top_k, the inner sizes of down, then the numbers of the gate."""
     numbers = tuple(None if text is None else float.fromhex(text) for text in texts)
     experts, top_k, *inner = (int(n or 0) for n in numbers[:4])
@@ -144,6 +156,7 @@ def _make_config(known: bool, gated: bool, in_out: bool, gate: object, act: obje
         activation=activation,
         gate_up_layout="interleaved" if interleaved else "packed",
         weight_layout="in_out" if in_out else "out_in",
+        **json.loads(running),
     )
     key = repr(config)
     _CONFIGS.setdefault(key, config)
@@ -171,10 +184,10 @@ def _gate_of(module: nn.Module) -> object:
 
 
 def _act_of(module: nn.Module) -> object:
-    """The class of act_fn, or act_fn if it is a function; None if there is none, or somebody's hook hangs on it and must be called."""
+    """The class of act_fn, or act_fn if it is a function; None if there is none, and if it must be called, for a hook for example."""
     act = getattr(module, "act_fn", None)
     if isinstance(act, nn.Module):
-        return None if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks else type(act)
+        return type(act) if calls_known_modules_only(act) else None
     return act if isinstance(act, FunctionType | BuiltinFunctionType) else None
 
 
@@ -186,9 +199,6 @@ def _weights_of(module: nn.Module) -> MoEWeights:
     for name, weight in ((up, gate_up), ("down_proj", down)):
         if weight.dtype not in _DTYPES or weight.dtype != gate_up.dtype:
             raise ValueError(f"{_name(module)}: {name} is {weight.dtype}; expected float weights of one dtype, not quantised ones")
-        if is_traceable_wrapper_subclass(weight):
-            kind = type(weight).__name__
-            raise ValueError(f"{_name(module)}: {name} is a {kind}; expected a plain tensor, neither quantised nor distributed")
         if weight.ndim != 3 or weight.shape[0] != part.num_experts:
             shape = tuple(weight.shape)
             raise ValueError(f"{_name(module)}: {name} is {shape}; expected 3 dims, the first num_experts={part.num_experts}")
@@ -196,6 +206,10 @@ def _weights_of(module: nn.Module) -> MoEWeights:
     if ends[0] != ends[1]:
         raise ValueError(f"{_name(module)}: {up} takes {ends[0]} columns and down_proj gives {ends[1]}; expected the hidden size of both")
     gate_up_bias, down_bias = (getattr(part, f"{up}_bias"), part.down_proj_bias) if part.has_bias else (None, None)
+    for name, tensor in ((up, gate_up), ("down_proj", down), (f"{up}_bias", gate_up_bias), ("down_proj_bias", down_bias)):
+        if tensor is not None and not is_plain(tensor):
+            kind = type(tensor).__name__
+            raise ValueError(f"{_name(module)}: {name} is a {kind}; expected a plain tensor, neither quantised nor distributed")
     return MoEWeights(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_fn.integrations.transformers.reading import without_wrappers
+
 # A way to make one of our tensors of a block's: (its tensors, config-free sizes) -> ours. A new way is a line.
 Form = Callable[[tuple[Tensor, ...], "Sizes"], Tensor]
 
@@ -168,5 +170,5 @@ def _get(block: nn.Module, name: str) -> Tensor:
 def _find(block: nn.Module, name: str) -> Tensor | None:
     value: object = block
     for part in name.split("."):
-        value = getattr(value, part, None)  # a ModuleDict's modules are attributes too
+        value = getattr(without_wrappers(value), part, None)  # a ModuleDict's modules are attributes too
     return value if isinstance(value, Tensor) else None

@@ -1,0 +1,180 @@
+"""What a replaced block and its router run, and all that they know beside the module."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_fn.config import MoEConfig
+from moe_fn.families import Family
+from moe_fn.forward import moe_forward_routed, moe_route
+from moe_fn.integrations.transformers.blocks import kind_of_block, weights_of_block
+from moe_fn.integrations.transformers.experts import RUNNING, experts_forward
+from moe_fn.integrations.transformers.forwards import has_own_forward
+from moe_fn.integrations.transformers.reading import Kind, why_called, without_wrappers
+from moe_fn.integrations.transformers.shapes import RETURNS, SHAPES, Shape
+from moe_fn.integrations.transformers.tensors import Plan
+from moe_fn.records import MoEWeights, Routing
+
+
+@dataclass(frozen=True)
+class Swap:
+    """All that a replaced block's forward knows beside the block.
+
+    kind: the modules that it reads, as they were known. experts_apart: whether the block's own forward, where it must run, comes back
+    to us for its experts. shared: name of the block's module of shared experts, where it runs as it is and `config` has none: its gates
+    and ups are modules of their own, which moe_forward would join in every call (13 % of the bytes of a token of Qwen3-Next).
+    changed: fields of the config that are not the block's own. cls: the block's class.
+    """
+
+    cls: type[nn.Module]
+    config: MoEConfig
+    plan: Plan
+    shape: Shape
+    kind: Kind
+    experts_apart: bool
+    shared: str | None = None
+    changed: tuple[str, ...] = ()
+
+    def why_called(self, block: nn.Module) -> str | None:
+        """Which module below the block is not what its parameters say, and why; None where the block may be read."""
+        if type(block).forward is not self.cls.forward:
+            return f"it is a {type(block).__name__}, and was a {self.cls.__name__}"
+        return why_called(block, self.kind, OURS, self.shape.router)
+
+
+def swap_of_block(family: Family, block: nn.Module, plan: Plan, own: MoEConfig, config: MoEConfig) -> Swap:
+    """What the forward of a block needs, given the config that it has and the one that it shall have."""
+    shape = SHAPES.get(family.names[0], Shape())
+    shared = _shared_apart(config, plan) if config.shared == own.shared else None
+    if shared is not None:
+        plan = tuple((path, source) for path, source in plan if not path.startswith("shared."))
+    called = () if shared is None else (shared, "shared_expert_gate")
+    kind = kind_of_block(family, block, plan, called, alone=(shape.router,) if shape.stateful else ())
+    experts = without_wrappers(getattr(block, "experts", None))
+    known = any(name == "experts" and child.cls is not None for name, child in kind.children)
+    return Swap(
+        cls=type(block),
+        config=config if shared is None else dataclasses.replace(config, shared=None),
+        plan=plan,
+        shape=shape,
+        kind=kind,
+        shared=shared,
+        experts_apart=known and hasattr(experts, "has_gate") and not has_own_forward(experts, OURS),
+        changed=tuple(sorted(f.name for f in dataclasses.fields(config) if getattr(own, f.name) != getattr(config, f.name))),
+    )
+
+
+def _shared_apart(config: MoEConfig, plan: Plan) -> str | None:
+    """The name of the block's shared experts, where they may run as they are."""
+    shared = config.shared
+    apart = next((source.names for path, source in plan if path == "shared.gate_up" and source.form == "end to end"), None)
+    sum_of_two = shared is not None and shared.gate != "router" and shared.combine == "sum"
+    if apart is None or not sum_of_two or config.batch_invariant or (config.norms is not None and config.norms.output):
+        return None
+    return apart[0].split(".")[0]
+
+
+def check_honoured(block: nn.Module, swap: Swap, why: str, honoured: tuple[str, ...] = ()) -> None:
+    """A block's own forward has none of the options that configure gave, but for how the experts run."""
+    lost = [name for name in swap.changed if name not in (*RUNNING, *honoured)]
+    if lost:
+        kind = type(block).__name__
+        raise ValueError(f"{kind}: configure changed {', '.join(lost)}, and its own forward runs, for {why}; expected only {RUNNING}")
+
+
+def block_forward(block: nn.Module, swap: Swap, *args: Any, **by_name: Any) -> Any:
+    """A replaced block: hidden_states [..., H] -> y of that shape, or what the block's callers expect beside it.
+
+    Where a module below must be called, the block's own forward calls them all, and its experts module comes back to ours.
+    """
+    why = swap.why_called(block)
+    if why is None:
+        return _whole_block(block, swap, *args, **by_name)
+    if not swap.experts_apart:
+        wanted = "expected modules that compute what their parameters say: merge adapters, wrap or offload the whole block"
+        raise ValueError(f"{type(block).__name__}: {why}; {wanted}, or restore_moe_blocks first")
+    check_honoured(block, swap, why)
+    return type(block).forward(block, *args, **by_name)
+
+
+def _whole_block(block: nn.Module, swap: Swap, hidden_states: Tensor, extra: Tensor | None = None, **by_name: Tensor | None) -> Any:
+    _refuse_noise(block, swap)
+    extra = next((value for value in by_name.values() if value is not None), extra)
+    config, router = swap.config, getattr(block, swap.shape.router)
+    weights = weights_of_block(config, block, swap.plan)
+    rest: Any = None
+    x = hidden_states if hidden_states.ndim > 1 else hidden_states.view(-1, config.hidden_size)
+    if swap.shape.stateful:
+        logits, *_, rest = router(x, router_states=extra)
+        logits, routing = moe_route(config, weights, x, logits.view(*x.shape[:-1], -1))
+    else:
+        logits, routing = _unpack(swap.shape, router(x, weights, extra if config.router.selection == "hash" else None))
+    y = moe_forward_routed(config, weights, x, routing)
+    y = y if swap.shared is None else y + _shared_output(block, swap.shared, x)
+    flat_weights = routing.weights.flatten(0, -2).to(x.dtype)
+    return RETURNS[swap.shape.returns](y, logits.flatten(0, -2), flat_weights, rest)
+
+
+def _shared_output(block: Any, name: str, x: Tensor) -> Tensor:
+    """The block's own shared experts, times their own gate if they have one."""
+    y: Tensor = getattr(block, name)(x)
+    gate = getattr(block, "shared_expert_gate", None)
+    return y if gate is None else torch.sigmoid(gate(x)) * y
+
+
+def router_forward(router: nn.Module, swap: Swap, *args: Any, **by_name: Any) -> Any:
+    """A replaced router. From _whole_block (x, weights, token_ids): a module, so that whoever records router logits sees them."""
+    if len(args) < 2 or not isinstance(args[1], MoEWeights):
+        return type(router).forward(router, *args, **by_name)
+    x, weights, token_ids = args
+    logits, routing = moe_route(swap.config, weights, x, token_ids=token_ids)
+    return _pack(swap.shape, logits, routing)
+
+
+def replaced_experts_forward(experts: nn.Module, cls: type[nn.Module], running: str, *args: Any, **by_name: Any) -> Tensor:
+    """The experts of a replaced block, when its own forward calls them."""
+    if type(experts).forward is not cls.forward:  # somebody gave them another class since
+        y: Tensor = type(experts).forward(experts, *args, **by_name)
+        return y
+    return experts_forward(experts, *args, **by_name, running=running)
+
+
+def gemma_router_forward(layer: nn.Module, swap: Swap, hidden_states: Tensor) -> Any:
+    """Gemma-4's router, which its layer calls: (probabilities, weights, ids)."""
+    why = swap.why_called(layer)
+    if why is not None:
+        check_honoured(layer, swap, why)
+        router = without_wrappers(layer.router)
+        return type(router).forward(router, hidden_states)
+    weights = weights_of_block(swap.config, layer, swap.plan)
+    logits, routing = moe_route(swap.config, weights, hidden_states)
+    return torch.softmax(logits.float(), -1), routing.weights, routing.expert_ids
+
+
+def _pack(shape: Shape, logits: Tensor, routing: Routing) -> tuple[Any, ...]:
+    """The logits, flat, where transformers looks for them; what we need comes after."""
+    return (*([None] * shape.logits_at), logits.flatten(0, -2), logits, routing.expert_ids, routing.weights, routing.shared_weights)
+
+
+def _unpack(shape: Shape, packed: tuple[Any, ...]) -> tuple[Tensor, Routing]:
+    logits, ids, w, shared = packed[shape.logits_at + 1 :]
+    return logits, Routing(expert_ids=ids, weights=w, shared_weights=shared)
+
+
+def _refuse_noise(block: nn.Module, swap: Swap) -> None:
+    if not block.training:
+        return
+    if swap.config.router.selection == "sparsemixer":
+        raise ValueError(f"{type(block).__name__} samples its experts in training, moe_fn does not; expected eval()")
+    for path in swap.shape.jitter:
+        value: Any = block
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, float | int) and value > 0:
+            raise ValueError(f"{type(block).__name__}.{path} is {value}: noise of training that moe_fn does not add; expected 0 or eval()")
+
+
+OURS = (block_forward, router_forward, gemma_router_forward, replaced_experts_forward)

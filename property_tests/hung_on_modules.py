@@ -1,0 +1,159 @@
+"""Ways in which a module computes something else than its parameters say: what adapters, quantisers, hooks and people do to models."""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def louder(out: Any) -> Any:
+    """1.5 times every float of what a module takes or gives."""
+    if isinstance(out, tuple):
+        return tuple(map(louder, out))
+    return out * 1.5 if isinstance(out, Tensor) and out.is_floating_point() else out
+
+
+def names_of(module: nn.Module) -> list[str]:
+    """Of its own parameters."""
+    return [name for name, tensor in module._parameters.items() if tensor is not None]
+
+
+class Louder(nn.Module):
+    """A parametrization: what is kept, times 1.5."""
+
+    def forward(self, kept: Tensor) -> Tensor:
+        return louder(kept)
+
+
+class Adapter(nn.Module):
+    """As an adapter's layer: what it adapts is its base_layer, whose weight it shows as its own."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    def forward(self, *args: Any, **by_name: Any) -> Any:
+        return louder(self.base_layer(*args, **by_name))
+
+
+class ParameterAdapter(Adapter):
+    """As PEFT's ParamWrapper: parameters are other ones while the module is called, and only then."""
+
+    def forward(self, *args: Any, **by_name: Any) -> Any:
+        names = names_of(self.base_layer)
+        for name in names:
+            parametrize.register_parametrization(self.base_layer, name, Louder())
+        try:
+            return self.base_layer(*args, **by_name)
+        finally:
+            for name in names:
+                parametrize.remove_parametrizations(self.base_layer, name, leave_parametrized=False)
+
+
+class Coded(Tensor):
+    """As a quantised tensor: it stands for 1.5 times the numbers that it holds."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def meant(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return type(value)(map(meant, value))
+            return value.as_subclass(Tensor) * 1.5 if isinstance(value, Coded) else value
+
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _OF_ITSELF:
+                return function(*args, **(kwargs or {}))
+            return function(*meant(args), **{name: meant(value) for name, value in (kwargs or {}).items()})
+
+
+_OF_ITSELF = {Tensor.requires_grad_, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__, Tensor.as_subclass, Tensor.detach}
+_OF_ITSELF |= {Tensor.requires_grad.__get__, Tensor.ndim.__get__, Tensor.is_floating_point}
+
+
+def _forward_hook(parent: nn.Module, name: str, module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, out: louder(out))
+
+
+def _pre_hook(parent: nn.Module, name: str, module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda module, args: louder(args))
+
+
+def _backward_hook(parent: nn.Module, name: str, module: nn.Module) -> None:
+    module.register_full_backward_pre_hook(lambda module, gradients: louder(gradients))
+
+
+def _parametrization(parent: nn.Module, name: str, module: nn.Module) -> None:
+    for parameter in names_of(module):
+        parametrize.register_parametrization(module, parameter, Louder())
+
+
+def _recomputed(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """As torch.nn.utils.weight_norm and prune do: a hook makes the tensor anew in every call, of what is kept."""
+    kept = names_of(module)
+    for parameter in kept:
+        tensor = module._parameters.pop(parameter)
+        module.register_parameter(f"{parameter}_kept", tensor)
+        setattr(module, parameter, tensor.detach())  # until the first call: old numbers
+
+    def anew(module: nn.Module, args: Any) -> None:
+        for parameter in kept:
+            setattr(module, parameter, louder(getattr(module, f"{parameter}_kept")))
+
+    module.register_forward_pre_hook(anew)
+
+
+def _own_forward(parent: nn.Module, name: str, module: nn.Module) -> None:
+    module.forward = types.MethodType(lambda self, *args, **by_name: louder(type(self).forward(self, *args, **by_name)), module)
+
+
+def _own_class(parent: nn.Module, name: str, module: nn.Module) -> None:
+    cls: Any = type(module)
+
+    def forward(self: Any, *args: Any, **by_name: Any) -> Any:
+        return louder(cls.forward(self, *args, **by_name))
+
+    module.__class__ = type(f"My{cls.__name__}", (cls,), {"forward": forward})
+
+
+def _adapter(parent: nn.Module, name: str, module: nn.Module) -> None:
+    setattr(parent, name, Adapter(module))
+
+
+def _parameter_adapter(parent: nn.Module, name: str, module: nn.Module) -> None:
+    setattr(parent, name, ParameterAdapter(module))
+
+
+def _coded(parent: nn.Module, name: str, module: nn.Module) -> None:
+    for parameter in names_of(module):
+        coded = module._parameters[parameter].detach().as_subclass(Coded)
+        coded._is_param = True
+        module._parameters[parameter] = coded
+
+
+# (the module's parent, its name there, the module) -> it computes something else from now on
+WAYS: dict[str, Callable[[nn.Module, str, nn.Module], None]] = {
+    "forward hook": _forward_hook,
+    "forward pre-hook": _pre_hook,
+    "backward pre-hook": _backward_hook,
+    "parametrization": _parametrization,
+    "recomputed before every call": _recomputed,
+    "a forward of its own": _own_forward,
+    "a class of its own": _own_class,
+    "adapter": _adapter,
+    "adapter of parameters": _parameter_adapter,
+    "coded parameters": _coded,
+}
+OF_PARAMETERS = ("parametrization", "recomputed before every call", "adapter of parameters", "coded parameters")
+
+
+def hang(block: nn.Module, path: str, way: str) -> None:
+    """Do it to the module of the block that has this path."""
+    above, _, name = path.rpartition(".")
+    WAYS[way](block.get_submodule(above), name, block.get_submodule(path))
