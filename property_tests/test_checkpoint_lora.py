@@ -277,8 +277,9 @@ def test_an_adapter_of_peft_for_gemma_4_that_adapts_attention_too(tmp_path: Path
     torch.manual_seed(0)
     words = {
         "hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 12, "num_experts": 4, "top_k_experts": 2,
-        "enable_moe_block": True, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 8, "vocab_size": 32,
-        "vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"],
+        "enable_moe_block": True, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "global_head_dim": 8, "vocab_size": 32, "vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 0,
+        "layer_types": ["full_attention"],
     }  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gemma4_text", **words))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
