@@ -1,8 +1,8 @@
-"""A pytest plugin: which rows of the package's tables no test has looked up. In one process, for what others read is not seen:
+"""A pytest plugin: which rows of the package's tables no test has looked up.
 
-    PYTHONPATH=property_tests python -m pytest -p rows_read -p no:xdist property_tests
+    PYTHONPATH=property_tests python -m pytest -n 2 -p rows_read property_tests
 
-Tables are the module-level dicts in capitals. A row counts as read if it was asked for by its key; tables that are walked from end to end
+What processes look up that tests start is not seen. Tables are the module-level dicts in capitals. A row counts as read if it was asked for by its key; tables that are walked from end to end
 say nothing here, and are listed with all of their rows.
 """
 
@@ -54,7 +54,25 @@ def pytest_configure(config: pytest.Config) -> None:
         for name, value in list(vars(module).items()):
             if id(value) in tables and value is tables[id(value)][2]:
                 setattr(module, name, tables[id(value)][1])
+    config.pluginmanager.register(Workers())
     config.stash[TABLES] = [(name, table) for name, table, _ in tables.values()]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of xdist sends what it has seen."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["read"] = {name: [repr(key) for key in table.read] for name, table in session.config.stash[TABLES]}
+
+
+class Workers:
+    """Hooks of xdist, where it is installed."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Add what a worker has seen."""
+        for name, table in node.config.stash[TABLES]:
+            seen = set(getattr(node, "workeroutput", {}).get("read", {}).get(name, ()))
+            table.read |= {key for key in table if repr(key) in seen}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
