@@ -11,9 +11,12 @@ from moe_fn.checking import check_shapes
 from moe_fn.config import LoRAConfig, MoEConfig
 from moe_fn.config.checks import check_float, check_int
 from moe_fn.config.lora import LoRAExperts
+from moe_fn.config.sharing import experts_of_rank
 from moe_fn.kinds import check_kind, check_layer
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.preparing import restore_weights
+from moe_fn.parallel.adapters import shard_adapters
+from moe_fn.parallel.places import placement_of_weights
+from moe_fn.preparing import plain_shapes, restore_weights
 from moe_fn.records import LoRAWeights, MoEWeights
 
 NAMES = tuple(field.name for field in dataclasses.fields(LoRAWeights))
@@ -56,8 +59,9 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
     """The layer with these adapters: the first one's are adapter 0 and on. Ranks are padded with zeros to the largest.
 
     A product that some have and others have not is zeros for those; where some adapters' experts share a matrix and others' do not, each
-    gets its own. Their dtype is to be that of x when the layer is called. With many ranks, before
-    `shard_weights`. Raises ValueError for a layer that has adapters, or is a rank's part, and for shapes that do not fit.
+    gets its own. Their dtype is to be that of x when the layer is called. With config.parallel the weights are this rank's, the adapters
+    those of all experts, whole: each rank gets its part, as shard_weights would cut them.
+    Raises ValueError for a layer that has adapters, and for shapes that do not fit.
 
     Laws
         A padded rank changes nothing.
@@ -72,8 +76,6 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
     check_layer("add_lora", config, weights)
     if config.lora is not None or weights.lora is not None:
         raise ValueError("add_lora: the layer has adapters; expected none, and all of them in one call")
-    if config.parallel is not None:
-        raise ValueError("add_lora: config.parallel is given; expected None: first add_lora, then shard_weights")
     if not isinstance(adapters, Sequence) or not adapters or not all(isinstance(lora, LoRAWeights) and _tensors(lora) for lora in adapters):
         raise ValueError(
             "add_lora: adapters is empty, no sequence, or one has no tensors; expected a LoRAWeights of one adapter or several for each"
@@ -89,9 +91,26 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
         return t.expand(-1, 1 if lora_config.shares(name) else config.num_experts, -1, -1) if t.shape[1] == 1 else t
 
     tensors = {name: torch.cat([padded(name, _tensors(lora)[name]) for lora in every]) for name in _tensors(every[0])}
-    config, weights = dataclasses.replace(config, lora=lora_config), dataclasses.replace(weights, lora=LoRAWeights(**tensors))
+    config = dataclasses.replace(config, lora=lora_config)
+    weights = dataclasses.replace(weights, lora=_of_rank(config, weights, LoRAWeights(**tensors)))
     check_shapes("add_lora", config, weights)
     return config, weights
+
+
+def _of_rank(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights) -> LoRAWeights | None:
+    """Of adapters of the whole layer, this rank's part; checked before they are cut."""
+    parallel, lora_config = config.parallel, config.lora
+    if parallel is None or lora_config is None:
+        return lora
+    whole = dataclasses.replace(config, parallel=None, quant=None)
+    gate_up, down = (torch.empty([size for _, size in shape], device="meta") for shape in plain_shapes(whole))
+    check_shapes("add_lora, adapters of the whole layer", whole, MoEWeights(gate_up=gate_up, down=down, lora=lora))
+    if parallel.num_physical is not None:
+        experts = placement_of_weights(weights).logical_of_physical
+        tensors = _tensors(lora).items()
+        copied = {name: t if lora_config.shares(name) else t.index_select(1, experts.to(t.device)) for name, t in tensors}
+        lora = LoRAWeights(**copied)
+    return shard_adapters(config, lora, torch.tensor(experts_of_rank(config, parallel), device=next(iter(_tensors(lora).values())).device))
 
 
 def merge_lora(config: MoEConfig, weights: MoEWeights, adapter: int = 0) -> tuple[MoEConfig, MoEWeights]:
@@ -129,7 +148,7 @@ def unmerge_lora(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adap
     """
     check_kind("unmerge_lora", "lora", lora, LoRAWeights)
     config, weights = add_lora(config, weights, [lora])
-    return config, _with_product_added("unmerge_lora", config, weights, lora, adapter, -1.0)
+    return config, _with_product_added("unmerge_lora", config, weights, weights.lora or lora, adapter, -1.0)
 
 
 def _with_product_added(where: str, config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adapter: int, sign: float) -> MoEWeights:

@@ -14,8 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from moe_fn import ExpertNormConfig, LatentConfig, MoEConfig, MoEWeights, NormsConfig, RouterConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn import (
+    ExpertNormConfig,
+    LatentConfig,
+    LoRAWeights,
+    MoEConfig,
+    MoEWeights,
+    NormsConfig,
+    RouterConfig,
+    SharedExpertsConfig,
+    ZeroExpertsConfig,
+    make_lora,
+)
 from moe_fn.checkpoint import LAYOUTS, Layout
+from moe_fn.checkpoint.axes import sizes_of
 from moe_fn.records import WEIGHT_PATHS, leaves_of_weights, weights_of_leaves
 from moe_fn.testing import weights_for
 
@@ -109,6 +121,15 @@ def weights_of(layout: Layout, config: MoEConfig, bias: bool, seed: int, dtype: 
         if leaves[path] is not None and entries[0].axes == {"expert_norm": "X", "down_bias": "X", "expert_scale": "1"}.get(path[-1]):
             leaves[path] = leaves[path][:1].expand_as(leaf).contiguous()
     return weights_of_leaves(list(leaves.values()))
+
+
+def adapter_of(config: MoEConfig, shared: bool, dtype: torch.dtype) -> LoRAWeights:
+    """One adapter of both products, of rank 2; its experts may share it."""
+    sizes, generator = sizes_of(config), torch.Generator().manual_seed(5)
+    experts, out = 1 if shared else config.num_experts, sizes["G"] * sizes["I"]
+    shapes = ((2, sizes["X"]), (out, 2), (2, sizes["I"]), (sizes["X"], 2))
+    a, b, c, d = (torch.randn(experts, m, n, generator=generator).to(dtype) for m, n in shapes)
+    return make_lora(gate_up=(a, b), down=(c, d), alpha=2.0)
 
 
 @contextmanager

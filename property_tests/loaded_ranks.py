@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import SAVED, config_of, holds, is_stacked, same_bits, weights_of
+from checkpoints import SAVED, adapter_of, config_of, holds, is_stacked, same_bits, weights_of
 from quantised_files import FORMATS, E, X, mx, save, write
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -105,8 +105,12 @@ def run_loaded(case: Loaded, mesh: DeviceMesh, rank: int) -> None:
             differ += [f"{name}: not the part of the whole"] if not same_bits(weights, moe_fn.shard_weights(config, all_weights)) else []
             biases = {all_weights.down_bias is not None, getattr(all_weights.shared, "down_bias", None) is not None}
             differ += [f"{name}: without a bias"] if case.files == "plain" and True not in biases else []
-            try:
-                assert_matches(*parts, tolerance=1e-5, scale=0.1, name=name)
-            except AssertionError as error:
-                differ.append(str(error))
+            adapters = [adapter_of(whole, shared=False, dtype=torch.float32)]
+            part, layer = moe_fn.add_lora(config, weights, adapters), moe_fn.add_lora(whole, all_weights, adapters)
+            adapted = [moe_fn.moe_forward(*part, x, logits), moe_fn.moe_forward(*layer, x, logits)]
+            for of_ranks, of_one in (parts, adapted):
+                try:
+                    assert_matches(of_ranks, of_one, tolerance=1e-5, scale=0.1, name=name)
+                except AssertionError as error:
+                    differ.append(str(error))
     assert not differ, differ  # only now: a rank that fails in between would leave the others waiting

@@ -644,6 +644,10 @@ if importlib.util.find_spec("safetensors") is not None:
     from moe_fn.checkpoint import adapter_config, axes, peft_versions, reading, saving, slices
     from moe_fn.checkpoint import lora as loading_lora
 
+    def _on_the_first_slice(config: Any) -> Any:
+        tp = config.parallel and config.parallel.tp
+        return config if tp is None else replace(config, parallel=replace(config.parallel, tp=replace(tp, rank=0)))
+
     BUGS += (
         PlantedBug(
             "an_adapter_of_peft_is_loaded_as_it_was_saved",
@@ -692,6 +696,12 @@ if importlib.util.find_spec("safetensors") is not None:
             "every slice has the biases of the last products",
             slices.is_added_here,
             instead(lambda *a: True),
+        ),
+        PlantedBug(
+            "loading_by_the_config_is_sharding_the_whole",
+            "every rank has the adapters of the first slice",
+            merging._of_rank,
+            before(lambda config, *rest: (_on_the_first_slice(config), *rest)),
         ),
         PlantedBug(
             "loading_by_the_config_is_sharding_the_whole",

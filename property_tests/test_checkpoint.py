@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Block, blocks, folder, same_bits
+from checkpoints import Block, adapter_of, blocks, folder, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from support import law
 from torch import Tensor
 
-from moe_fn import ParallelConfig, RankGroup, RouterWeights, shard_weights
+from moe_fn import ParallelConfig, RankGroup, RouterWeights, add_lora, shard_weights
 from moe_fn.balance import placement_of_slots
 from moe_fn.checkpoint import load_moe_weights, save_moe_weights
 from moe_fn.checkpoint.axes import by_axes, patterns_of, sizes_of
@@ -111,6 +111,12 @@ def test_loading_by_the_config_is_sharding_the_whole(dealt: Any, shard_bytes: in
         tensors = {field.name: getattr(placement, field.name) for field in dataclasses.fields(placement)}
         whole = dataclasses.replace(whole, router=dataclasses.replace(whole.router or RouterWeights(), **tensors))
     assert same_bits(mine, shard_weights(config, whole))
+    for shared in (False, True):
+        adapters = [adapter_of(block.config, shared, mine.down.dtype), adapter_of(block.config, False, mine.down.dtype)][: 2 - shared]
+        whole_config, adapted = add_lora(block.config, block.weights, adapters)
+        own_config, own = add_lora(config, mine, adapters)
+        assert own_config == dataclasses.replace(whole_config, parallel=parallel)
+        assert same_bits(own, shard_weights(own_config, dataclasses.replace(whole, lora=adapted.lora)))
 
 
 AXES = tuple("EIMGXNBHLCDWZVK1")
