@@ -96,6 +96,12 @@ BUGS = (
         before(lambda config, dtype: (config, torch.float32)),
     ),
     PlantedBug("codes_are_the_nearest_ones", "codes are rounded down", weights.encoded, _with_number("int8", _round_down)),
+    PlantedBug(
+        "codes_are_the_nearest_ones",
+        "a tie beyond the last code wraps",
+        numbers.codes_around,
+        instead(lambda zeros, units, top: (units.round() + zeros).to(torch.uint8)),
+    ),
     PlantedBug("calibrated_rounding_errs_no_more", "another scale is taken", weights._chosen, before(_another)),
     PlantedBug(
         "quantising_what_was_dequantised_changes_nothing",

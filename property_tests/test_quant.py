@@ -101,9 +101,9 @@ def test_rows_arrive_as_the_experts_round_them(quant: QuantConfig, dtype: torch.
         assert_matches(twice.to(dtype), once.to(dtype))
 
 
-@law(quants(activations=False), st.integers(0, 2**20))
-def test_codes_are_the_nearest_ones(quant: QuantConfig, seed: int) -> None:
-    config, weights, floats = drawn(quant, seed)
+@law(quants(activations=False), st.integers(0, 2**20), st.booleans())
+def test_codes_are_the_nearest_ones(quant: QuantConfig, seed: int, tied: bool) -> None:
+    config, weights, floats = (halfway if tied else drawn)(quant, seed)
     _, again = moe_fn.dequantize_weights(config, weights)
     for name in ("gate_up", "down"):
         w, q = getattr(floats, name), getattr(again, name)
@@ -116,6 +116,21 @@ def drawn(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWeig
     floats = weights_for(config, seed, bias=False)
     spread = torch.exp(torch.randn(2, 1, 40, generator=torch.Generator().manual_seed(seed)))
     floats = dataclasses.replace(floats, gate_up=floats.gate_up * spread, down=floats.down * (torch.arange(20) > 5))
+    return *moe_fn.quantize_weights(config, floats, quant), floats
+
+
+def halfway(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWeights]:
+    """Weights that are codes around a zero point, or halfway between two; so are the zero point itself and the ends of each tile."""
+    config, top = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20), 2**quant.row.bits - 1
+    generator = torch.Generator().manual_seed(seed)
+    zero = float(torch.randint(0, top, (), generator=generator)) + 0.5
+
+    def matrix(*shape: int) -> Tensor:
+        units = torch.randint(0, 2 * top + 1, shape, generator=generator) / 2 - zero
+        units[..., :: quant.tile[1] or shape[2]], units[..., 1 :: quant.tile[1] or shape[2]] = -zero, top - zero
+        return units / 4
+
+    floats = MoEWeights(gate_up=matrix(2, 40, 40), down=matrix(2, 40, 20))
     return *moe_fn.quantize_weights(config, floats, quant), floats
 
 

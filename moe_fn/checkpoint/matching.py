@@ -137,8 +137,9 @@ def _begins_or_ends(name: str, entry: str) -> bool:
     if name.endswith(entry):
         return True
     end = len(entry)
-    begins = end <= len(name) and all(sign in (other, ".") for sign, other in zip(entry, name, strict=False))
-    return begins and (name[end - 1 : end] == "." or name[end : end + 1] in ("", "."))
+    if end > len(name) or (name[end - 1 : end] != "." and name[end : end + 1] not in ("", ".")):
+        return False
+    return all(sign in (other, ".") for sign, other in zip(entry, name, strict=False))
 
 
 # Each as its tool has it: compressed-tensors 0.20 (`match_name`), transformers 5.23 (`should_convert_module`), AutoAWQ 0.2.7

@@ -101,3 +101,15 @@ def unpack_halves(packed: Tensor) -> Tensor:
     """
     codes: Tensor = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
     return codes
+
+
+def codes_around(zeros: Tensor, units: Tensor, top: int) -> Tensor:
+    """uint8 in 0..top of weights in steps of their scale, with zero points.
+
+    Where a weight and its zero point both lie halfway between two codes, both may be rounded up: to one beyond the last.
+
+    >>> codes_around(torch.tensor(4.0), torch.tensor([-4.0, 0.6, 11.5]), 15).tolist()
+    [0, 5, 15]
+    """
+    codes: Tensor = (units.round() + zeros).clamp(0, top).to(torch.uint8)
+    return codes

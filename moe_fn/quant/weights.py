@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
 from moe_fn.kinds import check_kind, check_layer
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.quant import numbers
 from moe_fn.quant.calibration import Calibration
 from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero, pack_halves, unpack_halves
 from moe_fn.quant.shapes import check_sizes
@@ -210,7 +211,7 @@ def _encoded(quant: QuantConfig, weight: Tensor, halves: int, factor: float) -> 
         codes = NUMBERS[row.element].encode(units)
     else:
         zeros = spread(zero_point.to(torch.float32), quant.tile, halves, *weight.shape[1:])
-        codes = (units.round() + zeros).clamp(0, 2**row.bits - 1).to(torch.uint8)
+        codes = numbers.codes_around(zeros, units, 2**row.bits - 1)
     return Codes(codes=pack_halves(codes) if row.bits == 4 else codes, scale=scale, zero_point=zero_point, global_scale=global_scale)
 
 
