@@ -40,12 +40,12 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
 
 V4 = {
     "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "hidden_size": X, "moe_intermediate_size": WIDTH,
-    "n_routed_experts": E, "n_shared_experts": 1, "num_experts_per_tok": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 1,
+    "n_routed_experts": E, "n_shared_experts": 1, "num_experts_per_tok": 1, "num_hidden_layers": 4, "num_nextn_predict_layers": 1,
     "norm_topk_prob": True, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "swiglu_limit": 10.0,
-    "torch_dtype": "float32",
+    "num_hash_layers": 3, "torch_dtype": "float32",
 }  # fmt: skip
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [32, 16]}
-LISTED = {f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16} for layer in (0, 1)}
+LISTED = {f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16} for layer in range(4)}
 ANEW = {
     "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None,
     "producer": {"name": "modelopt"},
@@ -100,7 +100,7 @@ def check(prefix: str, config: MoEConfig, weights: MoEWeights, floats: Mapping[s
 WORDS_OF_V4: dict[str, dict[str, Any]] = {
     "beside": V4 | {"expert_dtype": "fp4", "quantization_config": FP8},
     "inside (V4.1)": V4 | {"quantization_config": FP8 | {"expert_dtype": "fp4"}},
-    "in a nested config": {"model_type": "deepseek_v4", "text_config": V4 | {"expert_dtype": "fp4"}, "quantization_config": FP8},
+    "in a nested config": {"model_type": "deepseek_v41", "text_config": V4 | {"expert_dtype": "fp4"}, "quantization_config": FP8},
     "nowhere": V4 | {"quantization_config": FP8},  # the file says what they are
     "null": V4 | {"expert_dtype": None, "quantization_config": FP8 | {"expert_dtype": None}},
 }
@@ -110,13 +110,13 @@ WORDS_OF_V4: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("lay", [FP4, fp8], ids=["fp4", "fp8"])
 def test_deepseek_v4_as_published(case: str, lay: Any, tmp_path: Path) -> None:
     """Experts in fp4, all else in fp8; of the base models in fp8."""
-    tensors, floats = v4({"layers.1.ffn": lay})
+    tensors, floats = v4({"layers.3.ffn": lay})
     save(tmp_path, tensors)
     words = json.loads(json.dumps(WORDS_OF_V4[case]).replace('"fp4"', '"fp8"') if lay is fp8 else json.dumps(WORDS_OF_V4[case]))
     write_config(tmp_path, words)
-    config, weights = load_moe_layer(tmp_path, 1)
+    config, weights = load_moe_layer(tmp_path, 3)
     assert config.quant is not None and config.quant.scheme == ("mxfp4" if lay is FP4 else "fp8_e4m3")
-    check("layers.1.ffn", config, weights, floats)
+    check("layers.3.ffn", config, weights, floats)
     assert [layer.problem for layer in moe_layers(tmp_path)] == [None]
 
 
@@ -137,13 +137,13 @@ NVFP4_OF_V4: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 @pytest.mark.parametrize("case", NVFP4_OF_V4)
 def test_nvfp4_releases_say_fp8_and_modelopt_at_once(case: str, drafts: str, tmp_path: Path) -> None:
     """ModelOpt quantised the experts anew; shared ones stay fp8, and those of the draft layers what they were, or what they became."""
-    tensors, floats = v4({"layers.1.ffn": NVFP4, "mtp.0.ffn": {"fp4": FP4, "nvfp4": NVFP4, "bf16": plain}[drafts]})
+    tensors, floats = v4({"layers.3.ffn": NVFP4, "mtp.0.ffn": {"fp4": FP4, "nvfp4": NVFP4, "bf16": plain}[drafts]})
     save(tmp_path, tensors)
     words, modelopt = NVFP4_OF_V4[case]
     write_config(tmp_path, V4 | {"expert_dtype": "fp4", "quantization_config": words}, modelopt)
-    config, weights = load_moe_layer(tmp_path, 1)
+    config, weights = load_moe_layer(tmp_path, 3)
     assert config.quant == FORMATS["modelopt nvfp4"].quant
-    check("layers.1.ffn", config, weights, floats)
+    check("layers.3.ffn", config, weights, floats)
     assert weights.quant is not None and torch.equal(weights.quant.down_input_scale, torch.full((E,), 0.25))  # type: ignore[arg-type]
     if drafts == "nvfp4" and case == "fp8 in config.json, ModelOpt in its own file":
         return  # no word says that they are
@@ -153,13 +153,13 @@ def test_nvfp4_releases_say_fp8_and_modelopt_at_once(case: str, drafts: str, tmp
 
 def test_modelopt_alone_may_say_what_experts_are(tmp_path: Path) -> None:
     """Their algorithm and no list of layers: all else is what it was."""
-    tensors, floats = v4({"layers.1.ffn": NVFP4})
+    tensors, floats = v4({"layers.3.ffn": NVFP4})
     shared = {f"{module}.weight": t for module, t in floats.items() if "shared" in module}
     save(tmp_path, {name: t for name, t in tensors.items() if "shared" not in name} | shared)
     write_config(tmp_path, V4 | {"quantization_config": ANEW})
-    config, weights = load_moe_layer(tmp_path, 1)
+    config, weights = load_moe_layer(tmp_path, 3)
     assert config.quant == FORMATS["modelopt nvfp4"].quant
-    check("layers.1.ffn", config, weights, floats)
+    check("layers.3.ffn", config, weights, floats)
 
 
 @law(st.sampled_from(sorted(FORMATS)), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
