@@ -168,7 +168,7 @@ _CLASSES = {
     "minimax_m3_vl_text": ConfigClass({"hidden_size": 6144, "intermediate_size": 3072, "num_experts_per_tok": 4, "num_local_experts": 128,
         "shared_intermediate_size": 3072, "routed_scaling_factor": 2.0, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         renamed={"num_experts": "num_local_experts"}),
-    "step3p5": ConfigClass({"hidden_size": 4096, "hidden_act": "silu", "num_experts_per_tok": 8, "num_local_experts": 128,
+    "step3p5": ConfigClass({"hidden_size": 4096, "num_experts_per_tok": 8, "num_local_experts": 128,
         "moe_intermediate_size": 1280, "n_routed_experts": 288, "share_expert_dim": 1280, "moe_router_scaling_factor": 1.0,
         "swiglu_limits": None, "swiglu_limits_shared": None}, renamed={"num_local_experts": "n_routed_experts",
         "moe_num_experts": "n_routed_experts", "moe_top_k": "num_experts_per_tok", "share_expert_dims": "share_expert_dim"},

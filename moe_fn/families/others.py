@@ -35,7 +35,7 @@ OTHERS: tuple[Family, ...] = (
         ("switch_transformers",),
         ("SwitchTransformersSparseMLP",),
         {"renormalize": False, "capacity": word(".expert_capacity", "expert_capacity", kind="whole")},
-        {"act": word("dense_act_fn", values={"relu": {"function": "relu"}, "gelu": {"function": "gelu"}}), "gated": False},
+        {"act": word(".act", "dense_act_fn", values={"relu": {"function": "relu"}, "gelu": {"function": "gelu"}}), "gated": False},
         top_k=1,
         intermediate_size=word("d_ff"),
     ),

@@ -1,7 +1,6 @@
 """Families whose router is a sigmoid: with groups (C), and without (D)."""
 
 from moe_fn.families.row import (
-    ACT,
     ACTIVATIONS,
     CLAMPED,
     HIDDEN,
@@ -109,10 +108,10 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         ("step3p5", "step3p7"),
         ("Step3p7SparseMoeBlock",),
         _ALWAYS | {"gate_dtype": "input", "routed_scaling_factor": SCALE, "scale_on": "output"},
-        {"act": ACT, "limit": _STEP_LIMIT, "limit_at": "output"},
+        SILU | {"limit": _STEP_LIMIT, "limit_at": "output"},
         shared=Shared(
             width=word("share_expert_dim", kind="whole"),
-            activation={"act": ACT, "limit": _STEP_SHARED_LIMIT, "limit_at": "output"},
+            activation=SILU | {"limit": _STEP_SHARED_LIMIT, "limit_at": "output"},
         ),
     ),
     Family(

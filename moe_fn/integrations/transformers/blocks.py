@@ -146,7 +146,7 @@ def _num_experts(block: nn.Module) -> int:
 
 def look_in(block: nn.Module, first: nn.Module | None = None) -> Look:
     """Words of a block: with a dot in front attributes of its modules, otherwise options of the configs that its modules hold."""
-    names = ("gate", "router", "experts", "experts.mlp")
+    names = ("gate", "router", "experts", "experts.mlp", "experts.expert_0")
     inside = (_module(block, name) for name in names)
     places = [m for m in (first, block, *inside) if m is not None]
     configs = list({id(c): c for m in block.modules() if (c := getattr(m, "config", None)) is not None}.values())
@@ -168,7 +168,7 @@ def _module(block: nn.Module, path: str) -> nn.Module | None:
 
 
 def _plain(value: Any, layer: Any) -> Any:
-    """Numbers and words, the layer's own of a list, and the name of an activation; anything else is no option."""
+    """Numbers and words, the layer's own of a list, and the name of an activation, or its class's; anything else is no option."""
     if isinstance(value, list | tuple):
         value = value[layer] if layer is not None and layer < len(value) else MISSING
     if isinstance(value, nn.Module):  # one that has no name is not what the config says: then the class's name is refused in words
