@@ -11,6 +11,7 @@ from planted_bugs import BUGS as OF_THE_LAYER
 from planted_bugs import PlantedBug, planted
 from planted_bugs_of_balance import BUGS as OF_BALANCE
 from planted_bugs_of_campaign import BUGS as OF_THE_CAMPAIGN
+from planted_bugs_of_families import BUGS as OF_FAMILIES
 from planted_bugs_of_lists import BUGS as OF_LISTS
 from planted_bugs_of_nan import BUGS as OF_NAN
 from planted_bugs_of_quant import BUGS as OF_QUANT
@@ -33,11 +34,11 @@ FILES = (
     "test_batch_invariance",
 )
 WITH = {
-    "transformers": ("test_transformers_laws",),
+    "transformers": ("test_transformers_laws", "test_family_laws"),
     "safetensors": ("test_checkpoint", "test_checkpoint_lora", "test_checkpoint_published", "test_module_lists"),
 }
 FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)
-BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT + OF_NAN + OF_THE_CAMPAIGN + OF_LISTS
+BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT + OF_NAN + OF_THE_CAMPAIGN + OF_FAMILIES + OF_LISTS
 MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)
 LAWS = {name.removeprefix("test_"): value for module in MODULES for name, value in vars(module).items() if hasattr(value, "strategies")}
 QUICK = settings(

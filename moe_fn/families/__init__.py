@@ -51,6 +51,11 @@ def config_of_layer(model_config: Mapping[str, Any], layer: int, prefix: str | N
     Raises ValueError for an unknown or refused family, a word that is missing or null where the class has no default, a prefix of no
     part of the model, and a value that this version does not know.
 
+    Laws
+        A word is read as its class reads it.
+        A layer is read with the words of its part.
+        A word that names a function is never read as another.
+
     >>> words = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 128}
     >>> config_of_layer(words, 0).num_experts
     8
