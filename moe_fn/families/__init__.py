@@ -1,6 +1,7 @@
 """Every published family as a row of data: how its config's words become a MoEConfig.
 
-`moe_fn.integrations.transformers` reads live blocks by these rows, `moe_fn.checkpoint` reads config.json. A new family is a row.
+`moe_fn.integrations.transformers` reads live blocks by these rows, `moe_fn.checkpoint` reads config.json. A new family is a row,
+and what its config class puts where a file says nothing (`moe_fn.families.defaults`).
 """
 
 from collections.abc import Mapping

@@ -61,7 +61,7 @@ MODEL: dict[str, Any] = {
     "d_model": 4, "intermediate_size": 2, "moe_intermediate_size": 2, "ffn_hidden_size": 2, "d_ff": 2, "shared_expert_intermediate_size": 2,
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_topk": 2, "output_multiplier": 1.0, "moe_hidden_size": 2,
     "mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0, "shared_experts_intermediate_size": 2, "moe_k": 2, "hidden_act": "silu",
-    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "swiglu_limits": [None, 7.0], "rms_norm_eps": 1e-6, "scoring_func": "sigmoid",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "swiglu_limits": [None, 7.0], "rms_norm_eps": 1e-6, "top_k_experts": 2,
 }  # fmt: skip
 ADAPTER: dict[str, Any] = {
     "peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False, "init_lora_weights": True,

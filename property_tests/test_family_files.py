@@ -1,0 +1,73 @@
+"""Reading a config.json needs no transformers: defaults of classes, parts of a model, lists of layers."""
+
+from typing import Any
+
+import pytest
+
+from moe_fn.config import ActivationConfig
+from moe_fn.families import FAMILIES, config_of_layer
+
+Words = dict[str, Any]
+
+
+def test_what_a_file_leaves_out_is_its_class_s_default() -> None:
+    """Not another class's of the same family."""
+    gpt_oss: Words = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 16, "intermediate_size": 24}
+    activation = config_of_layer(gpt_oss, 0).activation
+    assert isinstance(activation, ActivationConfig) and activation.limit == 7.0
+    for model_type, scale, normalised in (
+        ("deepseek_v3", 2.5, True),
+        ("glm4_moe", 1.0, True),
+        ("dots1", 1.0, False),
+        ("kimi_k2", 2.5, True),
+    ):
+        said = {"model_type": model_type, "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 1}
+        router = config_of_layer(said, 0).router
+        assert (router.routed_scaling_factor, router.renormalize) == (scale, normalised), model_type
+
+
+def test_every_family_reads_a_file_that_says_nothing_or_names_the_word_that_it_wants() -> None:
+    for family in FAMILIES:
+        for name in family.names:
+            try:
+                config_of_layer({"model_type": name}, 0)
+            except ValueError as error:
+                assert family.refused or "the model's config" in str(error), name
+
+
+def test_a_prefix_chooses_among_parts() -> None:
+    """By its whole names; where all parts have a name, one of them has to be in it."""
+    of_text = {"hidden_size": 8, "shared_expert_intermediate_size": 4}
+    words = {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": of_text}, "talker_config": {"text_config": of_text}}
+    for prefix, experts, shared in (("thinker.model.layers.0.mlp", 768, None), ("talker.model.layers.0.mlp", 384, 4), (None, 768, None)):
+        config = config_of_layer(words, 0, prefix)
+        assert (config.intermediate_size, config.shared and config.shared.intermediate_size) == (experts, shared)
+    for prefix in ("model.layers.0.mlp", "talkers.layers.0.mlp"):
+        with pytest.raises(ValueError, match=r"2 parts with experts, and '.*' does not say which; expected 'thinker' or 'talker' in it"):
+            config_of_layer(words, 0, prefix)
+    with pytest.raises(ValueError, match="text_config is 3 in the model's config; expected a JSON object"):
+        config_of_layer({"model_type": "llama4", "text_config": 3}, 0)
+    unlisted = {"model_type": "unheard_of", "speech_config": {"model_type": "mixtral"}, "llm_config": {"model_type": "qwen3_moe"}}
+    assert config_of_layer(unlisted, 0).num_experts == 128
+    assert config_of_layer(unlisted, 0, "model.speech.layers.0.mlp").num_experts == 8
+
+
+def test_lists_hold_an_entry_for_the_layer() -> None:
+    words: Words = {"model_type": "hunyuan_v1_moe", "num_experts": 8, "moe_topk": [1, 2]}
+    assert [config_of_layer(words, layer).top_k for layer in (0, 1)] == [1, 2]
+    for layer in (2, -1):
+        with pytest.raises(ValueError, match=f"moe_topk has 2 entries; expected one for layer {layer}"):
+            config_of_layer(words, layer)
+    own: Words = {"model_type": "mixtral", "num_experts": 6, "per_layer_config": {"01": {"num_experts": 4}}}
+    assert [config_of_layer(own, layer).num_experts for layer in (0, 1, 10)] == [6, 4, 6]
+    v4: Words = {"model_type": "deepseek_v4", "num_hash_layers": 1}
+    assert [config_of_layer(v4, layer).router.selection for layer in (0, 1, 42, 43)] == ["hash", "top_k", "top_k", "top_k"]
+    with pytest.raises(ValueError, match="mlp_layer_types has 1 entries; expected one for layer 1"):
+        config_of_layer({**v4, "mlp_layer_types": ["hash_moe"]}, 1)
+    with pytest.raises(ValueError, match="per_layer_config is 3 in the model's config"):
+        config_of_layer({"model_type": "mixtral", "per_layer_config": 3}, 1)
+
+
+def test_infinity_as_transformers_writes_it_is_no_limit() -> None:
+    config = config_of_layer({"model_type": "gpt_oss", "swiglu_limit": {"__float__": "Infinity"}}, 0)
+    assert config.activation.limit is None  # type: ignore[union-attr]
