@@ -68,6 +68,15 @@ def test_lists_hold_an_entry_for_the_layer() -> None:
         config_of_layer({"model_type": "mixtral", "per_layer_config": 3}, 1)
 
 
+def test_words_that_belong_together_are_said_together() -> None:
+    for words in ({"n_group": 8}, {"topk_group": 4}):
+        with pytest.raises(ValueError, match=r"n_group is .* and topk_group .* in the model's config; expected both, or null for both"):
+            config_of_layer({"model_type": "axk2", **words}, 0)
+    assert config_of_layer({"model_type": "axk2", "n_group": 8, "topk_group": 4}, 0).router.groups is not None
+    with pytest.raises(ValueError, match="zero_expert_type is 'copy' in the model's config; expected 'identity'"):
+        config_of_layer({"model_type": "longcat_flash", "zero_expert_type": "copy"}, 0)
+
+
 def test_infinity_as_transformers_writes_it_is_no_limit() -> None:
     config = config_of_layer({"model_type": "gpt_oss", "swiglu_limit": {"__float__": "Infinity"}}, 0)
     assert config.activation.limit is None  # type: ignore[union-attr]

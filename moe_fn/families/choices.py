@@ -15,7 +15,8 @@ def check_choices(family: Family, config: MoEConfig, words: Mapping[str, Any]) -
     biased = family.router.get("correction_bias", "none") != "none"
     scores = (config.router.scoring, *([_BIASED] if biased else []))
     methods = (_BIASED,) if biased else ("greedy",) if config.router.groups is None else ("group_limited_greedy",)
-    for name, expected in (*((name, scores) for name in _SCORES), ("topk_method", methods)):
+    zero = (config.zero_experts.kind,) if config.zero_experts is not None else ("identity", "zero")
+    for name, expected in (*((name, scores) for name in _SCORES), ("topk_method", methods), ("zero_expert_type", zero)):
         if words.get(name) is not None and words[name] not in expected:
             known = " or ".join(map(repr, expected))
             raise ValueError(f"{name} is {words[name]!r:.80} in the model's config; expected {known}, which {family.names[0]} computes")

@@ -84,6 +84,14 @@ def words_of_ffn(words: Words, layer: int) -> Words:
     return {**{name: inner[name] for name in fields if name in inner}, "ffn_act_fn": function}
 
 
+def groups_or_none(words: Words, layer: int) -> Words:
+    """AXK2: groups are said whole, or not at all."""
+    if (words["n_group"] is None) != (words["topk_group"] is None):
+        said = f"n_group is {words['n_group']!r:.80} and topk_group {words['topk_group']!r:.80}"
+        raise ValueError(f"{said} in the model's config; expected both, or null for both")
+    return {}
+
+
 def one_expert(words: Words, layer: int) -> Words:
     """Zaya: a token goes to one expert."""
     if words["num_experts_per_tok"] != 1:
