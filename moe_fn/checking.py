@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
-from moe_fn.kinds import check_config, check_kind, check_layer
+from moe_fn.kinds import check_config, check_kind, check_layer, check_untraced
 from moe_fn.lora import check_adapters
 from moe_fn.preparing import is_prepared, prepared_beside_shapes, prepared_shapes
 from moe_fn.quant.shapes import dtypes_of_quant
@@ -170,6 +170,7 @@ def check_routing_inputs(
 ) -> None:
     """What `route` reads, checked where route is called alone."""
     check_kind("route", "logits", logits, Tensor)
+    check_untraced("route", logits.ndim and logits.shape[0])
     if logits.ndim != 2 or logits.shape[-1] != config.num_logits:
         raise ValueError(f"route: logits is {_sizes(logits)}; expected (tokens, num_logits) with num_logits={config.num_logits}")
     check_dtype("route", "logits", logits, "float")

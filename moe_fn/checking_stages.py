@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_fn.checking import check_beside_x, check_slots, check_weights_of_experts
 from moe_fn.config import MoEConfig
-from moe_fn.kinds import check_config, check_kind, check_layer
+from moe_fn.kinds import check_config, check_kind, check_layer, check_untraced
 from moe_fn.records import Dispatched, MoEWeights, Routing
 
 _INDICES = (torch.int32, torch.int64)
@@ -70,6 +70,7 @@ def check_reduce(y: Tensor, width: Any) -> None:
 
 def _check_rows(where: str, name: str, rows: Tensor, columns: tuple[str, int] | None) -> None:
     check_kind(where, name, rows, Tensor)
+    check_untraced(where, rows.ndim and rows.shape[0])
     if rows.ndim != 2 or (columns is not None and rows.shape[1] != columns[1]):
         wanted = "2 dims" if columns is None else f"(..., {columns[0]}) with {columns[0]}={columns[1]} and 2 dims"
         raise ValueError(f"{where}: {name} is {tuple(rows.shape)}; expected {wanted}")

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from moe_fn.compiling import constant_while_tracing
+from moe_fn.compiling import constant_while_tracing, in_forward_mode
 from moe_fn.config import MoEConfig
 from moe_fn.layer import layer_of_tokens, parts_of_tokens
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.define import asked_for, vjp
 from moe_fn.records import MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 
 _PER_TOKEN = 5  # x, expert_ids, weights, shared_weights, adapter_ids stand before the weights' leaves
@@ -38,6 +39,8 @@ def layer_in_chunks(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: 
         if not (torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args)):
             # Nothing to differentiate; and Dynamo would take a Function.forward with *args for the old style, with a context.
             return _forward(config, with_shared, *args)
+    elif in_forward_mode():  # the loop is torch's own ops, tangents go through it; a Function with a rule for them does not compile
+        return _forward(config, with_shared, *args)
     out: tuple[Tensor, ...] = _Chunked.apply(config, with_shared, *args)
     return out
 
@@ -96,7 +99,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         args: list[Any] = [next(saved) if there else None for there in ctx.present]
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[2:]) if need and args[i].is_floating_point()]
+        needed = asked_for(ctx, [False, False, *ctx.present])[2:]
+        wanted = [i for i, need in enumerate(needed) if need and args[i].is_floating_point()]
         per_token, of_weights = [i for i in wanted if i < _PER_TOKEN], [i for i in wanted if i >= _PER_TOKEN]
         tokens, padded = _with_spare_row(args[:_PER_TOKEN]), _with_spare_row(gradients)
 
@@ -107,8 +111,8 @@ class _Chunked(torch.autograd.Function):
                 replaced = dict(zip(wanted, inputs, strict=True))
                 return chunk_of_layer(ctx.config, ctx.with_shared, [replaced.get(i, a) for i, a in enumerate(chunk)])
 
-            vjp = torch.func.vjp(function, *(chunk[i] for i in wanted))[1]
-            parts = dict(zip(wanted, vjp(tuple(_pick(padded, rows))), strict=True))
+            pull = vjp(function, *(chunk[i] for i in wanted))[1]
+            parts = dict(zip(wanted, pull(tuple(_pick(padded, rows))), strict=True))
             return tuple(c + parts[i] for c, i in zip(carry, of_weights, strict=True)), tuple(parts[i] for i in per_token)
 
         def zeros() -> tuple[Tensor, ...]:  # without a name, or they would live as long as the sums that take their place

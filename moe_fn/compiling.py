@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -53,3 +54,19 @@ def mark_tokens(*tensors: Tensor | None, dim: int = 0) -> None:
 def in_forward_mode() -> bool:
     """Whether tangents may be about. A constant while tracing: torch.compile guards the level of forward mode by itself."""
     return forward_ad._current_level >= 0
+
+
+def check_draft_export(op: str) -> None:
+    """ValueError where torch.export.draft_export traces an op with optional tensors: one that is None, it says, was written to."""
+    if torch.compiler.is_compiling() and _in_draft_export():
+        raise ValueError(
+            f"moe_fn::{op}: torch.export.draft_export (torch 2.13) takes its optional tensors that are None for ones that it writes to; "
+            "expected torch.export.export, or MoEConfig(backend='torch', opaque=False, quant=None)"
+        )
+
+
+@constant_while_tracing
+def _in_draft_export() -> bool:
+    from torch._functorch import config  # there already, where anything is traced
+
+    return bool(config.fake_tensor_propagate_real_tensors)

@@ -16,12 +16,12 @@ from torch.autograd import forward_ad
 from moe_fn.activations import activate
 from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.backends import backend_of
-from moe_fn.compiling import in_forward_mode
+from moe_fn.compiling import check_draft_export, in_forward_mode
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.kernels import gpu, native
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.op_arguments import NUM_FLOATS, packed, unpacked, with_floats
-from moe_fn.ops.define import Kernel
+from moe_fn.ops.define import Kernel, vjp
 from moe_fn.ops.grouped import GROUPED, spread_over_rows
 from moe_fn.ops.routed import DIFFERENTIABLE, define_routed_experts, define_routed_experts_backward
 from moe_fn.ops.rows import gather_rows, has_expert
@@ -104,6 +104,7 @@ def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routin
 
 
 def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    check_draft_export("routed_experts")
     y: Tensor
     y, _ = op(*packed(config, weights, x, ids, w), _keeps(config, weights, x, w))
     return y
@@ -159,7 +160,7 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
     hidden = product(rows, weights.gate_up, ends, transposed).to(wide)
     hidden = hidden if weights.gate_up_bias is None else hidden + spread(weights.gate_up_bias)
     activation = functools.partial(activate, as_activation(config.activation), layout=config.gate_up_layout, arithmetic=arithmetic)
-    a, pull = torch.func.vjp(activation, hidden)[:2]
+    a, pull = vjp(activation, hidden)[:2]
     g = gather_rows(gradient, d.slot_of_row, d.row_of_slot, config.top_k)
     d_a = product(g, weights.down, ends, not transposed).to(wide)
 
@@ -202,7 +203,7 @@ def _second_backward(backend: str, inputs: list[Any], needed: list[bool], *cotan
         found = _gradients(backend, *_with(inputs, moving, moved))
         return tuple(g for g, want in zip(found, wanted, strict=True) if want)
 
-    values, pull = torch.func.vjp(function, *(inputs[i] for i in moving))[:2]
+    values, pull = vjp(function, *(inputs[i] for i in moving))[:2]
     given = [c for c, want in zip(cotangents, wanted, strict=True) if want]
     second = pull(tuple(torch.zeros_like(v) if c is None else c for v, c in zip(values, given, strict=True)))
     return tuple(_with([None] * len(inputs), moving, second))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.chunked import chunk_of_layer
+from moe_fn.compiling import check_draft_export
 from moe_fn.config import MoEConfig, config_of_json
 from moe_fn.layer import route_tokens
 from moe_fn.numerics import accumulation_dtype
@@ -43,6 +44,7 @@ def layer_as_op(
     """
     given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
     args = (config._json, x, logits, token_ids, token_mask, *given, adapter_ids, *leaves_of_weights(weights))  # type: ignore[attr-defined]
+    check_draft_export("moe_forward")
     out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
     return tuple(out)
 
@@ -134,11 +136,14 @@ def _gradients(inputs: list[Any], needed: Any, grad_shared: Tensor | None, grad:
 
 
 def _no_second_derivative(inputs: list[Any], needed: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    raise NotImplementedError("moe_fn: the layer as one op has no second derivative; expected MoEConfig(opaque=False, chunk_tokens=None)")
+    raise ValueError(f"moe_fn: the layer as one op has no second derivative; {_EXPECTED}")
+
+
+_EXPECTED = "expected MoEConfig(opaque=False, batch_invariant=False), and in a graph chunk_tokens=None"
 
 
 def _no_forward_mode(inputs: list[Any], *tangents: Any) -> Any:
-    raise NotImplementedError("moe_fn: the layer as one op has no forward mode; expected MoEConfig(opaque=False, chunk_tokens=None)")
+    raise ValueError(f"moe_fn: the layer as one op has no forward mode; {_EXPECTED}")
 
 
 def _loop_over_batch(name: str) -> Any:

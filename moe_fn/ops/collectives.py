@@ -32,7 +32,7 @@ from moe_fn.ops.define import Kernel, define_op
 
 def _no_vmap(name: str) -> Kernel:
     def rule(*args: Any) -> Any:
-        raise NotImplementedError(f"moe_fn::{name} has no batching rule: vmap of a layer that is shared by ranks; expected parallel=None")
+        raise ValueError(f"moe_fn::{name} has no batching rule: vmap of a layer that is shared by ranks; expected parallel=None")
 
     return rule
 

@@ -1,6 +1,7 @@
 """The one place that talks to torch.library: `define_op` makes an op that survives every transform of torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,11 +54,7 @@ def define_op(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op: Any = getattr(torch.ops.moe_fn, name).default
 
-    def at_rest(*args: Any) -> Any:
-        with torch._C._ForceDispatchKeyGuard(*_AT_REST), torch.no_grad():
-            return kernel(*args)
-
-    _library.impl(name, at_rest, "CompositeExplicitAutograd")
+    _library.impl(name, _at_rest(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"moe_fn::{name}", fake, lib=_library)
     torch.library.register_vmap(f"moe_fn::{name}", vmap, lib=_library)
     if visible is not None:
@@ -73,6 +70,31 @@ def define_op(
     _library.impl(name, autograd, "Autograd", with_keyset=True)
     defined: Callable[..., Any] = op
     return defined
+
+
+def _at_rest(function: Callable[..., Any]) -> Callable[..., Any]:
+    def at_rest(*args: Any, **kwargs: Any) -> Any:
+        with _unwatched(), torch._C._ForceDispatchKeyGuard(*_AT_REST), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return at_rest
+
+
+def _unwatched() -> AbstractContextManager[None]:
+    """Without what follows tensors past the dispatcher's keys: forward_ad's tangents and torch.jit.trace's sizes."""
+    if torch._C._is_tracing():
+        return _untraced()
+    return _set_fwd_grad_enabled(False) if forward_ad._current_level >= 0 else nullcontext()
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    trace = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
 
 
 def _nothing_to_differentiate(args: tuple[Any, ...]) -> bool:
@@ -116,7 +138,8 @@ def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel 
         return [next(tensors) if constant is None else constant[0] for constant in ctx.constants]
 
     def run_backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        needed, saved = ctx.needs_input_grad[1:], ctx.saved_tensors  # once: torch.utils.checkpoint allows no second look
+        needed = asked_for(ctx, [False, *(constant is None for constant in ctx.constants)])[1:]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second look
         if keeps is None:
             return None, *backward(inputs_of(ctx, saved), needed, *gradients)
         others = (g for i, g in enumerate(gradients) if i != keeps)
@@ -126,8 +149,45 @@ def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel 
     if jvp is not None:
         forward_mode = jvp
         members["jvp"] = lambda ctx, _, *tangents: forward_mode(inputs_of(ctx, ctx.saved_tensors), *tangents)
+    members["_compiled_autograd_key"] = torch.autograd.Function._compiled_autograd_key
     namespace: dict[str, Any] = {key: staticmethod(value) for key, value in members.items()}
     return type(f"{name}_autograd", (torch.autograd.function._SingleLevelFunction,), namespace)
+
+
+def asked_for(ctx: Any, is_tensor: Sequence[bool]) -> list[bool]:
+    """In a Function's backward: for each argument of its forward, whether autograd takes its gradient anywhere in this run.
+
+    ctx.needs_input_grad says which arguments require a gradient: with autograd.grad of x alone that is true of the weights as well.
+    """
+    needed = list(ctx.needs_input_grad)
+    if torch.compiler.is_compiling():  # a graph holds them all, and its compiler drops those that nobody takes
+        return needed
+    tensors = (i for i, tensor in enumerate(is_tensor) if tensor)
+    for i, (node, _) in zip(tensors, ctx.next_functions, strict=True):  # one for each tensor
+        needed[i] = needed[i] and _runs(node)
+    return needed
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf whose gradient autograd.grad was asked for; or nobody's run, but a call of the node by hand
+        return True
+
+
+def vjp(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Callable[..., Any]]:
+    """torch.func.vjp, for backward rules: also below hooks on saved tensors (save_on_cpu around a whole step), where torch's refuses."""
+    if torch.compiler.is_compiling():
+        return torch.func.vjp(function, *inputs)  # type: ignore[return-value]
+    hidden = []
+    while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        hidden.append(hooks)
+    try:
+        return torch.func.vjp(function, *inputs)  # type: ignore[return-value]
+    finally:
+        for hooks in reversed(hidden):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def batch_to_front(tensor: Tensor, dim: int | None, batch: int) -> Tensor:

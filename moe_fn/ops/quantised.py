@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_fn.compiling import check_draft_export
 from moe_fn.config import QuantConfig
 from moe_fn.config.quant import quant_of_text
 from moe_fn.kernels import gpu, torch_quantised
@@ -41,6 +42,7 @@ def quantised_matmul(
     invariant: a row's bits are the same whatever other rows there are.
     """
     parts = stored.codes, stored.scale, stored.zero_point, stored.global_scale
+    check_draft_export("quantised_matmul")
     out: Tensor = OPS[backend](rows, *parts, ends, quant.text, halves, transposed, 1, 1, invariant)
     return out
 

@@ -69,7 +69,7 @@ def _gradients_fake(gradient: Tensor, needed: list[bool], pre: Tensor, *args: An
 
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise NotImplementedError("moe_fn::routed_experts_backward_* has no batching rule; below torch.func the grouped ops stand in its place")
+    raise ValueError("moe_fn::routed_experts_backward_* has no batching rule; below torch.func the grouped ops stand in its place")
 
 
 def _vmap(op: Kernel, batch: int, in_dims: Any, args: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:

@@ -21,7 +21,7 @@ def _gather_backward(inputs: list[Any], needed: list[bool], gradient: Tensor) ->
     _, index, inverse, repeat = inputs
     gradient = gather_rows(gradient, inverse, index, 1)
     if repeat > 1:
-        gradient = gradient.unflatten(0, (-1, repeat)).sum(1, dtype=accumulation_dtype(gradient.dtype)).to(gradient.dtype)
+        gradient = gradient.view(-1, repeat, gradient.shape[1]).sum(1, dtype=accumulation_dtype(gradient.dtype)).to(gradient.dtype)
     return gradient, None, None, None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig, config_of_json
 from moe_fn.kernels import gpu
-from moe_fn.ops.define import Kernel, batch_to_front, define_op
+from moe_fn.ops.define import Kernel, batch_to_front, define_op, vjp
 
 WeightsOfIds = Callable[[MoEConfig, Tensor, Tensor | None, Tensor], Tensor]
 
@@ -35,7 +35,7 @@ def define_route_top_k(weights_of_ids: WeightsOfIds) -> Kernel:
 
     def backward(args: list[Any], needed: list[bool], ids: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, correction_bias, config = args
-        pull = torch.func.vjp(lambda z: weights_of_ids(config_of_json(config), z, correction_bias, ids), logits)[1]
+        pull = vjp(lambda z: weights_of_ids(config_of_json(config), z, correction_bias, ids), logits)[1]
         return pull(gradient)[0] if needed[0] else None, None, None
 
     def vmap(info: Any, in_dims: Any, logits: Tensor, correction_bias: Tensor | None, config: str) -> Any:

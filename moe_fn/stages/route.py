@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.backends import backend_of, runs
 from moe_fn.checking import check_routing_inputs
-from moe_fn.compiling import in_forward_mode
+from moe_fn.compiling import check_draft_export, in_forward_mode
 from moe_fn.config import MoEConfig
 from moe_fn.kernels.triton.coverage import covers
 from moe_fn.kinds import check_layer
@@ -69,6 +69,7 @@ def route(
     if token_mask is not None:
         logits = torch.where(token_mask.unsqueeze(-1), logits, 0)
     if runs("triton", config, logits) and extra.expert_scale is None and covers(config, logits.dtype) and not in_forward_mode():
+        check_draft_export("route_top_k")
         chosen, ids = route_top_k_op(logits, extra.correction_bias, config._json)  # type: ignore[attr-defined]
         shared = None
     else:
