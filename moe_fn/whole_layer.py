@@ -6,6 +6,7 @@ an op's schema cannot return "a Tensor or a tuple". What would remove them: unio
 The config travels by value, as its JSON; every weight is an argument. First order only: their backward has none, and says so.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from moe_fn.config import MoEConfig, config_of_json
 from moe_fn.layer import route_tokens
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import define_op
+from moe_fn.ops.flops import flops_of_kernel
 from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 
@@ -42,9 +44,9 @@ def layer_as_op(
 
     Of a layer that ranks share, routing is given, and logits may be: they travel.
     """
+    check_draft_export("moe_forward")
     given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
     args = (config._json, x, logits, token_ids, token_mask, *given, adapter_ids, *leaves_of_weights(weights))  # type: ignore[attr-defined]
-    check_draft_export("moe_forward")
     out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
     return tuple(out)
 
@@ -135,11 +137,11 @@ def _gradients(inputs: list[Any], needed: Any, grad_shared: Tensor | None, grad:
     return None, *(g if want else None for g, want in zip(found, wanted, strict=True))
 
 
+_EXPECTED = "expected MoEConfig(opaque=False, batch_invariant=False), and in a graph chunk_tokens=None"
+
+
 def _no_second_derivative(inputs: list[Any], needed: Any, *gradients: Tensor) -> tuple[Any, ...]:
     raise ValueError(f"moe_fn: the layer as one op has no second derivative; {_EXPECTED}")
-
-
-_EXPECTED = "expected MoEConfig(opaque=False, batch_invariant=False), and in a graph chunk_tokens=None"
 
 
 def _no_forward_mode(inputs: list[Any], *tangents: Any) -> Any:
@@ -167,6 +169,7 @@ _GRADIENTS = ", ".join(["Tensor"] * len(_TOKEN_ARGS + _LEAVES))
 moe_backward_op = define_op(
     f"moe_backward(Tensor? grad_shared, Tensor grad, bool[] needed, str config, {_SCHEMA}) -> ({_GRADIENTS})",
     kernel=_backward_kernel,
+    flops=flops_of_kernel(_backward_kernel),
     fake=_backward_fake,
     vmap=_loop_over_batch("moe_backward"),
     backward=_no_second_derivative,
@@ -175,6 +178,7 @@ moe_backward_op = define_op(
 moe_forward_op = define_op(
     f"moe_forward(str config, {_SCHEMA}) -> Tensor",
     kernel=lambda *args: _forward_kernel(False, *args)[0],
+    flops=flops_of_kernel(partial(_forward_kernel, False)),
     fake=lambda config, x, *_: x.new_empty(x.shape),
     vmap=_loop_over_batch("moe_forward"),
     backward=lambda inputs, needed, grad: _gradients(inputs, needed, None, grad),
@@ -182,7 +186,8 @@ moe_forward_op = define_op(
 )
 moe_forward_shared_op = define_op(
     f"moe_forward_shared(str config, {_SCHEMA}) -> (Tensor, Tensor)",
-    kernel=lambda *args: _forward_kernel(True, *args),
+    kernel=partial(_forward_kernel, True),
+    flops=flops_of_kernel(partial(_forward_kernel, True)),
     fake=lambda config, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
     vmap=_loop_over_batch("moe_forward_shared"),
     backward=lambda inputs, needed, grad_shared, grad: _gradients(inputs, needed, grad_shared, grad),

@@ -11,6 +11,8 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
+from moe_fn.ops.flops import Formula, register_flops
+
 _library = torch.library.Library("moe_fn", "FRAGMENT")
 
 # The dispatcher's state outside of every mode, taken at import. Kernels run in it.
@@ -30,6 +32,7 @@ def define_op(
     jvp: Kernel | None = None,
     visible: Kernel | None = None,
     keeps: int | None = None,
+    flops: Formula | None = None,
 ) -> Callable[..., Any]:
     """Define `moe_fn::<schema>`: it compiles, exports, differentiates and batches below every transform.
 
@@ -42,6 +45,7 @@ def define_op(
     jvp       (inputs, *tangents) -> the tangent
     visible   the same in aten ops, which takes the op's place in the graph so that Inductor can fuse it
     keeps     which output has no gradient and is handed to backward, between the inputs and the gradients
+    flops     (*inputs, out_val=result) -> operations of its products, for torch.utils.flop_counter; None: it has none
 
     Why not torch.library.register_autograd: it fails below torch.func. Why not an autograd.Function around the op: below
     compile(func.grad) Dynamo drops its backward (zero gradients, no error), it fails below compile(vmap(grad)), and it
@@ -59,6 +63,8 @@ def define_op(
     torch.library.register_vmap(f"moe_fn::{name}", vmap, lib=_library)
     if visible is not None:
         _trace_as(name, visible)
+    if flops is not None:
+        register_flops(getattr(torch.ops.moe_fn, name), _at_rest(flops))
     function = _single_level_function(name, op, backward, jvp, visible, keeps)
 
     def autograd(keyset: Any, *args: Any) -> Any:

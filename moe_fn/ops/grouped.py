@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_fn.kernels import gpu, native, torch_grouped
 from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
+from moe_fn.ops.flops import rows_with_expert
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,14 @@ def _outer_vmap(
     return out.unflatten(0, (batch, -1)), 0
 
 
+def _matmul_flops(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, *_: Any, out_val: Tensor) -> int:
+    return 2 * rows_with_expert(ends, rows.shape[0], segments) * rows.shape[1] * out_val.shape[1]
+
+
+def _outer_flops(left: Tensor, right: Tensor, ends: Tensor, segments: int, weight_sets: int, out_val: Tensor) -> int:
+    return 2 * rows_with_expert(ends, left.shape[0], segments) * left.shape[1] * right.shape[1]
+
+
 def _define(backend: str, suffix: str, matmul: Kernel, outer: Kernel) -> tuple[Kernel, Kernel]:
     """The ops `grouped_matmul{suffix}` and `grouped_outer{suffix}`, whose gradients are made of one another."""
     return define_op(
@@ -125,6 +134,7 @@ def _define(backend: str, suffix: str, matmul: Kernel, outer: Kernel) -> tuple[K
         vmap=partial(_matmul_vmap, backend),
         backward=partial(_matmul_backward, backend),
         jvp=partial(_matmul_jvp, backend),
+        flops=_matmul_flops,
     ), define_op(
         f"grouped_outer{suffix}(Tensor left, Tensor right, Tensor ends, SymInt segments, SymInt weight_sets) -> Tensor",
         kernel=outer,
@@ -132,6 +142,7 @@ def _define(backend: str, suffix: str, matmul: Kernel, outer: Kernel) -> tuple[K
         vmap=partial(_outer_vmap, backend),
         backward=partial(_outer_backward, backend),
         jvp=partial(_outer_jvp, backend),
+        flops=_outer_flops,
     )
 
 

@@ -16,6 +16,7 @@ from moe_fn.config import QuantConfig
 from moe_fn.config.quant import quant_of_text
 from moe_fn.kernels import gpu, torch_quantised
 from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
+from moe_fn.ops.flops import rows_with_expert
 from moe_fn.ops.grouped import GROUPED
 from moe_fn.quant.weights import Codes
 
@@ -41,6 +42,7 @@ def quantised_matmul(
     rows [R, K] -> [R, N], in the grouped product of `backend`; rows of no expert give 0.
     invariant: a row's bits are the same whatever other rows there are.
     """
+    check_draft_export("quantised_matmul")
     parts = stored.codes, stored.scale, stored.zero_point, stored.global_scale
     check_draft_export("quantised_matmul")
     out: Tensor = OPS[backend](rows, *parts, ends, quant.text, halves, transposed, 1, 1, invariant)
@@ -102,6 +104,11 @@ def _vmap(backend: str, info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, in
     return out.unflatten(0, (batch, rows.shape[1])), 0
 
 
+def _flops(rows: Tensor, *args: Any, out_val: Tensor) -> int:
+    *_, ends, _, _, _, segments, _, _ = args
+    return 2 * rows_with_expert(ends, rows.shape[0], segments) * rows.shape[1] * out_val.shape[1]
+
+
 def _define(backend: str, suffix: str) -> Kernel:
     return define_op(
         _SCHEMA.format(suffix),
@@ -110,6 +117,7 @@ def _define(backend: str, suffix: str) -> Kernel:
         vmap=partial(_vmap, backend),
         backward=partial(_backward, backend),
         jvp=partial(_jvp, backend),
+        flops=_flops,
     )
 
 

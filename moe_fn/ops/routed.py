@@ -5,12 +5,14 @@ without that `moe_fn::routed_experts_backward_<backend>` computes the first prod
 ops of its own, as in `moe_fn.ops.grouped`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_fn.ops.define import Gradients, Kernel, batch_to_front, define_op
+from moe_fn.ops.flops import slots_with_expert
 
 _ARGUMENTS = (
     "Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
@@ -39,6 +41,7 @@ def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> 
         vmap=lambda info, in_dims, *args: _vmap(op, info.batch_size, in_dims, args),
         backward=backward,
         keeps=1,
+        flops=_flops,
     )
     return op
 
@@ -54,6 +57,7 @@ def define_routed_experts_backward(backend: str, kernel: Kernel, backward: Gradi
         fake=_gradients_fake,
         vmap=_no_vmap,
         backward=backward,
+        flops=_backward_flops,
     )
 
 
@@ -66,6 +70,23 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _gradients_fake(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
     wanted = (args[i] if need else None for i, need in zip(DIFFERENTIABLE, needed, strict=True))
     return tuple(gradient.new_empty(0) if a is None else a.new_empty(a.shape) for a in wanted)
+
+
+def _sizes_of_products(args: Sequence[Any]) -> tuple[int, int]:
+    """Multiplications of the first product and of the second one."""
+    x, ids, gate_up, inner, gated = args[0], args[1], args[3], args[NUM_TENSORS], args[NUM_TENSORS + 3]
+    of_down: int = slots_with_expert(ids, gate_up.shape[0]) * x.shape[1] * inner
+    return of_down * (2 if gated else 1), of_down
+
+
+def _flops(*args: Any, out_val: Any) -> int:
+    return 2 * sum(_sizes_of_products(args))
+
+
+def _backward_flops(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any, out_val: Any) -> int:
+    first, second = _sizes_of_products(args)
+    of_x, _, of_gate_up, of_down, *_ = needed
+    return 2 * (first * ((pre.ndim != 2) + of_x + of_gate_up) + second * (1 + of_down))
 
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:

@@ -1,0 +1,117 @@
+"""Floating-point operations of the ops, as torch.utils.flop_counter counts: 2 * M * K * N for a product [M, K] by [K, N], and nothing else.
+
+    grouped_matmul, quantised_matmul     2 * rows * K * N
+    grouped_outer                        2 * rows * M * N
+    routed_experts                       2 * slots * H * (C + I),  C = 2 * I, or I where the activation is not gated
+    routed_experts_backward              2 * slots * H * I, for what the activation gave; and where it is asked for
+                                         2 * slots * H * C for x, as much for gate_up, 2 * slots * H * I for down,
+                                         2 * slots * H * C where the first product was not kept
+    moe_forward, moe_backward            those of the products inside
+
+`rows` and `slots` are those that have an expert, which the values of ids say: on a GPU counting waits for them. Tensors without values
+(fake, meta) count them all, and so do the last two ops; where these read from values how many rows come from other ranks, they count none.
+Decoding quantised weights is no product; adapters are grouped products of their rank; biases spread over rows are some with K = 1.
+
+The formulas reach FlopCounterMode, Inductor's estimates and the partitioner's by torch's own table. Its module imports Triton, so it
+is not imported here: where it comes later, the formulas follow it.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+Formula = Callable[..., int]
+_TABLE = "torch.utils.flop_counter"
+_formulas: dict[Any, Formula] = {}  # filled where ops are defined, as torch.library is
+
+
+class _AfterImport(MetaPathFinder):
+    """Adds the formulas once torch's table is imported by somebody else; finds nothing by itself, and is gone then."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != _TABLE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_add(module: ModuleType) -> None:
+                execute(module)
+                for packet, formula in _formulas.items():
+                    _add(module, packet, formula)
+
+            spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
+        return spec
+
+
+def register_flops(packet: Any, formula: Formula) -> None:
+    """formula(*arguments, out_val=result) counts an op's operations; packet is torch.ops.moe_fn.<name>."""
+    if _TABLE in sys.modules:
+        _add(sys.modules[_TABLE], packet, formula)
+        return
+    if not _formulas:
+        sys.meta_path.insert(0, _AfterImport())
+    _formulas[packet] = formula
+
+
+def _add(table: Any, packet: Any, formula: Formula) -> None:
+    table.register_flop_formula(packet, get_raw=True)(formula)
+
+
+def rows_with_expert(ends: Tensor, rows: int, segments: int) -> int:
+    """Rows before the last end of their segment.
+
+    >>> rows_with_expert(torch.tensor([1, 2, 4, 5]), 6, 2)
+    4
+    """
+    if not _has_values(ends):
+        return rows
+    starts = torch.arange(segments, device=ends.device) * (rows // segments)
+    return int((ends.view(segments, -1)[:, -1] - starts).sum())
+
+
+def slots_with_expert(expert_ids: Tensor, num_experts: int) -> int:
+    """Ids of experts that there are.
+
+    >>> slots_with_expert(torch.tensor([[0, 3], [-1, 4]]), 4)
+    2
+    """
+    if not _has_values(expert_ids):
+        return expert_ids.numel()
+    return int(((expert_ids >= 0) & (expert_ids < num_experts)).sum())
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.device.type != "meta"
+
+
+def flops_of_kernel(kernel: Callable[..., Any]) -> Formula:
+    """Those of the ops that a kernel calls, counted with tensors that have no values."""
+
+    def formula(*args: Any, out_val: Any = None) -> int:
+        from torch._guards import detect_fake_mode
+        from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+        from torch.utils.flop_counter import FlopCounterMode
+
+        def without_values(t: Any) -> Any:
+            device = "cpu" if isinstance(t, Tensor) and t.device.type == "meta" else getattr(t, "device", None)
+            return torch.empty(t.shape, dtype=t.dtype, device=device) if isinstance(t, Tensor) else t
+
+        with detect_fake_mode(args) or FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            try:
+                kernel(*tree_map(without_values, args))
+            except DataDependentOutputException:  # ranks that read how many rows come: nobody knows without values
+                return 0
+        total: int = counter.get_total_flops()
+        return total
+
+    return formula
