@@ -23,6 +23,16 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def _limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A broken kernel loops for ever in Triton's interpreter; ten times what its slowest test takes, and thorough ones take more."""
+    from moe_fn.testing.limits import at_most_cpu_seconds  # not above: nothing may be imported before Triton is told to interpret
+
+    seconds = 1800 if request.node.get_closest_marker("thorough") or "triton" not in request.node.nodeid else 180
+    with at_most_cpu_seconds(seconds, request.node.nodeid):
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

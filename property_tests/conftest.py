@@ -5,7 +5,9 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -27,3 +29,13 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 torch.set_num_threads(1)  # problems are tiny; xdist runs one process a core
+
+
+@pytest.fixture(autouse=True)
+def _limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A broken kernel loops for ever in Triton's interpreter; ten times what its slowest test takes, and thorough ones take more."""
+    from moe_fn.testing.limits import at_most_cpu_seconds  # not above: nothing may be imported before Triton is told to interpret
+
+    seconds = 1800 if request.node.get_closest_marker("thorough") or "triton" not in request.node.nodeid else 180
+    with at_most_cpu_seconds(seconds, request.node.nodeid):
+        yield

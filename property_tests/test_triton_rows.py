@@ -21,6 +21,7 @@ from moe_fn.kernels.triton.metadata import sort_slots
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap, max_tiles, tiles_of_groups
 from moe_fn.kernels.triton.tiles import Tile
 from moe_fn.testing import assert_matches
+from moe_fn.testing.limits import TookTooLong, at_most_cpu_seconds
 
 SEEDS = st.integers(0, 2**20)
 DTYPES = st.sampled_from([torch.float32, torch.float16])  # the interpreter cuts bfloat16 off where a GPU rounds
@@ -197,3 +198,24 @@ def test_down_of_slots_is_the_down_projection_and_the_sum(
     weights = torch.where(valid, weights, torch.nan)
     actual = down_of_slots(activated, ids, weights, weight, biases, dtype, tile)
     assert_matches(actual, expected.to(dtype), name="y")
+
+
+@triton.jit
+def endless(out, n):  # type: ignore[no-untyped-def]
+    i = 0
+    while i < n:
+        i += 0
+
+
+def test_a_kernel_that_never_ends_fails_by_name_and_is_not_tried_again() -> None:
+    runs = []
+
+    @given(st.integers(1, 9))
+    @settings(max_examples=3)
+    def law(n: int) -> None:
+        runs.append(n)
+        endless[(1,)](torch.zeros(1), n)
+
+    with pytest.raises(TookTooLong, match="endless"), at_most_cpu_seconds(0.3, "endless"):
+        law()
+    assert len(runs) == 1
