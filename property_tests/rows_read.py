@@ -2,8 +2,8 @@
 
     PYTHONPATH=property_tests python -m pytest -n 2 -p rows_read property_tests
 
-What processes look up that tests start is not seen. Tables are the module-level dicts in capitals. A row counts as read if it was asked for by its key; tables that are walked from end to end
-say nothing here, and are listed with all of their rows.
+What processes look up that tests start is not seen. Tables are the module-level dicts in capitals. A row counts as read if it was asked
+for by its key; tables that are walked from end to end say nothing here, and are listed with all of their rows.
 """
 
 import importlib
