@@ -49,10 +49,10 @@ def enter(
     if logits is not None:
         check_beside_x(where, "logits", logits, x, ("num_logits", config.num_logits), "float")
     if not routed:
-        check_token_inputs(where, config, x, token_ids, token_mask)
+        token_ids = check_token_inputs(where, config, x, token_ids, token_mask)
     elif token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, x, None, "bool")
-    check_adapter_ids(where, config, x, adapter_ids)
+    adapter_ids = check_adapter_ids(where, config, x, adapter_ids)
     leading = tuple(x.shape[:-1])
     if x.ndim > 2:
         computed = computed.flatten(0, -2)
@@ -60,7 +60,7 @@ def enter(
         token_ids = None if token_ids is None else token_ids.flatten()
         token_mask = None if token_mask is None else token_mask.flatten()
     if adapter_ids is not None:
-        adapter_ids = adapter_ids.flatten().to(torch.int64)
+        adapter_ids = adapter_ids.flatten()
     return Call(weights, without_padding(computed, token_mask), logits, token_ids, token_mask, leading, x.dtype, adapter_ids)
 
 

@@ -1,13 +1,13 @@
 """Shapes, dtypes and devices against the config: where, what came, what was expected; from Python ints, so it costs no graph node."""
 
+import dataclasses
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
-from moe_fn.kinds import check_config, check_kind, check_layer, check_untraced
+from moe_fn.kinds import check_config, check_dtype, check_kind, check_layer, check_untraced, checked_integers
 from moe_fn.lora import check_adapters
 from moe_fn.preparing import is_prepared, prepared_beside_shapes, prepared_shapes
 from moe_fn.quant.shapes import dtypes_of_quant
@@ -147,18 +147,10 @@ def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[
         raise ValueError(f"{where}: {name} is on {value.device}; expected the device of x, {x.device}")
 
 
-_KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
-    "float": ("a floating-point dtype", lambda dtype: dtype.is_floating_point),
-    "bool": ("bool", lambda dtype: dtype == torch.bool),
-    "integer": ("an integer dtype", lambda dtype: not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool),
-}
-
-
-def check_dtype(where: str, name: str, value: Tensor, kind: str) -> None:
-    check_kind(where, name, value, Tensor)
-    wanted, fits = _KINDS[kind]
-    if not fits(value.dtype):
-        raise ValueError(f"{where}: {name} is {value.dtype}; expected {wanted}")
+def checked_ids(where: str, name: str, value: Tensor, x: Tensor, last: tuple[str, int] | None) -> Tensor:
+    """check_beside_x of integers, and these as int64."""
+    check_beside_x(where, name, value, x, last, "integer")
+    return checked_integers(where, name, value)
 
 
 def _sizes(t: Tensor) -> str:
@@ -167,15 +159,16 @@ def _sizes(t: Tensor) -> str:
 
 def check_routing_inputs(
     config: MoEConfig, router: RouterWeights, logits: Tensor, token_ids: Tensor | None, token_mask: Tensor | None
-) -> None:
-    """What `route` reads, checked where route is called alone."""
+) -> Tensor | None:
+    """What `route` reads, checked where route is called alone; token_ids as int64."""
     check_kind("route", "logits", logits, Tensor)
     check_untraced("route", logits.ndim and logits.shape[0])
     if logits.ndim != 2 or logits.shape[-1] != config.num_logits:
         raise ValueError(f"route: logits is {_sizes(logits)}; expected (tokens, num_logits) with num_logits={config.num_logits}")
     check_dtype("route", "logits", logits, "float")
-    check_token_inputs("route", config, logits, token_ids, token_mask)
+    token_ids = check_token_inputs("route", config, logits, token_ids, token_mask)
     _check_router("route", config, router, logits)
+    return token_ids
 
 
 def _check_router(where: str, config: MoEConfig, router: RouterWeights, logits: Tensor) -> None:
@@ -187,14 +180,14 @@ def _check_router(where: str, config: MoEConfig, router: RouterWeights, logits: 
 
 def check_choice_inputs(
     where: str, config: MoEConfig, router: RouterWeights, logits: Tensor, expert_ids: Tensor, token_mask: Tensor | None
-) -> None:
-    """What `route_to` reads, and that the ids say what the weights are."""
+) -> Tensor:
+    """What `route_to` reads, and that the ids say what the weights are; the ids as int64."""
     check_config(where, config)
     check_kind(where, "logits", logits, Tensor)
     if logits.ndim < 2 or logits.shape[-1] != config.num_logits:
         raise ValueError(f"{where}: logits is {_sizes(logits)}; expected (..., num_logits) with num_logits={config.num_logits}")
     check_dtype(where, "logits", logits, "float")
-    check_beside_x(where, "expert_ids", expert_ids, logits, ("top_k", config.top_k), "integer")
+    expert_ids = checked_ids(where, "expert_ids", expert_ids, logits, ("top_k", config.top_k))
     if token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, logits, None, "bool")
     _check_router(where, config, router, logits)
@@ -205,37 +198,41 @@ def check_choice_inputs(
             f"{where}: capacity={config.router.capacity} with renormalize=True: slots dropped from the ids are part of the norm; "
             "expected capacity=None or renormalize=False"
         )
+    return expert_ids
 
 
-def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None) -> None:
+def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None) -> Tensor | None:
+    """Ids of tokens where hash routing reads them, as int64, and a mask of bools."""
     hashed = config.router.selection == "hash"
     if hashed and token_ids is None:
         raise ValueError(f"{where}: token_ids is None; expected integer ids, for router.selection='hash'")
     if token_ids is not None:
         if not hashed:
             raise ValueError(f"{where}: token_ids would have no effect; expected None, or router.selection='hash'")
-        check_beside_x(where, "token_ids", token_ids, x, None, "integer")
+        token_ids = checked_ids(where, "token_ids", token_ids, x, None)
     if token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+    return token_ids
 
 
-def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Tensor | None) -> None:
-    """Ids of adapters where there are adapters to choose among. Their values are not looked at: one that there is not is none."""
+def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Tensor | None) -> Tensor | None:
+    """Ids of adapters where there are adapters to choose among, as int64. Values are not looked at: one that there is not is none."""
     if adapter_ids is not None:
         if config.lora is None:
             raise ValueError(f"{where}: adapter_ids would have no effect; expected None, or MoEConfig.lora")
-        check_beside_x(where, "adapter_ids", adapter_ids, x, None, "integer")
-    elif config.lora is not None and config.lora.num_adapters > 1:
+        return checked_ids(where, "adapter_ids", adapter_ids, x, None)
+    if config.lora is not None and config.lora.num_adapters > 1:
         raise ValueError(
             f"{where}: adapter_ids is None; expected an id of the {config.lora.num_adapters} adapters for each token, -1 for none"
         )
+    return None
 
 
-def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) -> None:
-    """A Routing, ours or the caller's own, that fits the config and x."""
+def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) -> Routing:
+    """A Routing, ours or the caller's own, that fits the config and x; its expert_ids as int64."""
     check_kind(where, "routing", routing, Routing)
     top_k = ("top_k", config.top_k)
-    check_beside_x(where, "routing.expert_ids", routing.expert_ids, x, top_k, "integer")
+    ids = checked_ids(where, "routing.expert_ids", routing.expert_ids, x, top_k)
     check_beside_x(where, "routing.weights", routing.weights, x, top_k, "float")
     weighed = config.shared is not None and config.shared.gate == "router"
     if weighed != (routing.shared_weights is not None):
@@ -243,3 +240,9 @@ def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) ->
     if routing.shared_weights is not None and config.shared is not None:
         count = ("shared.count", config.shared.count)
         check_beside_x(where, "routing.shared_weights", routing.shared_weights, x, count, "float")
+    return with_ids(routing, ids)
+
+
+def with_ids(routing: Routing, expert_ids: Tensor) -> Routing:
+    """The routing, with these ids; itself where they are its own."""
+    return routing if expert_ids is routing.expert_ids else dataclasses.replace(routing, expert_ids=expert_ids)

@@ -1,11 +1,12 @@
 """What stages read, checked where they are called alone; in a graph, sizes that depend on the number of tokens are left to torch."""
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_fn.checking import check_beside_x, check_slots, check_weights_of_experts
+from moe_fn.checking import check_beside_x, check_slots, check_weights_of_experts, checked_ids, with_ids
 from moe_fn.config import MoEConfig
 from moe_fn.kinds import check_config, check_kind, check_layer, check_untraced
 from moe_fn.records import Dispatched, MoEWeights, Routing
@@ -13,16 +14,20 @@ from moe_fn.records import Dispatched, MoEWeights, Routing
 _INDICES = (torch.int32, torch.int64)
 
 
-def check_dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> None:
+def check_dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Routing:
+    """The routing, its ids as int64."""
     check_config("dispatch", config)
     _check_rows("dispatch", "x", x, None)
     check_slots("dispatch", x.shape[0], config.top_k)
     check_kind("dispatch", "routing", routing, Routing)
-    check_beside_x("dispatch", "routing.expert_ids", routing.expert_ids, x, ("top_k", config.top_k), "integer")
+    ids = checked_ids("dispatch", "routing.expert_ids", routing.expert_ids, x, ("top_k", config.top_k))
     if config.router.weight_on == "input":
         check_beside_x("dispatch", "routing.weights", routing.weights, x, ("top_k", config.top_k), "float")
-    if routing.adapter_ids is not None:
-        check_beside_x("dispatch", "routing.adapter_ids", routing.adapter_ids, x, None, "integer")
+    routing = with_ids(routing, ids)
+    if routing.adapter_ids is None:
+        return routing
+    adapters = checked_ids("dispatch", "routing.adapter_ids", routing.adapter_ids, x, None)
+    return routing if adapters is routing.adapter_ids else dataclasses.replace(routing, adapter_ids=adapters)
 
 
 def check_experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> None:
@@ -40,7 +45,8 @@ def check_experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched
     check_weights_of_experts("experts", config, weights, dispatched.rows)
 
 
-def check_combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Routing) -> None:
+def check_combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Routing:
+    """The routing, its ids as int64."""
     check_config("combine", config)
     _check_rows("combine", "rows", rows, None)
     check_kind("combine", "dispatched", dispatched, Dispatched)
@@ -51,13 +57,14 @@ def check_combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routi
         if map_.ndim != 1 or map_.dtype not in _INDICES:
             raise ValueError(f"combine: dispatched.{name} is {map_.dtype} {list(map_.shape)}; expected int64 [rows]")
     _check_rows("combine", "routing.expert_ids", routing.expert_ids, ("top_k", config.top_k))
-    check_beside_x("combine", "routing.expert_ids", routing.expert_ids, routing.expert_ids, ("top_k", config.top_k), "integer")
+    ids = checked_ids("combine", "routing.expert_ids", routing.expert_ids, routing.expert_ids, ("top_k", config.top_k))
     if config.router.weight_on == "output":
         check_beside_x("combine", "routing.weights", routing.weights, routing.expert_ids, ("top_k", config.top_k), "float")
     sizes = {"rows": rows.shape[0], "routing.expert_ids": routing.expert_ids.shape[0] * config.top_k}
     sizes |= {f"dispatched.{name}": map_.shape[0] for name, map_ in maps.items()}
     if not torch.compiler.is_compiling() and len(set(sizes.values())) > 1:
         raise ValueError(f"combine: {', '.join(f'{name} has {size} slots' for name, size in sizes.items())}; expected as many in each")
+    return with_ids(routing, ids)
 
 
 def check_reduce(y: Tensor, width: Any) -> None:

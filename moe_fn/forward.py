@@ -118,6 +118,7 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
 
     Laws
         Any routing equals the reference.
+        Ids of any integer dtype are the same ids.
 
     >>> import torch
     >>> from moe_fn import MoEConfig, MoEWeights
@@ -128,7 +129,7 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     [0.0, 0.0, 0.0, 0.0]
     """
     check_x("moe_forward_routed", config, x)
-    check_routing("moe_forward_routed", config, x, routing)
+    routing = check_routing("moe_forward_routed", config, x, routing)
     call = enter("moe_forward_routed", config, weights, x, None, None, token_mask, routing.adapter_ids, routed=True)
     with autocast_off(x):
         (y,) = _run(config, call, None, flat_routing(routing, call), with_shared=False)

@@ -1,7 +1,9 @@
-"""Of what type arguments are: said in words before anything reads them. Shapes and dtypes: `moe_fn.checking`."""
+"""Of what type arguments are, and tensors of what dtype: said in words before anything reads them. Shapes: `moe_fn.checking`."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -31,6 +33,32 @@ def check_untraced(where: str, size: Any) -> None:
 def check_config(where: str, config: Any) -> None:
     """ValueError for anything but a MoEConfig."""
     check_kind(where, "config", config, MoEConfig)
+
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
+    "float": ("a floating-point dtype", lambda dtype: dtype.is_floating_point),
+    "bool": ("bool", lambda dtype: dtype == torch.bool),
+    "integer": ("an integer dtype", lambda dtype: dtype in INTEGERS),
+}
+
+
+def check_dtype(where: str, name: str, value: Tensor, kind: str) -> None:
+    """ValueError for another kind of dtype: "float", "bool" or "integer"."""
+    check_kind(where, name, value, Tensor)
+    wanted, fits = _KINDS[kind]
+    if not fits(value.dtype):
+        raise ValueError(f"{where}: {name} is {value.dtype}; expected {wanted}")
+
+
+def checked_integers(where: str, name: str, value: Tensor) -> Tensor:
+    """The integers as int64, which every function of this package computes with; ValueError for another kind of dtype.
+
+    Here, where they come in, and nowhere else: -1 and num_experts, the words for no expert, may not fit into the dtype that they came in,
+    where 255 is expert 255 or -1, and much of torch knows nothing of uint16.
+    """
+    check_dtype(where, name, value, "integer")
+    return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
 def check_layer(where: str, config: Any, weights: Any) -> None:

@@ -45,8 +45,7 @@ def route_to(config: MoEConfig, weights: MoEWeights, logits: Tensor, expert_ids:
     (tensor([[1, 2]]), tensor([[0.7311, 0.2689]]))
     """
     extra = weights.router or RouterWeights()
-    check_choice_inputs("route_to", config, extra, logits, expert_ids, token_mask)
-    ids = expert_ids.to(torch.int64)
+    ids = check_choice_inputs("route_to", config, extra, logits, expert_ids, token_mask)
     ids = torch.where((ids >= 0) & (ids < config.num_choices), ids, -1)
     logits = logits if token_mask is None else torch.where(token_mask.unsqueeze(-1), logits, 0)
     _, w, shared = weigh(config, extra, logits, lambda z: (ids.clamp(min=0), weights_of_choice(config, z, ids)))

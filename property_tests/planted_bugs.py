@@ -10,7 +10,22 @@ from typing import Any
 
 import torch
 
-from moe_fn import arithmetic, balance, calls, chunked, forward, fused, layer, lora, merging, panels, preparing, selection, whole_layer
+from moe_fn import (
+    arithmetic,
+    balance,
+    calls,
+    chunked,
+    forward,
+    fused,
+    kinds,
+    layer,
+    lora,
+    merging,
+    panels,
+    preparing,
+    selection,
+    whole_layer,
+)
 from moe_fn.kernels import torch_grouped
 from moe_fn.ops import grouped
 from moe_fn.parallel import cutting
@@ -577,6 +592,12 @@ BUGS = (
         "stats come from another run",
         forward.moe_forward_with_stats,
         after(lambda out, *a: (out[0] * 1.01, out[1])),
+    ),
+    PlantedBug(
+        "ids_of_any_integer_dtype_are_the_same_ids",
+        "ids stay as narrow as they came",
+        kinds.checked_integers,
+        instead(lambda where, name, value: value),
     ),
     PlantedBug("expert_load_counts_the_slots", "-1 counts for expert 0", balance.expert_load, before(lambda ids, n: (ids.clamp(min=0), n))),
     PlantedBug(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from planted_bugs import PlantedBug, after, before, instead
 
-from moe_fn import balance
+from moe_fn import balance, numerics
 from moe_fn.balance import moving, placing
 
 
@@ -15,7 +15,30 @@ def _as_they_come(weights: Sequence[float], num_packs: int) -> list[list[int]]:
     return [list(range(pack * room, (pack + 1) * room)) for pack in range(num_packs)]
 
 
+def _in_the_dtype_of_the_bias(bias: torch.Tensor, load: torch.Tensor, rate: float) -> torch.Tensor:
+    load = load.to(bias.dtype)
+    return bias + rate * torch.sign(load.mean(-1, keepdim=True) - load)
+
+
 BUGS = (
+    PlantedBug(
+        "losses_of_narrow_numbers_are_those_of_wide_ones",
+        "sums in the dtype of the scores",
+        numerics.accumulation_dtype,
+        instead(lambda dtype: dtype),
+    ),
+    PlantedBug(
+        "a_bias_in_any_dtype_moves_by_exact_loads",
+        "loads are rounded to the dtype of the bias",
+        balance.update_correction_bias,
+        instead(_in_the_dtype_of_the_bias),
+    ),
+    PlantedBug(
+        "a_bias_in_any_dtype_moves_by_exact_loads",
+        "one mean for all layers",
+        balance.update_correction_bias,
+        after(lambda new, bias, load, rate: bias.to(new.dtype) + rate * torch.sign(load.double().mean() - load).to(new.dtype)),
+    ),
     PlantedBug(
         "every_expert_is_placed", "the busiest expert has every slot", placing.replicate, after(lambda slots, *a: slots[-1:] * len(slots))
     ),

@@ -78,6 +78,7 @@ class Case:
         return f"{mesh} {' '.join(f'{k}={v}' for k, v in self.options.items())} {self.layer}"
 
 
+PAYLOADS = (torch.int8, torch.int16, torch.bool, torch.float8_e4m3fn)  # what travels beside tokens
 TP, EP, DP = "tp", "ep", "dp"
 MESHES: tuple[tuple[tuple[str, int], ...], ...] = (
     ((EP, 1),), ((TP, 2),), ((EP, 2),), ((DP, 2),), ((TP, 4),), ((EP, 4),), ((EP, 2), (TP, 2)), ((DP, 2), (EP, 2)), ((DP, 2), (TP, 2)),
@@ -172,16 +173,16 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     own = x.detach()
     lora_gradients = _gradients_of_adapters(case, config, mesh, local, dict(zip(map(id, tensors), found[2:], strict=True)))
     gathers = parallel.dispatch == "all_gather" and parallel.sp is None
-    along = moe_fn.parallel.gather_tokens(config, (own * 10).to(torch.int8), own[:, :1]) if gathers else None
-    by_hand = _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), ids) if parallel.gather == "logits" else None
+    payloads = [(own * 10).to(torch.int8).to(dtype) for dtype in PAYLOADS]
+    along = moe_fn.parallel.gather_tokens(config, *payloads, own[:, :1]) if gathers else None
+    by_hand = _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), ids)
     # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
     assert_matches(_zeros(found[1], logits), expected_logits, tolerance=1e-5, scale=0.1, name="gradient of logits")
-    if by_hand is not None:
-        assert_matches(*by_hand, tolerance=1e-5, scale=0.1, name="y of a caller's routing")
+    assert_matches(*by_hand, tolerance=1e-5, scale=0.1, name="y of a caller's routing")
     if along is not None:
-        _check_what_travels_along(case, config, every[rank], *along)
+        _check_what_travels_along(case, config, every[rank], along[:-1], along[-1])
     if parallel.num_physical:
         return  # each copy has a part of its expert's gradient
     gradients = dict(zip(map(id, tensors), found[2:], strict=True))
@@ -224,26 +225,36 @@ def with_copies(weights: MoEWeights) -> MoEWeights:
 def _with_a_routing_of_ones_own(
     config: MoEConfig, local: MoEWeights, full: MoEWeights, x: Tensor, logits: Tensor, ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y over ranks and of one rank, of a routing that no gate gives: gather="logits" must not route a caller's tokens anew."""
+    """y over ranks and of one rank, of a routing that no gate gives, in a dtype that has no -1.
+
+    gather="logits" must not route a caller's tokens anew.
+    """
     whole = dataclasses.replace(config, parallel=None)
     _, routing = moe_fn.moe_route(whole, full, x, logits, adapter_ids=ids)
     other = dataclasses.replace(routing, expert_ids=(routing.expert_ids + 1) % config.num_experts, weights=routing.weights * 0.5)
-    return moe_fn.moe_forward_routed(config, local, x, other).detach(), moe_fn.moe_forward_routed(whole, full, x, other).detach()
+    narrow = dataclasses.replace(
+        other, expert_ids=other.expert_ids.to(torch.uint8), adapter_ids=None if ids is None else ids.to(torch.int8)
+    )
+    return moe_fn.moe_forward_routed(config, local, x, narrow).detach(), moe_fn.moe_forward_routed(whole, full, x, other).detach()
 
 
-def _check_what_travels_along(case: Case, config: MoEConfig, coordinate: dict[str, int], payload: Tensor, scales: Tensor) -> None:
-    """A payload of another dtype and its scales, in the order of everybody's tokens."""
+def _check_what_travels_along(
+    case: Case, config: MoEConfig, coordinate: dict[str, int], payloads: tuple[Tensor, ...], scales: Tensor
+) -> None:
+    """Payloads of other dtypes and scales, in the order of everybody's tokens."""
     parallel = config.parallel
     assert parallel is not None
     dim = EP if any(name == EP and n > 1 for name, n in case.mesh) else DP
     sets = [token_set(case, parallel, {**coordinate, dim: place}) for place in range(dict(case.mesh)[dim])]
     rows = [inputs_of(case, config, which)[0] for which in sets]
     room = parallel.max_tokens or max(len(x) for x in rows)
-    assert len(payload) == room * len(rows) and payload.dtype == torch.int8
-    for place, x in enumerate(rows):
-        block = slice(place * room, place * room + len(x))
-        assert torch.equal(payload[block], (x * 10).to(torch.int8)) and torch.equal(scales[block], x[:, :1])
-        assert not payload[place * room + len(x) : (place + 1) * room].any()
+    for dtype, payload in zip(PAYLOADS, payloads, strict=True):
+        assert len(payload) == room * len(rows) and payload.dtype == dtype
+        payload = payload.to(torch.float32)
+        for place, x in enumerate(rows):
+            block = slice(place * room, place * room + len(x))
+            assert torch.equal(payload[block], (x * 10).to(torch.int8).to(dtype).to(torch.float32)) and torch.equal(scales[block], x[:, :1])
+            assert not payload[place * room + len(x) : (place + 1) * room].any()
 
 
 def _check_gradients_of_what_all_have(

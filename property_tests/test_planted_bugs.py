@@ -32,6 +32,8 @@ FILES = (
     "test_lora",
     "test_campaign",
     "test_batch_invariance",
+    "test_integer_dtypes",
+    "test_balance_dtypes",
 )
 WITH = {
     "transformers": ("test_transformers_laws", "test_family_laws"),

@@ -1,7 +1,12 @@
 """Load of experts, losses that even it out, and the update of the correction bias: pure functions, values in and out.
 
+Whatever the dtype of what comes in, tokens and slots are counted in int64, scores are summed in float32 (float64 for float64), and losses
+and biases are float32 (float64): in float16 65,504 is the largest number, and in bfloat16 257 is 256.
+
 Laws
     Losses equal the reference.
+    Losses of narrow numbers are those of wide ones.
+    A bias in any dtype moves by exact loads.
     The bias of loaded experts sinks and of idle ones rises.
 """
 
@@ -10,10 +15,11 @@ import math
 import torch
 from torch import Tensor
 
-from moe_fn.checking import check_beside_x, check_dtype
+from moe_fn.balance.placement import checked_load
+from moe_fn.checking import check_beside_x, checked_ids
 from moe_fn.config import MoEConfig
 from moe_fn.config.checks import check_float, check_int
-from moe_fn.kinds import check_kind
+from moe_fn.kinds import check_dtype, check_kind, checked_integers
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.records import Routing, RoutingStats
 from moe_fn.stages.route import scores_of_logits
@@ -28,12 +34,13 @@ def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
     [1, 0, 2]
     """
     check_int("expert_load: num_experts", num_experts, 1)
-    check_dtype("expert_load", "expert_ids", expert_ids, "integer")
-    return _load_of_rows(expert_ids.flatten(), num_experts)
+    return _load_of_rows(checked_integers("expert_load", "expert_ids", expert_ids).flatten(), num_experts)
 
 
 def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906). logits [..., E] -> [].
+    """mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906).
+
+    logits [..., E] of any float dtype -> [] float32 (float64 for float64).
 
     >>> router_z_loss(torch.zeros(3, 1)).item()
     0.0
@@ -51,30 +58,33 @@ def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
 def load_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """E * sum over experts of (slots of e / tokens) * (mean score of e): Switch (arXiv 2101.03961) and Mixtral in transformers.
 
-    scores [tokens, E] (softmax probabilities, usually), expert_ids [tokens, top_k] -> []; top_k when perfectly even.
+    scores [tokens, E] of any float dtype (softmax probabilities, usually), expert_ids [tokens, top_k] integers -> [] float32 (float64 for
+    float64); top_k when perfectly even.
 
     >>> load_balancing_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]])).item()
     1.0
     """
-    _check_scores("load_balancing_loss", scores, expert_ids, token_mask, 2)
-    experts = scores.shape[-1]
+    expert_ids = _check_scores("load_balancing_loss", scores, expert_ids, token_mask, 2)
+    experts, wide = scores.shape[-1], accumulation_dtype(scores.dtype)
     ids = expert_ids if token_mask is None else torch.where(token_mask.unsqueeze(-1), expert_ids, -1)
-    load = expert_load(ids, experts).to(scores.dtype)
+    load = expert_load(ids, experts).to(wide)
     kept = scores if token_mask is None else torch.where(token_mask.unsqueeze(-1), scores, 0)
     tokens = _count_tokens(scores.select(-1, 0), token_mask)
-    return experts * (load / tokens * (kept.sum(0) / tokens)).sum()
+    return experts * (load / tokens * (kept.sum(0, dtype=wide) / tokens)).sum()
 
 
 def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """mean over sequences of sum over experts of f_e * P_e, f_e = E / (top_k S) * slots of e, P_e = mean of the scores of e, normalised.
 
-    scores [B, S, E], expert_ids [B, S, top_k], token_mask [B, S] -> []; 1 when perfectly even. DeepSeek-V3 (arXiv 2412.19437, eq. 17-20).
+    scores [B, S, E] of any float dtype, expert_ids [B, S, top_k] integers, token_mask [B, S] -> [] float32 (float64 for float64); 1 when
+    perfectly even. DeepSeek-V3 (arXiv 2412.19437, eq. 17-20).
 
     >>> sequence_balancing_loss(torch.full((1, 2, 2), 0.5), torch.tensor([[[0], [1]]])).item()
     1.0
     """
-    _check_scores("sequence_balancing_loss", scores, expert_ids, token_mask, 3)
+    expert_ids = _check_scores("sequence_balancing_loss", scores, expert_ids, token_mask, 3)
     experts, top_k = scores.shape[-1], expert_ids.shape[-1]
+    scores = scores.to(accumulation_dtype(scores.dtype))
     total = scores.sum(-1, keepdim=True)
     share = scores / torch.where(total != 0, total, 1)
     ids = expert_ids if token_mask is None else torch.where(token_mask.unsqueeze(-1), expert_ids, -1)
@@ -87,7 +97,9 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
 def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """One step of loss-free balancing: bias + rate * sign(mean load - load). Overloaded experts sink, idle ones rise.
 
-    correction_bias, load [..., E] -> [..., E], a new tensor; leading dimensions may be layers.
+    correction_bias [..., E] of any float dtype, load [..., E] integers or floats -> [..., E] float32 (float64 for float64), a new tensor;
+    leading dimensions may be layers. Keep it in float32: in bfloat16 a bias of 1 plus a rate of 1e-3 is 1. Integer loads are compared as
+    they are, however large. Over ranks: of `load_over_ranks`, so that every rank has the same bias.
     Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
 
     >>> update_correction_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
@@ -99,8 +111,11 @@ def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -
     if load.shape != correction_bias.shape:
         wanted = f"that of correction_bias, {list(correction_bias.shape)}"
         raise ValueError(f"update_correction_bias: load is {list(load.shape)}; expected {wanted}")
-    load = load.to(correction_bias.dtype)
-    return correction_bias + rate * torch.sign(load.mean(-1, keepdim=True) - load)
+    load = checked_load("update_correction_bias", "load", load)
+    load = load.to(torch.float64) if load.is_floating_point() else load
+    above = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load)  # of mean - load, without a division that rounds
+    wide = accumulation_dtype(correction_bias.dtype)
+    return correction_bias.to(wide) + rate * above.to(wide)
 
 
 def stats_of_routing(
@@ -126,13 +141,15 @@ def stats_of_routing(
     )
 
 
-def _check_scores(where: str, scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None, dims: int) -> None:
+def _check_scores(where: str, scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None, dims: int) -> Tensor:
+    """Scores and a mask that fit, and ids beside them, as int64."""
     check_dtype(where, "scores", scores, "float")
     if scores.ndim != dims:
         raise ValueError(f"{where}: scores is {list(scores.shape)}; expected {'[tokens, E]' if dims == 2 else '[B, S, E]'}")
-    check_dtype(where, "expert_ids", expert_ids, "integer")
-    check_beside_x(where, "expert_ids", expert_ids, scores, ("top_k", expert_ids.shape[-1]), "integer")
+    check_kind(where, "expert_ids", expert_ids, Tensor)
+    expert_ids = checked_ids(where, "expert_ids", expert_ids, scores, ("top_k", expert_ids.shape[-1] if expert_ids.ndim else 1))
     _check_mask(where, scores, token_mask)
+    return expert_ids
 
 
 def _check_mask(where: str, scores: Tensor, token_mask: Tensor | None) -> None:
@@ -142,15 +159,15 @@ def _check_mask(where: str, scores: Tensor, token_mask: Tensor | None) -> None:
 
 def _load_of_rows(expert_ids: Tensor, num_experts: int) -> Tensor:
     """expert_load of each row: [..., slots] -> [..., num_experts]. Nobody's slots fall into one more bin, which is cut off."""
-    bins = torch.where((expert_ids >= 0) & (expert_ids < num_experts), expert_ids, num_experts).to(torch.int64)
+    bins = torch.where((expert_ids >= 0) & (expert_ids < num_experts), expert_ids, num_experts)
     counts = torch.zeros(*bins.shape[:-1], num_experts + 1, dtype=torch.int64, device=bins.device)
     return counts.scatter_add(-1, bins, torch.ones_like(bins)).narrow(-1, 0, num_experts)
 
 
 def _count_tokens(per_token: Tensor, token_mask: Tensor | None) -> Tensor:
-    """How many tokens of the last dimension count, at least one, as a tensor: 0 tokens give a loss of 0."""
-    count = torch.ones_like(per_token).sum(-1) if token_mask is None else token_mask.sum(-1).to(per_token.dtype)
-    return count.clamp(min=1)
+    """How many tokens of the last dimension count, at least one, as a tensor of int64: 0 tokens give a loss of 0."""
+    counted = torch.ones_like(per_token, dtype=torch.bool) if token_mask is None else token_mask
+    return counted.sum(-1).clamp(min=1)
 
 
 def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:

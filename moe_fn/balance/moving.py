@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_fn.balance.moves import Moves, transfers
-from moe_fn.balance.placement import Placement
+from moe_fn.balance.placement import Placement, checked_placement
 from moe_fn.kernels import native
 from moe_fn.preparing import is_prepared
 from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
@@ -29,6 +29,7 @@ def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
     >>> physical_weights(weights, placement_of_slots(torch.tensor([0, 1, 0]), num_experts=2)).gate_up.flatten().tolist()
     [1.0, 2.0, 1.0]
     """
+    placement = checked_placement("physical_weights", placement)
     slots, num_experts = placement.logical_of_physical, placement.num_replicas.shape[-1]
     tensors = _expert_tensors("physical_weights", weights, num_experts)
     if slots.ndim != 1:

@@ -1,16 +1,20 @@
 """Where copies of experts lie: the record, the map of ids that a router's choices go through, and loads seen from both sides."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moe_fn.kinds import INTEGERS, check_kind, checked_integers
+from moe_fn.numerics import accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
     """Which logical expert each physical slot holds. GPUs hold equally many slots, in order: the first GPU the first ones.
 
-    A pytree. Leading dimensions are those of the load that it was made for: none, or layers. All int64.
+    A pytree. Leading dimensions are those of the load that it was made for: none, or layers. All int64, or other integers.
     """
 
     logical_of_physical: Tensor  # [..., P]
@@ -19,6 +23,25 @@ class Placement:
 
 
 torch.export.register_dataclass(Placement, serialized_type_name="moe_fn.Placement")
+
+
+def checked_placement(where: str, placement: Placement) -> Placement:
+    """The placement with int64 tensors; ValueError for another type, or for numbers that are no integers."""
+    check_kind(where, "placement", placement, Placement)
+    names = [field.name for field in dataclasses.fields(Placement)]
+    tensors = {name: checked_integers(where, f"placement.{name}", getattr(placement, name)) for name in names}
+    same = all(t is getattr(placement, name) for name, t in tensors.items())
+    return placement if same else Placement(**tensors)
+
+
+def checked_load(where: str, name: str, load: Tensor) -> Tensor:
+    """A load that can be added up, however large: int64, float32 or float64; ValueError for what is no number."""
+    check_kind(where, name, load, Tensor)
+    if load.is_floating_point():
+        return load.to(accumulation_dtype(load.dtype))
+    if load.dtype not in INTEGERS:
+        raise ValueError(f"{where}: {name} is {load.dtype}; expected an integer or a floating-point dtype")
+    return load.to(torch.int64)
 
 
 def placement_at(placement: Placement, layer: int) -> Placement:
@@ -44,7 +67,7 @@ def physical_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor |
         physical[t, j] = slots of expert ids[t, j] [ token_index[t] mod number of its replicas ]
 
     placement of one layer; expert_ids [..., top_k] integers; token_index [...] integers, None: the position among all tokens. Returns
-    [..., top_k] in the dtype of expert_ids. Ids of -1 stay -1; zero expert number i, E + i, becomes P + i, which is zero expert number i
+    [..., top_k] int64, or int32 for int32. Ids of -1 stay -1; zero expert number i, E + i, becomes P + i, which is zero expert number i
     of a config with P experts. In the graph: no look at values, no randomness, so ranks and reruns agree. Neighbouring tokens take turns,
     so a run of tokens loads the replicas of an expert evenly to within one; where each call has one token (decoding), let token_index
     count on across calls and ranks, or every call would take the first replica.
@@ -64,25 +87,26 @@ def physical_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor |
     >>> physical_ids(placement, torch.tensor([[0, 1], [0, -1], [0, 2]])).tolist()
     [[0, 1], [2, -1], [0, 3]]
     """
-    _check_ids(placement, expert_ids, token_index)
+    placement, wide_ids, token_index = _checked_ids(placement, expert_ids, token_index)
     num_experts, max_replicas = placement.physical_of_logical.shape
     num_physical = placement.logical_of_physical.shape[0]
-    ids = expert_ids if expert_ids.ndim == 2 else expert_ids.flatten(0, -2)
+    ids = wide_ids if wide_ids.ndim == 2 else wide_ids.flatten(0, -2)
     index = torch.arange(ids.shape[0], device=ids.device) if token_index is None else token_index.flatten()
     real = (ids >= 0) & (ids < num_experts)
-    expert = torch.where(real, ids, 0).to(torch.int64).flatten()
+    expert = torch.where(real, ids, 0).flatten()
     replicas = placement.num_replicas.index_select(0, expert).view(ids.shape)
     replica = torch.remainder(index.unsqueeze(-1), replicas)
     slots = placement.physical_of_logical.flatten().index_select(0, expert * max_replicas + replica.flatten()).view(ids.shape)
     other = torch.where(ids < 0, ids, ids + (num_physical - num_experts))
-    physical = torch.where(real, slots.to(ids.dtype), other)
+    physical = torch.where(real, slots, other).to(torch.int32 if expert_ids.dtype == torch.int32 else torch.int64)
     return physical if expert_ids.ndim == 2 else physical.view(expert_ids.shape)
 
 
 def logical_load(placement: Placement, load_of_physical: Tensor) -> Tensor:
-    """Load per expert from load per slot: [..., P] -> [..., E], in its dtype. What stats of a layer on physical slots give, summed up.
+    """Load per expert from load per slot: [..., P] integers or floats -> [..., E] int64, float32 or float64.
 
-    Raises ValueError for another shape.
+    For a layer of your own on physical slots, whose stats count slots: P experts, and physical_ids before it. A layer with
+    ParallelConfig.num_physical counts experts, and its stats.expert_load is what place_experts wants. Raises ValueError for another shape.
 
     Laws
         Loads keep their totals.
@@ -91,10 +115,12 @@ def logical_load(placement: Placement, load_of_physical: Tensor) -> Tensor:
     >>> logical_load(placement_of_slots(torch.tensor([0, 1, 0]), num_experts=2), torch.tensor([5, 2, 4])).tolist()
     [9, 2]
     """
+    placement, load = checked_placement("logical_load", placement), checked_load("logical_load", "load_of_physical", load_of_physical)
     slots = placement.logical_of_physical
-    _check_shape("logical_load", "load_of_physical", load_of_physical, slots)
-    total = torch.zeros(placement.num_replicas.shape, dtype=load_of_physical.dtype, device=load_of_physical.device)
-    return total.scatter_add(-1, slots, load_of_physical)
+    if load.shape != slots.shape:
+        counts = ", the load per expert already" if load.shape == placement.num_replicas.shape else ""
+        raise ValueError(f"logical_load: load_of_physical is {_sizes(load)}{counts}; expected {_sizes(slots)}, the placement's slots")
+    return load.new_zeros(placement.num_replicas.shape).scatter_add(-1, slots, load)
 
 
 def gpu_load(placement: Placement, load: Tensor, num_gpus: int) -> Tensor:
@@ -109,8 +135,10 @@ def gpu_load(placement: Placement, load: Tensor, num_gpus: int) -> Tensor:
     >>> gpu_load(placement_of_slots(torch.tensor([0, 1, 0, 2]), num_experts=3), torch.tensor([6, 1, 2]), num_gpus=2).tolist()
     [4.0, 5.0]
     """
+    placement, load = checked_placement("gpu_load", placement), checked_load("gpu_load", "load", load)
     slots = placement.logical_of_physical
-    _check_shape("gpu_load", "load", load, placement.num_replicas)
+    if load.shape != placement.num_replicas.shape:
+        raise ValueError(f"gpu_load: load is {_sizes(load)}; expected {_sizes(placement.num_replicas)}, the placement's experts")
     if num_gpus < 1 or slots.shape[-1] % num_gpus:
         raise ValueError(f"gpu_load: num_gpus={num_gpus} does not divide the {slots.shape[-1]} slots; expected a divisor")
     share = (load.to(torch.float64) / placement.num_replicas).gather(-1, slots)
@@ -119,30 +147,33 @@ def gpu_load(placement: Placement, load: Tensor, num_gpus: int) -> Tensor:
 
 
 def balancedness(load_per_gpu: Tensor) -> Tensor:
-    """mean / max over the last dimension: 1 when even, 1 / GPUs when one has it all; 1 without any load. [..., G] -> [...].
+    """mean / max over the last dimension: 1 when even, 1 / GPUs when one has it all; 1 without any load.
+
+    [..., G] integers or floats -> [...] float64, float32 for float32 and narrower ones.
 
     The fraction of the GPUs' time that the slowest of them leaves the others to work in.
 
     >>> balancedness(torch.tensor([[4.0, 4.0], [8.0, 0.0], [0.0, 0.0]])).tolist()
     [1.0, 0.5, 1.0]
     """
-    load = load_per_gpu if load_per_gpu.dtype.is_floating_point else load_per_gpu.to(torch.float64)
+    load = checked_load("balancedness", "load_per_gpu", load_per_gpu)
+    load = load if load.is_floating_point() else load.to(torch.float64)
     largest = load.amax(-1)
     return torch.where(largest > 0, load.mean(-1) / torch.where(largest > 0, largest, 1), 1)
 
 
-def _check_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor | None) -> None:
+def _checked_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor | None) -> tuple[Placement, Tensor, Tensor | None]:
+    """What physical_ids reads, as int64."""
+    placement = checked_placement("physical_ids", placement)
     slots = placement.logical_of_physical
     if slots.ndim != 1:
         raise ValueError(f"physical_ids: placement.logical_of_physical is {_sizes(slots)}; expected [P], one layer: see placement_at")
-    if expert_ids.dtype.is_floating_point or expert_ids.dtype.is_complex or expert_ids.dtype == torch.bool:
-        raise ValueError(f"physical_ids: expert_ids is {expert_ids.dtype}; expected an integer dtype")
+    expert_ids = checked_integers("physical_ids", "expert_ids", expert_ids)
     if expert_ids.ndim < 2:
         raise ValueError(f"physical_ids: expert_ids is {_sizes(expert_ids)}; expected [..., top_k] with at least 2 dims")
     if token_index is None:
-        return
-    if token_index.dtype.is_floating_point or token_index.dtype.is_complex or token_index.dtype == torch.bool:
-        raise ValueError(f"physical_ids: token_index is {token_index.dtype}; expected an integer dtype")
+        return placement, expert_ids, None
+    token_index = checked_integers("physical_ids", "token_index", token_index)
     if token_index.ndim != expert_ids.ndim - 1:
         raise ValueError(
             f"physical_ids: token_index is {_sizes(token_index)}; expected the leading dims of expert_ids, {_sizes(expert_ids)}"
@@ -154,11 +185,7 @@ def _check_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor | N
         elif token_index.shape[dim] != expert_ids.shape[dim]:
             wanted = f"expected the leading dims of expert_ids, {_sizes(expert_ids)}"
             raise ValueError(f"physical_ids: token_index is {_sizes(token_index)}; {wanted}")
-
-
-def _check_shape(where: str, name: str, value: Tensor, like: Tensor) -> None:
-    if value.shape != like.shape:
-        raise ValueError(f"{where}: {name} is {_sizes(value)}; expected {_sizes(like)}, the placement's")
+    return placement, expert_ids, token_index
 
 
 def _sizes(t: Tensor) -> str:

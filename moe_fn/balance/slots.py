@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.balance.placement import Placement
+from moe_fn.kinds import INTEGERS, check_kind
 
 Slots = list[int]  # logical expert of each physical slot
 
@@ -19,8 +20,9 @@ def placement_of_slots(logical_of_physical: Tensor, num_experts: int) -> Placeme
     >>> placement_of_slots(torch.tensor([1, 0, 1]), num_experts=2).physical_of_logical.tolist()
     [[1, -1], [0, 2]]
     """
+    check_kind("placement_of_slots", "logical_of_physical", logical_of_physical, Tensor)
     shape = tuple(logical_of_physical.shape)
-    if len(shape) not in (1, 2) or logical_of_physical.dtype.is_floating_point or num_experts < 1:
+    if len(shape) not in (1, 2) or logical_of_physical.dtype not in INTEGERS or num_experts < 1:
         came = f"{logical_of_physical.dtype} {list(shape)} and num_experts={num_experts}"
         raise ValueError(f"placement_of_slots: logical_of_physical is {came}; expected integers [P] or [layers, P], num_experts >= 1")
     return tables_of_slots(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_fn.kinds import INTEGERS
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadWindow:
@@ -45,7 +47,7 @@ def push(window: LoadWindow, load: Tensor) -> LoadWindow:
     >>> total(window).tolist(), window.step.item()
     ([6], 3)
     """
-    if load.shape != window.ring.shape[1:] or load.dtype.is_floating_point or load.dtype.is_complex:
+    if load.shape != window.ring.shape[1:] or load.dtype not in INTEGERS:
         raise ValueError(f"push: load is {load.dtype} {list(load.shape)}; expected integers {list(window.ring.shape[1:])}")
     size = window.ring.shape[0]
     newest = torch.arange(size, device=window.step.device) == torch.remainder(window.step, size)

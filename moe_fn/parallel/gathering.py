@@ -25,8 +25,22 @@ def gather_tokens(config: MoEConfig, *tensors: Tensor) -> tuple[Tensor, ...]:
     if any(t.shape[0] != tokens for t in tensors):
         raise ValueError(f"gather_tokens: tensors of {[t.shape[0] for t in tensors]} tokens; expected as many in each")
     room = room_of_ranks(config, tokens, group, torch.zeros((), dtype=torch.int64, device=tensors[0].device))
-    begun = [collectives.begin_gather(padded(t, room), group) for t in tensors]
-    return tuple(collectives.arrived(t) for t in begun)
+    begun = [collectives.begin_gather(_as_sent(padded(t, room)), group) for t in tensors]
+    return tuple(_as_given(collectives.arrived(sent), t) for sent, t in zip(begun, tensors, strict=True))
+
+
+_WITH_GRADIENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _as_sent(rows: Tensor) -> Tensor:
+    """Numbers without gradients as bytes: gloo knows neither float8 nor integers of 16 bits."""
+    if rows.dtype in _WITH_GRADIENTS:
+        return rows
+    return rows.unsqueeze(-1).contiguous().view(torch.uint8)
+
+
+def _as_given(rows: Tensor, like: Tensor) -> Tensor:
+    return rows if like.dtype in _WITH_GRADIENTS else rows.view(like.dtype).squeeze(-1)
 
 
 def room_of_ranks(config: MoEConfig, tokens: int, group: RankGroup, like: Tensor) -> int:

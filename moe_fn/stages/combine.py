@@ -33,7 +33,7 @@ def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Ro
     >>> combine(config, torch.tensor([[4.0], [8.0]]), d, routing)
     tensor([[7.]])
     """
-    check_combine(config, rows, dispatched, routing)
+    routing = check_combine(config, rows, dispatched, routing)
     wide, arithmetic = accumulation_dtype(rows.dtype), ARITHMETIC[config.batch_invariant]
     slots = gather_rows(rows, dispatched.row_of_slot, dispatched.slot_of_row, 1).unflatten(0, (-1, config.top_k)).to(wide)
     ids = routing.expert_ids

@@ -33,8 +33,8 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     >>> d.rows.flatten().tolist(), d.expert_ends.tolist()
     ([20.0, 40.0, 10.0, 30.0], [2, 2, 3])
     """
-    check_dispatch(config, x, routing)
-    ids = routing.expert_ids.flatten().to(torch.int64)  # num_experts, the word for none, may not fit into a small dtype
+    routing = check_dispatch(config, x, routing)
+    ids = routing.expert_ids.flatten()
     num_experts = config.num_experts
     expert_of_slot = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     expert_of_row, slot_of_row, row_of_slot = sort_slots(expert_of_slot)

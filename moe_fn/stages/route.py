@@ -65,7 +65,7 @@ def route(
     """
     check_layer("route", config, weights)
     extra = weights.router or RouterWeights()
-    check_routing_inputs(config, extra, logits, token_ids, token_mask)
+    token_ids = check_routing_inputs(config, extra, logits, token_ids, token_mask)
     if token_mask is not None:
         logits = torch.where(token_mask.unsqueeze(-1), logits, 0)
     if runs("triton", config, logits) and extra.expert_scale is None and covers(config, logits.dtype) and not in_forward_mode():

@@ -91,9 +91,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         running, known, part.has_gate, part.is_transposed, gate if known else None, act if known else None, *sizes, *numbers
     )
     config = _CONFIGS[key]
-    # Words for "no expert", the number of experts for one, may not fit into a small dtype.
-    ids = top_k_index if top_k_index.dtype in (torch.int64, torch.int32) else top_k_index.to(torch.int64)
-    routing = Routing(expert_ids=ids, weights=top_k_weights)
+    routing = Routing(expert_ids=top_k_index, weights=top_k_weights)
     x = hidden_states.to(weights.gate_up.dtype)
     if known and not part.has_post_expert_norm:
         return moe_forward_routed(config, weights, x, routing).to(hidden_states.dtype)
@@ -109,7 +107,7 @@ def by_stages_of_module(module: nn.Module, config: MoEConfig, weights: MoEWeight
     """
     part: Any = module
     check_x(_name(module), config, x)
-    check_routing(_name(module), config, x, routing)
+    routing = check_routing(_name(module), config, x, routing)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     dispatched = dispatch(config, x.to(dtype), routing)
     rows, ends, transposed = dispatched.rows, dispatched.expert_ends, config.weight_layout == "out_in"

@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_fn.config import MoEConfig, RouterConfig
 from moe_fn.config.activation import PRESETS, ActivationConfig
 from moe_fn.config.parts import nobody
+from moe_fn.kinds import checked_integers
 from moe_fn.records import MoEWeights, Routing
 
 GateUpLayout = Literal["packed", "interleaved"]
@@ -150,6 +151,7 @@ def call_of_arguments(
 
 
 def _local(topk_ids: Tensor, expert_map: Tensor) -> Tensor:
+    topk_ids, expert_map = (checked_integers("call_of_arguments", *named) for named in (("topk_ids", topk_ids), ("expert_map", expert_map)))
     known = (topk_ids >= 0) & (topk_ids < expert_map.shape[0])
     places = expert_map.index_select(0, torch.where(known, topk_ids, 0).flatten()).view_as(topk_ids)
     return torch.where(known, places, -1)
