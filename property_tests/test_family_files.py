@@ -10,6 +10,14 @@ from moe_fn.families import FAMILIES, config_of_layer
 Words = dict[str, Any]
 
 
+def test_a_deep_config_is_an_error_in_words() -> None:
+    words: Words = {"model_type": "mixtral"}
+    for _ in range(900):
+        words = {"inner": words}
+    with pytest.raises(ValueError, match="model_type is missing; expected one of"):
+        config_of_layer(words, 0)
+
+
 def test_what_a_file_leaves_out_is_its_class_s_default() -> None:
     """Not another class's of the same family."""
     gpt_oss: Words = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 16, "intermediate_size": 24}
@@ -64,8 +72,9 @@ def test_lists_hold_an_entry_for_the_layer() -> None:
     assert [config_of_layer(v4, layer).router.selection for layer in (0, 1, 42, 43)] == ["hash", "top_k", "top_k", "top_k"]
     with pytest.raises(ValueError, match="mlp_layer_types has 1 entries; expected one for layer 1"):
         config_of_layer({**v4, "mlp_layer_types": ["hash_moe"]}, 1)
-    with pytest.raises(ValueError, match="per_layer_config is 3 in the model's config"):
-        config_of_layer({"model_type": "mixtral", "per_layer_config": 3}, 1)
+    for said in (3, [{}], {"first": {}}, {"1": 3}, {"-1": {}}):
+        with pytest.raises(ValueError, match=r"per_layer_config is .* in the model's config; expected the words of layers"):
+            config_of_layer({"model_type": "mixtral", "per_layer_config": said}, 1)
 
 
 def test_words_that_belong_together_are_said_together() -> None:

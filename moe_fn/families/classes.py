@@ -63,7 +63,8 @@ def _own_words(words: Words, layer: int) -> Words:
     """What per_layer_config says of a layer; its keys are numbers, in JSON with zeros before them."""
     said = words.get("per_layer_config")
     all_layers: Any = {} if said is None else said
-    if not isinstance(all_layers, Mapping) or not all(isinstance(value, Mapping) for value in all_layers.values()):
+    is_numbered = isinstance(all_layers, Mapping) and all(str(key).isdecimal() for key in all_layers)
+    if not is_numbered or not all(isinstance(value, Mapping) for value in all_layers.values()):
         raise ValueError(f"per_layer_config is {said!r:.80} in the model's config; expected the words of layers, by their numbers")
     return next((own for key, own in all_layers.items() if int(key) == layer), {})
 

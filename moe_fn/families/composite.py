@@ -7,6 +7,7 @@ from typing import Any
 Words = Mapping[str, Any]
 # What models call their language model, and in which order it is looked for
 _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config")
+_DEPTH = 4  # configs in configs in configs: deeper ones are not looked for
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _nested(model_config: Words, path: tuple[str, ...]) -> Words:
     return words  # type: ignore[no-any-return]
 
 
-def _inside(model_config: Words, known: Container[str]) -> Iterator[tuple[tuple[str, ...], Words]]:
+def _inside(model_config: Words, known: Container[str], depth: int = _DEPTH) -> Iterator[tuple[tuple[str, ...], Words]]:
     """The nested configs of a known model_type with the paths to them, language models first."""
     order = sorted(model_config, key=lambda name: _TEXT_CONFIGS.index(name) if name in _TEXT_CONFIGS else len(_TEXT_CONFIGS))
     for name in order:
@@ -121,13 +122,13 @@ def _inside(model_config: Words, known: Container[str]) -> Iterator[tuple[tuple[
             said = inner.get("model_type")
             if isinstance(said, str) and (said in known or said in PARTS):
                 yield (name,), inner
-            else:
-                yield from (((name, *path), words) for path, words in _inside(inner, known))
+            elif depth:
+                yield from (((name, *path), words) for path, words in _inside(inner, known, depth - 1))
 
 
-def _types(model_config: Words) -> Iterator[str]:
+def _types(model_config: Words, depth: int = _DEPTH) -> Iterator[str]:
     for inner in model_config.values():
         if isinstance(inner, Mapping):
             if isinstance(inner.get("model_type"), str):
                 yield inner["model_type"]
-            yield from _types(inner)
+            yield from _types(inner, depth - 1) if depth else ()
