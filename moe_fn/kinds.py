@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 from moe_fn.config import MoEConfig
@@ -13,6 +13,11 @@ from moe_fn.records import NESTED_WEIGHTS, WEIGHT_PATHS, MoEWeights, leaves_of_w
 
 def check_kind(where: str, name: str, value: Any, kind: type) -> None:
     """ValueError where the value is not of the type."""
+    if is_shard(value):
+        raise ValueError(
+            f"{where}: {name} is a DTensor, a shard; expected a plain Tensor. With FSDP2 wrap (fully_shard) the module whose forward makes "
+            "this call and none below it; elsewhere hand over its full_tensor() or to_local()"
+        )
     if isinstance(value, kind):
         return
     expected = f"{'a ' if kind is Tensor else ''}{kind.__name__}"
@@ -28,6 +33,11 @@ def check_untraced(where: str, size: Any) -> None:
             f"{where}: torch.jit.trace takes the sizes of its example for all; expected torch.export.export, torch.compile, or "
             "moe_forward with MoEConfig(opaque=True), which is one op"
         )
+
+
+def is_shard(value: Any) -> bool:
+    """Whether it is a DTensor: looked up by name, for importing the class takes a second."""
+    return type(value) is not Tensor and type(value) is not nn.Parameter and type(value).__name__ == "DTensor"
 
 
 def check_config(where: str, config: Any) -> None:
@@ -71,5 +81,5 @@ def check_layer(where: str, config: Any, weights: Any) -> None:
     for name in ("gate_up", "down"):
         check_kind(where, f"weights.{name}", getattr(weights, name), Tensor)
     for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
-        if leaf is not None and not isinstance(leaf, Tensor):
+        if leaf is not None and (not isinstance(leaf, Tensor) or is_shard(leaf)):
             check_kind(where, f"weights.{'.'.join(path)}", leaf, Tensor)
