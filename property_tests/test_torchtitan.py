@@ -294,6 +294,18 @@ def test_sharded_parameters_give_the_same_numbers(kind: Any, how: str, one_rank_
         assert torch.equal(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient, parameter.grad), name
 
 
+def test_parameters_that_compute_in_their_own_way_are_refused_by_name() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    moe = stated.build_moe(stated.KINDS[0])
+    titan.replace_grouped_experts(moe)
+    experts, x = moe.routed_experts.inner_experts, torch.randn(2, 7, stated.SIZES.dim)
+    name, parameter = next(iter(experts.named_parameters()))
+    experts.register_parameter(name, nn.Parameter(TwoTensor(parameter.detach(), parameter.detach())))
+    with pytest.raises(ValueError, match=f"{type(experts).__name__}: {name} is a TwoTensor; expected a plain tensor"):
+        moe(x)
+
+
 @pytest.mark.parametrize("name", ["GptOssGroupedExperts", "FusedGroupedExperts"])
 def test_the_real_classes_beside_grouped_experts(name: str) -> None:
     pytest.importorskip("torchtitan.models.common.moe")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
@@ -89,7 +90,13 @@ def _forward(layout: ExpertsLayout, compute_dtype: torch.dtype | None, module: A
 
     def local(name: str | None) -> Any:  # like theirs: dynamic row counts cannot be DTensors
         tensor = None if name is None else getattr(module, name)
-        return None if tensor is None else (tensor.to_local() if isinstance(tensor, DTensor) else tensor).to(dtype)
+        if tensor is None:
+            return None
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if is_traceable_wrapper_subclass(tensor):  # torchao's, that makes torch's grouped product another one
+            kind = type(tensor).__name__
+            raise ValueError(f"{type(module).__name__}: {name} is a {kind}; expected a plain tensor, not one that computes in its own way")
+        return tensor.to(dtype)
 
     gate_up, down, config = tuple(local(name) for name in layout.gate_up), local(layout.down), module.moe_fn_config
     gate_up = tuple(weight.flatten(1, 2) if weight.ndim == 4 else weight for weight in gate_up)
