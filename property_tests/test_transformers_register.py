@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
+from hung_on_modules import OF_PARAMETERS, WAYS, hang  # noqa: E402
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation  # noqa: E402
 from transformers_experts import (  # noqa: E402
@@ -166,6 +167,19 @@ def test_a_gate_or_a_hook_of_one_module_alone_is_called() -> None:
     assert len(seen) > 1
     module._apply_gate = partial(gate_nearly_of_deepseek, SimpleNamespace(limit=0.1, act_fn=F.silu))
     assert_equal(run(module, "moe_fn", given), run(module, "grouped_mm", given), module)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_hangs_on_an_activation_counts(way: str) -> None:
+    """On the activation itself and on what it is made of: in the output, in every gradient."""
+    for name, path in (("MixtralExperts", "act_fn"), ("Inkling2Experts", "act_fn"), ("Inkling2Experts", "act_fn.gate_softcap")):
+        module = module_of(name)
+        given, plain = tokens_of(module), run(module, "moe_fn", tokens_of(module))
+        hang(module, path, way)
+        changed = run(module, "moe_fn", given)
+        assert_equal(changed, run(module, "eager", given), module)
+        if way not in OF_PARAMETERS:  # an activation has none
+            assert any((a - b).norm() > 1e-3 * b.norm() for a, b in zip(changed, plain, strict=True)), (name, path)
 
 
 def test_rows_of_no_expert_never_reach_anybody() -> None:

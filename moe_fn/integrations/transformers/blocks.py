@@ -8,7 +8,7 @@ from torch import nn
 from moe_fn.config import MoEConfig
 from moe_fn.families import Family, build_config, family_of_block
 from moe_fn.families.words import MISSING, Look
-from moe_fn.integrations.transformers.reading import Kind, kind_of, overridden, why_called, without_wrappers
+from moe_fn.integrations.transformers.reading import Kind, kind_of, overridden, why_called, why_not_plain, without_wrappers
 from moe_fn.integrations.transformers.tensors import Plan, Sizes, plan_of_block, tensor_of
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, weights_of_leaves
 
@@ -49,6 +49,7 @@ def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
         raise ValueError(f"from_block: {type(block).__name__} is not for moe_fn: {family.refused}")
     plan = plan_of_block(family.names[0], block)
     why = why_not_known(block) or why_no_floats(block, plan) or why_called(block, kind_of_block(family, block, plan))
+    why = why or why_not_plain(block)
     if why is not None:
         wanted = "expected modules that compute what their parameters say: merge adapters and remove hooks first, or call the block"
         raise ValueError(f"from_block: {type(block).__name__}: {why}; {wanted}")

@@ -52,7 +52,15 @@ def overridden(cls: type, known: type) -> list[str]:
     before = cls.__mro__.index(known)
     own = {name for c in cls.__mro__[:before] for name in vars(c) if not name.startswith("__") or name == "__call__"}
     made_of = [c for c in cls.__mro__[before:] if c not in (nn.Module, object)]
-    return sorted(own & ({"forward", "__call__"} | {name for c in made_of for name, value in vars(c).items() if callable(value)}))
+    named = {"forward", "__call__"} | {name for c in made_of for name, value in vars(c).items() if callable(value)}
+    return sorted(name for name in own & named if not same_method(getattr(cls, name), getattr(known, name)))
+
+
+def same_method(method: Any, known: Any) -> bool:
+    """Whether it is the known method: transformers wraps the forward of each class that derives from one of its layers."""
+    if method is known:
+        return True
+    return getattr(method, "__wrapped__", None) is known and method.__globals__["__name__"].startswith("transformers.")
 
 
 def _is_known(cls: type, beside: type) -> bool:
@@ -61,20 +69,22 @@ def _is_known(cls: type, beside: type) -> bool:
     return known is not None and not overridden(cls, known)
 
 
-def why_called(module: nn.Module, kind: Kind, ours: tuple[Any, ...] = (), recorded: str = "", above: str = "") -> str | None:
+def why_called(
+    module: nn.Module, kind: Kind, ours: tuple[Any, ...] = (), recorded: str = "", above: str = "", idle: bool = False
+) -> str | None:
     """Why the modules below this one are not read, by the name of the first; None where reading is calling. It itself is the caller's.
 
     ours: functions that may stand in for a forward, for they read in turn. recorded: the name of the one module that is called, and so
-    may have the hooks by which transformers records outputs; without it all may, for the caller calls none.
+    may have the hooks by which transformers records outputs; without it all may, for the caller calls none. idle: nothing runs now.
     """
     for name, child_kind in kind.children:
         child, path = module._modules.get(name), above + name
         if child is None:
             return f"{path} is gone"
-        why = why_called_itself(child, child_kind.cls, ours, not recorded or path == recorded)
+        why = why_called_itself(child, child_kind.cls, ours, not recorded or path == recorded) or why_not_plain(child, idle)
         if why is not None:
             return f"{path} {why}"
-        why = why_called(child, child_kind, ours, recorded, f"{path}.")
+        why = why_called(child, child_kind, ours, recorded, f"{path}.", idle)
         if why is not None:
             return why
     return None
@@ -83,7 +93,7 @@ def why_called(module: nn.Module, kind: Kind, ours: tuple[Any, ...] = (), record
 def why_called_itself(module: nn.Module, cls: type | None, ours: tuple[Any, ...] = (), recorded: bool = False) -> str | None:
     """Why this one module must be called; None where reading its parameters is the same."""
     if cls is None or (type(module) is not cls and not (is_parametrized(module) and type_before_parametrizations(module) is cls)):
-        return f"is a {type(module).__name__}" + ("" if cls is None else f", and was a {cls.__name__}")
+        return f"is a {_full_name(type(module))}" + ("" if cls is None else f", where a {_full_name(cls)} is known")
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     if module._forward_hooks and not (recorded and all(_records(hook) for hook in module._forward_hooks.values())):
@@ -97,10 +107,15 @@ def why_called_itself(module: nn.Module, cls: type | None, ours: tuple[Any, ...]
         return "has a forward of its own"
     if isinstance(module, nn.Dropout) and module.training and module.p > 0:
         return f"drops in training (p={module.p})"
+    return None
+
+
+def why_not_plain(module: nn.Module, idle: bool = False) -> str | None:
+    """Which parameter or buffer is no plain tensor; None where all are. idle: FSDP2's shards may be whole when the module runs."""
     for tensors in (module._parameters, module._buffers):
-        for tensor_name, tensor in tensors.items():
-            if tensor is not None and not is_plain(tensor):
-                return f"has a {type(tensor).__name__} for {tensor_name}"
+        for name, tensor in tensors.items():
+            if tensor is not None and not is_plain(tensor) and not (idle and type(tensor).__name__ == "DTensor"):
+                return f"has a {type(tensor).__name__} for {name}"
     return None
 
 
@@ -108,6 +123,10 @@ def calls_known_modules_only(module: nn.Module) -> bool:
     """Whether a module that our tables know may be computed from its numbers: it and those below it are as they come."""
     parts = module.modules()
     return all(type(part).__module__.startswith(_KNOWN) and why_called_itself(part, type(part)) is None for part in parts)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_plain(tensor: Tensor) -> bool:

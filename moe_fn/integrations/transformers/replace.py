@@ -113,7 +113,7 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
             continue
         config = configure(own)
         swap = swap_of_block(family, module, plan, own, config)
-        called = swap.why_called(module)
+        called = swap.why_called(module, idle=True)
         if called is not None and not swap.experts_apart:
             left.append((name, called))
             continue

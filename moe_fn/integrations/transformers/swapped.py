@@ -13,7 +13,7 @@ from moe_fn.forward import moe_forward_routed, moe_route
 from moe_fn.integrations.transformers.blocks import kind_of_block, weights_of_block
 from moe_fn.integrations.transformers.experts import RUNNING, experts_forward
 from moe_fn.integrations.transformers.forwards import has_own_forward
-from moe_fn.integrations.transformers.reading import Kind, why_called, without_wrappers
+from moe_fn.integrations.transformers.reading import Kind, same_method, why_called, why_not_plain, without_wrappers
 from moe_fn.integrations.transformers.shapes import RETURNS, SHAPES, Shape
 from moe_fn.integrations.transformers.tensors import Plan
 from moe_fn.records import MoEWeights, Routing
@@ -38,11 +38,13 @@ class Swap:
     shared: str | None = None
     changed: tuple[str, ...] = ()
 
-    def why_called(self, block: nn.Module) -> str | None:
+    def why_called(self, block: nn.Module, idle: bool = False) -> str | None:
         """Which module below the block is not what its parameters say, and why; None where the block may be read."""
-        if type(block).forward is not self.cls.forward:
+        if not same_method(type(block).forward, self.cls.forward):
             return f"it is a {type(block).__name__}, and was a {self.cls.__name__}"
-        return why_called(block, self.kind, OURS, self.shape.router)
+        if not idle and (why := why_not_plain(block)) is not None:
+            return f"it {why}"
+        return why_called(block, self.kind, OURS, self.shape.router, idle=idle)
 
 
 def swap_of_block(family: Family, block: nn.Module, plan: Plan, own: MoEConfig, config: MoEConfig) -> Swap:
@@ -136,7 +138,7 @@ def router_forward(router: nn.Module, swap: Swap, *args: Any, **by_name: Any) ->
 
 def replaced_experts_forward(experts: nn.Module, cls: type[nn.Module], running: str, *args: Any, **by_name: Any) -> Tensor:
     """The experts of a replaced block, when its own forward calls them."""
-    if type(experts).forward is not cls.forward:  # somebody gave them another class since
+    if not same_method(type(experts).forward, cls.forward):  # somebody gave them another class since
         y: Tensor = type(experts).forward(experts, *args, **by_name)
         return y
     return experts_forward(experts, *args, **by_name, running=running)
