@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -267,6 +268,27 @@ def test_autocast_is_the_same_compiled_and_keeps_the_dtype_of_x(case: Case) -> N
     assert_matches(actual, expected, tolerance=0.0)
     assert not torch.equal(expected[0], layer(*args))  # the experts did compute in bfloat16
     assert_matches(expected[0], layer(*args), tolerance=4e-2)
+
+
+@pytest.fixture
+def _warnings_are_errors() -> Iterator[None]:
+    torch.set_warn_always(True)  # or torch says each once in a process
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    torch.set_warn_always(False)
+
+
+@cases(("default", "everything"))
+@pytest.mark.usefixtures("_warnings_are_errors")
+def test_nothing_warns_in_eager_nor_below_transforms(case: Case) -> None:
+    gradients(case.layer, case.args(20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        case.layer(*case.args(20))
+    batch = batch_of(case)
+    for backend in ("auto", "torch"):
+        per_sample = vmap(grad(loss_of(replace(case, backend=backend))), (None, *in_dims_of(*batch)))
+        per_sample(case.weights(), *batch)
 
 
 @cases(("default",))

@@ -7,6 +7,7 @@ from moe_fn.checking import check_beside_x, check_weights, check_x
 from moe_fn.config import MoEConfig
 from moe_fn.kinds import check_kind, check_layer
 from moe_fn.layer import route_tokens
+from moe_fn.ops.rows import count_up_to
 from moe_fn.preparing import restore_weights
 from moe_fn.quant.calibration import Calibration
 from moe_fn.records import MoEWeights
@@ -47,7 +48,7 @@ def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor 
     d = dispatch(config, transform_input(config, weights, x), routing)
     hidden = hidden_rows(config, restore_weights(config, weights), d, None)
     row = torch.arange(d.rows.shape[0], device=x.device)
-    expert = torch.searchsorted(d.expert_ends, row.to(d.expert_ends.dtype), right=True)  # num_experts for rows of nobody
+    expert = count_up_to(d.expert_ends, row.to(d.expert_ends.dtype))  # num_experts for rows of nobody
     return Calibration(*_seen(config.num_experts, d.rows, expert), *_seen(config.num_experts, hidden, expert))
 
 

@@ -16,7 +16,7 @@ from moe_fn.backends import backend_of
 from moe_fn.config import LoRAConfig, MoEConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped import GROUPED
-from moe_fn.ops.rows import ends_of_keys, gather_rows, sort_slots
+from moe_fn.ops.rows import count_up_to, ends_of_keys, gather_rows, sort_slots
 from moe_fn.records import Dispatched, LoRAWeights
 
 Dim = tuple[str, int]  # name and size
@@ -68,7 +68,7 @@ def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | No
             raise ValueError(f"experts: adapter_of_row is None; expected ids, for config.lora has {num_adapters} adapters")
         return ByAdapter(product, ends, ends.narrow(0, num_experts - 1, 1), None, None)
     rows, pairs = torch.arange(adapters.shape[0], device=ends.device), num_adapters * num_experts
-    expert_of_row = torch.searchsorted(ends, rows.to(ends.dtype), right=True)
+    expert_of_row = count_up_to(ends, rows.to(ends.dtype))
     adapters = adapters.to(torch.int64)
     known = (adapters >= 0) & (adapters < num_adapters) & (expert_of_row < num_experts)
     pair_of_row = torch.where(known, adapters * num_experts + expert_of_row, pairs)

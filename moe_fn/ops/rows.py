@@ -73,7 +73,18 @@ def ends_of_keys(key_of_row: Tensor, count: int) -> Tensor:
     [1, 2]
     """
     keys = torch.arange(count, device=key_of_row.device, dtype=key_of_row.dtype)
-    return torch.searchsorted(key_of_row, keys, right=True)
+    return count_up_to(key_of_row, keys)
+
+
+def count_up_to(ascending: Tensor, values: Tensor) -> Tensor:
+    """How many of the ascending numbers are at most each value: [n], [m] of one dtype -> int64 [m].
+
+    >>> count_up_to(torch.tensor([0, 2, 2, 5]), torch.tensor([1, 2])).tolist()
+    [1, 3]
+    """
+    if torch._C._are_functorch_transforms_active():
+        values = values + ascending.new_zeros(1)  # a copy for every sample: of a view that vmap makes searchsorted warns
+    return torch.searchsorted(ascending, values, right=True)
 
 
 def has_expert(num_rows: int, expert_ends: Tensor) -> Tensor:
