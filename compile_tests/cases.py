@@ -46,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 GATE_INSIDE = {"gpt_oss", "everything"}
 MASKED = {"everything"}
 CHUNK = 16
-LONGEST = ("everything", "chunked")  # a scan that carries everything compiles four times as long as any other
+LONGEST = ("everything", "chunked")  # exported, a scan that carries everything takes four times as long as any other
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "opaque": {"opaque": True},

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import moe_fn
-from compile_tests.cases import FORMS, HIDDEN, TORCH_2_11, Case, as_leaves, cases
+from compile_tests.cases import FORMS, HIDDEN, Case, as_leaves, cases
 from moe_fn import MoEConfig, MoEWeights
 from moe_fn.records import leaves_of_weights, weights_of_leaves
 from moe_fn.testing import assert_matches
@@ -247,7 +247,7 @@ def test_checkpointing_changes_nothing_in_eager(case: Case, use_reentrant: bool)
     assert_alike(gradients(checkpointed, args), gradients(case.layer, args))
 
 
-@cases(BOTH, ("plain", "opaque", "opaque_chunked"))  # a compiled checkpoint of a scan has no rule in torch: opaque=True is the way
+@cases(BOTH)
 def test_checkpointing_changes_nothing_compiled(case: Case) -> None:
     args, layer = case.args(20), case.layer
     checkpointed = compiled(lambda *args: checkpoint(layer, *args, use_reentrant=False))
@@ -304,8 +304,6 @@ def test_no_grad_and_inference_mode_change_nothing(case: Case) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "opaque", "chunked", "opaque_chunked"])
 def test_inference_mode_compiles_with_inductor(form: str) -> None:
-    if TORCH_2_11 and form == "chunked":
-        pytest.skip("torch 2.11: Inductor makes C++ that does not compile of small chunks in inference (VecMask)")
     case = Case("default", form)
     args = case.args(20)
     with torch.inference_mode():

@@ -1,6 +1,7 @@
 """Around a call of the layer: checks, tokens laid flat, autocast decided once; and the way back to the caller's shape and dtype."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.checking import check_adapter_ids, check_beside_x, check_token_inputs, check_weights, check_x
+from moe_fn.compiling import autocast_around_graph
 from moe_fn.config import MoEConfig
 from moe_fn.layer import without_padding
 from moe_fn.preparing import restore_weights
@@ -79,10 +81,27 @@ def flat_routing(routing: Routing, call: Call) -> Routing:
     return routing if call.token_mask is None else routing_without_padding(routing, call.token_mask)
 
 
-def autocast_off(x: Tensor) -> Any:
+def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast is decided once, in enter: left on, it would reach eager matmuls but not those inside compiled ops."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if _autocasts(x) else contextlib.nullcontext()
+    if not _autocasts(x):
+        return contextlib.nullcontext()
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and autocast_around_graph(device):
+        return _switched_off(device)
+    return torch.autocast(device, enabled=False)
+
+
+@contextlib.contextmanager
+def _switched_off(device: str) -> Iterator[None]:
+    """What torch.autocast does, in calls that AOTAutograd's cache takes: its own enter and exit keep the whole graph out of the cache.
+
+    Where torch.autocast stands in the compiled function itself, they do so already, and Dynamo (2.13) would undo these calls out of order.
+    """
+    torch.set_autocast_enabled(device, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 def _autocasts(x: Tensor) -> bool:

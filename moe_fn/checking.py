@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_fn.compiling import check_same_size
 from moe_fn.config import MoEConfig
 from moe_fn.kinds import check_config, check_dtype, check_kind, check_layer, check_untraced, checked_integers
 from moe_fn.lora import check_adapters
@@ -138,8 +139,8 @@ def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[
         raise ValueError(f"{where}: {name} is {_sizes(value)}; expected {wanted} and the leading dims of x, {_sizes(x)}")
     for dim in range(leading):
         if torch.compiler.is_compiling():
-            # Sizes may be unbacked here: the check becomes a node of the graph, and Dynamo wants a constant message.
-            torch._check(value.shape[dim] == x.shape[dim], lambda: "moe_fn: x and a tensor beside it differ in their number of tokens")
+            words = f"{where}: {name} and x differ in their number of tokens; expected the leading dims of x"  # Dynamo writes no sizes
+            check_same_size(value.shape[dim], x.shape[dim], words)
         elif value.shape[dim] != x.shape[dim]:
             raise ValueError(f"{where}: {name} is {_sizes(value)}; expected the leading dims of x, {_sizes(x)}")
     check_dtype(where, name, value, kind)

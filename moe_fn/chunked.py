@@ -1,11 +1,11 @@
 """chunk_tokens as a scan in the graph: tokens are worked on a few at a time, in forward and in backward.
 
 Peak memory is that of one chunk (and of the gradients of the weights), because the backward recomputes each chunk from the saved
-inputs and sums weight gradients in the scan's carry. No op hides the loop: Inductor sees its body.
+inputs and sums weight gradients in the scan's carry. In eager it is a loop in Python, in exported programs a scan, which needs no Python.
 
-What torch (2.11 to 2.13) asks for it: scan compiles where scalars may be captured (fullgraph, export), and not below func.grad or a
-compiled checkpoint. `scan_traces` tells the first two; `moe_fn.forward` then takes the whole-layer op, whose kernel loops.
-torch.utils.checkpoint around a compiled chunked layer needs opaque=True.
+Compiled functions get the whole-layer op, whose kernel loops: a scan (torch 2.11 to 2.13) keeps the whole graph that it stands in out of
+AOTAutograd's and Inductor's caches, so that every process would compile the model anew; and it compiles under fullgraph alone, and not
+below func.grad or torch.utils.checkpoint. What would change that: `cacheable=True` in torch's ScanOp.
 """
 
 import dataclasses
@@ -45,9 +45,11 @@ def layer_in_chunks(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: 
     return out
 
 
-def scan_traces() -> bool:
-    """Whether torch can compile a scan here; true in eager, where the same loop runs in Python."""
-    return not torch.compiler.is_compiling() or (not torch._C._are_functorch_transforms_active() and scalars_allowed())
+def loop_is_visible() -> bool:
+    """Whether the loop runs in eager or goes into the graph: for exported programs, and there not below torch.func's transforms."""
+    if not torch.compiler.is_compiling():
+        return True
+    return torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active()
 
 
 @constant_while_tracing
@@ -138,23 +140,24 @@ def _pick(tensors: list[Tensor | None], rows: Tensor) -> list[Any]:
 
 
 def _scan(config: MoEConfig, step: Callable[[Any, Tensor], Any], carry: Any, x: Tensor) -> tuple[Any, Any]:
-    """carry, pieces = step(carry, rows of the chunk) for every chunk; pieces are laid end to end. Past-the-end rows are row `tokens`."""
-    tokens, size, device = x.shape[0], config.chunk_tokens or 1, x.device
+    """carry, pieces = step(carry, rows of the chunk) for every chunk; pieces are laid end to end.
 
-    def body(carry: Any, number: Any) -> Any:
-        return step(carry, (number * size + torch.arange(size, device=device)).clamp(max=tokens))
+    In a scan all chunks have chunk_tokens rows, those past the end row `tokens`; in eager the last one has what is left, as in the op.
+    """
+    tokens, size, device = x.shape[0], config.chunk_tokens or 1, x.device
 
     if torch.compiler.is_compiling():
         from torch._higher_order_ops.scan import scan
 
+        def body(carry: Any, number: Tensor) -> Any:
+            return step(carry, (number * size + torch.arange(size, device=device)).clamp(max=tokens))
+
         # At least two chunks, so that neither 0 nor 1 is special: one graph for every number of tokens.
         carry, pieces = scan(body, carry, torch.arange(tokens // size + 2, device=device))
-        pieces = tree_map(lambda piece: piece.flatten(0, 1), pieces)
-    else:
-        collected = []
-        for number in range(max(-(-tokens // size), 1)):
-            carry, piece = body(carry, number)
-            collected.append(piece)
-        pieces = tree_map(lambda *parts: torch.cat(parts), *collected)
-    every = torch.arange(tokens, device=device)  # a narrow would be a guard on tokens <= chunks * size
-    return carry, tree_map(lambda piece: piece.index_select(0, every), pieces)
+        every = torch.arange(tokens, device=device)  # a narrow would be a guard on tokens <= chunks * size
+        return carry, tree_map(lambda piece: piece.flatten(0, 1).index_select(0, every), pieces)
+    collected = []
+    for first in range(0, max(tokens, 1), size):
+        carry, piece = step(carry, torch.arange(first, min(first + size, tokens), device=device))
+        collected.append(piece)
+    return carry, tree_map(lambda *parts: torch.cat(parts), *collected)

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -48,6 +49,24 @@ def mark_tokens(*tensors: Tensor | None, dim: int = 0) -> None:
             came = f"one of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"mark_tokens: expected tensors (or None) that have a dim {dim}, got {came}")
         mark_unbacked(tensor, dim % tensor.ndim)
+
+
+def check_same_size(size: int, expected: int, words: str) -> None:
+    """ValueError(words) where two sizes differ, while tracing too; sizes that a graph learns when it runs are compared then.
+
+    torch._check could say the words there, but from a lambda, and a graph that holds one cannot be pickled into AOTAutograd's cache.
+    """
+    if not guard_or_true(size == expected):
+        raise ValueError(words)
+    torch._check(size == expected)
+
+
+@constant_while_tracing
+def autocast_around_graph(device: str) -> bool:
+    """While tracing: whether autocast is on around the compiled function, so that AOTAutograd traces its backward under it too."""
+    context = torch._guards.TracingContext.try_get()
+    state = {} if context is None else context.global_context.global_state
+    return bool(state.get("autocast_cpu_enabled" if device == "cpu" else "autocast_enabled", (None, False))[1])
 
 
 @constant_while_tracing

@@ -7,7 +7,7 @@ from torch import Tensor
 from moe_fn.balance import stats_of_routing
 from moe_fn.calls import Call, autocast_off, enter, flat_routing, leave
 from moe_fn.checking import check_routing, check_x
-from moe_fn.chunked import layer_in_chunks, scalars_allowed, scan_traces
+from moe_fn.chunked import layer_in_chunks, loop_is_visible, scalars_allowed
 from moe_fn.config import MoEConfig
 from moe_fn.layer import layer_of_tokens, parts_of_tokens, route_tokens
 from moe_fn.parallel.formats import may_overflow
@@ -224,7 +224,7 @@ def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing 
     if config.parallel is not None and routing is not None:
         return (_run_over_ranks(config, call, logits, routing),)
     chunked = config.chunk_tokens is not None
-    if routing is None or config.as_op or (chunked and not scan_traces()):
+    if routing is None or config.as_op or (chunked and not loop_is_visible()):
         pending = (logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
         return layer_as_op(config, call.weights, call.x, routing, *pending, call.adapter_ids, with_shared)
     if chunked:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_fn.compiling import check_same_size
 from moe_fn.kinds import INTEGERS, check_kind, checked_integers
 from moe_fn.numerics import accumulation_dtype
 
@@ -180,8 +181,8 @@ def _checked_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor |
         )
     for dim in range(token_index.ndim):
         if torch.compiler.is_compiling():
-            # Sizes may be unbacked here: the check becomes a node of the graph, and Dynamo wants a constant message.
-            torch._check(token_index.shape[dim] == expert_ids.shape[dim], lambda: "moe_fn: token_index and expert_ids differ in tokens")
+            words = "physical_ids: token_index and expert_ids differ in tokens; expected the leading dims of expert_ids"
+            check_same_size(token_index.shape[dim], expert_ids.shape[dim], words)
         elif token_index.shape[dim] != expert_ids.shape[dim]:
             wanted = f"expected the leading dims of expert_ids, {_sizes(expert_ids)}"
             raise ValueError(f"physical_ids: token_index is {_sizes(token_index)}; {wanted}")

@@ -1,0 +1,38 @@
+"""What one process has compiled the next one finds in torch's caches: nothing of ours keeps a model's graph out of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compile_tests.cached_calls import NAMES
+
+QUICK = ("autocast chunked marked masked given backward",)
+
+
+def counts_of_a_process(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, int]]:
+    variables = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)}  # noqa: TID251
+    command = [sys.executable, "-m", "compile_tests.cached_calls", *names]
+    run = subprocess.run(command, env=variables, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=550)
+    assert run.returncode == 0, run.stderr
+    found: dict[str, dict[str, int]] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def assert_second_process_hits(folder: Path, names: tuple[str, ...]) -> None:
+    first, second = (counts_of_a_process(folder, names) for _ in range(2))
+    for name in names:
+        assert not [key for key in first[name] if "bypass" in key], (name, first[name])
+        assert set(second[name]) == {"autograd_cache_hit", "fxgraph_cache_hit"}, (name, second[name])
+
+
+def test_a_second_process_finds_what_the_first_has_compiled(tmp_path: Path) -> None:
+    assert_second_process_hits(tmp_path, QUICK)
+
+
+@pytest.mark.thorough
+def test_a_second_process_finds_every_kind_of_call(tmp_path: Path) -> None:
+    assert_second_process_hits(tmp_path, tuple(name for name in NAMES if name not in QUICK))
