@@ -19,7 +19,7 @@ import moe_fn
 from compile_tests.cases import FORMS, HIDDEN, Case, as_leaves, cases
 from moe_fn import MoEConfig, MoEWeights
 from moe_fn.records import leaves_of_weights, weights_of_leaves
-from moe_fn.testing import assert_matches
+from moe_fn.testing import assert_matches, weights_for
 
 BOTH = ("default", "everything")
 ONCE_ONLY = ("opaque", "opaque_chunked")  # forms without a second derivative and without forward mode
@@ -252,6 +252,26 @@ def test_checkpointing_changes_nothing_compiled(case: Case) -> None:
     args, layer = case.args(20), case.layer
     checkpointed = compiled(lambda *args: checkpoint(layer, *args, use_reentrant=False))
     assert_alike(gradients(checkpointed, args), gradients(layer, args))
+
+
+@cases(BOTH, ("plain", "chunked"))
+def test_autocast_around_the_compiled_layer_is_that_of_eager(case: Case) -> None:
+    """Gradients too: of a product in float32 AOTAutograd traces the backward under autocast."""
+    layer = replace(case, backend="torch").layer
+    args, calls = case.args(20), (layer, compiled(layer))
+    in_autocast = [torch.autocast("cpu", dtype=torch.bfloat16)(call) for call in calls]
+    expected, actual = (gradients(call, args) for call in in_autocast)
+    assert_matches(actual, expected, tolerance=0.0)
+
+
+def test_autocast_moves_no_token_to_other_experts_in_any_form() -> None:
+    config = MoEConfig(num_experts=64, top_k=4, hidden_size=64, intermediate_size=8)
+    weights, x = weights_for(config), torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    expected = moe_fn.moe_forward(config, weights, x)
+    for form in FORMS.values():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = moe_fn.moe_forward(replace(config, **form), weights, x)
+        assert_matches(y, expected, tolerance=1e-2)
 
 
 @cases(BOTH)

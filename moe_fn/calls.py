@@ -12,9 +12,11 @@ from moe_fn.checking import check_adapter_ids, check_beside_x, check_token_input
 from moe_fn.compiling import autocast_around_graph
 from moe_fn.config import MoEConfig
 from moe_fn.layer import without_padding
-from moe_fn.preparing import restore_weights
+from moe_fn.preparing import convert_experts
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 from moe_fn.stages.route import without_padding as routing_without_padding
+
+_LEFT_ALONE = ("gate_up", "down", "router", "quant")  # by autocast: experts are converted apart, these others are not
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Call:
 
     weights: MoEWeights
     x: Tensor
+    gate_x: Tensor  # what the gate inside the layer sees: x, under autocast perhaps not rounded
     logits: Tensor | None
     token_ids: Tensor | None
     token_mask: Tensor | None
@@ -41,13 +44,14 @@ def enter(
     token_mask: Tensor | None,
     adapter_ids: Tensor | None = None,
     routed: bool = False,
+    runs_experts: bool = True,
 ) -> Call:
-    """The call, checked: ValueError for what does not fit."""
+    """The call, checked: ValueError for what does not fit. routed: by the caller; runs_experts: the call does not end at the router."""
     check_x(where, config, x)
-    low = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else None
-    computed = x if low is None else x.to(low)
-    weights = weights if low is None else _cast(restore_weights(config, weights), low)
-    check_weights(where, config, weights, computed)
+    low = autocast_dtype(x)
+    check_weights(where, config, weights, x, any_dtype=low is not None)
+    weights = weights if low is None else _in_autocast(config, weights, low, runs_experts)
+    given, computed = x, x if low is None else x.to(low)
     if logits is not None:
         check_beside_x(where, "logits", logits, x, ("num_logits", config.num_logits), "float")
     if not routed:
@@ -57,13 +61,16 @@ def enter(
     adapter_ids = check_adapter_ids(where, config, x, adapter_ids)
     leading = tuple(x.shape[:-1])
     if x.ndim > 2:
-        computed = computed.flatten(0, -2)
+        given, computed = given.flatten(0, -2), computed.flatten(0, -2)
         logits = None if logits is None else logits.flatten(0, -2)
         token_ids = None if token_ids is None else token_ids.flatten()
         token_mask = None if token_mask is None else token_mask.flatten()
     if adapter_ids is not None:
         adapter_ids = adapter_ids.flatten()
-    return Call(weights, without_padding(computed, token_mask), logits, token_ids, token_mask, leading, x.dtype, adapter_ids)
+    computed = without_padding(computed, token_mask)
+    unrounded = low not in (None, x.dtype) and config.router.gate_dtype == "float32" and config.router.gate_input == "original"
+    gate_x = without_padding(given, token_mask) if unrounded and logits is None and not routed else computed
+    return Call(weights, computed, gate_x, logits, token_ids, token_mask, leading, x.dtype, adapter_ids)
 
 
 def leave(call: Call, y: Tensor) -> Tensor:
@@ -109,8 +116,19 @@ def _autocasts(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
-def _cast(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
-    """The weights in another dtype, but for the router's: a correction bias of bfloat16 could not be balanced."""
-    of_router = [path[0] == "router" for path in WEIGHT_PATHS]
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast asks to compute in; None without it, and for float64, which it leaves alone as everywhere in torch."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else None
+
+
+def _in_autocast(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype, runs_experts: bool) -> MoEWeights:
+    """The weights that the call reads in autocast's dtype.
+
+    The router's stay: a correction bias of bfloat16 could not be balanced. Codes and what stands beside them are no numbers to round.
+    """
+    if not runs_experts and config.router.gate_input == "original":
+        return weights
+    kept = [path[0] in _LEFT_ALONE or not (runs_experts or path[0] == "latent") for path in WEIGHT_PATHS]
     leaves = leaves_of_weights(weights)
-    return weights_of_leaves([t if t is None or keep else t.to(dtype) for t, keep in zip(leaves, of_router, strict=True)])
+    cast = weights_of_leaves([t if t is None or keep else t.to(dtype) for t, keep in zip(leaves, kept, strict=True)])
+    return convert_experts(config, cast, dtype) if runs_experts else cast

@@ -24,10 +24,10 @@ _OF_EXPERTS = set(EXPERT_PATHS)
 _OF_ADAPTERS = {path for path in WEIGHT_PATHS if path[0] == "lora"}
 
 
-def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor) -> None:
-    """Every weight has the shape that the config gives it, a float dtype (that of x for the matrices) and the device of x."""
+def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor, any_dtype: bool = False) -> None:
+    """Every weight has the shape that the config gives it, a float dtype (unless any_dtype that of x for matrices) and the device of x."""
     check_layer(where, config, weights)
-    _check_leaves(where, config, weights, set(WEIGHT_PATHS), x, "x")
+    _check_leaves(where, config, weights, set(WEIGHT_PATHS), x, "x", any_dtype)
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
 
@@ -44,10 +44,10 @@ def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
 
 def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights, rows: Tensor) -> None:
     """What `experts` reads, plain or prepared: shapes by the config, dtype and device of its rows."""
-    _check_leaves(where, config, weights, _OF_EXPERTS if config.lora is None else _OF_EXPERTS | _OF_ADAPTERS, rows, "the rows")
+    _check_leaves(where, config, weights, _OF_EXPERTS if config.lora is None else _OF_EXPERTS | _OF_ADAPTERS, rows, "the rows", False)
 
 
-def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set[Path], beside: Tensor, named: str) -> None:
+def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set[Path], like: Tensor, named: str, any_dtype: bool) -> None:
     _check_added_once(where, config, weights)
     shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
     if is_prepared(weights.gate_up):
@@ -57,10 +57,11 @@ def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set
         if path not in paths or (leaf is None and path not in shapes):
             continue
         prepared = leaf is not None and path in _PREPARED and is_prepared(leaf)
-        expected = shapes.get(path) if not prepared else _prepared_shape(config, path, beside.dtype)
-        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, beside.device, quantised.get(path))
-        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != beside.dtype:
-            raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of {named}, {beside.dtype}")
+        dtype = leaf.dtype if leaf is not None and any_dtype else like.dtype
+        expected = shapes.get(path) if not prepared else _prepared_shape(config, path, dtype)
+        _check_weight(where, "weights." + ".".join(path), path, leaf, expected, like.device, quantised.get(path))
+        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != dtype:
+            raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of {named}, {like.dtype}")
     if is_prepared(weights.gate_up) != is_prepared(weights.down):
         raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
     check_adapters(where, config, weights.lora)

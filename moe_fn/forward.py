@@ -33,8 +33,8 @@ def moe_forward(
 
     x [..., H] float, logits [..., num_logits] float (None: x @ weights.router.gate.T + bias), token_ids [...] integers for hash
     routing, token_mask [...] bool, False for padding, adapter_ids [...] integers, each token's LoRA adapter (-1, or an id that there is
-    not: none; None: adapter 0 for all, where there is one). Returns [..., H] in x.dtype, also under autocast (which sets the dtype that
-    the experts compute in). Padding may hold anything and gives zeros.
+    not: none; None: adapter 0 for all, where there is one). Returns [..., H] in x.dtype, also under autocast, which sets the dtype that
+    the experts compute in; a gate in float32 sees x as it is. Padding may hold anything and gives zeros.
 
     Raises ValueError at trace time: where, what came, what was expected. Under fullgraph torch wraps it in an error of its own.
 
@@ -53,6 +53,8 @@ def moe_forward(
         Gradients of others do not see what is not finite.
         Chunked equals unchunked.
         Opaque equals transparent.
+        Autocast leaves a float32 gate as it is.
+        Autocast computes what weights in its dtype do.
         Leading dimensions are only a shape.
         Inputs are never written to.
         The same inputs give the same bits.
@@ -160,7 +162,7 @@ def moe_route(
     >>> moe_route(config, weights, torch.randn(3, 4), torch.tensor([[0.0, 1.0]] * 3))[1].expert_ids.flatten().tolist()
     [1, 1, 1]
     """
-    call = enter("moe_route", config, weights, x, logits, token_ids, token_mask, adapter_ids)
+    call = enter("moe_route", config, weights, x, logits, token_ids, token_mask, adapter_ids, runs_experts=False)
     with autocast_off(x):
         logits, routing = _route(config, call)
         parts = (logits, routing.expert_ids, routing.weights, routing.shared_weights)
@@ -210,7 +212,7 @@ def moe_forward_with_stats(
 
 
 def _route(config: MoEConfig, call: Call) -> tuple[Tensor, Routing]:
-    logits, routing = route_tokens(config, call.weights, call.x, call.logits, call.token_ids, call.token_mask, call.leading)
+    logits, routing = route_tokens(config, call.weights, call.gate_x, call.logits, call.token_ids, call.token_mask, call.leading)
     return logits, dataclasses.replace(routing, adapter_ids=call.adapter_ids)
 
 
@@ -226,7 +228,8 @@ def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing 
     chunked = config.chunk_tokens is not None
     if routing is None or config.as_op or (chunked and not loop_is_visible()):
         pending = (logits, call.token_ids, call.token_mask) if routing is None else (None, None, None)
-        return layer_as_op(config, call.weights, call.x, routing, *pending, call.adapter_ids, with_shared)
+        gate_x = None if routing is not None or call.gate_x is call.x else call.gate_x
+        return layer_as_op(config, call.weights, call.x, routing, *pending, call.adapter_ids, with_shared, gate_x)
     if chunked:
         return layer_in_chunks(config, call.weights, call.x, routing, with_shared)
     if with_shared:

@@ -29,29 +29,42 @@ def lay_weight(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
     per_step = per_step_of(weight.dtype)
     by_panel = _to_panels(config, name, _bytes(weight))
     steps: Tensor = _pad(by_panel, 2, per_step).unflatten(2, (-1, per_step)).unflatten(1, (-1, PANEL))
-    return steps.transpose(2, 3).flatten(3).contiguous().view(weight.dtype)
+    return _seen_as(weight.dtype, steps.transpose(2, 3).flatten(3).contiguous())
 
 
 def lift_weight(config: MoEConfig, name: str, panels: Tensor, inputs: int) -> Tensor:
     """The inverse: [E, panels, steps, 32 * d] -> [E, outputs, inputs]; inputs counts elements of the tensor."""
     columns: Tensor = _bytes(panels).unflatten(3, (PANEL, -1))
     columns = columns.transpose(2, 3).flatten(3).flatten(1, 2).narrow(2, 0, inputs)
-    return _from_panels(config, name, columns).contiguous().view(panels.dtype)
+    return _seen_as(panels.dtype, _from_panels(config, name, columns).contiguous())
+
+
+def convert_panels(panels: Tensor, dtype: torch.dtype, inputs: int) -> Tensor:
+    """[E, panels, steps, 32 * d] of floats in another dtype, with its own d: what lay_weight makes of the plain weight in that dtype."""
+    per_step = per_step_of(dtype)
+    by_input = panels.unflatten(3, (PANEL, -1)).transpose(3, 4).flatten(2, 3).narrow(2, 0, inputs)
+    steps: Tensor = _pad(by_input, 2, per_step).unflatten(2, (-1, per_step)).transpose(3, 4)
+    return steps.to(dtype, memory_format=torch.contiguous_format).flatten(3)  # one pass
 
 
 def lay_columns(config: MoEConfig, name: str, values: Tensor) -> Tensor:
     """Numbers of outputs, [E, outputs, n] -> [E, panels, n, 32]: those of a panel's columns together."""
     by_panel: Tensor = _to_panels(config, name, _bytes(values)).unflatten(1, (-1, PANEL))
-    return by_panel.transpose(2, 3).contiguous().view(values.dtype)
+    return _seen_as(values.dtype, by_panel.transpose(2, 3).contiguous())
 
 
 def lift_columns(config: MoEConfig, name: str, panels: Tensor) -> Tensor:
     """The inverse: [E, panels, n, 32] -> [E, outputs, n]."""
-    return _from_panels(config, name, _bytes(panels).transpose(2, 3).flatten(1, 2)).contiguous().view(panels.dtype)
+    return _seen_as(panels.dtype, _from_panels(config, name, _bytes(panels).transpose(2, 3).flatten(1, 2)).contiguous())
 
 
 def _bytes(t: Tensor) -> Tensor:
     return t.view(torch.uint8) if t.itemsize == 1 else t  # eight-bit floats cannot do all of this
+
+
+def _seen_as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """The same bits as another dtype; as its own it stays what it is, for a view as a dtype has no gradient, not even as the same one."""
+    return t if t.dtype == dtype else t.view(dtype)
 
 
 def _pad(weight: Tensor, dim: int, multiple: int) -> Tensor:

@@ -10,7 +10,7 @@ from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.kernels import native
 from moe_fn.kinds import check_layer
-from moe_fn.panels import PANEL, lay_columns, lay_weight, lift_columns, lift_weight, num_panels, per_step_of
+from moe_fn.panels import PANEL, convert_panels, lay_columns, lay_weight, lift_columns, lift_weight, num_panels, per_step_of
 from moe_fn.quant.tiles import halves_of, spread
 from moe_fn.records import MoEWeights, QuantWeights, Shape
 
@@ -28,6 +28,7 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     [E, panels, tiles of inputs, 32], one for each column.
     On other devices, dtypes and back-ends, nothing is to be done and the weights come back as they are.
     The result goes wherever weights go: compile, export, AOTInductor, `.to` another device, safetensors, gradients.
+    Autocast takes weights that are prepared in its own dtype, and codes, as they are; others it converts in every call.
     It is for inference: plain weights are laid anew in every call. Prepare after loading, for the copy lies in huge pages, which a tensor
     read from a file does not: on a virtual machine that reads 10 to 20 % faster. Optimizers work on plain weights.
 
@@ -93,6 +94,22 @@ def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     down = lift_weight(config, "down", weights.down, config.intermediate_size // per_byte)
     quant = None if weights.quant is None else _lift_beside(config, weights.quant)
     return dataclasses.replace(weights, gate_up=_out_in(config, gate_up).contiguous(), down=_out_in(config, down).contiguous(), quant=quant)
+
+
+def convert_experts(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
+    """gate_up and down in another dtype, prepared ones as prepare_weights would lay them; as they are in this dtype, and as codes.
+
+    Laws
+        Converting prepared weights is preparing converted ones.
+    """
+    if config.quant is not None or (weights.gate_up.dtype == dtype and weights.down.dtype == dtype):
+        return weights
+    if not is_prepared(weights.gate_up):
+        return dataclasses.replace(weights, gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype))
+    if backend_of(config, weights.gate_up.new_empty(0, dtype=dtype)) != "native":
+        return convert_experts(config, restore_weights(config, weights), dtype)
+    gate_up = convert_panels(weights.gate_up, dtype, config.expert_hidden_size)
+    return dataclasses.replace(weights, gate_up=gate_up, down=convert_panels(weights.down, dtype, config.own.intermediate_size))
 
 
 def _lay_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:

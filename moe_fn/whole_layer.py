@@ -23,7 +23,8 @@ from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 
 # x, then routing's input or routing itself: with expert_ids given there is nothing left to route.
-_TOKEN_ARGS = ("x", "logits", "token_ids", "token_mask", "expert_ids", "expert_weights", "shared_weights", "adapter_ids")
+# gate_x: what the gate sees, where it is not x.
+_TOKEN_ARGS = ("x", "logits", "token_ids", "token_mask", "expert_ids", "expert_weights", "shared_weights", "adapter_ids", "gate_x")
 _LEAVES = tuple("_".join(path) for path in WEIGHT_PATHS)
 _REQUIRED = {"x", "gate_up", "down"}
 _SCHEMA = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TOKEN_ARGS + _LEAVES)
@@ -39,6 +40,7 @@ def layer_as_op(
     token_mask: Tensor | None,
     adapter_ids: Tensor | None,
     with_shared: bool,
+    gate_x: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """(y,) or (shared, routed) from one node. x is free of padding already; routing None means: route inside.
 
@@ -46,7 +48,8 @@ def layer_as_op(
     """
     check_draft_export("moe_forward")
     given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
-    args = (config._json, x, logits, token_ids, token_mask, *given, adapter_ids, *leaves_of_weights(weights))  # type: ignore[attr-defined]
+    per_token = (x, logits, token_ids, token_mask, *given, adapter_ids, gate_x)
+    args = (config._json, *per_token, *leaves_of_weights(weights))  # type: ignore[attr-defined]
     out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
     return tuple(out)
 
@@ -56,12 +59,13 @@ def _rows(args: list[Any], chunk: slice) -> list[Any]:
 
 
 def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tensor, ...]:
-    x, logits, token_ids, token_mask, ids, w, shared_w, adapter_ids, *leaves = args
+    x, logits, token_ids, token_mask, ids, w, shared_w, adapter_ids, gate_x, *leaves = args
     if config.parallel is not None:
         routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)
         return (layer_over_ranks(config, config.parallel, weights_of_leaves(leaves), x, routing, logits)[0],)
     if ids is None:
-        _, routing = route_tokens(config, weights_of_leaves(leaves), x, logits, token_ids, token_mask)
+        seen = x if gate_x is None else gate_x
+        _, routing = route_tokens(config, weights_of_leaves(leaves), seen, logits, token_ids, token_mask)
         ids, w, shared_w = routing.expert_ids, routing.weights, routing.shared_weights
     return chunk_of_layer(config, with_shared, [x, ids, w, shared_w, adapter_ids, *leaves])
 

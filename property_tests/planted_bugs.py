@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from moe_fn import (
     arithmetic,
@@ -96,6 +97,10 @@ def _swap_first_and_last(routing: Routing, *args: Any) -> Routing:
 
 def _ends_off_by_one(d: Any, *args: Any) -> Any:
     return replace(d, expert_ends=(d.expert_ends - 1).clamp(min=0))
+
+
+def _rounded_floats(record: Any) -> Any:
+    return tree_map(lambda t: t.to(torch.bfloat16).to(t.dtype) if t.is_floating_point() else t, record)
 
 
 def _unsorted(d: Any, *args: Any) -> Any:
@@ -503,6 +508,12 @@ BUGS = (
         after(lambda laid, *a: laid.flip(3)),
     ),
     PlantedBug("restoring_undoes_preparing", "columns in the wrong order", panels.lift_weight, after(lambda t, *a: t.flip(1))),
+    PlantedBug(
+        "converting_prepared_weights_is_preparing_converted_ones",
+        "columns stay where the other dtype had them",
+        panels.convert_panels,
+        instead(lambda panels, dtype, inputs: panels.to(dtype)),
+    ),
     PlantedBug("preparing_twice_is_preparing_once", "prepared weights are not known", preparing.is_prepared, instead(lambda w: False)),
     PlantedBug(
         "gradients_equal_the_reference",
@@ -569,6 +580,15 @@ BUGS = (
         "the second dimension is the batch",
         calls.leave,
         after(lambda y, call, *a: y if y.ndim < 3 else y.flip(0, 1, 2)),
+    ),
+    PlantedBug(
+        "autocast_leaves_a_float32_gate_as_it_is", "the gate sees rounded tokens", calls.enter, after(lambda c, *a: replace(c, gate_x=c.x))
+    ),
+    PlantedBug(
+        "autocast_computes_what_weights_in_its_dtype_do",
+        "the router's weights are rounded too",
+        calls._in_autocast,
+        after(lambda w, *a: w if w.router is None else replace(w, router=_rounded_floats(w.router))),
     ),
     PlantedBug("inputs_are_never_written_to", "in place on x", transform.transform_input, _writes_into_x),
     PlantedBug(

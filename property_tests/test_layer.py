@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from support import assert_is_the_layer, config_with, flat, gradients, law, leaves, logits_of, real_tokens, with_gradients
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, RouterWeights, Routing, reference
@@ -180,6 +181,39 @@ def test_chunked_equals_unchunked(problem: MoEProblem) -> None:
 @law(problems(configs(opaque=True)))
 def test_opaque_equals_transparent(problem: MoEProblem) -> None:
     assert_same_function(problem, config_with(problem, opaque=False))
+
+
+def in_autocast(problem: MoEProblem, function: Any) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return problem.call(function)
+
+
+@law(problems(configs(gate_input="original", gate_dtype="float32"), logits="gate"), SEEDS)
+def test_autocast_leaves_a_float32_gate_as_it_is(problem: MoEProblem, seed: int) -> None:
+    digits = torch.rand(problem.x.shape, generator=torch.Generator().manual_seed(seed)) / 256  # that bfloat16 does not hold
+    problem = problem.replace(x=problem.x * (1 + digits))
+    logits, routing = problem.call(moe_fn.moe_route)
+    assert_matches(in_autocast(problem, moe_fn.moe_route), (logits, routing), tolerance=0.0)
+    assert torch.equal(in_autocast(problem, moe_fn.moe_forward_with_stats)[1].expert_ids.flatten(), routing.expert_ids.flatten())
+
+
+def cast_by_hand(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
+    """All but the router's weights, and but codes and what turns them into numbers."""
+    cast: MoEWeights = tree_map(lambda t: t.to(dtype) if t.is_floating_point() and t.dtype != torch.float8_e4m3fn else t, weights)
+    kept = {"router": weights.router, "quant": weights.quant}
+    return dataclasses.replace(cast, **kept)
+
+
+@law(problems(configs(gate_dtype="float32")))
+def test_autocast_computes_what_weights_in_its_dtype_do(problem: MoEProblem) -> None:
+    logits = problem.logits
+    if logits is None and problem.config.router.gate_input == "original":
+        logits = problem.call(moe_fn.moe_route)[0]
+    by_hand = problem.replace(weights=cast_by_hand(problem.weights, torch.bfloat16), x=problem.x.to(torch.bfloat16), logits=logits)
+    y = in_autocast(problem, moe_fn.moe_forward)
+    assert y.dtype == problem.x.dtype
+    assert_matches(y.to(torch.bfloat16), forward(by_hand), tolerance=1e-6)
+    assert torch.equal(in_autocast(by_hand, moe_fn.moe_forward), forward(by_hand))  # what is in the dtype already is as it was
 
 
 @law(problems(), st.sampled_from([(1, 1), (2, 1), (1, 2, 1)]))

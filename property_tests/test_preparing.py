@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import moe_fn
-from moe_fn import MoEConfig, MoEWeights, Routing, fused
+from moe_fn import MoEConfig, MoEWeights, QuantConfig, Routing, calls, fused
 from moe_fn.kernels import native
+from moe_fn.preparing import convert_experts
 from moe_fn.testing import assert_matches, configs, weights_for
 
 NATIVE = native.active().problem is None
@@ -51,6 +52,45 @@ def test_restoring_undoes_preparing(case: Case) -> None:
     restored = moe_fn.restore_weights(config, moe_fn.prepare_weights(config, weights))
     for name in ("gate_up", "down"):
         assert torch.equal(getattr(restored, name), getattr(weights, name))
+
+
+@law(CASES)
+def test_converting_prepared_weights_is_preparing_converted_ones(case: Case) -> None:
+    config, weights, _, _ = problem_of(case)
+    for dtype in (torch.float32, torch.bfloat16):
+        converted = convert_experts(config, moe_fn.prepare_weights(config, weights), dtype)
+        by_hand = moe_fn.prepare_weights(config, tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, weights))  # noqa: B023
+        assert torch.equal(converted.gate_up, by_hand.gate_up) and torch.equal(converted.down, by_hand.down)
+
+
+def test_autocast_reads_prepared_weights_and_codes_as_they_are() -> None:
+    sizes = {"num_experts": 4, "top_k": 2, "hidden_size": 32, "intermediate_size": 48}
+    x, codes = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), QuantConfig(scheme="int8", granularity="channel")
+    for config, dtype in ((MoEConfig(**sizes), torch.bfloat16), (MoEConfig(**sizes, quant=codes), torch.uint8)):
+        plain = weights_for(config)
+        if config.quant is None:
+            plain = dataclasses.replace(plain, gate_up=plain.gate_up.to(dtype), down=plain.down.to(dtype))
+        prepared = moe_fn.prepare_weights(config, plain)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            call = calls.enter("test", config, prepared, x, None, None, None)
+            ys = [moe_fn.moe_forward(config, weights, x) for weights in (prepared, plain)]
+        kept = [getattr(weights, name) for weights in (call.weights, prepared) for name in ("gate_up", "down")]
+        assert kept[0] is kept[2] and kept[1] is kept[3] and call.weights.quant == prepared.quant  # the same tensors
+        assert torch.equal(*ys)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # the kernels compute in the first alone
+def test_autocast_of_prepared_weights_in_another_dtype_is_that_of_plain_ones(dtype: torch.dtype) -> None:
+    config = MoEConfig(num_experts=4, top_k=2, hidden_size=33, intermediate_size=47)
+    weights, x = weights_for(config), torch.randn(5, 33, generator=torch.Generator().manual_seed(0))
+    found = []
+    for given in (weights, moe_fn.prepare_weights(config, weights)):
+        leaves_of_given = [t.requires_grad_() for t in (given.gate_up, given.down)]
+        with torch.autocast("cpu", dtype=dtype):
+            y = moe_fn.moe_forward(config, given, x)
+        gate_up, down = torch.autograd.grad(y.square().sum(), leaves_of_given)
+        found.append((y, moe_fn.restore_weights(config, MoEWeights(gate_up=gate_up, down=down))))
+    assert_matches(found[1], found[0], tolerance=1e-2, scale=0.5)
 
 
 @law(CASES)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.backends import backend_of
+from moe_fn.compiling import autocast_around_graph
 from moe_fn.config import MoEConfig
 from moe_fn.ops.grouped import GROUPED
 
@@ -15,7 +16,14 @@ def dense_product(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:
     >>> dense_product(config, torch.ones(1, 2), torch.ones(3, 2))
     tensor([[2., 2., 2.]])
     """
-    return product_of_all(config, x, weight) if config.batch_invariant else x @ weight.t()
+    if config.batch_invariant or _loses_digits(x):
+        return product_of_all(config, x, weight)
+    return x @ weight.t()
+
+
+def _loses_digits(x: Tensor) -> bool:
+    """A compiled product in float32 under autocast: AOTAutograd would trace its gradient, though not itself, in autocast's dtype."""
+    return torch.compiler.is_compiling() and x.dtype == torch.float32 and autocast_around_graph(x.device.type)
 
 
 def product_of_all(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:

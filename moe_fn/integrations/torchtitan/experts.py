@@ -1,6 +1,5 @@
 """GroupedExperts: rows sorted by expert through their experts."""
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_fn.activations import activate
 from moe_fn.backends import backend_of
+from moe_fn.calls import autocast_dtype, autocast_off
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.integrations.torchtitan.layouts import ExpertsLayout, config_of_experts, layout_of_class
 from moe_fn.numerics import accumulation_dtype
@@ -84,9 +84,7 @@ def config_member(base: Any) -> dict[str, Any]:
 
 
 def _forward(layout: ExpertsLayout, compute_dtype: torch.dtype | None, module: Any, x_RD: Tensor, counts: Tensor) -> Tensor:
-    device = x_RD.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = compute_dtype or (torch.get_autocast_dtype(device) if autocast else x_RD.dtype)
+    dtype = compute_dtype or autocast_dtype(x_RD) or x_RD.dtype
 
     def local(name: str | None) -> Any:  # like theirs: dynamic row counts cannot be DTensors
         tensor = None if name is None else getattr(module, name)
@@ -105,6 +103,6 @@ def _forward(layout: ExpertsLayout, compute_dtype: torch.dtype | None, module: A
             f"{type(module).__name__}: {layout.down} is {tuple(down.shape)} on this rank; expected {config.intermediate_size} columns, "
             "for tensor parallelism would add the bias once a rank: shard the experts instead"
         )
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+    with autocast_off(x_RD):
         y = experts_of_rows(config, gate_up, down, x_RD.to(dtype), counts, local(layout.gate_up_bias), local(layout.down_bias))
     return y.to(x_RD.dtype)

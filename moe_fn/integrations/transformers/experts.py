@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_fn.backends import backend_of
+from moe_fn.calls import autocast_dtype
 from moe_fn.checking import check_routing, check_x
 from moe_fn.compiling import constant_while_tracing
 from moe_fn.config import MoEConfig, as_activation
@@ -108,7 +109,7 @@ def by_stages_of_module(module: nn.Module, config: MoEConfig, weights: MoEWeight
     part: Any = module
     check_x(_name(module), config, x)
     routing = check_routing(_name(module), config, x, routing)
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     dispatched = dispatch(config, x.to(dtype), routing)
     rows, ends, transposed = dispatched.rows, dispatched.expert_ends, config.weight_layout == "out_in"
     backend = backend_of(config, rows)
