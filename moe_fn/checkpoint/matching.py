@@ -22,14 +22,12 @@ class ListRule:
     text         whether an entry, as text, has a module of this name
     expression   the regular expression that an entry is beside, from the name's beginning on; None where it is none
     containers   whether the module that holds all experts is looked up too: where that one is listed, so are they
-    vague        whether the tools that read the list disagree, so that codes in the file say more than an entry
     """
 
     keys: tuple[str, ...]
     text: Callable[[str, str], bool]
     expression: Callable[[str], str | None] = lambda entry: None
     containers: bool = False
-    vague: bool = False
 
 
 def is_listed(module: str, entries: Iterable[str], rule: ListRule) -> bool:
@@ -146,5 +144,5 @@ def _begins_or_ends(name: str, entry: str) -> bool:
 # (`exclude_layers_to_not_quantize`: parts of names. vLLM looks up the container, transformers whole parts), ModelOpt 0.47 (fnmatch).
 COMPRESSED_TENSORS = ListRule(("ignore",), operator.eq, _after_re)
 TRANSFORMERS = ListRule(("modules_to_not_convert", "ignored_layers"), _begins_or_ends, _up_to_the_end_of_a_part, containers=True)
-AUTOAWQ = ListRule(("modules_to_not_convert",), operator.contains, vague=True)
+AUTOAWQ = ListRule(("modules_to_not_convert",), operator.contains)
 MODELOPT = ListRule(("exclude_modules", "ignore"), fnmatch.fnmatchcase, containers=True)

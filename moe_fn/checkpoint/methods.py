@@ -35,7 +35,8 @@ def method_of(words: Words, name: str, of_experts: bool, *, fused: bool = False,
     of_experts  whether it is a routed expert's
     dtypes      of its tensors in the file, by what their names have behind its own; None: not known
 
-    Where the file is known, its tensors say whether they are floats, whatever lists of modules say: tools leave out more than they list.
+    Where the file is known, its tensors say whether they are floats or codes, whatever lists of modules say: tools leave out more than they
+    list, and those that read a list do not agree on what it has.
 
     Raises ValueError for a method that is not known, for words that contradict one another, and for codes in the file where the words say
     that nothing is quantised.
@@ -63,11 +64,11 @@ def method_of(words: Words, name: str, of_experts: bool, *, fused: bool = False,
 
 
 def _method_of(words: Words, reader: Reader, module: Module) -> Method | None:
-    rule = reader.lists
-    asked = rule is not None and not (rule.vague and module.codes is not None)
-    if rule is not None and asked and is_listed(module.name, _listed(words, rule), rule):
+    listed = reader.lists is not None and is_listed(module.name, _listed(words, reader.lists), reader.lists)
+    if listed and module.codes is None:
         return None
-    return reader.read(words, module)
+    found = reader.read(words, module)
+    return None if found is None or (listed and not fits(found, module)) else found
 
 
 def _listed(words: Words, rule: ListRule) -> list[str]:
