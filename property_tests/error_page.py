@@ -11,7 +11,7 @@ _ROW = re.compile(r"^\| `(?P<call>.+?)` \| (?P<words>.*) \|$")
 
 def names_of(page: str) -> dict[str, Any]:
     """What the page's block of Python defines."""
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": __name__}  # the module of the page's lambdas, which torch.jit.trace asks for
     block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert block is not None
     exec(block.group(1), names)
