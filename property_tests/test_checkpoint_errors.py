@@ -1,5 +1,6 @@
 """Every way a checkpoint can be wrong: an error that names it and says what was expected, before anything is allocated."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ from checkpoints import folder, read_raw, same_bits, write_raw
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_fn import MoEConfig, MoEWeights, RouterConfig, SharedExpertsConfig
+from moe_fn import MoEConfig, MoEWeights, ParallelConfig, RankGroup, RouterConfig, SharedExpertsConfig, shard_weights
 from moe_fn.checkpoint import load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, reading, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
 from moe_fn.testing import weights_for
@@ -344,6 +345,17 @@ def test_no_damage_to_a_file_is_a_crash(data: st.DataObject) -> None:
             assert str(error)
         else:
             assert loaded.gate_up.shape == WEIGHTS.gate_up.shape and torch.is_tensor(loaded.down)
+
+
+def test_what_is_saved_is_whole_whoever_saves_it(tmp_path: Path) -> None:
+    """A rank may save all weights, biases too; its part is refused."""
+    config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4, activation="relu2_no_mul")
+    whole = weights_for(config, bias=True, scales=False)
+    sliced = dataclasses.replace(config, parallel=ParallelConfig(tp=RankGroup(name="0", size=2, rank=1)))
+    with pytest.raises(ValueError, match=r"weights.gate_up is \[2, 2, 4\]; expected \[2, 4, 4\]"):
+        save_moe_weights(tmp_path, "layers.3.ffn", sliced, shard_weights(sliced, whole), layout="nllb")
+    save_moe_weights(tmp_path, "layers.3.ffn", sliced, whole, layout="nllb")
+    assert same_bits(load_moe_weights(tmp_path, "layers.3.ffn", config, layout="nllb"), whole)
 
 
 def test_saving_what_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """MoEWeights back into a folder, in a published layout: the loader's inverse."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -81,7 +82,8 @@ def _check(layout: Layout, config: MoEConfig, leaves: Mapping[Path, Tensor]) -> 
         raise ValueError("save_moe_weights: config.quant is not None; expected floats (dequantize_weights), for codes are not written")
     if not layout.savable:
         raise ValueError(f"save_moe_weights: the layout {layout.name!r} has tensors that hold more than a block; expected another one")
-    allowed, patterns, sizes = expected_shapes(config), patterns_of(config), sizes_of(config)
+    whole = dataclasses.replace(config, parallel=None)  # a rank's part has other shapes, and is refused by them
+    allowed, patterns, sizes = expected_shapes(whole), patterns_of(config), sizes_of(config)
     named = {entry.weight for entry in layout.entries}
     for path, leaf in leaves.items():
         where = f"save_moe_weights: weights.{'.'.join(path)}"
