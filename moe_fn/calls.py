@@ -32,6 +32,7 @@ class Call:
     leading: tuple[int, ...]
     dtype: torch.dtype
     adapter_ids: Tensor | None = None
+    where: str = "moe_forward"
 
 
 def enter(
@@ -70,7 +71,7 @@ def enter(
     computed = without_padding(computed, token_mask)
     unrounded = low not in (None, x.dtype) and config.router.gate_dtype == "float32" and config.router.gate_input == "original"
     gate_x = without_padding(given, token_mask) if unrounded and logits is None and not routed else computed
-    return Call(weights, computed, gate_x, logits, token_ids, token_mask, leading, x.dtype, adapter_ids)
+    return Call(weights, computed, gate_x, logits, token_ids, token_mask, leading, x.dtype, adapter_ids, where)
 
 
 def leave(call: Call, y: Tensor) -> Tensor:

@@ -239,9 +239,8 @@ def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing 
 
 def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing) -> Tensor:
     if config.parallel is None or may_overflow(config):
-        raise ValueError(
-            "moe_forward: ParallelConfig.capacity may drop slots; expected None, or moe_forward_with_stats, which returns how many"
-        )
+        other = "" if call.where == "moe_forward_routed" else ", or moe_forward_with_stats, which returns how many"
+        raise ValueError(f"{call.where}: ParallelConfig.capacity may drop slots; expected None, room for every slot{other}")
     sent = logits if config.parallel.gather == "logits" else None  # None too where a caller routed: then the routing travels
     if config.batch_invariant or (reads_sizes(config.parallel) and not scalars_allowed()):
         return layer_as_op(config, call.weights, call.x, routing, sent, None, None, call.adapter_ids, False)[0]

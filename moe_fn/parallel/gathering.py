@@ -62,7 +62,7 @@ def padded(rows: Tensor, room: int) -> Tensor:
 def check_room(tokens: int, max_tokens: int) -> None:
     """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not known yet."""
     if guard_or_false(tokens > max_tokens):
-        raise ValueError(f"moe_forward: {tokens} tokens on this rank; expected at most ParallelConfig.max_tokens={max_tokens}")
+        raise ValueError(f"ParallelConfig.max_tokens={max_tokens} with {tokens} tokens on this rank; expected no more")
     torch._check(tokens <= max_tokens)  # without words: a graph that holds their lambda cannot be pickled into AOTAutograd's cache
 
 
