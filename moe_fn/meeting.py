@@ -12,6 +12,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.2
 _GRACE_S = 2.0  # for an answer that is on its way, and for the slowest reader of it
 
 Compare = Callable[[dict[int, str]], list[str]]
+_NOT_THERE = object()
 
 
 def words_of_ranks(ranks: Sequence[int]) -> str:
@@ -23,6 +24,24 @@ def words_of_ranks(ranks: Sequence[int]) -> str:
     runs = [[r for _, r in run] for _, run in itertools.groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])]
     parts = [part for run in runs for part in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(parts)}"
+
+
+def differing_fields(fields_of_rank: dict[int, dict[str, Any]]) -> list[str]:
+    """Every field that is not the same on all ranks, in words.
+
+    >>> differing_fields({0: {"top_k": 2, "bias": 1}, 1: {"top_k": 3, "bias": 1}})
+    ['top_k is 2 on rank 0 and 3 on rank 1']
+    """
+    found = []
+    for name in dict.fromkeys(name for fields in fields_of_rank.values() for name in fields):
+        ranks_of_value: dict[str, list[int]] = {}
+        for rank, fields in fields_of_rank.items():
+            value = fields.get(name, _NOT_THERE)
+            ranks_of_value.setdefault("not there" if value is _NOT_THERE else repr(value), []).append(rank)
+        if len(ranks_of_value) > 1:
+            words = [f"{value} on {words_of_ranks(ranks)}" for value, ranks in ranks_of_value.items()]
+            found.append(f"{name} is {', '.join(words[:-1])} and {words[-1]}")
+    return found
 
 
 def meet(ranks: Sequence[int], mine: int, text: str, timeout_s: float, compare: Compare) -> str:

@@ -141,7 +141,7 @@ class RoutingStats:
     """What the router did, as values; nothing is recorded on the side. Losses carry gradients to the logits."""
 
     expert_ids: Tensor  # [T, top_k]
-    expert_load: Tensor  # [choices] int64: slots per expert
+    expert_load: Tensor  # [choices] int64: slots per expert, of this rank's tokens; of all ranks': moe_fn.balance.load_over_ranks
     dropped_slots: Tensor  # [] int64: slots of no expert (id -1) of tokens that are not padding
     router_z_loss: Tensor  # [] float32
     load_balancing_loss: Tensor  # [] float32: Switch / Mixtral form over all tokens

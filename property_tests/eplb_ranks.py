@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -10,7 +11,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moe_fn import LoRAConfig, LoRAWeights, MoEConfig, MoEWeights, Routing, balance, moe_forward_routed
+from moe_fn import (
+    LoRAConfig,
+    LoRAWeights,
+    MoEConfig,
+    MoEWeights,
+    ParallelConfig,
+    RankGroup,
+    RouterWeights,
+    Routing,
+    ZeroExpertsConfig,
+    balance,
+    moe_forward,
+    moe_forward_routed,
+    moe_forward_with_stats,
+    shard_weights,
+)
+from moe_fn.parallel import check_ranks_agree
 from moe_fn.preparing import lay_panels
 from moe_fn.testing import weights_for
 
@@ -92,6 +109,77 @@ def check_the_layer_answers_meanwhile() -> None:
     torch.testing.assert_close(answer(moved, new), expected, rtol=1e-5, atol=1e-6)
 
 
+def whole_and_local(parallel: ParallelConfig) -> tuple[MoEConfig, MoEConfig]:
+    whole = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=4, zero_experts=ZeroExpertsConfig(count=1), backend="torch")
+    return whole, dataclasses.replace(whole, parallel=parallel)
+
+
+def with_placement(weights: MoEWeights, placement: balance.Placement) -> MoEWeights:
+    tensors = {f.name: getattr(placement, f.name) for f in dataclasses.fields(placement)}
+    return dataclasses.replace(weights, router=dataclasses.replace(weights.router or RouterWeights(), **tensors))
+
+
+def check_the_recipe_of_the_package() -> None:
+    """The lines of moe_fn.balance's docstring, as they stand there, with other tokens on each rank: all ranks move, and y stays."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = RankGroup(name=dist.group.WORLD.group_name, size=ranks, rank=rank)
+    whole, config = whole_and_local(ParallelConfig(ep=own, dispatch="all_to_all", num_physical=8))
+    full = weights_for(whole, 4)
+    placement = balance.placement_of_slots(torch.tensor([0, 1, 2, 3, 4, 5, 0, 1]), num_experts=6)
+    weights = shard_weights(config, with_placement(full, placement))
+    x = torch.randn(9 + rank, 8, generator=torch.Generator().manual_seed(rank))
+    expected = moe_forward(whole, full, x)
+    _, stats = moe_forward_with_stats(config, weights, x)
+    names = {name: getattr(balance, name) for name in balance.__all__} | {
+        "num_experts": 6, "num_physical": 8, "groups": 1, "nodes": 1, "gpus": ranks, "group": None, "weights": weights, "stats": stats,
+        "placement": placement, "window": balance.load_window(2, 6),
+    }  # fmt: skip
+    recipe = [line for line in (balance.__doc__ or "").splitlines() if re.match(r"    [\w, ]+ = \w", line)]
+    assert len(recipe) == 4
+    exec("\n".join(line.strip() for line in recipe), names)
+    loads = [torch.zeros(7, dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(loads, stats.expert_load)
+    assert torch.equal(names["load"], sum(loads)[:6])  # type: ignore[index]
+    for group in (own, dist.group.WORLD):
+        assert torch.equal(balance.load_over_ranks(stats.expert_load, group), sum(loads))  # type: ignore[arg-type]
+    moved = with_placement(names["weights"], names["placement"])
+    torch.testing.assert_close(moe_forward(config, moved, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def check_that_ranks_which_differ_are_told() -> None:
+    """Each rank places by its own tokens: the same words on every rank, and nothing is sent. So for tensors, and for one rank's mistake."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    load = torch.tensor([9, 1, 2, 30, 4, 2]).roll(rank)
+    previous = balance.place_experts(torch.ones(6), 8, 1, 1, ranks)
+    new = balance.place_experts(load, 8, 1, 1, ranks)
+    weights = of_rank(balance.physical_weights(weights_for(CONFIG, 2), previous), rank, ranks)
+    narrow = dataclasses.replace(weights, down=weights.down.to(torch.float16)) if rank == 1 else weights
+    few = dataclasses.replace(weights, gate_up=weights.gate_up[:1]) if rank == 1 else weights
+    for given, target, words in (
+        (weights, new, r"slot \d of new is \d on rank 0.* and \d on rank.*made from load_over_ranks"),
+        (narrow, previous, r"weights.down is 'torch.float32 \[.*' on rank.* and 'torch.float16 \[.*' on rank 1"),
+        (few, previous, r"move_experts: rank 1: weights.gate_up is \[1, 10, 8\]; expected \d experts first"),
+    ):
+        try:
+            balance.move_experts(given, previous, target)
+        except ValueError as error:
+            assert re.search(words, str(error)), error
+            found: list[str] = [""] * ranks
+            dist.all_gather_object(found, str(error))
+            assert len(set(found)) == 1
+        else:
+            raise AssertionError("no ValueError")
+    own = RankGroup(name=dist.group.WORLD.group_name, size=ranks, rank=rank)
+    _, config = whole_and_local(ParallelConfig(ep=own, dispatch="all_to_all", num_physical=8))
+    local = shard_weights(config, with_placement(weights_for(whole_and_local(ParallelConfig(ep=own))[0], 4), new))
+    try:
+        check_ranks_agree(config, local)
+    except ValueError as error:
+        assert re.search(r"slot \d of weights.router.logical_of_physical is \d on rank", str(error)), error
+    else:
+        raise AssertionError("no ValueError")
+
+
 def check_refusals(group: dist.ProcessGroup, member: bool) -> None:
     """Errors that every rank sees before anybody communicates."""
     layers = balance.place_experts(torch.ones(2, 6), 8, 1, 1, 4)
@@ -121,6 +209,8 @@ def run(rank: int, ranks: int, folder: str) -> None:
     try:
         check_moves(None)
         check_the_layer_answers_meanwhile()
+        check_the_recipe_of_the_package()
+        check_that_ranks_which_differ_are_told()
         if ranks == 4:
             pairs = [dist.new_group([1, 3]), dist.new_group([0, 2])]  # ranks of the group are not ranks of the world
             own = pairs[0] if rank in (1, 3) else pairs[1]

@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Who imports whom, downwards only. A module may import those of lower numbers; stages never each other.
 LAYERS = (
-    ("numerics", "config", "compiling", "progress"),
+    ("numerics", "config", "compiling", "progress", "meeting"),
     ("records",),
     ("kinds",),
     ("quant",),

@@ -13,14 +13,16 @@ Laws
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_fn.balance.placement import checked_load
 from moe_fn.checking import check_beside_x, checked_ids
-from moe_fn.config import MoEConfig
+from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.config.checks import check_float, check_int
 from moe_fn.kinds import check_dtype, check_kind, checked_integers
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.collectives import reduced_over_ranks
 from moe_fn.records import Routing, RoutingStats
 from moe_fn.stages.route import scores_of_logits
 
@@ -92,6 +94,24 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
     length = _count_tokens(share.select(-1, 0), token_mask).unsqueeze(-1)
     f = experts / top_k * _load_of_rows(ids.flatten(-2), experts).to(share.dtype) / length
     return (f * share.sum(1) / length).sum() / max(scores.shape[0], 1)
+
+
+def load_over_ranks(load: Tensor, group: "dist.ProcessGroup | RankGroup | None" = None) -> Tensor:
+    """The load of all ranks of a group, the same on each: the sum of theirs. What an update of a bias, and placing experts, want.
+
+    load [...] integers or floats, one rank's own, as stats.expert_load is or a window's total -> [...] int64, float32 or float64. group: of
+    torch.distributed, or of the config (config.parallel.ep); None: all ranks, and without torch.distributed the load as it is. Every rank
+    of the group must call it. Ranks with the same tokens (of tp, of sp, of ep where it is replicated) count them as often as they are: a
+    factor that all experts have. No look at values; a RankGroup works in a graph too.
+
+    >>> load_over_ranks(torch.tensor([3, 1], dtype=torch.int32))
+    tensor([3, 1])
+    """
+    load = checked_load("load_over_ranks", "load", load)
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return load
+    own = dist.distributed_c10d._get_default_group() if group is None else group
+    return reduced_over_ranks(load, "sum", own.name if isinstance(own, RankGroup) else own.group_name)
 
 
 def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -> Tensor:

@@ -1,6 +1,7 @@
 """move_experts: carries out a new placement over a process group. The layer answers with the old weights until the new ones are there."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from moe_fn.balance.moves import Moves, transfers
 from moe_fn.balance.placement import Placement, checked_placement
+from moe_fn.balance.slots import fields_of_slots
 from moe_fn.kernels import native
+from moe_fn.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.preparing import is_prepared
 from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
 
@@ -37,37 +40,43 @@ def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
     return _with_tensors(weights, {name: t.index_select(0, slots.to(t.device)) for name, t in tensors.items()})
 
 
-def move_experts(weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None" = None) -> MoEWeights:
+def move_experts(
+    weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None" = None, timeout_s: float = 60
+) -> MoEWeights:
     """This rank's weights under the new placement; `weights` are its weights under the previous one, and stay as they are.
 
     weights   gate_up, down and, where there are any, biases, expert_norm, scales, [P / ranks, ...] of one layer; prepared ones too
     previous, new   placements of one layer, the same on every rank; GPU g is rank g of the group
     group     None: all ranks
+    timeout_s   how long a rank waits for the others to say what they hold
 
-    One all-to-all of bytes, with the sizes that the placements tell: no look at tensors, no negotiation. Every rank of the group must call
-    it, also those that neither send nor get; where nobody needs anything, nobody communicates. Bit for bit; without gradients. A GPU gets
-    an expert once, however many of its slots it fills. Needs room for the new weights beside the old, and for what travels.
-    A rank that never comes is an error of the group after its timeout.
+    First the ranks compare what they hold, in the store of torch.distributed as check_ranks_agree does: the placements, slot by slot, and
+    which tensors of what shapes and dtypes. Then one all-to-all of bytes, of sizes that the placements tell: no look at tensors. Every
+    rank of the group must call it, also those that neither send nor get; where nobody needs anything, no tensor travels. Bit for bit;
+    without gradients. A GPU gets an expert once, however many of its slots it fills. Needs room for the new weights beside the old, and
+    for what travels.
 
-    Raises ValueError for placements of several layers, of different shapes, or that do not fit the group or the weights.
+    Raises ValueError on every rank that came, with the same words, before anything is sent: for placements of several layers, of different
+    shapes, or that do not fit the group or a rank's weights; where ranks hold different placements (each has placed by its own tokens:
+    `load_over_ranks` is what all of them place by) or different tensors; and for a rank that does not come within timeout_s.
 
     Laws
         Moved weights are the weights of the new placement.
     """
-    return start_moving(weights, previous, new, group)()
+    return start_moving(weights, previous, new, group, timeout_s)()
 
 
 def start_moving(
-    weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None" = None
+    weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None" = None, timeout_s: float = 60
 ) -> Callable[[], MoEWeights]:
-    """move_experts in two steps: starts the transfers and returns at once; what it returns waits for them and makes the new weights.
+    """move_experts in two steps: starts the transfers, once all ranks have come; what it returns waits for them and makes the new weights.
 
     In between, the layer goes on with the old weights, which must not be written to.
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("move_experts: this process is not in the group; expected one of its ranks")
-    moves = _moves_of_layer(previous, new, ranks)
+    moves = _agreed_moves(weights, previous, new, group, timeout_s)
     if not moves.transfers:
         return lambda: arrived(weights, moves, rank, [])
     outgoing = departing(weights, moves, rank)
@@ -120,6 +129,40 @@ def arrived(weights: MoEWeights, moves: Moves, rank: int, received: Sequence[Ten
         # As prepare_weights left them.
         moved |= {path: native.in_huge_pages(moved[path]) for path in (("gate_up",), ("down",))}
     return _with_tensors(weights, moved)
+
+
+def _agreed_moves(weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None", timeout_s: float) -> Moves:
+    """The moves, which are the same on every rank: ValueError on every one of them where they are not, or where one has none."""
+    ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    problems: list[str] = []
+    fields: dict[str, str | int] = {}
+    moves = None
+    try:
+        moves = _moves_of_layer(previous, new, len(ranks))
+        tensors = _expert_tensors("move_experts", weights, moves.num_physical // len(ranks))
+        fields = {f"weights.{'.'.join(path)}": f"{t.dtype} {list(t.shape)}" for path, t in tensors.items()}
+        fields |= fields_of_slots("previous", previous.logical_of_physical) | fields_of_slots("new", new.logical_of_physical)
+    except ValueError as error:  # said, not raised: the other ranks wait
+        problems = [str(error).removeprefix("move_experts: ")]
+    answer = meet(ranks, dist.get_rank(), json.dumps({"problems": problems, "fields": fields}), timeout_s, _differences)
+    if answer or moves is None:
+        raise ValueError(f"move_experts: {answer}")
+    return moves
+
+
+def _differences(texts: dict[int, str]) -> list[str]:
+    """What keeps the ranks from moving, in words; of their differences the first three."""
+    records = {rank: json.loads(text) for rank, text in texts.items()}
+    ranks_of_problem: dict[str, list[int]] = {}
+    for rank, record in records.items():
+        for problem in record["problems"]:
+            ranks_of_problem.setdefault(problem, []).append(rank)
+    if ranks_of_problem:
+        return [f"{words_of_ranks(ranks)}: {problem}" for problem, ranks in ranks_of_problem.items()]
+    found = differing_fields({rank: record["fields"] for rank, record in records.items()})
+    more = [f"and {len(found) - 3} more"] if len(found) > 3 else []
+    expected = "expected the same on every rank, of placements that are made from load_over_ranks(load)"
+    return [f"{', '.join([*found[:3], *more])}; {expected}"] if found else []
 
 
 def _moves_of_layer(previous: Placement, new: Placement, ranks: int) -> Moves:

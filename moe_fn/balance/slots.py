@@ -45,6 +45,11 @@ def checked_slots(where: str, logical_of_physical: Tensor, shape: tuple[int, ...
     return rows
 
 
+def fields_of_slots(name: str, logical_of_physical: Tensor) -> dict[str, int]:
+    """The expert of each slot by the name that an error gives the slot: what ranks compare."""
+    return {f"slot {slot} of {name}": expert for slot, expert in enumerate(logical_of_physical.flatten().tolist())}
+
+
 def tables_of_slots(placed: list[Slots], num_experts: int, shape: tuple[int, ...]) -> Placement:
     """The record of slots that are known to be right; shape is that of logical_of_physical."""
     slots_of: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in placed]

@@ -245,6 +245,6 @@ def exchange_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], gro
     return arrived(begin_splits(x, sent, received, group))
 
 
-def most_of_ranks(x: Tensor, group: RankGroup) -> Tensor:
-    """The largest of the ranks' numbers, without gradient."""
-    return _wait(_functional.all_reduce(x.contiguous(), "max", group.name))
+def reduced_over_ranks(x: Tensor, how: str, group_name: str) -> Tensor:
+    """The largest ("max") of the ranks' numbers, or their "sum", in the dtype of x, without gradient."""
+    return _wait(_functional.all_reduce(x.contiguous(), how, group_name))

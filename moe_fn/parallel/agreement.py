@@ -9,16 +9,16 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from moe_fn.balance.slots import fields_of_slots
 from moe_fn.checking import check_weights
 from moe_fn.config import MoEConfig, RankGroup, as_activation
-from moe_fn.parallel.meeting import meet, words_of_ranks
+from moe_fn.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.parallel.sharding import FIRST_SLICE_ONLY
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
 
 _c10d: Any = dist.distributed_c10d  # torch finds groups by name only there
 _ROLES = ("tp", "ep", "dp", "sp")
 _ON_EVERY_RANK = ("router", "latent", "constants", "input_norm", "output_norm")
-_NOT_THERE = object()
 
 Record = dict[str, Any]  # of one rank, plain JSON: fields {name: value}, members and coordinates {role: ...}, problems [words]
 
@@ -30,9 +30,9 @@ def check_ranks_agree(
 
     What must be the same: every field of the config but a rank's own coordinates (names and places in groups; their sizes, and whether
     sums are ordered, must be the same), the version of moe_fn, torch's major.minor, which weights there are, their dtypes and device
-    type, and the shapes of those that every rank has. What must fit on each rank: weights to the config's shapes for this rank; the groups
-    that the config names to torch.distributed's groups of those names (a config of another run does not), and to what the groups' other
-    ranks say.
+    type, the shapes of those that every rank has, and which expert lies in which slot. What must fit on each rank: weights to the
+    config's shapes for this rank; the groups that the config names to torch.distributed's groups of those names (a config of another
+    run does not), and to what the groups' other ranks say.
 
     group      whose ranks compare: those that run this layer, for instance one stage of a pipeline; None: all ranks
     timeout_s  how long a rank waits for the others, from its own call
@@ -124,6 +124,8 @@ def _fields(config: MoEConfig, weights: MoEWeights | None) -> dict[str, Any]:
         fields[f"device type of {name}"] = leaf.device.type
         if path[0] in _ON_EVERY_RANK:
             fields[f"shape of {name}"] = list(leaf.shape)
+    if weights.router is not None and weights.router.logical_of_physical is not None:
+        fields |= fields_of_slots("weights.router.logical_of_physical", weights.router.logical_of_physical)
     return fields
 
 
@@ -176,19 +178,8 @@ def _overlaps(members: dict[str, list[int]]) -> list[str]:
 def differences(records: dict[int, Record]) -> list[str]:
     """What the ranks' records disagree in, in words; none: nothing."""
     found = [f"{words_of_ranks([rank])}: {problem}" for rank, record in records.items() for problem in record["problems"]]
-    names = dict.fromkeys(name for record in records.values() for name in record["fields"])
-    for name in names:
-        ranks_of_value: dict[str, list[int]] = {}
-        for rank, record in records.items():
-            value = record["fields"].get(name, _NOT_THERE)
-            ranks_of_value.setdefault("not there" if value is _NOT_THERE else repr(value), []).append(rank)
-        if len(ranks_of_value) > 1:
-            found.append(f"{name} is " + _listed([f"{value} on {words_of_ranks(ranks)}" for value, ranks in ranks_of_value.items()]))
+    found += differing_fields({rank: record["fields"] for rank, record in records.items()})
     return found + [words for role in _ROLES for words in _of_role(records, role)]
-
-
-def _listed(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _of_role(records: dict[int, Record], role: str) -> list[str]:

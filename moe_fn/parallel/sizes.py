@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import ParallelConfig, RankGroup
-from moe_fn.ops.collectives import most_of_ranks
+from moe_fn.ops.collectives import reduced_over_ranks
 
 
 def reads_sizes(parallel: ParallelConfig) -> bool:
@@ -14,7 +14,7 @@ def reads_sizes(parallel: ParallelConfig) -> bool:
 
 def longest_of_ranks(rows: int, group: RankGroup, like: Tensor) -> int:
     """The largest of the ranks' numbers of rows."""
-    return int(most_of_ranks(like.new_full((1,), rows), group).item())
+    return int(reduced_over_ranks(like.new_full((1,), rows), "max", group.name).item())
 
 
 def numbers(counts: Tensor) -> list[list[int]]:
