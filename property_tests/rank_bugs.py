@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import torch
 from planted_bugs import PlantedBug, after, instead
 from rank_cases import EP, TP, Case
 
@@ -17,6 +18,13 @@ def _first_row_everywhere(rows: Any, a: Any, *rest: Any) -> Any:
     return rows if a is None else rows * 0 + rows[:1]
 
 
+def _one_place_too_many(rank_of_row: Any, starts: Any, capacity: int) -> Any:
+    padded = torch.cat([starts, starts.new_zeros(1)])
+    own_place, goes = torch.arange(len(rank_of_row)) - padded[rank_of_row], rank_of_row < len(starts)
+    fits = goes & (own_place <= capacity)
+    return torch.where(fits, rank_of_row * capacity + own_place, len(starts) * capacity), (goes & ~fits).sum()
+
+
 RANK_BUGS = (
     PlantedBug(LAW, "the sum over tp is forgotten", collectives.sum_over_ranks, instead(lambda x, group: x)),
     PlantedBug(LAW, "gradients of copies are not summed", collectives.copy_to_ranks, instead(lambda x, group: x)),
@@ -27,6 +35,8 @@ RANK_BUGS = (
     PlantedBug(LAW, "rows of the sequence change places", collectives.join_rows, after(lambda rows, *a: rows.flip(0))),
     PlantedBug(LAW, "every row is the first one", formats.unpacked, after(_first_row_everywhere)),
     PlantedBug(LAW, "one place too few in a block", formats._capacity, after(lambda capacity, *a: 1)),
+    PlantedBug(LAW, "a slot without room gets the next rank's result", formats._places_in_blocks, instead(_one_place_too_many)),
+    PlantedBug(LAW, "blocks of one more place than the capacity", formats._capacity, after(lambda capacity, *a: capacity + 1)),
     PlantedBug(LAW, "gradients of adapters are not summed", adapters.summed_over, instead(lambda *a: [])),
     PlantedBug(LAW, "adapters of the neighbouring row", formats._ids_and_adapters, after(lambda p, *a: (p[0], p[1].roll(1)))),
     PlantedBug(LAW, "adapters of padding", layer._no_expert_as_zero, after(lambda r, *a: replace(r, adapter_ids=r.adapter_ids + 1))),
@@ -41,6 +51,8 @@ _CASES = (
     Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_gather"}),
     Case(((EP, 2),), {"dispatch": "all_to_all"}, "int8"),
     Case(((EP, 2),), {"dispatch": "all_to_all_static", "max_tokens": 5}),
+    Case(((EP, 2),), {"dispatch": "all_to_all_static", "max_tokens": 5, "capacity": 2}),
+    Case(((EP, 2),), {"dispatch": "all_to_all_static", "max_tokens": 5, "capacity": 2}),
     Case(((TP, 2),), {"dispatch": "replicated"}, "lora"),
     Case(((EP, 2),), {"dispatch": "all_gather"}, "lora"),
     Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_to_all"}, "lora"),

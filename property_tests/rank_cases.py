@@ -112,6 +112,11 @@ def cases(world: int) -> list[Case]:
     copies = ("replicated", "all_gather", "all_to_all")
     found += [Case(((EP, n),), {"dispatch": dispatch, "num_physical": 8}) for n in (2, 4) for dispatch in copies]
     found += [Case(((EP, 2),), {"dispatch": "all_to_all", "num_physical": 8}, "lora")]
+    static = {"dispatch": "all_to_all_static", "max_tokens": 5}
+    for layer in ("plain", "lora", "in_out, interleaved, weight on input", "router-weighted shared", "scale on the output, zero experts"):
+        found += [Case(((EP, 2),), static | {"capacity": capacity}, layer) for capacity in (1, 2)]
+    found += [Case(mesh, static | {"capacity": 3}) for mesh in (((EP, 2),), ((DP, 2), (EP, 2)))]
+    found += [Case(((TP, 2),), {"sequence_parallel": True} | static | {"capacity": 1})]
     ordered = [(((TP, 4),), "replicated"), (((EP, 4),), "replicated"), (((EP, 4),), "all_gather"), (((DP, 2), (TP, 2)), "all_gather")]
     found += [Case(mesh, {"dispatch": dispatch, "ordered_sums": True}, "shared") for mesh, dispatch in ordered]
     return list({case.name: case for case in found if case.world == world}.values())
@@ -166,7 +171,9 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     local = _leaves(moe_fn.shard_weights(config, placed))
     x.requires_grad_(), logits.requires_grad_()
     ids = adapters_of(case, whole, mine)
-    y = forward(config, local, x, logits, adapter_ids=ids)
+    capped = parallel.capacity is not None
+    y, stats = moe_fn.moe_forward_with_stats(config, local, x, logits, adapter_ids=ids) if capped else (None, None)
+    y = forward(config, local, x, logits, adapter_ids=ids) if y is None else y
     expected_x, expected_logits, all_y, all_weights = _expected(case, parallel, whole, full, every, rank)
     tensors = [t for t in torch.utils._pytree.tree_leaves(local) if t.is_floating_point()]
     found = torch.autograd.grad((y * direction).sum(), [x, logits, *tensors], allow_unused=True)
@@ -175,12 +182,17 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     gathers = parallel.dispatch == "all_gather" and parallel.sp is None
     payloads = [(own * 10).to(torch.int8).to(dtype) for dtype in PAYLOADS]
     along = moe_fn.parallel.gather_tokens(config, *payloads, own[:, :1]) if gathers else None
-    by_hand = _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), ids)
+    by_hand = None if capped else _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), ids)
     # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
     assert_matches(_zeros(found[1], logits), expected_logits, tolerance=1e-5, scale=0.1, name="gradient of logits")
-    assert_matches(*by_hand, tolerance=1e-5, scale=0.1, name="y of a caller's routing")
+    if by_hand is not None:
+        assert_matches(*by_hand, tolerance=1e-5, scale=0.1, name="y of a caller's routing")
+    if stats is not None:
+        chosen = moe_fn.moe_route(whole, full, own, logits.detach(), adapter_ids=ids)[1].expert_ids
+        dropped = int((chosen != within_capacity(case, whole, chosen)).sum())
+        assert int(stats.dropped_slots) == dropped, f"dropped_slots is {int(stats.dropped_slots)}; expected {dropped}"
     if along is not None:
         _check_what_travels_along(case, config, every[rank], along[:-1], along[-1])
     if parallel.num_physical:
@@ -263,7 +275,7 @@ def _check_gradients_of_what_all_have(
     """Latent projections and norms: complete for this rank's tokens."""
     x, logits, direction = inputs_of(case, whole, mine)
     leaves = _leaves(full)
-    y = moe_fn.moe_forward(whole, leaves, x, logits, adapter_ids=adapters_of(case, whole, mine))
+    y = layer_of_one_process(case, whole, leaves, x, logits, mine)
     for path in (("latent", "input"), ("latent", "output"), ("output_norm",), ("input_norm",), ("shared", "gate")):
         ours, theirs = local, leaves
         for name in path:
@@ -284,7 +296,7 @@ def _expected(
     for which in sorted(together):
         x, logits, direction = inputs_of(case, whole, which)
         x.requires_grad_(), logits.requires_grad_()
-        y = moe_fn.moe_forward(whole, leaves, x, logits, adapter_ids=adapters_of(case, whole, which))
+        y = layer_of_one_process(case, whole, leaves, x, logits, which)
         total = total + (y * direction).sum()
         if which == mine:
             own = (x, logits, y)
@@ -293,6 +305,34 @@ def _expected(
     by_id = {id(t): _zeros(g, t) for t, g in zip(tensors, found[2:], strict=True)}
     gradients = torch.utils._pytree.tree_map(lambda t: by_id.get(id(t), t), leaves)
     return _zeros(found[0], own[0]), _zeros(found[1], own[1]), own[2].detach(), gradients
+
+
+def layer_of_one_process(case: Case, config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor, which: tuple[int, ...]) -> Tensor:
+    """The layer of a set of tokens with all weights, without the slots for which the case's capacity leaves no room."""
+    ids = adapters_of(case, config, which)
+    if case.options.get("capacity") is None:
+        return moe_fn.moe_forward(config, weights, x, logits, adapter_ids=ids)
+    _, routing = moe_fn.moe_route(config, weights, x, logits, adapter_ids=ids)
+    kept = within_capacity(case, config, routing.expert_ids)
+    return moe_fn.moe_forward_routed(config, weights, x, dataclasses.replace(routing, expert_ids=kept))
+
+
+def within_capacity(case: Case, config: MoEConfig, expert_ids: Tensor) -> Tensor:
+    """The ids [T, top_k] of one rank, -1 for slots beyond the first `capacity` that go to the same rank: experts lie in equal stretches."""
+    sizes = dict(case.mesh)
+    parts = sizes[TP] if case.options.get("sequence_parallel") else 1  # ranks that send a part of the rows each
+    owners = sizes.get(EP, 1) * parts
+    kept, rows = expert_ids.clone(), -(-len(expert_ids) // parts) or 1
+    for first in range(0, len(expert_ids), rows):
+        room = [case.options["capacity"]] * owners
+        for token, choice in itertools.product(range(first, min(first + rows, len(expert_ids))), range(config.top_k)):
+            expert = int(expert_ids[token, choice])
+            if 0 <= expert < config.num_experts:
+                owner = expert * owners // config.num_experts
+                room[owner] -= 1
+                if room[owner] < 0:
+                    kept[token, choice] = -1
+    return kept
 
 
 def _works_with(case: Case, one: dict[str, int], other: dict[str, int]) -> bool:

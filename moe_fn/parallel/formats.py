@@ -138,12 +138,9 @@ def all_to_all_static(
     data, ids = (collectives.arrived(t) for t in begun)
     came = unpacked(codes, data, rows, lambda rows, received: rounded_collectives.as_exchanged(rows, received, group))
     y = collectives.exchange_ranks(_of_slots(config, weights, came, ids), group)
-    own_place = torch.arange(slots, device=x.device) - _with_spare(starts).index_select(0, sorted_.rank_of_row)
-    goes = sorted_.rank_of_row < group.size
-    fits = goes & (own_place < capacity)
-    place_of_row = torch.where(fits, sorted_.rank_of_row * capacity + own_place, group.size * capacity)
+    place_of_row, dropped = _places_in_blocks(sorted_.rank_of_row, starts, capacity)
     back = _with_spare(y).index_select(0, place_of_row)
-    return _combined(config, back, sorted_, routing), beside, (goes & ~fits).sum()
+    return _combined(config, back, sorted_, routing), beside, dropped
 
 
 @dataclass(frozen=True)
@@ -192,6 +189,16 @@ def _counts(sorted_ranks: Tensor, ranks: int) -> Tensor:
     """How many rows go to each rank."""
     ends = ends_of_keys(sorted_ranks, ranks)
     return torch.diff(ends, prepend=ends.new_zeros(1))
+
+
+def _places_in_blocks(rank_of_row: Tensor, starts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Where the result of each row stands among blocks of `capacity` places a rank, behind all of them where it was not sent; and how many
+    had a rank to go to and found no room."""
+    ranks = starts.shape[0]
+    own_place = torch.arange(rank_of_row.shape[0], device=rank_of_row.device) - _with_spare(starts).index_select(0, rank_of_row)
+    goes = rank_of_row < ranks
+    fits = goes & (own_place < capacity)
+    return torch.where(fits, rank_of_row * capacity + own_place, ranks * capacity), (goes & ~fits).sum()
 
 
 def _with_spare(rows: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ def layer_over_ranks(
     x, routing, logits = (tree_map(functools.partial(_own, parallel, rows), part) for part in (x, _no_expert_as_zero(routing), logits))
     routing = _no_expert_as_zero(routing, -1)
     y, overflow = _layer(config, parallel, _used_by_each(parallel, weights), x, routing, logits)
+    if overflow is not None:  # of this rank's rows; the tokens are everybody's
+        overflow = collectives.reduced_over_ranks(overflow, "sum", parallel.sp.name)
     return collectives.join_rows(y, parallel.sp).narrow(0, 0, tokens), overflow
 
 
