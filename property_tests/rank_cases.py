@@ -117,6 +117,7 @@ def cases(world: int) -> list[Case]:
         found += [Case(((EP, 2),), static | {"capacity": capacity}, layer) for capacity in (1, 2)]
     found += [Case(mesh, static | {"capacity": 3}) for mesh in (((EP, 2),), ((DP, 2), (EP, 2)))]
     found += [Case(((TP, 2),), {"sequence_parallel": True} | static | {"capacity": 1})]
+    found += [Case(((TP, 2),), {"dispatch": "replicated", "shared": "replicated"}, "shared")]
     ordered = [(((TP, 4),), "replicated"), (((EP, 4),), "replicated"), (((EP, 4),), "all_gather"), (((DP, 2), (TP, 2)), "all_gather")]
     found += [Case(mesh, {"dispatch": dispatch, "ordered_sums": True}, "shared") for mesh, dispatch in ordered]
     return list({case.name: case for case in found if case.world == world}.values())

@@ -1,15 +1,18 @@
 """Sharded equals unsharded, values and gradients, in real processes: every format on every mesh of 1, 2 and 4 ranks."""
 
 import contextlib
+import inspect
 import queue
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 import torch.distributed as dist
 from rank_bugs import RANK_BUGS
-from rank_cases import jobs, worker
+from rank_cases import cases, jobs, worker
+
+from moe_fn import ParallelConfig
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 TIMEOUT_S, WORD_S = 180, 10
@@ -54,6 +57,21 @@ def test_sharded_equals_unsharded(world: int, tmp_path: Path) -> None:
     wrong = {f"{name}, rank {rank}": error for name, ranks in found.items() for rank, error in ranks.items() if error}
     assert not wrong, "\n".join(f"{place}: {error}" for place, error in list(wrong.items())[:20])
     assert len(found) == len(jobs(world))
+
+
+def test_ranks_compute_with_every_option() -> None:
+    """Every value of every word of ParallelConfig.from_mesh is in some case; a word that a case leaves out has its default."""
+    found = [case for world in (1, 2, 4) for case in cases(world)]
+    words = inspect.signature(ParallelConfig.from_mesh).parameters
+    seen: dict[str, set[Any]] = {word: {words[word].default} - {None, False} for word in words if word != "mesh"}
+    for case in found:
+        for word, value in (*case.options.items(), *case.mesh):
+            seen[word].add(value)
+    seen["shared"].add("sharded")  # the default but for sequence_parallel
+    kinds = get_type_hints(ParallelConfig.from_mesh)
+    for word, values in seen.items():
+        parts = (kinds[word], *get_args(kinds[word]))
+        assert values and values >= {choice for part in parts if get_origin(part) is Literal for choice in get_args(part)}, word
 
 
 def test_the_law_kills_every_planted_bug(tmp_path: Path) -> None:
