@@ -23,7 +23,6 @@ BOTH = ("default", "everything")
 @cases(("default", "everything"), ("opaque", "opaque_chunked"))
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_of_an_opaque_layer_serves_every_number_of_tokens(case: Case) -> None:
-    """Its kernel sees plain numbers: were its sizes the tracer's tensors, they would be part of the trace."""
     weights = case.weights()
     given = [i for i, t in enumerate(case.token_args(5)) if t is not None]
 

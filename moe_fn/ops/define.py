@@ -1,7 +1,7 @@
 """The one place that talks to torch.library: `define_op` makes an op that survives every transform of torch."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,27 +80,15 @@ def define_op(
 
 def _at_rest(function: Callable[..., Any]) -> Callable[..., Any]:
     def at_rest(*args: Any, **kwargs: Any) -> Any:
-        with _unwatched(), torch._C._ForceDispatchKeyGuard(*_AT_REST), torch.no_grad():
+        with _without_tangents(), torch._C._ForceDispatchKeyGuard(*_AT_REST), torch.no_grad():
             return function(*args, **kwargs)
 
     return at_rest
 
 
-def _unwatched() -> AbstractContextManager[None]:
-    """Without what follows tensors past the dispatcher's keys: forward_ad's tangents and torch.jit.trace's sizes."""
-    if torch._C._is_tracing():
-        return _untraced()
+def _without_tangents() -> AbstractContextManager[None]:
+    """forward_ad's tangents lie on the tensors themselves, past the dispatcher's keys; the function knows the result's."""
     return _set_fwd_grad_enabled(False) if forward_ad._current_level >= 0 else nullcontext()
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    trace = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
 
 
 def _nothing_to_differentiate(args: tuple[Any, ...]) -> bool:
