@@ -14,9 +14,10 @@ import pytest
 import torch
 from checkpoints import same_bits
 
-from moe_fn import MoEConfig
-from moe_fn.checkpoint import LAYOUTS, load_moe_layer, load_moe_layers, moe_layers, save_moe_weights
+from moe_fn import MoEConfig, ParallelConfig, RankGroup
+from moe_fn.checkpoint import LAYOUTS, load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, reading, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
+from moe_fn.records import leaves_of_weights
 from moe_fn.testing import weights_for
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
@@ -80,6 +81,19 @@ def test_a_layer_is_held_once(layout: str, slices: str, weight_layout: str, tmp_
     peak, layer = map(int, found.stdout.split())
     assert layer == 201_326_592 / (1 if slices == "{}" else 4)
     assert peak <= layer + 40e6, f"{peak / 1e6:.0f} MB for a layer of {layer / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "qwen fused", "gpt_oss"])
+def test_a_rank_reads_no_more_than_its_part(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MoEConfig(num_experts=4, top_k=1, hidden_size=8, intermediate_size=8)
+    parallel = ParallelConfig(ep=RankGroup(name="0", size=2, rank=1), tp=RankGroup(name="1", size=2, rank=1))
+    weights = weights_for(config, bias=layout == "gpt_oss", scales=False)
+    save_moe_weights(tmp_path, "layers.3.mlp", config, weights, layout=layout)
+    read = []
+    copy = reading._copy_piece
+    monkeypatch.setattr(reading, "_copy_piece", lambda piece, source, *rest: (read.append(source.nbytes), copy(piece, source, *rest)))
+    mine = load_moe_weights(tmp_path, "layers.3.mlp", dataclasses.replace(config, parallel=parallel), layout=layout)
+    assert sum(read) == sum(t.nbytes for t in leaves_of_weights(mine) if t is not None)
 
 
 FP8 = {".weight": (torch.float8_e4m3fn, (1024, 1024)), ".weight_scale_inv": (torch.float32, (8, 8))}
