@@ -7,10 +7,12 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from hung_on_modules import hang
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers_models import make_model, make_token_ids
+from zoo import ROWS, make_block, make_input
 
 from moe_fn.integrations.transformers import replace_moe_blocks
 from moe_fn.testing import assert_matches
@@ -68,6 +70,19 @@ def test_a_replaced_model_compiles_with_inductor_in_every_dtype(dtype: torch.dty
     with torch.no_grad():
         assert_matches(logits(function, ids).float(), logits(model, ids).float(), tolerance=LOW[dtype], name="logits")
     assert counter.frame_count == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("way", ["adapter", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("parametrization", "own class"))])
+def test_an_adapter_that_comes_after_compiling_is_seen_in_one_graph(way: str) -> None:
+    row = next(row for row in ROWS if row.name == "deepseek_v3-groups-scaled")
+    block, x = make_block(row, 0), make_input(row, 1)
+    assert replace_moe_blocks(block).replaced
+    function, counter = compiled(block, "aot_eager")
+    before = function(x)
+    hang(block, "gate", way)
+    assert_matches(function(x), block(x), tolerance=1e-5)
+    assert not torch.allclose(block(x), before)
+    assert counter.frame_count == 2 and not counters["graph_break"]
 
 
 def test_a_replaced_model_is_exported() -> None:

@@ -66,7 +66,8 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
     offloading, FSDP2 on a part of the block), no parameters that are shards or codes, no dropout that is on. Where it is not, the block's
     own forward runs, calls its modules, and has our experts in theirs. Blocks whose experts cannot be called so (dbrx, jetmoe, llama4,
     longcat_flash, step3p5, switch) are left, and named, or raise where it happens later. Parametrizations are read as what they make.
-    Adapters of PEFT may come before or after; hooks for all modules at once (register_module_forward_hook) see the block alone.
+    Adapters of PEFT may come before or after; hooks for all modules at once (register_module_forward_hook) see the block alone, and
+    torch.compile does not look again for hooks that come after it, here as anywhere.
 
     Raises ValueError when a replaced block runs in training with noise (jitter, Phi's sampling) that moe_forward does not have; when its
     own forward would have to run and experts cannot be called, or are no plain tensors, or `configure` changed more than how experts run
