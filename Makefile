@@ -3,6 +3,7 @@
 # make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  what needs a CUDA device
 # make test-thorough   the variants of tests that take minutes (all tiles of all kernels for four GPUs, the largest scan under Inductor ...)
 # make fuzz   damages configs and checkpoints until a reader breaks, minutes each (FUZZ=seconds)
+# make mutants, make mutants-cpp   small changes of the code, one at a time: does a test notice? Hours
 # make soak   a thousand times each: forward, backward, compile, export; memory stays flat, and its peaks are those of the formulas
 # make bench-quant   the same with experts in 8 and 4 bits
 # make campaign   20,000 random problems over the whole config space, each held to its own error bound; stops and goes on where it was
@@ -21,7 +22,7 @@ BIN := .venv/bin
 MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test test-thorough check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants fuzz soak campaign clean
+.PHONY: demo demo-parallel test test-thorough check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants mutants-cpp fuzz soak campaign clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -101,6 +102,13 @@ mutants: $(INSTALLED)
 	$(MUTANTS) run --own out/mutants.jsonl $(MUTATED)
 	$(MUTANTS) sample out/mutants-areas.jsonl
 	$(MUTANTS) report out/mutants.jsonl out/mutants-areas.jsonl > out/mutants.md
+
+# The same of the C++ kernels, compiled for one level; EVERY=10 takes a tenth of them.
+EVERY ?= 1
+MUTANTS_OF_CPP := OMP_NUM_THREADS=1 PYTHONPATH=.:property_tests $(BIN)/python property_tests/mutants_of_cpp.py
+mutants-cpp: $(INSTALLED)
+	$(MUTANTS_OF_CPP) run out/mutants-cpp.jsonl --every $(EVERY)
+	$(MUTANTS_OF_CPP) report out/mutants-cpp.jsonl > out/mutants-cpp.md
 
 $(INSTALLED): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv

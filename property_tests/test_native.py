@@ -24,6 +24,7 @@ LEVELS = list(native.LEVELS)
 RUNNABLE = LEVELS[LEVELS.index(native.best_level()) :] if native.active().problem is None else []
 ACTIVATIONS: list[Any] = ["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "relu2_no_mul", "gelu_no_mul", "relu"]
 ACTIVATIONS.append(ActivationConfig(function="situ", gate_cap=3.0, up_cap=2.0))
+ACTIVATIONS += [ActivationConfig(function="silu", limit=0.5, limit_at=at) for at in ("input", "output")]  # limits that are reached
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")

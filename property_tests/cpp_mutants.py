@@ -1,0 +1,179 @@
+"""The CPU kernels with one changed line: compiled beside what is there, and judged by the tests of a level, a process each."""
+
+import faulthandler
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+from moe_fn.kernels import native
+
+UNITS = ("backward", "kernels", "quantised", "binding")
+# Which units are compiled again for a file; of the shared headers the floats' units alone, for they say all that the tests of floats see.
+_FLOATS = ("backward", "kernels")
+UNITS_OF: dict[str, tuple[str, ...]] = {
+    "backward.cpp": ("backward",),
+    "kernels.cpp": ("kernels",),
+    "kernels.h": _FLOATS,
+    "product.h": _FLOATS,
+    "stream.h": _FLOATS,
+    "panels.h": _FLOATS,
+    "tile.h": _FLOATS,
+    "activation.h": _FLOATS,
+    "forward.h": ("kernels",),
+    "binding.cpp": ("binding",),
+    "quant_arguments.h": ("binding",),
+    "quantised.cpp": ("quantised",),
+    "quantised.h": ("quantised",),
+    "coded_rows.h": ("quantised",),
+    "codes.h": ("quantised",),
+    "decode.h": ("quantised",),
+}
+LEVEL = "avx2" if native.best_level().startswith("avx") else "plain"  # the quickest to compile that has vectors
+NAME = "mutant"  # the level's name for the tests, and of its ops
+SECONDS = 300  # for the tests of a mutant, which may loop for ever
+
+
+@dataclass(frozen=True)
+class Change:
+    """A line of a file of the kernels, and what stands there instead."""
+
+    file: str
+    line: int  # from 0
+    new: str
+
+    def planted(self, text: str) -> str:
+        """The file with the other line."""
+        lines = text.split("\n")
+        lines[self.line] = self.new
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Objects of the kernels as they are, and a folder to compile others in; for a level, with more flags for those of floats."""
+
+    level: str = LEVEL
+    flags: tuple[str, ...] = ()
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="moe_fn_mutants_")))
+
+    def __enter__(self) -> "Workshop":
+        shutil.copytree(native.SOURCES, self.folder / "sources")
+        self._compile("sources", UNITS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder)
+
+    def library(self, change: Change | None) -> Path:
+        """The library with a change. Raises CalledProcessError if it is no C++."""
+        if change is None:
+            return self._linked("sources", ())
+        own = tempfile.mkdtemp(dir=self.folder)
+        shutil.copytree(native.SOURCES, own, dirs_exist_ok=True)
+        path = Path(own) / change.file
+        path.write_text(change.planted(path.read_text()))
+        units = UNITS_OF[change.file]
+        self._compile(Path(own).name, units)
+        return self._linked(Path(own).name, units)
+
+    def _compile(self, sources: str, units: Sequence[str]) -> None:
+        flags = [flag for flag in native.FLAGS if flag != "-O3"] + ["-O1", "-w", "-fPIC", *native.LEVELS[self.level]]
+        flags += [f"-DNAME=moe_fn_{NAME}", *(f"-I{path}" for path in cpp_extension.include_paths())]
+        for unit in units:
+            path, more = self.folder / sources / unit, () if unit == "quantised" else self.flags
+            command = [*_compiler(), *flags, *more, "-c", f"{path}.cpp", "-o", f"{path}.o"]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+    def _linked(self, sources: str, units: Sequence[str]) -> Path:
+        """Changed objects first: of an inline function that several hold, the linker takes the first."""
+        objects = [self.folder / sources / f"{unit}.o" for unit in units]
+        objects += [self.folder / "sources" / f"{unit}.o" for unit in UNITS if unit not in units]
+        path = self.folder / sources / "mutant.so"
+        libraries = [
+            *(f"-L{folder}" for folder in cpp_extension.library_paths()),
+            "-lc10",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-fopenmp",
+            *self.flags,
+        ]
+        subprocess.run([*_compiler(), "-shared", *map(str, objects), *libraries, "-o", str(path)], check=True)
+        return path
+
+
+def _compiler() -> list[str]:
+    return cpp_extension.get_cxx_compiler().split()
+
+
+def run(library: Path, tests: Sequence[str], tell: Callable[[str], Any]) -> None:
+    """Call tests, "module.function", for the level that the library is from now on."""
+    torch.ops.load_library(library)
+    found = native.Library(NAME, library, None)
+    native.library = lambda level: found  # type: ignore[assignment]
+    for test in tests:
+        tell(test)
+        module, _, function = test.partition(".")
+        _call(getattr(importlib.import_module(module), function))
+
+
+def judged(library: Path, tests: Sequence[str]) -> tuple[str, str]:
+    """("survived", "") or ("killed", by what): the tests, as `run` has them, are called until one fails."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(reading)
+            faulthandler.disable()
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            run(library, tests, lambda test: os.write(writing, f"{test}\n".encode()))
+            code = 0
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".partition("\n")[0][:200].encode())
+        finally:
+            os._exit(code)
+    os.close(writing)
+    status = _ended(child)
+    with os.fdopen(reading, errors="replace") as pipe:
+        told = pipe.read().splitlines()
+    if status == 0:
+        return "survived", ""
+    by = next((line for line in reversed(told) if line in tests), "loading")
+    return "killed", f"{by}: " + ("no end in sight" if status is None else f"signal {-status}" if status < 0 else told[-1])
+
+
+def _call(test: Any) -> None:
+    """The test for the library's level, with all that its other parameters may be."""
+    marks = [mark.args for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] != "level"]
+    for values in product(*(values for _, values in marks)):
+        arguments = {}
+        for (names, _), value in zip(marks, values, strict=True):
+            arguments |= {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))
+        test(level=NAME, **arguments)
+
+
+def _ended(child: int) -> int | None:
+    """The exit code that a child ends with, a signal as a negative number; None if it takes too long."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None

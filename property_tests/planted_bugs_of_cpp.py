@@ -1,0 +1,117 @@
+"""Bugs planted in the C++ kernels: each must break the test named beside it. Compiled, so only `make test-thorough` runs them."""
+
+from dataclasses import dataclass
+
+from cpp_mutants import Change
+
+from moe_fn.kernels import native
+
+
+@dataclass(frozen=True)
+class CppBug:
+    """In `file`, the one place that reads `old` reads `new`; then `test` of a level, "module.function", must fail."""
+
+    test: str
+    what: str
+    file: str
+    old: str
+    new: str
+
+    @property
+    def change(self) -> Change:
+        """As a change of one line."""
+        text = (native.SOURCES / self.file).read_text()
+        assert text.count(self.old) == 1, f"{self.what}: {self.file} has {text.count(self.old)} such places"
+        line = text[: text.index(self.old)].count("\n")
+        return Change(self.file, line, text.split("\n")[line].replace(self.old, self.new))
+
+
+MANY, GRADIENTS = (
+    "test_native_backward.test_gradients_of_more_rows_than_a_block_or_a_chunk",
+    "test_native_backward.test_gradients_of_every_level",
+)
+OUTER, SEGMENTS = ("test_native_backward.test_outer_products_of_many_rows", "test_native_backward.test_outer_products_of_segments")
+FORWARD, FEW = ("test_native.test_every_level_equals_the_reference", "test_native.test_few_and_many_rows_of_weights_kept_in_out")
+PRODUCTS, CODES = ("test_native.test_grouped_products_of_every_level", "test_quant_native.test_every_level_equals_the_reference")
+
+BUGS = (
+    # Of gradients.
+    CppBug(OUTER, "blocks of steps of an outer product overwrite each other", "kernels.h", "sum.get(), k > 0,", "sum.get(), false,"),
+    CppBug(MANY, "the same, in gradients of weights", "kernels.h", "sum.get(), k > 0,", "sum.get(), false,"),
+    CppBug(
+        MANY, "the first product computed again without its bias", "backward.cpp", "biased ? bias : nullptr, hidden +", "nullptr, hidden +"
+    ),
+    CppBug(
+        MANY,
+        "chunks of rows planned for one direction only",
+        "backward.cpp",
+        "std::min(chunk_rows(q.gate_up), chunk_rows(q.gate_up.flipped()))",
+        "chunk_rows(q.gate_up)",
+    ),
+    CppBug(GRADIENTS, "d down_bias not weighted", "backward.cpp", "of_down[i] += plan.weight[slot] * ", "of_down[i] += "),
+    CppBug(GRADIENTS, "d weights without the part of the bias", "backward.cpp", "if (q.down_bias.data)", "if (false)"),
+    CppBug(
+        GRADIENTS, "d weights of the bias in reverse order", "backward.cpp", "q.down_bias.at(e, i)", "q.down_bias.at(e, hidden - 1 - i)"
+    ),
+    CppBug(
+        GRADIENTS,
+        "d gate_up_bias of one expert in another's place",
+        "backward.cpp",
+        "to.gate_up_bias + e * width",
+        "to.gate_up_bias + (e ? e - 1 : e) * width",
+    ),
+    CppBug(GRADIENTS, "d x with the bias of down", "backward.cpp", "back.down_bias = {nullptr, Type::f32, 0};", ""),
+    CppBug(GRADIENTS, "d down of what was not weighted", "backward.cpp", "store(a + v, weight * s.value);", "store(a + v, s.value);"),
+    CppBug(GRADIENTS, "d hidden not weighted", "backward.cpp", "weight * d_a * s.to_up", "d_a * s.to_up"),
+    CppBug(
+        GRADIENTS,
+        "gates and ups of interleaved weights packed",
+        "backward.cpp",
+        "q.gate_up.interleaved ? Pair{2 * i, 2 * i + 1} : Pair",
+        "Pair",
+    ),
+    CppBug(
+        GRADIENTS,
+        "outer products transposed",
+        "backward.cpp",
+        "outer_products<D>(pool, out_in ? g : s, out_in ? s : g",
+        "outer_products<D>(pool, out_in ? s : g, out_in ? g : s",
+    ),
+    CppBug(
+        GRADIENTS, "dots of one panel only", "backward.cpp", "for (int p = 0; p < panels; p++) sum +=", "for (int p = 0; p < 1; p++) sum +="
+    ),
+    CppBug(GRADIENTS, "d of silu without its second part", "activation.h", "{g * s, s + a.alpha * g * s * (1.f - s)}", "{g * s, s}"),
+    CppBug(
+        GRADIENTS,
+        "a limit that lets gradients through",
+        "activation.h",
+        "pass_u = select(u > a.limit, zero, select(u < -a.limit, zero, one));",
+        "",
+    ),
+    CppBug(GRADIENTS, "what is kept for rows of nobody is what was there", "forward.h", "if (!q.pre) return;", "return;"),
+    CppBug(
+        SEGMENTS, "all segments in the first result", "kernels.cpp", "if (s * sets / g.segments != set) continue;", "if (set) continue;"
+    ),
+    CppBug(OUTER, "an expert without rows leaves its result as it was", "kernels.h", "if (!inner) {", "if (!inner) { continue;"),
+    CppBug(
+        SEGMENTS,
+        "the odd last row of bfloat16 pairs is read past the end",
+        "panels.h",
+        "D::PER_DWORD == 2 && r + 1 < inner ? row(r + 1)",
+        "D::PER_DWORD == 2 ? row(r + 1)",
+    ),
+    # Of the forward pass.
+    CppBug(FORWARD, "ids out of range are experts", "kernels.h", "return uint64_t(id) < uint64_t(q.experts);", "return true;"),
+    CppBug(
+        FORWARD,
+        "bias of the second product not weighted",
+        "kernels.h",
+        "if (biased) product += load(bias + v);",
+        "if (biased) product += load(bias + v) / weight;",
+    ),
+    CppBug(FORWARD, "bias of the ups is that of the gates", "forward.h", "u += load(bias + PANEL / 2 + c)", "u += load(bias + c)"),
+    CppBug(FORWARD, "blocks of the inner dimension overwrite each other", "product.h", "steps_here, c, k > 0,", "steps_here, c, false,"),
+    CppBug(FEW, "a strip past the end of the weights", "stream.h", "if ((row + ROWS - 1) * pitch + c + STRIP <= end) {", "if (true) {"),
+    CppBug(PRODUCTS, "rows of nobody are not cleared", "kernels.cpp", "clear(groups.rows);", ""),
+    CppBug(CODES, "zero points are ignored", "codes.h", "zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat", "splat"),
+)

@@ -1,0 +1,30 @@
+"""Every bug planted in the C++ kernels is killed by the test that is said to."""
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from cpp_mutants import Workshop, judged
+from planted_bugs_of_cpp import BUGS, CppBug
+
+from moe_fn.kernels import native
+
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(native.active().problem is not None, reason="no native kernels here"),
+]
+
+
+@pytest.fixture(scope="module")
+def workshop() -> Iterator[Workshop]:
+    with Workshop() as made:
+        assert judged(made.library(None), sorted({bug.test for bug in BUGS})) == ("survived", "")
+        yield made
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.test.partition('.')[2]}: {bug.what}")
+def test_the_test_kills_the_bug(workshop: Workshop, bug: CppBug) -> None:
+    library = workshop.library(bug.change)
+    verdict, by = judged(library, [bug.test])
+    shutil.rmtree(library.parent)
+    assert verdict == "killed" and "TypeError" not in by and "loading" not in by, by
