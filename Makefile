@@ -95,7 +95,7 @@ try-wheel: wheel
 	.ci/try-wheel dist/moe_fn-*.whl $(PYTHONS)
 
 # Does a test fail for every small change of the code? Hours; what out/mutants.jsonl holds is not run again. The second turn runs what
-# survived against the tests of the file's own; the third a sample of the files around the stages, C++ and Triton among them.
+# survived against the tests of the file's own; the third a sample of the files around the stages, Triton's kernels among them.
 mutants: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[mutants]"
 	$(MUTANTS) run out/mutants.jsonl $(MUTATED)

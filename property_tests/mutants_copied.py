@@ -12,7 +12,6 @@ from pathlib import Path
 
 from mutants_areas import AREAS, Area
 from mutants_made import ROOT, Mutant, source_hash
-from mutants_of_lines import mutants_of_lines
 
 COPIED = ("moe_fn", "property_tests", "compile_tests", "pyproject.toml")
 LINKED = ("docs", "examples", "README.md", "CHANGELOG.md", "SECURITY.md", "Makefile", ".ci")
@@ -68,11 +67,8 @@ def _planted(tree: Path, mutant: Mutant, area: Area, limit_s: float) -> tuple[st
 
 
 def _judged(tree: Path, area: Area, limit_s: float) -> tuple[str, str, float]:
-    """("survived", "killed" or "no program", by which test, seconds)."""
+    """("survived" or "killed", by which test, seconds)."""
     start = time.monotonic()
-    code, _ = _run(tree, ["-c", f"import {area.imported}"], limit_s)
-    if code != 0 and area.made is mutants_of_lines:
-        return "no program", "", time.monotonic() - start
     code, said = _run(tree, ["-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:xdist", "-W", "ignore", *area.tests], limit_s)
     if code == 0:
         return "survived", "", time.monotonic() - start

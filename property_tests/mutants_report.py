@@ -78,14 +78,14 @@ def _heading() -> tuple[str, ...]:
 def _of_areas(sampled: Path) -> list[str]:
     """The samples: a row an area, and who lives."""
     last = {line["id"]: line for line in map(json.loads, sampled.read_text().replace("`", "").splitlines())}
-    lines = [line for line in last.values() if line["of"] == source_hash(line["file"]) and line["verdict"] != "no program"]
+    lines = [line for line in last.values() if line["of"] == source_hash(line["file"])]
     of_area = {name: [line for line in lines if line["area"] == name] for name in AREAS}
     alive = [line for line in lines if line["verdict"] == "survived"]
     return [
         "## Samples of the areas around the stages",
         "",
         "The same few mutants of every file, each in a copy of the tree, against the area's tests (`property_tests/mutants_areas.py`).",
-        "C++ and Triton kernels are changed token by token (`mutants_of_lines.py`); what does not compile does not count.",
+        "Triton's kernels are changed token by token (`mutants_of_triton.py`); those in C++ are `make mutants-cpp`.",
         "",
         "| area | mutants | killed | survived | of these the same program | killed, % |",
         "|---|---:|---:|---:|---:|---:|",
