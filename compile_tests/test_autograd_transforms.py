@@ -1,6 +1,7 @@
 """Autograd's own transforms around an eager layer: tangents, batches of gradients, hooks, compiled autograd, and only what is asked for."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -225,6 +226,14 @@ def test_only_gradients_that_are_asked_for_are_computed(wanted: str, backend: An
         products, outers = PRODUCTS[wanted]
         again = 2 if form == "chunked" else 0  # the chunk's forward
         assert (seen.count("grouped_matmul"), seen.count("grouped_outer")) == (again + products, outers)
+
+
+def test_below_torch_func_only_gradients_that_are_asked_for_are_computed() -> None:
+    case = Case("default", backend="native")
+    weights, x, logits, _ = case.args(6)
+    with Seen() as seen:
+        torch.func.grad(lambda down: loss_of(case.layer(replace(weights, down=down), x, logits)))(weights.down)
+    assert seen.count("grouped_matmul") == 2  # the first product again, and the gradient of what the activation gave
 
 
 def test_backward_into_some_inputs_computes_theirs_alone() -> None:

@@ -171,8 +171,10 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
     d_w = d_w if weights.down_bias is None else d_w + arithmetic.total(g.to(wide) * spread(weights.down_bias))
     d_w = gather_rows(torch.where(present, d_w, 0), d.row_of_slot, d.slot_of_row, 1).view_as(routing.weights)
     d_hidden = pull(d_a * w)[0].to(x.dtype)
-    d_x = gather_rows(product(d_hidden, weights.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
-    d_x = arithmetic.added(d_x.unflatten(0, (-1, config.top_k)).to(wide), 1).to(x.dtype)
+
+    def of_x() -> Tensor:
+        d_slots = gather_rows(product(d_hidden, weights.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
+        return arithmetic.added(d_slots.unflatten(0, (-1, config.top_k)).to(wide), 1).to(x.dtype)
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
         return ops.outer(left, right, ends) if transposed else ops.outer(right, left, ends)
@@ -185,8 +187,8 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
         return x.new_empty(0)
 
     return (
-        d_x,
-        d_w.to(routing.weights.dtype),
+        of_x() if wanted[0] else none(),
+        d_w.to(routing.weights.dtype) if wanted[1] else none(),
         outer(d_hidden, rows) if wanted[2] else none(),
         outer(g, (a * w).to(x.dtype)) if wanted[3] else none(),
         sums(d_hidden, torch.ones_like(w), weights.gate_up_bias) if wanted[4] else none(),
