@@ -129,7 +129,8 @@ def whole_layer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]
     samples = []
     for case, tokens in ((Case("default", "opaque"), 5), (Case("everything", "opaque_chunked"), 20), (Case("deepseek", "opaque"), 0)):
         weights, x, logits, mask = case.args(tokens, dtype)
-        tensors = [x, logits, None, mask, None, None, None, None, *leaves_of_weights(weights)]
+        gate_x = x + 0.125 if logits is None else None  # under autocast: other than x
+        tensors = [x, logits, None, mask, None, None, None, None, gate_x, *leaves_of_weights(weights)]
         samples.append((case.config._json, *(_leaf(t, requires_grad) for t in tensors)))
     return samples
 
