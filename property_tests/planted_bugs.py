@@ -669,9 +669,9 @@ if importlib.util.find_spec("transformers") is not None:
         ),
         PlantedBug(
             "what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name",
-            "parameters are read whatever the module computes",
+            "hooks and forwards of its own do not count",
             below_block.why_called_itself,
-            instead(lambda module, cls, ours=(), recorded=False: None),
+            lambda why: lambda module, cls, *rest: None if type(module) is cls else why(module, cls, *rest),
         ),
         PlantedBug(
             "what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name",
