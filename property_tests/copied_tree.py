@@ -1,0 +1,45 @@
+"""A copy of the package and its tests, in which a line may be changed; what runs in it is a process of its own."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("moe_fn", "property_tests", "compile_tests", "pyproject.toml")
+LINKED = ("docs", "examples", "README.md", "CHANGELOG.md", "SECURITY.md", "Makefile", ".ci")
+
+
+def copied_tree(folder: Path) -> Path:
+    """The folder, with the copy in it."""
+    for name in COPIED:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def verdict_of(tree: Path, tests: tuple[str, ...], limit_s: float) -> tuple[str, str]:
+    """("survived" or "killed", by which test): what pytest says of these tests in a tree."""
+    options = ("-x", "-q", "--tb=no", "-p", "no:xdist", "-W", "ignore")
+    code, said = run_in(tree, ["-m", "pytest", *options, *tests], limit_s)
+    if code == 0:
+        return "survived", ""
+    failed = [line.split()[1] for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return "killed", failed[0] if failed else f"no end in {limit_s:.0f} s" if code is None else f"exit {code}"
+
+
+def run_in(tree: Path, arguments: list[str], limit_s: float) -> tuple[int | None, str]:
+    """(Python's exit code, None after the limit; what it printed). Kernels that it builds lie in a cache of the tree's own."""
+    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "TORCH_EXTENSIONS_DIR": str(tree / "cache")}  # noqa: TID251
+    command = [sys.executable, *arguments]
+    run = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    try:
+        said, _ = run.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        return None, ""
+    return run.returncode, said

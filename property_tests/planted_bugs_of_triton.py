@@ -1,0 +1,99 @@
+"""Bugs planted in the Triton kernels: each must break the test named beside it. A process each, so only `make test-thorough` runs them."""
+
+from dataclasses import dataclass
+
+from copied_tree import ROOT
+
+
+@dataclass(frozen=True)
+class TritonBug:
+    """In `file` of the kernels, the one place that reads `old` reads `new`; then `property_tests/test_triton_<test>` must fail."""
+
+    test: str
+    what: str
+    file: str
+    old: str
+    new: str
+
+    @property
+    def path(self) -> str:
+        """The file, from the root of the tree."""
+        return f"moe_fn/kernels/triton/{self.file}.py"
+
+    @property
+    def source(self) -> str:
+        """The file with the bug."""
+        text = (ROOT / self.path).read_text()
+        assert text.count(self.old) == 1, f"{self.what}: {self.path} has {text.count(self.old)} such places"
+        return text.replace(self.old, self.new)
+
+
+DOWN_BACKWARD = "backward.py::test_down_backward_is_the_gradient_of_the_weighted_down_projection"
+OUTER = "backward.py::test_grouped_outer_sums_over_the_rows_of_each_group"
+SUMS = "backward.py::test_segment_sums_add_up_the_rows_of_each_group"
+UP, PRODUCTS = "products.py::test_up_gathers_multiplies_and_activates", "products.py::test_grouped_products_multiply_each_row_by_its_group"
+ACTIVATIONS = "products.py::test_activations_and_their_derivatives_are_those_of_torch"
+SORT, COMBINE = "rows.py::test_both_forms_sort_as_torch_does", "rows.py::test_gather_sum_is_the_weighted_sum_of_slots"
+TOP_K, CODES = "top_k.py::test_routing_equals_route", "quant.py::test_rows_are_quantised_to_the_codes_of_torch"
+
+BUGS = (
+    TritonBug(COMBINE, "slots of no expert add the last row", "combine", "mask = (row >= 0)[:, None]", "mask = (row >= -1)[:, None]"),
+    TritonBug(COMBINE, "the last token is not stored", "combine", "mask = (t < T)[:, None]", "mask = (t < T - 1)[:, None]"),
+    TritonBug(COMBINE, "a choice is left out", "combine", "for j in tl.static_range(TOP_K)", "for j in tl.static_range(TOP_K - 1)"),
+    TritonBug(OUTER, "a block of rows instead of all", "outer", "acc = tl.dot(tl.trans(a), b, acc,", "acc = tl.dot(tl.trans(a), b, None,"),
+    TritonBug(
+        OUTER, "rows of the next group", "outer", "mask=live[:, None], other=0.0)\n        acc = tl.dot", "other=0.0)\n        acc = tl.dot"
+    ),
+    TritonBug(SUMS, "sums that are not weighted", "outer", "if WEIGHTED:\n            v *=", "if not WEIGHTED:\n            v *="),
+    TritonBug(SUMS, "a bias' gradient of another token", "outer", "source = (slot // TOP_K)", "source = (slot // (TOP_K + 1))"),
+    TritonBug(DOWN_BACKWARD, "d hidden that is not weighted", "down_backward", "act_backward(d * w[:, None],", "act_backward(d,"),
+    TritonBug(DOWN_BACKWARD, "what down is multiplied by is not weighted", "down_backward", "(a * w[:, None]).to(", "a.to("),
+    TritonBug(DOWN_BACKWARD, "gates and ups exchanged", "down_backward", "tl.join(d_gate, d_up)", "tl.join(d_up, d_gate)"),
+    TritonBug(
+        DOWN_BACKWARD,
+        "d weights without the bias' part",
+        "down_backward",
+        "num_partials - 1, tl.sum(acc, 1)",
+        "num_partials - 1, 0 * tl.sum(acc, 1)",
+    ),
+    TritonBug(DOWN_BACKWARD, "d weights of the first tile alone", "down_backward", "(i < num_partials)[None, :]", "(i < 1)[None, :]"),
+    TritonBug(UP, "the up's bias is the gate's", "up", "up += tl.load(bias + I + c,", "up += tl.load(bias + c,"),
+    TritonBug(UP, "what is kept has no bias", "up", "tl.store(pre + all_places, tile.to(", "tl.store(pre + all_places, (0 * tile).to("),
+    TritonBug(UP, "another token's row", "up", "tl.where(live, row, 0)) // TOP_K\n    k =", "tl.where(live, row, 0)) % TOP_K\n    k ="),
+    TritonBug(
+        PRODUCTS,
+        "no mask at the ragged end",
+        "products",
+        "a = tl.load(left, mask=(k < length - start)[None, :], other=0.0)",
+        "a = tl.load(left)",
+    ),
+    TritonBug(
+        PRODUCTS,
+        "a tile's last columns are its first",
+        "products",
+        "mask=live[:, None] & (c < N)[None, :])",
+        "mask=live[:, None] & (c < N + 1)[None, :])",
+    ),
+    TritonBug(
+        SORT,
+        "ids beyond the experts are the last expert's",
+        "metadata",
+        "tl.where((e >= 0) & (e < E), e, E)",
+        "tl.where((e >= 0) & (e < E), e, E - 1)",
+    ),
+    TritonBug(SORT, "the first expert has no slots", "metadata", "tl.where((e >= 0) & (e < E), e, E)", "tl.where((e > 0) & (e < E), e, E)"),
+    TritonBug(
+        ACTIVATIONS, "gelu's derivative without its second part", "activation", " + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)", ""
+    ),
+    TritonBug(CODES, "a power of two that is rounded down", "quantise", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"),
+    TritonBug(
+        CODES, "codes that are cut instead of rounded", "quantise", "q = q + 12582912.0 - 12582912.0", "q = q + 12582911.5 - 12582912.0"
+    ),
+    TritonBug(
+        CODES,
+        "a row's last values have no part in its scale",
+        "quantise",
+        "for start in range(0, SPAN, WIDTH):\n            c =",
+        "for start in range(0, 1, WIDTH):\n            c =",
+    ),
+)
