@@ -52,7 +52,16 @@ SAME: dict[str, tuple[str, ...]] = {
         *("tasks = ", "per = (panels", "24 *"),
     ),
     "It is asked of memory before it is needed.": ("prefetch", "next = ", "ahead"),
-    "A buffer is larger than it must be, or its memory comes in other pages.": ("buffer(", "aligned_alloc", "MADV", "large", "huge"),
+    "A buffer is larger than it must be, or its memory comes in other pages.": (
+        "buffer(",
+        "std::vector<int64_t> to(",
+        "const int most = ",
+        "aligned_alloc",
+        "MADV",
+        "large",
+        "huge",
+    ),
+    "Steps come in whole blocks, and a turn without panels does nothing.": ("k > 1,", "p <= task.last_panel"),
     "The benchmark alone calls it.": ("seconds", "repeats", "share", "total{0}"),
 }
 

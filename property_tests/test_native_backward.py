@@ -181,6 +181,7 @@ def check_outer(level: str, counts: list[list[int]], sets: int, extra: int, m: i
 def test_outer_products_of_many_rows(level: str) -> None:
     for counts, dtype, (m, n) in product(MANY, [torch.float32, torch.bfloat16], [(33, 17), (5, 70)]):
         check_outer(level, [counts], 1, 3, m, n, dtype)
+    check_outer(level, [[2000, 0]], 1, 0, 5, 600, torch.float32)  # panels in two groups, of an expert without rows too
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
