@@ -86,6 +86,18 @@ def test_words_that_belong_together_are_said_together() -> None:
         config_of_layer({"model_type": "longcat_flash", "zero_expert_type": "copy"}, 0)
 
 
+def test_a_choice_within_one_group_has_two_names() -> None:
+    """Limiting to groups changes nothing where there is one; where there are more, or none, the names differ."""
+    for model_type in ("deepseek_v2", "mistral4"):
+        groups: Words = {"model_type": model_type, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 4}
+        one, limited = ({**groups, "topk_method": method} for method in ("greedy", "group_limited_greedy"))
+        assert config_of_layer(one, 0) == config_of_layer(limited, 0)
+    for words in ({"model_type": "mixtral"}, {"model_type": "mistral4", "n_group": 8, "topk_group": 4}):
+        wrong = "greedy" if "n_group" in words else "group_limited_greedy"
+        with pytest.raises(ValueError, match=f"topk_method is '{wrong}' in the model's config; expected '"):
+            config_of_layer({**words, "topk_method": wrong}, 0)
+
+
 def test_infinity_as_transformers_writes_it_is_no_limit() -> None:
     config = config_of_layer({"model_type": "gpt_oss", "swiglu_limit": {"__float__": "Infinity"}}, 0)
     assert config.activation.limit is None  # type: ignore[union-attr]
