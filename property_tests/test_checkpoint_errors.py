@@ -274,12 +274,25 @@ NAMES: dict[str, tuple[Any, list[str], str]] = {
         r"by its tensors.*'mixtral': it has .*linear_v.weight; expected one such as layers.N.block_sparse_moe.experts.\{e\}.w2.weight",
     ),
     "no experts by name": (MIXTRAL, ["model.layers.0.some_ffn.0"], r"by its config.json.* it has model.layers.0.some_ffn.0; expected"),
+    "behind a dense layer": (
+        MIXTRAL, ["model.layers.0.mlp.down_proj.weight", "model.layers.1.some_ffn.0"],
+        r"by its config.json.* it has model.layers.1.some_ffn.0; expected",
+    ),
+    "beside a dense network": (
+        {"model_type": "gemma4", "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 2}, ["model.layers.0.mlp.down_proj.weight"],
+        r"by its config.json.* it has model.layers.0.mlp.down_proj.weight; expected",
+    ),
     "no family": ({"model_type": "unheard_of"}, ["model.layers.0.mlp.experts.down"], r"by its tensors.*'unheard_of'"),
     "no config": (None, ["transformer.blocks.0.experts.1.a"], r"by its tensors.*'\?'"),
 }  # fmt: skip
 WITHOUT: dict[str, tuple[Any, list[str]]] = {
     "one expert": (MIXTRAL | {"num_local_experts": 1}, ["model.layers.0.mlp.down_proj.weight"]),
     "dense, of a family that may have experts": ({"model_type": "gemma4", "hidden_size": 4}, ["model.layers.0.mlp.down_proj.weight"]),
+    "dense layers alone": ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, ["model.layers.0.mlp.down_proj.weight"]),
+    "dense, where a class has experts": (
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "-M*"},
+        [f"backbone.layers.{index}.mixer.{name}_proj.weight" for index, name in enumerate(("down", "out", "o"))],
+    ),
     "unheard of": ({"model_type": "unheard_of"}, ["model.layers.0.mlp.down_proj.weight", "action_expert.layers.0.mlp.down_proj.weight"]),
     "no layer at all": (MIXTRAL, ["lm_head.weight"]),
 }

@@ -22,6 +22,8 @@ from moe_fn.progress import Progress, clear
 from moe_fn.records import MoEWeights
 
 _LAYER = r"(?P<layer>(?:.+\.)?(?:layers|blocks|block|h)\.(?P<index>\d+)(?:\.layer\.\d+)?)"
+# The last product of what layers of such models have in a mixture's place: a dense network, or attention (Nemotron-H).
+_NO_EXPERTS = r"\.(?:mlp|feed_forward|ffn|mixer)\.(?:down_proj|out_proj|o_proj|w2|wo|fc2|linear_fc2)(?:\.|$)"
 
 
 @dataclass(frozen=True)
@@ -147,25 +149,33 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, int]:
 def _refuse_unknown_names(checkpoint: Checkpoint, rows: Sequence[Layout]) -> None:
     """ValueError for a checkpoint whose names, or whose config.json, say that there are experts, though no row has their names."""
     named = [name for name in checkpoint.file_of_tensor if re.search(r"(?:^|[._])experts(?:[._]|$)", name)]
-    said = checkpoint.is_whole and _says_experts(checkpoint)
-    if not named and not said:
+    some = named or (_names_without_experts(checkpoint, rows) if checkpoint.is_whole else [])
+    if not some:
         return
     family = (model_types(checkpoint.config) or ("?",))[0]
     expected = list(dict.fromkeys(".".join(filter(None, ("layers.N", row.block, row.anchor))) for row in rows))
-    some = named or [name for name in checkpoint.file_of_tensor if re.match(_LAYER, name)] or list(checkpoint.file_of_tensor)
     raise ValueError(
         f"{checkpoint.folder} has experts ({'by its tensors' if named else 'by its config.json'}), but not under names that are known of "
         f"model_type {family!r}: it has {', '.join(some[:3])}; expected one such as {', '.join(expected[:4])}"
     )
 
 
-def _says_experts(checkpoint: Checkpoint) -> bool:
-    """Whether config.json makes a mixture of two experts or more of any layer that has tensors."""
-    matches = (re.match(_LAYER, name) for name in checkpoint.file_of_tensor)
-    for index in sorted({int(match["index"]) for match in matches if match and len(match["index"]) < 10}):
+def _names_without_experts(checkpoint: Checkpoint, rows: Sequence[Layout]) -> list[str]:
+    """Names of a layer of which config.json makes a mixture of two experts or more, with nothing known in the mixture's place."""
+    names: dict[tuple[int, str], list[str]] = {}
+    filled = set[str]()
+    beside = not all(row.block for row in rows)  # a dense feed-forward network lies beside the mixture, and is not in its place
+    for name in checkpoint.file_of_tensor:
+        match = re.match(_LAYER, name)
+        if match is not None and len(match["index"]) < 10:
+            names.setdefault((int(match["index"]), match["layer"]), []).append(name)
+            if not beside and re.match(_NO_EXPERTS, name[match.end() :]):
+                filled.add(match["layer"])
+    for index, layer in sorted(names):
         with contextlib.suppress(ValueError):
-            return checkpoint.config is not None and config_of_layer(checkpoint.config, index).num_experts > 1
-    return False
+            if layer not in filled and checkpoint.config is not None and config_of_layer(checkpoint.config, index).num_experts > 1:
+                return names[index, layer]
+    return []
 
 
 def _anchor(row: Layout) -> str:
