@@ -1,6 +1,5 @@
 """Where copies of experts lie: the record, the map of ids that a router's choices go through, and loads seen from both sides."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +28,11 @@ torch.export.register_dataclass(Placement, serialized_type_name="moe_fn.Placemen
 def checked_placement(where: str, placement: Placement) -> Placement:
     """The placement with int64 tensors; ValueError for another type, or for numbers that are no integers."""
     check_kind(where, "placement", placement, Placement)
-    names = [field.name for field in dataclasses.fields(Placement)]
-    tensors = {name: checked_integers(where, f"placement.{name}", getattr(placement, name)) for name in names}
-    same = all(t is getattr(placement, name) for name, t in tensors.items())
-    return placement if same else Placement(**tensors)
+    return Placement(
+        logical_of_physical=checked_integers(where, "placement.logical_of_physical", placement.logical_of_physical),
+        physical_of_logical=checked_integers(where, "placement.physical_of_logical", placement.physical_of_logical),
+        num_replicas=checked_integers(where, "placement.num_replicas", placement.num_replicas),
+    )
 
 
 def checked_load(where: str, name: str, load: Tensor) -> Tensor:
