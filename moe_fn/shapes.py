@@ -64,7 +64,8 @@ def expected_shapes(config: MoEConfig) -> dict[Path, tuple[Shape, bool]]:
         shapes[("latent", "output")] = ((hidden, latent), True)
         for name, dim in (("input_bias", latent), ("output_bias", hidden), ("input_norm", latent), ("output_norm", latent)):
             shapes[("latent", name)] = ((dim,), False)
-    return {path: shape for path, shape in shapes.items() if path not in added_by_others(config)}
+    left_out = added_by_others(config)
+    return {path: shape for path, shape in shapes.items() if path not in left_out}
 
 
 def added_by_others(config: MoEConfig) -> tuple[Path, ...]:
