@@ -57,6 +57,21 @@ class ParameterAdapter(Adapter):
                 parametrize.remove_parametrizations(self.base_layer, name, leave_parametrized=False)
 
 
+class Wrapper(nn.Module):
+    """As PEFT's ModulesToSaveWrapper and torch.compile's OptimizedModule: what it holds has a name of its own, and shows through."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def __getattr__(self, name: str) -> Any:
+        held = self.__dict__["_modules"].get("held") if "_modules" in self.__dict__ else None
+        return getattr(held, name) if held is not None and name != "held" else super().__getattr__(name)
+
+    def forward(self, *args: Any, **by_name: Any) -> Any:
+        return louder(self.held(*args, **by_name))
+
+
 class Coded(Tensor):
     """As a quantised tensor: it stands for 1.5 times the numbers that it holds."""
 
@@ -130,6 +145,10 @@ def _parameter_adapter(parent: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, name, ParameterAdapter(module))
 
 
+def _wrapper(parent: nn.Module, name: str, module: nn.Module) -> None:
+    setattr(parent, name, Wrapper(module))
+
+
 def _coded(parent: nn.Module, name: str, module: nn.Module) -> None:
     for parameter in names_of(module):
         coded = module._parameters[parameter].detach().as_subclass(Coded)
@@ -148,6 +167,7 @@ WAYS: dict[str, Callable[[nn.Module, str, nn.Module], None]] = {
     "own class": _own_class,
     "adapter": _adapter,
     "adapter of parameters": _parameter_adapter,
+    "wrapper": _wrapper,
     "coded parameters": _coded,
 }
 OF_PARAMETERS = ("parametrization", "recomputed before every call", "adapter of parameters", "coded parameters")

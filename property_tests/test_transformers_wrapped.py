@@ -120,6 +120,35 @@ def test_a_class_of_somebodys_own_keeps_its_forward() -> None:
     assert "somebody replaced its forward" in str(replace_moe_blocks(taken))
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "zaya"])
+def test_a_forward_of_ours_holds_its_own_module_alone(name: str) -> None:
+    """A copy of a part, as adapters make one, is then a copy of the part alone."""
+    block, _ = block_of(name)
+    replace_moe_blocks(block)
+    forwards = {path: module.forward for path, module in block.named_modules() if "forward" in vars(module)}
+    assert forwards
+    for path, forward in forwards.items():
+        held = [value for value in forward.args if isinstance(value, nn.Module)]
+        assert held == [block.get_submodule(path)], path
+
+
+def test_a_wrapper_of_a_replaced_block_is_not_named_as_left() -> None:
+    model = make_model("qwen3_moe", 1)
+    expected = logits(model)
+    model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="eager")
+    report = replace_moe_blocks(model)
+    assert len(report.replaced) == 2 and report.left == ()
+    assert relative_rms(logits(model), expected) <= TOLERANCE
+
+
+def test_quantised_experts_are_left() -> None:
+    for name in ("qwen3_moe", "gemma4"):
+        block, _ = block_of(name)
+        hang(block, "experts", "coded parameters")
+        report = replace_moe_blocks(block)
+        assert not report.replaced and "experts has a Coded for gate_up_proj" in str(report)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_from_block_refuses_what_is_not_its_parameters(way: str) -> None:
     paths = ("gate", "experts", "shared_experts.up_proj") if way in OF_PARAMETERS else ("gate", "experts", "experts.act_fn")
@@ -221,6 +250,7 @@ TARGETS: dict[str, tuple[dict[str, Any], ...]] = {
         {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
     ),
     "jetmoe": ({"target_modules": ["layer"]},),
+    "gemma4": ({"target_modules": ["q_proj"], "modules_to_save": ["router"]},),
 }
 
 
@@ -238,8 +268,8 @@ def test_real_adapters_are_seen_or_refused(name: str) -> None:
 
     for targets in TARGETS[name]:
         model = make_model(name, 0)
-        expected = logits(adapted(copy.deepcopy(model), **targets))
-        assert relative_rms(logits(model), expected) > 1e-2
+        plain, expected = logits(model), logits(adapted(copy.deepcopy(model), **targets))
+        assert relative_rms(plain, expected) > 1e-2
         before = adapted(copy.deepcopy(model), **targets)
         report = replace_moe_blocks(before)
         assert relative_rms(logits(before), expected) <= TOLERANCE
@@ -251,6 +281,8 @@ def test_real_adapters_are_seen_or_refused(name: str) -> None:
                 logits(after)
             continue
         assert relative_rms(logits(after), expected) <= TOLERANCE
+        with after.disable_adapter():
+            assert relative_rms(logits(after), plain) <= TOLERANCE
         if "modules_to_save" not in targets:
             assert relative_rms(logits(after.merge_and_unload()), expected) <= TOLERANCE
 

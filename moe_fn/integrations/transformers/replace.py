@@ -20,6 +20,7 @@ from moe_fn.integrations.transformers.swapped import (
     replaced_experts_forward,
     router_forward,
     swap_of_block,
+    swap_of_router,
 )
 from moe_fn.integrations.transformers.tensors import plan_of_block
 
@@ -65,7 +66,8 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
     it looks whether it is: no hooks on them, no forward or class of their own (PEFT's adapters, quantised layers, accelerate's
     offloading, FSDP2 on a part of the block), no parameters that are shards or codes, no dropout that is on. Where it is not, the block's
     own forward runs, calls its modules, and has our experts in theirs. Blocks whose experts cannot be called so (dbrx, jetmoe, llama4,
-    longcat_flash, step3p5, switch) are left, and named, or raise where it happens later. Parametrizations are read as what they make.
+    longcat_flash, step3p5, switch; any whose experts are codes) are left, and named, or raise where it happens later. Parametrizations are
+    read as what they make.
     Adapters of PEFT may come before or after; hooks for all modules at once (register_module_forward_hook) see the block alone, and
     torch.compile does not look again for hooks that come after it, here as anywhere.
 
@@ -93,7 +95,7 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
     replaced, left = [], []
     for name, module in model.named_modules():
         if not any(is_known(cls) for cls in type(module).__mro__):
-            if hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router")):
+            if "experts" in module._modules and ("gate" in module._modules or "router" in module._modules):
                 left.append((name, f"{type(module).__name__} is not a block that is known"))
             continue
         family = family_of_module(module)
@@ -144,7 +146,9 @@ def _swap(block: nn.Module, swap: Swap, called: str | None) -> None:
         set_forward(experts, functools.partial(replaced_experts_forward, experts, type(experts), running_of(swap.config)))
     known = any(name == swap.shape.router and child.cls is not None for name, child in swap.kind.children)
     if known and not swap.shape.stateful and not has_own_forward(router, OURS):
-        forward = functools.partial(router_forward, router, swap) if whole else functools.partial(gemma_router_forward, block, swap)
+        forward = functools.partial(router_forward, router, swap)
+        if not whole:
+            forward = functools.partial(gemma_router_forward, router, swap_of_router(swap, router))
         set_forward(router, forward)
     if whole:
         set_forward(block, functools.partial(block_forward, block, swap))

@@ -15,8 +15,9 @@ from moe_fn.integrations.transformers.experts import RUNNING, experts_forward
 from moe_fn.integrations.transformers.forwards import has_own_forward
 from moe_fn.integrations.transformers.reading import Kind, same_method, why_called, why_not_plain, without_wrappers
 from moe_fn.integrations.transformers.shapes import RETURNS, SHAPES, Shape
-from moe_fn.integrations.transformers.tensors import Plan
+from moe_fn.integrations.transformers.tensors import Plan, Source
 from moe_fn.records import MoEWeights, Routing
+from moe_fn.shapes import expected_shapes
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def swap_of_block(family: Family, block: nn.Module, plan: Plan, own: MoEConfig, 
     called = () if shared is None else (shared, "shared_expert_gate")
     kind = kind_of_block(family, block, plan, called, alone=(shape.router,) if shape.stateful else ())
     experts = without_wrappers(getattr(block, "experts", None))
-    known = any(name == "experts" and child.cls is not None for name, child in kind.children)
+    known = dict(kind.children).get("experts", Kind(None)).cls is not None
     return Swap(
         cls=type(block),
         config=config if shared is None else dataclasses.replace(config, shared=None),
@@ -64,7 +65,7 @@ def swap_of_block(family: Family, block: nn.Module, plan: Plan, own: MoEConfig, 
         shape=shape,
         kind=kind,
         shared=shared,
-        experts_apart=known and hasattr(experts, "has_gate") and not has_own_forward(experts, OURS),
+        experts_apart=known and hasattr(experts, "has_gate") and not (has_own_forward(experts, OURS) or why_not_plain(experts, idle=True)),
         changed=tuple(sorted(f.name for f in dataclasses.fields(config) if getattr(own, f.name) != getattr(config, f.name))),
     )
 
@@ -144,16 +145,29 @@ def replaced_experts_forward(experts: nn.Module, cls: type[nn.Module], running: 
     return experts_forward(experts, *args, **by_name, running=running)
 
 
-def gemma_router_forward(layer: nn.Module, swap: Swap, hidden_states: Tensor) -> Any:
-    """Gemma-4's router, which its layer calls: (probabilities, weights, ids)."""
-    why = swap.why_called(layer)
+def swap_of_router(swap: Swap, router: nn.Module) -> Swap:
+    """What the router's forward needs, of what its block's does. The router alone is read, so that a copy of it copies no experts."""
+    above = f"{swap.shape.router}."
+    own = [(path, source) for path, source in swap.plan if path.startswith("router.")]
+    plan = tuple((path, Source(source.form, tuple(name.removeprefix(above) for name in source.names))) for path, source in own)
+    return dataclasses.replace(swap, cls=type(router), plan=plan, kind=dict(swap.kind.children)[swap.shape.router])
+
+
+def gemma_router_forward(router: nn.Module, swap: Swap, hidden_states: Tensor) -> Any:
+    """Gemma-4's router, which its layer calls: (probabilities, weights, ids). swap: that of swap_of_router."""
+    why = swap.why_called(router)
     if why is not None:
-        check_honoured(layer, swap, why)
-        router = without_wrappers(layer.router)
+        check_honoured(router, swap, why)
         return type(router).forward(router, hidden_states)
-    weights = weights_of_block(swap.config, layer, swap.plan)
-    logits, routing = moe_route(swap.config, weights, hidden_states)
+    logits, routing = moe_route(swap.config, _with_empty_experts(swap, router, hidden_states), hidden_states)
     return torch.softmax(logits.float(), -1), routing.weights, routing.expert_ids
+
+
+def _with_empty_experts(swap: Swap, router: nn.Module, x: Tensor) -> MoEWeights:
+    """The router's weights. moe_route checks the experts' too, but does not read them: they are tensors of the right shapes, unfilled."""
+    weights, shapes = weights_of_block(swap.config, router, swap.plan), expected_shapes(swap.config)
+    empty = {path: x.new_empty(()).expand([n for _, n in shape]) for path, (shape, needed) in shapes.items() if needed and len(path) == 1}
+    return dataclasses.replace(weights, **{path[0]: tensor for path, tensor in empty.items()})  # type: ignore[arg-type]
 
 
 def _pack(shape: Shape, logits: Tensor, routing: Routing) -> tuple[Any, ...]:
