@@ -43,6 +43,17 @@ def test_every_family_reads_a_file_that_says_nothing_or_names_the_word_that_it_w
                 assert family.refused or "the model's config" in str(error), name
 
 
+def test_an_error_says_what_was_read_and_what_was_left_out() -> None:
+    said = r"MoEConfig.num_experts is 0; expected an int >= 1; read from the model's config: num_experts \(0\); left out, .*: hidden_size "
+    with pytest.raises(ValueError, match=said):
+        config_of_layer({"model_type": "mixtral", "num_experts": 0}, 0)
+    for words in ({"model_type": "hy_v3", "num_shared_experts": 0}, {"model_type": "nemotron_h", "moe_shared_expert_intermediate_size": 0}):
+        with pytest.raises(
+            ValueError, match=r"num_shared_experts|moe_shared_expert_intermediate_size is 0 in the model's config; expected"
+        ):
+            config_of_layer(words, 0)
+
+
 def test_a_prefix_chooses_among_parts() -> None:
     """By its whole names; where all parts have a name, one of them has to be in it."""
     of_text = {"hidden_size": 8, "shared_expert_intermediate_size": 4}

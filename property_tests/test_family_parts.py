@@ -175,6 +175,16 @@ def test_a_value_of_another_kind_is_no_default(row: BlockRow) -> None:
             assert ours(row, {**words, name: int(value)}) == ours(row, words), name
 
 
+@EACH
+def test_0_is_what_the_class_makes_of_it(row: BlockRow) -> None:
+    """Or an error that says what the file has, which may be about the field that a word becomes."""
+    words = words_of(row)
+    for name in sorted((words_read(row) & set(words)) - NOT_OF_A_LAYER):
+        mine, wanted = ours(row, {**words, name: 0}), theirs(row, {**words, name: 0})
+        assert mine == wanted or wanted is None or isinstance(mine, str), name
+        assert not isinstance(mine, str) or any(known in mine for known in names_of(words, name)), (name, mine)
+
+
 SCORES = ("scoring_func", "score_func", "score_function", "moe_router_activation_func", "moe_router_activation", "expert_selection_fn")
 
 

@@ -74,7 +74,7 @@ def config_of_layer(model_config: Mapping[str, Any], layer: int, prefix: str | N
     except ValueError as error:
         if "the model's config" in str(error) or not words:
             raise
-        raise ValueError(f"{error}{_left_out(CONFIG_CLASSES[model_type], part)}") from error
+        raise ValueError(f"{error}{_sources(CONFIG_CLASSES[model_type], part)}") from error
     for name, value in words.items():  # of words that this layer has no use for
         if value is NULL:
             raise ValueError(f"{name} is None in the model's config; expected a value, or no such word")
@@ -82,15 +82,20 @@ def config_of_layer(model_config: Mapping[str, Any], layer: int, prefix: str | N
     return config
 
 
-def _left_out(config_class: ConfigClass, part: Mapping[str, Any]) -> str:
-    """For an error: the words that a file does not say, with what the class puts there."""
-    said = {config_class.renamed.get(name, name) for name in part}
-    defaults = [
-        f"{name} ({value!r})"
+def _sources(config_class: ConfigClass, part: Mapping[str, Any]) -> str:
+    """For an error: the words of a layer that a file says, and those that it leaves out with what the class puts there."""
+    known = {*config_class.defaults, *config_class.renamed, *config_class.renamed.values()}
+    said = {name: value for name, value in part.items() if name in known}
+    meant = {config_class.renamed.get(name, name) for name in said}
+    left_out = {
+        name: value
         for name, value in config_class.defaults.items()
-        if config_class.renamed.get(name, name) not in said and value is not MISSING
-    ]
-    return f"; left out, and so the default of its class: {', '.join(defaults)}" if defaults else ""
+        if config_class.renamed.get(name, name) not in meant and value is not MISSING
+    }
+    titles = {"read from the model's config": said, "left out, and so the default of its class": left_out}
+    return "".join(
+        f"; {title}: {', '.join(f'{name} ({value!r:.40})' for name, value in words.items())}" for title, words in titles.items() if words
+    )
 
 
 def _part(model_config: Mapping[str, Any], prefix: str | None) -> tuple[Family, str, Mapping[str, Any]]:

@@ -53,6 +53,14 @@ def width_of_shared(words: Words, layer: int) -> Words:
     return {name: _said(words, "moe_shared_expert_intermediate_size", words[name])}
 
 
+def no_shared_of_width_0(words: Words, layer: int) -> Words:
+    """Hy3 and Nemotron-H: of no width, shared experts are as wide as a dense layer in transformers, and none in other tools."""
+    for name in ("num_shared_experts", "moe_shared_expert_intermediate_size"):
+        if words.get(name) == 0:
+            raise ValueError(f"{name} is 0 in the model's config; expected at least 1, for tools do not agree on what 0 is")
+    return {}
+
+
 def pyramid(words: Words, layer: int) -> Words:
     """dots3_note's images: pyramid_num_routed holds the number of experts of each layer, of which at most so many can be chosen."""
     counts = words.get("pyramid_num_routed")
