@@ -79,6 +79,8 @@ def test_lists_hold_an_entry_for_the_layer() -> None:
             config_of_layer(words, layer)
     own: Words = {"model_type": "mixtral", "num_experts": 6, "per_layer_config": {"01": {"num_experts": 4}}}
     assert [config_of_layer(own, layer).num_experts for layer in (0, 1, 10)] == [6, 4, 6]
+    step: Words = {"model_type": "step3p5"}
+    assert config_of_layer({**step, "swiglu_limits": [], "swiglu_limits_shared": []}, 1) == config_of_layer(step, 1)
     v4: Words = {"model_type": "deepseek_v4", "num_hash_layers": 1}
     assert [config_of_layer(v4, layer).router.selection for layer in (0, 1, 42, 43)] == ["hash", "top_k", "top_k", "top_k"]
     with pytest.raises(ValueError, match="mlp_layer_types has 1 entries; expected one for layer 1"):

@@ -173,7 +173,7 @@ _CLASSES = {
         "moe_intermediate_size": 1280, "n_routed_experts": 288, "share_expert_dim": 1280, "moe_router_scaling_factor": 1.0,
         "swiglu_limits": None, "swiglu_limits_shared": None}, renamed={"num_local_experts": "n_routed_experts",
         "moe_num_experts": "n_routed_experts", "moe_top_k": "num_experts_per_tok", "share_expert_dims": "share_expert_dim"},
-        nullable=("swiglu_limits", "swiglu_limits_shared")),
+        nullable=("swiglu_limits", "swiglu_limits_shared"), older=older.limits_or_none),
     "laguna": ConfigClass({"hidden_size": 2048, "hidden_act": "silu", "moe_intermediate_size": 512,
         "shared_expert_intermediate_size": 512, "num_experts_per_tok": 8, "num_experts": 256, "moe_routed_scaling_factor": 1.0,
         "moe_router_logit_softcapping": 0.0}, older=older.weight_on_output),

@@ -53,6 +53,11 @@ def width_of_shared(words: Words, layer: int) -> Words:
     return {name: _said(words, "moe_shared_expert_intermediate_size", words[name])}
 
 
+def limits_or_none(words: Words, layer: int) -> Words:
+    """Step: an empty list limits no layer."""
+    return {name: None for name in ("swiglu_limits", "swiglu_limits_shared") if words[name] == []}
+
+
 def no_shared_of_width_0(words: Words, layer: int) -> Words:
     """Hy3 and Nemotron-H: of no width, shared experts are as wide as a dense layer in transformers, and none in other tools."""
     for name in ("num_shared_experts", "moe_shared_expert_intermediate_size"):
