@@ -11,6 +11,7 @@ from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.activation import activation_of_scalars
 from moe_fn.config.parts import nobody
 from moe_fn.config.quant import quant_of_text
+from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.routed import NUM_TENSORS
 from moe_fn.records import MoEWeights, QuantWeights, Routing
 
@@ -22,12 +23,19 @@ def packed(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Te
     """The arguments of an op, in the order of its schema, up to `keep`."""
     a, quant = as_activation(config.activation), None if config.quant is None else weights.quant
     return (
-        x, ids, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
+        x, ids, w, weights.gate_up, weights.down, _readable(weights.gate_up_bias, x), _readable(weights.down_bias, x),
         *(None if quant is None else getattr(quant, name) for name in QUANT_FIELDS),
         config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
         a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap, "" if config.quant is None else config.quant.text,
         config.batch_invariant,
     )  # fmt: skip
+
+
+def _readable(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """A bias as the kernels read it: in the dtype of x, or in the one that they add up in."""
+    if bias is None or bias.dtype == x.dtype or bias.dtype == (wide := accumulation_dtype(x.dtype)):
+        return bias
+    return bias.to(wide)
 
 
 def with_floats(args: Sequence[Any], weights: MoEWeights) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,17 @@ def test_without_a_compiler_torch_runs_and_says_why(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "no native CPU kernels" in run.stderr and "/no/such/compiler" in run.stdout + run.stderr
     assert f"{half} is damaged" in run.stderr
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("of_biases", (torch.float16, torch.bfloat16, torch.float64), ids=str)
+def test_biases_are_numbers_in_any_float_dtype(of_biases: torch.dtype, dtype: torch.dtype) -> None:
+    config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=6, backend="native")
+    weights, x, routing = problem(config, 5, dtype, seed=0)
+    biases = [torch.randn(4, size).to(of_biases).requires_grad_() for size in (12, 8)]
+    y = moe_fn.moe_forward_routed(config, replace(weights, gate_up_bias=biases[0], down_bias=biases[1]), x, routing)
+    wide = [b.detach().float() for b in biases]
+    expected = moe_fn.moe_forward_routed(config, replace(weights, gate_up_bias=wide[0], down_bias=wide[1]), x, routing)
+    assert_matches(y, expected)
+    y.sum().backward()
+    assert all(b.grad is not None and b.grad.dtype == of_biases and b.grad.any() for b in biases)
