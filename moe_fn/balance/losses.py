@@ -108,6 +108,8 @@ def load_over_ranks(load: Tensor, group: "dist.ProcessGroup | RankGroup | None" 
     tensor([3, 1])
     """
     load = checked_load("load_over_ranks", "load", load)
+    if not (group is None or isinstance(group, RankGroup) or hasattr(group, "group_name")):
+        raise ValueError(f"load_over_ranks: group is a {type(group).__name__}; expected a ProcessGroup of this rank, or a RankGroup")
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return load
     own = dist.distributed_c10d._get_default_group() if group is None else group
@@ -119,7 +121,7 @@ def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -
 
     correction_bias [..., E] of any float dtype, load [..., E] integers or floats -> [..., E] float32 (float64 for float64), a new tensor;
     leading dimensions may be layers. Keep it in float32: in bfloat16 a bias of 1 plus a rate of 1e-3 is 1. Integer loads are compared as
-    they are, however large. Over ranks: of `load_over_ranks`, so that every rank has the same bias.
+    they are, while E of them fit in int64. Over ranks: of `load_over_ranks`, so that every rank has the same bias.
     Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
 
     >>> update_correction_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
@@ -128,9 +130,11 @@ def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -
     check_dtype("update_correction_bias", "correction_bias", correction_bias, "float")
     check_kind("update_correction_bias", "load", load, Tensor)
     check_float("update_correction_bias: rate", rate)
-    if load.shape != correction_bias.shape:
-        wanted = f"that of correction_bias, {list(correction_bias.shape)}"
+    if load.shape != correction_bias.shape or load.ndim == 0:
+        wanted = "[..., E]" if load.ndim == correction_bias.ndim == 0 else f"that of correction_bias, {list(correction_bias.shape)}"
         raise ValueError(f"update_correction_bias: load is {list(load.shape)}; expected {wanted}")
+    if load.device != correction_bias.device:
+        raise ValueError(f"update_correction_bias: load is on {load.device}; expected that of correction_bias, {correction_bias.device}")
     load = checked_load("update_correction_bias", "load", load)
     load = load.to(torch.float64) if load.is_floating_point() else load
     above = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load)  # of mean - load, without a division that rounds

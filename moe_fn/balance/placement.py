@@ -46,15 +46,18 @@ def checked_load(where: str, name: str, load: Tensor) -> Tensor:
 
 
 def placement_at(placement: Placement, layer: int) -> Placement:
-    """The placement of one layer of a placement of layers: [L, ...] -> [...].
+    """The placement of one layer of a placement of layers: [L, ...] -> [...]. Raises ValueError for a layer that is not there.
 
     >>> from moe_fn.balance import place_experts
     >>> both = place_experts(torch.tensor([[3, 1], [1, 3]]), num_physical=3, num_groups=1, num_nodes=1, num_gpus=1)
     >>> placement_at(both, 1).num_replicas.tolist()
     [1, 2]
     """
+    check_kind("placement_at", "placement", placement, Placement)
     if placement.logical_of_physical.ndim != 2:
         raise ValueError(f"placement_at: logical_of_physical is {_sizes(placement.logical_of_physical)}; expected [layers, P]")
+    if not -(layers := placement.logical_of_physical.shape[0]) <= layer < layers:
+        raise ValueError(f"placement_at: layer={layer}; expected one of its {layers} layers")
     return Placement(
         logical_of_physical=placement.logical_of_physical[layer],
         physical_of_logical=placement.physical_of_logical[layer],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fn.kinds import INTEGERS
+from moe_fn.kinds import INTEGERS, check_kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ def push(window: LoadWindow, load: Tensor) -> LoadWindow:
     >>> total(window).tolist(), window.step.item()
     ([6], 3)
     """
+    check_kind("push", "window", window, LoadWindow)
+    check_kind("push", "load", load, Tensor)
     if load.shape != window.ring.shape[1:] or load.dtype not in INTEGERS:
         raise ValueError(f"push: load is {load.dtype} {list(load.shape)}; expected integers {list(window.ring.shape[1:])}")
     size = window.ring.shape[0]
@@ -61,4 +63,5 @@ def total(window: LoadWindow) -> Tensor:
     >>> total(push(load_window(2, 2), torch.tensor([3, 4]))).tolist()
     [3, 4]
     """
+    check_kind("total", "window", window, LoadWindow)
     return window.ring.sum(0, dtype=torch.int64)
