@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, Routing, SharedExpertsConfig, ZeroExpertsConfig, balance
 from moe_fn.balance import LoadWindow, Move, Moves, Placement
+from moe_fn.balance.slots import fields_of_slots
 from moe_fn.testing import assert_matches, weights_for
 
 ROUNDING = 1 + 1e-9
@@ -290,6 +291,12 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     call, words = BAD[name]
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_a_placement_on_meta_has_nothing_to_compare() -> None:
+    """check_ranks_agree of weights that are not there yet."""
+    assert fields_of_slots("slots", torch.empty(2, dtype=torch.int64, device="meta")) == {}
+    assert fields_of_slots("slots", torch.tensor([1, 0])) == {"slot 0 of slots": 1, "slot 1 of slots": 0}
 
 
 # Ids and loads

@@ -12,6 +12,7 @@ from moe_fn.balance.moves import Moves, transfers
 from moe_fn.balance.placement import Placement, checked_placement
 from moe_fn.balance.slots import fields_of_slots
 from moe_fn.kernels import native
+from moe_fn.kinds import check_kind
 from moe_fn.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.preparing import is_prepared
 from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
@@ -138,6 +139,7 @@ def _agreed_moves(weights: MoEWeights, previous: Placement, new: Placement, grou
     fields: dict[str, str | int] = {}
     moves = None
     try:
+        check_kind("move_experts", "weights", weights, MoEWeights)
         moves = _moves_of_layer(previous, new, len(ranks))
         tensors = _expert_tensors("move_experts", weights, moves.num_physical // len(ranks))
         fields = {f"weights.{'.'.join(path)}": f"{t.dtype} {list(t.shape)}" for path, t in tensors.items()}
@@ -166,6 +168,8 @@ def _differences(texts: dict[int, str]) -> list[str]:
 
 
 def _moves_of_layer(previous: Placement, new: Placement, ranks: int) -> Moves:
+    check_kind("move_experts", "previous", previous, Placement)
+    check_kind("move_experts", "new", new, Placement)
     if new.logical_of_physical.ndim != 1:
         raise ValueError(f"move_experts: new.logical_of_physical is {list(new.logical_of_physical.shape)}; expected [P], one layer")
     return transfers(previous, new, ranks)

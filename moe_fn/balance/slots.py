@@ -46,7 +46,9 @@ def checked_slots(where: str, logical_of_physical: Tensor, shape: tuple[int, ...
 
 
 def fields_of_slots(name: str, logical_of_physical: Tensor) -> dict[str, int]:
-    """The expert of each slot by the name that an error gives the slot: what ranks compare."""
+    """The expert of each slot by the name that an error gives the slot: what ranks compare; none where a meta tensor has no values yet."""
+    if logical_of_physical.is_meta:
+        return {}
     return {f"slot {slot} of {name}": expert for slot, expert in enumerate(logical_of_physical.flatten().tolist())}
 
 
