@@ -85,7 +85,8 @@ def why_no_floats(block: nn.Module, plan: Plan) -> str | None:
 def kind_of_block(family: Family, block: nn.Module, plan: Plan, leave: tuple[str, ...] = (), alone: tuple[str, ...] = ()) -> Kind:
     """The modules whose parameters are read in place of calling them, as they are now.
 
-    leave: names of modules that are called. alone: of those that are called, but not for all that they give.
+    leave: names of modules that are called. alone: names of modules that are called, but whose outputs are not all
+    used: they themselves count, what is below them does not.
     """
     read = {name.split(".")[0] for _, source in plan for name in source.names}
     others = tuple(name for name in block._modules if name not in read) if family.names[0] in _LAYERS else ()

@@ -12,7 +12,10 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def has_own_forward(module: nn.Module, ours: tuple[Any, ...]) -> bool:
-    """Whether somebody put a forward on the module, which ours would take away. What accelerate puts there calls another: ours may."""
+    """Whether somebody else put a forward on the module, which setting ours would take away.
+
+    Where accelerate did, what its forward calls is looked at, for ours is set there.
+    """
     forward = module.__dict__.get(_slot(module))
     if forward is None or getattr(forward, "func", None) in ours:
         return False

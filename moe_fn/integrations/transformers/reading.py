@@ -72,10 +72,11 @@ def _is_known(cls: type, beside: type) -> bool:
 def why_called(
     module: nn.Module, kind: Kind, ours: tuple[Any, ...] = (), recorded: str = "", above: str = "", idle: bool = False
 ) -> str | None:
-    """Why the modules below this one are not read, by the name of the first; None where reading is calling. It itself is the caller's.
+    """The first module below this one that must be called, by name, and why; None where reading the parameters of all is the same.
 
-    ours: functions that may stand in for a forward, for they read in turn. recorded: the name of the one module that is called, and so
-    may have the hooks by which transformers records outputs; without it all may, for the caller calls none. idle: nothing runs now.
+    This module itself is not looked at. ours: functions of ours that may stand in for a forward, for they read in turn. recorded: the name
+    of the one module that is called, and so may have the hooks by which transformers records outputs; without it all may have them, for the
+    caller calls none. idle: nothing runs now.
     """
     for name, child_kind in kind.children:
         child, path = module._modules.get(name), above + name

@@ -81,7 +81,7 @@ def _shared_apart(config: MoEConfig, plan: Plan) -> str | None:
 
 
 def check_honoured(block: nn.Module, swap: Swap, why: str, honoured: tuple[str, ...] = ()) -> None:
-    """A block's own forward has none of the options that configure gave, but for how the experts run."""
+    """ValueError where the block's own forward runs, and configure changed more than how the experts run: that would be lost."""
     lost = [name for name in swap.changed if name not in (*RUNNING, *honoured)]
     if lost:
         kind = type(block).__name__
