@@ -121,16 +121,48 @@ def test_everything_beside_the_experts_is_counted_inside_an_opaque_layer_too() -
     assert counted(plain.layer, *args)[0] == counted(opaque.layer, *args)[0] > EXPERTS * CHUNK // TOKENS
 
 
-@pytest.mark.parametrize("first", ["torch.utils.flop_counter", "moe_fn"])
-def test_the_order_of_imports_does_not_matter_and_the_table_is_not_imported(first: str) -> None:
+# An application's own finder and loader. One loader serves all modules, as in frozen applications; and other finders are asked by way of
+# importlib, as by import hooks.
+APPLICATION = """
+class Frozen(importlib.abc.Loader, importlib.abc.MetaPathFinder):
+    loaders, busy = {}, False
+
+    def find_spec(self, name, path, target=None):
+        if self.busy or name not in ("torch.utils.flop_counter", "colorsys"):
+            return None
+        self.busy = True
+        spec = importlib.util.find_spec(name)
+        self.busy = False
+        self.loaders[name], spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        self.loaders[module.__name__].exec_module(module)
+
+frozen = Frozen()
+sys.meta_path.insert(1, frozen)
+"""
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_formulas_follow_a_table_that_is_imported_later(frozen: bool) -> None:
     code = f"""
-import sys, torch, {first}
-if {first!r} == "moe_fn":
-    assert not [name for name in sys.modules if name == "torch.utils.flop_counter" or name.split(".")[0] == "triton"]
-import moe_fn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
-assert torch.ops.moe_fn.grouped_matmul in flop_registry
-assert torch.ops.moe_fn.moe_backward in flop_registry
-assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("moe_fn")]
+import importlib, importlib.abc, importlib.util, sys, threading
+import moe_fn, torch
+assert not [name for name in sys.modules if name == "torch.utils.flop_counter" or name.split(".")[0] == "triton"]
+{APPLICATION if frozen else ""}
+assert importlib.util.find_spec("torch.utils.flop_counter")  # somebody asks whether it is there
+threads = [threading.Thread(target=importlib.import_module, args=("torch.utils.flop_counter",)) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+import colorsys
+import torch.utils.flop_counter as table
+loader = frozen if {frozen} else colorsys.__loader__
+assert type(table.__loader__) is type(table.__spec__.loader) is type(loader)
+for table in (table,) if {frozen} else (table, importlib.reload(table)):
+    assert torch.ops.moe_fn.grouped_matmul in table.flop_registry
+    assert torch.ops.moe_fn.moe_backward in table.flop_registry
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,14 +12,15 @@
 (fake, meta) count them all, and so do the last two ops; where these read from values how many rows come from other ranks, they count none.
 Decoding quantised weights is no product; adapters are grouped products of their rank; biases spread over rows are some with K = 1.
 
-The formulas reach FlopCounterMode, Inductor's estimates and the partitioner's by torch's own table. Its module imports Triton, so it
-is not imported here: where it comes later, the formulas follow it.
+The formulas reach FlopCounterMode, Inductor's estimates and the partitioner's through torch's own table of them. The table's module imports
+Triton, which takes time and settles for the whole process whether Triton interprets its kernels, so moe_fn does not import it: where it
+is imported already, the formulas are added at once, otherwise when it is imported.
 """
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -33,38 +34,56 @@ _TABLE = "torch.utils.flop_counter"
 _formulas: dict[Any, Formula] = {}  # filled where ops are defined, as torch.library is
 
 
-class _AfterImport(MetaPathFinder):
-    """Adds the formulas once torch's table is imported by somebody else; finds nothing by itself, and is gone then."""
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _TABLE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_add(module: ModuleType) -> None:
-                execute(module)
-                for packet, formula in _formulas.items():
-                    _add(module, packet, formula)
-
-            spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
-        return spec
-
-
 def register_flops(packet: Any, formula: Formula) -> None:
     """formula(*arguments, out_val=result) counts an op's operations; packet is torch.ops.moe_fn.<name>."""
-    if _TABLE in sys.modules:
-        _add(sys.modules[_TABLE], packet, formula)
-        return
     if not _formulas:
-        sys.meta_path.insert(0, _AfterImport())
+        sys.meta_path.insert(0, _FinderOfTable())
     _formulas[packet] = formula
+    if sys.modules.get(_TABLE) is not None:
+        _add_formulas(importlib.import_module(_TABLE))  # waits for a thread that is importing it
 
 
-def _add(table: Any, packet: Any, formula: Formula) -> None:
-    table.register_flop_formula(packet, get_raw=True)(formula)
+def _add_formulas(table: Any) -> None:
+    for packet, formula in list(_formulas.items()):  # of a moe_fn that another thread may be importing
+        if packet not in table.flop_registry:
+            table.register_flop_formula(packet, get_raw=True)(formula)
+
+
+class _FinderOfTable(MetaPathFinder):
+    """Finds the table's module as the finders after this one do, with a loader that adds the formulas; finds no other module.
+
+    It is never removed: that would make an import in another thread skip a finder, and a table that is loaded again needs them again.
+    """
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != _TABLE or self not in sys.meta_path:
+            return None
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find_spec = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find_spec is None else find_spec(fullname, path, target)
+            if spec is not None:
+                spec.loader = None if spec.loader is None else _LoaderOfTable(spec.loader)
+                return spec
+        return None
+
+
+class _LoaderOfTable(Loader):
+    """Another loader, which is the module's again as soon as it is loaded: it may be one that loads other modules too."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:  # get_source, get_code, get_data, ...
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None and module.__spec__.loader is self:
+            module.__loader__ = module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        _add_formulas(module)
 
 
 def rows_with_expert(ends: Tensor, rows: int, segments: int) -> int:
@@ -95,7 +114,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def flops_of_kernel(kernel: Callable[..., Any]) -> Formula:
-    """Those of the ops that a kernel calls, counted with tensors that have no values."""
+    """The operations of all ops that a kernel calls, counted on tensors without values."""
 
     def formula(*args: Any, out_val: Any = None) -> int:
         from torch._guards import detect_fake_mode
