@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from moe_fn.config import MoEConfig, ParallelConfig
 from moe_fn.ops import collectives
 from moe_fn.parallel.adapters import adapters_of_each
-from moe_fn.parallel.formats import FORMATS, Overflow
+from moe_fn.parallel.formats import FORMATS, Overflow, may_overflow
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.join import addends, join
 from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
@@ -54,7 +54,7 @@ def layer_over_ranks(
     x, routing, logits = (tree_map(functools.partial(_own, parallel, rows), part) for part in (x, _no_expert_as_zero(routing), logits))
     routing = _no_expert_as_zero(routing, -1)
     y, overflow = _layer(config, parallel, _used_by_each(parallel, weights), x, routing, logits)
-    if overflow is not None:  # of this rank's rows; the tokens are everybody's
+    if overflow is not None and may_overflow(config):  # of this rank's rows; the tokens are everybody's
         overflow = collectives.reduced_over_ranks(overflow, "sum", parallel.sp.name)
     return collectives.join_rows(y, parallel.sp).narrow(0, 0, tokens), overflow
 

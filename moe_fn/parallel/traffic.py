@@ -81,7 +81,7 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
     line is then fewer. Without ep, dp's ranks are all_gather's n. gather="logits" has E b for K w in the rows of tp and sp too, and
     router-weighted shared experts add w for each. Where there are several LoRA adapters 8 bytes more travel with the ids of each token
     (all_to_all: each slot). Sums of groups with `ordered` are other collectives of as many bytes (the padding of a sum to a multiple of n
-    numbers is not counted).
+    numbers is not counted, nor are the 8 bytes with which sp's ranks add up the slots that a capacity drops).
     all_to_all is of slots spread evenly over the ranks; the others do not depend on the routing. backward is of everything that can have
     a gradient; `weights`, this rank's, are needed for those whose gradients are summed (over sp, LoRA's, and the gate of sharded shared
     experts), else these are not counted. Without `parallel` nothing is sent.
