@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from compile_tests.cached_calls import NAMES
+from moe_fn.compiling import traces_switching_autocast
 
 QUICK = ("autocast chunked marked masked given backward",)
 
@@ -23,6 +24,8 @@ def counts_of_a_process(folder: Path, names: tuple[str, ...]) -> dict[str, dict[
 
 
 def assert_second_process_hits(folder: Path, names: tuple[str, ...]) -> None:
+    if not traces_switching_autocast():  # torch 2.11, where autocast keeps graphs out of AOTAutograd's cache
+        names = tuple(name.removeprefix("autocast ") for name in names)
     first, second = (counts_of_a_process(folder, names) for _ in range(2))
     for name in names:
         assert not [key for key in first[name] if "bypass" in key], (name, first[name])

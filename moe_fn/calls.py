@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.checking import check_adapter_ids, check_beside_x, check_token_inputs, check_weights, check_x
-from moe_fn.compiling import autocast_around_graph
+from moe_fn.compiling import autocast_around_graph, exporting, traces_switching_autocast
 from moe_fn.config import MoEConfig
 from moe_fn.layer import without_padding
 from moe_fn.preparing import convert_experts
@@ -94,7 +94,7 @@ def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     device = x.device.type
     if not _autocasts(x):
         return contextlib.nullcontext()
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and autocast_around_graph(device):
+    if torch.compiler.is_compiling() and not exporting() and autocast_around_graph(device) and traces_switching_autocast():
         return _switched_off(device)
     return torch.autocast(device, enabled=False)
 

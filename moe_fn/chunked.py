@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from moe_fn.compiling import constant_while_tracing, in_forward_mode
+from moe_fn.compiling import constant_while_tracing, exporting, in_forward_mode
 from moe_fn.config import MoEConfig
 from moe_fn.layer import layer_of_tokens, parts_of_tokens
 from moe_fn.numerics import accumulation_dtype
@@ -49,7 +49,7 @@ def loop_is_visible() -> bool:
     """Whether the loop runs in eager or goes into the graph: for exported programs, and there not below torch.func's transforms."""
     if not torch.compiler.is_compiling():
         return True
-    return torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active()
+    return exporting() and not torch._C._are_functorch_transforms_active()
 
 
 @constant_while_tracing

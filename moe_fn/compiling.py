@@ -70,6 +70,21 @@ def autocast_around_graph(device: str) -> bool:
 
 
 @constant_while_tracing
+def traces_switching_autocast() -> bool:
+    """Whether Dynamo traces torch.set_autocast_enabled, which it does not in torch 2.11."""
+    from torch._dynamo.trace_rules import lookup
+    from torch._dynamo.variables.functions import SkipFunctionVariable
+
+    return lookup(torch.set_autocast_enabled) is not SkipFunctionVariable
+
+
+@constant_while_tracing
+def exporting() -> bool:
+    """torch.compiler.is_exporting(), which in torch 2.11 is true of everything that Dynamo traces."""
+    return torch.compiler.is_exporting()
+
+
+@constant_while_tracing
 def in_forward_mode() -> bool:
     """Whether tangents may be about. A constant while tracing: torch.compile guards the level of forward mode by itself."""
     return forward_ad._current_level >= 0
