@@ -5,11 +5,11 @@ threads sum up in, f bytes for each of some columns of every token. Without bias
 
     native, forward   R I s + T H s + Y                       hidden rows, the result
         codes         and R I s + T H s once more             rows as the decoded weights take them; s = 1 where inputs are rounded
-        chunks        4 T H s, or 2 T H s and one chunk       x with a spare row, results, the same laid end to end, and picked
+        chunks        3 T H s, or 2 T H s and one chunk       x with a spare row, results of chunks, the same laid end to end
         opaque chunks T H s and one chunk
     native, step      2 R I s kept (recompute: 0), and T H s, and in the backward pass 5 R I s + T H s + Y, or if that is more
                       3 R I s + T H s + 3 E H I s             d hidden, weighted activations, rows of d hidden again, gradients
-        chunks        4 T H s + 3 E H I f + the step of a chunk, or 4 T H s + 3 E H I (2 f + s), or 6 T H s + 3 E H I f
+        chunks        4 T H s + 3 E H I f + the step of a chunk, or 4 T H s + 3 E H I (2 f + s), or 5 T H s + 3 E H I f
         opaque chunks T H (s + f) + 3 E H I f + the step of a chunk      sums of gradients are of f bytes each
     stages, forward   R H s + 4 R I f,  or 2 R H (s + f) + T H s
     stages, step      in `step_peak`
@@ -43,8 +43,8 @@ def forward_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: in
     if config.chunk_tokens is not None:
         whole, of_chunk = tokens * config.hidden_size * dtype.itemsize, forward_peak(*_chunk(config), dtype, threads)
         indices = tokens * config.top_k * _INDICES
-        # The op fills its result. Else x has a spare row, and results are beside the last chunk, or laid end to end and picked after it.
-        return whole + of_chunk if config.opaque else indices + max(2 * whole + of_chunk, 4 * whole)
+        # The op fills its result. Else x has a spare row, and results are beside the last chunk, or laid end to end after it.
+        return whole + of_chunk if config.opaque else indices + max(2 * whole + of_chunk, 3 * whole)
     rows, size = tokens * config.top_k, dtype.itemsize
     wide, hidden, inner = _wide(dtype), config.hidden_size, config.intermediate_size
     if config.backend == "torch":
@@ -92,10 +92,10 @@ def _step_in_chunks(config: MoEConfig, tokens: int, dtype: torch.dtype, threads:
     if config.opaque:  # the result, gradients of x and weights in sums; at the end once more where they are narrower
         kept = whole + whole // size * wide + sums
         return beside + kept + max(chunk, whole + cast if cast else 0)
-    # The result, x and its gradient with a spare row, and gradients of chunks, which are laid end to end and picked at the end. Sums of
+    # The result, x and its gradient with a spare row, and gradients of chunks, which are laid end to end at the end. Sums of
     # other dtypes cast what they add, down last.
     added = 2 * sums + numbers * size + (sums // 3 if cast else 0)
-    return beside + max(4 * whole + max(sums + chunk, added), 6 * whole + sums + cast)
+    return beside + max(4 * whole + max(sums + chunk, added), 5 * whole + sums + cast)
 
 
 def prepare_peak(config: MoEConfig, dtype: torch.dtype) -> int:
