@@ -2,37 +2,74 @@
 
     PYTHONPATH=property_tests python -m pytest -n 2 -p rows_read property_tests
 
-What processes look up that tests start is not seen. Tables are the module-level dicts in capitals. A row counts as read if it was asked
-for by its key; tables that are walked from end to end say nothing here, and are listed with all of their rows.
+Tables are the module-level dicts in capitals that some function names: others are parts of rows, merged when a module is imported. A row
+counts as read if it was asked for by its key. A table of which not all rows were is printed with them, and with those who walked it from
+end to end: a walk by a test over the whole table, or by a function that puts all of its rows to use, is as good as a key; whoever reads
+the list judges. What graphs of torch.compile look up is not seen, nor what processes do that tests start.
 """
 
+import ast
 import importlib
+import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 OTHERS = ("bench", "campaign", "integrations.torchtitan", "integrations.vllm", "kernels.triton", "reference", "testing", "__main__")
 
 
 class Table(dict[Any, Any]):
-    """A dict that keeps the keys that it was asked for."""
+    """A dict that keeps the keys that it was asked for, and the names of the functions that walked it."""
 
     def __init__(self, rows: dict[Any, Any]) -> None:
         super().__init__(rows)
         self.read: set[Any] = set()
+        self.walkers: set[str] = set()
 
     def __getitem__(self, key: Any) -> Any:
         """Its row."""
-        self.read.add(key)
+        if not torch.compiler.is_compiling():
+            self.read.add(key)
         return super().__getitem__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
         """Its row, if there is one."""
-        self.read.add(key)
+        if not torch.compiler.is_compiling():
+            self.read.add(key)
         return super().get(key, default)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Its keys."""
+        self.walked()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        """Its keys."""
+        self.walked()
+        return super().keys()
+
+    def values(self) -> Any:
+        """Its rows."""
+        self.walked()
+        return super().values()
+
+    def items(self) -> Any:
+        """Its keys and rows."""
+        self.walked()
+        return super().items()
+
+    def walked(self) -> None:
+        """Keep the name of who asked for all rows: of the first function that stands in no comprehension."""
+        if torch.compiler.is_compiling():
+            return
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_code.co_name.startswith("<") and frame.f_code.co_name != "<module>":
+            frame = frame.f_back
+        self.walkers.add(f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_name}")
 
 
 def modules() -> Iterator[Any]:
@@ -43,25 +80,36 @@ def modules() -> Iterator[Any]:
             yield importlib.import_module(found.name)
 
 
+def names_in_functions(module: Any) -> set[str]:
+    """The global names that a module's functions use."""
+    functions = (node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.FunctionDef | ast.Lambda))
+    return {name.id for function in functions for name in ast.walk(function) if isinstance(name, ast.Name)}
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Put a table that remembers in place of every dict, wherever it was imported."""
     tables: dict[int, tuple[str, Table, Any]] = {}
+    used: set[int] = set()
     for module in modules():
+        names = names_in_functions(module)
         for name, value in vars(module).items():
             if type(value) is dict and name.isupper() and len(value) > 1 and id(value) not in tables:
                 tables[id(value)] = (f"{module.__name__}.{name}", Table(value), value)  # the dict is kept: ids of the dead come again
+            if name in names:
+                used.add(id(value))
     for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "moe_fn"]:
         for name, value in list(vars(module).items()):
             if id(value) in tables and value is tables[id(value)][2]:
                 setattr(module, name, tables[id(value)][1])
     config.pluginmanager.register(Workers())
-    config.stash[TABLES] = [(name, table) for name, table, _ in tables.values()]
+    config.stash[TABLES] = [(name, table) for place, (name, table, _) in tables.items() if place in used]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of xdist sends what it has seen."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["read"] = {name: [repr(key) for key in table.read] for name, table in session.config.stash[TABLES]}
+        seen = {name: ([repr(key) for key in table.read], sorted(table.walkers)) for name, table in session.config.stash[TABLES]}
+        session.config.workeroutput["read"] = seen
 
 
 class Workers:
@@ -71,16 +119,18 @@ class Workers:
     def pytest_testnodedown(self, node: Any) -> None:
         """Add what a worker has seen."""
         for name, table in node.config.stash[TABLES]:
-            seen = set(getattr(node, "workeroutput", {}).get("read", {}).get(name, ()))
-            table.read |= {key for key in table if repr(key) in seen}
+            read, walkers = getattr(node, "workeroutput", {}).get("read", {}).get(name, ((), ()))
+            table.read |= {key for key in dict.keys(table) if repr(key) in set(read)}
+            table.walkers |= set(walkers)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print the rows that nobody has asked for."""
     for name, table in config.stash[TABLES]:
-        unread = [key for key in table if key not in table.read]
+        unread = [key for key in dict.keys(table) if key not in table.read]
         if unread:
-            terminalreporter.write_line(f"{name}: {len(unread)} of {len(table)} rows not read: {', '.join(map(str, unread))}")
+            rows, walkers = ", ".join(f"{key!r:.60}" for key in unread), ", ".join(sorted(table.walkers)) or "nobody"
+            terminalreporter.write_line(f"{name}: {len(unread)} of {len(table)} rows not read: {rows}; walked by {walkers}")
 
 
 TABLES = pytest.StashKey[list[tuple[str, Table]]]()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import gradients
+from support import gradients, law
 from test_native import ACTIVATIONS, DTYPES, RUNNABLE
 from torch import Tensor
 
@@ -198,9 +198,8 @@ def test_outer_products_of_segments(
 NATIVE: dict[str, Any] = {"backend": "native", "opaque": False, "expert_norm": None, "gate_dtype": "float32", "score_dtype": "float32"}
 
 
-@given(problems(configs(**NATIVE, lora=None, quant=None)), st.booleans())
-def test_gradients_of_the_layer_equal_the_reference(problem: MoEProblem, recompute: bool) -> None:
-    problem = problem.with_config(recompute=recompute)
+@law(problems(configs(**NATIVE, recompute=st.booleans(), lora=None, quant=None)))
+def test_gradients_of_the_layer_equal_the_reference(problem: MoEProblem) -> None:
     expected = problem.call(moe_fn.reference.moe_forward)
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     actual = gradients(problem, moe_fn.moe_forward, direction)

@@ -1,7 +1,11 @@
 """Laws of quantised experts: codes, scales and rounded inputs, against the reference and against the floats that codes stand for."""
 
+import contextlib
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,9 +13,10 @@ from support import law, leaves
 from torch import Tensor
 
 import moe_fn
-from moe_fn import MoEConfig, MoEWeights, QuantConfig
+from moe_fn import ActivationQuantConfig, MoEConfig, MoEWeights, QuantConfig
 from moe_fn.campaign import error_bound
 from moe_fn.campaign.checking import share_of_bound
+from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
 from moe_fn.testing import assert_matches, configs, problems, quants, weights_for
 from moe_fn.testing.problem import MoEProblem
 
@@ -30,6 +35,39 @@ def problems_of(quant: QuantConfig, **fixed: object) -> st.SearchStrategy[MoEPro
     return problems(configs(quant=quant, **fixed), tokens=st.integers(0, 7), logits="grid")
 
 
+def ways_to_round(scheme: str) -> Iterator[ActivationQuantConfig | None]:
+    """Every way in which inputs are rounded beside codes of a scheme, in groups of as many numbers as the scheme has, or of 4."""
+    yield None
+    for rounded in SCHEMES[scheme].activations:
+        granularities, size = ACTIVATION_SCHEMES[rounded]
+        for granularity, static, powers in itertools.product(granularities, (False, True), (False, True)):
+            group_size = (size or 4) if granularity == "group" else None
+            with contextlib.suppress(ValueError):  # there is no such way
+                yield ActivationQuantConfig(
+                    scheme=rounded,  # type: ignore[arg-type]
+                    granularity=granularity,  # type: ignore[arg-type]
+                    group_size=group_size,
+                    static=static,
+                    power_of_two_scales=powers,
+                )
+
+
+def every_quant(scheme: str) -> Iterator[QuantConfig]:
+    """Every granularity of a scheme, with and without zero points, with every way to round inputs."""
+    row = SCHEMES[scheme]
+    zero_points = (False, True) if row.zero_points else (False,)
+    for granularity, zero, activations in itertools.product(row.granularities, zero_points, ways_to_round(scheme)):
+        yield QuantConfig(
+            scheme=scheme,  # type: ignore[arg-type]
+            granularity=granularity,  # type: ignore[arg-type]
+            group_size=(row.group_size or 4) if granularity == "group" else None,
+            block_shape=(3, 8) if granularity == "block" else None,
+            zero_points=zero,
+            activations=activations,
+        )
+
+
+EVERY_QUANT = tuple(quant for scheme in SCHEMES for quant in every_quant(scheme))
 PROBLEMS = quants().flatmap(problems_of)
 WEIGHT_ONLY = quants(activations=False).flatmap(problems_of)
 
@@ -39,6 +77,19 @@ def test_quantised_layers_equal_the_reference(problem: MoEProblem) -> None:
     """Up to the problem's own bound, which knows where float32 may round an input to the next code: no tolerance has room for that."""
     y, expected = problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward)
     assert share_of_bound(y, expected, error_bound(problem)) <= 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_way_to_quantise_equals_the_reference(scheme: str) -> None:
+    """Few draws meet few of them; here are all."""
+    for number, quant in enumerate(quant for quant in EVERY_QUANT if quant.scheme == scheme):
+        config = MoEConfig(
+            num_experts=3, top_k=2, hidden_size=32, intermediate_size=32, quant=quant, gate_up_layout=("packed", "interleaved")[number % 2]
+        )
+        generator = torch.Generator().manual_seed(number)
+        x, logits = torch.randn(5, 32, generator=generator), torch.randint(-4, 5, (5, 3), generator=generator).float()
+        problem = MoEProblem(config=config, weights=weights_for(config, generator), x=x, logits=logits)
+        test_quantised_layers_equal_the_reference.check(problem)
 
 
 @law(WEIGHT_ONLY)
