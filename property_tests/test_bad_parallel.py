@@ -109,7 +109,8 @@ def test_a_bad_way_to_share_says_what_is_wrong(words: str) -> None:
 
 
 def test_a_config_of_ranks_survives_json_pickle_and_copies() -> None:
-    for mine in (EP, ParallelConfig(ep=TWO, placement=(1, 0, 0, 1)), ParallelConfig(tp=OTHER, dp=TWO, shared="replicated")):
+    of_sequence = ParallelConfig(sp=TWO, ep=TWO, dispatch="all_to_all", shared="replicated")
+    for mine in (EP, ParallelConfig(ep=TWO, placement=(1, 0, 0, 1)), ParallelConfig(tp=OTHER, dp=TWO, shared="replicated"), of_sequence):
         config = MoEConfig(**BASE, parallel=mine)
         for again in (
             MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))),

@@ -11,7 +11,7 @@ from moe_fn.config import MoEConfig
 from moe_fn.families.build import build_activation, build_config
 from moe_fn.families.choices import check_choices
 from moe_fn.families.classes import ConfigClass, words_of_layer
-from moe_fn.families.composite import part_of_layer
+from moe_fn.families.composite import PARTS, part_of_layer
 from moe_fn.families.defaults import CONFIG_CLASSES
 from moe_fn.families.others import OTHERS
 from moe_fn.families.row import Family
@@ -101,5 +101,5 @@ def _sources(config_class: ConfigClass, part: Mapping[str, Any]) -> str:
 def _part(model_config: Mapping[str, Any], prefix: str | None) -> tuple[Family, str, Mapping[str, Any]]:
     model_type, words = part_of_layer(model_config, _OF_NAME, prefix)
     if model_type not in _OF_NAME:
-        raise ValueError(f"model_type is {model_type}; expected one of {', '.join(sorted(_OF_NAME))}")
+        raise ValueError(f"model_type is {model_type}; expected one of {', '.join(sorted({*_OF_NAME, *PARTS}))}")
     return _OF_NAME[model_type], model_type, words

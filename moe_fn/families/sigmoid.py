@@ -43,7 +43,6 @@ WITH_GROUPS: tuple[Family, ...] = (
             "glm4_moe",
             "glm4_moe_lite",
             "glm4v_moe_text",
-            "glm4v_moe",
             "glm_moe_dsa",
             "dots1",
             "solar_open",
@@ -69,7 +68,7 @@ WITH_GROUPS: tuple[Family, ...] = (
     ),
     Family(("mimo_v2_flash",), ("MiMoV2FlashMoE",), _V3),
     Family(
-        ("dots3_note_text", "dots3_note"),
+        ("dots3_note_text",),
         ("Dots3NoteTextMoE",),
         _V3,
         shared=Shared(width=Times(word("shared_experts_intermediate_size", kind="whole"), NUM_SHARED)),
@@ -77,7 +76,7 @@ WITH_GROUPS: tuple[Family, ...] = (
     Family(("axk1",), ("AXK1MoE",), _V3, shared=Shared(), layer={"norms": {"epsilon": _RMS_EPSILON, "output": True}}),
     Family(("axk2",), ("AXK2MoE",), _V3 | {"groups": Given(_GROUP_COUNT, _GROUPS | {"fill": "zero"}, None)}, shared=Shared()),
     Family(("beam",), ("BeamMoE",), _V3 | {"scale_on": "output"}),
-    Family(("glm5_next_text", "glm5_next"), ("Glm5NextTextMoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=CLAMPED)),
+    Family(("glm5_next_text",), ("Glm5NextTextMoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=CLAMPED)),
     Family(("hy_v4",), ("HYV4MoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=PLAIN)),
     Family(
         ("nemotron_h",),
@@ -97,7 +96,7 @@ _INKLING_MOE = {"scoring": "sigmoid", "correction_bias": "scores", "renormalize"
 WITHOUT_GROUPS: tuple[Family, ...] = (
     Family(("minimax_m2",), ("MiniMaxM2SparseMoeBlock",), _ALWAYS | {"gate_dtype": "input"}),
     Family(
-        ("minimax_m3_vl_text", "minimax_m3_vl"),
+        ("minimax_m3_vl_text",),
         ("MiniMaxM3VLSparseMoeBlock",),
         _ALWAYS | {"gate_dtype": "input", "routed_scaling_factor": SCALE, "scale_on": "output"},
         OAI,
@@ -105,7 +104,7 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         intermediate_size=WIDTH,
     ),
     Family(
-        ("step3p5", "step3p7"),
+        ("step3p5",),
         ("Step3p7SparseMoeBlock",),
         _ALWAYS | {"gate_dtype": "input", "routed_scaling_factor": SCALE, "scale_on": "output"},
         SILU | {"limit": _STEP_LIMIT, "limit_at": "output"},
@@ -160,7 +159,7 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         SILU,
     ),
     Family(
-        ("muse_spark_text", "muse_spark"),
+        ("muse_spark_text",),
         ("MuseSparkMoE",),
         _ALWAYS
         | {
@@ -174,19 +173,19 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         },
     ),
     Family(
-        ("inkling_text", "inkling", "inkling_mm_model"),
+        ("inkling_text",),
         ("InklingMoE",),
         _INKLING_MOE,
         shared=Shared(gate="router", count=NUM_SHARED),
     ),
     Family(
-        ("inkling2_text", "inkling2"),
+        ("inkling2_text",),
         ("Inkling2SparseMoeBlock",),
         _INKLING_MOE | {"scoring": word("scoring_func", values=SCORINGS), "renormalize_epsilon": 1e-20},
         {"function": "situ", "gate_cap": word("mlp_gate_softcap", kind="number"), "up_cap": word("mlp_up_softcap", kind="number")},
     ),
     Family(
-        ("llama4_text", "llama4"),
+        ("llama4_text",),
         ("Llama4TextMoe",),
         {"scoring": "sigmoid", "scoring_order": "after_top_k", "renormalize": False, "weight_on": "input", "gate_dtype": "input"},
         shared=Shared(width=WIDTH_OF_SHARED),

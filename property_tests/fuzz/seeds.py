@@ -30,6 +30,7 @@ from moe_fn import (
 )  # fmt: skip
 from moe_fn.checkpoint import LAYOUTS, load_moe_layer, save_moe_weights
 from moe_fn.families import FAMILIES, config_of_layer
+from moe_fn.families.composite import PARTS
 from moe_fn.families.words import Word
 from moe_fn.testing import weights_for
 
@@ -77,7 +78,7 @@ def models() -> tuple[dict[str, Any], ...]:
 def words() -> tuple[str, ...]:
     """Every word that a family's config may have, and what quantisation configs say."""
     found = {name for family in FAMILIES for word in _words_in(family) for name in word.names} | set(MODEL) | {"text_config", "ffn_config"}
-    found |= {name for family in FAMILIES for name in family.names}
+    found |= {name for family in FAMILIES for name in family.names} | set(PARTS)
     for made in quantised_files.FORMATS.values():
         found |= set(_strings(made.words))
     more = ("quantization_config", "compression_config", "weight_map", "__metadata__", "dynamic", "shape", "dtype", "data_offsets", "F32")
