@@ -95,6 +95,12 @@ BUGS = (
         travelling.travelling,
         before(lambda config, dtype: (config, torch.float32)),
     ),
+    PlantedBug(
+        "rows_arrive_as_the_experts_round_them",
+        "bytes of no row lie as they did",
+        travelling._laid_out,
+        instead(lambda t: t.contiguous()),
+    ),
     PlantedBug("codes_are_the_nearest_ones", "codes are rounded down", weights.encoded, _with_number("int8", _round_down)),
     PlantedBug(
         "codes_are_the_nearest_ones",

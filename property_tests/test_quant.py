@@ -17,6 +17,7 @@ from moe_fn import ActivationQuantConfig, MoEConfig, MoEWeights, QuantConfig
 from moe_fn.campaign import error_bound
 from moe_fn.campaign.checking import share_of_bound
 from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
+from moe_fn.quant import travelling
 from moe_fn.testing import assert_matches, configs, problems, quants, weights_for
 from moe_fn.testing.problem import MoEProblem
 
@@ -138,18 +139,26 @@ def test_gradients_pass_the_rounding_of_inputs(problem: MoEProblem) -> None:
 DTYPES = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
-@law(quants(of_call=False), DTYPES, st.integers(0, 2**20))
-def test_rows_arrive_as_the_experts_round_them(quant: QuantConfig, dtype: torch.dtype, seed: int) -> None:
-    """Rounding what was rounded on its way to another rank is rounding once."""
+@law(quants(of_call=False), DTYPES, st.integers(0, 2**20), st.integers(0, 3), st.sampled_from((40, 7)))
+def test_rows_arrive_as_the_experts_round_them(quant: QuantConfig, dtype: torch.dtype, seed: int, count: int, width: int) -> None:
+    """Rounding what was rounded on its way to another rank is rounding once; a rank may have no rows."""
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20, quant=quant)
-    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    codes = moe_fn.quant.travelling.travelling(config, dtype, weighted=True)
-    received = moe_fn.quant.travelling.packed(codes, rows)
-    arrived = moe_fn.quant.travelling.unpacked(codes, received, rows, lambda rows, received: received)
+    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    codes = travelling.travelling(config, dtype, weighted=True)
+    received = travelling.packed(codes, rows)
+    assert codes is None or received.shape == (count, travelling.bytes_of_row(codes, width))
+    arrived = travelling.unpacked(codes, received, rows, lambda rows, received: received)
     if quant.activations is not None and not quant.activations.static:
-        present = torch.ones(3, 1, dtype=torch.bool)
+        present = torch.ones(count, 1, dtype=torch.bool)
         once, twice = (moe_fn.quant.activations.rounded_rows(quant.activations, t, present, None).floats() for t in (rows, arrived))
         assert_matches(twice.to(dtype), once.to(dtype))
+
+
+@pytest.mark.parametrize(("count", "width"), itertools.product((0, 1, 3), (40, 7)))
+def test_rows_arrive_however_they_are_rounded(count: int, width: int) -> None:
+    ways = {quant.activations: quant for quant in EVERY_QUANT if quant.activations is not None and not quant.activations.is_of_call}
+    for quant in ways.values():
+        test_rows_arrive_as_the_experts_round_them.check(quant, torch.float32, 0, count, width)
 
 
 @law(quants(activations=False), st.integers(0, 2**20), st.booleans())

@@ -45,17 +45,22 @@ def to_bytes(a: ActivationQuantConfig, rows: Tensor) -> Tensor:
     if _packed(a):
         codes = pack_halves(torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)))
     scale = encode_e8m0(log2_floor(rounded.scale)) if a.scheme in _BYTES_OF_SCALE else rounded.scale.to(torch.float32)
-    return torch.cat([codes.view(torch.uint8), scale.contiguous().view(torch.uint8)], 1)
+    return torch.cat([codes.view(torch.uint8), _laid_out(scale).view(torch.uint8)], 1)
 
 
 def from_bytes(a: ActivationQuantConfig, data: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The rows that to_bytes(a, rows) stands for: [R, width]."""
     size = -(-width // 2) if _packed(a) else width
-    codes, scale = data.narrow(1, 0, size), data.narrow(1, size, data.shape[1] - size).contiguous()
+    codes, scale = data.narrow(1, 0, size), _laid_out(data.narrow(1, size, data.shape[1] - size))
     values = unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[ELEMENTS[a.scheme]])
     numbers = NUMBERS[ELEMENTS[a.scheme]].decode(values, torch.float32)
     scales = decode_e8m0(scale, torch.float32) if a.scheme in _BYTES_OF_SCALE else scale.view(torch.float32)
     return RoundedRows(numbers, scales, a.group_size or width).floats().to(dtype)
+
+
+def _laid_out(t: Tensor) -> Tensor:
+    """A copy that may be viewed as another dtype. contiguous() leaves no row and one row as they are, with any stride at any offset."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _packed(a: ActivationQuantConfig) -> bool:
