@@ -25,6 +25,10 @@ def _one_place_too_many(rank_of_row: Any, starts: Any, capacity: int) -> Any:
     return torch.where(fits, rank_of_row * capacity + own_place, len(starts) * capacity), (goes & ~fits).sum()
 
 
+def _with_constants(used: Any, parallel: Any, weights: Any) -> Any:
+    return replace(used, constants=weights.constants)
+
+
 RANK_BUGS = (
     PlantedBug(LAW, "the sum over tp is forgotten", collectives.sum_over_ranks, instead(lambda x, group: x)),
     PlantedBug(LAW, "gradients of copies are not summed", collectives.copy_to_ranks, instead(lambda x, group: x)),
@@ -39,6 +43,7 @@ RANK_BUGS = (
     PlantedBug(LAW, "blocks of one more place than the capacity", formats._capacity, after(lambda capacity, *a: capacity + 1)),
     PlantedBug(LAW, "gradients of adapters are not summed", adapters.summed_over, instead(lambda *a: [])),
     PlantedBug(LAW, "adapters of the neighbouring row", formats._ids_and_adapters, after(lambda p, *a: (p[0], p[1].roll(1)))),
+    PlantedBug(LAW, "gradients of constants are a rank's own", layer._used_by_each, after(_with_constants)),
     PlantedBug(LAW, "adapters of padding", layer._no_expert_as_zero, after(lambda r, *a: replace(r, adapter_ids=r.adapter_ids + 1))),
 )  # fmt: skip
 _CASES = (
@@ -55,6 +60,7 @@ _CASES = (
     Case(((EP, 2),), {"dispatch": "all_to_all_static", "max_tokens": 5, "capacity": 2}),
     Case(((TP, 2),), {"dispatch": "replicated"}, "lora"),
     Case(((EP, 2),), {"dispatch": "all_gather"}, "lora"),
+    Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_to_all"}, "constants, groups of choices"),
     Case(((TP, 2),), {"sequence_parallel": True, "dispatch": "all_to_all"}, "lora"),
 )
 CASE_OF_BUG = {bug.what: case for bug, case in zip(RANK_BUGS, _CASES, strict=True)}

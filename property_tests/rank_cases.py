@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rank_layers import BASE, MORE_LAYERS, NOT_BY_LOGITS, NOT_SLICED
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -22,7 +23,6 @@ from moe_fn.testing import assert_matches, weights_for
 
 _OF_GROUPS = ActivationQuantConfig(scheme="int8", granularity="group", group_size=2)  # of a token, slices would have scales of their own
 _MXFP4 = QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
-BASE = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=8)
 LAYERS: dict[str, MoEConfig] = {
     "plain": BASE,
     "shared": dataclasses.replace(BASE, shared=SharedExpertsConfig(intermediate_size=8, gate="sigmoid", combine="average")),
@@ -54,6 +54,7 @@ LAYERS: dict[str, MoEConfig] = {
         router=RouterConfig(weight_on="input", renormalize=False),
     ),
 }
+ALL_LAYERS = LAYERS | MORE_LAYERS
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,21 @@ def cases(world: int) -> list[Case]:
     found += [Case(((TP, 2),), {"dispatch": "replicated", "shared": "replicated"}, "shared")]
     ordered = [(((TP, 4),), "replicated"), (((EP, 4),), "replicated"), (((EP, 4),), "all_gather"), (((DP, 2), (TP, 2)), "all_gather")]
     found += [Case(mesh, {"dispatch": dispatch, "ordered_sums": True}, "shared") for mesh, dispatch in ordered]
+    found += with_more_layers()
     return list({case.name: case for case in found if case.world == world}.values())
+
+
+def with_more_layers() -> Iterator[Case]:
+    """Every one of those layers on meshes of all kinds, on each in one format that fits: the next one for the next layer and mesh."""
+    for number, layer in enumerate(MORE_LAYERS):
+        for place, mesh in enumerate((((EP, 2),), ((TP, 2),), ((EP, 2), (TP, 2)))):
+            options = [
+                options
+                for options in formats(mesh)
+                if (layer not in NOT_SLICED or TP not in dict(mesh) or options.get("sequence_parallel"))
+                and (layer not in NOT_BY_LOGITS or options.get("gather") != "logits")
+            ]
+            yield Case(mesh, options[(number + place) % len(options)], layer)
 
 
 def parallel_of(case: Case, mesh: DeviceMesh) -> ParallelConfig:
@@ -161,7 +176,7 @@ def adapters_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> Tensor
 
 def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] = moe_fn.moe_forward) -> None:
     """Assert that this rank's outputs and gradients are those of all weights in one place."""
-    whole = LAYERS[case.layer]
+    whole = ALL_LAYERS[case.layer]
     parallel = parallel_of(case, mesh)
     config = dataclasses.replace(whole, parallel=parallel)
     full = weights_for(whole, seed=3)
@@ -200,7 +215,7 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
         return  # each copy has a part of its expert's gradient
     gradients = dict(zip(map(id, tensors), found[2:], strict=True))
     wanted = moe_fn.shard_weights(config, all_weights)
-    for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+    for name in ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm"):
         ours, theirs = getattr(local, name), getattr(wanted, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None and ours.is_floating_point():
@@ -273,11 +288,11 @@ def _check_what_travels_along(
 def _check_gradients_of_what_all_have(
     case: Case, whole: MoEConfig, full: MoEWeights, mine: tuple[int, ...], local: MoEWeights, gradients: dict[int, Any]
 ) -> None:
-    """Latent projections and norms: complete for this rank's tokens."""
+    """Latent projections, norms and constants: complete for this rank's tokens."""
     x, logits, direction = inputs_of(case, whole, mine)
     leaves = _leaves(full)
     y = layer_of_one_process(case, whole, leaves, x, logits, mine)
-    for path in (("latent", "input"), ("latent", "output"), ("output_norm",), ("input_norm",), ("shared", "gate")):
+    for path in (("latent", "input"), ("latent", "output"), ("output_norm",), ("input_norm",), ("shared", "gate"), ("constants",)):
         ours, theirs = local, leaves
         for name in path:
             ours, theirs = getattr(ours, name, None), getattr(theirs, name, None)
