@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Block, adapter_of, blocks, folder, same_bits
-from hypothesis import given
+from checkpoints import SAVED, Block, adapter_of, blocks, folder, same_bits
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import law
 from torch import Tensor
 
 from moe_fn import ParallelConfig, RankGroup, RouterWeights, add_lora, shard_weights
 from moe_fn.balance import placement_of_slots
-from moe_fn.checkpoint import load_moe_weights, save_moe_weights
+from moe_fn.checkpoint import Layout, load_moe_weights, save_moe_weights
 from moe_fn.checkpoint.axes import by_axes, patterns_of, sizes_of
 from moe_fn.records import WEIGHT_PATHS, leaves_of_weights
 
@@ -32,6 +32,11 @@ def test_saving_undoes_loading(block: Block, shard_bytes: int, named: bool) -> N
         assert same_bits(loaded, block.weights)
         save_moe_weights(second, block.prefix, block.config, loaded, layout=block.layout, max_shard_bytes=shard_bytes)
         assert {file.name: file.read_bytes() for file in first.iterdir()} == {file.name: file.read_bytes() for file in second.iterdir()}
+
+
+@pytest.mark.parametrize("layout", SAVED, ids=lambda layout: layout.name)
+def test_saving_undoes_loading_in_every_layout(layout: Layout) -> None:
+    settings(max_examples=3)(given(blocks((layout,)), SHARD_BYTES, st.booleans())(test_saving_undoes_loading.check))()
 
 
 def parts(draw: Any, size: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from support import law
@@ -53,7 +53,8 @@ def sizes_of(config: MoEConfig) -> dict[str, tuple[int, int]]:
 
 
 @st.composite
-def saved(draw: DrawFn) -> Saved:
+def saved(draw: DrawFn, versions: tuple[str | None, ...] | None = None) -> Saved:
+    """versions: adapters of parameters alone, as these versions of peft write them."""
     gated = draw(st.booleans())
     config = MoEConfig(
         num_experts=draw(st.integers(1, 4)),
@@ -66,12 +67,12 @@ def saved(draw: DrawFn) -> Saved:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     rank, alpha, stabilised = draw(st.integers(1, 3)), draw(st.sampled_from([1.0, 8, 0.5])), draw(st.booleans())
     values: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": stabilised, "bias": "none"}
-    if draw(st.booleans()):
+    if versions is None and draw(st.booleans()):
         tensors, added, more = _modules(draw, config, gated, rank, alpha, stabilised, generator)
         return Saved(config, values | more, tensors, added)
     layout = draw(st.sampled_from([None, "packed", "interleaved"])) if gated else None
     tensors, added, more = _parameters(draw, config, gated, rank, alpha, stabilised, generator)
-    values["peft_version"] = version = draw(st.sampled_from(VERSIONS))
+    values["peft_version"] = version = draw(st.sampled_from(versions or VERSIONS))
     interleaved = (layout or config.gate_up_layout) == "interleaved"
     weight_layout = draw(st.sampled_from(["out_in", "in_out"] if interleaved else ["out_in"]))  # of packed ones some say so, some do not
     told = None if (weight_layout == "in_out") == interleaved and draw(st.booleans()) else weight_layout
@@ -180,6 +181,11 @@ def test_an_adapter_of_peft_is_loaded_as_it_was_saved(problem: Saved) -> None:
     config, weights = moe_fn.add_lora(problem.config, weights_for(problem.config), [lora])
     assert config.lora is not None and config.lora.experts == "each"
     moe_fn.moe_forward(config, weights, torch.zeros(2, config.hidden_size), torch.zeros(2, config.num_experts))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_adapter_of_every_version_of_peft(version: str | None) -> None:
+    settings(max_examples=5)(given(saved((version,)))(test_an_adapter_of_peft_is_loaded_as_it_was_saved.check))()
 
 
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}

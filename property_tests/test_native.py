@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import on_every
 from torch import Tensor
 
 import moe_fn
@@ -55,6 +56,7 @@ def problem(config: MoEConfig, tokens: int, dtype: torch.dtype, seed: int) -> tu
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
+@on_every(ACTIVATIONS, lambda activation: ((5, 2, 33, 17), 20, activation, "out_in", False, torch.float32))
 @given(
     st.sampled_from([(5, 2, 33, 17), (3, 3, 64, 48), (4, 2, 130, 90), (2, 1, 1, 1), (1, 1, 1600, 40)]),
     st.integers(0, 64),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import on_every
 from test_native import ACTIVATIONS, DTYPES, RUNNABLE, call
 from torch import Tensor
 
@@ -68,6 +69,8 @@ def problem(quant: QuantConfig, size: tuple[int, ...], tokens: int, activation: 
 
 @pytest.mark.parametrize("level", RUNNABLE)
 @settings(max_examples=30)
+@on_every(QUANTS, lambda quant: (quant, (3, 3, 64, 48), 13, "silu", False, torch.float32))
+@on_every(ACTIVATIONS, lambda activation: (QUANTS[6], (5, 2, 34, 18), 13, activation, True, torch.bfloat16))
 @given(
     st.sampled_from(QUANTS),
     st.sampled_from(SIZES),

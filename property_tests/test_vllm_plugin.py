@@ -14,6 +14,7 @@ import torch
 import vllm_interface as stated
 from hypothesis import given
 from hypothesis import strategies as st
+from support import on_every
 from torch import Tensor
 from vllm_interface import FusedMoEActivationFormat, MoEActivation
 
@@ -59,6 +60,7 @@ def expected(experts: Any, p: dict[str, Any], **changes: Any) -> Tensor:
     return stated.reference(experts, *(a[name] for name in names), a.get("expert_map"))
 
 
+@on_every(KNOWN, lambda activation: (activation, 5, 4, 2, True, False, 0), lambda activation: (activation, 5, 4, 2, False, True, 0))
 @given(
     activation=st.sampled_from(KNOWN), tokens=st.integers(0, 9), here=st.integers(1, 6), top_k=st.integers(1, 3), biases=st.booleans(),
     options=st.booleans(), seed=st.integers(0, 99),
