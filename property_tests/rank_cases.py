@@ -199,12 +199,15 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     payloads = [(own * 10).to(torch.int8).to(dtype) for dtype in PAYLOADS]
     along = moe_fn.parallel.gather_tokens(config, *payloads, own[:, :1]) if gathers else None
     by_hand = None if capped else _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), ids)
+    by_gate = None if capped or case.layer not in MORE_LAYERS else _with_the_gate_inside(config, local, full, own, direction, ids)
     # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
     assert_matches(_zeros(found[1], logits), expected_logits, tolerance=1e-5, scale=0.1, name="gradient of logits")
     if by_hand is not None:
         assert_matches(*by_hand, tolerance=1e-5, scale=0.1, name="y of a caller's routing")
+    if by_gate is not None:
+        assert_matches(*by_gate, tolerance=1e-5, scale=0.3, name="y, and gradient of the gate inside the layer")
     if stats is not None:
         chosen = moe_fn.moe_route(whole, full, own, logits.detach(), adapter_ids=ids)[1].expert_ids
         dropped = int((chosen != within_capacity(case, whole, chosen)).sum())
@@ -264,6 +267,19 @@ def _with_a_routing_of_ones_own(
         other, expert_ids=other.expert_ids.to(torch.uint8), adapter_ids=None if ids is None else ids.to(torch.int8)
     )
     return moe_fn.moe_forward_routed(config, local, x, narrow).detach(), moe_fn.moe_forward_routed(whole, full, x, other).detach()
+
+
+def _with_the_gate_inside(
+    config: MoEConfig, local: MoEWeights, full: MoEWeights, x: Tensor, direction: Tensor, ids: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """y and the gradient of the gate, over ranks and of one rank, where nobody brings logits."""
+    found = []
+    for own, weights in ((config, local), (dataclasses.replace(config, parallel=None), _leaves(full))):
+        assert weights.router is not None and weights.router.gate is not None
+        y = moe_fn.moe_forward(own, weights, x, adapter_ids=ids)
+        (gradient,) = torch.autograd.grad((y * direction).sum(), [weights.router.gate], allow_unused=True)
+        found.append((y.detach(), _zeros(gradient, weights.router.gate)))
+    return found
 
 
 def _check_what_travels_along(

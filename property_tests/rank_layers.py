@@ -36,7 +36,11 @@ MORE_LAYERS: dict[str, MoEConfig] = {
         BASE,
         backend="torch",
         router=RouterConfig(
-            scoring="sqrtsoftplus", groups=GroupConfig(count=2, top_k=2, limit="each"), score_dtype="input", logit_softcap=5.0
+            scoring="sqrtsoftplus",
+            groups=GroupConfig(count=2, top_k=2, limit="each"),
+            score_dtype="input",
+            gate_dtype="input",
+            logit_softcap=5.0,
         ),
     ),
     "lora whose experts share one side, sparsemixer": dataclasses.replace(
@@ -57,11 +61,12 @@ MORE_LAYERS: dict[str, MoEConfig] = {
             renormalize=False,
             routed_scaling_factor=2.5,
             scale_on="output_float16_safe",
+            gate_input="transformed",
         ),
         latent=LatentConfig(size=6, norm_epsilon=0.1),
     ),
-    "a norm of the output alone, a capacity": dataclasses.replace(
-        BASE, norms=NormsConfig(epsilon=0.1, output=True), router=RouterConfig(capacity=2)
+    "norms of the output and for the gate, a capacity": dataclasses.replace(
+        BASE, norms=NormsConfig(epsilon=0.1, output=True, gate=True), router=RouterConfig(capacity=2)
     ),
     "a norm of each expert": dataclasses.replace(BASE, expert_norm=ExpertNormConfig(epsilon=0.1)),
     "a norm of each expert, scaled before": dataclasses.replace(
@@ -79,11 +84,10 @@ MORE_LAYERS: dict[str, MoEConfig] = {
 }
 # Of slices: a norm wants the whole output of an expert, and a token's scale its whole width.
 NOT_SLICED = ("a norm of each expert", "a norm of each expert, scaled before", "int8, inputs of a token")
-NOT_BY_LOGITS = ("a norm of the output alone, a capacity",)  # a capacity counts a rank's own tokens
+NOT_BY_LOGITS = ("norms of the output and for the gate, a capacity",)  # a capacity counts a rank's own tokens
 # Options of a layer that no case has, and why: fields (of all their values), or (field, value).
 OF_ONE_NUMBER = "of one number after another, in whichever slice it is"
 OF_OWN_EXPERTS = "of a rank's own experts, which are computed as a layer"
-BEFORE = "of the gate, before anything travels"
 EXCUSED: dict[Option | str, str] = {
     "ActivationConfig.function": OF_ONE_NUMBER,
     "ActivationConfig.limit_at": OF_ONE_NUMBER,
@@ -93,9 +97,6 @@ EXCUSED: dict[Option | str, str] = {
     "SharedExpertsConfig.activation": OF_ONE_NUMBER,
     "MoEConfig.backend": OF_OWN_EXPERTS,
     ("MoEConfig.recompute", True): OF_OWN_EXPERTS,
-    ("RouterConfig.gate_dtype", "input"): BEFORE,
-    ("RouterConfig.gate_input", "transformed"): BEFORE,
-    ("NormsConfig.gate", True): BEFORE,
     ("RouterConfig.selection", "hash"): "before anything travels, and refused where logits do",
     ("MoEConfig.chunk_tokens", OTHER): "refused: ranks must meet",
     ("MoEConfig.opaque", True): "refused: ranks must meet",
