@@ -35,7 +35,9 @@ def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[in
             found.setdefault(name, {})[rank] = error
     except queue.Empty:
         ends = [process.exitcode for process in processes]
-        pytest.fail(f"{world} ranks, that ended with {ends}: no word after {len(found)} cases, the last {list(found)[-1:]}")
+        wrong = [f"{name}, rank {rank}: {error}" for name, ranks in found.items() for rank, error in ranks.items() if error]
+        words = "\n".join([f"{world} ranks ended with {ends}: no word after {len(found)} cases, the last {list(found)[-1:]}", *wrong[:20]])
+        pytest.fail(words)
     finally:
         for process in processes:
             process.join(timeout=20)
