@@ -21,6 +21,12 @@ def copied_tree(folder: Path) -> Path:
     return folder
 
 
+def place_of(old: str, text: str, where: str) -> int:
+    """Where the one place begins that reads `old`, for a bug to be planted there."""
+    assert text.count(old) == 1, f"{where} has {text.count(old)} places that read {old!r}"
+    return text.index(old)
+
+
 def verdict_of(tree: Path, tests: tuple[str, ...], limit_s: float) -> tuple[str, str]:
     """("survived" or "killed", by which test): what pytest says of these tests in a tree."""
     options = ("-x", "-q", "--tb=no", "-p", "no:xdist", "-W", "ignore")

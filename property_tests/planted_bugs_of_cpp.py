@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from copied_tree import place_of
 from cpp_mutants import Change
 
 from moe_fn.kernels import native
@@ -21,8 +22,7 @@ class CppBug:
     def change(self) -> Change:
         """As a change of one line."""
         text = (native.SOURCES / self.file).read_text()
-        assert text.count(self.old) == 1, f"{self.what}: {self.file} has {text.count(self.old)} such places"
-        line = text[: text.index(self.old)].count("\n")
+        line = text[: place_of(self.old, text, f"{self.what}: {self.file}")].count("\n")
         return Change(self.file, line, text.split("\n")[line].replace(self.old, self.new))
 
 
