@@ -69,10 +69,10 @@ BUGS = (
     ),
     TritonBug(
         PRODUCTS,
-        "a tile's last columns are its first",
+        "the last column is not stored",  # one more would be a crash, which names no test
         "products",
         "mask=live[:, None] & (c < N)[None, :])",
-        "mask=live[:, None] & (c < N + 1)[None, :])",
+        "mask=live[:, None] & (c < N - 1)[None, :])",
     ),
     TritonBug(
         SORT,
@@ -86,9 +86,7 @@ BUGS = (
         ACTIVATIONS, "gelu's derivative without its second part", "activation", " + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)", ""
     ),
     TritonBug(CODES, "a power of two that is rounded down", "quantise", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"),
-    TritonBug(
-        CODES, "codes that are cut instead of rounded", "quantise", "q = q + 12582912.0 - 12582912.0", "q = q + 12582911.5 - 12582912.0"
-    ),
+    TritonBug(CODES, "codes that are cut instead of rounded", "quantise", "q = q + 12582912.0 - 12582912.0", "q = q + 0.0"),
     TritonBug(
         CODES,
         "a row's last values have no part in its scale",

@@ -223,7 +223,7 @@ def rows_with_corners(columns: int) -> torch.Tensor:
     return rows
 
 
-@pytest.mark.parametrize("columns", [1, 32, 70])
+@pytest.mark.parametrize("columns", [1, 32, 70, 1100])  # the last: more than a program takes at a time
 @pytest.mark.parametrize(
     "a",
     [
