@@ -29,7 +29,7 @@ def place_of(old: str, text: str, where: str) -> int:
 
 def verdict_of(tree: Path, tests: tuple[str, ...], limit_s: float) -> tuple[str, str]:
     """("survived" or "killed", by which test): what pytest says of these tests in a tree."""
-    options = ("-x", "-q", "--tb=no", "-p", "no:xdist", "-W", "ignore")
+    options = ("-x", "-q", "--tb=no", "-p", "no:xdist", "-W", "ignore", "--hypothesis-profile=unshrunk")
     code, said = run_in(tree, ["-m", "pytest", *options, *tests], limit_s)
     if code == 0:
         return "survived", ""
