@@ -9,18 +9,24 @@ from mutants_of_triton import mutants_of_triton
 
 @dataclass(frozen=True)
 class Area:
-    """Files (globs), who makes their mutants, and arguments of pytest."""
+    """Files (globs), who makes their mutants, and arguments of pytest; `first`: (a part of a file's name, of the tests' that know it)."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
     made: Callable[[str, int], list[Mutant]] = mutants_of
     not_these: tuple[str, ...] = ()
+    first: tuple[tuple[str, str], ...] = ()
 
     @property
     def paths(self) -> list[str]:
         """Its files, relative to the root, by name."""
         found = {str(path.relative_to(ROOT)) for glob in self.files for path in ROOT.glob(glob)}
         return sorted(path for path in found if not path.endswith(self.not_these or ("__init__.py",)))
+
+    def tests_of(self, file: str) -> tuple[str, ...]:
+        """Its tests, in the order in which they are asked of a file's mutants."""
+        first = next((test for part, test in self.first if part in file.rpartition("/")[2]), "")
+        return tuple(sorted(self.tests, key=lambda path: first not in path))
 
 
 def _all(*globs: str) -> tuple[str, ...]:
@@ -42,5 +48,16 @@ AREAS: dict[str, Area] = {
         _all("triton_*"),
         mutants_of_triton,
         ("__init__.py", "ahead_of_time.py", "_cases.py", "_signatures.py", "_quant.py"),
+        (
+            ("quant", "_quant"),
+            ("codes", "_quant"),
+            ("decode", "_quant"),
+            ("top_k", "_top_k"),
+            ("combine", "_rows"),
+            ("metadata", "_rows"),
+            ("products", "_products"),
+            ("up", "_products"),
+            ("activation", "_products"),
+        ),
     ),
 }

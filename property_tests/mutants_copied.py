@@ -43,6 +43,6 @@ def _planted(tree: Path, mutant: Mutant, area: Area, limit_s: float) -> tuple[st
     before = path.read_text()
     path.write_text(mutant.source)
     try:
-        return verdict_of(tree, area.tests, limit_s)
+        return verdict_of(tree, area.tests_of(mutant.file), limit_s)
     finally:
         path.write_text(before)

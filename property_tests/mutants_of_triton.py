@@ -24,9 +24,11 @@ OPERATORS = (
     (r"\bmin(imum)?\(", r"max\1("),
     (r"\bmax(imum)?\(", r"min\1("),
     (r"\bother=0\.0", "other=1.0"),
-    (r"(?<![\w.\"'])([0-9]|16|32|64)(?![\w.\"'])", "NEXT"),
+    (r"(?<![\w.\"'])(?<!arange\()([0-9]|16|32|64)(?![\w.\"'])", "NEXT"),
 )
-_NO_CODE = re.compile(r"^\s*(#|@|def )")
+# No mutants of what is no code, and of what changes no number: what a kernel asserts, and what it tells the compiler of its pointers.
+# (A range that starts at 1 is none: its size must be a power of 2.)
+_NO_CODE = re.compile(r"^\s*(#|@|def |tl\.static_assert\(|.*tl\.(multiple_of|max_contiguous)\()")
 
 
 def mutants_of_triton(file: str, count: int | None = None) -> list[Mutant]:
