@@ -3,11 +3,14 @@
 import faulthandler
 import importlib
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -31,6 +34,7 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
     "panels.h": _FLOATS,
     "tile.h": _FLOATS,
     "activation.h": _FLOATS,
+    "simd.h": _FLOATS,
     "forward.h": ("kernels",),
     "binding.cpp": ("binding",),
     "quant_arguments.h": ("binding",),
@@ -42,7 +46,7 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
 }
 LEVEL = "avx2" if native.best_level().startswith("avx") else "plain"  # the quickest to compile that has vectors
 NAME = "mutant"  # the level's name for the tests, and of its ops
-SECONDS = 300  # for the tests of a mutant, which may loop for ever
+SECONDS = 200  # of the CPU for the tests of a mutant, which may loop for ever; ten times as many of the clock, which others use too
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,36 @@ class Workshop:
         self._compile(Path(own).name, units)
         return self._linked(Path(own).name, units)
 
-    def _compile(self, sources: str, units: Sequence[str]) -> None:
+    def makes_no_difference(self, library: Path) -> bool:
+        """Whether the compiler made of the changed sources what it makes of those that are there."""
+        found = library.parent.glob("*.o")
+        return all(path.read_bytes() == (self.folder / "sources" / path.name).read_bytes() for path in found)
+
+    def lines(self) -> dict[str, set[int]]:
+        """Of each file, the lines (from 0) that the level compiles: no branch of the preprocessor that others take."""
+        seen: dict[str, set[int]] = defaultdict(set)
+        for unit in UNITS:
+            command = [*_compiler(), *self._flags(), "-E", f"{unit}.cpp"]
+            said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=self.folder / "sources").stdout
+            file, number = "", 0
+            for line in said.splitlines():
+                if place := re.match(r'# (\d+) "([^"]*)"', line):
+                    number, file = int(place[1]) - 1, place[2]
+                    continue
+                if line.strip():
+                    seen[file].add(number)
+                number += 1
+        return {file: _branches((native.SOURCES / file).read_text(), seen[file]) for file in UNITS_OF}
+
+    def _flags(self) -> list[str]:
         flags = [flag for flag in native.FLAGS if flag != "-O3"] + ["-O1", "-w", "-fPIC", *native.LEVELS[self.level]]
-        flags += [f"-DNAME=moe_fn_{NAME}", *(f"-I{path}" for path in cpp_extension.include_paths())]
-        for unit in units:
-            path, more = self.folder / sources / unit, () if unit == "quantised" else self.flags
-            command = [*_compiler(), *flags, *more, "-c", f"{path}.cpp", "-o", f"{path}.o"]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        return [*flags, f"-DNAME=moe_fn_{NAME}", *(f"-I{path}" for path in cpp_extension.include_paths())]
+
+    def _compile(self, sources: str, units: Sequence[str]) -> None:
+        for unit in units:  # by names alone: no path of the folder is in an object
+            more = () if unit == "quantised" else self.flags
+            command = [*_compiler(), *self._flags(), *more, "-c", f"{unit}.cpp", "-o", f"{unit}.o"]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL, cwd=self.folder / sources)
 
     def _linked(self, sources: str, units: Sequence[str]) -> Path:
         """Changed objects first: of an inline function that several hold, the linker takes the first."""
@@ -111,6 +138,19 @@ class Workshop:
         ]
         subprocess.run([*_compiler(), "-shared", *map(str, objects), *libraries, "-o", str(path)], check=True)
         return path
+
+
+def _branches(text: str, seen: set[int]) -> set[int]:
+    """All lines between two directives of which the preprocessor leaves one: it puts a macro's lines into its first one."""
+    found: set[int] = set()
+    branch: list[int] = []
+    for number, line in enumerate([*text.split("\n"), "#"]):
+        if not line.lstrip().startswith("#"):
+            branch.append(number)
+            continue
+        found |= set(branch) if seen.intersection(branch) else set()
+        branch = []
+    return found
 
 
 def _compiler() -> list[str]:
@@ -137,6 +177,7 @@ def judged(library: Path, tests: Sequence[str]) -> tuple[str, str]:
         try:
             os.close(reading)
             faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, 2 * SECONDS))
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
@@ -153,22 +194,25 @@ def judged(library: Path, tests: Sequence[str]) -> tuple[str, str]:
     if status == 0:
         return "survived", ""
     by = next((line for line in reversed(told) if line in tests), "loading")
-    return "killed", f"{by}: " + ("no end in sight" if status is None else f"signal {-status}" if status < 0 else told[-1])
+    endless = status is None or status == -signal.SIGXCPU
+    return "killed", f"{by}: " + ("no end in sight" if endless else f"signal {-status}" if status and status < 0 else told[-1])
 
 
 def _call(test: Any) -> None:
-    """The test for the library's level, with all that its other parameters may be."""
-    marks = [mark.args for mark in test.pytestmark if mark.name == "parametrize" and mark.args[0] != "level"]
+    """The test, for the library's level if it is given one, with all that its other parameters may be."""
+    given = [mark.args for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+    marks = [mark for mark in given if mark[0] != "level"]
+    level = {"level": NAME} if len(marks) < len(given) else {}
     for values in product(*(values for _, values in marks)):
         arguments = {}
         for (names, _), value in zip(marks, values, strict=True):
             arguments |= {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))
-        test(level=NAME, **arguments)
+        test(**level, **arguments)
 
 
 def _ended(child: int) -> int | None:
     """The exit code that a child ends with, a signal as a negative number; None if it takes too long."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + 10 * SECONDS
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
