@@ -35,6 +35,7 @@ UP, PRODUCTS = "products.py::test_up_gathers_multiplies_and_activates", "product
 ACTIVATIONS = "products.py::test_activations_and_their_derivatives_are_those_of_torch"
 SORT, COMBINE = "rows.py::test_both_forms_sort_as_torch_does", "rows.py::test_gather_sum_is_the_weighted_sum_of_slots"
 TOP_K, CODES = "top_k.py::test_routing_equals_route", "quant.py::test_rows_are_quantised_to_the_codes_of_torch"
+STAGES = "quant.py::test_the_stages_decode_in_the_product"
 
 BUGS = (
     TritonBug(COMBINE, "slots of no expert add the last row", "combine", "mask = (row >= 0)[:, None]", "mask = (row >= -1)[:, None]"),
@@ -84,6 +85,9 @@ BUGS = (
     TritonBug(SORT, "the first expert has no slots", "metadata", "tl.where((e >= 0) & (e < E), e, E)", "tl.where((e > 0) & (e < E), e, E)"),
     TritonBug(
         ACTIVATIONS, "gelu's derivative without its second part", "activation", " + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)", ""
+    ),
+    TritonBug(
+        STAGES, "a zero point of another group", "quant_products", "tl.load(zero + (start // TILE_IN", "tl.load(zero - (start // TILE_IN"
     ),
     TritonBug(CODES, "a power of two that is rounded down", "quantise", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"),
     TritonBug(CODES, "codes that are cut instead of rounded", "quantise", "q = q + 12582912.0 - 12582912.0", "q = q + 0.0"),

@@ -256,10 +256,13 @@ def test_rows_are_quantised_by_the_scales_of_their_experts(sorted_rows: bool) ->
 
 @pytest.mark.parametrize("quant", WEIGHT_ONLY, ids=lambda quant: f"{quant.scheme} {quant.granularity}")
 def test_the_stages_decode_in_the_product(quant: QuantConfig) -> None:
-    """The op of the stages, which a LoRA takes for one: a weight is never decoded as a whole. Rows of no expert are 0."""
+    """The op of the stages, which a LoRA takes for one: a weight is never decoded as a whole. Rows of no expert are 0.
+
+    70 inputs: of every granularity but the whole, a second scale and a second zero point.
+    """
     r = routing(5)
-    weight = r.tensors(torch.float32)(3, 24, 40)
-    rows, stored = r.by_row(r.tensors(torch.float32)(10, 40)), encoded(quant, weight, 2)
+    weight = r.tensors(torch.float32)(3, 24, 70)
+    rows, stored = r.by_row(r.tensors(torch.float32)(10, 70)), encoded(quant, weight, 2)
     out = quantised_matmul("triton", rows, stored, r.slots.ends, quant, 2)
     expected = torch.einsum("rk,rnk->rn", rows[: r.live].double(), decoded(quant, stored, 2, torch.float64)[r.expert_of_row[: r.live]])
     assert_matches(out[: r.live], expected, scale=1.0)
