@@ -31,6 +31,7 @@ MANY, GRADIENTS = (
     "test_native_backward.test_gradients_of_every_level",
 )
 OUTER, SEGMENTS = ("test_native_backward.test_outer_products_of_many_rows", "test_native_backward.test_outer_products_of_segments")
+LIMITS = "test_native_backward.test_slopes_at_the_very_limits_and_kinks"
 FORWARD, FEW = ("test_native.test_every_level_equals_the_reference", "test_native.test_few_and_many_rows_of_weights_kept_in_out")
 PRODUCTS, CODES = ("test_native.test_grouped_products_of_every_level", "test_quant_native.test_every_level_equals_the_reference")
 
@@ -88,11 +89,25 @@ BUGS = (
         "pass_u = select(u > a.limit, zero, select(u < -a.limit, zero, one));",
         "",
     ),
+    CppBug(
+        LIMITS,
+        "a limit itself lets no gradient through",
+        "activation.h",
+        "select(u < -a.limit, zero, one)",
+        "select(u <= -a.limit, zero, one)",
+    ),
     CppBug(GRADIENTS, "what is kept for rows of nobody is what was there", "forward.h", "if (!q.pre) return;", "return;"),
     CppBug(
         SEGMENTS, "all segments in the first result", "kernels.cpp", "if (s * sets / g.segments != set) continue;", "if (set) continue;"
     ),
     CppBug(OUTER, "an expert without rows leaves its result as it was", "kernels.h", "if (!inner) {", "if (!inner) { continue;"),
+    CppBug(
+        OUTER,
+        "an expert without rows has a result of almost nothing",
+        "kernels.h",
+        "std::memset(result + i * n + column, 0,",
+        "std::memset(result + i * n + column, 1,",
+    ),
     CppBug(
         SEGMENTS,
         "the odd last row of bfloat16 pairs is read past the end",

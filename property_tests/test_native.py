@@ -173,6 +173,9 @@ def test_wrong_shapes_raise_in_words() -> None:
     ops: Any = native.library(RUNNABLE[0]).ops
     with pytest.raises(ValueError, match="expected 8 columns of 5 products"):
         call(RUNNABLE[0], config, weights, torch.ones(3, 5), routing)
+    gate_up, down = lay_panels(config, weights.gate_up, weights.down)
+    with pytest.raises(ValueError, match="expected 8 columns of 4 products, plain or prepared"):
+        call(RUNNABLE[0], config, replace(weights, gate_up=gate_up[:, :, 1:], down=down), x, routing)
     for ends in ([2, 1], [1, 9], [-1, 1]):
         with pytest.raises(ValueError, match="expected ends that do not decrease"):
             ops.grouped_matmul(x, weights.gate_up, torch.tensor(ends, dtype=torch.int32), True, 1, 1, False)

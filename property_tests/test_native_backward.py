@@ -157,6 +157,25 @@ def test_gradients_of_every_level(level: str, case: Case) -> None:
     check(level, case)
 
 
+@pytest.mark.parametrize("level", RUNNABLE)
+def test_slopes_at_the_very_limits_and_kinks(level: str) -> None:
+    """Every pair of a gate and an up there: torch's clamp lets the gradient of the limit itself through."""
+    special = torch.tensor([0.0, 0.5, -0.5, 1.0, -1.0, 7.0, -7.0])
+    pairs, one = torch.cartesian_prod(special, special).T, torch.ones(1, 1)
+    down = torch.linspace(-1, 1, pairs.shape[1])
+    for of in ACTIVATIONS:
+        activation = as_activation(of)
+        h = pairs.flatten() if activation.gated else pairs[0]
+        config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=len(down), activation=activation)
+        weights = MoEWeights(gate_up=h.reshape(1, -1, 1), down=down.view(1, 1, -1))
+        arguments = packed(config, weights, one, torch.zeros(1, 1, dtype=torch.int64), one)
+        ops: Any = native.library(level).ops
+        found = ops.routed_experts_backward(one, [i == 2 for i in range(6)], one.new_empty(0), *arguments)[2].flatten()
+        wide = h.double().requires_grad_()
+        (expected,) = torch.autograd.grad(activate(activation, wide) @ down.double(), wide)
+        assert_matches(found, expected, tolerance=1e-6, name=str(activation))
+
+
 def check_outer(level: str, counts: list[list[int]], sets: int, extra: int, m: int, n: int, dtype: torch.dtype) -> None:
     """grouped_outer, of segments that share a result or do not; each segment ends with rows of nobody."""
     rows = max(map(sum, counts)) + extra
