@@ -41,7 +41,7 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
     "quantised.cpp": ("quantised",),
     "quantised.h": ("quantised",),
     "coded_rows.h": ("quantised",),
-    "codes.h": ("quantised",),
+    "codes.h": ("quantised", "binding"),
     "decode.h": ("quantised",),
 }
 LEVEL = "avx2" if native.best_level().startswith("avx") else "plain"  # the quickest to compile that has vectors
@@ -93,9 +93,17 @@ class Workshop:
         return self._linked(Path(own).name, units)
 
     def makes_no_difference(self, library: Path) -> bool:
-        """Whether the compiler made of the changed sources what it makes of those that are there."""
-        found = library.parent.glob("*.o")
-        return all(path.read_bytes() == (self.folder / "sources" / path.name).read_bytes() for path in found)
+        """Whether the compiler makes of the changed sources what it makes of those that are there, in every unit."""
+
+        def same(unit: str) -> bool:
+            return (library.parent / f"{unit}.o").read_bytes() == (self.folder / "sources" / f"{unit}.o").read_bytes()
+
+        compiled = {path.stem for path in library.parent.glob("*.o")}
+        if not all(map(same, compiled)):
+            return False
+        others = [unit for unit in UNITS if unit not in compiled]
+        self._compile(library.parent.name, others)
+        return all(map(same, others))
 
     def lines(self) -> dict[str, set[int]]:
         """Of each file, the lines (from 0) that the level compiles: no branch of the preprocessor that others take."""

@@ -59,6 +59,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (ROUTE, "ends = torch.full((1,), x.shape[0], )"),
         (ROUTE, "ends = torch.full((2,), x.shape[0]"),
     ),
+    "What is looked up for a tile that is not used is not taken.": (("triton/metadata.py", "tl.where(used, expert, 1)"),),
     "What is not gate_up is down.": (
         (EXPERTS, "by_adapter, weights.lora, None, hidden"),
         (EXPERTS, 'weights.lora, "XXdownXX", hidden'),
