@@ -24,7 +24,9 @@ settings.register_profile(
 )
 settings.register_profile("dev", deadline=None, max_examples=100, suppress_health_check=_QUIET)
 settings.register_profile("deep", deadline=None, max_examples=5000, suppress_health_check=_QUIET)
-settings.register_profile("unshrunk", parent=settings.get_profile("ci"), phases=[Phase.generate], report_multiple_bugs=False)
+settings.register_profile(
+    "unshrunk", parent=settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate], report_multiple_bugs=False
+)
 settings.register_profile("mutants", parent=settings.get_profile("unshrunk"), max_examples=25)
 settings.load_profile("ci")
 torch.set_num_threads(1)  # problems are tiny; xdist runs one process a core

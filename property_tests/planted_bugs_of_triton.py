@@ -35,6 +35,7 @@ UP, PRODUCTS = "products.py::test_up_gathers_multiplies_and_activates", "product
 ACTIVATIONS = "products.py::test_activations_and_their_derivatives_are_those_of_torch"
 SORT, COMBINE = "rows.py::test_both_forms_sort_as_torch_does", "rows.py::test_gather_sum_is_the_weighted_sum_of_slots"
 TOP_K, CODES = "top_k.py::test_routing_equals_route", "quant.py::test_rows_are_quantised_to_the_codes_of_torch"
+ALONE = "quant.py::test_weights_alone_in_codes"
 STAGES = "quant.py::test_the_stages_decode_in_the_product"
 
 BUGS = (
@@ -85,6 +86,13 @@ BUGS = (
     TritonBug(SORT, "the first expert has no slots", "metadata", "tl.where((e >= 0) & (e < E), e, E)", "tl.where((e > 0) & (e < E), e, E)"),
     TritonBug(
         ACTIVATIONS, "gelu's derivative without its second part", "activation", " + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)", ""
+    ),
+    TritonBug(
+        ALONE,
+        "a global scale of another expert",
+        "quant_up",
+        "factor + expert * (WIDTH * I // half_columns),",
+        "factor + expert + (WIDTH * I // half_columns),",
     ),
     TritonBug(
         STAGES, "a zero point of another group", "quant_products", "tl.load(zero + (start // TILE_IN", "tl.load(zero - (start // TILE_IN"

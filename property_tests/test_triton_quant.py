@@ -12,7 +12,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("the kernels run on a CPU only in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 from triton_problems import ACTIVATIONS, DTYPES, Rows, routings
@@ -43,6 +43,7 @@ FP8, GROUP = "fp8_e4m3", ActivationQuantConfig(scheme="fp8_e4m3", granularity="g
 TOKEN = ActivationQuantConfig(scheme=FP8, granularity="token")
 STATIC = ActivationQuantConfig(scheme=FP8, granularity="tensor", static=True)
 INT8_TOKEN = ActivationQuantConfig(scheme="int8", granularity="token")
+NVFP4 = QuantConfig(scheme="nvfp4", granularity="group", group_size=16)
 WEIGHT_ONLY = [
     QuantConfig(scheme="int4", granularity="group", group_size=32),
     QuantConfig(scheme="int4", granularity="group", group_size=16, zero_points=True),
@@ -54,7 +55,7 @@ WEIGHT_ONLY = [
     QuantConfig(scheme=FP8, granularity="channel"),
     QuantConfig(scheme="mxfp4", granularity="group", group_size=32),
     QuantConfig(scheme="mxfp8", granularity="group", group_size=32),
-    QuantConfig(scheme="nvfp4", granularity="group", group_size=16),
+    NVFP4,
 ]
 BOTH = [
     QuantConfig(scheme=FP8, granularity="block", block_shape=(16, 32), activations=GROUP),
@@ -116,7 +117,19 @@ def matrix(quant: QuantConfig, weight: torch.Tensor, halves: int) -> tuple[Quant
     return matrix_of(quant, stored, halves), decoded(quant, stored, halves, torch.float64), stored
 
 
+def routing(tokens: int) -> Rows:
+    """Three experts, of which one has no token, and a slot of no expert."""
+    ids = torch.tensor([0, 2]).repeat(tokens, 1)
+    ids[0, 0] = -1
+    flat = torch.where(ids >= 0, ids, 3).flatten()
+    order = flat.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(flat, minlength=4)[:3].cumsum(0)])
+    return Rows(ids, 3, SortedSlots(order.int(), torch.where(flat < 3, inverse, -1).int(), starts.int(), 2), 0)
+
+
 @given(routings(), SIZES, SIZES, st.sampled_from(ACTIVATIONS), st.sampled_from(WEIGHT_ONLY), DTYPES, *[st.booleans()] * 3)
+@example(routing(6), 40, 24, ACTIVATIONS[0], NVFP4, torch.float32, False, True, True)  # a global scale each
 @FEW
 def test_weights_alone_in_codes(
     r: Rows, hidden: int, inner: int, activation: ActivationConfig, quant: QuantConfig, dtype: Any, interleaved: bool, biased: bool,
@@ -144,17 +157,6 @@ def test_weights_alone_in_codes(
     slots = r.slots.slot_of_row[live].long()
     summed = torch.zeros(x.shape, dtype=torch.float64).index_add_(0, slots // r.slots.top_k, rows * w.flatten()[slots, None].double())
     assert_matches(y, summed, scale=0.3)
-
-
-def routing(tokens: int) -> Rows:
-    """Three experts, of which one has no token, and a slot of no expert."""
-    ids = torch.tensor([0, 2]).repeat(tokens, 1)
-    ids[0, 0] = -1
-    flat = torch.where(ids >= 0, ids, 3).flatten()
-    order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(flat, minlength=4)[:3].cumsum(0)])
-    return Rows(ids, 3, SortedSlots(order.int(), torch.where(flat < 3, inverse, -1).int(), starts.int(), 2), 0)
 
 
 def in_codes(a: ActivationQuantConfig, r: Rows, rows: torch.Tensor, static: torch.Tensor | None) -> tuple[Left, torch.Tensor]:
