@@ -70,6 +70,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
     "At that many rows one way of computing it is as right as the other.": (("panels.h", "(rows < DOTS_UNTIL"),),
     "What is as large as the limit is the limit.": (("activation.h", "select(f >= a.limit, splat(a.limit), f)"),),
     "No other expert lies behind an only one.": (("binding.cpp", "std::max<int64_t>(t.size(0), 2)"),),
+    "Only where a sum is cut changes, within the limit.": (("codes.h", "const int most = parts == 1"),),
     "What the loop leaves, the next one does.": (("panels.h", "(int64_t(first) + s + WIDTH) * 4 < row_bytes"),),
     "It is asked of memory before it is needed.": (
         ("kernels.h", "next = "),
