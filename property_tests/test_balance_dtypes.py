@@ -43,6 +43,38 @@ def test_losses_of_narrow_numbers_are_those_of_wide_ones(dtype: torch.dtype, tok
         assert_matches(gradient, right, tolerance={**dict.fromkeys(HALVES, 1e-2), torch.float32: 1e-5, torch.float64: 1e-12}, scale=1e-3)
 
 
+def test_leading_dimensions_are_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(2, 3, 4, generator=generator), torch.randint(-1, 4, (2, 3, 2), generator=generator)
+    mask, placement = (
+        torch.tensor([[True, False, True], [True, True, False]]),
+        balance.placement_of_slots(torch.arange(6) % 4, num_experts=4),
+    )
+    for of_tokens in (
+        lambda z, ids, mask: balance.router_z_loss(z, mask),
+        lambda z, ids, mask: balance.expert_load(ids, 4),
+        lambda z, ids, mask: balance.physical_ids(placement, ids).view(-1, 2),
+    ):
+        assert_matches(of_tokens(logits, ids, mask), of_tokens(logits.flatten(0, 1), ids.flatten(0, 1), mask.flatten()))
+    assert balance.physical_ids(placement, ids).shape == ids.shape
+
+
+def test_what_balancing_makes_is_where_its_arguments_are() -> None:
+    """On a GPU, or as here without numbers: whatever is made elsewhere meets a tensor that is not there."""
+    logits, ids = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 3, 2, dtype=torch.int64, device="meta")
+    mask, load = torch.empty(2, 3, dtype=torch.bool, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    for made in (
+        balance.router_z_loss(logits, mask),
+        balance.load_balancing_loss(logits[0], ids[0], mask[0]),
+        balance.sequence_balancing_loss(logits, ids, mask),
+        balance.expert_load(ids, 4),
+        balance.update_correction_bias(logits[0, 0], load, 1e-3),
+        balance.total(balance.push(balance.load_window(2, 4, device="meta"), load)),
+        balance.balancedness(load),
+    ):
+        assert made.device == torch.device("meta")
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_even_scores_of_many_tokens_have_the_losses_of_balance(dtype: torch.dtype) -> None:
     scores = torch.full((MANY, 4), 0.25, dtype=dtype, requires_grad=True)
@@ -119,6 +151,9 @@ def test_loads_that_half_precision_cannot_say_are_summed(dtype: torch.dtype) -> 
     assert of_experts.dtype == torch.float32 and of_experts.tolist() == [halves[:2].double().sum().item(), 3.0]
     assert balance.logical_load(placement, torch.tensor([100, 100, 3], dtype=torch.uint8)).tolist() == [200, 3]
     assert balance.balancedness(halves).item() == pytest.approx((halves.double().mean() / halves.double().amax()).item())
+    for of_load in (*FLOATS, torch.int64):
+        expected = wide(of_load) if of_load.is_floating_point else torch.float64
+        assert balance.balancedness(torch.ones(2, dtype=of_load)).dtype == expected
     assert balance.gpu_load(placement, halves[:2], 1).item() == halves[:2].double().sum().item()
 
 
