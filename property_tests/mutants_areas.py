@@ -35,7 +35,7 @@ def _all(*globs: str) -> tuple[str, ...]:
 
 AREAS: dict[str, Area] = {
     "checkpoint": Area(("moe_fn/checkpoint/*.py",), _all("checkpoint*", "module_lists")),
-    "quant": Area(("moe_fn/quant/*.py",), _all("quant_numbers", "quant", "quant_native", "checkpoint_quantised")),
+    "quant": Area(("moe_fn/quant/*.py",), _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised")),
     "parallel": Area(
         ("moe_fn/parallel/*.py", "moe_fn/meeting.py"),
         (*_all("parallel", "bad_parallel", "expert_parallel", "faults", "*_ranks"), "compile_tests/test_parallel_traffic.py"),
