@@ -15,7 +15,7 @@ if not torch.cuda.is_available():  # before anybody imports Triton: its kernels 
     os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
 
 # Not tests: they want mutmut, which `make mutants` brings.
-_WITH_MUTMUT = ("", "_areas", "_copied", "_judged", "_made", "_of_triton", "_report")
+_WITH_MUTMUT = ("", "_areas", "_copied", "_forked", "_judged", "_made", "_of_triton", "_report")
 collect_ignore = [] if importlib.util.find_spec("mutmut") else [f"mutants{name}.py" for name in _WITH_MUTMUT]
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)

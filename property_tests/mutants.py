@@ -2,6 +2,7 @@
 
     python property_tests/mutants.py run out/mutants.jsonl moe_fn/stages/*.py      what is in the file already is not run again
     python property_tests/mutants.py sample out/mutants-areas.jsonl [AREA ...]     some of every file of the areas around the stages
+    python property_tests/mutants.py quick out/mutants-areas.jsonl AREA ...         many first, in seconds each; sample judges the rest
     python property_tests/mutants.py report out/mutants.jsonl out/mutants-areas.jsonl > examples/campaign/mutants.md
 
 Mutants of stages are mutmut's, all of them. Its own runner keeps all mutants of a function in one module and chooses between them at each
@@ -28,9 +29,10 @@ from hypothesis import settings
 from mutant_tests import direct_of, tests_of
 from mutants_areas import AREAS
 from mutants_copied import sample
+from mutants_forked import sample_in_forks
 from mutants_judged import Plan, judged
 from mutants_made import Mutant, mutants_of
-from mutants_report import report
+from mutants_report import report, report_of_areas
 from mutants_same import reason_of
 
 ROOT = Path(__file__).parent.parent
@@ -113,13 +115,23 @@ if __name__ == "__main__":
     some_of.add_argument("found", type=Path, help="lines of JSON, one a mutant")
     some_of.add_argument("areas", nargs="*", choices=[[], *AREAS], help="default: all")
     some_of.add_argument("--per-file", type=int, default=4)
+    quick = what.add_parser("quick", help="the same of those inside of functions, in children of one process")
+    quick.add_argument("found", type=Path, help="lines of JSON, one a mutant")
+    quick.add_argument("areas", nargs="+", choices=[*AREAS])
+    quick.add_argument("--per-file", type=int, default=4)
     page = what.add_parser("report", help="Markdown of both")
     page.add_argument("found", type=Path)
     page.add_argument("sampled", type=Path)
+    part = what.add_parser("areas", help="the page's part on the samples")
+    part.add_argument("sampled", type=Path)
     a = parser.parse_args()
     if a.what == "run":
         run(a.found, a.files, a.own)
     elif a.what == "sample":
         sample(a.found, a.areas, a.per_file)
+    elif a.what == "quick":
+        sample_in_forks(a.found, a.areas, a.per_file)
+    elif a.what == "areas":
+        print(report_of_areas(a.sampled))
     else:
         print(report(a.found, a.sampled))

@@ -34,15 +34,17 @@ def _all(*globs: str) -> tuple[str, ...]:
 
 
 AREAS: dict[str, Area] = {
-    "checkpoint": Area(("moe_fn/checkpoint/*.py",), _all("checkpoint*", "module_lists")),
-    "quant": Area(("moe_fn/quant/*.py",), _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised")),
+    "checkpoint": Area(("moe_fn/checkpoint/*.py",), _all("checkpoint*", "module_lists", "bad_input")),
+    "quant": Area(
+        ("moe_fn/quant/*.py",), _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised", "bad_input")
+    ),
     "parallel": Area(
         ("moe_fn/parallel/*.py", "moe_fn/meeting.py"),
-        (*_all("parallel", "bad_parallel", "expert_parallel", "faults", "*_ranks"), "compile_tests/test_parallel_traffic.py"),
+        (*_all("parallel", "bad_input", "bad_parallel", "expert_parallel", "faults", "*_ranks"), "compile_tests/test_parallel_traffic.py"),
     ),
-    "balance": Area(("moe_fn/balance/*.py",), _all("eplb*", "balance*", "layer")),
-    "transformers": Area(("moe_fn/integrations/transformers/*.py",), _all("transformers_*")),
-    "families": Area(("moe_fn/families/*.py",), _all("family_*", "transformers_zoo", "checkpoint_families")),
+    "balance": Area(("moe_fn/balance/*.py",), _all("eplb*", "balance*", "layer", "bad_input")),
+    "transformers": Area(("moe_fn/integrations/transformers/*.py",), _all("transformers_*", "bad_input")),
+    "families": Area(("moe_fn/families/*.py",), _all("family_*", "transformers_zoo", "checkpoint_families", "bad_input")),
     "triton": Area(
         ("moe_fn/kernels/triton/*.py",),
         _all("triton_*"),

@@ -33,6 +33,7 @@ class Plan:
     tests: tuple[str, ...]
     profile: str
     kills: Counter[str]
+    seconds: float = SECONDS
 
 
 def judged(mutant: Mutant | None, plan: Plan) -> tuple[str, str]:
@@ -43,7 +44,7 @@ def judged(mutant: Mutant | None, plan: Plan) -> tuple[str, str]:
         os.close(reading)
         _in_child(mutant, plan, lambda name: os.write(writing, f"{name}\n".encode()))
     os.close(writing)
-    status = _wait(child)
+    status = wait(child, plan.seconds)
     with os.fdopen(reading) as pipe:
         told = pipe.read().splitlines()
     if status is None:
@@ -64,7 +65,7 @@ def _in_child(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> 
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
-            _plant(mutant)
+            plant(mutant)
         code = _tested(mutant, plan, tell)
     finally:
         os._exit(code)
@@ -89,7 +90,8 @@ def _tested(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> in
     return int(pytest.main([*options, *plan.tests], plugins=[Order(plan.kills, tell)]))
 
 
-def _plant(mutant: Mutant) -> None:
+def plant(mutant: Mutant) -> None:
+    """Put its code into the function that it changes, or have its module imported from its source."""
     if "moe_fn" not in sys.modules:
         sys.meta_path.insert(0, Mutated(mutant.module, ROOT / mutant.file, mutant.source))
         importlib.import_module("moe_fn")
@@ -116,9 +118,9 @@ def _functions_in(module: ModuleType) -> list[Any]:
     return list(found.values())
 
 
-def _wait(child: int) -> int | None:
+def wait(child: int, seconds: float) -> int | None:
     """The status that a child ends with; None if it takes too long."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:

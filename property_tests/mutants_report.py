@@ -53,18 +53,22 @@ def report(found: Path, sampled: Path) -> str:
             "",
             *(f"- {_where(line)}" for line in unknown),
             "",
-            *_of_areas(sampled),
+            report_of_areas(sampled),
         )
     )
 
 
-def _heading() -> tuple[str, ...]:
+def _made_of() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     versions = f"mutmut {version('mutmut')}, torch {version('torch')}, Python {platform.python_version()}"
+    return f"{date.today()}, sources of commit {commit or 'unknown'}, {versions}."
+
+
+def _heading() -> tuple[str, ...]:
     return (
         "# Mutation testing",
         "",
-        f"{date.today()}, sources of commit {commit or 'unknown'}, {versions}. `make mutants` makes this page again.",
+        f"{_made_of()} `make mutants` makes this page again.",
         "",
         "A mutant is the code with one small change: another operator or number, an argument less or None, a condition turned round. It",
         "is killed if a test fails. First the file's doctests and two or three laws of the whole layer judge it, 25 examples each; then,",
@@ -75,17 +79,21 @@ def _heading() -> tuple[str, ...]:
     )
 
 
-def _of_areas(sampled: Path) -> list[str]:
-    """The samples: a row an area, and who lives."""
+def report_of_areas(sampled: Path) -> str:
+    """Markdown of the samples: a row an area, and who lives."""
     last = {line["id"]: line for line in map(json.loads, sampled.read_text().replace("`", "").splitlines())}
     lines = [line for line in last.values() if line["of"] == source_hash(line["file"])]
     of_area = {name: [line for line in lines if line["area"] == name] for name in AREAS}
     alive = [line for line in lines if line["verdict"] == "survived"]
-    return [
+    text = [
         "## Samples of the areas around the stages",
         "",
-        "The same few mutants of every file, each in a copy of the tree, against the area's tests (`property_tests/mutants_areas.py`).",
-        "Triton's kernels are changed token by token (`mutants_of_triton.py`); those in C++ are `make mutants-cpp`.",
+        _made_of(),
+        "",
+        "The same few mutants of every file, against the area's tests (`property_tests/mutants_areas.py`): those inside of functions in",
+        "children of one process that has collected the tests (`mutants.py quick`); those of tables and defaults in a process each. What",
+        "survives is judged by mypy, as in `make test`, and by the tests that were written since. Triton's kernels are changed token by",
+        "token (`mutants_of_triton.py`); those in C++ are `make mutants-cpp`.",
         "",
         "| area | mutants | killed | survived | of these the same program | killed, % |",
         "|---|---:|---:|---:|---:|---:|",
@@ -94,6 +102,7 @@ def _of_areas(sampled: Path) -> list[str]:
         "",
         *(f"- {_where(line)}: {reason_of(line['file'], line['change']) or 'no test sees it'}" for line in alive),
     ]
+    return "\n".join(text)
 
 
 def _of_now(file: str, lines: list[Line]) -> list[Line]:

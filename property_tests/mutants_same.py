@@ -30,6 +30,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (SHARED, "(y.to(None) * torch.sigmoid("),
         ("stages/zero_experts.py", "(y.to(None) + "),
         ("stages/zero_experts.py", "* x.to(None)"),
+        ("balance/losses.py", "correction_bias.to(None) + rate"),
     ),
     "torch adds two halves in float32 and rounds once by itself.": (
         (EXPERTS, "out = out.to(None) + spread_over_rows"),
@@ -47,6 +48,8 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (ROUTE, "taken.to(None).cumsum"),
         (ROUTE, "cumsum(-2, dtype=None)"),
         (ROUTE, "cumsum(-2, )"),
+        ("balance/window.py", "window.ring.sum(0, )"),
+        ("quant/travelling.py", "decode_e8m0(scale, None)"),
     ),
     "All columns are kept where there are no more than choices.": ((ROUTE, "if (shared is not None) or True else z"),),
     "Padding tokens go nowhere, whatever finite logits they have.": ((ROUTE, "token_mask.unsqueeze(-1), logits, 1)"),),
@@ -66,6 +69,11 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (EXPERTS, 'weights.lora, "DOWN", hidden'),
     ),
     "The norm of order 1 is that sum.": ((ROUTE, "if (order == 1.0) and False else"),),
+    "Where rows travel no scale is of all rows, so nothing asks which rows are present.": (
+        ("quant/travelling.py", "present = torch.ones(rows.shape[0], 1, device"),
+    ),
+    "An alias that only annotations name.": (("quant/activations.py", "Scales = None"),),
+    "A name has that part once.": (("checkpoint/modelopt.py", "module.replace(beside, inside, )"),),
     "It divides zeros: a norm that is not above 0 is one of zeros.": ((ROUTE, "torch.where(total > 0, total, 2)"),),
 }
 

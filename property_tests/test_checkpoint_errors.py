@@ -332,9 +332,11 @@ def test_a_shard_without_experts_has_no_layers(tmp_path: Path) -> None:
 def test_folders_without_a_checkpoint_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; expected a checkpoint folder"):
         load(tmp_path / "nowhere")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin: only safetensors are read, no pickles.; expected model.safetensors"):
-        load(tmp_path)
+    for name in ("model.bin", "model.pt", "model.pth", "model.ckpt", "model.gguf"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=rf"\({name}: only safetensors are read, no pickles\); expected model\.safetensors"):
+            load(tmp_path)
+        (tmp_path / name).unlink()
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config.json holds a list; expected a JSON object"):
         moe_layers(tmp_path)

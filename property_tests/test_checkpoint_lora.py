@@ -23,7 +23,7 @@ from moe_fn.testing import assert_matches, weights_for
 pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 
-from moe_fn.checkpoint import load_lora
+from moe_fn.checkpoint import load_lora, lora
 
 PREFIX = "model.layers.3.mlp"
 Products = dict[str, dict[int, Tensor]]  # by part and expert: what is to be added to the matrix
@@ -329,6 +329,19 @@ def test_dtype_and_device_are_as_asked(tmp_path: Path) -> None:
     kept, wide = (load_lora(tmp_path, PREFIX, CONFIG, dtype=dtype) for dtype in (None, torch.float64))
     assert kept.down_a is not None and kept.down_a.dtype == torch.bfloat16
     assert wide.down_b is not None and wide.down_b.dtype == torch.float64 and wide.down_b.shape == (1, 4, 16, 2)
+    write(tmp_path, PLAIN | {"lora_alpha": 0.2}, {name: t.to(torch.bfloat16) for name, t in GOOD.items()})
+    scaled = load_lora(tmp_path, PREFIX, CONFIG, dtype=torch.float32)
+    assert scaled.down_b is not None and scaled.down_b[0, 1, 0, 0].item() == torch.tensor(0.1).item()  # not rounded to the file's bfloat16
+
+
+def test_rows_of_a_factor_change_their_order_and_back() -> None:
+    packed, alternating = (torch.tensor(rows, dtype=torch.float32).view(1, 6, 1) for rows in ([0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5]))
+    for found, wanted, before, after in (
+        ("packed", "interleaved", packed, alternating),
+        ("interleaved", "packed", alternating, packed),
+        ("packed", "packed", packed, packed),
+    ):
+        assert torch.equal(lora._in_layout(before, found, wanted), after)
 
 
 GOOD = {f"{PREFIX}.experts.1.down_proj.lora_A.weight": torch.ones(2, 12), f"{PREFIX}.experts.1.down_proj.lora_B.weight": torch.ones(16, 2)}

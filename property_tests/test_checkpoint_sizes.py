@@ -17,6 +17,7 @@ from checkpoints import same_bits
 from moe_fn import MoEConfig, ParallelConfig, RankGroup
 from moe_fn.checkpoint import LAYOUTS, load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, reading, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
+from moe_fn.families import config_of_layer
 from moe_fn.records import leaves_of_weights
 from moe_fn.testing import weights_for
 
@@ -196,6 +197,19 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "  options  router.gate_dtype=input" in out
     assert "PATH: model.layers.2.block_sparse_moe does not fit the layout 'mixtral' and the config:" in out
     assert "model.layers.2.block_sparse_moe.gate.weight is missing; expected C W = [8, 4]" in out
+
+
+def test_inspect_says_which_experts_are_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {
+        "model_type": "hunyuan_v1_moe", "num_experts": 2, "moe_topk": 1, "hidden_size": 4, "intermediate_size": 6, "num_shared_expert": 1,
+    }  # fmt: skip
+    config = config_of_layer(words, 0)
+    weights = weights_for(config, dtype=torch.bfloat16, bias=False, scales=False)
+    save_moe_weights(tmp_path, "model.layers.0.mlp", config, weights, layout="hunyuan")
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "2        1      4       6             1 x 6   BF16" in out and "  options  shared.intermediate_size=6\n" in out
 
 
 def test_inspect_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

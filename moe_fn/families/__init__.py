@@ -63,7 +63,7 @@ def config_of_layer(model_config: Mapping[str, Any], layer: int, prefix: str | N
     """
     family, model_type, part = _part(model_config, prefix)
     if family.refused:
-        raise ValueError(f"{family.names[0]}: {family.refused}")
+        raise ValueError(f"{family.names[0]}: {family.refused}; expected a token-choice mixture of feed-forward experts")
     words: Mapping[str, Any] = {}
     try:
         words = words_of_layer(CONFIG_CLASSES[model_type], part, layer)

@@ -1,0 +1,179 @@
+"""Mutants of an area in children of one process that has collected its tests: each runs only the tests that come to the changed function.
+
+A child neither imports nor collects, so a mutant costs as long as the first test that sees it. What is read where modules are imported,
+or in other processes, a child cannot see: what survives here is judged again in a copy of the tree (`mutants_copied.py`).
+"""
+
+import doctest
+import gc
+import importlib
+import json
+import math
+import os
+import pickle
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from _pytest.runner import runtestprotocol
+from hypothesis import settings
+from mutants_areas import AREAS
+from mutants_judged import ROOT, plant, wait
+from mutants_made import Mutant, functions_of, source_hash
+
+Covered = Mapping[tuple[str, str], Sequence[tuple[int, float]]]  # (file, function): (index of a test that comes to it, seconds it takes)
+
+
+def sample_in_forks(found: Path, names: Sequence[str], per_file: int) -> None:
+    """A line of JSON for each sampled mutant that is inside of a function; what `found` holds is not run again."""
+    found.parent.mkdir(parents=True, exist_ok=True)
+    done = {json.loads(line)["id"] for line in found.read_text().splitlines()} if found.exists() else set()
+    for name in names:
+        area = AREAS[name]
+        todo = [m for file in area.paths for m in area.made(file, per_file) if m.inside and m.id not in done]
+
+        def write(mutant: Mutant, verdict: str, by: str, seconds: float, name: str = name) -> None:
+            line = {
+                **mutant.described,
+                "area": name,
+                "of": source_hash(mutant.file),
+                "verdict": verdict,
+                "by": by,
+                "seconds": round(seconds),
+            }
+            with found.open("a") as out:
+                out.write(json.dumps({**line, "forked": True}) + "\n")
+            print(f"{mutant.file}:{mutant.line} {verdict} {by or mutant.change}", flush=True)
+
+        child = os.fork()  # pytest runs once in a process
+        if child == 0:
+            code = 1
+            try:
+                in_forks(todo, area.tests, write)
+                code = 0
+            finally:
+                os._exit(code)
+        if os.waitpid(child, 0)[1] != 0:
+            raise RuntimeError(f"{name}: the tests fail for the code as it is, or the runner broke")
+
+
+def in_forks(mutants: Sequence[Mutant], tests: Sequence[str], found: Callable[[Mutant, str, str, float], None]) -> None:
+    """Call found(mutant, "killed" or "survived", by which test, seconds) for each mutant, all of them inside of functions."""
+    settings.load_profile("mutants")
+    options = ["-q", "--tb=no", "-p", "no:xdist", "-p", "no:cacheprovider", "-W", "ignore", "--hypothesis-profile=mutants"]
+    code = pytest.main([*options, *tests], plugins=[_Forks(mutants, found)])
+    if code != 0:
+        raise RuntimeError(f"pytest ended with {code}")
+
+
+class _Forks:
+    """A pytest plugin: in place of running the tests once, a child for every mutant."""
+
+    def __init__(self, mutants: Sequence[Mutant], found: Callable[[Mutant, str, str, float], None]) -> None:
+        self.mutants, self.found = mutants, found
+        self.kills: Counter[int] = Counter()
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run all tests once, and note which functions they come to; then those of every mutant until one fails."""
+        gc.collect()
+        gc.freeze()
+        files = {mutant.file for mutant in self.mutants}
+        status, said = _child(lambda: _covered(session.items, files), 3600.0)
+        if status != 0:
+            raise RuntimeError(f"the code as it is fails {said.decode()}")
+        covered: Covered = pickle.loads(said)
+        for mutant in self.mutants:
+            start = time.monotonic()
+            tests = sorted(covered.get((mutant.file, _function(mutant)), ()), key=lambda test: (-self.kills[test[0]], test[1]))
+            limit_s = 3 * sum(seconds for _, seconds in tests) + 60
+            status, said = _child(partial(_first_failing, session.items, mutant, [number for number, _ in tests]), limit_s)
+            failing = int(said) if status == 0 and said else None
+            self.kills.update([] if failing is None else [failing])
+            name = "" if failing is None else "its doctest" if failing == -1 else session.items[failing].nodeid
+            by = name if status == 0 else f"status {status}: {said.decode()}"
+            self.found(mutant, "killed" if by else "survived", by, time.monotonic() - start)
+        return True
+
+
+def _covered(items: Sequence[pytest.Item], files: set[str]) -> bytes:
+    """Run every test: what is Covered, pickled."""
+    paths = {str(ROOT / file): file for file in files}
+    covered = defaultdict(list)
+    for number, item in enumerate(items):
+        seen: set[tuple[str, str]] = set()
+        start = time.process_time()
+        with _calls(paths, seen):
+            if why := _failed(item):
+                raise RuntimeError(f"{item.nodeid}: {why}")
+        for function in seen:
+            covered[function].append((number, time.process_time() - start))
+    return pickle.dumps(dict(covered))
+
+
+@contextmanager
+def _calls(paths: Mapping[str, str], seen: set[tuple[str, str]]) -> Iterator[None]:
+    """Note the functions of these files that are called within: (file, qualified name)."""
+
+    def called(frame: FrameType, event: str, arg: Any) -> None:
+        code = frame.f_code
+        if code.co_filename in paths:
+            seen.add((paths[code.co_filename], code.co_qualname.partition(".<locals>")[0]))
+
+    sys.settrace(called)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+def _first_failing(items: Sequence[pytest.Item], mutant: Mutant, tests: Sequence[int]) -> bytes:
+    """The number of the first test that fails with the mutant planted, or nothing; -1 is the module's doctest."""
+    plant(mutant)
+    if doctest.testmod(importlib.import_module(mutant.module)).failed:
+        return b"-1"
+    return next((str(number).encode() for number in tests if _failed(items[number])), b"")
+
+
+def _failed(item: pytest.Item) -> str:
+    """Why a test fails, empty if it does not."""
+    return next((report.longreprtext or "failed" for report in runtestprotocol(item, log=False, nextitem=None) if report.failed), "")
+
+
+def _function(mutant: Mutant) -> str:
+    """The qualified name of the function that is changed."""
+    old, new = (functions_of(compile(text, "", "exec")) for text in ((ROOT / mutant.file).read_text(), mutant.source))
+    return next(name for name in old if old[name] != new[name])
+
+
+def _child(work: Callable[[], bytes], cpu_seconds: float) -> tuple[int | None, bytes]:
+    """(status, None if it takes too long; what the work returns), of a child process."""
+    with tempfile.TemporaryFile() as told:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setpgid(0, 0)
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(cpu_seconds), math.ceil(cpu_seconds) + 10))
+                silent = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(silent, 1)
+                os.dup2(silent, 2)
+                told.write(work())
+                code = 0
+            except Exception as error:
+                told.write(repr(error).encode())
+            finally:
+                told.flush()
+                os._exit(code)
+        status = wait(child, 20 * cpu_seconds)
+        told.seek(0)
+        return status, told.read()
