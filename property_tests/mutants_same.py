@@ -73,6 +73,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("quant/travelling.py", "present = torch.ones(rows.shape[0], 1, device"),
     ),
     "An alias that only annotations name.": (("quant/activations.py", "Scales = None"),),
+    "Every object has a __module__.": (("integrations/transformers/reading.py", 'getattr(hook, "__module__", )'),),
     "A name has that part once.": (("checkpoint/modelopt.py", "module.replace(beside, inside, )"),),
     "It divides zeros: a norm that is not above 0 is one of zeros.": ((ROUTE, "torch.where(total > 0, total, 2)"),),
 }

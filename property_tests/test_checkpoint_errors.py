@@ -329,6 +329,12 @@ def test_a_shard_without_experts_has_no_layers(tmp_path: Path) -> None:
         moe_layers(tmp_path)
 
 
+def test_what_is_no_config_is_named(tmp_path: Path) -> None:
+    save(tmp_path)
+    with pytest.raises(ValueError, match="^load_moe_weights: config is a dict; expected MoEConfig"):
+        load_moe_weights(tmp_path, PREFIX, {}, layout="deepseek")  # type: ignore[arg-type]
+
+
 def test_folders_without_a_checkpoint_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; expected a checkpoint folder"):
         load(tmp_path / "nowhere")
