@@ -331,7 +331,7 @@ def test_a_shard_without_experts_has_no_layers(tmp_path: Path) -> None:
 
 def test_what_is_no_config_is_named(tmp_path: Path) -> None:
     save(tmp_path)
-    with pytest.raises(ValueError, match="^load_moe_weights: config is a dict; expected MoEConfig"):
+    with pytest.raises(ValueError, match=r"^load_moe_weights: config is a dict; expected MoEConfig"):
         load_moe_weights(tmp_path, PREFIX, {}, layout="deepseek")  # type: ignore[arg-type]
 
 
