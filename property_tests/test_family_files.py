@@ -1,12 +1,15 @@
 """Reading a config.json needs no transformers: defaults of classes, parts of a model, lists of layers."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
 from moe_fn.config import ActivationConfig
-from moe_fn.families import FAMILIES, config_of_layer
+from moe_fn.families import FAMILIES, config_of_layer, older
+from moe_fn.families.build import _WITH_RENORMALIZE
+from moe_fn.families.defaults import CONFIG_CLASSES
 from moe_fn.families.words import Word
 
 Words = dict[str, Any]
@@ -67,11 +70,26 @@ def test_every_value_that_a_word_of_a_family_may_have_is_read() -> None:
 
 
 def words_in(value: Any) -> Iterator[Word]:
-    """The words in a row of a table."""
+    """The words in a row of a table, those in other words, in limits and in products too."""
     if isinstance(value, Word):
         yield value
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ():
+    parts = [getattr(value, field.name) for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else value
+    for inner in parts.values() if isinstance(parts, Mapping) else parts if isinstance(parts, list | tuple) else ():
         yield from words_in(inner)
+
+
+def test_a_family_renormalises_unless_its_row_says_otherwise() -> None:
+    """With what belongs to it: an epsilon, a minimum or an order, a constant of the row or a number of the file."""
+    read = 0
+    for family in (family for family in FAMILIES if not family.refused and "renormalize" not in family.router):
+        own = {name: family.router[name] for name in _WITH_RENORMALIZE if name in family.router}
+        words = {name: 0.25 for value in own.values() for word in words_in(value) for name in word.names if "." not in name}
+        router = config_of_layer({"model_type": family.names[0], **SIZES, "moe_intermediate_size": 4, **words}, 1).router
+        assert router.renormalize, family.names
+        for name, value in own.items():
+            assert getattr(router, name) == (0.25 if isinstance(value, Word) else value) != 0, (family.names, name)
+            read += 1
+    assert read
 
 
 def test_an_error_says_what_was_read_and_what_was_left_out() -> None:
@@ -145,3 +163,21 @@ def test_a_choice_within_one_group_has_two_names() -> None:
 def test_infinity_as_transformers_writes_it_is_no_limit() -> None:
     config = config_of_layer({"model_type": "gpt_oss", "swiglu_limit": {"__float__": "Infinity"}}, 0)
     assert config.activation.limit is None  # type: ignore[union-attr]
+    for unheard_of in ("infinity", None, 3, [], {}):
+        with pytest.raises(ValueError, match=r"swiglu_limit is .*expected a number|another kind than this family's models have"):
+            config_of_layer({"model_type": "gpt_oss", "swiglu_limit": {"__float__": unheard_of}}, 0)
+
+
+def test_words_of_older_files_are_those_of_the_class() -> None:
+    """Those that a class takes beside its fields."""
+    renamed = [name for name, known in CONFIG_CLASSES.items() if known.older is older.number_of_experts]
+    assert renamed
+    for model_type in renamed:
+        assert config_of_layer({"model_type": model_type, "num_experts": 512}, 1).num_experts == 512, model_type
+    for said in ("gelu", {"name": "gelu"}):
+        activation = config_of_layer({"model_type": "dbrx", "ffn_config": {"ffn_act_fn": said}}, 0).activation
+        assert isinstance(activation, ActivationConfig) and activation.function == "gelu"
+    pyramid: Words = {"model_type": "dots3_note_vision_encoder", "pyramid_num_routed": [3, 5]}
+    assert [config_of_layer(pyramid, layer).num_experts for layer in (0, 1)] == [3, 5]
+    own = {**pyramid, "num_local_experts": 7, "per_layer_config": {"1": {"num_local_experts": 6}}}  # which win: nothing else is of layer 0
+    assert [config_of_layer(own, layer).num_experts for layer in (0, 1)] == [7, 6]

@@ -8,11 +8,14 @@ pytest.importorskip("transformers")
 
 from hypothesis import strategies as st
 from support import law
-from test_family_words import FIRST, Words, layer_of, names_of, ours, theirs, words_of, words_read
-from zoo import BlockRow
+from test_family_files import words_in
+from test_family_words import FIRST, Words, block_of, layer_of, names_of, ours, theirs, words_of, words_read
+from torch import nn
+from zoo import ROWS, BlockRow
 
-from moe_fn.families import config_of_layer
+from moe_fn.families import FAMILIES, config_of_layer, family_of_block
 from moe_fn.families.composite import PARTS
+from moe_fn.integrations.transformers import from_block
 
 OF_TYPE = {words_of(row)["model_type"]: row for row in FIRST}
 SEVERAL = [outer for outer, parts in PARTS.items() if len(parts) > 1]
@@ -69,3 +72,29 @@ def test_a_layer_is_read_with_the_words_of_its_part(outer: str, data: Any) -> No
 def test_a_word_that_names_a_function_is_never_read_as_another(row: BlockRow, name: str, function: str) -> None:
     mine = ours(row, {**words_of(row), name: function})
     assert isinstance(mine, str) and name in mine, (row.name, name, function)
+
+
+def of_another_kind(value: Any) -> Any:
+    """Another value of an attribute of a block."""
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else nn.Mish()
+
+
+def test_every_attribute_that_a_row_names_is_one_of_a_block_that_goes_before_its_config() -> None:
+    named = {name.lstrip(".") for family in FAMILIES for word in words_in(family) for name in word.names if "." in name}
+    followed = set()
+    for row in (row for row in ROWS if not family_of_block(row.block).refused):
+        block = block_of(row, words_of(row)).eval()
+        config = from_block(block)[0]
+        for name in named - followed:
+            owners = {module: getattr(module, name) for module in block.modules() if name in vars(module) | module._modules}
+            for module, value in owners.items():
+                setattr(module, name, of_another_kind(value))
+            try:
+                changed = from_block(block)[0] != config
+            except ValueError:  # or it says that it does not know that value
+                changed = True
+            followed |= {name} if changed else set()
+            for module, value in owners.items():
+                delattr(module, name)  # a module does not take a function in a module's place
+                setattr(module, name, value)
+    assert followed == named
