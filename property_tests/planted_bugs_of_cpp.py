@@ -33,6 +33,7 @@ MANY, GRADIENTS = (
 OUTER, SEGMENTS = ("test_native_backward.test_outer_products_of_many_rows", "test_native_backward.test_outer_products_of_segments")
 LIMITS = "test_native_backward.test_slopes_at_the_very_limits_and_kinks"
 FORWARD, FEW = ("test_native.test_every_level_equals_the_reference", "test_native.test_few_and_many_rows_of_weights_kept_in_out")
+REFUSED = "test_native.test_wrong_shapes_raise_in_words"
 PRODUCTS, CODES = ("test_native.test_grouped_products_of_every_level", "test_quant_native.test_every_level_equals_the_reference")
 
 BUGS = (
@@ -129,4 +130,8 @@ BUGS = (
     CppBug(FEW, "a strip past the end of the weights", "stream.h", "if ((row + ROWS - 1) * pitch + c + STRIP <= end) {", "if (true) {"),
     CppBug(PRODUCTS, "rows of nobody are not cleared", "kernels.cpp", "clear(groups.rows);", ""),
     CppBug(CODES, "zero points are ignored", "codes.h", "zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat", "splat"),
+    # Of refusals.
+    CppBug(REFUSED, "prepared weights of fewer bytes in a row", "binding.cpp", "&& t.size(3) * w.element", "|| t.size(3) * w.element"),
+    CppBug(REFUSED, "a gradient of another shape", "binding.cpp", "&& gradient.scalar_type() ==", "|| gradient.scalar_type() =="),
+    CppBug(REFUSED, "ends past their segment", "binding.cpp", "last = first + rows / segments", "last = first + rows * segments"),
 )

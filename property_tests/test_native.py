@@ -174,11 +174,19 @@ def test_wrong_shapes_raise_in_words() -> None:
     with pytest.raises(ValueError, match="expected 8 columns of 5 products"):
         call(RUNNABLE[0], config, weights, torch.ones(3, 5), routing)
     gate_up, down = lay_panels(config, weights.gate_up, weights.down)
-    with pytest.raises(ValueError, match="expected 8 columns of 4 products, plain or prepared"):
-        call(RUNNABLE[0], config, replace(weights, gate_up=gate_up[:, :, 1:], down=down), x, routing)
-    for ends in ([2, 1], [1, 9], [-1, 1]):
-        with pytest.raises(ValueError, match="expected ends that do not decrease"):
-            ops.grouped_matmul(x, weights.gate_up, torch.tensor(ends, dtype=torch.int32), True, 1, 1, False)
+    for part in (gate_up[:, 1:], gate_up[:, :, 1:], gate_up[..., 1:]):
+        with pytest.raises(ValueError, match="expected 8 columns of 4 products, plain or prepared"):
+            call(RUNNABLE[0], config, replace(weights, gate_up=part, down=down), x, routing)
+    for ends, segments, last in (([2, 1], 1, 3), ([1, 9], 1, 3), ([-1, 1], 1, 3), ([1, 2, 2, 3], 3, ""), ([1, 4, 4, 6], 2, 3)):
+        rows, wanted = torch.ones(3 * segments, 4), f"up to {last}" if last else "4 ends and 9 rows do not split into 3 segments"
+        with pytest.raises(ValueError, match=wanted):
+            ops.grouped_matmul(rows, weights.gate_up, torch.tensor(ends, dtype=torch.int32), True, segments, 1, False)
+    plain, prepared = (
+        packed(config, w, x, routing.expert_ids, routing.weights) for w in (weights, replace(weights, gate_up=gate_up, down=down))
+    )
+    for gradient, arguments in ((x[:2], plain), (x[:, :3], plain), (x.double(), plain), (x, prepared)):
+        with pytest.raises(ValueError, match=r"gradient is .*; expected that of x, and plain weights"):
+            ops.routed_experts_backward(gradient, [True] * 6, x.new_empty(0), *arguments)
 
 
 WITHOUT_COMPILER = """
