@@ -39,8 +39,11 @@ AREAS: dict[str, Area] = {
         ("moe_fn/quant/*.py",), _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised", "bad_input")
     ),
     "parallel": Area(
-        ("moe_fn/parallel/*.py", "moe_fn/meeting.py"),
-        (*_all("parallel", "bad_input", "bad_parallel", "expert_parallel", "faults", "*_ranks"), "compile_tests/test_parallel_traffic.py"),
+        ("moe_fn/parallel/*.py", "moe_fn/meeting.py", "moe_fn/ops/collectives.py"),
+        (
+            *_all("parallel", "bad_input", "bad_parallel", "around_the_experts", "expert_parallel", "faults", "*_ranks"),
+            "compile_tests/test_parallel_traffic.py",
+        ),
     ),
     "balance": Area(("moe_fn/balance/*.py",), _all("eplb*", "balance*", "layer", "bad_input")),
     "transformers": Area(("moe_fn/integrations/transformers/*.py",), _all("transformers_*", "bad_input")),

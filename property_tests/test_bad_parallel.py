@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_fn import MoEConfig, ParallelConfig, RankGroup, join_weights, shard_weights
+from moe_fn import MoEConfig, ParallelConfig, RankGroup, RouterWeights, join_weights, shard_weights
+from moe_fn.balance import placement_of_slots
 from moe_fn.config import ExpertNormConfig, SharedExpertsConfig
 from moe_fn.meeting import words_of_ranks
 from moe_fn.parallel import check_ranks_agree
@@ -106,6 +107,18 @@ BAD: dict[str, Callable[[], Any]] = {
 def test_a_bad_way_to_share_says_what_is_wrong(words: str) -> None:
     with pytest.raises(ValueError, match=words):
         BAD[words]()
+
+
+@pytest.mark.parametrize("missing", ["logical_of_physical", "physical_of_logical", "num_replicas"])
+def test_copies_of_experts_are_placed_by_three_tensors(missing: str) -> None:
+    placement = placement_of_slots(torch.tensor([0, 1, 2, 3, 0, 1]), num_experts=4)
+    router = dataclasses.replace(
+        WHOLE.router or RouterWeights(), **{field.name: getattr(placement, field.name) for field in dataclasses.fields(placement)}
+    )
+    config = MoEConfig(**BASE, parallel=ParallelConfig(ep=TWO, num_physical=6))
+    assert shard_weights(config, dataclasses.replace(WHOLE, router=router)).gate_up.shape[0] == 3
+    with pytest.raises(ValueError, match=r"weights.router has no placement; expected logical_of_physical, physical_of_logical and num_r"):
+        shard_weights(config, dataclasses.replace(WHOLE, router=dataclasses.replace(router, **{missing: None})))
 
 
 def test_a_config_of_ranks_survives_json_pickle_and_copies() -> None:
