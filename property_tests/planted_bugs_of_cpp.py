@@ -133,5 +133,6 @@ BUGS = (
     # Of refusals.
     CppBug(REFUSED, "prepared weights of fewer bytes in a row", "binding.cpp", "&& t.size(3) * w.element", "|| t.size(3) * w.element"),
     CppBug(REFUSED, "a gradient of another shape", "binding.cpp", "&& gradient.scalar_type() ==", "|| gradient.scalar_type() =="),
+    CppBug(REFUSED, "a weight of fewer matrices", "binding.cpp", "weight.size(0) == wanted", "true"),
     CppBug(REFUSED, "ends past their segment", "binding.cpp", "last = first + rows / segments", "last = first + rows * segments"),
 )

@@ -181,6 +181,16 @@ def test_wrong_shapes_raise_in_words() -> None:
         rows, wanted = torch.ones(3 * segments, 4), f"up to {last}" if last else "4 ends and 9 rows do not split into 3 segments"
         with pytest.raises(ValueError, match=wanted):
             ops.grouped_matmul(rows, weights.gate_up, torch.tensor(ends, dtype=torch.int32), True, segments, 1, False)
+    one, ends = torch.ones(4, 4), torch.tensor([1, 4, 4, 4], dtype=torch.int32)
+    for segments, sets, wanted in ((0, 1, "into 0 segments"), (2, 0, "of 0 sets of weights")):
+        for product in (
+            lambda s, w: ops.grouped_outer(one, one, ends, s, w),
+            lambda s, w: ops.grouped_matmul(one, one[None], ends, True, s, w, False),
+        ):
+            with pytest.raises(ValueError, match=wanted):
+                product(segments, sets)
+    with pytest.raises(ValueError, match="expected 4 matrices"):
+        ops.grouped_matmul(one, weights.gate_up, ends, True, 1, 1, False)
     plain, prepared = (
         packed(config, w, x, routing.expert_ids, routing.weights) for w in (weights, replace(weights, gate_up=gate_up, down=down))
     )

@@ -180,7 +180,7 @@ Groups groups_of(const Tensor& ends, int64_t rows, int64_t segments, int64_t wei
   const int32_t* at = ends.const_data_ptr<int32_t>();
   const int64_t experts = ends.numel() / std::max<int64_t>(segments, 1);
   TORCH_CHECK_VALUE(segments > 0 && weight_sets > 0 && experts * segments == ends.numel() && rows % segments == 0, "moe_fn: ", ends.numel(), " ends and ", rows,
-                    " rows do not split into ", segments, " segments");
+                    " rows do not split into ", segments, " segments of ", weight_sets, " sets of weights");
   for (int64_t g = 0; g < ends.numel(); g++) {  // memory safety: a wrong end would be a read past the rows
     const int64_t first = g / experts * (rows / segments), last = first + rows / segments;
     TORCH_CHECK_VALUE(at[g] >= (g % experts ? at[g - 1] : first) && at[g] <= last, "moe_fn: end ", g, " is ", at[g], "; expected ends that do not decrease, up to ", last);
@@ -196,17 +196,19 @@ Tensor grouped_matmul_op(const Tensor& rows_, const Tensor& weight_, const Tenso
   Tensor out = empty({rows.size(0), columns}, rows.options());
   Weight matrix = weight_of(weight, columns, rows.size(1), transposed, false, false);
   matrix.invariant = invariant;
-  if (rows.size(0))
-    moe_fn::grouped_matmul(pool(), type_of(rows), rows.const_data_ptr(), matrix, groups_of(ends, rows.size(0), segments, weight_sets), out.mutable_data_ptr());
+  const Groups groups = groups_of(ends, rows.size(0), segments, weight_sets);
+  const int64_t wanted = groups.count / segments * weight_sets;  // memory safety: a missing matrix would be a read past the weight
+  TORCH_CHECK_VALUE(weight.size(0) == wanted, "moe_fn: weight is ", weight.sizes(), "; expected ", wanted, " matrices");
+  if (rows.size(0)) moe_fn::grouped_matmul(pool(), type_of(rows), rows.const_data_ptr(), matrix, groups, out.mutable_data_ptr());
   return out;
 }
 
 Tensor grouped_outer_op(const Tensor& left_, const Tensor& right_, const Tensor& ends_, int64_t segments, int64_t weight_sets) {
   const Tensor left = left_.contiguous(), right = right_.contiguous(), ends = ends_.to(at::kInt).contiguous();
   TORCH_CHECK_VALUE(left.size(0) == right.size(0) && left.scalar_type() == right.scalar_type(), "moe_fn: left is ", left.sizes(), ", right ", right.sizes(), "; expected equal rows and dtypes");
-  Tensor out = empty({weight_sets * (ends.numel() / segments), left.size(1), right.size(1)}, left.options());
-  moe_fn::grouped_outer(pool(), type_of(left), left.const_data_ptr(), left.size(1), right.const_data_ptr(), right.size(1),
-                        groups_of(ends, left.size(0), segments, weight_sets), out.mutable_data_ptr());
+  const Groups groups = groups_of(ends, left.size(0), segments, weight_sets);
+  Tensor out = empty({weight_sets * (groups.count / segments), left.size(1), right.size(1)}, left.options());
+  moe_fn::grouped_outer(pool(), type_of(left), left.const_data_ptr(), left.size(1), right.const_data_ptr(), right.size(1), groups, out.mutable_data_ptr());
   return out;
 }
 
