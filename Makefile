@@ -47,9 +47,9 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 campaign: $(INSTALLED)
-	status=0; $(BIN)/python -m moe_fn.campaign run --problems $(PROBLEMS) --workers $(WORKERS) || status=$$?; \
-	$(BIN)/python -m moe_fn.campaign measure || status=$$?; \
-	$(BIN)/python -m moe_fn.campaign report || status=$$?; \
+	status=0; PYTHONPATH=property_tests $(BIN)/python -m campaign run --problems $(PROBLEMS) --workers $(WORKERS) || status=$$?; \
+	PYTHONPATH=property_tests $(BIN)/python -m campaign measure || status=$$?; \
+	PYTHONPATH=property_tests $(BIN)/python -m campaign report || status=$$?; \
 	exit $$status
 
 bench: $(INSTALLED) .venv/.bench

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
+from campaign import running
 from planted_bugs import PlantedBug, after, before
 
 from moe_fn import activations, selection
-from moe_fn.campaign import running
 from moe_fn.stages import combine, experts
 
 

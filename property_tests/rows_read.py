@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-OTHERS = ("bench", "campaign", "kernels.triton", "reference", "testing", "__main__")
+OTHERS = ("bench", "kernels.triton", "reference", "testing", "__main__")
 
 
 class Table(dict[Any, Any]):

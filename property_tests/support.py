@@ -12,10 +12,10 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn import reference
-from moe_fn.campaign.bounds import error_bound
 from moe_fn.config import MoEConfig
 from moe_fn.records import RouterWeights, Routing
 from moe_fn.testing import MoEProblem, assert_matches
+from moe_fn.testing.bounds import error_bound
 
 
 def law(*strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:

@@ -6,6 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from campaign import every_problem, problem_of
+from campaign.__main__ import main
+from campaign.checking import check, check_problem
+from campaign.coverage import coverage_of
+from campaign.features import features_of
+from campaign.laws import LAWS, laws_of
+from campaign.running import LINES, lines_of, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planted_bugs import planted
@@ -14,17 +21,10 @@ from support import law
 from torch import Tensor
 
 import moe_fn
-from moe_fn.campaign import every_problem, problem_of
-from moe_fn.campaign.__main__ import main
-from moe_fn.campaign.bounds import ball
-from moe_fn.campaign.bounds.inputs import coded
-from moe_fn.campaign.checking import check, check_problem
-from moe_fn.campaign.coverage import coverage_of
-from moe_fn.campaign.features import features_of
-from moe_fn.campaign.laws import LAWS, laws_of
-from moe_fn.campaign.running import LINES, lines_of, run
 from moe_fn.reference.quant import rounded
 from moe_fn.testing import MoEProblem, quants
+from moe_fn.testing.bounds import ball
+from moe_fn.testing.bounds.inputs import coded
 
 SEEDS = st.integers(0, 2**20)
 UNITS = ball.UNITS[torch.float32]

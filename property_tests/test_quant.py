@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from campaign.checking import share_of_bound
 from hypothesis import given
 from hypothesis import strategies as st
 from support import law, leaves
@@ -14,11 +15,9 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn import ActivationQuantConfig, MoEConfig, MoEWeights, QuantConfig
-from moe_fn.campaign import error_bound
-from moe_fn.campaign.checking import share_of_bound
 from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
 from moe_fn.quant import travelling
-from moe_fn.testing import assert_matches, configs, problems, quants, weights_for
+from moe_fn.testing import assert_matches, configs, error_bound, problems, quants, weights_for
 from moe_fn.testing.problem import MoEProblem
 
 EVEN = st.sampled_from((2, 4, 8, 20, 40))

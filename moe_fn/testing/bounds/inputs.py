@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fn.campaign.bounds.ball import Ball
 from moe_fn.config import ActivationQuantConfig
 from moe_fn.reference.quant import nearest, numbers_of, scale_of
+from moe_fn.testing.bounds.ball import Ball
 
 Ends = tuple[Tensor, Tensor, Tensor]  # of an interval, with its float64 number in the middle
 

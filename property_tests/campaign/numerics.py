@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moe_fn.campaign.checking import Line
-from moe_fn.campaign.coverage import AXES
-from moe_fn.campaign.drawing import DTYPES
-from moe_fn.campaign.measuring import Measured
-from moe_fn.campaign.summary import Summary, by, number, summary_of, table
+from campaign.checking import Line
+from campaign.coverage import AXES
+from campaign.drawing import DTYPES
+from campaign.measuring import Measured
+from campaign.summary import Summary, by, number, summary_of, table
 
 _THEORY = """\
 ## Where the bound comes from
@@ -31,7 +31,7 @@ float32 (of float64 for float64 layers), `r_a` the bound of a number `a` so far,
 | a sum over `n` ranks | `n + 1` roundings more, in the layer's dtype, of `abs(W) abs(x)` |
 
 No step is fitted to measurements. The bound is of one problem: it is large where terms cancel, and where a number lies on a tie between two
-codes it holds both codes, so no tolerance is needed for ties. `moe_fn.campaign.error_bound` computes it for any problem, yours too.
+codes it holds both codes, so no tolerance is needed for ties. `moe_fn.testing.error_bound` computes it for any problem, yours too.
 An error is at most its bound ("of bound" <= 1); how much less depends on luck: errors of n terms add up like sqrt(n), bounds like n. In
 bfloat16 and float16 the last rounding alone can come near the bound.
 """
@@ -44,7 +44,7 @@ def numerics(lines: Sequence[Line], about: dict[str, Any], measured: Sequence[Me
         "# Numerics\n\n"
         f"Relative RMS error of the layer's output against the float64 reference, and its theoretical bound. {len(lines)} random problems "
         f"of seed {about['seed']} ({last['date'][:10]}, torch {last['versions']['torch']}, {last['cpu']}), widths 1 to 40; then the "
-        "widths of models, and ranks. Made by `python -m moe_fn.campaign report`.\n\n"
+        "widths of models, and ranks. Made by `PYTHONPATH=property_tests python -m campaign report`.\n\n"
         "`median` and `worst` are errors, `bound` is the median of the bounds, `of bound` the largest share of its bound that any entry of "
         "any output used: at most 1. Errors are relative to the output, so they are large where its terms cancel; the bound is too.\n"
     )

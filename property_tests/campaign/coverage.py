@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_fn.campaign.features import Features, name_of
+from campaign.features import Features, name_of
 from moe_fn.config.activation import PRESETS
 from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
 from moe_fn.testing.option_rules import OPTIONS, custom_activations, goes_with

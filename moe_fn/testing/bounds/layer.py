@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fn.campaign.bounds.ball import UNITS, Ball, Units, exact, norm, plus, product, scaled, stored, summed, times, wide
-from moe_fn.campaign.bounds.experts import Outcome, Slots, expert_rows, shared_rows
-from moe_fn.campaign.bounds.routing import gate_logits, routing_weights
 from moe_fn.config import MoEConfig
 from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, Routing
 from moe_fn.reference.routing import route_comparing_in
 from moe_fn.reference.tensors import float64_weights
+from moe_fn.testing.bounds.ball import UNITS, Ball, Units, exact, norm, plus, product, scaled, stored, summed, times, wide
+from moe_fn.testing.bounds.experts import Outcome, Slots, expert_rows, shared_rows
+from moe_fn.testing.bounds.routing import gate_logits, routing_weights
 from moe_fn.testing.problem import MoEProblem
 
 

@@ -5,9 +5,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from moe_fn.campaign.bounds.ball import Ball, Units, monotone, plus, rounded, times, wide
 from moe_fn.config import ActivationConfig
 from moe_fn.reference.activation import gate_function, up_factor
+from moe_fn.testing.bounds.ball import Ball, Units, monotone, plus, rounded, times, wide
 
 # Own error of a gate function f: at most so many roundings of |g|, for |f(g)| <= |g| and gelu's 1 + erf cancels down to them.
 _OWN_ROUNDINGS = 10

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import moe_fn
-from moe_fn.campaign.drawing import DTYPES
-from moe_fn.campaign.measuring import Measured, compare, measured, problem_for
+from campaign.drawing import DTYPES
+from campaign.measuring import Measured, compare, measured, problem_for
 from moe_fn.config import ActivationQuantConfig, MoEConfig, ParallelConfig, QuantConfig, SharedExpertsConfig
 
 _INT8 = QuantConfig(

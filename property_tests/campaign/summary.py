@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moe_fn.campaign.checking import Line
+from campaign.checking import Line
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from moe_fn.campaign.checking import Line
-from moe_fn.campaign.coverage import AXES, Coverage, coverage_of
-from moe_fn.campaign.drawing import DTYPES
-from moe_fn.campaign.laws import LAWS
-from moe_fn.campaign.summary import by, number, summary_of, table
+from campaign.checking import Line
+from campaign.coverage import AXES, Coverage, coverage_of
+from campaign.drawing import DTYPES
+from campaign.laws import LAWS
+from campaign.summary import by, number, summary_of, table
 
 _MISSING_SHOWN = 40
 
@@ -50,10 +50,10 @@ def _head(lines: Sequence[Line], about: dict[str, Any]) -> str:
         f"# A campaign of {len(lines)} problems\n\n"
         f"Seed {about['seed']}, {last['date'][:10]}, commit {commits}, torch {last['versions']['torch']}, {last['cpu']}, "
         f"{last['capability']}.{so_far}\n\n"
-        f"    python -m moe_fn.campaign run --problems {planned} --seed {about['seed']}\n"
-        f"    python -m moe_fn.campaign show --seed {about['seed']} --index N      # any problem again\n\n"
+        f"    PYTHONPATH=property_tests python -m campaign run --problems {planned} --seed {about['seed']}\n"
+        f"    PYTHONPATH=property_tests python -m campaign show --seed {about['seed']} --index N      # any problem again\n\n"
         "Every problem is a random config (all options crossed, all dtypes), random weights and inputs; each output is held to the bound "
-        f"of `moe_fn.campaign.error_bound` for that very problem, entry by entry. Gradients of {gradients} problems were compared with "
+        f"of `moe_fn.testing.error_bound` for that very problem, entry by entry. Gradients of {gradients} problems were compared with "
         f"the reference's. {undecided}: their bound holds both. A gate that sees "
         "normed or transformed inputs is judged by its logits' bound, and the layer by what the reference makes of these logits; "
         "other ways to ask for it, whose gate may round otherwise, where moving the logits within their bound changes no choice.\n"
@@ -62,7 +62,10 @@ def _head(lines: Sequence[Line], about: dict[str, Any]) -> str:
 
 def _failures(lines: Sequence[Line]) -> str:
     bad = [line for line in lines if line.failures]
-    rows = [f"- `python -m moe_fn.campaign show --seed {line.seed} --index {line.index}`: {'; '.join(line.failures)}" for line in bad]
+    rows = [
+        f"- `PYTHONPATH=property_tests python -m campaign show --seed {line.seed} --index {line.index}`: {'; '.join(line.failures)}"
+        for line in bad
+    ]
     return f"## Failures: {len(bad)}\n\n" + "\n".join(rows or ["None."]) + "\n"
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fn.campaign.bounds.activation import activated
-from moe_fn.campaign.bounds.ball import Ball, Units, exact, gamma, monotone, norm, plus, product, stored, times, wide
-from moe_fn.campaign.bounds.inputs import coded
 from moe_fn.config import MoEConfig, SharedExpertsConfig, as_activation
 from moe_fn.records import LoRAWeights, MoEWeights, SharedWeights
 from moe_fn.reference.experts import experts_of_weights
 from moe_fn.reference.quant import matrices
+from moe_fn.testing.bounds.activation import activated
+from moe_fn.testing.bounds.ball import Ball, Units, exact, gamma, monotone, norm, plus, product, stored, times, wide
+from moe_fn.testing.bounds.inputs import coded
 
 
 @dataclass(frozen=True)

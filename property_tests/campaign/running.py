@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from campaign.checking import Line, check, line_of_dict
 from moe_fn.bench.machine import machine
-from moe_fn.campaign.checking import Line, check, line_of_dict
 
 LINES, ABOUT = "problems.jsonl", "about.json"
 _AT_ONCE = 8  # problems that a worker takes together

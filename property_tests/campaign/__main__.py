@@ -1,4 +1,4 @@
-"""python -m moe_fn.campaign: random problems over the whole config space, each held to a bound of its own rounding error.
+"""python -m campaign, with property_tests on the path: random problems, each held to a bound of its own rounding error.
 
 run      check problems, and go on where the last run stopped;  show     one problem again
 measure  errors at the widths of models, and over ranks;          report   tables of a folder, as Markdown
@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-from moe_fn.campaign.checking import check
-from moe_fn.campaign.drawing import problem_of
-from moe_fn.campaign.measuring import Measured, measure_wide
-from moe_fn.campaign.numerics import numerics
-from moe_fn.campaign.ranks import measure_ranks
-from moe_fn.campaign.report import as_json, report
-from moe_fn.campaign.running import about, lines_of, run
+from campaign.checking import check
+from campaign.drawing import problem_of
+from campaign.measuring import Measured, measure_wide
+from campaign.numerics import numerics
+from campaign.ranks import measure_ranks
+from campaign.report import as_json, report
+from campaign.running import about, lines_of, run
 
 _MEASURED = "measured.json"
 
@@ -57,7 +57,7 @@ def _report(out: Path, to: Path) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m moe_fn.campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="PYTHONPATH=property_tests python -m campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="check problems, and go on where the last run stopped")

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from moe_fn.campaign.bounds.ball import Ball, Units, exact, gamma, monotone, over, plus, product, rounded, scaled, stored, times, wide
 from moe_fn.config import MoEConfig, RouterConfig
 from moe_fn.records import RouterWeights
 from moe_fn.reference.scores import SCORES
+from moe_fn.testing.bounds.ball import Ball, Units, exact, gamma, monotone, over, plus, product, rounded, scaled, stored, times, wide
 
 _OWN_ROUNDINGS = 8  # of a score function, relative to its value; softmax adds those of a sum, and of exp's argument
 

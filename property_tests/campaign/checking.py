@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 import moe_fn
-from moe_fn.campaign.bounds import Bound, error_bound, logits_again
-from moe_fn.campaign.bounds.ball import Ball
-from moe_fn.campaign.choices import has_logits_off_the_grid, leant, sums_may_tie, undecided
-from moe_fn.campaign.drawing import problem_of
-from moe_fn.campaign.features import Features, features_of, size_of
-from moe_fn.campaign.gradients import GRADIENT_TOLERANCES, gradient_error
-from moe_fn.campaign.laws import LAWS, forward, laws_of
+from campaign.choices import has_logits_off_the_grid, leant, sums_may_tie, undecided
+from campaign.drawing import problem_of
+from campaign.features import Features, features_of, size_of
+from campaign.gradients import GRADIENT_TOLERANCES, gradient_error
+from campaign.laws import LAWS, forward, laws_of
 from moe_fn.testing import MoEProblem
+from moe_fn.testing.bounds import Bound, error_bound, logits_again
+from moe_fn.testing.bounds.ball import Ball
 
 
 @dataclass(frozen=True, kw_only=True)

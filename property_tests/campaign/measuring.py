@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import moe_fn
-from moe_fn.campaign.bounds import error_bound
-from moe_fn.campaign.drawing import DTYPES
+from campaign.drawing import DTYPES
 from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
 from moe_fn.config.activation import PRESETS
 from moe_fn.testing import MoEProblem, weights_for
+from moe_fn.testing.bounds import error_bound
 
 WIDTHS = (64, 256, 1024)
 _BASE = MoEConfig(num_experts=4, top_k=2, hidden_size=256, intermediate_size=128)
