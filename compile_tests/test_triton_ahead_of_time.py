@@ -27,7 +27,7 @@ def compiled(arch: str, path: Path, *arguments: str) -> tuple[int, dict[str, Any
         "TRITON_INTERPRET",
         sys.executable,
         "-m",
-        "moe_fn.kernels.triton.ahead_of_time",
+        "compile_tests.ahead_of_time",
         "--arch",
         arch,
         "--json",

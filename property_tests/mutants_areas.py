@@ -52,7 +52,7 @@ AREAS: dict[str, Area] = {
         ("moe_fn/kernels/triton/*.py",),
         _all("triton_*"),
         mutants_of_triton,
-        ("__init__.py", "ahead_of_time.py", "_cases.py", "_signatures.py", "_quant.py"),
+        ("__init__.py",),
         (
             ("quant", "_quant"),
             ("codes", "_quant"),

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from compile_tests.ahead_of_time.case import Case
 from moe_fn.config.activation import PRESETS
 from moe_fn.kernels.triton import quant_products, quant_up, quantise, up
-from moe_fn.kernels.triton.ahead_of_time import Case
 from moe_fn.kernels.triton.quant_coverage import NO_E4M3
 from moe_fn.kernels.triton.quant_tiles import plainer, rows_of_coded, swaps
 from moe_fn.kernels.triton.quantise import CASTS_E4M3

@@ -4,11 +4,11 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from compile_tests.ahead_of_time.case import Case
+from compile_tests.ahead_of_time.quant_cases import quant_cases
+from compile_tests.ahead_of_time.signatures import GROUPED, ODD_VARIANTS, ROWS, VARIANTS, Options
 from moe_fn.config.activation import PRESETS
 from moe_fn.kernels.triton import down_backward, up
-from moe_fn.kernels.triton.ahead_of_time import Case
-from moe_fn.kernels.triton.ahead_of_time_quant import quant_cases
-from moe_fn.kernels.triton.ahead_of_time_signatures import GROUPED, ODD_VARIANTS, ROWS, VARIANTS, Options
 from moe_fn.kernels.triton.tile_tables import Tile, rows_of
 from moe_fn.kernels.triton.tiles import divisible, down_backward_tile, outer_tile, product_tile, shared_memory, tiles_of, up_tile
 

@@ -1,0 +1,67 @@
+"""python -m compile_tests.ahead_of_time --arch sm_90: what each kernel takes of a GPU, on a machine without one.
+
+Compiles every case of compile_tests.ahead_of_time.cases for the architecture and reads registers, spills, shared memory and the matrix
+instructions from the result. Exits with 1 if a case does not compile, spills, needs more shared memory than there is, or computes
+without the matrix unit that it should use. Needs nothing but the triton wheel, which brings assembler and disassembler.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from compile_tests.ahead_of_time.case import Case
+from compile_tests.ahead_of_time.cases import cases_of
+from compile_tests.ahead_of_time.resources import TARGETS, compiled, faults
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 1 if a case has a fault."""
+    parser = argparse.ArgumentParser(prog="python -m compile_tests.ahead_of_time", description=__doc__)
+    parser.add_argument("--arch", default="sm_90", choices=sorted(TARGETS))
+    parser.add_argument("--only", default="", help="cases whose names hold this text")
+    parser.add_argument("--part", default="1/1", help="2/3: every third case, from the second on")
+    parser.add_argument("--planted", action="store_true", help="compile tiles that are known to be bad instead")
+    parser.add_argument("--thorough", action="store_true", help="every form of quantised weights in every tile: some minutes more")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("triton interprets kernels in this process (TRITON_INTERPRET is set) and so does not compile them")
+    rows: dict[str, dict[str, Any]] = {}
+    part, parts = (int(number) for number in options.part.split("/"))
+    cases = list(cases_of(options.arch, planted=options.planted, thorough=options.thorough))
+    for case in cases[part - 1 :: parts]:
+        if options.only in case.name:
+            rows[case.name] = _row(case, options.arch)
+            print(_line(case.name, rows[case.name]), flush=True)
+    if options.json is not None:
+        report = {"triton": triton.__version__, "arch": options.arch, "names": [case.name for case in cases], "cases": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any(row["faults"] for row in rows.values()))
+
+
+def _row(case: Case, arch: str) -> dict[str, Any]:
+    """A case's resources and faults; that it does not compile is a fault too."""
+    try:
+        found = compiled(case, arch)
+    except Exception as error:  # whatever the compiler meets: the other cases are still worth their line
+        lines = str(error).strip().splitlines() or [""]
+        return {"faults": [f"does not compile: {type(error).__name__}: {lines[-1][:300]}"]}
+    return {**asdict(found), "faults": list(faults(case, found, arch))}
+
+
+def _line(name: str, row: Mapping[str, Any]) -> str:
+    if "registers" not in row:
+        return f"{name:58} {'; '.join(row['faults'])}"
+    units = " ".join(f"{unit} {count}" for unit, count in row["instructions"].items())
+    wrong = "".join(f"  ! {fault}" for fault in row["faults"])
+    return f"{name:58} registers {row['registers']:3} shared {row['shared']:6} {units:22} {row['seconds']:5.1f} s{wrong}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
