@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compile_tests.cached_calls import NAMES
-from moe_fn.compiling import traces_switching_autocast
+from moe_fn.torch_compat import traces_switching_autocast
 
 QUICK = ("autocast chunked marked masked given backward",)
 

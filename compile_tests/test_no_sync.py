@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from compile_tests.cases import HIDDEN, Case, as_leaves, cases
 from compile_tests.graphs import Graphs, nodes, ops, reading_values
-from moe_fn.kernels import torch_grouped as kernels
-from moe_fn.ops.grouped import GROUPED, GroupedOps
+from moe_fn.kernels.torch import grouped as kernels
+from moe_fn.ops.grouped_matmul import GROUPED, GroupedOps
 from moe_fn.testing import assert_matches
 
 BOTH = ("default", "everything")

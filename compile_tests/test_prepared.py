@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import moe_fn
 from compile_tests.cases import TORCH_2_11
 from moe_fn import MoEConfig, MoEWeights
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 from moe_fn.testing import assert_matches, assert_one_graph, weights_for
 
 pytestmark = pytest.mark.skipif(native.active().problem is not None, reason="no native kernels here")

@@ -14,7 +14,7 @@ import moe_fn
 from compile_tests.cases import Case, as_leaves
 from compile_tests.graphs import graphs_of, ops
 from moe_fn import ActivationQuantConfig, MoEWeights, QuantConfig
-from moe_fn.kernels import gpu
+from moe_fn.kernels.triton import call as gpu
 from moe_fn.testing import assert_matches, assert_one_graph
 
 if gpu.problem("cpu", torch.float32):
@@ -78,7 +78,10 @@ def launches_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """On fake CUDA tensors: every operation around the kernels runs as it would, launches are noted. A sync would raise."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from moe_fn.kernels.triton import grouped, layer, quant_layer, quant_products, quant_up
+    from moe_fn.kernels.triton import grouped, layer
+    from moe_fn.kernels.triton.quant import layer as quant_layer
+    from moe_fn.kernels.triton.quant import products as quant_products
+    from moe_fn.kernels.triton.quant import up as quant_up
 
     launched: list[str] = []
 

@@ -93,7 +93,7 @@ def test_rounded_activations_equal_the_stages(name: str, shape: str) -> None:
         config, weights, x, routing = problem(shape, BOTH[name], tokens, torch.bfloat16)
         y = moe_fn.moe_forward_routed(config, weights, x, routing).double()
         wide = tree_map(lambda t: t.float() if t.dtype == torch.bfloat16 else t, weights)
-        expected = moe_fn.fused.by_stages(replace(config, backend="torch"), wide, x.float(), routing).double()
+        expected = moe_fn.fused.routed_experts.by_stages(replace(config, backend="torch"), wide, x.float(), routing).double()
         error = float((y - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         assert error < 0.03, f"{tokens} tokens: {error}"
 

@@ -28,9 +28,9 @@ from test_transformers_zoo import classes_in_sources
 from zoo import ROWS, BlockRow, make_block, make_input, run_block
 from zoo.models import MODELS
 
+from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.integrations.transformers import register, replace_moe_blocks
 from moe_fn.integrations.transformers.blocks import family_of_module
-from moe_fn.progress import Progress, clear
 from moe_fn.testing.matching import relative_rms
 
 TABLES = {

@@ -52,7 +52,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from moe_fn import MoEConfig, MoEWeights, ParallelConfig, RankGroup, join_weights, moe_forward_with_stats, shard_weights
 from moe_fn.balance import update_correction_bias
-from moe_fn.config.sharing import ranks_of_experts
+from moe_fn.config.local import ranks_of_experts
 from moe_fn.parallel import check_ranks_agree
 
 CHECKED, TOLERANCE = 5, 1e-4  # steps, and how far their losses may be from one process's: sums in another order, and Adam divides by them

@@ -23,8 +23,8 @@ from small_models import MODELS, small_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.integrations.transformers import replace_moe_blocks
-from moe_fn.progress import Progress, clear
 
 LENGTHS = (1, 2, 100, 256)  # none of them is the one that was traced
 TRACED = 16

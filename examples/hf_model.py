@@ -28,8 +28,8 @@ from torch._dynamo.pgo import reset_code_state
 from torch._dynamo.utils import counters
 
 from moe_fn.bench.timing import clock_of_device, take_turns
+from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.integrations.transformers import register, replace_moe_blocks
-from moe_fn.progress import Progress, clear
 
 NOTE = """What is compared. Both models read the same parameters. Prefill is one call on the prompt, without a cache. Decode is greedy, a
 token at a time: eager with transformers' growing cache (what `generate` does), compiled with its static cache, so that one graph serves

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fn.compiling import constant_while_tracing
 from moe_fn.config import MoEConfig
-from moe_fn.kernels import gpu, native
+from moe_fn.kernels.native import library as native
+from moe_fn.kernels.triton import call as gpu
+from moe_fn.torch_compat import constant_while_tracing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,14 @@ import math
 import torch
 from torch import Tensor
 
-from moe_fn.compiling import check_same_size
 from moe_fn.config import MoEConfig
 from moe_fn.kinds import check_config, check_dtype, check_kind, check_layer, check_untraced, checked_integers
-from moe_fn.lora import check_adapters
-from moe_fn.preparing import is_prepared, prepared_beside_shapes, prepared_shapes
 from moe_fn.quant.shapes import dtypes_of_quant
 from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, RouterWeights, Routing, Shape, leaves_of_weights
-from moe_fn.shapes import ANY, added_by_others, expected_shapes
+from moe_fn.stages._adapters import check_adapters
+from moe_fn.torch_compat import check_same_size
+from moe_fn.weights.prepare import is_prepared, prepared_beside_shapes, prepared_shapes
+from moe_fn.weights.spec import ANY, added_by_others, expected_shapes
 
 _COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
 _COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}

@@ -1,20 +1,20 @@
-"""The public layer. What it computes is in `moe_fn.layer`, one screen; `moe_fn.calls` checks and flattens; this page picks how it runs."""
+"""The public layer: `layer.call` checks and flattens, `layer.compose` is what it computes, and this page picks how it runs."""
 
 import dataclasses
 
 from torch import Tensor
 
 from moe_fn.balance import stats_of_routing
-from moe_fn.calls import Call, autocast_off, enter, flat_routing, leave
 from moe_fn.checking import check_routing, check_x
-from moe_fn.chunked import layer_in_chunks, loop_is_visible, scalars_allowed
 from moe_fn.config import MoEConfig
-from moe_fn.layer import layer_of_tokens, parts_of_tokens, route_tokens
-from moe_fn.parallel.formats import may_overflow
+from moe_fn.layer.call import Call, autocast_off, enter, flat_routing, leave
+from moe_fn.layer.chunked import layer_in_chunks, loop_is_visible, scalars_allowed
+from moe_fn.layer.compose import layer_of_tokens, parts_of_tokens, route_tokens
+from moe_fn.layer.opaque import layer_as_op
+from moe_fn.parallel.dispatch import may_overflow
 from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.parallel.sizes import reads_sizes
 from moe_fn.records import MoEWeights, Routing, RoutingStats
-from moe_fn.whole_layer import layer_as_op
 
 
 def moe_forward(

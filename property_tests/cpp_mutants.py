@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 
 UNITS = ("backward", "kernels", "quantised", "binding")
 # Which units are compiled again for a file; of the shared headers the floats' units alone, for they say all that the tests of floats see.

@@ -28,8 +28,8 @@ from moe_fn import (
     shard_weights,
 )
 from moe_fn.parallel import check_ranks_agree
-from moe_fn.preparing import lay_panels
 from moe_fn.testing import weights_for
+from moe_fn.weights.prepare import lay_panels
 
 CONFIG = MoEConfig(
     num_experts=6, top_k=2, hidden_size=8, intermediate_size=5, backend="torch", lora=LoRAConfig(rank=2, experts="outer_shared")

@@ -3,9 +3,9 @@
 DIRECT = ("test_layer.test_the_layer_equals_the_reference", "test_layer.test_any_routing_equals_the_reference")  # called without pytest
 WITH_DIRECT: dict[str, tuple[str, ...]] = {
     "moe_fn/stages/route.py": ("test_route.test_routing_equals_the_reference",),
-    "moe_fn/selection.py": ("test_route.test_routing_equals_the_reference", "test_route.test_ties_go_to_the_lowest_expert_id"),
+    "moe_fn/stages/_scores.py": ("test_route.test_routing_equals_the_reference", "test_route.test_ties_go_to_the_lowest_expert_id"),
     "moe_fn/stages/experts.py": ("test_quant.test_quantised_layers_equal_the_reference", "test_layer.test_gradients_equal_the_reference"),
-    "moe_fn/lora.py": ("test_lora.test_merged_equals_applied",),
+    "moe_fn/stages/_adapters.py": ("test_lora.test_merged_equals_applied",),
     "moe_fn/balance/losses.py": ("test_layer.test_losses_equal_the_reference",),
     "moe_fn/quant/numbers.py": ("test_quant.test_quantised_layers_equal_the_reference",),
 }
@@ -24,11 +24,15 @@ OWN: dict[str, tuple[str, ...]] = {
     "moe_fn/stages/join.py": (AROUND,),
     "moe_fn/stages/zero_experts.py": (AROUND,),
     "moe_fn/stages/reduce_and_trunc.py": (AROUND, "property_tests/test_bad_input.py", "compile_tests/test_parallel_traffic.py"),
-    "moe_fn/selection.py": ("property_tests/test_route.py",),
-    "moe_fn/lora.py": ("property_tests/test_lora.py", "compile_tests/test_lora.py"),
+    "moe_fn/stages/_scores.py": ("property_tests/test_route.py",),
+    "moe_fn/stages/_adapters.py": ("property_tests/test_lora.py", "compile_tests/test_lora.py"),
     "moe_fn/balance/losses.py": ("property_tests/test_layer.py",),
     "moe_fn/quant/numbers.py": ("property_tests/test_quant_numbers.py", "property_tests/test_quant.py"),
-    "moe_fn/ops/grouped.py": ("property_tests/test_experts.py", "compile_tests/test_op_contracts.py", "compile_tests/test_transforms.py"),
+    "moe_fn/ops/grouped_matmul.py": (
+        "property_tests/test_experts.py",
+        "compile_tests/test_op_contracts.py",
+        "compile_tests/test_transforms.py",
+    ),
     "moe_fn/ops/rows.py": ("compile_tests/test_op_contracts.py", "compile_tests/test_transforms.py"),
 }
 

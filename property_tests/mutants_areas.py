@@ -34,12 +34,12 @@ def _all(*globs: str) -> tuple[str, ...]:
 
 
 AREAS: dict[str, Area] = {
-    "checkpoint": Area(("moe_fn/checkpoint/*.py",), _all("checkpoint*", "module_lists", "bad_input")),
+    "checkpoint": Area(("moe_fn/checkpoint/*.py", "moe_fn/checkpoint/quantized/*.py"), _all("checkpoint*", "module_lists", "bad_input")),
     "quant": Area(
-        ("moe_fn/quant/*.py",), _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised", "bad_input")
+        ("moe_fn/quant/*.py", "moe_fn/weights/quantize.py"), _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised", "bad_input")
     ),
     "parallel": Area(
-        ("moe_fn/parallel/*.py", "moe_fn/meeting.py", "moe_fn/ops/collectives.py"),
+        ("moe_fn/parallel/*.py", "moe_fn/balance/meeting.py", "moe_fn/ops/collectives.py"),
         (
             *_all("parallel", "bad_input", "bad_parallel", "around_the_experts", "expert_parallel", "faults", "*_ranks"),
             "compile_tests/test_parallel_traffic.py",
@@ -49,7 +49,7 @@ AREAS: dict[str, Area] = {
     "transformers": Area(("moe_fn/integrations/transformers/*.py",), _all("transformers_*", "bad_input")),
     "families": Area(("moe_fn/families/*.py",), _all("family_*", "transformers_zoo", "checkpoint_families", "bad_input")),
     "triton": Area(
-        ("moe_fn/kernels/triton/*.py",),
+        ("moe_fn/kernels/triton/*.py", "moe_fn/kernels/triton/quant/*.py"),
         _all("triton_*"),
         mutants_of_triton,
         ("__init__.py",),

@@ -18,7 +18,9 @@ def sample(found: Path, names: list[str], per_file: int) -> None:
     done = {name for name, line in done.items() if line["verdict"] == "killed" or not line.get("forked")}  # children see less than copies
     with tempfile.TemporaryDirectory() as folder:
         tree = copied_tree(Path(folder))
-        run_in(tree, ["-c", "import moe_fn.kernels.native as n; n.active()"], 3600.0)  # tests of ranks have less time than a compiler wants
+        run_in(
+            tree, ["-c", "import moe_fn.kernels.native.library as n; n.active()"], 3600.0
+        )  # tests of ranks have less time than a compiler wants
         for name in names or list(AREAS):
             area = AREAS[name]
             todo = [m for file in area.paths for m in area.made(file, per_file) if m.id not in done]

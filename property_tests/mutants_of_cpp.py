@@ -3,8 +3,8 @@
     python property_tests/mutants_of_cpp.py run out/mutants-cpp.jsonl backward.cpp kernels.h      what is in the file is not run again
     python property_tests/mutants_of_cpp.py report out/mutants-cpp.jsonl > out/mutants-cpp.md
 
-A mutant is a file of moe_fn/kernels/cpu with another operator, constant, bound or condition in one place. It is compiled for one level,
-loaded by a process of its own, and judged by the tests that are given a level (cpp_mutants.py). `--every 10` takes a tenth of them.
+A mutant is a file of moe_fn/kernels/native/sources with another operator, constant, bound or condition in one place. It is compiled for
+one level, loaded by a process of its own, and judged by the tests that are given a level (cpp_mutants.py). `--every 10` takes a tenth of them.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import conftest  # noqa: F401  before Triton: it says how kernels run
 from cpp_mutants import UNITS_OF, Change, Workshop, judged
 from hypothesis import settings
 
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 
 SWAPS = {
     " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " + ": " - ", " - ": " + ", " * ": " + ",

@@ -54,8 +54,8 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
     "All columns are kept where there are no more than choices.": ((ROUTE, "if (shared is not None) or True else z"),),
     "Padding tokens go nowhere, whatever finite logits they have.": ((ROUTE, "token_mask.unsqueeze(-1), logits, 1)"),),
     "The formula without the branch gives the same: its parameter is neutral.": (
-        ("moe_fn/activations.py", "(c.alpha != 1.0) or True"),
-        ("moe_fn/activations.py", "if (activation.up_offset) or True"),
+        ("moe_fn/stages/_activation.py", "(c.alpha != 1.0) or True"),
+        ("moe_fn/stages/_activation.py", "if (activation.up_offset) or True"),
     ),
     "The kernel turns ends to int32 by itself, and a second group has no rows.": (
         (ROUTE, "ends = torch.full((1,), x.shape[0], dtype=None)"),

@@ -11,27 +11,15 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from moe_fn import (
-    arithmetic,
-    balance,
-    calls,
-    chunked,
-    forward,
-    fused,
-    kinds,
-    layer,
-    lora,
-    merging,
-    panels,
-    preparing,
-    selection,
-    whole_layer,
-)
-from moe_fn.kernels import torch_grouped
-from moe_fn.ops import grouped
+from moe_fn import balance, forward, kinds
+from moe_fn.fused import routed_experts
+from moe_fn.kernels.torch import grouped
+from moe_fn.layer import call, chunked, compose, opaque
+from moe_fn.ops import arithmetic, grouped_matmul
 from moe_fn.parallel import cutting
 from moe_fn.records import Routing
-from moe_fn.stages import combine, dispatch, experts, join, reduce_and_trunc, route, shared, transform, zero_experts
+from moe_fn.stages import _adapters, _scores, combine, dispatch, experts, join, reduce_and_trunc, route, shared, transform, zero_experts
+from moe_fn.weights import lora, panels, prepare
 
 replace = dataclasses.replace
 
@@ -207,7 +195,7 @@ def _only_in_kept_groups(f: Callable[..., Any]) -> Callable[..., Any]:
         groups = config.router.groups
         if groups is None or groups.limit == "each":
             return f(config, z, ids)
-        kept = selection._kept_experts(groups, z.detach())
+        kept = _scores._kept_experts(groups, z.detach())
         return torch.where(kept.gather(-1, ids.clamp(min=0)), f(config, z, ids), 0)
 
     return broken
@@ -222,18 +210,18 @@ BUGS = (
     PlantedBug(
         "ids_of_a_token_are_distinct_and_in_range",
         "the first choice is not taken out",
-        selection._sparsemixer_choice,
+        _scores._sparsemixer_choice,
         before(lambda router, z, candidates: (router, z, z)),
     ),
-    PlantedBug("ids_of_a_token_are_distinct_and_in_range", "one id too high", selection._best, after(lambda ids, *a: ids + 1)),
-    PlantedBug("weights_are_finite_and_float32", "NaN scores stay", selection.finite, instead(lambda s: s)),
+    PlantedBug("ids_of_a_token_are_distinct_and_in_range", "one id too high", _scores._best, after(lambda ids, *a: ids + 1)),
+    PlantedBug("weights_are_finite_and_float32", "NaN scores stay", _scores.finite, instead(lambda s: s)),
     PlantedBug(
         "weights_are_finite_and_float32", "denominator without a guard", route._norm, instead(lambda router, w: w.sum(-1, keepdim=True))
     ),
     PlantedBug(
         "ties_go_to_the_lowest_expert_id",
         "ties to the highest id",
-        selection._best,
+        _scores._best,
         instead(lambda v, k: v.shape[-1] - 1 - v.flip(-1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)),
     ),
     PlantedBug("renormalised_rows_sum_to_the_scale", "an epsilon of 1e-3", route._norm, after(_renormalised_twice)),
@@ -246,37 +234,37 @@ BUGS = (
     PlantedBug(
         "adding_a_constant_to_a_softmax_row_changes_nothing",
         "exp without softmax",
-        selection.transformed_logits,
+        _scores.transformed_logits,
         after(lambda z, *a: z * (1 + z.abs().amax(-1, keepdim=True))),
     ),
     PlantedBug(
         "permuting_experts_permutes_ids",
         "expert 0 is favoured",
-        selection._candidates,
+        _scores._candidates,
         after(lambda v, *a: v + torch.nn.functional.one_hot(torch.tensor(0), v.shape[-1])),
     ),
     PlantedBug(
         "groups_never_chosen_contribute_nothing",
         "groups are not masked",
-        selection._kept_experts,
+        _scores._kept_experts,
         after(lambda kept, *a: torch.ones_like(kept)),
     ),
     PlantedBug(
         "groups_never_chosen_contribute_nothing",
         "the worst groups are kept",
-        selection._kept_experts,
+        _scores._kept_experts,
         before(lambda groups, v: (groups, -v)),
     ),
     PlantedBug(
         "the_correction_bias_changes_the_choice_but_not_the_weights",
         "the bias stays in the weights",
-        selection.finite,
+        _scores.finite,
         instead(lambda s: s.nan_to_num() + 0.1 * torch.rand_like(s)),
     ),
     PlantedBug(
         "the_correction_bias_changes_the_choice_but_not_the_weights",
         "the bias is ignored",
-        selection._with_bias,
+        _scores._with_bias,
         instead(lambda router, extra, kind, v: v),
     ),
     PlantedBug(
@@ -315,25 +303,25 @@ BUGS = (
     PlantedBug(
         "routing_to_its_own_choice_gives_the_routing",
         "weights in another order",
-        selection.weights_of_choice,
+        _scores.weights_of_choice,
         after(lambda w, *a: w.flip(-1)),
     ),
     PlantedBug(
         "routing_to_its_own_choice_gives_the_routing",
         "no gradient to the router",
-        selection.weights_of_choice,
+        _scores.weights_of_choice,
         after(lambda w, *a: w.detach()),
     ),
     PlantedBug(
         "routing_to_any_choice_equals_the_reference",
         "no expert counts as expert 0",
-        selection.weights_of_choice,
+        _scores.weights_of_choice,
         before(lambda router, z, ids: (router, z, ids.clamp(min=0))),
     ),
     PlantedBug(
         "routing_to_any_choice_equals_the_reference",
         "experts outside of this run's groups weigh nothing",
-        selection.weights_of_choice,
+        _scores.weights_of_choice,
         _only_in_kept_groups,
     ),
     # dispatch
@@ -352,13 +340,13 @@ BUGS = (
     PlantedBug(
         "a_row_depends_on_its_own_expert_alone",
         "the neighbour's weights",
-        torch_grouped._groups,
+        grouped._groups,
         after(lambda gs, *a: ((max(i - 1, 0), s, e) for i, s, e in gs)),
     ),
     PlantedBug(
         "rows_of_no_expert_are_never_read",
         "the last expert takes the tail",
-        torch_grouped._groups,
+        grouped._groups,
         after(lambda gs, ends, total, *a: ((i, s, total if n == ends.numel() - 1 else e) for n, (i, s, e) in enumerate(gs))),
     ),
     PlantedBug(
@@ -373,7 +361,7 @@ BUGS = (
         experts.activate,
         before(lambda a, h, layout="packed", *rest: (a, h, "packed", *rest)),
     ),
-    PlantedBug("zero_biases_change_nothing", "a bias of ones for zeros", grouped.spread_over_rows, after(lambda s, *a: s + 1)),
+    PlantedBug("zero_biases_change_nothing", "a bias of ones for zeros", grouped_matmul.spread_over_rows, after(lambda s, *a: s + 1)),
     # combine
     PlantedBug(
         "combine_is_linear_in_the_routing_weights",
@@ -401,7 +389,7 @@ BUGS = (
     PlantedBug(
         "shared_experts_see_the_original_input",
         "everybody sees the latent input",
-        layer.routed_and_shared,
+        compose.routed_and_shared,
         before(lambda c, w, x, r: (c, w, x * w.latent.input.sum() if w.latent else x, r)),
     ),
     PlantedBug(
@@ -413,7 +401,7 @@ BUGS = (
     PlantedBug(
         "padding_the_hidden_dimension_changes_nothing",
         "padded with ones",
-        layer.transform_input,
+        compose.transform_input,
         after(lambda v, config, *a: torch.cat([v[..., : config.routed_size], torch.ones_like(v[..., config.routed_size :])], -1)),
     ),
     PlantedBug(
@@ -492,19 +480,19 @@ BUGS = (
     PlantedBug(
         "gradients_equal_the_reference",
         "the native gradient to the routing weights is doubled",
-        fused.native_backward_op,
+        routed_experts.native_backward_op,
         after(lambda found, *a: (found[0], found[1] * 2, *found[2:])),
     ),
     PlantedBug(
         "the_fused_kernel_equals_the_stages",
         "the weights are used twice",
-        fused.by_native_op,
+        routed_experts.by_native_op,
         before(lambda c, w, x, r: (c, w, x, replace(r, weights=r.weights * r.weights))),
     ),
     PlantedBug(
         "prepared_weights_give_the_same_numbers",
         "panels in the wrong order",
-        preparing.lay_down,
+        prepare.lay_down,
         after(lambda laid, *a: laid.flip(3)),
     ),
     PlantedBug("restoring_undoes_preparing", "columns in the wrong order", panels.lift_weight, after(lambda t, *a: t.flip(1))),
@@ -514,11 +502,11 @@ BUGS = (
         panels.convert_panels,
         instead(lambda panels, dtype, inputs: panels.to(dtype)),
     ),
-    PlantedBug("preparing_twice_is_preparing_once", "prepared weights are not known", preparing.is_prepared, instead(lambda w: False)),
+    PlantedBug("preparing_twice_is_preparing_once", "prepared weights are not known", prepare.is_prepared, instead(lambda w: False)),
     PlantedBug(
         "gradients_equal_the_reference",
         "no gradient to the router",
-        layer.route,
+        compose.route,
         after(lambda r, *a: replace(r, weights=r.weights.detach())),
     ),
     PlantedBug("the_layer_commutes_with_permuting_tokens", "depends on the position", combine.combine, after(_depends_on_the_position)),
@@ -551,20 +539,20 @@ BUGS = (
     PlantedBug(
         "all_experts_chosen_is_the_dense_mixture",
         "the last choice is lost",
-        fused.routed_experts,
+        routed_experts.routed_experts,
         before(lambda c, w, x, r: (c, w, x, replace(r, weights=torch.cat([r.weights[:, :-1], r.weights[:, -1:] * 0], 1)))),
     ),
     PlantedBug(
         "garbage_in_padding_never_reaches_the_output",
         "padding cleared by a product",
-        layer.without_padding,
+        compose.without_padding,
         instead(_zero_padding_by_product),
     ),
     PlantedBug("chunked_equals_unchunked", "the last, partial chunk is lost", chunked._scan, instead(_drops_the_last_chunk)),
     PlantedBug(
         "opaque_equals_transparent",
         "the op forgets the mask",
-        whole_layer._chunk,
+        opaque._chunk,
         before(
             lambda config, shared_, args: (config, shared_, [*args[:3], None if args[3] is None else torch.ones_like(args[3]), *args[4:]])
         ),
@@ -572,40 +560,40 @@ BUGS = (
     PlantedBug(
         "opaque_equals_transparent",
         "the op returns half a gradient",
-        whole_layer._gradients,
+        opaque._gradients,
         after(lambda gs, *a: tuple(None if g is None else g / 2 for g in gs)),
     ),
     PlantedBug(
         "leading_dimensions_are_only_a_shape",
         "the second dimension is the batch",
-        calls.leave,
+        call.leave,
         after(lambda y, call, *a: y if y.ndim < 3 else y.flip(0, 1, 2)),
     ),
     PlantedBug(
-        "autocast_leaves_a_float32_gate_as_it_is", "the gate sees rounded tokens", calls.enter, after(lambda c, *a: replace(c, gate_x=c.x))
+        "autocast_leaves_a_float32_gate_as_it_is", "the gate sees rounded tokens", call.enter, after(lambda c, *a: replace(c, gate_x=c.x))
     ),
     PlantedBug(
         "autocast_computes_what_weights_in_its_dtype_do",
         "the router's weights are rounded too",
-        calls._in_autocast,
+        call._in_autocast,
         after(lambda w, *a: w if w.router is None else replace(w, router=_rounded_floats(w.router))),
     ),
     PlantedBug("inputs_are_never_written_to", "in place on x", transform.transform_input, _writes_into_x),
     PlantedBug(
         "a_batch_invariant_token_has_the_same_bits_in_any_batch",
         "logits rounded in units of the largest of the batch",
-        selection.transformed_logits,
+        _scores.transformed_logits,
         after(lambda z, *a: (z / (1 + z.abs().amax())).bfloat16().to(z.dtype) * (1 + z.abs().amax()) if z.numel() else z),
     ),
     PlantedBug(
         "a_batch_invariant_gradient_has_the_same_bits_in_any_batch",
         "gradients scaled by the largest of the batch, and back",
-        whole_layer._gradients,
+        opaque._gradients,
         after(lambda gs, *a: tuple(g if g is None or not g.numel() else g * (1 / g.abs().amax()) * g.abs().amax() for g in gs)),
     ),
     PlantedBug("the_same_inputs_give_the_same_bits", "random rounding", combine.combine, after(_random_bits)),
     PlantedBug(
-        "shared_and_routed_add_up_to_the_layer", "shared twice", layer.parts_of_tokens, after(lambda parts, *a: (parts[0] * 2, parts[1]))
+        "shared_and_routed_add_up_to_the_layer", "shared twice", compose.parts_of_tokens, after(lambda parts, *a: (parts[0] * 2, parts[1]))
     ),
     PlantedBug(
         "stats_leave_the_output_as_it_is",
@@ -633,17 +621,22 @@ BUGS = (
         before(lambda b, load, rate: (b, load, -rate)),
     ),
     # adapters
-    PlantedBug("lora_equals_the_reference", "A and B of the first expert", lora._product, before(lambda by, rows, m: (by, rows, m[:, :1]))),
-    PlantedBug("lora_equals_the_reference", "rows are not brought back", lora.add_adapters, _rows_in_order_of_adapters),
-    PlantedBug("gradients_reach_a_and_b", "A is a constant", lora.add_adapters, _constant_a),
     PlantedBug(
-        "an_adapter_of_zeros_changes_nothing", "A for B A", lora.add_adapters, after(lambda out, by, *a: out if by is None else 1.01 * out)
+        "lora_equals_the_reference", "A and B of the first expert", _adapters._product, before(lambda by, rows, m: (by, rows, m[:, :1]))
     ),
-    PlantedBug("tokens_of_no_adapter_are_as_without_lora", "-1 is the first adapter", lora.sort_by_adapter, _none_is_the_first),
-    PlantedBug("tokens_and_adapters_may_be_relabelled_together", "adapter 0 for all", lora.sort_by_adapter, _all_have_the_first),
-    PlantedBug("merged_equals_applied", "the first adapter", merging._with_product_added, _first_adapter),
-    PlantedBug("unmerging_undoes_merging", "added twice", merging._with_product_added, before(lambda *a: (*a[:-1], 1.0))),
-    PlantedBug("a_padded_rank_changes_nothing", "padded with ones", merging.padded_to, after(lambda t, *a: torch.where(t == 0, 1.0, t))),
+    PlantedBug("lora_equals_the_reference", "rows are not brought back", _adapters.add_adapters, _rows_in_order_of_adapters),
+    PlantedBug("gradients_reach_a_and_b", "A is a constant", _adapters.add_adapters, _constant_a),
+    PlantedBug(
+        "an_adapter_of_zeros_changes_nothing",
+        "A for B A",
+        _adapters.add_adapters,
+        after(lambda out, by, *a: out if by is None else 1.01 * out),
+    ),
+    PlantedBug("tokens_of_no_adapter_are_as_without_lora", "-1 is the first adapter", _adapters.sort_by_adapter, _none_is_the_first),
+    PlantedBug("tokens_and_adapters_may_be_relabelled_together", "adapter 0 for all", _adapters.sort_by_adapter, _all_have_the_first),
+    PlantedBug("merged_equals_applied", "the first adapter", lora._with_product_added, _first_adapter),
+    PlantedBug("unmerging_undoes_merging", "added twice", lora._with_product_added, before(lambda *a: (*a[:-1], 1.0))),
+    PlantedBug("a_padded_rank_changes_nothing", "padded with ones", lora.padded_to, after(lambda t, *a: torch.where(t == 0, 1.0, t))),
 )
 
 # Bugs of what needs packages that users of the layer alone do not have.
@@ -682,8 +675,8 @@ if importlib.util.find_spec("transformers") is not None:
     )
 
 if importlib.util.find_spec("safetensors") is not None:
-    from moe_fn.checkpoint import adapter_config, axes, peft_versions, reading, saving, slices
-    from moe_fn.checkpoint import lora as loading_lora
+    from moe_fn.checkpoint import axes, peft_config, peft_versions, read_plan, saving, slices
+    from moe_fn.checkpoint import peft as loading_lora
 
     def _on_the_first_slice(config: Any) -> Any:
         tp = config.parallel and config.parallel.tp
@@ -693,7 +686,7 @@ if importlib.util.find_spec("safetensors") is not None:
         PlantedBug(
             "an_adapter_of_peft_is_loaded_as_it_was_saved",
             "patterns are ignored",
-            adapter_config._first_match,
+            peft_config._first_match,
             instead(lambda pattern, module, default: default),
         ),
         PlantedBug(
@@ -717,7 +710,7 @@ if importlib.util.find_spec("safetensors") is not None:
         PlantedBug(
             "saving_undoes_loading",
             "gates for ups",
-            reading._copy_piece,
+            read_plan._copy_piece,
             before(lambda piece, *rest: (replace(piece, part=replace(piece.part, entry=replace(piece.part.entry, pins=()))), *rest)),
         ),
         PlantedBug(
@@ -741,7 +734,7 @@ if importlib.util.find_spec("safetensors") is not None:
         PlantedBug(
             "loading_by_the_config_is_sharding_the_whole",
             "every rank has the adapters of the first slice",
-            merging._of_rank,
+            lora._of_rank,
             before(lambda config, *rest: (_on_the_first_slice(config), *rest)),
         ),
         PlantedBug(

@@ -7,7 +7,7 @@ import torch
 from planted_bugs import PlantedBug, after, before, instead
 
 from moe_fn import balance, numerics
-from moe_fn.balance import moving, placing
+from moe_fn.balance import move_experts, place_experts
 
 
 def _as_they_come(weights: Sequence[float], num_packs: int) -> list[list[int]]:
@@ -40,28 +40,35 @@ BUGS = (
         after(lambda new, bias, load, rate: bias.to(new.dtype) + rate * torch.sign(load.double().mean() - load).to(new.dtype)),
     ),
     PlantedBug(
-        "every_expert_is_placed", "the busiest expert has every slot", placing.replicate, after(lambda slots, *a: slots[-1:] * len(slots))
+        "every_expert_is_placed",
+        "the busiest expert has every slot",
+        place_experts.replicate,
+        after(lambda slots, *a: slots[-1:] * len(slots)),
     ),
-    PlantedBug("gpus_are_balanced_within_the_proven_bound", "items are packed as they come", placing.pack, instead(_as_they_come)),
-    PlantedBug("packs_differ_by_the_heaviest_item_at_most", "items are packed as they come", placing.pack, instead(_as_they_come)),
+    PlantedBug("gpus_are_balanced_within_the_proven_bound", "items are packed as they come", place_experts.pack, instead(_as_they_come)),
+    PlantedBug("packs_differ_by_the_heaviest_item_at_most", "items are packed as they come", place_experts.pack, instead(_as_they_come)),
     PlantedBug(
         "greedy_replication_is_the_best_there_is",
         "experts get replicas in turn",
-        placing.replicate,
+        place_experts.replicate,
         instead(lambda load, slots: [slot % len(load) for slot in range(slots)]),
     ),
-    PlantedBug("never_worse_than_the_previous_placement", "the worse of the two is kept", placing._fullest, after(lambda most, *a: -most)),
+    PlantedBug(
+        "never_worse_than_the_previous_placement", "the worse of the two is kept", place_experts._fullest, after(lambda most, *a: -most)
+    ),
     PlantedBug(
         "relabelling_experts_relabels_the_placement",
         "the first experts get the replicas",
-        placing.replicate,
+        place_experts.replicate,
         after(lambda slots, load, *a: [*slots[: len(load)], *(0 for _ in slots[len(load) :])]),
     ),
-    PlantedBug("experts_that_stay_on_a_gpu_keep_their_slots", "slots are dealt anew", placing._keep_slots, instead(lambda new, *a: new)),
+    PlantedBug(
+        "experts_that_stay_on_a_gpu_keep_their_slots", "slots are dealt anew", place_experts._keep_slots, instead(lambda new, *a: new)
+    ),
     PlantedBug(
         "layers_are_placed_one_by_one",
         "every layer is placed as the first",
-        placing.tables_of_slots,
+        place_experts.tables_of_slots,
         before(lambda placed, *rest: (placed[:1] * len(placed), *rest)),
     ),
     PlantedBug(
@@ -136,7 +143,7 @@ BUGS = (
     PlantedBug(
         "moved_weights_are_the_weights_of_the_new_placement",
         "what departs is not in the order in which it is read",
-        moving.departing,
+        move_experts.departing,
         after(lambda parts, *a: [part.flip(0) for part in parts]),
     ),
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from copied_tree import place_of
 from cpp_mutants import Change
 
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 
 
 @dataclass(frozen=True)

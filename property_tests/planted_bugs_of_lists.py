@@ -6,10 +6,11 @@ from typing import Any
 
 from planted_bugs import PlantedBug, before
 
-from moe_fn.checkpoint import matching, methods
+from moe_fn.checkpoint import module_patterns
+from moe_fn.checkpoint.quantized import methods
 
 
-def _by_rule(rule: matching.ListRule, **changes: Any) -> Any:
+def _by_rule(rule: module_patterns.ListRule, **changes: Any) -> Any:
     """is_listed with other columns of one tool's rule."""
     return before(lambda module, entries, asked: (module, entries, replace(asked, **changes) if asked is rule else asked))
 
@@ -21,16 +22,23 @@ def _whole_parts(name: str, entry: str) -> bool:
 LISTS = "a_list_leaves_out_what_its_tool_leaves_out"
 BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
-        LISTS, "AutoAWQ's entries are whole parts of names", matching.is_listed, _by_rule(matching.AUTOAWQ, text=_whole_parts)
+        LISTS, "AutoAWQ's entries are whole parts of names", module_patterns.is_listed, _by_rule(module_patterns.AUTOAWQ, text=_whole_parts)
     ),
     PlantedBug(
         LISTS,
         "compressed-tensors leaves out what is in a module",
-        matching.is_listed,
-        _by_rule(matching.COMPRESSED_TENSORS, text=lambda name, entry: f"{name}.".startswith(f"{entry}.")),
+        module_patterns.is_listed,
+        _by_rule(module_patterns.COMPRESSED_TENSORS, text=lambda name, entry: f"{name}.".startswith(f"{entry}.")),
     ),
-    PlantedBug(LISTS, "transformers looks at no ends", matching.is_listed, _by_rule(matching.TRANSFORMERS, text=_whole_parts)),
-    PlantedBug(LISTS, "ModelOpt's globs are of linear modules alone", matching.is_listed, _by_rule(matching.MODELOPT, containers=False)),
+    PlantedBug(
+        LISTS, "transformers looks at no ends", module_patterns.is_listed, _by_rule(module_patterns.TRANSFORMERS, text=_whole_parts)
+    ),
+    PlantedBug(
+        LISTS,
+        "ModelOpt's globs are of linear modules alone",
+        module_patterns.is_listed,
+        _by_rule(module_patterns.MODELOPT, containers=False),
+    ),
     PlantedBug(
         "what_a_file_has_as_floats_is_floats_whatever_the_words_say",
         "words alone say what is quantised",

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from planted_bugs import PlantedBug, after
 
-from moe_fn import fused
+from moe_fn.fused import routed_experts
 
 
 def _of_the_whole_batch(y: Any, *args: Any) -> Any:
@@ -21,20 +21,23 @@ def _of_every_expert(y: Any, config: Any, weights: Any, *args: Any) -> Any:
 
 
 BUGS = (
-    PlantedBug("what_is_not_finite_in_a_token_stays_in_it", "a product with 0", fused.routed_experts, after(_of_the_whole_batch)),
+    PlantedBug("what_is_not_finite_in_a_token_stays_in_it", "a product with 0", routed_experts.routed_experts, after(_of_the_whole_batch)),
     PlantedBug(
-        "nan_in_a_token_is_nan_in_its_output", "NaN is cleared away", fused.routed_experts, after(lambda y, *args: torch.nan_to_num(y))
+        "nan_in_a_token_is_nan_in_its_output",
+        "NaN is cleared away",
+        routed_experts.routed_experts,
+        after(lambda y, *args: torch.nan_to_num(y)),
     ),
     PlantedBug(
         "what_is_not_finite_in_an_expert_stays_with_its_tokens",
         "every expert times 0",
-        fused.routed_experts,
+        routed_experts.routed_experts,
         after(_of_every_expert),
     ),
     PlantedBug(
         "gradients_of_others_do_not_see_what_is_not_finite",
         "a factor of the whole batch",
-        fused.routed_experts,
+        routed_experts.routed_experts,
         after(_scaled_by_the_whole_batch),
     ),
 )

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from planted_bugs import PlantedBug, after, before, instead
 
-from moe_fn.ops import quantised
-from moe_fn.quant import activations, numbers, tiles, travelling, weights
+from moe_fn.ops import quantized_matmul
+from moe_fn.quant import codes, inputs, numbers, tiles, wire
 from moe_fn.quant.numbers import Number
 
 
@@ -59,7 +59,7 @@ BUGS = (
     PlantedBug(
         "quantised_layers_equal_the_reference",
         "the zero point is forgotten",
-        weights.decoded,
+        codes.decoded,
         before(
             lambda quant, stored, *a: (quant, replace(stored, zero_point=None if stored.zero_point is None else stored.zero_point * 0), *a)
         ),
@@ -67,7 +67,7 @@ BUGS = (
     PlantedBug(
         "quantised_layers_equal_the_reference",
         "the scale above all is forgotten",
-        weights.codes_of,
+        codes.codes_of,
         after(lambda stored, *a: replace(stored, global_scale=None)),
     ),
     PlantedBug(
@@ -79,40 +79,40 @@ BUGS = (
     PlantedBug(
         "quantised_layers_equal_the_reference",
         "inputs are rounded towards minus infinity",
-        activations.round_to,
+        inputs.round_to,
         before(lambda scheme, units: (scheme, units - 0.499)),
     ),
     PlantedBug(
         FLOATS,
         "products are a hundredth too large",
-        quantised.quantised_matmul,
+        quantized_matmul.quantised_matmul,
         after(lambda y, *a: y * 1.01),
     ),
-    PlantedBug("gradients_pass_the_rounding_of_inputs", "rounding has no gradient", activations.straight_through, instead(lambda r, x: r)),
+    PlantedBug("gradients_pass_the_rounding_of_inputs", "rounding has no gradient", inputs.straight_through, instead(lambda r, x: r)),
     PlantedBug(
         "rows_arrive_as_the_experts_round_them",
         "rows of float64 travel with scales of float32",
-        travelling.travelling,
+        wire.travelling,
         before(lambda config, dtype: (config, torch.float32)),
     ),
     PlantedBug(
         "rows_arrive_as_the_experts_round_them",
         "bytes of no row lie as they did",
-        travelling._laid_out,
+        wire._laid_out,
         instead(lambda t: t.contiguous()),
     ),
-    PlantedBug("codes_are_the_nearest_ones", "codes are rounded down", weights.encoded, _with_number("int8", _round_down)),
+    PlantedBug("codes_are_the_nearest_ones", "codes are rounded down", codes.encoded, _with_number("int8", _round_down)),
     PlantedBug(
         "codes_are_the_nearest_ones",
         "a tie beyond the last code wraps",
         numbers.codes_around,
         instead(lambda zeros, units, top: (units.round() + zeros).to(torch.uint8)),
     ),
-    PlantedBug("calibrated_rounding_errs_no_more", "another scale is taken", weights._chosen, before(_another)),
+    PlantedBug("calibrated_rounding_errs_no_more", "another scale is taken", codes._chosen, before(_another)),
     PlantedBug(
         "quantising_what_was_dequantised_changes_nothing",
         "scales leave room for an eighth more",
-        weights._amax,
+        codes._amax,
         after(lambda amax, *a: amax * 1.125),
     ),
 )

@@ -122,7 +122,7 @@ def test_a_norm_of_numbers_that_cancelled_makes_their_rounding_large_and_the_lay
 @law(problems(configs(gate_input="original"), logits="gate"))
 def test_a_norm_for_the_gate_is_the_gate_of_the_norm(problem: MoEProblem) -> None:
     normed = config_with(problem, norms=NormsConfig(epsilon=0.1, gate=True))
-    x = moe_fn.layer.without_padding(problem.x, problem.token_mask)
+    x = moe_fn.layer.compose.without_padding(problem.x, problem.token_mask)
     seen = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1)
     logits = router_logits(problem.config, problem.weights, seen.flatten(0, -2))
     given = problem.replace(logits=logits.view(*x.shape[:-1], problem.config.num_logits))
@@ -183,7 +183,9 @@ def zero_case(kind: str) -> st.SearchStrategy[MoEProblem]:
 
 def split(problem: MoEProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(layer with zero experts, layer without their slots, their ids with -1 for others, their weights)."""
-    call = moe_fn.calls.enter("test", problem.config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
+    call = moe_fn.layer.call.enter(
+        "test", problem.config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask
+    )
     config: MoEConfig = problem.config
     _, routing = moe_fn.forward._route(config, call)
     is_zero = routing.expert_ids >= config.num_experts
@@ -197,7 +199,7 @@ def split(problem: MoEProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @law(zero_case("identity"))
 def test_identity_experts_add_their_weight_times_the_input(problem: MoEProblem) -> None:
     y, rest, _, w = split(problem)
-    x = moe_fn.layer.without_padding(problem.x, problem.token_mask).view(-1, problem.config.hidden_size)
+    x = moe_fn.layer.compose.without_padding(problem.x, problem.token_mask).view(-1, problem.config.hidden_size)
     assert_matches(y, rest + w.sum(-1, keepdim=True) * x, scale=0.1)
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_fn import MoEConfig, MoEWeights, ParallelConfig, RankGroup, RouterConfig, SharedExpertsConfig, shard_weights
-from moe_fn.checkpoint import load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, reading, save_moe_weights
+from moe_fn.checkpoint import load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, read_plan, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
 from moe_fn.testing import weights_for
 
@@ -140,7 +140,7 @@ def test_a_file_that_is_wrong_is_named(case: str, tmp_path: Path, monkeypatch: p
     save(tmp_path)
     assert same_bits(load(tmp_path), WEIGHTS)
     spoil(tmp_path)
-    monkeypatch.setattr(reading.torch, "empty", None)  # nothing may be allocated
+    monkeypatch.setattr(read_plan.torch, "empty", None)  # nothing may be allocated
     with pytest.raises(ValueError, match=words) as caught:
         load(tmp_path)
     assert "expected" in str(caught.value) and "\n    " not in str(caught.value)

@@ -29,9 +29,10 @@ from moe_fn import (
     shard_weights,
 )
 from moe_fn.checking import check_weights
-from moe_fn.checkpoint import compressed, load_moe_layer, load_moe_weights, moe_layers, reading, save_moe_weights, stored
+from moe_fn.checkpoint import load_moe_layer, load_moe_weights, moe_layers, read_plan, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
-from moe_fn.checkpoint.methods import method_of
+from moe_fn.checkpoint.quantized import compressed_tensors, formats
+from moe_fn.checkpoint.quantized.methods import method_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
 
@@ -64,9 +65,9 @@ def test_a_format_is_read_number_by_number(name: str, tmp_path: Path) -> None:
 def test_every_stored_format_is_read_by_a_test() -> None:
     """Beside those here: DeepSeek-V4's experts (`test_checkpoint_published`) and gpt-oss'."""
     found = [method_of({"quant_method": "modelopt", **made.words}, f"{PREFIX}.experts.0.up_proj", True) for made in FORMATS.values()]
-    assert {method.stored for method in found if method is not None} | {"fp4", "mxfp4 blocks"} == set(stored.FORMATS)
+    assert {method.stored for method in found if method is not None} | {"fp4", "mxfp4 blocks"} == set(formats.FORMATS)
     layouts = {(made.words.get("format"), method.quant.scheme) for made, method in zip(FORMATS.values(), found, strict=True) if method}
-    assert set(compressed._FORMATS) <= layouts
+    assert set(compressed_tensors._FORMATS) <= layouts
 
 
 @pytest.mark.parametrize(("name", "row"), [("autofp8", "fp8"), ("deepseek", "fp8"), ("transformers mxfp8", "mxfp8")])
@@ -75,7 +76,7 @@ def test_writers_have_several_names_for_a_tensor(name: str, row: str, tmp_path: 
 
     written = write(tmp_path, FORMATS[name])
     tensors = load_file(tmp_path / "model.safetensors")
-    for names in (entry.suffix for entry in stored.FORMATS[row]):
+    for names in (entry.suffix for entry in formats.FORMATS[row]):
         ends = {end: re.compile("|".join(f"{re.escape(other)}$" for other in names)) for end in names}
         for end, any_end in ends.items():
             save(tmp_path, {any_end.sub(end, tensor): t for tensor, t in tensors.items()})
@@ -461,7 +462,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_words_that_mean_nothing_are_named(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, changes, words = WRONG[case]
     write(tmp_path, FORMATS[name], **changes)
-    monkeypatch.setattr(reading.torch, "empty", None)  # nothing may be allocated
+    monkeypatch.setattr(read_plan.torch, "empty", None)  # nothing may be allocated
     with pytest.raises(ValueError, match=words) as caught:
         load_moe_layer(tmp_path, 1)
     assert "expected" in str(caught.value)

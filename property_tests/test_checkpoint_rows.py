@@ -21,7 +21,7 @@ from zoo.build import make_config  # noqa: E402
 
 from moe_fn import MoEConfig, MoEWeights, RouterWeights, SharedExpertsConfig, SharedWeights  # noqa: E402
 from moe_fn.checkpoint import LAYOUTS, Layout, load_moe_weights, moe_layers  # noqa: E402
-from moe_fn.checkpoint.choose import headers_of_block, plan_of_block  # noqa: E402
+from moe_fn.checkpoint.choose_layout import headers_of_block, plan_of_block  # noqa: E402
 from moe_fn.checkpoint.folder import open_checkpoint  # noqa: E402
 from moe_fn.integrations.transformers import from_block  # noqa: E402
 

@@ -15,7 +15,7 @@ import torch
 from checkpoints import same_bits
 
 from moe_fn import MoEConfig, ParallelConfig, RankGroup
-from moe_fn.checkpoint import LAYOUTS, load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, reading, save_moe_weights
+from moe_fn.checkpoint import LAYOUTS, load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, read_plan, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
 from moe_fn.families import config_of_layer
 from moe_fn.records import leaves_of_weights
@@ -91,8 +91,8 @@ def test_a_rank_reads_no_more_than_its_part(layout: str, tmp_path: Path, monkeyp
     weights = weights_for(config, bias=layout == "gpt_oss", scales=False)
     save_moe_weights(tmp_path, "layers.3.mlp", config, weights, layout=layout)
     read = []
-    copy = reading._copy_piece
-    monkeypatch.setattr(reading, "_copy_piece", lambda piece, source, *rest: (read.append(source.nbytes), copy(piece, source, *rest)))
+    copy = read_plan._copy_piece
+    monkeypatch.setattr(read_plan, "_copy_piece", lambda piece, source, *rest: (read.append(source.nbytes), copy(piece, source, *rest)))
     mine = load_moe_weights(tmp_path, "layers.3.mlp", dataclasses.replace(config, parallel=parallel), layout=layout)
     assert sum(read) == sum(t.nbytes for t in leaves_of_weights(mine) if t is not None)
 

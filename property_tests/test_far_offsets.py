@@ -33,10 +33,10 @@ def far(t: Tensor) -> Tensor:
 def triton_calls() -> dict[str, Callable[[Callable[[Tensor], Tensor]], Any]]:
     """Kernels on tensors that a function lays."""
     from moe_fn.config.activation import PRESETS
-    from moe_fn.kernels.triton.decode import down_of_slots, up_of_slots
     from moe_fn.kernels.triton.metadata import sort_slots
     from moe_fn.kernels.triton.outer import grouped_outer, segment_sums
     from moe_fn.kernels.triton.products import grouped_product
+    from moe_fn.kernels.triton.small_batch import down_of_slots, up_of_slots
     from moe_fn.kernels.triton.tiles import Tile
     from moe_fn.kernels.triton.up import up
 

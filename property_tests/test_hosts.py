@@ -17,7 +17,7 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn import MoEConfig, SharedExpertsConfig
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 from moe_fn.testing import weights_for
 
 NATIVE = pytest.mark.skipif(native.active().problem is not None, reason="no native kernels here")

@@ -17,9 +17,10 @@ import torch
 from torch.utils import cpp_extension
 
 import moe_fn
-from moe_fn.kernels import building, native
-from moe_fn.kernels.building import library_file
-from moe_fn.kernels.trust import private_folder
+from moe_fn.kernels.native import building
+from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native.building import library_file
+from moe_fn.kernels.native.trust import private_folder
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 AS_ROOT = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become somebody else")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from quantised_files import FORMATS
 from support import law
 
-from moe_fn.checkpoint.matching import container_of
-from moe_fn.checkpoint.methods import method_of
+from moe_fn.checkpoint.module_patterns import container_of
+from moe_fn.checkpoint.quantized.methods import method_of
 
 NAMES = {
     "gate": "model.layers.1.mlp.experts.0.gate_proj", "up": "model.layers.1.mlp.experts.0.up_proj",

@@ -17,10 +17,10 @@ from torch import Tensor
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, Routing
 from moe_fn.config import ActivationConfig, as_activation
-from moe_fn.kernels import native
-from moe_fn.op_arguments import packed
-from moe_fn.preparing import lay_panels
+from moe_fn.fused.schema import packed
+from moe_fn.kernels.native import library as native
 from moe_fn.testing import assert_matches
+from moe_fn.weights.prepare import lay_panels
 
 LEVELS = list(native.LEVELS)
 RUNNABLE = LEVELS[LEVELS.index(native.best_level()) :] if native.active().problem is None else []

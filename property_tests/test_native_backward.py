@@ -16,8 +16,8 @@ from torch import Tensor
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights
 from moe_fn.config import as_activation
-from moe_fn.kernels import native
-from moe_fn.op_arguments import packed
+from moe_fn.fused.schema import packed
+from moe_fn.kernels.native import library as native
 from moe_fn.reference.activation import activate
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems
 

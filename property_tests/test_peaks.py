@@ -14,7 +14,7 @@ from soak import KINDS, SLACK, growth, inputs, of_layer
 import moe_fn
 from moe_fn import MoEConfig
 from moe_fn.bench.peaks import forward_peak, step_peak
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 from moe_fn.testing import weights_for
 
 

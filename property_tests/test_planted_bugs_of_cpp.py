@@ -7,7 +7,7 @@ import pytest
 from cpp_mutants import Workshop, judged
 from planted_bugs_of_cpp import BUGS, CppBug
 
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 
 pytestmark = [
     pytest.mark.thorough,

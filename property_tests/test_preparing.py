@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import moe_fn
-from moe_fn import MoEConfig, MoEWeights, QuantConfig, Routing, calls, fused
-from moe_fn.kernels import native
-from moe_fn.preparing import convert_experts
+from moe_fn import MoEConfig, MoEWeights, QuantConfig, Routing
+from moe_fn.fused import routed_experts
+from moe_fn.kernels.native import library as native
+from moe_fn.layer import call
 from moe_fn.testing import assert_matches, configs, weights_for
+from moe_fn.weights.prepare import convert_experts
 
 NATIVE = native.active().problem is None
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native kernels here")
@@ -40,10 +42,12 @@ def test_prepared_weights_give_the_same_numbers(case: Case) -> None:
     config, weights, x, routing = problem_of(case)
     prepared = moe_fn.prepare_weights(config, weights)
     assert prepared.gate_up.ndim == 4
-    actual, expected = (fused.routed_experts(config, w, x, routing) for w in (prepared, weights))
+    actual, expected = (routed_experts.routed_experts(config, w, x, routing) for w in (prepared, weights))
     assert_matches(actual, expected, scale=0.5)
     # A back-end that has no use for them restores them.
-    assert_matches(fused.by_stages(config, prepared, x, routing), fused.by_stages(config, weights, x, routing), tolerance=0.0)
+    assert_matches(
+        routed_experts.by_stages(config, prepared, x, routing), routed_experts.by_stages(config, weights, x, routing), tolerance=0.0
+    )
 
 
 @law(CASES)
@@ -72,10 +76,10 @@ def test_autocast_reads_prepared_weights_and_codes_as_they_are() -> None:
             plain = dataclasses.replace(plain, gate_up=plain.gate_up.to(dtype), down=plain.down.to(dtype))
         prepared = moe_fn.prepare_weights(config, plain)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            call = calls.enter("test", config, prepared, x, None, None, None)
+            entered = call.enter("test", config, prepared, x, None, None, None)
             ys = [moe_fn.moe_forward(config, weights, x) for weights in (prepared, plain)]
-        kept = [getattr(weights, name) for weights in (call.weights, prepared) for name in ("gate_up", "down")]
-        assert kept[0] is kept[2] and kept[1] is kept[3] and call.weights.quant == prepared.quant  # the same tensors
+        kept = [getattr(weights, name) for weights in (entered.weights, prepared) for name in ("gate_up", "down")]
+        assert kept[0] is kept[2] and kept[1] is kept[3] and entered.weights.quant == prepared.quant  # the same tensors
         assert torch.equal(*ys)
 
 
@@ -113,7 +117,7 @@ def test_the_fused_kernel_equals_the_stages(case: Case) -> None:
         found = torch.autograd.grad(y.square().sum(), leaves(inputs), allow_unused=True)
         return [y, *(torch.zeros(0) if g is None else g for g in found)]
 
-    for actual, expected in zip(run(fused.by_native_op, config), run(fused.by_stages, staged), strict=True):
+    for actual, expected in zip(run(routed_experts.by_native_op, config), run(routed_experts.by_stages, staged), strict=True):
         # The routing weights' gradient is as good as x is; in bfloat16 both sides have rounded.
         assert_matches(actual.to(x.dtype), expected.to(x.dtype), tolerance=2e-2 if x.dtype == torch.bfloat16 else 4e-6, scale=1.0)
 

@@ -197,14 +197,14 @@ def steps(config: MoEConfig, weights: MoEWeights, name: str) -> Tensor:
     """Half the distance of a code's number to the next ones, the larger; what saturates (mx scales, zero points) may be further."""
     quant = config.quant
     assert quant is not None and weights.quant is not None
-    stored = moe_fn.quant.weights.codes_of(weights, name)
+    stored = moe_fn.quant.codes.codes_of(weights, name)
     halves = moe_fn.quant.tiles.halves_of(config, name)
-    ones = torch.ones_like(moe_fn.quant.weights.decoded(quant, stored, halves, torch.float32))
-    scale = moe_fn.quant.weights.decode_scale(quant, stored.scale, torch.float32)
+    ones = torch.ones_like(moe_fn.quant.codes.decoded(quant, stored, halves, torch.float32))
+    scale = moe_fn.quant.codes.decode_scale(quant, stored.scale, torch.float32)
     unit = moe_fn.quant.tiles.spread(scale, quant.tile, halves, *ones.shape[1:]).abs()
     if stored.global_scale is not None:
         unit = unit * moe_fn.quant.tiles.spread(stored.global_scale, (None, None), halves, *ones.shape[1:])
-    number = moe_fn.quant.weights.decoded(quant, stored, halves, torch.float32).abs() / unit
+    number = moe_fn.quant.codes.decoded(quant, stored, halves, torch.float32).abs() / unit
     if quant.row.element in ("int8", "int4"):  # a zero point is a whole number itself
         return unit * (1.0 if quant.zero_points or quant.scheme == "int4" else 0.5)
     mantissa = {"e4m3": 3, "e2m1": 1}[quant.row.element]

@@ -13,10 +13,11 @@ from test_native import ACTIVATIONS, DTYPES, RUNNABLE, call
 from torch import Tensor
 
 import moe_fn
-from moe_fn import MoEConfig, MoEWeights, Routing, fused
+from moe_fn import MoEConfig, MoEWeights, Routing
 from moe_fn.config import ActivationQuantConfig, QuantConfig, as_activation
-from moe_fn.kernels import native
-from moe_fn.quant.weights import dequantize_weights
+from moe_fn.fused import routed_experts
+from moe_fn.kernels.native import library as native
+from moe_fn.quant.codes import dequantize_weights
 from moe_fn.testing import assert_matches, quants, weights_for
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
@@ -139,7 +140,9 @@ def test_preparing_codes_is_undone_and_changes_nothing(quant: QuantConfig, token
     layer = dataclasses.replace(config, backend="native")
     actual, expected = (moe_fn.moe_forward(layer, w, x, logits) for w in (prepared, weights))
     assert torch.equal(actual, expected)
-    assert_matches(fused.by_stages(layer, prepared, x, routing), fused.by_stages(layer, weights, x, routing), tolerance=0.0)
+    assert_matches(
+        routed_experts.by_stages(layer, prepared, x, routing), routed_experts.by_stages(layer, weights, x, routing), tolerance=0.0
+    )
 
 
 @pytest.mark.parametrize("prepare", [False, True])
@@ -151,7 +154,7 @@ def test_gradients_are_those_of_the_floats(quant: QuantConfig, prepare: bool) ->
 
     def gradients(config: MoEConfig, weights: MoEWeights) -> list[Tensor]:
         inputs = x.clone().requires_grad_(), routing.weights.clone().requires_grad_()
-        y = fused.routed_experts(config, weights, inputs[0], dataclasses.replace(routing, weights=inputs[1]))
+        y = routed_experts.routed_experts(config, weights, inputs[0], dataclasses.replace(routing, weights=inputs[1]))
         return [y.detach(), *torch.autograd.grad(y.square().sum(), inputs)]
 
     for actual, expected in zip(gradients(config, weights), gradients(plain, floats), strict=True):

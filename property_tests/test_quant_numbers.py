@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from moe_fn import QuantConfig
+from moe_fn.quant.codes import Codes, decoded
 from moe_fn.quant.numbers import decode_e2m1, decode_e8m0, encode_e2m1, encode_e4m3, pack_halves, unpack_halves
-from moe_fn.quant.weights import Codes, decoded
 
 CODES = torch.arange(256, dtype=torch.uint8)
 HALVES = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16).float()  # every float16

@@ -211,7 +211,7 @@ def test_transformers_mxfp4() -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     from moe_fn import QuantConfig
-    from moe_fn.quant.weights import Codes, decoded
+    from moe_fn.quant.codes import Codes, decoded
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 250, 16, 16).contiguous()
     scales = torch.arange(1, 251, dtype=torch.uint8).view(1, 250, 1).expand(1, 250, 16).contiguous()

@@ -91,11 +91,11 @@ def test_stages_keep_the_dtype_of_tokens_and_weigh_in_float32(problem: MoEProble
     y, routing = problem.call(moe_fn.moe_forward), problem.call(moe_fn.moe_forward_with_stats)[1]
     assert y.dtype == torch.bfloat16 and routing.router_z_loss.dtype == torch.float32
     config, tokens = problem.config, problem.x.reshape(-1, problem.x.shape[-1])
-    call = moe_fn.calls.enter("test", config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
-    _, routing = moe_fn.layer.route_tokens(config, problem.weights, tokens, call.logits, call.token_ids, call.token_mask)
+    call = moe_fn.layer.call.enter("test", config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
+    _, routing = moe_fn.layer.compose.route_tokens(config, problem.weights, tokens, call.logits, call.token_ids, call.token_mask)
     assert routing.weights.dtype == torch.float32 and routing.expert_ids.dtype == torch.int64
     assert routing.shared_weights is None or routing.shared_weights.dtype == torch.float32
-    assert all(part.dtype == torch.bfloat16 for part in moe_fn.layer.parts_of_tokens(config, problem.weights, tokens, routing))
+    assert all(part.dtype == torch.bfloat16 for part in moe_fn.layer.compose.parts_of_tokens(config, problem.weights, tokens, routing))
 
 
 @pytest.mark.parametrize("dtype", HALVES)

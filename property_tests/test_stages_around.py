@@ -22,7 +22,7 @@ from moe_fn import (
     NormsConfig,
     QuantConfig,
 )
-from moe_fn.activations import activate
+from moe_fn.stages._activation import activate
 from moe_fn.stages.transform import norm_for_gate, norm_output, transform_input, transform_output
 from moe_fn.testing import assert_matches, weights_for
 

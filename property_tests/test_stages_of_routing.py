@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, RouterWeights, Routing, SharedExpertsConfig, reference
 from moe_fn.config import ZeroExpertsConfig
-from moe_fn.kernels import gpu, native
+from moe_fn.kernels.native import library as native
+from moe_fn.kernels.triton import call as gpu
 from moe_fn.stages.route import _weights_of_ids, router_logits, scores_of_logits
 from moe_fn.testing import assert_matches, configs
 

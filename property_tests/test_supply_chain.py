@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import moe_fn
-from moe_fn.kernels.trust import only_ours, private_folder
+from moe_fn.kernels.native.trust import only_ours, private_folder
 
 PACKAGE = Path(moe_fn.__file__).parent
 AS_ROOT = os.name == "posix" and os.geteuid() == 0
@@ -53,7 +53,7 @@ sys.addaudithook(watch)
 """
 IMPORTS = """
 import moe_fn
-import moe_fn.balance, moe_fn.families, moe_fn.parallel, moe_fn.quant, moe_fn.reference, moe_fn.testing, moe_fn.kernels.native
+import moe_fn.balance, moe_fn.families, moe_fn.parallel, moe_fn.quant, moe_fn.reference, moe_fn.testing, moe_fn.kernels.native.library
 import moe_fn.integrations.vllm, moe_fn.integrations.torchtitan, moe_fn.bench
 for package, name in (("safetensors", "checkpoint"), ("transformers", "integrations.transformers")):
     if package in sys.modules:

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_fn.compiling import mark_tokens
 from moe_fn.config import GroupConfig, MoEConfig, RouterConfig, SharedExpertsConfig, ZeroExpertsConfig, as_activation
 from moe_fn.config import router as router_module
 from moe_fn.config.activation import PRESETS, GateFunction
@@ -35,6 +34,7 @@ from moe_fn.testing import (
 from moe_fn.testing.option_rules import OPTIONS
 from moe_fn.testing.values import GRID_HALF, GRID_OFFSET, GRID_STEP
 from moe_fn.testing.weights import BIAS_STEP, SOFTMAX_BIAS_STEP
+from moe_fn.torch_compat import mark_tokens
 
 # Draws that are the same every time; what is asserted is about all of them together.
 _DRAWS = settings(
@@ -456,7 +456,7 @@ def test_configs_shrink_to_the_simplest() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_weights_fit_their_config(some_configs: list[MoEConfig], dtype: torch.dtype) -> None:
     from moe_fn.checking import check_weights  # the package's own view of what fits
-    from moe_fn.shapes import expected_shapes
+    from moe_fn.weights.spec import expected_shapes
 
     for config in some_configs[::4]:
         full = weights_for(config, 1, dtype=dtype, requires_grad=True)

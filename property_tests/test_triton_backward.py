@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_problems import ACTIVATIONS, DTYPES, SIZES, TILES, Rows, double, in_layout, routings
 
-from moe_fn.activations import activate
 from moe_fn.config import ActivationConfig
 from moe_fn.kernels.triton.down_backward import _sum_partials_kernel, down_backward
 from moe_fn.kernels.triton.outer import grouped_outer, segment_sums
 from moe_fn.kernels.triton.tiles import Tile
+from moe_fn.stages._activation import activate
 from moe_fn.testing import assert_matches
 
 EXAMPLES = settings(max_examples=100)

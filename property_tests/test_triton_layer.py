@@ -69,7 +69,11 @@ def test_kernels_equal_the_stages(tokens: int, num_experts: int) -> None:
     config, weights, x, logits = plain_problem(tokens, num_experts=num_experts, top_k=min(2, num_experts))
     routing = moe_fn.route(config, weights, logits)
     routing = Routing(expert_ids=routing.expert_ids.where(routing.weights > 0.3, -1), weights=routing.weights)
-    assert_matches(moe_fn.fused.routed_experts(config, weights, x, routing), moe_fn.fused.by_stages(config, weights, x, routing), scale=1.0)
+    assert_matches(
+        moe_fn.fused.routed_experts.routed_experts(config, weights, x, routing),
+        moe_fn.fused.routed_experts.by_stages(config, weights, x, routing),
+        scale=1.0,
+    )
 
 
 def test_an_expert_norm_runs_by_stages() -> None:

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_problems import ACTIVATIONS, DTYPES, NAN, SIZES, TILES, Rows, double, in_layout, routings
 
-from moe_fn.activations import activate
 from moe_fn.config import ActivationConfig
 from moe_fn.kernels.triton.activation import act, act_backward, tanh
 from moe_fn.kernels.triton.products import grouped_product
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap
 from moe_fn.kernels.triton.tiles import Tile
 from moe_fn.kernels.triton.up import activation_arguments, up
+from moe_fn.stages._activation import activate
 from moe_fn.testing import assert_matches
 
 EXAMPLES = settings(max_examples=100)

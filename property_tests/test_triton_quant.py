@@ -18,23 +18,23 @@ from triton.runtime import interpreter
 from triton_problems import ACTIVATIONS, DTYPES, Rows, routings
 
 import moe_fn
-from moe_fn.activations import activate
 from moe_fn.config import ActivationConfig, ActivationQuantConfig, QuantConfig
 from moe_fn.config.activation import PRESETS
-from moe_fn.kernels.triton import codes
-from moe_fn.kernels.triton.quant_coverage import problem
-from moe_fn.kernels.triton.quant_layer import QuantProblem, forward
-from moe_fn.kernels.triton.quant_matrix import QuantMatrix, matrix_of
-from moe_fn.kernels.triton.quant_products import quantised_product
-from moe_fn.kernels.triton.quant_tiles import TABLES, coded_tile, rows_of_coded
-from moe_fn.kernels.triton.quantise import Rows as Left
-from moe_fn.kernels.triton.quantise import quantise_by_expert, quantise_rows
+from moe_fn.kernels.triton.quant import codes
+from moe_fn.kernels.triton.quant.inputs import Rows as Left
+from moe_fn.kernels.triton.quant.inputs import quantise_by_expert, quantise_rows
+from moe_fn.kernels.triton.quant.layer import QuantProblem, forward
+from moe_fn.kernels.triton.quant.matrix import QuantMatrix, matrix_of
+from moe_fn.kernels.triton.quant.products import quantised_product
+from moe_fn.kernels.triton.quant.support import problem
+from moe_fn.kernels.triton.quant.tiles import TABLES, coded_tile, rows_of_coded
 from moe_fn.kernels.triton.slots import SortedSlots
 from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Tile
-from moe_fn.ops.quantised import quantised_matmul
-from moe_fn.quant.activations import rounded_rows
+from moe_fn.ops.quantized_matmul import quantised_matmul
+from moe_fn.quant.codes import Codes, decoded, encoded
+from moe_fn.quant.inputs import rounded_rows
 from moe_fn.quant.numbers import decode_e2m1, decode_e8m0
-from moe_fn.quant.weights import Codes, decoded, encoded
+from moe_fn.stages._activation import activate
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # in rows of no expert, which hold anything

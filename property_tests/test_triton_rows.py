@@ -11,15 +11,15 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
-from moe_fn.activations import activate
 from moe_fn.config import ActivationConfig
 from moe_fn.config.activation import PRESETS
 from moe_fn.kernels.triton import metadata
 from moe_fn.kernels.triton.combine import gather_sum
-from moe_fn.kernels.triton.decode import down_of_slots, up_of_slots
 from moe_fn.kernels.triton.metadata import sort_slots
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap, max_tiles, tiles_of_groups
+from moe_fn.kernels.triton.small_batch import down_of_slots, up_of_slots
 from moe_fn.kernels.triton.tiles import Tile
+from moe_fn.stages._activation import activate
 from moe_fn.testing import assert_matches
 from moe_fn.testing.limits import TookTooLong, at_most_cpu_seconds
 

@@ -16,7 +16,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
 from moe_fn.config import GroupConfig, MoEConfig, RouterConfig, SharedExpertsConfig, ZeroExpertsConfig
-from moe_fn.kernels.triton.coverage import LANES, MOST_GROUPS, covers
+from moe_fn.kernels.triton.support import LANES, MOST_GROUPS, covers
 from moe_fn.kernels.triton.top_k import route_top_k
 from moe_fn.records import MoEWeights, RouterWeights
 from moe_fn.stages.route import route

@@ -8,10 +8,12 @@ import torch
 
 from compile_tests.ahead_of_time.case import Case
 from moe_fn.config.activation import PRESETS
-from moe_fn.kernels.triton import quant_products, quant_up, quantise, up
-from moe_fn.kernels.triton.quant_coverage import NO_E4M3
-from moe_fn.kernels.triton.quant_tiles import plainer, rows_of_coded, swaps
-from moe_fn.kernels.triton.quantise import CASTS_E4M3
+from moe_fn.kernels.triton import up
+from moe_fn.kernels.triton.quant import inputs, products
+from moe_fn.kernels.triton.quant import up as quant_up
+from moe_fn.kernels.triton.quant.inputs import CASTS_E4M3
+from moe_fn.kernels.triton.quant.support import NO_E4M3
+from moe_fn.kernels.triton.quant.tiles import plainer, rows_of_coded, swaps
 from moe_fn.kernels.triton.tile_tables import Tile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -88,7 +90,7 @@ def _in_tiles(kind: str, arch: str, form: Form, table: str, both: bool, thorough
 
 def quant_case(kind: str, arch: str, form: Form, tile: Tile, dtype: str = "bf16", keep: bool = False, activation: str = "silu") -> Case:
     """One of the two products in a form and a tile; a tile of 256 columns stores its groups of codes by itself."""
-    kernel: Any = quant_up._up_kernel if kind == "up" else quant_products._product_kernel
+    kernel: Any = quant_up._up_kernel if kind == "up" else products._product_kernel
     codes = {"fp8_e4m3": "*fp8e4nv", "int8": "*i8"}.get(form.scheme, "*u8")
     payload = codes if form.left is not None or (form.scheme == "fp8_e4m3" and arch in CASTS_E4M3) else "*u8"
     left = f"*{dtype}" if form.left is None else codes
@@ -136,6 +138,6 @@ def quantise_case(form: str, code: str) -> Case:
     }  # fmt: skip
     types = {"x": "*bf16", "out": f"*{code}", "scale": "*fp32", **dict.fromkeys(("lines", "K", "num_experts", "stride_x"), "i32")}
     return Case(
-        name=f"quantise {form} {code}", kernel=quantise._quantise_kernel, types=types, constants=constants, warps=4, stages=3,
+        name=f"quantise {form} {code}", kernel=inputs._quantise_kernel, types=types, constants=constants, warps=4, stages=3,
         unaligned=frozenset(("lines", "num_experts")),
     )  # fmt: skip

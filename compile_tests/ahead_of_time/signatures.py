@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_fn.config import GroupConfig, MoEConfig, RouterConfig
-from moe_fn.kernels.triton import combine, decode, down_backward, metadata, outer, products, top_k, up
+from moe_fn.kernels.triton import combine, down_backward, metadata, outer, products, small_batch, top_k, up
 
 Options = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ class Signature:
 
 _MAPS = "slot_of_row starts expert_of_tile first_row_of_tile"
 _DECODE_UP = Signature(
-    kernel=decode._up_kernel,
+    kernel=small_batch._up_kernel,
     data="x weight bias activated",
     ids="expert_ids",
     sizes="num_experts hidden intermediate stride_x",
@@ -45,7 +45,7 @@ _DECODE_UP = Signature(
     constants={"TOP_K": 8},
 )
 _DECODE_DOWN = Signature(
-    kernel=decode._down_kernel,
+    kernel=small_batch._down_kernel,
     data="activated weight bias out",
     ids="expert_ids",
     floats="weights",

@@ -25,10 +25,10 @@ from moe_fn.balance.losses import (
     stats_of_routing,
     update_correction_bias,
 )
-from moe_fn.balance.moves import Move, Moves, balanced_senders, sends_per_gpu, transfers
-from moe_fn.balance.moving import move_experts, physical_weights, start_moving
+from moe_fn.balance.move_experts import move_experts, physical_weights, start_moving
+from moe_fn.balance.place_experts import pack, place_experts, replicate
 from moe_fn.balance.placement import Placement, balancedness, gpu_load, logical_load, physical_ids, placement_at
-from moe_fn.balance.placing import pack, place_experts, replicate
+from moe_fn.balance.plan_moves import Move, Moves, balanced_senders, sends_per_gpu, transfers
 from moe_fn.balance.slots import placement_of_slots
 from moe_fn.balance.window import LoadWindow, load_window, push, total
 

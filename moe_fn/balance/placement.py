@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fn.compiling import check_same_size
 from moe_fn.kinds import INTEGERS, check_kind, checked_integers
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.torch_compat import check_same_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from moe_fn.bench.problem import DTYPES, weight_bytes
 from moe_fn.bench.quants import QUANTS, check_quant
 from moe_fn.bench.report import as_json, markdown
 from moe_fn.bench.results import Combination, Result
-from moe_fn.progress import Progress, clear
+from moe_fn.checkpoint.progress import Progress, clear
 
 Value = TypeVar("Value")
 

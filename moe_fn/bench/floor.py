@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_fn.bench.models import matrices
 from moe_fn.bench.quants import expert_bytes
 from moe_fn.config import MoEConfig, QuantConfig
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 
 BUFFER_BYTES = 2**30  # more than any cache holds
 LEAST_BUFFER_BYTES = 2**26

@@ -136,7 +136,7 @@ def launches(model: Model, tokens: int, dtype: torch.dtype, device: torch.device
 def _decode_launches(
     model: Model, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor
 ) -> dict[str, tuple[Tile, Launch]]:  # fmt: skip
-    from moe_fn.kernels.triton.decode import down_of_slots, up_of_slots
+    from moe_fn.kernels.triton.small_batch import down_of_slots, up_of_slots
 
     activation, interleaved = as_activation(model.config.activation), model.config.gate_up_layout == "interleaved"
     in_out = model.config.weight_layout == "in_out"

@@ -1,14 +1,14 @@
 """Checkpoints as they are published: folders of safetensors, whatever the family calls its tensors, to MoEWeights and back.
 
-Names and axes are data (`moe_fn.checkpoint.layouts`), and so are the formats of quantised ones (`moe_fn.checkpoint.stored`).
+Names and axes are data (`moe_fn.checkpoint.layout_table`), and so are formats of quantised ones (`moe_fn.checkpoint.quantized.formats`).
 Needs `pip install moe_fn[checkpoint]`.
 """
 
-from moe_fn.checkpoint.entries import Entry, Layout
 from moe_fn.checkpoint.layers import MoELayer, load_moe_layer, load_moe_layers, moe_layers
-from moe_fn.checkpoint.layouts import LAYOUTS
+from moe_fn.checkpoint.layout import Entry, Layout
+from moe_fn.checkpoint.layout_table import LAYOUTS
 from moe_fn.checkpoint.loading import load_moe_weights
-from moe_fn.checkpoint.lora import load_lora
+from moe_fn.checkpoint.peft import load_lora
 from moe_fn.checkpoint.saving import save_moe_weights
 
 __all__ = [

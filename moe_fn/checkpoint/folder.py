@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_fn.checkpoint.files import TensorInfo, read_header, read_json
+from moe_fn.checkpoint.safetensors_files import TensorInfo, read_header, read_json
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 QUANT = "hf_quant_config.json"  # ModelOpt's

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from moe_fn.balance import Placement
-from moe_fn.checkpoint.choose import anchors_of, layouts_of_family, plan_of_block, quant_of_block, rows_of_block
-from moe_fn.checkpoint.entries import Layout
+from moe_fn.checkpoint.choose_layout import anchors_of, layouts_of_family, plan_of_block, quant_of_block, rows_of_block
 from moe_fn.checkpoint.folder import Checkpoint, Headers, model_types, open_checkpoint, read_headers
-from moe_fn.checkpoint.layouts import LAYOUTS
+from moe_fn.checkpoint.layout import Layout
+from moe_fn.checkpoint.layout_table import LAYOUTS
 from moe_fn.checkpoint.loading import load_from
+from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.checkpoint.slices import Wanted
 from moe_fn.config import MoEConfig, ParallelConfig
 from moe_fn.families import config_of_layer
-from moe_fn.progress import Progress, clear
 from moe_fn.records import MoEWeights
 
 _LAYER = r"(?P<layer>(?:.+\.)?(?:layers|blocks|block|h)\.(?P<index>\d+)(?:\.layer\.\d+)?)"

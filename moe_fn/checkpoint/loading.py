@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from moe_fn.balance import Placement
-from moe_fn.checkpoint.choose import headers_of_block, plan_of_block
-from moe_fn.checkpoint.entries import Layout
+from moe_fn.checkpoint.choose_layout import headers_of_block, plan_of_block
 from moe_fn.checkpoint.folder import Checkpoint, open_checkpoint
-from moe_fn.checkpoint.reading import read_weights
+from moe_fn.checkpoint.layout import Layout
+from moe_fn.checkpoint.read_plan import read_weights
 from moe_fn.checkpoint.slices import Wanted, slices_of, with_placement
 from moe_fn.config import MoEConfig
 from moe_fn.kinds import check_config

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from moe_fn.checkpoint.axes import ANY, dims_of, in_units, shape_of, sizes_of
-from moe_fn.checkpoint.codings import CODINGS
-from moe_fn.checkpoint.entries import Entry, Layout
-from moe_fn.checkpoint.files import FLOATS, INTEGERS, TensorInfo
 from moe_fn.checkpoint.folder import full_name
-from moe_fn.checkpoint.quantised import MATRICES, Place, base_of, is_check, places_of
+from moe_fn.checkpoint.layout import Entry, Layout
+from moe_fn.checkpoint.quantized.codings import CODINGS
+from moe_fn.checkpoint.quantized.layout import MATRICES, Place, base_of, is_check, places_of
+from moe_fn.checkpoint.safetensors_files import FLOATS, INTEGERS, TensorInfo
 from moe_fn.config import MoEConfig
 from moe_fn.records import Path
-from moe_fn.shapes import expected_shapes
+from moe_fn.weights.spec import expected_shapes
 
 _QUANTISED = re.compile(r"(_blocks|_scales?|_scale_inv|_scale_2|\.qweight|\.qzeros|\.scales|\.g_idx|_packed|\.absmax|\.quant_map)$")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moe_fn.balance import Placement
 from moe_fn.config import MoEConfig
-from moe_fn.config.sharing import experts_of_rank
+from moe_fn.config.local import experts_of_rank
 from moe_fn.records import MoEWeights, Path, RouterWeights
 
 # What is added to a sum over slices belongs to the first of them.

@@ -15,7 +15,7 @@ ActivationName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationConfig:
-    """Parameters of `moe_fn.activations.activate`.
+    """Parameters of `moe_fn.stages._activation.activate`.
 
         g' = min(g, limit), u' = clamp(u, -limit, limit)     limit_at="input"; at="output": min(f(g), limit) instead of g'
         gated:      f(g') * (u' + up_offset)                 with u' = up_cap * tanh(u' / up_cap) if up_cap

@@ -9,12 +9,12 @@ from typing import Any, Literal, Self, get_args
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
 from moe_fn.config.checks import check_bool, check_choice, check_int
 from moe_fn.config.invariance import check_batch_invariant
+from moe_fn.config.local import own_fields
 from moe_fn.config.lora import LoRAConfig
 from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.config.quant import ActivationQuantConfig, QuantConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
-from moe_fn.config.sharing import own_fields
 
 Backend = Literal["auto", "torch", "native", "triton"]
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from moe_fn.backends import backend_of
-from moe_fn.compiling import autocast_around_graph
 from moe_fn.config import MoEConfig
-from moe_fn.ops.grouped import GROUPED
+from moe_fn.ops.grouped_matmul import GROUPED
+from moe_fn.torch_compat import autocast_around_graph
 
 
 def dense_product(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import define_op
 

@@ -1,8 +1,8 @@
-"""Dispatch, experts and combine as one op, where one kernel does all three, and its gradients as another; `moe_fn.fused` says why.
+"""Dispatch, experts and combine as one op, where one kernel does all three, and its gradients as another.
 
 `moe_fn::routed_experts_<backend>` keeps for its gradients its arguments and, if asked to, what the activations got (`pre`: rows x 2I);
 without that `moe_fn::routed_experts_backward_<backend>` computes the first product again. Each back-end with such kernels has a pair of
-ops of its own, as in `moe_fn.ops.grouped`.
+ops of its own, as in `moe_fn.ops.grouped_matmul`.
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from moe_fn.balance.slots import fields_of_slots
 from moe_fn.checking import check_weights
 from moe_fn.config import MoEConfig, RankGroup, as_activation
-from moe_fn.meeting import differing_fields, meet, words_of_ranks
+from moe_fn.parallel.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.parallel.sharding import FIRST_SLICE_ONLY
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
 

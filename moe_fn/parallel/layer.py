@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from moe_fn.config import MoEConfig, ParallelConfig
 from moe_fn.ops import collectives
 from moe_fn.parallel.adapters import adapters_of_each
-from moe_fn.parallel.formats import FORMATS, Overflow, may_overflow
+from moe_fn.parallel.dispatch import FORMATS, Overflow, may_overflow
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.join import addends, join
 from moe_fn.stages.reduce_and_trunc import reduce_and_trunc

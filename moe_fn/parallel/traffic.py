@@ -12,10 +12,10 @@ from moe_fn.config.checks import check_int
 from moe_fn.kinds import check_config, check_kind
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.parallel.adapters import group_of_role, summed_over
-from moe_fn.parallel.formats import _capacity
+from moe_fn.parallel.dispatch import _capacity
 from moe_fn.parallel.layer import WEIGHTS_OF_EACH
 from moe_fn.parallel.sizes import reads_sizes
-from moe_fn.quant.travelling import bytes_of_row, travelling
+from moe_fn.quant.wire import bytes_of_row, travelling
 from moe_fn.records import LoRAWeights, MoEWeights
 
 ID_BYTES = 8  # ids and counts are int64

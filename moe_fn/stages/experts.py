@@ -3,21 +3,21 @@
 import torch
 from torch import Tensor
 
-from moe_fn.activations import activate
-from moe_fn.arithmetic import ARITHMETIC, rms_norm
 from moe_fn.backends import backend_of
 from moe_fn.checking_stages import check_experts
 from moe_fn.config import ActivationQuantConfig, ExpertNormConfig, MoEConfig, as_activation
-from moe_fn.lora import ByAdapter, add_adapters, sort_by_adapter
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops.grouped import GROUPED, spread_over_rows
-from moe_fn.ops.quantised import quantised_matmul
+from moe_fn.ops.arithmetic import ARITHMETIC, rms_norm
+from moe_fn.ops.grouped_matmul import GROUPED, spread_over_rows
+from moe_fn.ops.quantized_matmul import quantised_matmul
 from moe_fn.ops.rows import has_expert
-from moe_fn.preparing import restore_weights
-from moe_fn.quant.activations import rounded_rows, straight_through
+from moe_fn.quant.codes import codes_of
+from moe_fn.quant.inputs import rounded_rows, straight_through
 from moe_fn.quant.tiles import halves_of
-from moe_fn.quant.weights import codes_of
 from moe_fn.records import Dispatched, MoEWeights
+from moe_fn.stages._activation import activate
+from moe_fn.stages._adapters import ByAdapter, add_adapters, sort_by_adapter
+from moe_fn.weights.prepare import restore_weights
 
 
 def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> Tensor:

@@ -1,4 +1,4 @@
-"""route: logits -> Routing. By torch's ops, or by one op where a kernel knows the router; why an op: `moe_fn.ops.top_k`."""
+"""route: logits -> Routing. By torch's ops, or by one op where a kernel knows the router; why an op: `moe_fn.ops.route_top_k`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,18 +6,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.backends import backend_of, runs
 from moe_fn.checking import check_routing_inputs
-from moe_fn.compiling import check_draft_export, in_forward_mode
 from moe_fn.config import MoEConfig
-from moe_fn.kernels.triton.coverage import covers
+from moe_fn.kernels.triton.support import covers
 from moe_fn.kinds import check_layer
 from moe_fn.numerics import accumulation_dtype, root
+from moe_fn.ops.arithmetic import ARITHMETIC
 from moe_fn.ops.dense import dense_product, product_of_all
-from moe_fn.ops.top_k import define_route_top_k
+from moe_fn.ops.route_top_k import define_route_top_k
 from moe_fn.records import MoEWeights, RouterWeights, Routing
-from moe_fn.selection import SELECTIONS, scores_of, top_k_weights, transformed_logits
+from moe_fn.stages._scores import SELECTIONS, scores_of, top_k_weights, transformed_logits
+from moe_fn.torch_compat import check_draft_export, in_forward_mode
 
 
 def route(

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from moe_fn.activations import activate
-from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.arithmetic import ARITHMETIC
 from moe_fn.ops.dense import dense_product
 from moe_fn.records import MoEWeights, Routing
+from moe_fn.stages._activation import activate
 
 
 def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor | None:

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_fn.arithmetic import rms_norm
 from moe_fn.config import MoEConfig
+from moe_fn.ops.arithmetic import rms_norm
 from moe_fn.ops.dense import dense_product
 from moe_fn.records import MoEWeights
 

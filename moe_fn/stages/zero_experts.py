@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from moe_fn.arithmetic import ARITHMETIC
 from moe_fn.config import MoEConfig
 from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.arithmetic import ARITHMETIC
 from moe_fn.ops.dense import dense_product
 from moe_fn.records import MoEWeights, Routing
 

@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from moe_fn.compiling import mark_tokens
 from moe_fn.testing.graph_nodes import inspecting_backend
 from moe_fn.testing.matching import TOLERANCES, Tolerance, assert_matches
+from moe_fn.torch_compat import mark_tokens
 
 Backend = Literal["inductor", "aot_eager", "eager"]
 Args = tuple[Any, ...]
@@ -69,7 +69,7 @@ def assert_one_graph(
     """Raise AssertionError unless one graph of fn, without breaks or data-dependent work, serves every token count as eager does.
 
     fn(*make_args(n)) is compiled once and run at each n of `tokens`. Arguments are pytrees; tensors whose first size is n at every n have
-    it marked (`moe_fn.compiling.mark_tokens`). Checked are Dynamo's graph and, but for backend "eager", AOTAutograd's:
+    it marked (`moe_fn.torch_compat.mark_tokens`). Checked are Dynamo's graph and, but for backend "eager", AOTAutograd's:
 
         exactly one graph; no break; no recompilation; no node that reads values to know a size (nonzero, item, boolean mask, bincount,
         unique, ...), whatever is allowed under fullgraph; results of eager, and gradients if asked for

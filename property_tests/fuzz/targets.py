@@ -14,7 +14,7 @@ from fuzz.choices import Choices
 from fuzz.mutate import damaged_bytes, damaged_json, dumped
 from moe_fn import MoEConfig
 from moe_fn.checkpoint import load_lora, load_moe_layer, moe_layers
-from moe_fn.checkpoint.files import parse_json
+from moe_fn.checkpoint.safetensors_files import parse_json
 from moe_fn.families import config_of_layer
 from moe_fn.records import leaves_of_weights
 

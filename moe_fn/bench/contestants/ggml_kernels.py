@@ -27,8 +27,8 @@ from moe_fn.bench.contestants.ggml_library import Library, found_library, loaded
 from moe_fn.bench.contestants.routers import refuses_router, routing_of
 from moe_fn.bench.problem import Problem, TokenInput
 from moe_fn.config import QuantConfig
+from moe_fn.quant.codes import codes_of
 from moe_fn.quant.numbers import pack_halves, unpack_halves
-from moe_fn.quant.weights import codes_of
 
 _BLOCK = 32
 _F32, _I32 = 0, 26  # enum ggml_type

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, QuantConfig
-from moe_fn.quant.weights import codes_of
+from moe_fn.quant.codes import codes_of
 from moe_fn.records import MoEWeights
 
 _LEAST_BLOCK = 16

@@ -23,8 +23,8 @@ from moe_fn.bench.contestants.entry import (
 )
 from moe_fn.bench.contestants.routers import refuses_router, routing_of
 from moe_fn.bench.problem import Problem, TokenInput
+from moe_fn.quant.codes import codes_of
 from moe_fn.quant.numbers import unpack_halves
-from moe_fn.quant.weights import codes_of
 
 Product = Callable[[Tensor], Tensor]
 _GROUPS = (32, 64, 128, 256)

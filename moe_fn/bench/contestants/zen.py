@@ -28,7 +28,7 @@ from moe_fn.bench.contestants.entry import (
 from moe_fn.bench.contestants.routers import refuses_router, routing_of
 from moe_fn.bench.problem import Problem, TokenInput
 from moe_fn.bench.quants import QUANTS
-from moe_fn.quant.weights import codes_of
+from moe_fn.quant.codes import codes_of
 
 ACTIVATIONS = ("silu", "gelu", "swigluoai")
 

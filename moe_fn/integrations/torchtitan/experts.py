@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from moe_fn.activations import activate
 from moe_fn.backends import backend_of
-from moe_fn.calls import autocast_dtype, autocast_off
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.integrations.torchtitan.layouts import ExpertsLayout, config_of_experts, layout_of_class
+from moe_fn.layer.call import autocast_dtype, autocast_off
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops.grouped import GROUPED
+from moe_fn.ops.grouped_matmul import GROUPED
 from moe_fn.records import Dispatched, MoEWeights
+from moe_fn.stages._activation import activate
 from moe_fn.stages.experts import experts
 
 

@@ -10,9 +10,9 @@ import inspect
 import textwrap
 from dataclasses import dataclass
 
-from moe_fn.compiling import constant_while_tracing
 from moe_fn.config import ActivationConfig
 from moe_fn.config.activation import GateFunction
+from moe_fn.torch_compat import constant_while_tracing
 
 NUMBERS = ("limit", "alpha", "gate_cap", "up_cap")  # fields of ActivationConfig that are attributes of a module
 

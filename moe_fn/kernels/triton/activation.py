@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""moe_fn.activations for kernels: the value and the exact derivative, every choice a constexpr, everything in float32.
+"""moe_fn.stages._activation for kernels: the value and the exact derivative, every choice a constexpr, everything in float32.
 
 Comparisons are written with `tl.where` and not with `tl.minimum`/`tl.maximum`: those drop NaN, torch's clamp and relu keep it.
 """

@@ -9,11 +9,12 @@ from torch import Tensor
 from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.config.activation import activation_of_scalars
 from moe_fn.config.quant import quant_of_text
-from moe_fn.kernels.triton import quant_layer, top_k
+from moe_fn.kernels.triton import top_k
 from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer, quantised_matmul
 from moe_fn.kernels.triton.layer import Problem, backward, forward
-from moe_fn.kernels.triton.quant_matrix import matrix_of
-from moe_fn.quant.weights import Codes
+from moe_fn.kernels.triton.quant import layer
+from moe_fn.kernels.triton.quant.matrix import matrix_of
+from moe_fn.quant.codes import Codes
 
 __all__ = ["grouped_matmul", "grouped_outer", "quantised_matmul", "route_top_k", "routed_experts", "routed_experts_backward"]
 
@@ -27,7 +28,7 @@ def routed_experts(*args: Any) -> tuple[Tensor, Tensor]:
     """moe_fn::routed_experts_triton."""
     *arguments, quant, invariant, keep = args
     if quant:
-        return quant_layer.forward(_quant_problem(quant_of_text(quant), arguments, invariant), keep)
+        return layer.forward(_quant_problem(quant_of_text(quant), arguments, invariant), keep)
     return forward(_problem(arguments, invariant), keep)
 
 
@@ -63,7 +64,7 @@ def _problem(arguments: Sequence[Any], invariant: bool) -> Problem:
     return Problem(gate_up=gate_up, down=down, **_shared(arguments, invariant))
 
 
-def _quant_problem(quant: QuantConfig, arguments: Sequence[Any], invariant: bool) -> quant_layer.QuantProblem:
+def _quant_problem(quant: QuantConfig, arguments: Sequence[Any], invariant: bool) -> layer.QuantProblem:
     scales, zeros, above, static = (arguments[first : first + 2] for first in range(7, _SCALARS, 2))
     shared = _shared(arguments, invariant)
     halves = 2 if shared["activation"].gated and not shared["interleaved"] else 1
@@ -71,6 +72,6 @@ def _quant_problem(quant: QuantConfig, arguments: Sequence[Any], invariant: bool
         matrix_of(quant, Codes(codes=codes, scale=scale, zero_point=zero, global_scale=factor), parts)
         for codes, scale, zero, factor, parts in zip(arguments[3:5], scales, zeros, above, (halves, 1), strict=True)
     )
-    return quant_layer.QuantProblem(
+    return layer.QuantProblem(
         gate_up=gate_up, down=down, rounding=quant.activations, gate_up_input_scale=static[0], down_input_scale=static[1], **shared
     )

@@ -1,4 +1,4 @@
-"""The grouped products of moe_fn.ops.grouped, by the kernels of this package."""
+"""The grouped products of moe_fn.ops.grouped_matmul, by the kernels of this package."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch import Tensor
 from moe_fn.config import QuantConfig
 from moe_fn.kernels.triton.outer import grouped_outer as outer_of_groups
 from moe_fn.kernels.triton.products import grouped_product
-from moe_fn.kernels.triton.quant_matrix import matrix_of
-from moe_fn.kernels.triton.quant_products import quantised_product
-from moe_fn.kernels.triton.quant_tiles import coded_tile
-from moe_fn.kernels.triton.quantise import Rows as Left
+from moe_fn.kernels.triton.quant.inputs import Rows as Left
+from moe_fn.kernels.triton.quant.matrix import matrix_of
+from moe_fn.kernels.triton.quant.products import quantised_product
+from moe_fn.kernels.triton.quant.tiles import coded_tile
 from moe_fn.kernels.triton.slots import tiles_of_groups
 from moe_fn.kernels.triton.tiles import architecture_of, outer_tile, product_tile, rows_of_tiles
-from moe_fn.quant.weights import Codes
+from moe_fn.quant.codes import Codes
 
 
 def grouped_matmul(

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from moe_fn.config import ActivationConfig
 from moe_fn.kernels.triton.combine import gather_sum
-from moe_fn.kernels.triton.decode import down_of_slots, up_of_slots
 from moe_fn.kernels.triton.down_backward import down_backward
 from moe_fn.kernels.triton.metadata import sort_for_tiles
 from moe_fn.kernels.triton.outer import grouped_outer, segment_sums
 from moe_fn.kernels.triton.products import grouped_product
 from moe_fn.kernels.triton.slots import SortedSlots
+from moe_fn.kernels.triton.small_batch import down_of_slots, up_of_slots
 from moe_fn.kernels.triton.tiles import (
     Tile,
     architecture_of,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig
 from moe_fn.kernels.triton.activation import tanh
-from moe_fn.kernels.triton.coverage import LANES, lanes_of
+from moe_fn.kernels.triton.support import LANES, lanes_of
 
 
 @triton.jit

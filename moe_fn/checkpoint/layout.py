@@ -1,0 +1,148 @@
+"""What a row of the layout table is made of: which tensor of a file holds what of MoEWeights, under which name, with which axes."""
+
+from dataclasses import dataclass
+
+from moe_fn.checkpoint.axes import Units
+from moe_fn.checkpoint.quantized.formats import Method
+from moe_fn.records import Path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name, or one for each expert, and what the tensor of that name holds.
+
+    weight    the tensor of MoEWeights that it is, or is a part of
+    name      below the block's prefix; {e} is an expert, {second} an expert of a second bank; "../" steps out of the block
+    axes      its pattern (`moe_fn.checkpoint.axes`)
+    pins      places on axes that the pattern lacks, or has of which one is wanted: ("G", 0) is the gate, ("G", 1) the up
+    optional  a file need not have it
+    offset    the file holds the values less this (norms that multiply by 1 + weight); such a tensor is float32 in memory
+    scales    it multiplies what the entries before it made, divided by the root of its length (the norm of Gemma-4's gate)
+    coding    of a tensor that is part of a quantised matrix: a row of `moe_fn.checkpoint.quantized.codings.CODINGS`
+    units     places along axes that one of its elements is for: eight in a word, 128 that share a scale
+    """
+
+    weight: Path
+    name: str
+    axes: str
+    pins: tuple[tuple[str, int], ...] = ()
+    optional: bool = False
+    offset: float = 0.0
+    scales: bool = False
+    coding: str = ""
+    units: Units = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a family's blocks lie in a file.
+
+    name      of this row
+    families  values of model_type
+    block     what stands between a layer and the names, "" for nothing: "model.layers.3" + "mlp"
+    entries   its tensors
+    others    names below the prefix that are no part of MoEWeights ("gate.*": all that begin so); {z} is a zero expert
+    owned     beginnings of names below the prefix where anything unknown is an error
+    methods   how matrices of this block are quantised, by their paths; only in rows that `checkpoint.quantized.layout` made of others
+    """
+
+    name: str
+    families: tuple[str, ...]
+    block: str
+    entries: tuple[Entry, ...]
+    others: tuple[str, ...] = ()
+    owned: tuple[str, ...] = ("",)
+    methods: tuple[tuple[Path, Method], ...] = ()
+
+    @property
+    def savable(self) -> bool:
+        """Whether the tensors of a file can be made of those in memory: not of half of one, nor of a product of two."""
+        return not any(entry.scales or dict(entry.pins).keys() & {"T"} for entry in self.entries)
+
+    @property
+    def anchor(self) -> str:
+        """The name of the last product, which every mixture of experts has."""
+        return next(entry.name for entry in self.entries if entry.weight == ("down",))
+
+
+def of_first_expert(name: str) -> str:
+    """An entry's name with an expert's number: that of the first, in whichever bank.
+
+    >>> of_first_expert("experts.{e}.w2.weight")
+    'experts.0.w2.weight'
+    """
+    return name.replace("{e}", "0").replace("{second}", "0")
+
+
+def per_expert(gate: str, up: str, down: str, experts: str = "experts.{e}.") -> tuple[Entry, ...]:
+    """Three matrices an expert: [I, X], [I, X] and [X, I]."""
+    return (
+        Entry(("gate_up",), f"{experts}{gate}.weight", "I X", (("G", 0),)),
+        Entry(("gate_up",), f"{experts}{up}.weight", "I X", (("G", 1),)),
+        Entry(("down",), f"{experts}{down}.weight", "X I"),
+    )
+
+
+def ungated(up: str, down: str, experts: str = "experts.{e}.", bias: bool = False) -> tuple[Entry, ...]:
+    """Two matrices an expert, and two biases."""
+    matrices = (
+        Entry(("gate_up",), f"{experts}{up}.weight", "I X", (("G", 0),)),
+        Entry(("down",), f"{experts}{down}.weight", "X I"),
+    )
+    biases = (Entry(("gate_up_bias",), f"{experts}{up}.bias", "I", (("G", 0),)), Entry(("down_bias",), f"{experts}{down}.bias", "X"))
+    return matrices + biases if bias else matrices
+
+
+def fused(gate_up: str, down: str, rows: str = "G I", transposed: bool = False) -> tuple[Entry, ...]:
+    """One tensor for the first products of all experts, and one for the last."""
+    return (
+        Entry(("gate_up",), gate_up, f"E X ({rows})" if transposed else f"E ({rows}) X"),
+        Entry(("down",), down, "E I X" if transposed else "E X I"),
+    )
+
+
+def router(gate: str, correction: str | None = None, *, bias: str | None = None, ids: str | None = None) -> tuple[Entry, ...]:
+    """The gate, and by name the selection bias, the bias of the logits, and the table of hash routing."""
+    found = (
+        (("router", "gate"), gate, "C W"),
+        (("router", "correction_bias"), correction, "D"),
+        (("router", "bias"), bias, "C"),
+        (("router", "expert_ids_of_token"), ids, "V K"),
+    )
+    return tuple(Entry(weight, name, axes) for weight, name, axes in found if name is not None)
+
+
+def shared(
+    module: str = "shared_experts", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", *, sigmoid: str | None = None
+) -> tuple[Entry, ...]:
+    """A dense gated MLP, with optional biases, and the vector of a sigmoid gate."""
+    matrices = (
+        Entry(("shared", "gate_up"), f"{module}.{gate}.weight", "(N M) H", (("B", 0),)),
+        Entry(("shared", "gate_up"), f"{module}.{up}.weight", "(N M) H", (("B", 1),)),
+        Entry(("shared", "down"), f"{module}.{down}.weight", "H (N M)"),
+        Entry(("shared", "gate_up_bias"), f"{module}.{gate}.bias", "(N M)", (("B", 0),), optional=True),
+        Entry(("shared", "gate_up_bias"), f"{module}.{up}.bias", "(N M)", (("B", 1),), optional=True),
+        Entry(("shared", "down_bias"), f"{module}.{down}.bias", "H", optional=True),
+    )
+    return matrices if sigmoid is None else (*matrices, Entry(("shared", "gate"), sigmoid, "1 H"))
+
+
+def ungated_shared(module: str, up: str, down: str) -> tuple[Entry, ...]:
+    """A dense MLP without a gate."""
+    return (
+        Entry(("shared", "gate_up"), f"{module}.{up}.weight", "(N M) H", (("B", 0),)),
+        Entry(("shared", "down"), f"{module}.{down}.weight", "H (N M)"),
+        Entry(("shared", "gate_up_bias"), f"{module}.{up}.bias", "(N M)", (("B", 0),), optional=True),
+        Entry(("shared", "down_bias"), f"{module}.{down}.bias", "H", optional=True),
+    )
+
+
+def latent(down: str, up: str, input_norm: str | None = None, offset: float = 0.0) -> tuple[Entry, ...]:
+    """The projections into and out of a latent space, with optional biases, and the norm of what goes in."""
+    found = (
+        Entry(("latent", "input"), f"{down}.weight", "L H"),
+        Entry(("latent", "output"), f"{up}.weight", "H L"),
+        Entry(("latent", "input_bias"), f"{down}.bias", "L", optional=True),
+        Entry(("latent", "output_bias"), f"{up}.bias", "H", optional=True),
+    )
+    return found if input_norm is None else (*found, Entry(("latent", "input_norm"), f"{input_norm}.weight", "L", offset=offset))

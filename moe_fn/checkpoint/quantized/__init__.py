@@ -1,0 +1,1 @@
+"""How quantized experts stand in files, and how they are read."""

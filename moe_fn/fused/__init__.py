@@ -1,0 +1,1 @@
+"""Dispatch, experts and combine as one op."""

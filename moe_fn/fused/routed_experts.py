@@ -1,0 +1,238 @@
+"""Dispatch, experts, combine: one after the other, or as the one op of a back-end that has a kernel for all three.
+
+Why an op: the loop over experts is ragged, and what is fused here (copies of tokens, the activation, the weighted sum) stays in the
+cache instead of going through memory as rows x hidden buffers, which cost as much as the products from 256 tokens on. What would
+remove it: an Inductor that generates grouped products with a gather in front and a weighted scatter behind.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from moe_fn.backends import backend_of
+from moe_fn.config import MoEConfig, as_activation
+from moe_fn.fused.schema import NUM_FLOATS, packed, unpacked, with_floats
+from moe_fn.kernels.native import library as native
+from moe_fn.kernels.triton import call as gpu
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.arithmetic import ARITHMETIC
+from moe_fn.ops.define import Kernel, vjp
+from moe_fn.ops.grouped_matmul import GROUPED, spread_over_rows
+from moe_fn.ops.routed import DIFFERENTIABLE, define_routed_experts, define_routed_experts_backward
+from moe_fn.ops.rows import gather_rows, has_expert
+from moe_fn.quant.codes import dequantize_weights
+from moe_fn.records import MoEWeights, Routing
+from moe_fn.stages._activation import activate
+from moe_fn.stages.combine import combine
+from moe_fn.stages.dispatch import dispatch, weighted
+from moe_fn.stages.experts import experts
+from moe_fn.torch_compat import check_draft_export, in_forward_mode
+from moe_fn.weights.prepare import is_prepared, lay_down, lay_gate_up, restore_weights
+
+Routed = Callable[[MoEConfig, MoEWeights, Tensor, Routing], Tensor]
+
+
+def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """Tokens through their experts and back: x [T, Hx] -> [T, Hx].
+
+        y[t] = sum over j of  w[t, j] * expert_{ids[t, j]}(x[t])
+
+    Laws
+        The fused kernel equals the stages.
+    """
+    backend = backend_of(config, x)
+    by_stages_alone = _why_by_stages(config, weights, x, routing, backend)
+    if by_stages_alone is None:
+        return BY_OP[backend](config, weights, x, routing)
+    if config.recompute:
+        raise ValueError(f"MoEConfig.recompute=True with {by_stages_alone}: expected False, and torch.utils.checkpoint around the layer")
+    return by_stages(config, weights, x, routing)
+
+
+def by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """The three stages of the contract."""
+    dispatched = dispatch(config, x, routing)
+    rows = experts(config, weights, dispatched)
+    return combine(config, rows, dispatched, routing)
+
+
+def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """One op; the hidden rows stay in the cache."""
+    return _by_op(native_op, config, weights, x, routing)
+
+
+def by_triton_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """One op of 4 kernels, 2 where nearly every slot has an expert of its own: nothing waits for the device between them."""
+    return _by_op(triton_op, config, restore_weights(config, weights), x, routing)
+
+
+BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}  # the back-ends that have an op for all three
+
+
+def _why_by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, backend: str) -> str | None:
+    """Why no op does all of it, in words. Gradients through rounded activations are what the stages say that they are."""
+    if config.expert_norm is not None:  # it needs whole rows before the sum
+        return "an expert_norm"
+    if config.lora is not None:  # adapters need another order of rows
+        return "lora"
+    if backend not in BY_OP:
+        return f"back-end {backend!r}"
+    if in_forward_mode():
+        return "forward mode"
+    if config.quant is None:
+        return None
+    if config.quant.activations is not None and _differentiates(weights, x, routing.weights):
+        return "gradients through activations that are rounded"
+    return QUANT_PROBLEMS[backend](config.quant.text, config.expert_hidden_size, config.intermediate_size, x.device.type)
+
+
+QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {"native": native.quant_problem, "triton": gpu.quant_problem}
+
+
+def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    ids, w = routing.expert_ids, routing.weights
+    if config.router.weight_on == "output":
+        return _launch(op, config, weights, x, ids, w)
+    # Every slot is a token of its own, w * x, with one expert; the sum over a token's slots comes after.
+    slots = weighted(config, x.unsqueeze(1), w.unsqueeze(-1)).flatten(0, 1)
+    y = _launch(op, config, weights, slots, ids.reshape(-1, 1), torch.ones_like(w).reshape(-1, 1))
+    wide = y.unflatten(0, (-1, config.top_k)).to(accumulation_dtype(y.dtype))
+    return y if config.top_k == 1 else ARITHMETIC[config.batch_invariant].added(wide, 1).to(y.dtype)
+
+
+def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    check_draft_export("routed_experts")
+    y: Tensor
+    y, _ = op(*packed(config, weights, x, ids, w), _keeps(config, weights, x, w))
+    return y
+
+
+def _keeps(config: MoEConfig, weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
+    """Whether what the activations got is kept for gradients: 2 of 9 parts of all products, for rows x 2I elements."""
+    if config.recompute or config.chunk_tokens is not None:  # chunks are there to bound memory
+        return False
+    return _differentiates(weights, x, w)
+
+
+def _differentiates(weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
+    inputs = (x, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _in_torch(*args: Any) -> tuple[Tensor, Tensor]:
+    return by_stages(*unpacked(args[:-1])), args[0].new_empty(0)
+
+
+def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], pre: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that batch."""
+    wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
+    config, weights, *_ = unpacked(args[:-1])
+    plain = restore_weights(config, weights)
+    plain = plain if config.quant is None else dequantize_weights(config, plain, args[0].dtype)[1]
+    plain_args = pre, *with_floats(args[:-1], plain)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    found = _gradients(backend, gradient, wanted, *plain_args) if transformed else op(gradient, wanted, *plain_args)
+    d_x, d_w, d_gate_up, d_down, *d_biases = (g if want else None for g, want in zip(found, wanted, strict=True))
+    if is_prepared(weights.gate_up):
+        d_gate_up = None if d_gate_up is None else lay_gate_up(config, d_gate_up)
+        d_down = None if d_down is None else lay_down(config, d_down)
+    return d_x, None, d_w, d_gate_up, d_down, *d_biases, *(None,) * (len(args) - NUM_FLOATS)
+
+
+def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """What routed_experts_backward computes, in the grouped ops of a back-end: the first product always again, for pre has no derivative.
+
+    d a = down[e].T @ g;  d w = a . d a + down_bias . g;  d h = activation'(h) * w * d a;  d x = sum of gate_up[e].T @ d h
+    """
+    config, weights, x, routing = unpacked(args)
+    ops, wide, transposed = GROUPED[backend], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
+    arithmetic = ARITHMETIC[config.batch_invariant]
+    product = functools.partial(ops.matmul, invariant=config.batch_invariant)
+    d = dispatch(config, x, routing)
+    ends, rows = d.expert_ends, d.rows
+
+    def spread(bias: Tensor) -> Tensor:
+        return spread_over_rows(backend, bias, ends, rows.shape[0])
+
+    hidden = product(rows, weights.gate_up, ends, transposed).to(wide)
+    hidden = hidden if weights.gate_up_bias is None else hidden + spread(weights.gate_up_bias)
+    activation = functools.partial(activate, as_activation(config.activation), layout=config.gate_up_layout, arithmetic=arithmetic)
+    a, pull = vjp(activation, hidden)[:2]
+    g = gather_rows(gradient, d.slot_of_row, d.row_of_slot, config.top_k)
+    d_a = product(g, weights.down, ends, not transposed).to(wide)
+
+    present = has_expert(rows.shape[0], ends)
+    w = gather_rows(routing.weights.reshape(-1, 1), d.slot_of_row, d.row_of_slot, 1)
+    w = torch.where(present, w, 0).to(wide)
+    d_w = arithmetic.total(d_a * a)
+    d_w = d_w if weights.down_bias is None else d_w + arithmetic.total(g.to(wide) * spread(weights.down_bias))
+    d_w = gather_rows(torch.where(present, d_w, 0), d.row_of_slot, d.slot_of_row, 1).view_as(routing.weights)
+    d_hidden = pull(d_a * w)[0].to(x.dtype)
+
+    def of_x() -> Tensor:
+        d_slots = gather_rows(product(d_hidden, weights.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
+        return arithmetic.added(d_slots.unflatten(0, (-1, config.top_k)).to(wide), 1).to(x.dtype)
+
+    def outer(left: Tensor, right: Tensor) -> Tensor:
+        return ops.outer(left, right, ends) if transposed else ops.outer(right, left, ends)
+
+    def sums(rows: Tensor, w: Tensor, like: Tensor | None) -> Tensor:  # of w * rows over each expert's rows, in fixed order
+        of_expert = ops.outer(w.to(rows.dtype), rows, ends).squeeze(1)
+        return of_expert if like is None else of_expert.to(like.dtype)
+
+    def none() -> Tensor:  # one for each: results of an op are not each other's aliases
+        return x.new_empty(0)
+
+    return (
+        of_x() if wanted[0] else none(),
+        d_w.to(routing.weights.dtype) if wanted[1] else none(),
+        outer(d_hidden, rows) if wanted[2] else none(),
+        outer(g, (a * w).to(x.dtype)) if wanted[3] else none(),
+        sums(d_hidden, torch.ones_like(w), weights.gate_up_bias) if wanted[4] else none(),
+        sums(g, w, weights.down_bias) if wanted[5] else none(),
+    )
+
+
+def _second_backward(backend: str, inputs: list[Any], needed: list[bool], *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the gradients, through the grouped ops."""
+    wanted = inputs[1]
+    moving = [i for i in (0, *(3 + argument for argument in DIFFERENTIABLE)) if needed[i] and inputs[i] is not None]
+
+    def function(*moved: Tensor) -> tuple[Tensor, ...]:
+        found = _gradients(backend, *_with(inputs, moving, moved))
+        return tuple(g for g, want in zip(found, wanted, strict=True) if want)
+
+    values, pull = vjp(function, *(inputs[i] for i in moving))[:2]
+    given = [c for c, want in zip(cotangents, wanted, strict=True) if want]
+    second = pull(tuple(torch.zeros_like(v) if c is None else c for v, c in zip(values, given, strict=True)))
+    return tuple(_with([None] * len(inputs), moving, second))
+
+
+def _with(args: list[Any], places: list[int], values: Sequence[Any]) -> list[Any]:
+    """The arguments, with other values in some places."""
+    value_of_place = dict(zip(places, values, strict=True))
+    return [value_of_place.get(i, a) for i, a in enumerate(args)]
+
+
+native_backward_op = define_routed_experts_backward(
+    "native",
+    kernel=functools.partial(native.run, "routed_experts_backward", functools.partial(_gradients, "native")),
+    backward=functools.partial(_second_backward, "native"),
+)
+native_op = define_routed_experts(
+    "native",
+    kernel=functools.partial(native.run, "routed_experts", _in_torch),
+    backward=lambda *args: _backward("native", native_backward_op, *args),
+)
+triton_backward_op = define_routed_experts_backward(
+    "triton", kernel=functools.partial(gpu.run, "routed_experts_backward"), backward=functools.partial(_second_backward, "triton")
+)
+triton_op = define_routed_experts(
+    "triton",
+    kernel=functools.partial(gpu.run, "routed_experts"),
+    backward=lambda *args: _backward("triton", triton_backward_op, *args),
+)

@@ -1,0 +1,240 @@
+"""The CPU kernels: a C++ library built on first use from the sources beside this file, one for each instruction-set level.
+
+The compiler is the one that torch.compile needs on a CPU anyway, run by torch's own extension builder. The library is kept where torch
+keeps extensions, in a folder that nobody else may write into (`native.trust`), under a name that holds the level, a hash of the
+sources and all else that it depends on, and a digest of itself (`native.building`). Without sources, a compiler or such a folder
+there is a reason instead.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.config.quant import quant_of_text
+from moe_fn.kernels.native.building import library_file
+from moe_fn.kernels.native.trust import private_folder, user
+from moe_fn.torch_compat import constant_while_tracing
+
+SOURCES = Path(__file__).parent / "sources"
+DTYPES = (torch.float32, torch.bfloat16)
+
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+# What each level is compiled with, best first. Of CPUs with bfloat16 products Cooper Lake alone lacks VBMI, which decodes fp8;
+# "plain" is what the compiler's plain target has (SSE2 on x86-64, NEON on Arm).
+LEVELS: dict[str, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
+    "avx512": _AVX512,
+    "avx2": ("-mavx2", "-mfma"),
+    "plain": (),
+}
+# -g0: Python's own flags ask for symbols, which take half of the time and nine tenths of the file.
+FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-g0")
+
+_log = logging.getLogger("moe_fn")
+_first_use = threading.RLock()  # functools.cache lets threads that find nothing all compute: each would run the compiler
+
+
+@dataclass(frozen=True)
+class Library:
+    """The kernels of a level, or why there are none."""
+
+    level: str
+    path: Path | None
+    problem: str | None
+
+    @property
+    def ops(self) -> object:
+        """Its ops: routed_experts, grouped_matmul, grouped_outer, read, gemm."""
+        return getattr(torch.ops, f"moe_fn_{self.level}")
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What the benchmark measures the machine with."""
+
+    library: Library
+
+    def empty(self, num_bytes: int) -> Tensor:
+        """Memory to read, in huge pages where there are any."""
+        out: Tensor = self.library.ops.empty_like(torch.empty(num_bytes, dtype=torch.uint8))  # type: ignore[attr-defined]
+        return out
+
+    def read(self, tensor: Tensor, first_byte: int, num_bytes: int) -> int:
+        """Read the bytes of a tensor with all threads, two streams each; a checksum."""
+        return int(self.library.ops.read(tensor, first_byte, num_bytes))  # type: ignore[attr-defined]
+
+    def gemm(self, dtype: torch.dtype, repeats: int) -> float:
+        """GFLOP/s of all threads on the inner loop of the kernels, out of cache."""
+        return float(self.library.ops.gemm(dtype == torch.bfloat16, repeats))  # type: ignore[attr-defined]
+
+
+@functools.cache
+def best_level() -> str:
+    """The best level that this CPU runs."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "plain"
+    if torch.cpu._is_avx512_supported():
+        more = torch.cpu.get_capabilities()
+        return "avx512_bf16" if all(more.get(f"avx512_{name}") for name in ("bf16", "vnni", "vbmi")) else "avx512"
+    return "avx2" if torch.cpu._is_avx2_supported() else "plain"
+
+
+def library(level: str) -> Library:
+    """The library of a level, loaded; built if it is not there yet or damaged, or if somebody else may have written it.
+
+    Threads that come first together build it once.
+    """
+    with _first_use:
+        return _library(level)
+
+
+@functools.cache
+def _library(level: str) -> Library:
+    try:
+        name = f"moe_fn_{level}_{_fingerprint(level)}"
+        path = library_file(_folder(), name, lambda to: _build(level, name, to))
+        torch.ops.load_library(path)
+    except Exception as error:  # whatever a compiler, a loader or a full disk has to say: torch's own products are the answer to all
+        return Library(level, None, f"{type(error).__name__}: {_short(error)}")
+    return Library(level, path, None)
+
+
+def active() -> Library:
+    """The library of this CPU's best level, in place as the CPU kernels of moe_fn's ops."""
+    with _first_use:
+        return _active()
+
+
+@functools.cache
+def _active() -> Library:
+    found = library(best_level())
+    if found.problem is None:
+        found.ops.install()  # type: ignore[attr-defined]
+    else:
+        _log.warning("moe_fn: no native CPU kernels (%s); torch's own products run instead", found.problem)
+    return found
+
+
+def problem(device: str, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not run for this device and dtype; None if they do. Builds them on first use."""
+    if device != "cpu":
+        return f"the native kernels run on the CPU, not on {device}"
+    if dtype not in DTYPES:
+        return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
+    return active().problem
+
+
+@constant_while_tracing
+def quant_problem(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
+    """Why the kernels do not compute quantised experts (`QuantConfig.text`); None if they do. A decoder takes 32 bits of codes at once."""
+    config = quant_of_text(quant)
+    tile, together, a = config.tile[1], 4 * config.per_byte, config.activations
+    if tile is not None and tile % together and tile < max(hidden, intermediate):
+        return f"quant: a scale of {tile} inputs; the native kernels take multiples of {together}"
+    if a is not None and (a.scheme, a.granularity, a.static) != ("int8", "token", False):
+        scale = "static" if a.static else "computed"
+        return f"quant: {a.scheme} activations, {scale} scale of a {a.granularity}; the native kernels take int8, computed for a token"
+    return None
+
+
+def run(name: str, otherwise: Callable[..., Any], like: Tensor, *rest: Any) -> Any:
+    """The library's op on (like, *rest), or where it cannot run for such a tensor, `otherwise`.
+
+    What moe_fn's native ops run until the library is in their place, which the first call sees to.
+    """
+    function = otherwise if problem(like.device.type, like.dtype) else getattr(active().ops, name)
+    return function(like, *rest)
+
+
+def probes() -> Probes | None:
+    """The benchmark's probes, where there is a library."""
+    found = active()
+    return Probes(found) if found.problem is None else None
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy of a CPU tensor in huge pages, where the system gives them: they read 10 to 20 % faster on a virtual machine."""
+    copy: Tensor = active().ops.empty_like(tensor)  # type: ignore[attr-defined]
+    return copy.copy_(tensor)
+
+
+def _fingerprint(level: str) -> str:
+    if not SOURCES.is_dir():
+        raise FileNotFoundError(f"no C++ sources at {SOURCES}; expected a folder, which a zip and most frozen applications do not have")
+    libc = "".join(platform.libc_ver())  # machines and containers may share a folder
+    text = [torch.__version__, sys.platform, platform.machine(), libc, level, *LEVELS[level], *FLAGS]
+    text += [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
+    return hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
+
+
+def _folder() -> Path:
+    """Where torch keeps extensions: TORCH_EXTENSIONS_DIR, or a folder in the user's cache.
+
+    Never below the working folder, where the files of others may lie: torch takes an empty or relative XDG_CACHE_HOME from there, here it
+    counts as none, as its specification says.
+    """
+    from torch import _appdirs
+    from torch.utils import cpp_extension
+
+    try:
+        folder = Path(cpp_extension._get_build_directory("moe_fn", verbose=False))  # makes it
+    except OSError as error:
+        who = f"{user()} may not make or enter {error.filename} ({error.strerror})"
+        raise PermissionError(f"{who}; expected a folder of this user's own in TORCH_EXTENSIONS_DIR") from error
+    usual = Path(cpp_extension.get_default_build_root())
+    if folder.is_relative_to(usual) and not os.path.isabs(_appdirs.user_cache_dir("torch_extensions")):
+        with contextlib.suppress(OSError):  # they are not empty
+            for made in (folder, *folder.parents[: len(folder.relative_to(usual).parts)]):
+                made.rmdir()
+        folder = Path.home() / ".cache" / "torch_extensions" / folder.relative_to(usual)
+    if not folder.is_absolute():
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise ValueError(f"torch's folder for extensions is {str(folder)!r}; expected an absolute path (TORCH_EXTENSIONS_DIR, HOME)")
+    return private_folder(folder)
+
+
+def _build(level: str, name: str, path: Path) -> None:
+    """Compile a level's library to `path`, <name>.so in a folder for this alone.
+
+    Not cpp_extension.load: it wants a ninja on the PATH, and its lock file, left by a killed process, makes the next one wait forever.
+    """
+    from setuptools import Distribution, Extension
+    from torch.utils import cpp_extension
+
+    _log.warning("moe_fn: building the CPU kernels (%s), once, into %s", level, path.parent.parent)
+    start = time.perf_counter()
+    extension = Extension(
+        name,
+        [str(SOURCES / file) for file in ("kernels.cpp", "quantised.cpp", "backward.cpp", "binding.cpp")],
+        include_dirs=cpp_extension.include_paths(),
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["c10", "torch", "torch_cpu"],
+        extra_compile_args=[*FLAGS, f"-DNAME=moe_fn_{level}", *LEVELS[level]],
+        extra_link_args=["-fopenmp"],
+        language="c++",
+    )
+    command = cpp_extension.BuildExtension(Distribution({"ext_modules": [extension]}), use_ninja=False, no_python_abi_suffix=True)
+    command.build_lib, command.build_temp = str(path.parent), str(path.parent / "objects")
+    command.ensure_finalized()
+    command.run()
+    _log.info("moe_fn: built in %.0f s", time.perf_counter() - start)
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    wanted = [line for line in lines if "error" in line.lower()] or lines
+    return (wanted[0] if wanted else "no message")[:300]

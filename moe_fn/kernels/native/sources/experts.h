@@ -1,0 +1,52 @@
+// What the library computes, free of torch: binding.cpp turns tensors into these.
+#pragma once
+#include "activation.h"
+#include "codes.h"
+#include "product.h"
+
+namespace moe_fn {
+
+enum class Type { f32, bf16 };
+struct Bias {  // [experts, size], or no data
+  const void* data;
+  Type type;
+  int64_t size;
+  float at(int64_t expert, int64_t i) const;
+};
+
+struct RoutedExperts {
+  Type type;
+  int64_t tokens, top_k, experts, hidden_in, hidden_out;
+  const int64_t* expert_ids;
+  const float* expert_weights;
+  const void* x;
+  void *out, *pre;  // pre: [slots, columns of gate_up] to keep what the activation gets, slots in the order of the plan; or null
+  Weight gate_up, down;
+  Bias gate_up_bias, down_bias;
+  Activation activation;
+};
+void routed_experts(const Pool& pool, const RoutedExperts& problem);
+void quantised_experts(const Pool& pool, const RoutedExperts& problem);  // weights with codes
+
+// Gradients of routed_experts, from its arguments (plain weights), the gradient of its result, and what it kept (null: computed again).
+// Results that are null are not wanted.
+struct RoutedGradients {
+  const void *gradient, *pre;
+  void *x, *gate_up, *down;
+  float *expert_weights, *gate_up_bias, *down_bias;
+};
+void routed_experts_backward(const Pool& pool, const RoutedExperts& problem, const RoutedGradients& gradients);
+
+// Groups of sorted rows, as moe_fn.ops.grouped_matmul has them.
+struct Groups {
+  const int32_t* ends;
+  int64_t count, rows, segments, weight_sets;
+};
+void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight& weight, const Groups& groups, void* out);
+void grouped_outer(const Pool& pool, Type type, const void* left, int64_t left_size, const void* right, int64_t right_size, const Groups& groups, void* out);
+
+// For the benchmark's floor: a plain read of all bytes, and the tile's rate out of cache in GFLOP/s of all workers.
+int64_t read_bytes(const Pool& pool, const void* data, int64_t bytes);
+double tile_rate(const Pool& pool, Type type, int64_t repeats);
+
+}  // namespace moe_fn

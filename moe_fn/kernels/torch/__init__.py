@@ -1,0 +1,1 @@
+"""Grouped products in torch's own ops."""

@@ -1,0 +1,1 @@
+"""The whole layer: stages in order, and how a call of it runs."""

@@ -1,0 +1,163 @@
+"""chunk_tokens as a scan in the graph: tokens are worked on a few at a time, in forward and in backward.
+
+Peak memory is that of one chunk (and of the gradients of the weights), because the backward recomputes each chunk from the saved
+inputs and sums weight gradients in the scan's carry. In eager it is a loop in Python, in exported programs a scan, which needs no Python.
+
+Compiled functions get the whole-layer op, whose kernel loops: a scan (torch 2.11 to 2.13) keeps the whole graph that it stands in out of
+AOTAutograd's and Inductor's caches, so that every process would compile the model anew; and it compiles under fullgraph alone, and not
+below func.grad or torch.utils.checkpoint. What would change that: `cacheable=True` in torch's ScanOp.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from moe_fn.config import MoEConfig
+from moe_fn.layer.compose import layer_of_tokens, parts_of_tokens
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.define import asked_for, vjp
+from moe_fn.records import MoEWeights, Routing, leaves_of_weights, weights_of_leaves
+from moe_fn.torch_compat import constant_while_tracing, exporting, in_forward_mode
+
+_PER_TOKEN = 5  # x, expert_ids, weights, shared_weights, adapter_ids stand before the weights' leaves
+
+
+def layer_in_chunks(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool) -> tuple[Tensor, ...]:
+    """(y,) of layer_of_tokens, or (shared, routed) of parts_of_tokens, chunk_tokens tokens at a time."""
+    # Without the router's weights, which are not read here: Inductor (2.13) gives a carry that a scan hands on unchanged away twice,
+    # and their gradients, zero here, came out wrong.
+    leaves = leaves_of_weights(dataclasses.replace(weights, router=None))
+    args = [x, routing.expert_ids, routing.weights, routing.shared_weights, routing.adapter_ids, *leaves]
+    if torch.compiler.is_compiling():
+        # Dynamo (2.13) takes func.grad's own inputs for constants and would drop the backward; of a view it asks anew.
+        args = [None if a is None else a.view_as(a) for a in args]
+        if not (torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args)):
+            # Nothing to differentiate; and Dynamo would take a Function.forward with *args for the old style, with a context.
+            return _forward(config, with_shared, *args)
+    elif in_forward_mode():  # the loop is torch's own ops, tangents go through it; a Function with a rule for them does not compile
+        return _forward(config, with_shared, *args)
+    out: tuple[Tensor, ...] = _Chunked.apply(config, with_shared, *args)
+    return out
+
+
+def loop_is_visible() -> bool:
+    """Whether the loop runs in eager or goes into the graph: for exported programs, and there not below torch.func's transforms."""
+    if not torch.compiler.is_compiling():
+        return True
+    return exporting() and not torch._C._are_functorch_transforms_active()
+
+
+@constant_while_tracing
+def scalars_allowed() -> bool:
+    """Whether numbers may be read from tensors here: in eager, under fullgraph, with torch._dynamo.config.capture_scalar_outputs."""
+    context = torch._guards.TracingContext.try_get()
+    return (
+        context is None
+        or context.fake_mode is None
+        or context.fake_mode.shape_env is None
+        or context.fake_mode.shape_env.allow_scalar_outputs
+    )
+
+
+def chunk_of_layer(config: MoEConfig, with_shared: bool, args: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """One chunk, from flat arguments."""
+    x, ids, w, shared_w, adapter_ids, *leaves = args
+    routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)  # type: ignore[arg-type]
+    weights = weights_of_leaves(leaves)
+    if with_shared:
+        return parts_of_tokens(config, weights, x, routing)  # type: ignore[arg-type]
+    return (layer_of_tokens(config, weights, x, routing),)  # type: ignore[arg-type]
+
+
+def _forward(config: MoEConfig, with_shared: bool, *args: Any) -> tuple[Tensor, ...]:
+    tokens, leaves = _with_spare_row(args[:_PER_TOKEN]), list(args[_PER_TOKEN:])
+
+    def step(carry: Tensor, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return carry.clone(), chunk_of_layer(config, with_shared, [*_pick(tokens, rows), *leaves])
+
+    pieces: tuple[Tensor, ...] = _scan(config, step, args[0].new_zeros(()), args[0])[1]
+    return pieces
+
+
+class _Chunked(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(config: MoEConfig, with_shared: bool, *args: Any) -> tuple[Tensor, ...]:
+        return _forward(config, with_shared, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.config, ctx.with_shared, *args = inputs
+        ctx.present = [a is not None for a in args]
+        ctx.save_for_backward(*(a for a in args if a is not None))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        args: list[Any] = [next(saved) if there else None for there in ctx.present]
+        needed = asked_for(ctx, [False, False, *ctx.present])[2:]
+        wanted = [i for i, need in enumerate(needed) if need and args[i].is_floating_point()]
+        per_token, of_weights = [i for i in wanted if i < _PER_TOKEN], [i for i in wanted if i >= _PER_TOKEN]
+        tokens, padded = _with_spare_row(args[:_PER_TOKEN]), _with_spare_row(gradients)
+
+        def step(carry: tuple[Tensor, ...], rows: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+            chunk = [*_pick(tokens, rows), *args[_PER_TOKEN:]]
+
+            def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+                replaced = dict(zip(wanted, inputs, strict=True))
+                return chunk_of_layer(ctx.config, ctx.with_shared, [replaced.get(i, a) for i, a in enumerate(chunk)])
+
+            pull = vjp(function, *(chunk[i] for i in wanted))[1]
+            parts = dict(zip(wanted, pull(tuple(_pick(padded, rows))), strict=True))
+            return tuple(c + parts[i] for c, i in zip(carry, of_weights, strict=True)), tuple(parts[i] for i in per_token)
+
+        def zeros() -> tuple[Tensor, ...]:  # without a name, or they would live as long as the sums that take their place
+            return tuple(torch.zeros_like(args[i], dtype=accumulation_dtype(args[i].dtype)) for i in of_weights)
+
+        sums, pieces = _scan(ctx.config, step, zeros(), args[0])
+        found = {i: g.to(args[i].dtype) for i, g in zip(of_weights, sums, strict=True)} | dict(zip(per_token, pieces, strict=True))
+        return None, None, *(found.get(i) for i in range(len(args)))
+
+
+def _with_spare_row(tensors: Any) -> list[Tensor | None]:
+    """One more row, which stands for every token past the end: zeros, and for ids -1 (no expert, so no product)."""
+
+    def spare(t: Tensor) -> Tensor:
+        value = 0 if t.dtype.is_floating_point else -1
+        return F.pad(t, (0, 0) * (t.ndim - 1) + (0, 1), value=value)
+
+    return [None if t is None else spare(t) for t in tensors]
+
+
+def _pick(tensors: list[Tensor | None], rows: Tensor) -> list[Any]:
+    return [None if t is None else t.index_select(0, rows) for t in tensors]
+
+
+def _scan(config: MoEConfig, step: Callable[[Any, Tensor], Any], carry: Any, x: Tensor) -> tuple[Any, Any]:
+    """carry, pieces = step(carry, rows of the chunk) for every chunk; pieces are laid end to end.
+
+    In a scan all chunks have chunk_tokens rows, those past the end row `tokens`; in eager the last one has what is left, as in the op.
+    """
+    tokens, size, device = x.shape[0], config.chunk_tokens or 1, x.device
+
+    if torch.compiler.is_compiling():
+        from torch._higher_order_ops.scan import scan
+
+        def body(carry: Any, number: Tensor) -> Any:
+            return step(carry, (number * size + torch.arange(size, device=device)).clamp(max=tokens))
+
+        # At least two chunks, so that neither 0 nor 1 is special: one graph for every number of tokens.
+        carry, pieces = scan(body, carry, torch.arange(tokens // size + 2, device=device))
+        every = torch.arange(tokens, device=device)  # a narrow would be a guard on tokens <= chunks * size
+        return carry, tree_map(lambda piece: piece.flatten(0, 1).index_select(0, every), pieces)
+    collected = []
+    for first in range(0, max(tokens, 1), size):
+        carry, piece = step(carry, torch.arange(first, min(first + size, tokens), device=device))
+        collected.append(piece)
+    return carry, tree_map(lambda *parts: torch.cat(parts), *collected)

@@ -1,0 +1,199 @@
+"""The layer as one opaque op, without and with a separate shared output: `moe_fn::moe_forward` and `moe_fn::moe_forward_shared`.
+
+Why ops: hosts that want one node per layer (piecewise CUDA graphs, partitioners), chunking where scan does not compile, and ranks that
+read sizes where torch.compile may not (`moe_fn.parallel.sizes`), whose backward then goes through the collectives anew. Why two:
+an op's schema cannot return "a Tensor or a tuple". What would remove them: union returns, and scan below func.grad and plain compile.
+The config travels by value, as its JSON; every weight is an argument. First order only: their backward has none, and says so.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, config_of_json
+from moe_fn.layer.chunked import chunk_of_layer
+from moe_fn.layer.compose import route_tokens
+from moe_fn.numerics import accumulation_dtype
+from moe_fn.ops.define import define_op
+from moe_fn.ops.flops import flops_of_kernel
+from moe_fn.parallel.layer import layer_over_ranks
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
+from moe_fn.torch_compat import check_draft_export
+
+# x, then routing's input or routing itself: with expert_ids given there is nothing left to route.
+# gate_x: what the gate sees, where it is not x.
+_TOKEN_ARGS = ("x", "logits", "token_ids", "token_mask", "expert_ids", "expert_weights", "shared_weights", "adapter_ids", "gate_x")
+_LEAVES = tuple("_".join(path) for path in WEIGHT_PATHS)
+_REQUIRED = {"x", "gate_up", "down"}
+_SCHEMA = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TOKEN_ARGS + _LEAVES)
+
+
+def layer_as_op(
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Tensor,
+    routing: Routing | None,
+    logits: Tensor | None,
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
+    adapter_ids: Tensor | None,
+    with_shared: bool,
+    gate_x: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """(y,) or (shared, routed) from one node. x is free of padding already; routing None means: route inside.
+
+    Of a layer that ranks share, routing is given, and logits may be: they travel.
+    """
+    check_draft_export("moe_forward")
+    given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
+    per_token = (x, logits, token_ids, token_mask, *given, adapter_ids, gate_x)
+    args = (config._json, *per_token, *leaves_of_weights(weights))  # type: ignore[attr-defined]
+    out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
+    return tuple(out)
+
+
+def _rows(args: list[Any], chunk: slice) -> list[Any]:
+    return [None if a is None else a[chunk] for a in args]
+
+
+def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tensor, ...]:
+    x, logits, token_ids, token_mask, ids, w, shared_w, adapter_ids, gate_x, *leaves = args
+    if config.parallel is not None:
+        routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)
+        return (layer_over_ranks(config, config.parallel, weights_of_leaves(leaves), x, routing, logits)[0],)
+    if ids is None:
+        seen = x if gate_x is None else gate_x
+        _, routing = route_tokens(config, weights_of_leaves(leaves), seen, logits, token_ids, token_mask)
+        ids, w, shared_w = routing.expert_ids, routing.weights, routing.shared_weights
+    return chunk_of_layer(config, with_shared, [x, ids, w, shared_w, adapter_ids, *leaves])
+
+
+def _chunks(config: MoEConfig, x: Tensor) -> list[slice]:
+    size = config.chunk_tokens or max(x.shape[0], 1)
+    return [slice(first, first + size) for first in range(0, max(x.shape[0], 1), size)]
+
+
+def _forward_kernel(with_shared: bool, text: str, *args: Any) -> tuple[Tensor, ...]:
+    config, tokens, leaves = config_of_json(text), list(args[: len(_TOKEN_ARGS)]), args[len(_TOKEN_ARGS) :]
+    chunks = _chunks(config, args[0])
+    if len(chunks) == 1:
+        # Contiguous, as the fake says: without shared experts the cut of hidden_padding is a view.
+        return tuple(y.contiguous() for y in _chunk(config, with_shared, [*tokens, *leaves]))
+    outs = [args[0].new_empty(args[0].shape) for _ in range(1 + with_shared)]
+    for chunk in chunks:
+        for out, y in zip(outs, _chunk(config, with_shared, [*_rows(tokens, chunk), *leaves]), strict=True):
+            out[chunk] = y
+    return tuple(outs)
+
+
+def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:
+    config, wanted = config_of_json(text), [i for i, need in enumerate(needed) if need]
+    chunks = _chunks(config, args[0])
+    if len(chunks) == 1:
+        found = _of_chunk(config, grad_shared, grad, wanted, args, None)
+    else:
+        found = {i: args[i].new_zeros(args[i].shape, dtype=accumulation_dtype(args[i].dtype)) for i in wanted}
+        for rows in chunks:
+            _add(found, rows, _of_chunk(config, grad_shared, grad, wanted, args, rows))
+    # Contiguous, as the fake says.
+    return tuple(found[i].to(args[i].dtype).contiguous() if i in found else args[0].new_empty(0) for i in range(len(args)))
+
+
+def _add(found: dict[int, Tensor], rows: slice, of_chunk: dict[int, Tensor]) -> None:
+    """A function of its own, so that no chunk's gradients live while those of the next one are computed."""
+    for i, gradient in of_chunk.items():
+        into = found[i][rows] if i < len(_TOKEN_ARGS) else found[i]
+        into += gradient
+
+
+def _of_chunk(
+    config: MoEConfig, grad_shared: Tensor | None, grad: Tensor, wanted: list[int], args: tuple[Any, ...], rows: slice | None
+) -> dict[int, Tensor]:
+    """Gradients of the arguments `wanted`, from some tokens; rows None: from all."""
+    with_shared, per_token = grad_shared is not None, len(_TOKEN_ARGS)
+    given = [grad_shared, grad] if with_shared else [grad]
+    chunk = list(args)
+    if rows is not None:
+        chunk, given = [*_rows(chunk[:per_token], rows), *chunk[per_token:]], _rows(given, rows)
+    leaves = {i: chunk[i].detach().requires_grad_() for i in wanted}
+    with torch.enable_grad():
+        outs = _chunk(config, with_shared, [leaves.get(i, a) for i, a in enumerate(chunk)])
+    pairs = [(out, g) for out, g in zip(outs, given, strict=True) if out.requires_grad]  # without shared experts their part is a constant
+    if not pairs:
+        return {i: torch.zeros_like(leaf) for i, leaf in leaves.items()}
+    moved, directions = zip(*pairs, strict=True)
+    found = torch.autograd.grad(moved, tuple(leaves.values()), directions, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def _backward_fake(grad_shared: Any, grad: Any, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(a.new_empty(a.shape) if need else args[0].new_empty(0) for a, need in zip(args, needed, strict=True))
+
+
+def _gradients(inputs: list[Any], needed: Any, grad_shared: Tensor | None, grad: Tensor) -> tuple[Any, ...]:
+    text, *args = inputs
+    wanted = [bool(need and a is not None and a.is_floating_point()) for a, need in zip(args, needed[1:], strict=True)]
+    if not any(wanted):
+        return (None,) * len(inputs)
+    found = moe_backward_op(grad_shared, grad, wanted, text, *args)
+    return None, *(g if want else None for g, want in zip(found, wanted, strict=True))
+
+
+_EXPECTED = "expected MoEConfig(opaque=False, batch_invariant=False), and in a graph chunk_tokens=None"
+
+
+def _no_second_derivative(inputs: list[Any], needed: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    raise ValueError(f"moe_fn: the layer as one op has no second derivative; {_EXPECTED}")
+
+
+def _no_forward_mode(inputs: list[Any], *tangents: Any) -> Any:
+    raise ValueError(f"moe_fn: the layer as one op has no forward mode; {_EXPECTED}")
+
+
+def _loop_over_batch(name: str) -> Any:
+    """vmap of a whole-layer op: a loop over the batch, whose size is static below vmap."""
+
+    def sample(args: Any, in_dims: Any, number: int) -> Any:
+        op = getattr(torch.ops.moe_fn, name).default
+        return op(*(a.select(d, number) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        samples = [sample(args, in_dims, number) for number in range(info.batch_size)]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+    return rule
+
+
+_GRADIENTS = ", ".join(["Tensor"] * len(_TOKEN_ARGS + _LEAVES))
+
+moe_backward_op = define_op(
+    f"moe_backward(Tensor? grad_shared, Tensor grad, bool[] needed, str config, {_SCHEMA}) -> ({_GRADIENTS})",
+    kernel=_backward_kernel,
+    flops=flops_of_kernel(_backward_kernel),
+    fake=_backward_fake,
+    vmap=_loop_over_batch("moe_backward"),
+    backward=_no_second_derivative,
+    jvp=_no_forward_mode,
+)
+moe_forward_op = define_op(
+    f"moe_forward(str config, {_SCHEMA}) -> Tensor",
+    kernel=lambda *args: _forward_kernel(False, *args)[0],
+    flops=flops_of_kernel(partial(_forward_kernel, False)),
+    fake=lambda config, x, *_: x.new_empty(x.shape),
+    vmap=_loop_over_batch("moe_forward"),
+    backward=lambda inputs, needed, grad: _gradients(inputs, needed, None, grad),
+    jvp=_no_forward_mode,
+)
+moe_forward_shared_op = define_op(
+    f"moe_forward_shared(str config, {_SCHEMA}) -> (Tensor, Tensor)",
+    kernel=partial(_forward_kernel, True),
+    flops=flops_of_kernel(partial(_forward_kernel, True)),
+    fake=lambda config, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    vmap=_loop_over_batch("moe_forward_shared"),
+    backward=lambda inputs, needed, grad_shared, grad: _gradients(inputs, needed, grad_shared, grad),
+    jvp=_no_forward_mode,
+)

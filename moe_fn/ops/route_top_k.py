@@ -1,0 +1,58 @@
+"""The router as one op, where one kernel scores, chooses and weighs.
+
+Why an op: a choice is a sort, which Inductor cannot write; composed of torch's ops the router is a dozen launches, as long as a
+layer's products at 1 token. What would remove it: an Inductor that generates a top-k with a prologue and an epilogue.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import MoEConfig, config_of_json
+from moe_fn.kernels.triton import call as gpu
+from moe_fn.ops.define import Kernel, batch_to_front, define_op, vjp
+
+WeightsOfIds = Callable[[MoEConfig, Tensor, Tensor | None, Tensor], Tensor]
+
+
+def _kernel(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[Tensor, Tensor]:
+    ids, weights = gpu.run("route_top_k", logits, correction_bias, config_of_json(config))
+    return weights, ids
+
+
+def _fake(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[Tensor, Tensor]:
+    shape = (*logits.shape[:-1], config_of_json(config).top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+def define_route_top_k(weights_of_ids: WeightsOfIds) -> Kernel:
+    """The op: logits [T, E], correction_bias [E] or None, config as JSON -> weights float32 [T, k], ids int64 [T, k].
+
+    `weights_of_ids` is the same in torch once the ids are known: its gradient is the op's. No forward mode: torch's own ops have it.
+    """
+
+    def backward(args: list[Any], needed: list[bool], ids: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, correction_bias, config = args
+        pull = vjp(lambda z: weights_of_ids(config_of_json(config), z, correction_bias, ids), logits)[1]
+        return pull(gradient)[0] if needed[0] else None, None, None
+
+    def vmap(info: Any, in_dims: Any, logits: Tensor, correction_bias: Tensor | None, config: str) -> Any:
+        batched = batch_to_front(logits, in_dims[0], info.batch_size)
+        if correction_bias is not None and in_dims[1] is not None:
+            biases = batch_to_front(correction_bias, in_dims[1], info.batch_size)
+            samples = [op(z, b, config) for z, b in zip(batched.unbind(), biases.unbind(), strict=True)]
+            return tuple(torch.stack(o) for o in zip(*samples, strict=True)), (0, 0)
+        out = op(batched.flatten(0, 1), correction_bias, config)
+        return tuple(o.unflatten(0, batched.shape[:2]) for o in out), (0, 0)
+
+    op = define_op(
+        "route_top_k_triton(Tensor logits, Tensor? correction_bias, str config) -> (Tensor, Tensor)",
+        kernel=_kernel,
+        fake=_fake,
+        vmap=vmap,
+        backward=backward,
+        keeps=1,
+    )
+    return op

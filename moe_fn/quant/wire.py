@@ -1,0 +1,80 @@
+"""Rows on their way between ranks: codes and scales in one row of bytes, where the experts would round them to codes anyway."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_fn.config import ActivationQuantConfig, MoEConfig
+from moe_fn.quant.inputs import RoundedRows, rounded_rows
+from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_floor, pack_halves, unpack_halves
+
+_BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # exponents; the others are float32
+
+
+def travelling(config: MoEConfig, dtype: torch.dtype, weighted: bool) -> ActivationQuantConfig | None:
+    """How rows of a dtype travel: rounded as the first product will round them, or as they are (None).
+
+    As they are where a scale is an expert's own (static), where weights are still to be multiplied with what arrives, where there are
+    adapters, which see inputs that are not rounded, and in float64, whose scales have more digits than those that travel.
+
+    Laws
+        Rows arrive as the experts round them.
+    """
+    activations = None if config.quant is None or config.lora is not None else config.quant.activations
+    if activations is None or activations.static or (config.router.weight_on == "input" and not weighted):
+        return None
+    return None if dtype == torch.float64 else activations
+
+
+def bytes_of_row(a: ActivationQuantConfig, width: int) -> int:
+    """Bytes of a row of `width` numbers.
+
+    >>> bytes_of_row(ActivationQuantConfig(scheme="int8", granularity="token"), 64)
+    68
+    """
+    groups = -(-width // (a.group_size or width))
+    return (-(-width // 2) if _packed(a) else width) + groups * _BYTES_OF_SCALE.get(a.scheme, 4)
+
+
+def to_bytes(a: ActivationQuantConfig, rows: Tensor) -> Tensor:
+    """Rows [R, K] as uint8 [R, bytes_of_row]: their codes, then their scales."""
+    present = torch.ones(rows.shape[0], 1, dtype=torch.bool, device=rows.device)
+    rounded = rounded_rows(a, rows, present, None)
+    codes = NUMBERS[ELEMENTS[a.scheme]].encode(rounded.codes)
+    if _packed(a):
+        codes = pack_halves(torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)))
+    scale = encode_e8m0(log2_floor(rounded.scale)) if a.scheme in _BYTES_OF_SCALE else rounded.scale.to(torch.float32)
+    return torch.cat([codes.view(torch.uint8), _laid_out(scale).view(torch.uint8)], 1)
+
+
+def from_bytes(a: ActivationQuantConfig, data: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The rows that to_bytes(a, rows) stands for: [R, width]."""
+    size = -(-width // 2) if _packed(a) else width
+    codes, scale = data.narrow(1, 0, size), _laid_out(data.narrow(1, size, data.shape[1] - size))
+    values = unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[ELEMENTS[a.scheme]])
+    numbers = NUMBERS[ELEMENTS[a.scheme]].decode(values, torch.float32)
+    scales = decode_e8m0(scale, torch.float32) if a.scheme in _BYTES_OF_SCALE else scale.view(torch.float32)
+    return RoundedRows(numbers, scales, a.group_size or width).floats().to(dtype)
+
+
+def _laid_out(t: Tensor) -> Tensor:
+    """A copy that may be viewed as another dtype. contiguous() leaves no row and one row as they are, with any stride at any offset."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _packed(a: ActivationQuantConfig) -> bool:
+    return ELEMENTS[a.scheme] == "e2m1"
+
+
+_DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+
+
+def packed(a: ActivationQuantConfig | None, rows: Tensor) -> Tensor:
+    """What travels: rows, or their bytes, which have no gradient."""
+    return rows if a is None else to_bytes(a, rows.detach())
+
+
+def unpacked(a: ActivationQuantConfig | None, data: Tensor, rows: Tensor, arrived_as: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What arrived, as rows like those that were sent; arrived_as(rows, received) gives it their gradient."""
+    return data if a is None else arrived_as(rows, from_bytes(a, data, rows.shape[1], rows.dtype))

@@ -1,0 +1,1 @@
+"""Shapes, checks and layouts of the layer's weights."""
