@@ -5,7 +5,6 @@ import dataclasses
 from torch import Tensor
 
 from moe_fn.balance import stats_of_routing
-from moe_fn.checking import check_routing, check_x
 from moe_fn.config import MoEConfig
 from moe_fn.layer.call import Call, autocast_off, enter, flat_routing, leave
 from moe_fn.layer.chunked import layer_in_chunks, loop_is_visible, scalars_allowed
@@ -15,6 +14,7 @@ from moe_fn.parallel.dispatch import may_overflow
 from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.parallel.sizes import reads_sizes
 from moe_fn.records import MoEWeights, Routing, RoutingStats
+from moe_fn.stages._checks import check_routing, check_x
 
 
 def moe_forward(

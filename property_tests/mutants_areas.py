@@ -36,7 +36,8 @@ def _all(*globs: str) -> tuple[str, ...]:
 AREAS: dict[str, Area] = {
     "checkpoint": Area(("moe_fn/checkpoint/*.py", "moe_fn/checkpoint/quantized/*.py"), _all("checkpoint*", "module_lists", "bad_input")),
     "quant": Area(
-        ("moe_fn/quant/*.py", "moe_fn/weights/quantize.py"), _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised", "bad_input")
+        ("moe_fn/quant/*.py", "moe_fn/weights/quantize.py"),
+        _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised", "bad_input"),
     ),
     "parallel": Area(
         ("moe_fn/parallel/*.py", "moe_fn/balance/meeting.py", "moe_fn/ops/collectives.py"),

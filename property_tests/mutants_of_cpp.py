@@ -4,7 +4,8 @@
     python property_tests/mutants_of_cpp.py report out/mutants-cpp.jsonl > out/mutants-cpp.md
 
 A mutant is a file of moe_fn/kernels/native/sources with another operator, constant, bound or condition in one place. It is compiled for
-one level, loaded by a process of its own, and judged by the tests that are given a level (cpp_mutants.py). `--every 10` takes a tenth of them.
+one level, loaded by a process of its own, and judged by the tests that are given a level (cpp_mutants.py). `--every 10` takes a tenth
+of them.
 """
 
 import argparse

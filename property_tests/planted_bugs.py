@@ -11,15 +11,28 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from moe_fn import balance, forward, kinds
+from moe_fn import balance, checks, forward
 from moe_fn.fused import routed_experts
 from moe_fn.kernels.torch import grouped
-from moe_fn.layer import call, chunked, compose, opaque
+from moe_fn.layer import call, chunked, compose, lora, opaque
 from moe_fn.ops import arithmetic, grouped_matmul
 from moe_fn.parallel import cutting
 from moe_fn.records import Routing
-from moe_fn.stages import _adapters, _scores, combine, dispatch, experts, join, reduce_and_trunc, route, shared, transform, zero_experts
-from moe_fn.weights import lora, panels, prepare
+from moe_fn.stages import (
+    _adapters,
+    _routing_weights,
+    _scores,
+    combine,
+    dispatch,
+    experts,
+    join,
+    reduce_and_trunc,
+    route,
+    shared,
+    transform,
+    zero_experts,
+)
+from moe_fn.weights import panels, prepare
 
 replace = dataclasses.replace
 
@@ -216,7 +229,10 @@ BUGS = (
     PlantedBug("ids_of_a_token_are_distinct_and_in_range", "one id too high", _scores._best, after(lambda ids, *a: ids + 1)),
     PlantedBug("weights_are_finite_and_float32", "NaN scores stay", _scores.finite, instead(lambda s: s)),
     PlantedBug(
-        "weights_are_finite_and_float32", "denominator without a guard", route._norm, instead(lambda router, w: w.sum(-1, keepdim=True))
+        "weights_are_finite_and_float32",
+        "denominator without a guard",
+        _routing_weights._norm,
+        instead(lambda router, w: w.sum(-1, keepdim=True)),
     ),
     PlantedBug(
         "ties_go_to_the_lowest_expert_id",
@@ -224,7 +240,7 @@ BUGS = (
         _scores._best,
         instead(lambda v, k: v.shape[-1] - 1 - v.flip(-1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)),
     ),
-    PlantedBug("renormalised_rows_sum_to_the_scale", "an epsilon of 1e-3", route._norm, after(_renormalised_twice)),
+    PlantedBug("renormalised_rows_sum_to_the_scale", "an epsilon of 1e-3", _routing_weights._norm, after(_renormalised_twice)),
     PlantedBug(
         "renormalised_rows_sum_to_the_scale",
         "scaled before renormalising",
@@ -270,7 +286,7 @@ BUGS = (
     PlantedBug(
         "padding_tokens_have_no_expert",
         "only weights are cleared",
-        route.without_padding,
+        _routing_weights.without_padding,
         instead(lambda r, mask: replace(r, weights=torch.where(mask.unsqueeze(-1), r.weights, 0))),
     ),
     PlantedBug("hash_routing_ignores_how_large_the_logits_are", "ids from the logits", route.route, with_router(selection="top_k")),
@@ -604,7 +620,7 @@ BUGS = (
     PlantedBug(
         "ids_of_any_integer_dtype_are_the_same_ids",
         "ids stay as narrow as they came",
-        kinds.checked_integers,
+        checks.checked_integers,
         instead(lambda where, name, value: value),
     ),
     PlantedBug("expert_load_counts_the_slots", "-1 counts for expert 0", balance.expert_load, before(lambda ids, n: (ids.clamp(min=0), n))),

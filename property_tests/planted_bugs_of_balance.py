@@ -7,7 +7,7 @@ import torch
 from planted_bugs import PlantedBug, after, before, instead
 
 from moe_fn import balance, numerics
-from moe_fn.balance import move_experts, place_experts
+from moe_fn.balance import move_weights, packing
 
 
 def _as_they_come(weights: Sequence[float], num_packs: int) -> list[list[int]]:
@@ -42,33 +42,29 @@ BUGS = (
     PlantedBug(
         "every_expert_is_placed",
         "the busiest expert has every slot",
-        place_experts.replicate,
+        packing.replicate,
         after(lambda slots, *a: slots[-1:] * len(slots)),
     ),
-    PlantedBug("gpus_are_balanced_within_the_proven_bound", "items are packed as they come", place_experts.pack, instead(_as_they_come)),
-    PlantedBug("packs_differ_by_the_heaviest_item_at_most", "items are packed as they come", place_experts.pack, instead(_as_they_come)),
+    PlantedBug("gpus_are_balanced_within_the_proven_bound", "items are packed as they come", packing.pack, instead(_as_they_come)),
+    PlantedBug("packs_differ_by_the_heaviest_item_at_most", "items are packed as they come", packing.pack, instead(_as_they_come)),
     PlantedBug(
         "greedy_replication_is_the_best_there_is",
         "experts get replicas in turn",
-        place_experts.replicate,
+        packing.replicate,
         instead(lambda load, slots: [slot % len(load) for slot in range(slots)]),
     ),
-    PlantedBug(
-        "never_worse_than_the_previous_placement", "the worse of the two is kept", place_experts._fullest, after(lambda most, *a: -most)
-    ),
+    PlantedBug("never_worse_than_the_previous_placement", "the worse of the two is kept", packing._fullest, after(lambda most, *a: -most)),
     PlantedBug(
         "relabelling_experts_relabels_the_placement",
         "the first experts get the replicas",
-        place_experts.replicate,
+        packing.replicate,
         after(lambda slots, load, *a: [*slots[: len(load)], *(0 for _ in slots[len(load) :])]),
     ),
-    PlantedBug(
-        "experts_that_stay_on_a_gpu_keep_their_slots", "slots are dealt anew", place_experts._keep_slots, instead(lambda new, *a: new)
-    ),
+    PlantedBug("experts_that_stay_on_a_gpu_keep_their_slots", "slots are dealt anew", packing._keep_slots, instead(lambda new, *a: new)),
     PlantedBug(
         "layers_are_placed_one_by_one",
         "every layer is placed as the first",
-        place_experts.tables_of_slots,
+        packing.tables_of_slots,
         before(lambda placed, *rest: (placed[:1] * len(placed), *rest)),
     ),
     PlantedBug(
@@ -143,7 +139,7 @@ BUGS = (
     PlantedBug(
         "moved_weights_are_the_weights_of_the_new_placement",
         "what departs is not in the order in which it is read",
-        move_experts.departing,
+        move_weights.departing,
         after(lambda parts, *a: [part.flip(0) for part in parts]),
     ),
 )

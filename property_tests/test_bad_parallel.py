@@ -13,10 +13,10 @@ import torch
 
 from moe_fn import MoEConfig, ParallelConfig, RankGroup, RouterWeights, join_weights, shard_weights
 from moe_fn.balance import placement_of_slots
+from moe_fn.balance.meeting import words_of_ranks
 from moe_fn.config import ExpertNormConfig, SharedExpertsConfig
 from moe_fn.parallel import check_ranks_agree
 from moe_fn.parallel.agreement import differences
-from moe_fn.parallel.meeting import words_of_ranks
 from moe_fn.testing import weights_for
 
 BASE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 6, "intermediate_size": 4}

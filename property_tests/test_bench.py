@@ -30,9 +30,9 @@ from moe_fn.bench.report import as_json, gemm_rate, markdown, summary
 from moe_fn.bench.results import Cell, Combination, Outcome, Result
 from moe_fn.bench.timing import TURNS, Clock, Ready, percentile, take_turns
 from moe_fn.config import MoEConfig, QuantConfig
-from moe_fn.quant import dequantize_weights, quantize_weights
 from moe_fn.quant.numbers import pack_halves
 from moe_fn.records import MoEWeights, leaves_of_weights
+from moe_fn.weights.quantize import dequantize_weights, quantize_weights
 
 SHAPE = "8,2,64,32"
 COMPILED = ("moe_fn", "moe_fn plain", "moe_fn invariant", "moe_fn plain invariant", UNQUANTISED)

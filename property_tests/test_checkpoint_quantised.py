@@ -28,11 +28,11 @@ from moe_fn import (
     moe_forward,
     shard_weights,
 )
-from moe_fn.checking import check_weights
 from moe_fn.checkpoint import load_moe_layer, load_moe_weights, moe_layers, read_plan, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
 from moe_fn.checkpoint.quantized import compressed_tensors, formats
 from moe_fn.checkpoint.quantized.methods import method_of
+from moe_fn.weights.check import check_weights
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, QuantConfig, Routing
-from moe_fn.checking import MOST_SLOTS
+from moe_fn.stages._checks import MOST_SLOTS
 from moe_fn.testing import weights_for
 
 FAR = 2**30 + 64  # elements between neighbours: the third begins beyond 2^31

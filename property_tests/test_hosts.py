@@ -170,7 +170,7 @@ RACE = """
 import shutil, sys, threading, time
 import torch
 import moe_fn
-from moe_fn.kernels import native
+from moe_fn.kernels.native import library as native
 from moe_fn.testing import weights_for
 
 built = []

@@ -16,7 +16,7 @@ from torch import Tensor
 import moe_fn
 from moe_fn import ActivationQuantConfig, MoEConfig, MoEWeights, QuantConfig
 from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
-from moe_fn.quant import travelling
+from moe_fn.quant import inputs, wire
 from moe_fn.testing import assert_matches, configs, error_bound, problems, quants, weights_for
 from moe_fn.testing.problem import MoEProblem
 
@@ -143,13 +143,13 @@ def test_rows_arrive_as_the_experts_round_them(quant: QuantConfig, dtype: torch.
     """Rounding what was rounded on its way to another rank is rounding once; a rank may have no rows."""
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20, quant=quant)
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    codes = travelling.travelling(config, dtype, weighted=True)
-    received = travelling.packed(codes, rows)
-    assert codes is None or received.shape == (count, travelling.bytes_of_row(codes, width))
-    arrived = travelling.unpacked(codes, received, rows, lambda rows, received: received)
+    codes = wire.travelling(config, dtype, weighted=True)
+    received = wire.packed(codes, rows)
+    assert codes is None or received.shape == (count, wire.bytes_of_row(codes, width))
+    arrived = wire.unpacked(codes, received, rows, lambda rows, received: received)
     if quant.activations is not None and not quant.activations.static:
         present = torch.ones(count, 1, dtype=torch.bool)
-        once, twice = (moe_fn.quant.activations.rounded_rows(quant.activations, t, present, None).floats() for t in (rows, arrived))
+        once, twice = (inputs.rounded_rows(quant.activations, t, present, None).floats() for t in (rows, arrived))
         assert_matches(twice.to(dtype), once.to(dtype))
 
 

@@ -17,8 +17,8 @@ from moe_fn import MoEConfig, MoEWeights, Routing
 from moe_fn.config import ActivationQuantConfig, QuantConfig, as_activation
 from moe_fn.fused import routed_experts
 from moe_fn.kernels.native import library as native
-from moe_fn.quant.codes import dequantize_weights
 from moe_fn.testing import assert_matches, quants, weights_for
+from moe_fn.weights.quantize import dequantize_weights
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
 

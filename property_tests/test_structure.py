@@ -20,34 +20,25 @@ CAMPAIGN = sorted((Path(__file__).parent / "campaign").rglob("*.py"))
 
 # Who imports whom, downwards only. A module may import those of lower numbers; stages never each other.
 LAYERS = (
-    ("numerics", "config", "compiling", "progress", "meeting"),
+    ("numerics", "torch_compat"),
+    ("checks",),
+    ("config",),
     ("records",),
-    ("kinds",),
     ("quant",),
     ("kernels",),
-    ("backends", "panels"),
-    ("ops",),
-    ("arithmetic",),
-    ("activations",),
-    ("preparing", "selection", "lora", "op_arguments"),
-    ("shapes",),
-    ("checking",),
-    ("checking_stages",),
+    ("backends",),
+    ("ops", "weights"),
     ("stages",),
-    ("balance", "fused", "replay"),
+    ("balance", "fused"),
     ("parallel",),
-    ("merging",),
     ("layer",),
-    ("chunked", "calibrating"),
-    ("whole_layer",),
-    ("calls",),
     ("forward",),
     ("families",),
     ("bench", "integrations", "checkpoint"),
     ("",),  # the package itself re-exports
 )
 # What runs on the host between steps, and reads values there: the rest of the package must leave them on the device.
-ON_HOST = ("balance/placing.py", "balance/slots.py", "parallel/sizes.py")  # the last: sizes that are data
+ON_HOST = ("balance/packing.py", "balance/slots.py", "parallel/sizes.py")  # the last: sizes that are data
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -74,12 +65,12 @@ def test_modules_import_downwards_only(path: Path) -> None:
         if part == "reference":
             assert other in ("reference", "config", "records"), f"the reference imports moe_fn.{module}, which it judges"
         elif part == "testing":
-            assert other in ("testing", "reference", "config", "records", "compiling"), f"testing imports moe_fn.{module}"
+            assert other in ("testing", "reference", "config", "records", "torch_compat"), f"testing imports moe_fn.{module}"
         elif part == "bench":
             assert other != "testing", f"{path.name} imports moe_fn.{module}"
         elif part == "stages":
-            assert other != "stages", f"{path.name} imports another stage, moe_fn.{module}"
-            assert LEVEL[other] < LEVEL["stages"]
+            assert other != "stages" or module.split(".")[1].startswith("_"), f"{path.name} imports another stage, moe_fn.{module}"
+            assert other == "stages" or LEVEL[other] < LEVEL["stages"], f"{path.name} imports upwards: moe_fn.{module}"
         else:
             assert other == part or LEVEL[other] < LEVEL[part], f"{path.name} imports upwards: moe_fn.{module}"
 
@@ -161,7 +152,9 @@ def test_the_readme_shows_the_layer_as_it_is() -> None:
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
     shown = {name: code for block in blocks for name, code in functions_in(block).items()}
     source = {
-        name: code for file in ("layer.py", "fused.py", "forward.py") for name, code in functions_in((PACKAGE / file).read_text()).items()
+        name: code
+        for file in ("layer/compose.py", "fused/routed_experts.py", "forward.py")
+        for name, code in functions_in((PACKAGE / file).read_text()).items()
     }
     assert {"moe_forward", "layer_of_tokens", "routed_and_shared", "by_stages"} <= set(shown)
     for name in set(shown) & set(source):

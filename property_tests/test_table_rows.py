@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 
 from moe_fn.checkpoint import LAYOUTS, load_lora, load_moe_layer, load_moe_weights, save_moe_weights
 from moe_fn.checkpoint.adapter_modules import _PARTS
-from moe_fn.checkpoint.files import BITS, INTEGERS, read_header
 from moe_fn.checkpoint.folder import _DTYPES, dtype_of_floats
-from moe_fn.checkpoint.methods import _READERS
+from moe_fn.checkpoint.quantized.methods import _READERS
+from moe_fn.checkpoint.safetensors_files import BITS, INTEGERS, read_header
 
 
 @pytest.mark.parametrize("dtype", BITS)

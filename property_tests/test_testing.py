@@ -455,7 +455,7 @@ def test_configs_shrink_to_the_simplest() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_weights_fit_their_config(some_configs: list[MoEConfig], dtype: torch.dtype) -> None:
-    from moe_fn.checking import check_weights  # the package's own view of what fits
+    from moe_fn.weights.check import check_weights
     from moe_fn.weights.spec import expected_shapes
 
     for config in some_configs[::4]:

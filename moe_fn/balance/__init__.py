@@ -25,8 +25,8 @@ from moe_fn.balance.losses import (
     stats_of_routing,
     update_correction_bias,
 )
-from moe_fn.balance.move_experts import move_experts, physical_weights, start_moving
-from moe_fn.balance.place_experts import pack, place_experts, replicate
+from moe_fn.balance.move_weights import move_experts, physical_weights, start_moving
+from moe_fn.balance.packing import pack, place_experts, replicate
 from moe_fn.balance.placement import Placement, balancedness, gpu_load, logical_load, physical_ids, placement_at
 from moe_fn.balance.plan_moves import Move, Moves, balanced_senders, sends_per_gpu, transfers
 from moe_fn.balance.slots import placement_of_slots

@@ -17,14 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_fn.balance.placement import checked_load
-from moe_fn.checking import check_beside_x, checked_ids
+from moe_fn.checks import check_beside_x, check_dtype, check_float, check_int, check_kind, checked_ids, checked_integers
 from moe_fn.config import MoEConfig, RankGroup
-from moe_fn.config.checks import check_float, check_int
-from moe_fn.kinds import check_dtype, check_kind, checked_integers
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.collectives import reduced_over_ranks
 from moe_fn.records import Routing, RoutingStats
-from moe_fn.stages.route import scores_of_logits
+from moe_fn.stages._scores import scores_of_logits
 
 
 def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fn.kinds import INTEGERS, check_kind, checked_integers
+from moe_fn.checks import INTEGERS, check_kind, checked_integers
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.torch_compat import check_same_size
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.balance.placement import Placement
-from moe_fn.kinds import INTEGERS, check_kind
+from moe_fn.checks import INTEGERS, check_kind
 
 Slots = list[int]  # logical expert of each physical slot
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_fn.kinds import INTEGERS, check_kind
+from moe_fn.checks import INTEGERS, check_kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 
 from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
 from moe_fn.quant.shapes import shapes_of_quant
-from moe_fn.weights.prepare import plain_shapes
+from moe_fn.weights.spec import plain_shapes
 
 _INT8 = ActivationQuantConfig(scheme="int8", granularity="token")
 _FP8 = ActivationQuantConfig(scheme="fp8_e4m3", granularity="token")

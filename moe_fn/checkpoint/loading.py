@@ -13,8 +13,8 @@ from moe_fn.checkpoint.layout import Layout
 from moe_fn.checkpoint.read_plan import read_weights
 from moe_fn.checkpoint.slices import Wanted, slices_of, with_placement
 from moe_fn.config import MoEConfig
-from moe_fn.kinds import check_config
 from moe_fn.records import MoEWeights
+from moe_fn.weights.check import check_config
 
 
 def load_moe_weights(

@@ -22,9 +22,9 @@ from moe_fn.checkpoint.adapter_modules import GateUpLayout, Kept, Module, Weight
 from moe_fn.checkpoint.peft_config import AdapterConfig, read_adapter_config
 from moe_fn.checkpoint.safetensors_files import open_tensors, read_header
 from moe_fn.config import MoEConfig, as_activation
+from moe_fn.layer.lora import padded_to
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.records import LoRAWeights
-from moe_fn.weights.lora import padded_to
 
 MODEL = "adapter_model.safetensors"
 Factors = tuple[Tensor, Tensor]  # A [E, rank, in], B [E, out, rank]

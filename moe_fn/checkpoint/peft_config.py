@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_fn.checkpoint.safetensors_files import read_json
-from moe_fn.weights.lora import scaling_of
+from moe_fn.layer.lora import scaling_of
 
 CONFIG = "adapter_config.json"
 # What changes the function and is not plain LoRA; each is there under its name and false, null or empty in plain ones.

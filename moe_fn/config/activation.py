@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moe_fn.config.checks import check_bool, check_choice, check_float
+from moe_fn.checks import check_bool, check_choice, check_float
 
 GateFunction = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "situ"]
 ActivationName = Literal[

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moe_fn.config.checks import check_choice, check_int
+from moe_fn.checks import check_choice, check_int
 
 LoRAExperts = Literal["each", "shared", "outer_shared"]
 

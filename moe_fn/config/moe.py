@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
+from moe_fn.checks import check_bool, check_choice, check_int
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
-from moe_fn.config.checks import check_bool, check_choice, check_int
 from moe_fn.config.invariance import check_batch_invariant
 from moe_fn.config.local import own_fields
 from moe_fn.config.lora import LoRAConfig

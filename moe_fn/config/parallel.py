@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-from moe_fn.config.checks import check_bool, check_choice, check_int
+from moe_fn.checks import check_bool, check_choice, check_int
 
 Dispatch = Literal["replicated", "all_gather", "all_to_all", "all_to_all_static"]
 Placement = Literal["linear", "round_robin"] | tuple[int, ...]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moe_fn.checks import check_bool, check_choice, check_float, check_int
 from moe_fn.config.activation import ActivationConfig, ActivationName, as_activation
-from moe_fn.config.checks import check_bool, check_choice, check_float, check_int
 
 
 @dataclass(frozen=True, kw_only=True)

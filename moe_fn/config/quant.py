@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moe_fn.config.checks import check_bool, check_choice, check_int
+from moe_fn.checks import check_bool, check_choice, check_int
 
 Scheme = Literal["fp8_e4m3", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"]
 Granularity = Literal["tensor", "channel", "group", "block"]

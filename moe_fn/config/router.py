@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moe_fn.config.checks import check_bool, check_choice, check_float, check_int
+from moe_fn.checks import check_bool, check_choice, check_float, check_int
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "identity"]
 ScoringOrder = Literal["before_top_k", "after_top_k"]

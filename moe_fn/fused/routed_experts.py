@@ -24,14 +24,15 @@ from moe_fn.ops.define import Kernel, vjp
 from moe_fn.ops.grouped_matmul import GROUPED, spread_over_rows
 from moe_fn.ops.routed import DIFFERENTIABLE, define_routed_experts, define_routed_experts_backward
 from moe_fn.ops.rows import gather_rows, has_expert
-from moe_fn.quant.codes import dequantize_weights
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages._activation import activate
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch, weighted
 from moe_fn.stages.experts import experts
 from moe_fn.torch_compat import check_draft_export, in_forward_mode
-from moe_fn.weights.prepare import is_prepared, lay_down, lay_gate_up, restore_weights
+from moe_fn.weights.prepare import lay_down, lay_gate_up, restore_weights
+from moe_fn.weights.quantize import dequantize_weights
+from moe_fn.weights.spec import is_prepared
 
 Routed = Callable[[MoEConfig, MoEWeights, Tensor, Routing], Tensor]
 

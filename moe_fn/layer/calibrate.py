@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
-from moe_fn.checking import check_beside_x, check_weights, check_x
+from moe_fn.checks import check_beside_x, check_kind
 from moe_fn.config import MoEConfig
-from moe_fn.kinds import check_kind, check_layer
 from moe_fn.layer.compose import route_tokens
 from moe_fn.ops.rows import count_up_to
 from moe_fn.quant.calibration import Calibration
 from moe_fn.records import MoEWeights
+from moe_fn.stages._checks import check_x
 from moe_fn.stages.dispatch import dispatch
 from moe_fn.stages.experts import hidden_rows
 from moe_fn.stages.transform import transform_input
+from moe_fn.weights.check import check_layer, check_weights
 from moe_fn.weights.prepare import restore_weights
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checking import check_adapter_ids, check_beside_x, check_token_inputs, check_weights, check_x
+from moe_fn.checks import check_beside_x
 from moe_fn.config import MoEConfig
 from moe_fn.layer.compose import without_padding
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
-from moe_fn.stages.route import without_padding as routing_without_padding
+from moe_fn.stages._checks import check_adapter_ids, check_token_inputs, check_x
+from moe_fn.stages._routing_weights import without_padding as routing_without_padding
 from moe_fn.torch_compat import autocast_around_graph, exporting, traces_switching_autocast
+from moe_fn.weights.check import check_weights
 from moe_fn.weights.prepare import convert_experts
 
 _LEFT_ALONE = ("gate_up", "down", "router", "quant")  # by autocast: experts are converted apart, these others are not

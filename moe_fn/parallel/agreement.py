@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from moe_fn.balance.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.balance.slots import fields_of_slots
-from moe_fn.checking import check_weights
 from moe_fn.config import MoEConfig, RankGroup, as_activation
-from moe_fn.parallel.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.parallel.sharding import FIRST_SLICE_ONLY
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
+from moe_fn.weights.check import check_weights
 
 _c10d: Any = dist.distributed_c10d  # torch finds groups by name only there
 _ROLES = ("tp", "ep", "dp", "sp")

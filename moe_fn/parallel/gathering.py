@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from moe_fn.config import MoEConfig, RankGroup
-from moe_fn.kinds import check_config
 from moe_fn.ops import collectives
 from moe_fn.parallel.sizes import longest_of_ranks
+from moe_fn.weights.check import check_config
 
 
 def gather_tokens(config: MoEConfig, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from moe_fn.balance import physical_weights
-from moe_fn.checking import check_shapes
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.local import experts_of_rank, ranks_of_experts
 from moe_fn.parallel.adapters import join_adapters, shard_adapters
@@ -15,6 +14,7 @@ from moe_fn.parallel.cutting import joined, slice_of
 from moe_fn.parallel.expert_ranks import placement_of_weights, without_placement
 from moe_fn.quant.tiles import halves_of
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, SharedWeights, leaves_of_weights, weights_of_leaves
+from moe_fn.weights.check import check_shapes
 
 FIRST_SLICE_ONLY = (("down_bias",), ("shared", "down_bias"))
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_leaves
 
+from moe_fn.checks import check_int, check_kind
 from moe_fn.config import MoEConfig, ParallelConfig
-from moe_fn.config.checks import check_int
-from moe_fn.kinds import check_config, check_kind
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.parallel.adapters import group_of_role, summed_over
 from moe_fn.parallel.dispatch import _capacity
@@ -17,6 +16,7 @@ from moe_fn.parallel.layer import WEIGHTS_OF_EACH
 from moe_fn.parallel.sizes import reads_sizes
 from moe_fn.quant.wire import bytes_of_row, travelling
 from moe_fn.records import LoRAWeights, MoEWeights
+from moe_fn.weights.check import check_config
 
 ID_BYTES = 8  # ids and counts are int64
 _MOST_TOKENS = "the most tokens"

@@ -1,19 +1,16 @@
-"""quantize_weights and dequantize_weights: floats to codes and scales, and back."""
+"""Matrices as codes and scales: encoded and decoded tile by tile."""
 
 import dataclasses
 
 import torch
 from torch import Tensor
 
-from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
-from moe_fn.kinds import check_kind, check_layer
+from moe_fn.config import QuantConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.quant import numbers
-from moe_fn.quant.calibration import Calibration
-from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero, pack_halves, unpack_halves
-from moe_fn.quant.shapes import check_sizes
-from moe_fn.quant.tiles import WHOLE, Tile, by_tile, halves_of, spread
-from moe_fn.records import MoEWeights, QuantWeights
+from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero, pack_halves, unpack_halves
+from moe_fn.quant.tiles import WHOLE, Tile, by_tile, spread
+from moe_fn.records import MoEWeights
 
 NAMES = ("gate_up", "down")
 
@@ -26,88 +23,6 @@ class Codes:
     scale: Tensor
     zero_point: Tensor | None = None
     global_scale: Tensor | None = None
-
-
-def quantize_weights(
-    config: MoEConfig, weights: MoEWeights, quant: QuantConfig | None = None, calibration: Calibration | None = None
-) -> tuple[MoEConfig, MoEWeights]:
-    """(config, weights) with gate_up and down as codes and scales, each rounded to the nearest code.
-
-        scale = the least that leaves no weight of a tile out of the codes' range;  q = round(W / scale)
-
-    weights are floats in any layout that the config has; the result's weight_layout is "out_in". quant None: config.quant. Scales that
-    are floats are float32, those of groups in the dtype of the weights. Biases, the router and shared experts stay as they are.
-    int4 without zero points maps the weight of largest magnitude to -8, so a scale may be negative: steps are an eighth smaller than with
-    -7..7.
-
-    calibration   what the experts see of some tokens (`moe_fn.calibrate`): of FACTORS times the least scale each tile then takes the one
-                  with the least sum of mean_square * (W - what the code stands for)^2, and static scales of inputs cover what was seen
-
-    Raises ValueError where there is no quant, the weights are codes already, or scales are static and nothing is known of the inputs.
-
-    Laws
-        Codes are the nearest ones.
-        Quantising what was dequantised changes nothing.
-        Calibrated rounding errs no more.
-        Quantised layers equal the reference.
-        Quantised layers equal those of the floats that codes stand for.
-        Gradients pass the rounding of inputs.
-
-    Source: OCP microscaling formats 1.0 (mxfp4, mxfp8); compressed-tensors (nvfp4, zero points); ggml (int4's scale).
-
-    >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
-    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 4), down=torch.randn(2, 4, 4))
-    >>> small, codes = quantize_weights(config, weights, QuantConfig(scheme="int8", granularity="channel"))
-    >>> codes.gate_up.dtype, codes.quant.gate_up_scale.shape
-    (torch.int8, torch.Size([2, 8, 1]))
-    """
-    check_layer("quantize_weights", config, weights)
-    quant = config.quant if quant is None else quant
-    if quant is None:
-        raise ValueError("quantize_weights: config.quant is None; expected one there, or as the third argument")
-    check_kind("quantize_weights", "quant", quant, QuantConfig)
-    if calibration is not None:
-        check_kind("quantize_weights", "calibration", calibration, Calibration)
-    result = dataclasses.replace(config, quant=quant, weight_layout="out_in")
-    parts = {name: getattr(weights, name) for name in NAMES}
-    for name, weight in parts.items():
-        if weight.ndim != 3 or not weight.is_floating_point() or weight.itemsize == 1:
-            raise ValueError(f"quantize_weights: weights.{name} is {weight.dtype} with {weight.ndim} dims; expected plain floats with 3")
-    if config.weight_layout == "in_out":
-        parts = {name: weight.transpose(1, 2) for name, weight in parts.items()}
-    check_sizes("quantize_weights", config, parts, 1)
-    if calibration is None and quant.activations is not None and quant.activations.static:
-        raise ValueError("quantize_weights: quant.activations.static=True; expected a calibration, which says what inputs there are")
-    seen = {name: None if calibration is None else getattr(calibration, f"{name}_mean_square") for name in NAMES}
-    made = {name: encoded(quant, weight.detach(), halves_of(config, name), seen[name]) for name, weight in parts.items()}
-    beside = {f"{name}_{field}": getattr(codes, field) for name, codes in made.items() for field in ("scale", "zero_point", "global_scale")}
-    if calibration is not None and quant.activations is not None and quant.activations.static:
-        beside |= {f"{name}_input_scale": static_scale(quant.activations, getattr(calibration, f"{name}_amax")) for name in NAMES}
-    return result, dataclasses.replace(weights, gate_up=made["gate_up"].codes, down=made["down"].codes, quant=QuantWeights(**beside))
-
-
-def dequantize_weights(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype = torch.float32) -> tuple[MoEConfig, MoEWeights]:
-    """(config, weights) with the floats that the codes stand for, and no quant; inputs of products are then no longer rounded either.
-
-        W = (q - zero_point) * scale * global_scale, in float32, rounded once to dtype
-
-    Raises ValueError where config.quant is None.
-
-    >>> from moe_fn import QuantConfig
-    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=4, intermediate_size=4)
-    >>> weights = MoEWeights(gate_up=torch.ones(1, 8, 4), down=torch.ones(1, 4, 4))
-    >>> coded = quantize_weights(config, weights, QuantConfig(scheme="int8", granularity="tensor"))
-    >>> torch.equal(dequantize_weights(*coded)[1].down, weights.down)
-    True
-    """
-    check_layer("dequantize_weights", config, weights)
-    if not dtype.is_floating_point or dtype.itemsize == 1:
-        raise ValueError(f"dequantize_weights: dtype is {dtype}; expected float64, float32, bfloat16 or float16")
-    if config.quant is None:
-        raise ValueError("dequantize_weights: config.quant is None; expected one, for weights that are codes")
-    check_sizes("dequantize_weights", config, {name: getattr(weights, name) for name in NAMES}, config.quant.per_byte)
-    gate_up, down = (decoded(config.quant, codes_of(weights, name), halves_of(config, name), dtype) for name in NAMES)
-    return dataclasses.replace(config, quant=None), dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
 
 
 def codes_of(weights: MoEWeights, name: str) -> Codes:
@@ -183,12 +98,6 @@ def _chosen(values: list[Tensor], which: Tensor) -> Tensor:
     """At each place the value of that number; formats that cannot be gathered as bytes."""
     bits = torch.stack([v.view(torch.uint8) if v.element_size() == 1 else v for v in values])
     return bits.gather(0, which.unsqueeze(0)).squeeze(0).view(values[0].dtype)
-
-
-def static_scale(activations: ActivationQuantConfig, amax: Tensor) -> Tensor:
-    """Scales of inputs that reach amax: the largest of their codes stands for it (nvfp4: with the largest scale of a group)."""
-    largest = 448 * 6 if activations.scheme == "nvfp4" else NUMBERS[ELEMENTS[activations.scheme]].largest
-    return one_if_zero(amax / largest).to(torch.float32)
 
 
 def _encoded(quant: QuantConfig, weight: Tensor, halves: int, factor: float) -> Codes:

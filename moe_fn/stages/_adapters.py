@@ -13,36 +13,13 @@ import torch
 from torch import Tensor
 
 from moe_fn.backends import backend_of
-from moe_fn.config import LoRAConfig, MoEConfig
+from moe_fn.config import MoEConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.grouped_matmul import GROUPED
 from moe_fn.ops.rows import count_up_to, ends_of_keys, gather_rows, sort_slots
 from moe_fn.records import Dispatched, LoRAWeights
 
-Dim = tuple[str, int]  # name and size
 Product = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # GroupedOps.matmul
-
-
-def shapes_of_adapters(lora: LoRAConfig, experts: Dim, wide: Dim, gate_up: Dim, inner: Dim) -> dict[tuple[str, ...], tuple[Dim, ...]]:
-    """Shape of every tensor of LoRAWeights, for sizes of the experts."""
-    adapters, rank = ("num_adapters", lora.num_adapters), ("rank", lora.rank)
-    matrices = {"gate_up_a": (rank, wide), "gate_up_b": (gate_up, rank), "down_a": (rank, inner), "down_b": (wide, rank)}
-    one = ("1 of all experts", 1)
-    return {("lora", name): (adapters, one if lora.shares(name) else experts, *matrix) for name, matrix in matrices.items()}
-
-
-def check_adapters(where: str, config: MoEConfig, lora: LoRAWeights | None) -> None:
-    """Both matrices of a product or none, and one product at least; ValueError in words."""
-    if config.lora is None:
-        return
-    if lora is None:
-        raise ValueError(f"{where}: weights.lora is None; expected LoRAWeights, for the config asks for them")
-    products = {"gate_up": (lora.gate_up_a, lora.gate_up_b), "down": (lora.down_a, lora.down_b)}
-    for name, (a, b) in products.items():
-        if (a is None) != (b is None):
-            raise ValueError(f"{where}: one of weights.lora.{name}_a and weights.lora.{name}_b is None; expected both or none")
-    if all(a is None for a, _ in products.values()):
-        raise ValueError(f"{where}: weights.lora has no tensors; expected those of gate_up or of down, for the config asks for them")
 
 
 @dataclass(frozen=True)

@@ -171,3 +171,8 @@ SELECTIONS: dict[str, Callable[[MoEConfig, RouterWeights, Tensor, Tensor | None]
     "hash": _hash,
     "sparsemixer": _sparsemixer,
 }
+
+
+def scores_of_logits(config: MoEConfig, logits: Tensor) -> Tensor:
+    """Scores of all choices, whichever are chosen; what balancing losses look at."""
+    return scores_of(config, transformed_logits(config, logits).narrow(-1, 0, config.num_choices))

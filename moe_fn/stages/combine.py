@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from moe_fn.checking_stages import check_combine
 from moe_fn.config import MoEConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.arithmetic import ARITHMETIC
 from moe_fn.ops.rows import gather_rows
 from moe_fn.records import Dispatched, Routing
+from moe_fn.stages._checks import check_combine
 
 
 def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:

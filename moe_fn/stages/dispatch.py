@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from moe_fn.checking_stages import check_dispatch
 from moe_fn.config import MoEConfig
 from moe_fn.ops.arithmetic import ARITHMETIC
 from moe_fn.ops.rows import ends_of_keys, gather_rows, sort_slots
 from moe_fn.records import Dispatched, Routing
+from moe_fn.stages._checks import check_dispatch
 
 
 def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:

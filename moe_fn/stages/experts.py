@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from moe_fn.backends import backend_of
-from moe_fn.checking_stages import check_experts
 from moe_fn.config import ActivationQuantConfig, ExpertNormConfig, MoEConfig, as_activation
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.arithmetic import ARITHMETIC, rms_norm
@@ -17,6 +16,7 @@ from moe_fn.quant.tiles import halves_of
 from moe_fn.records import Dispatched, MoEWeights
 from moe_fn.stages._activation import activate
 from moe_fn.stages._adapters import ByAdapter, add_adapters, sort_by_adapter
+from moe_fn.stages._checks import check_experts
 from moe_fn.weights.prepare import restore_weights
 
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from moe_fn.checking_stages import check_reduce
+from moe_fn.checks import check_kind
 from moe_fn.config import RankGroup
-from moe_fn.kinds import check_kind
 from moe_fn.ops.collectives import sum_over_ranks
+from moe_fn.stages._checks import check_reduce
 
 
 def reduce_and_trunc(y: Tensor, *, group: RankGroup | None = None, width: int | None = None) -> Tensor:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from moe_fn.checking import check_choice_inputs
 from moe_fn.config import MoEConfig
 from moe_fn.records import MoEWeights, RouterWeights, Routing
+from moe_fn.stages._checks import check_choice_inputs
+from moe_fn.stages._routing_weights import weigh, without_padding
 from moe_fn.stages._scores import weights_of_choice
-from moe_fn.stages.route import weigh, without_padding
 
 
 def route_to(config: MoEConfig, weights: MoEWeights, logits: Tensor, expert_ids: Tensor, *, token_mask: Tensor | None = None) -> Routing:

@@ -9,13 +9,13 @@ from torch import Tensor
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.kernels.native import library as native
-from moe_fn.kinds import check_layer
 from moe_fn.quant.tiles import halves_of, spread
-from moe_fn.records import MoEWeights, QuantWeights, Shape
-from moe_fn.weights.panels import PANEL, convert_panels, lay_columns, lay_weight, lift_columns, lift_weight, num_panels, per_step_of
+from moe_fn.records import MoEWeights, QuantWeights
+from moe_fn.weights.check import check_layer
+from moe_fn.weights.panels import convert_panels, lay_columns, lay_weight, lift_columns, lift_weight
+from moe_fn.weights.spec import BESIDE, is_prepared, plain_shapes, prepared_shapes
 
 NAMES = ("gate_up", "down")
-BESIDE = ("scale", "zero_point")  # of codes: what is laid with them
 
 
 def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
@@ -141,45 +141,6 @@ def _lift_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
 def _with_beside(quant: QuantWeights, change: Callable[[str, Tensor], Tensor]) -> QuantWeights:
     fields = {f"{name}_{what}": (name, getattr(quant, f"{name}_{what}")) for name in NAMES for what in BESIDE}
     return dataclasses.replace(quant, **{field: change(name, t) for field, (name, t) in fields.items() if t is not None})
-
-
-def is_prepared(weight: Tensor) -> bool:
-    """Whether a gate_up or down is one that prepare_weights has laid."""
-    return weight.ndim == 4
-
-
-def plain_shapes(config: MoEConfig) -> tuple[Shape, Shape]:
-    """Shapes of plain gate_up and down."""
-    experts, hidden = ("num_experts", config.num_experts), ("expert_hidden_size", config.expert_hidden_size)
-    inner = ("intermediate_size", config.intermediate_size)
-    gate_up = ("2 * intermediate_size", 2 * config.intermediate_size) if as_activation(config.activation).gated else inner
-    if config.weight_layout == "out_in":
-        per_byte = 1 if config.quant is None else config.quant.per_byte
-        of_hidden, of_inner = ((name if per_byte == 1 else f"{name} / {per_byte}", size // per_byte) for name, size in (hidden, inner))
-        return (experts, gate_up, of_hidden), (experts, hidden, of_inner)
-    return (experts, hidden, gate_up), (experts, inner, hidden)
-
-
-def prepared_shapes(config: MoEConfig, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of prepared gate_up and down; dtype: theirs, or of codes any of one byte."""
-    per_byte, per_step = (1, per_step_of(dtype)) if config.quant is None else (config.quant.per_byte, per_step_of(torch.uint8))
-
-    def shape(name: str, inner: int) -> tuple[int, ...]:
-        return config.num_experts, num_panels(config, name), -(-inner // (per_byte * per_step)), PANEL * per_step
-
-    return shape("gate_up", config.expert_hidden_size), shape("down", config.intermediate_size)
-
-
-def prepared_beside_shapes(config: MoEConfig) -> dict[tuple[str, str], Shape]:
-    """Shapes of scales and zero points that are laid with codes."""
-    names = ("num_experts", "panels", "tiles of inputs", "columns of a panel")
-    shapes: dict[tuple[str, str], Shape] = {}
-    if config.quant is None:
-        return shapes
-    for name, inner in (("gate_up", config.expert_hidden_size), ("down", config.intermediate_size)):
-        sizes = config.num_experts, num_panels(config, name), -(-inner // (config.quant.tile[1] or inner)), PANEL
-        shapes |= {("quant", f"{name}_{what}"): tuple(zip(names, sizes, strict=True)) for what in BESIDE}
-    return shapes
 
 
 def _gate_up_outputs(config: MoEConfig) -> int:

@@ -1,10 +1,15 @@
-"""Which shape each weight of a layer has, by its config."""
+"""The shapes of all weights of a layer by its config: plain, prepared, quantised, of adapters."""
 
-from moe_fn.config import MoEConfig, as_activation
+import torch
+from torch import Tensor
+
+from moe_fn.config import LoRAConfig, MoEConfig, as_activation
 from moe_fn.quant.shapes import shapes_of_quant
 from moe_fn.records import Path, Shape
-from moe_fn.stages._adapters import shapes_of_adapters
-from moe_fn.weights.prepare import plain_shapes
+from moe_fn.weights.panels import PANEL, num_panels, per_step_of
+
+Dim = tuple[str, int]  # name and size
+
 
 ANY = -1  # a size that the config does not say
 
@@ -75,3 +80,53 @@ def added_by_others(config: MoEConfig) -> tuple[Path, ...]:
         return ()
     later = {("down_bias",): parallel.slices[1], ("shared", "down_bias"): parallel.slices_of_shared[1]}
     return tuple(path for path, number in later.items() if number > 0)
+
+
+BESIDE = ("scale", "zero_point")  # of codes: what is laid with them
+
+
+def is_prepared(weight: Tensor) -> bool:
+    """Whether a gate_up or down is one that prepare_weights has laid."""
+    return weight.ndim == 4
+
+
+def plain_shapes(config: MoEConfig) -> tuple[Shape, Shape]:
+    """Shapes of plain gate_up and down."""
+    experts, hidden = ("num_experts", config.num_experts), ("expert_hidden_size", config.expert_hidden_size)
+    inner = ("intermediate_size", config.intermediate_size)
+    gate_up = ("2 * intermediate_size", 2 * config.intermediate_size) if as_activation(config.activation).gated else inner
+    if config.weight_layout == "out_in":
+        per_byte = 1 if config.quant is None else config.quant.per_byte
+        of_hidden, of_inner = ((name if per_byte == 1 else f"{name} / {per_byte}", size // per_byte) for name, size in (hidden, inner))
+        return (experts, gate_up, of_hidden), (experts, hidden, of_inner)
+    return (experts, hidden, gate_up), (experts, inner, hidden)
+
+
+def prepared_shapes(config: MoEConfig, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of prepared gate_up and down; dtype: theirs, or of codes any of one byte."""
+    per_byte, per_step = (1, per_step_of(dtype)) if config.quant is None else (config.quant.per_byte, per_step_of(torch.uint8))
+
+    def shape(name: str, inner: int) -> tuple[int, ...]:
+        return config.num_experts, num_panels(config, name), -(-inner // (per_byte * per_step)), PANEL * per_step
+
+    return shape("gate_up", config.expert_hidden_size), shape("down", config.intermediate_size)
+
+
+def prepared_beside_shapes(config: MoEConfig) -> dict[tuple[str, str], Shape]:
+    """Shapes of scales and zero points that are laid with codes."""
+    names = ("num_experts", "panels", "tiles of inputs", "columns of a panel")
+    shapes: dict[tuple[str, str], Shape] = {}
+    if config.quant is None:
+        return shapes
+    for name, inner in (("gate_up", config.expert_hidden_size), ("down", config.intermediate_size)):
+        sizes = config.num_experts, num_panels(config, name), -(-inner // (config.quant.tile[1] or inner)), PANEL
+        shapes |= {("quant", f"{name}_{what}"): tuple(zip(names, sizes, strict=True)) for what in BESIDE}
+    return shapes
+
+
+def shapes_of_adapters(lora: LoRAConfig, experts: Dim, wide: Dim, gate_up: Dim, inner: Dim) -> dict[tuple[str, ...], tuple[Dim, ...]]:
+    """Shape of every tensor of LoRAWeights, for sizes of the experts."""
+    adapters, rank = ("num_adapters", lora.num_adapters), ("rank", lora.rank)
+    matrices = {"gate_up_a": (rank, wide), "gate_up_b": (gate_up, rank), "down_a": (rank, inner), "down_b": (wide, rank)}
+    one = ("1 of all experts", 1)
+    return {("lora", name): (adapters, one if lora.shares(name) else experts, *matrix) for name, matrix in matrices.items()}

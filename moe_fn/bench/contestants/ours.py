@@ -16,8 +16,8 @@ import moe_fn
 from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, Run, always_installed, trained_leaves
 from moe_fn.bench.problem import Problem, TokenInput, config_of_one, weights_of_experts
 from moe_fn.config import MoEConfig
-from moe_fn.quant import dequantize_weights
 from moe_fn.records import MoEWeights
+from moe_fn.weights.quantize import dequantize_weights
 
 
 def _build(problem: Problem, compiled: bool, prepared: bool, changes: Mapping[str, Any], floats: bool = False) -> Layer:

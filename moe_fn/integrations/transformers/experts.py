@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_fn.backends import backend_of
-from moe_fn.checking import check_routing, check_x
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.parts import nobody
 from moe_fn.forward import moe_forward_routed
@@ -19,6 +18,7 @@ from moe_fn.layer.call import autocast_dtype
 from moe_fn.ops.grouped_matmul import GROUPED, spread_over_rows
 from moe_fn.ops.rows import has_expert
 from moe_fn.records import MoEWeights, Routing
+from moe_fn.stages._checks import check_routing, check_x
 from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch
 from moe_fn.torch_compat import constant_while_tracing

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_fn.checks import checked_integers
 from moe_fn.config import MoEConfig, RouterConfig
 from moe_fn.config.activation import PRESETS, ActivationConfig
 from moe_fn.config.parts import nobody
-from moe_fn.kinds import checked_integers
 from moe_fn.records import MoEWeights, Routing
 
 GateUpLayout = Literal["packed", "interleaved"]

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_fn.checking import check_shapes
+from moe_fn.checks import check_float, check_int, check_kind
 from moe_fn.config import LoRAConfig, MoEConfig
-from moe_fn.config.checks import check_float, check_int
 from moe_fn.config.local import experts_of_rank
 from moe_fn.config.lora import LoRAExperts
-from moe_fn.kinds import check_kind, check_layer
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.parallel.adapters import shard_adapters
 from moe_fn.parallel.expert_ranks import placement_of_weights
 from moe_fn.records import LoRAWeights, MoEWeights
-from moe_fn.weights.prepare import plain_shapes, restore_weights
+from moe_fn.weights.check import check_layer, check_shapes
+from moe_fn.weights.prepare import restore_weights
+from moe_fn.weights.spec import plain_shapes
 
 NAMES = tuple(field.name for field in dataclasses.fields(LoRAWeights))
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

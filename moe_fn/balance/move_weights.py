@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_fn.balance.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.balance.placement import Placement, checked_placement
 from moe_fn.balance.plan_moves import Moves, transfers
 from moe_fn.balance.slots import fields_of_slots
+from moe_fn.checks import check_kind
 from moe_fn.kernels.native import library as native
-from moe_fn.kinds import check_kind
-from moe_fn.parallel.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
-from moe_fn.weights.prepare import is_prepared
+from moe_fn.weights.spec import is_prepared
 
 _LORA = "lora"  # adapters have the experts second
 
