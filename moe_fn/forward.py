@@ -8,10 +8,9 @@ from moe_fn.balance import stats_of_routing
 from moe_fn.config import MoEConfig
 from moe_fn.layer.call import Call, autocast_off, enter, flat_routing, leave
 from moe_fn.layer.chunked import layer_in_chunks, loop_is_visible, scalars_allowed
-from moe_fn.layer.compose import layer_of_tokens, parts_of_tokens, route_tokens
+from moe_fn.layer.compose import layer_of_tokens, layer_with_overflow, parts_of_tokens, route_tokens
 from moe_fn.layer.opaque import layer_as_op
-from moe_fn.parallel.dispatch import may_overflow
-from moe_fn.parallel.layer import layer_over_ranks
+from moe_fn.parallel.dispatch import can_drop_slots
 from moe_fn.parallel.sizes import reads_sizes
 from moe_fn.records import MoEWeights, Routing, RoutingStats
 from moe_fn.stages._checks import check_routing, check_x
@@ -200,8 +199,8 @@ def moe_forward_with_stats(
     with autocast_off(x):
         logits, routing = _route(config, call)
         stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
-        if config.parallel is not None and may_overflow(config):
-            y, overflow = layer_over_ranks(config, config.parallel, call.weights, call.x, routing, None)
+        if config.parallel is not None and can_drop_slots(config):
+            y, overflow = layer_with_overflow(config, call.weights, call.x, routing)
             if overflow is not None:
                 stats = dataclasses.replace(stats, dropped_slots=stats.dropped_slots + overflow)
             return leave(call, y), stats
@@ -238,10 +237,10 @@ def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing 
 
 
 def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing) -> Tensor:
-    if config.parallel is None or may_overflow(config):
+    if config.parallel is None or can_drop_slots(config):
         other = "" if call.where == "moe_forward_routed" else ", or moe_forward_with_stats, which returns how many"
         raise ValueError(f"{call.where}: ParallelConfig.capacity may drop slots; expected None, room for every slot{other}")
     sent = logits if config.parallel.gather == "logits" else None  # None too where a caller routed: then the routing travels
     if config.batch_invariant or (reads_sizes(config.parallel) and not scalars_allowed()):
         return layer_as_op(config, call.weights, call.x, routing, sent, None, None, call.adapter_ids, False)[0]
-    return layer_over_ranks(config, config.parallel, call.weights, call.x, routing, sent)[0]
+    return layer_of_tokens(config, call.weights, call.x, routing, sent)

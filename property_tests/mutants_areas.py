@@ -25,7 +25,7 @@ class Area:
 
     def tests_of(self, file: str) -> tuple[str, ...]:
         """Its tests, in the order in which they are asked of a file's mutants."""
-        first = next((test for part, test in self.first if part in file.rpartition("/")[2]), "")
+        first = next((test for part, test in self.first if part in file), "")
         return tuple(sorted(self.tests, key=lambda path: first not in path))
 
 
@@ -55,9 +55,8 @@ AREAS: dict[str, Area] = {
         mutants_of_triton,
         ("__init__.py",),
         (
-            ("quant", "_quant"),
-            ("codes", "_quant"),
-            ("decode", "_quant"),
+            ("triton/quant/", "_quant"),
+            ("small_batch", "_quant"),
             ("top_k", "_top_k"),
             ("combine", "_rows"),
             ("metadata", "_rows"),

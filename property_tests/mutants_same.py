@@ -2,22 +2,22 @@
 
 import re
 
-ROUTE, EXPERTS, SHARED = "stages/route.py", "stages/experts.py", "stages/shared.py"
+ROUTE, WEIGHTS, EXPERTS, SHARED = "stages/route.py", "stages/_routing_weights.py", "stages/experts.py", "stages/shared.py"
 # reason: (file, what stands in the new line) ...
 SAME: dict[str, tuple[tuple[str, str], ...]] = {
     "Of two dimensions, 1 is the last: logits are [tokens, choices], which route checks, and tokens lie flat.": (
-        (ROUTE, "z.narrow(+1, config"),
-        (ROUTE, "z.shape[+1]"),
-        (ROUTE, "z = z.narrow(+1, 0"),
-        (ROUTE, "[chosen, shared], +1)"),
-        (ROUTE, ".gather(+1, ids)"),
-        (ROUTE, "shared.shape[+1]"),
-        (ROUTE, "token_mask.unsqueeze(+1)"),
+        (WEIGHTS, "z.narrow(+1, config"),
+        (WEIGHTS, "z.shape[+1]"),
+        (WEIGHTS, "z = z.narrow(+1, 0"),
+        (WEIGHTS, "[chosen, shared], +1)"),
+        (WEIGHTS, ".gather(+1, ids)"),
+        (WEIGHTS, "shared.shape[+1]"),
+        (WEIGHTS, "token_mask.unsqueeze(+1)"),
         (ROUTE, "ids.view(*leading, ids.shape[+1])"),
         (ROUTE, "(ids.shape[+1], -1)"),
-        (ROUTE, "logits).narrow(+1, 0"),
-        (ROUTE, "sum(+1, keepdim"),
-        (ROUTE, "order, +1, keepdim"),
+        ("stages/_scores.py", "logits).narrow(+1, 0"),
+        (WEIGHTS, "sum(+1, keepdim"),
+        (WEIGHTS, "order, +1, keepdim"),
         (SHARED, "hidden.unflatten(+1,"),
         (EXPERTS, "wide.square().mean(+1,"),
         ("stages/zero_experts.py", "w.sum(+1, keepdim"),
@@ -49,9 +49,9 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (ROUTE, "cumsum(-2, dtype=None)"),
         (ROUTE, "cumsum(-2, )"),
         ("balance/window.py", "window.ring.sum(0, )"),
-        ("quant/travelling.py", "decode_e8m0(scale, None)"),
+        ("quant/wire.py", "decode_e8m0(scale, None)"),
     ),
-    "All columns are kept where there are no more than choices.": ((ROUTE, "if (shared is not None) or True else z"),),
+    "All columns are kept where there are no more than choices.": ((WEIGHTS, "if (shared is not None) or True else z"),),
     "Padding tokens go nowhere, whatever finite logits they have.": ((ROUTE, "token_mask.unsqueeze(-1), logits, 1)"),),
     "The formula without the branch gives the same: its parameter is neutral.": (
         ("moe_fn/stages/_activation.py", "(c.alpha != 1.0) or True"),
@@ -70,11 +70,11 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "The norm of order 1 is that sum.": ((ROUTE, "if (order == 1.0) and False else"),),
     "Where rows travel no scale is of all rows, so nothing asks which rows are present.": (
-        ("quant/travelling.py", "present = torch.ones(rows.shape[0], 1, device"),
+        ("quant/wire.py", "present = torch.ones(rows.shape[0], 1, device"),
     ),
-    "An alias that only annotations name.": (("quant/activations.py", "Scales = None"),),
+    "An alias that only annotations name.": (("quant/inputs.py", "Scales = None"),),
     "Every object has a __module__.": (("integrations/transformers/reading.py", 'getattr(hook, "__module__", )'),),
-    "A name has that part once.": (("checkpoint/modelopt.py", "module.replace(beside, inside, )"),),
+    "A name has that part once.": (("checkpoint/quantized/modelopt.py", "module.replace(beside, inside, )"),),
     "It divides zeros: a norm that is not above 0 is one of zeros.": ((ROUTE, "torch.where(total > 0, total, 2)"),),
 }
 

@@ -406,7 +406,7 @@ BUGS = (
         "shared_experts_see_the_original_input",
         "everybody sees the latent input",
         compose.routed_and_shared,
-        before(lambda c, w, x, r: (c, w, x * w.latent.input.sum() if w.latent else x, r)),
+        before(lambda c, w, x, *rest: (c, w, x * w.latent.input.sum() if w.latent else x, *rest)),
     ),
     PlantedBug(
         "shared_experts_side_by_side_are_the_sum_of_single_ones",

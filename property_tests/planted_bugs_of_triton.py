@@ -90,19 +90,19 @@ BUGS = (
     TritonBug(
         ALONE,
         "a global scale of another expert",
-        "quant_up",
+        "quant/up",
         "factor + expert * (WIDTH * I // half_columns),",
         "factor + expert + (WIDTH * I // half_columns),",
     ),
     TritonBug(
-        STAGES, "a zero point of another group", "quant_products", "tl.load(zero + (start // TILE_IN", "tl.load(zero - (start // TILE_IN"
+        STAGES, "a zero point of another group", "quant/products", "tl.load(zero + (start // TILE_IN", "tl.load(zero - (start // TILE_IN"
     ),
-    TritonBug(CODES, "a power of two that is rounded down", "quantise", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"),
-    TritonBug(CODES, "codes that are cut instead of rounded", "quantise", "q = q + 12582912.0 - 12582912.0", "q = q + 0.0"),
+    TritonBug(CODES, "a power of two that is rounded down", "quant/inputs", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"),
+    TritonBug(CODES, "codes that are cut instead of rounded", "quant/inputs", "q = q + 12582912.0 - 12582912.0", "q = q + 0.0"),
     TritonBug(
         CODES,
         "a row's last values have no part in its scale",
-        "quantise",
+        "quant/inputs",
         "for start in range(0, SPAN, WIDTH):\n            c =",
         "for start in range(0, 1, WIDTH):\n            c =",
     ),

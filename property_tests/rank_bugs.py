@@ -7,8 +7,9 @@ import torch
 from planted_bugs import PlantedBug, after, instead
 from rank_cases import EP, TP, Case
 
+from moe_fn.layer import compose
 from moe_fn.ops import collectives
-from moe_fn.parallel import adapters, dispatch, layer, sharding
+from moe_fn.parallel import adapters, dispatch, sharding
 
 LAW = "sharded_equals_unsharded"
 replace = dataclasses.replace
@@ -43,8 +44,8 @@ RANK_BUGS = (
     PlantedBug(LAW, "blocks of one more place than the capacity", dispatch._capacity, after(lambda capacity, *a: capacity + 1)),
     PlantedBug(LAW, "gradients of adapters are not summed", adapters.summed_over, instead(lambda *a: [])),
     PlantedBug(LAW, "adapters of the neighbouring row", dispatch._ids_and_adapters, after(lambda p, *a: (p[0], p[1].roll(1)))),
-    PlantedBug(LAW, "gradients of constants are a rank's own", layer._used_by_each, after(_with_constants)),
-    PlantedBug(LAW, "adapters of padding", layer._no_expert_as_zero, after(lambda r, *a: replace(r, adapter_ids=r.adapter_ids + 1))),
+    PlantedBug(LAW, "gradients of constants are a rank's own", compose._used_by_each, after(_with_constants)),
+    PlantedBug(LAW, "adapters of padding", compose._no_expert_as_zero, after(lambda r, *a: replace(r, adapter_ids=r.adapter_ids + 1))),
 )  # fmt: skip
 _CASES = (
     Case(((TP, 2),), {"dispatch": "replicated"}),

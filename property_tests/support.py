@@ -51,10 +51,8 @@ def logits_of(problem: MoEProblem) -> Tensor:
     """The problem's logits, from its gate if it has none."""
     logits = problem.logits
     if logits is None:
-        call = moe_fn.layer.compose.call.enter(
-            "test", problem.config, problem.weights, problem.x, None, problem.token_ids, problem.token_mask
-        )
-        return moe_fn.layer.compose.compose.logits_of_tokens(problem.config, problem.weights, call.x)
+        call = moe_fn.layer.call.enter("test", problem.config, problem.weights, problem.x, None, problem.token_ids, problem.token_mask)
+        return moe_fn.layer.compose.logits_of_tokens(problem.config, problem.weights, call.x)
     return flat(logits, 1)  # type: ignore[return-value]
 
 

@@ -23,7 +23,7 @@ from moe_fn.testing import assert_matches, weights_for
 pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 
-from moe_fn.checkpoint import load_lora, lora
+from moe_fn.checkpoint import load_lora, peft
 
 PREFIX = "model.layers.3.mlp"
 Products = dict[str, dict[int, Tensor]]  # by part and expert: what is to be added to the matrix
@@ -341,7 +341,7 @@ def test_rows_of_a_factor_change_their_order_and_back() -> None:
         ("interleaved", "packed", alternating, packed),
         ("packed", "packed", packed, packed),
     ):
-        assert torch.equal(lora._in_layout(before, found, wanted), after)
+        assert torch.equal(peft._in_layout(before, found, wanted), after)
 
 
 GOOD = {f"{PREFIX}.experts.1.down_proj.lora_A.weight": torch.ones(2, 12), f"{PREFIX}.experts.1.down_proj.lora_B.weight": torch.ones(16, 2)}

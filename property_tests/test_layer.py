@@ -275,7 +275,7 @@ def test_expert_load_counts_the_slots(problem: MoEProblem) -> None:
 def test_losses_equal_the_reference(problem: MoEProblem) -> None:
     _, stats = problem.call(moe_fn.moe_forward_with_stats)
     logits, mask = logits_of(problem)[:, : problem.config.num_choices], flat(problem.token_mask)
-    scores, ids = moe_fn.stages.route.scores_of_logits(problem.config, logits_of(problem)), stats.expert_ids
+    scores, ids = moe_fn.stages._scores.scores_of_logits(problem.config, logits_of(problem)), stats.expert_ids
     length = problem.x.shape[-2]
     sequences = (scores.view(-1, length, scores.shape[-1]), ids.view(-1, length, ids.shape[-1])) if length else None
     assert_matches(stats.router_z_loss, reference.router_z_loss(logits, token_mask=mask), tolerance=1e-5, scale=0.1)

@@ -10,11 +10,11 @@ import torch
 import moe_fn
 from moe_fn import ActivationQuantConfig, MoEConfig, QuantConfig, RouterConfig
 from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
-from moe_fn.quant.activations import rounded_rows
+from moe_fn.quant.codes import decode_scale
+from moe_fn.quant.inputs import rounded_rows
 from moe_fn.quant.numbers import ELEMENTS, NUMBERS
 from moe_fn.quant.tiles import by_tile, halves_of, spread
-from moe_fn.quant.travelling import travelling
-from moe_fn.quant.weights import decode_scale
+from moe_fn.quant.wire import travelling
 from moe_fn.testing import weights_for
 
 SIZES: dict[str, Any] = {"num_experts": 2, "top_k": 1, "hidden_size": 64, "intermediate_size": 32}

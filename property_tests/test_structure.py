@@ -156,7 +156,7 @@ def test_the_readme_shows_the_layer_as_it_is() -> None:
         for file in ("layer/compose.py", "fused/routed_experts.py", "forward.py")
         for name, code in functions_in((PACKAGE / file).read_text()).items()
     }
-    assert {"moe_forward", "layer_of_tokens", "routed_and_shared", "by_stages"} <= set(shown)
+    assert {"moe_forward", "_layer", "routed_and_shared", "by_stages"} <= set(shown)
     for name in set(shown) & set(source):
         assert shown[name] == source[name], f"README and source of {name} differ"
 

@@ -95,18 +95,24 @@ QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {"native
 
 
 def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    ids, w = routing.expert_ids, routing.weights
-    if config.router.weight_on == "output":
-        return _launch(op, config, weights, x, ids, w)
-    # Every slot is a token of its own, w * x, with one expert; the sum over a token's slots comes after.
+    launch = functools.partial(_launch, op, config, weights)
+    return launch(x, routing) if config.router.weight_on == "output" else weighted_slots(config, x, routing, launch)
+
+
+def weighted_slots(config: MoEConfig, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+    """Weights on the input: each slot is a token of its own, w * x, with one expert; the sum over a token's slots comes after."""
+    ids, w, adapters = routing.expert_ids, routing.weights, routing.adapter_ids
     slots = weighted(config, x.unsqueeze(1), w.unsqueeze(-1)).flatten(0, 1)
-    y = _launch(op, config, weights, slots, ids.reshape(-1, 1), torch.ones_like(w).reshape(-1, 1))
+    adapters = None if adapters is None else adapters.unsqueeze(1).expand(ids.shape).flatten()
+    one = Routing(expert_ids=ids.reshape(-1, 1), weights=torch.ones_like(w).reshape(-1, 1), adapter_ids=adapters)
+    y = experts(slots, one)
     wide = y.unflatten(0, (-1, config.top_k)).to(accumulation_dtype(y.dtype))
     return y if config.top_k == 1 else ARITHMETIC[config.batch_invariant].added(wide, 1).to(y.dtype)
 
 
-def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     check_draft_export("routed_experts")
+    ids, w = routing.expert_ids, routing.weights
     y: Tensor
     y, _ = op(*packed(config, weights, x, ids, w), _keeps(config, weights, x, w))
     return y

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig, config_of_json
 from moe_fn.layer.chunked import chunk_of_layer
-from moe_fn.layer.compose import route_tokens
+from moe_fn.layer.compose import layer_of_tokens, route_tokens
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import define_op
 from moe_fn.ops.flops import flops_of_kernel
-from moe_fn.parallel.layer import layer_over_ranks
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 from moe_fn.torch_compat import check_draft_export
 
@@ -62,7 +61,7 @@ def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tenso
     x, logits, token_ids, token_mask, ids, w, shared_w, adapter_ids, gate_x, *leaves = args
     if config.parallel is not None:
         routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)
-        return (layer_over_ranks(config, config.parallel, weights_of_leaves(leaves), x, routing, logits)[0],)
+        return (layer_of_tokens(config, weights_of_leaves(leaves), x, routing, logits),)
     if ids is None:
         seen = x if gate_x is None else gate_x
         _, routing = route_tokens(config, weights_of_leaves(leaves), seen, logits, token_ids, token_mask)

@@ -1,9 +1,10 @@
 """Tokens through experts that other ranks have, and back: one function a format, a table of them.
 
 Where the experts round their inputs, rows travel as codes and scales (`moe_fn.quant.wire`); what comes back are sums, as they are.
-Each calls `meanwhile` once, between the beginning and the end of a collective: what it computes can go on while tokens travel.
+Each calls `shared_fn` once, between the beginning and the end of a collective: what it computes can go on while tokens travel.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,10 +12,9 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, RankGroup
-from moe_fn.fused.routed_experts import routed_experts
+from moe_fn.fused.routed_experts import routed_experts, weighted_slots
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops import collectives, rounded_collectives
-from moe_fn.ops.arithmetic import ARITHMETIC
 from moe_fn.ops.rows import ends_of_keys, gather_rows, sort_slots
 from moe_fn.parallel.expert_ranks import places_of_experts
 from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
@@ -26,8 +26,8 @@ from moe_fn.stages.dispatch import weighted
 from moe_fn.stages.route import route
 
 Overflow = Tensor | None  # how many slots of this rank found no room
-Meanwhile = Callable[[], Tensor | None]  # the shared experts' output, which needs no other rank's tokens
-Result = tuple[Tensor, Tensor | None, Overflow]  # routed, what meanwhile() computed, overflow
+SharedFn = Callable[[], Tensor | None]  # the shared experts' output, which needs no other rank's tokens
+Result = tuple[Tensor, Tensor | None, Overflow]  # routed, what shared_fn() computed, overflow
 
 
 def _own_ids(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> Tensor:
@@ -40,28 +40,30 @@ def _own_ids(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> Tensor:
 
 def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor, adapter_ids: Tensor | None) -> Tensor:
     """This rank's part of y for tokens x [T, Hx], own ids and weights [T, K], adapters [T] -> [T, Hx]."""
+    routing = Routing(expert_ids=ids, weights=w, adapter_ids=adapter_ids)
     if config.router.weight_on == "output":
-        return routed_experts(config.own, weights, x, Routing(expert_ids=ids, weights=w, adapter_ids=adapter_ids))
-    slots = weighted(config, x.unsqueeze(1), w.unsqueeze(-1)).flatten(0, 1)
-    adapter_ids = None if adapter_ids is None else adapter_ids.unsqueeze(1).expand(ids.shape).flatten()
-    routing = Routing(expert_ids=ids.reshape(-1, 1), weights=torch.ones_like(w).reshape(-1, 1), adapter_ids=adapter_ids)
-    y = routed_experts(config.own, weights, slots, routing)
-    return ARITHMETIC[config.batch_invariant].added(y.unflatten(0, (-1, ids.shape[-1])).to(w.dtype), 1).to(y.dtype)
+        return routed_experts(config.own, weights, x, routing)
+    return weighted_slots(config, x, routing, functools.partial(routed_experts, config.own, weights))
 
 
-def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
+def one_rank(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn) -> Result:
+    """All experts are here, and nothing travels."""
+    return routed_experts(config, weights, x, routing), shared_fn(), None
+
+
+def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn) -> Result:
     """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes sent: 2 (n-1)/n T X (letters: `traffic`)."""
     ep = config.parallel.ep if config.parallel else None
     x, w = collectives.copy_to_ranks(x, ep), collectives.copy_to_ranks(routing.weights, ep)
     y = _compute(config, weights, x, _own_ids(config, weights, routing.expert_ids), w, routing.adapter_ids)
     if ep is None:
-        return y, meanwhile(), None
+        return y, shared_fn(), None
     total = collectives.begin_sum(y, ep)
-    beside = meanwhile()
-    return collectives.arrived(total), beside, None
+    shared = shared_fn()
+    return collectives.arrived(total), shared, None
 
 
-def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
+def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn) -> Result:
     """Everybody's tokens to everybody, own experts on all of them, sums scattered back.
 
     Bytes sent: (n-1) M (X + K w + 8 K) there, or (n-1) M (X + E b + 8) with logits, and (n-1) M X back (letters: `traffic`).
@@ -75,7 +77,7 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     codes, x = travelling(config, x.dtype, weighted=False), padded(x, room)
     sent = (packed(codes, x), padded(routing.weights if logits is None else logits, room), padded(ids, room))
     begun = [collectives.begin_gather(t, group) for t in sent]
-    beside = meanwhile()
+    shared = shared_fn()
     rows, w, ids = (collectives.arrived(t) for t in begun)
     rows = unpacked(codes, rows, x, lambda rows, received: rounded_collectives.as_gathered(rows, received, group))
     ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
@@ -83,10 +85,10 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
         everybody = route(config, weights, w)
         ids, w = torch.where(ids < 0, -1, everybody.expert_ids), everybody.weights
     y = _compute(config, weights, rows, _own_ids(config, weights, ids), w, adapter_ids)
-    return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), beside, None
+    return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), shared, None
 
 
-def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile) -> Result:
+def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn) -> Result:
     """Each choice of each token to its expert's rank and back; sizes from the data, so one wait for the device.
 
     Bytes sent, of S slots that leave this rank: 8 (n-1) of counts, S (X + 8) there and S X back (letters: `traffic`).
@@ -101,17 +103,17 @@ def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     codes, out = travelling(config, x.dtype, weighted=True), sorted_.rows.narrow(0, 0, total)
     sent = (packed(codes, out), sorted_.ids_of_row.narrow(0, 0, total))
     begun = [collectives.begin_splits(t, sizes[0], sizes[1], group) for t in sent]
-    beside = meanwhile()
+    shared = shared_fn()
     rows, ids = (collectives.arrived(t) for t in begun)
     rows = unpacked(codes, rows, out, lambda rows, received: rounded_collectives.as_split(rows, received, sizes[0], sizes[1], group))
     y = _of_slots(config, weights, rows, ids)
     back = collectives.exchange_splits(y, sizes[1], sizes[0], group)
     rows = torch.cat([back, back.new_zeros(sorted_.rows.shape[0] - total, back.shape[1])])
-    return _combined(config, rows, sorted_, routing), beside, None
+    return _combined(config, rows, sorted_, routing), shared, None
 
 
 def all_to_all_static(
-    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, meanwhile: Meanwhile
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
 ) -> Result:
     """The same in blocks of C slots for each pair of ranks, empty places without an expert: no sizes from the data, no wait.
 
@@ -134,13 +136,13 @@ def all_to_all_static(
     ids = torch.where(taken.unsqueeze(1), _with_spare(sorted_.ids_of_row).index_select(0, row_of_place), -1)
     codes = travelling(config, x.dtype, weighted=True)
     begun = [collectives.begin_exchange(t, group) for t in (packed(codes, rows), ids)]
-    beside = meanwhile()
+    shared = shared_fn()
     data, ids = (collectives.arrived(t) for t in begun)
     came = unpacked(codes, data, rows, lambda rows, received: rounded_collectives.as_exchanged(rows, received, group))
     y = collectives.exchange_ranks(_of_slots(config, weights, came, ids), group)
     place_of_row, dropped = _places_in_blocks(sorted_.rank_of_row, starts, capacity)
     back = _with_spare(y).index_select(0, place_of_row)
-    return _combined(config, back, sorted_, routing), beside, dropped
+    return _combined(config, back, sorted_, routing), shared, dropped
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,8 @@ def _capacity(config: MoEConfig) -> int:
     return most if parallel is None or parallel.capacity is None else min(parallel.capacity, most)
 
 
-def may_overflow(config: MoEConfig) -> bool:
-    """Whether slots may find no room."""
+def can_drop_slots(config: MoEConfig) -> bool:
+    """Whether the capacity can drop slots."""
     parallel = config.parallel
     return parallel is not None and parallel.capacity is not None and parallel.capacity < (parallel.max_tokens or 0) * config.top_k
 
@@ -224,8 +226,9 @@ def _ep(config: MoEConfig) -> RankGroup:
     return config.parallel.ep
 
 
-Format = Callable[[MoEConfig, MoEWeights, Tensor, Routing, Tensor | None, Meanwhile], Result]
-FORMATS: dict[str, Format] = {
+Format = Callable[[MoEConfig, MoEWeights, Tensor, Routing, Tensor | None, SharedFn], Result]
+FORMATS: dict[str | None, Format] = {
+    None: one_rank,
     "replicated": replicated,
     "all_gather": all_gather,
     "all_to_all": all_to_all,

@@ -10,6 +10,8 @@ from moe_fn.config import MoEConfig
 from moe_fn.config.local import ranks_of_experts
 from moe_fn.records import MoEWeights
 
+WEIGHTS_OF_EACH = ("shared", "latent", "constants", "input_norm", "output_norm")  # every rank of sp has them, and uses them for its rows
+
 
 def placement_of_weights(weights: MoEWeights) -> Placement:
     """Where copies of experts are, from the tensors beside the router."""

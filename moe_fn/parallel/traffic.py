@@ -12,7 +12,7 @@ from moe_fn.config import MoEConfig, ParallelConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.parallel.adapters import group_of_role, summed_over
 from moe_fn.parallel.dispatch import _capacity
-from moe_fn.parallel.layer import WEIGHTS_OF_EACH
+from moe_fn.parallel.expert_ranks import WEIGHTS_OF_EACH
 from moe_fn.parallel.sizes import reads_sizes
 from moe_fn.quant.wire import bytes_of_row, travelling
 from moe_fn.records import LoRAWeights, MoEWeights

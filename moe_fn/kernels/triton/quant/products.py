@@ -166,7 +166,7 @@ def quantised_product(
 ) -> Tensor:
     """rows[r] @ W[e].T + bias[e], e the expert of row r: rows [R, K] -> [R, N] in dtype; rows of no expert are not written, or are 0.
 
-    ends int32 [E]: where each expert's rows end; tile_map: where they begin. tile.inner fits the scales (quant_tiles.fitting_step).
+    ends int32 [E]: where each expert's rows end; tile_map: where they begin. tile.inner fits the scales (quant.tiles.fitting_step).
     """
     experts, columns, inner = matrix.shape
     new = rows.values.new_zeros if zero_rest else rows.values.new_empty
