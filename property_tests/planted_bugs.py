@@ -344,14 +344,16 @@ BUGS = (
     PlantedBug(
         "slot_of_row_is_a_permutation_of_the_slots",
         "inverse and map confused",
-        dispatch.dispatch,
+        dispatch._dispatch,
         after(lambda d, *a: replace(d, row_of_slot=d.slot_of_row)),
     ),
-    PlantedBug("the_expert_of_a_row_never_decreases", "rows are not sorted", dispatch.dispatch, after(_unsorted)),
-    PlantedBug("rows_of_one_expert_keep_token_order", "an unstable sort", dispatch.dispatch, after(_unstable)),
-    PlantedBug("expert_ends_is_the_running_count_of_rows_per_expert", "ends off by one", dispatch.dispatch, after(_ends_off_by_one)),
-    PlantedBug("expert_ends_is_the_running_count_of_rows_per_expert", "-1 counts as expert 0", dispatch.dispatch, _negative_is_expert_zero),
-    PlantedBug("slots_of_no_expert_come_last", "-1 sorts first", dispatch.dispatch, after(_nobody_first)),
+    PlantedBug("the_expert_of_a_row_never_decreases", "rows are not sorted", dispatch._dispatch, after(_unsorted)),
+    PlantedBug("rows_of_one_expert_keep_token_order", "an unstable sort", dispatch._dispatch, after(_unstable)),
+    PlantedBug("expert_ends_is_the_running_count_of_rows_per_expert", "ends off by one", dispatch._dispatch, after(_ends_off_by_one)),
+    PlantedBug(
+        "expert_ends_is_the_running_count_of_rows_per_expert", "-1 counts as expert 0", dispatch._dispatch, _negative_is_expert_zero
+    ),
+    PlantedBug("slots_of_no_expert_come_last", "-1 sorts first", dispatch._dispatch, after(_nobody_first)),
     # experts
     PlantedBug(
         "a_row_depends_on_its_own_expert_alone",
@@ -382,13 +384,13 @@ BUGS = (
     PlantedBug(
         "combine_is_linear_in_the_routing_weights",
         "weights renormalised again",
-        combine.combine,
+        combine._combine,
         before(lambda c, r, d, routing: (c, r, d, replace(routing, weights=routing.weights / routing.weights.sum(-1, keepdim=True)))),
     ),
     PlantedBug(
         "slots_of_no_expert_contribute_nothing_whatever_they_hold",
         "masked by a product with 0",
-        combine.combine,
+        combine._combine,
         instead(
             lambda c, r, d, routing: (
                 r[d.row_of_slot].view(-1, c.top_k, r.shape[-1]) * (routing.weights * (routing.expert_ids >= 0)).unsqueeze(-1)
@@ -398,7 +400,7 @@ BUGS = (
     PlantedBug(
         "combine_undoes_dispatch",
         "the other permutation",
-        combine.combine,
+        combine._combine,
         before(lambda c, r, d, routing: (c, r, replace(d, row_of_slot=d.slot_of_row, slot_of_row=d.row_of_slot), routing)),
     ),
     # around the experts
@@ -471,7 +473,7 @@ BUGS = (
     PlantedBug(
         "zero_experts_cost_nothing_and_add_nothing",
         "sent to the last real expert",
-        dispatch.dispatch,
+        dispatch._dispatch,
         before(lambda c, x, r: (c, x, replace(r, expert_ids=r.expert_ids.clamp(max=c.num_experts - 1)))),
     ),
     PlantedBug(
@@ -522,22 +524,22 @@ BUGS = (
     PlantedBug(
         "gradients_equal_the_reference",
         "no gradient to the router",
-        compose.route,
+        compose._route,
         after(lambda r, *a: replace(r, weights=r.weights.detach())),
     ),
-    PlantedBug("the_layer_commutes_with_permuting_tokens", "depends on the position", combine.combine, after(_depends_on_the_position)),
-    PlantedBug("relabelling_experts_changes_nothing", "the first expert is special", experts.experts, after(_depends_on_the_label)),
-    PlantedBug("the_layer_splits_over_concatenating_batches", "a mean over the batch", combine.combine, after(_depends_on_the_batch)),
+    PlantedBug("the_layer_commutes_with_permuting_tokens", "depends on the position", combine._combine, after(_depends_on_the_position)),
+    PlantedBug("relabelling_experts_changes_nothing", "the first expert is special", experts._experts, after(_depends_on_the_label)),
+    PlantedBug("the_layer_splits_over_concatenating_batches", "a mean over the batch", combine._combine, after(_depends_on_the_batch)),
     PlantedBug(
         "the_layer_is_linear_in_the_routing_weights",
         "weights clamped to 0..1",
-        combine.combine,
+        combine._combine,
         before(lambda c, r, d, routing: (c, r, d, replace(routing, weights=routing.weights.clamp(0, 1)))),
     ),
     PlantedBug(
         "any_routing_equals_the_reference",
         "duplicates are counted once",
-        combine.combine,
+        combine._combine,
         before(
             lambda c, r, d, routing: (
                 c,
@@ -607,7 +609,7 @@ BUGS = (
         opaque._gradients,
         after(lambda gs, *a: tuple(g if g is None or not g.numel() else g * (1 / g.abs().amax()) * g.abs().amax() for g in gs)),
     ),
-    PlantedBug("the_same_inputs_give_the_same_bits", "random rounding", combine.combine, after(_random_bits)),
+    PlantedBug("the_same_inputs_give_the_same_bits", "random rounding", combine._combine, after(_random_bits)),
     PlantedBug(
         "shared_and_routed_add_up_to_the_layer", "shared twice", compose.parts_of_tokens, after(lambda parts, *a: (parts[0] * 2, parts[1]))
     ),

@@ -16,9 +16,9 @@ def _through(dtype: torch.dtype) -> Any:
 
 BOUND = "the_error_of_the_layer_is_within_its_bound"
 BUGS = (
-    PlantedBug(BOUND, "experts in float64 come back from float32", experts.experts, _through(torch.float32)),
+    PlantedBug(BOUND, "experts in float64 come back from float32", experts._experts, _through(torch.float32)),
     PlantedBug(BOUND, "activations are 0.00001 too large", _activation.activate, after(lambda a, *_: a * 1.00001)),
-    PlantedBug(BOUND, "sums of slots are rounded to bfloat16", combine.combine, _through(torch.bfloat16)),
+    PlantedBug(BOUND, "sums of slots are rounded to bfloat16", combine._combine, _through(torch.bfloat16)),
     PlantedBug(BOUND, "logits are rounded to bfloat16", _scores.transformed_logits, _through(torch.bfloat16)),
     PlantedBug(
         "a_campaign_that_goes_on_is_one_that_never_stopped",

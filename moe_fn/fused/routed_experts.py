@@ -26,11 +26,11 @@ from moe_fn.ops.routed import DIFFERENTIABLE, define_routed_experts, define_rout
 from moe_fn.ops.rows import gather_rows, has_expert
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages._activation import activate
-from moe_fn.stages.combine import combine
-from moe_fn.stages.dispatch import dispatch, weighted
-from moe_fn.stages.experts import experts
+from moe_fn.stages.combine import _combine
+from moe_fn.stages.dispatch import _dispatch, weighted
+from moe_fn.stages.experts import _experts
 from moe_fn.torch_compat import check_draft_export, in_forward_mode
-from moe_fn.weights.prepare import lay_down, lay_gate_up, restore_weights
+from moe_fn.weights.prepare import _restore_weights, lay_down, lay_gate_up
 from moe_fn.weights.quantize import dequantize_weights
 from moe_fn.weights.spec import is_prepared
 
@@ -55,10 +55,10 @@ def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
 
 
 def by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    """The three stages of the contract."""
-    dispatched = dispatch(config, x, routing)
-    rows = experts(config, weights, dispatched)
-    return combine(config, rows, dispatched, routing)
+    """The three stages of the contract, whose arguments the layer has checked."""
+    dispatched = _dispatch(config, x, routing)
+    rows = _experts(config, weights, dispatched)
+    return _combine(config, rows, dispatched, routing)
 
 
 def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
@@ -68,7 +68,7 @@ def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
 
 def by_triton_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     """One op of 4 kernels, 2 where nearly every slot has an expert of its own: nothing waits for the device between them."""
-    return _by_op(triton_op, config, restore_weights(config, weights), x, routing)
+    return _by_op(triton_op, config, _restore_weights(config, weights), x, routing)
 
 
 BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}  # the back-ends that have an op for all three
@@ -138,7 +138,7 @@ def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], pre
     """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that batch."""
     wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
     config, weights, *_ = unpacked(args[:-1])
-    plain = restore_weights(config, weights)
+    plain = _restore_weights(config, weights)
     plain = plain if config.quant is None else dequantize_weights(config, plain, args[0].dtype)[1]
     plain_args = pre, *with_floats(args[:-1], plain)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -159,7 +159,7 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
     ops, wide, transposed = GROUPED[backend], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
     arithmetic = ARITHMETIC[config.batch_invariant]
     product = functools.partial(ops.matmul, invariant=config.batch_invariant)
-    d = dispatch(config, x, routing)
+    d = _dispatch(config, x, routing)
     ends, rows = d.expert_ends, d.rows
 
     def spread(bias: Tensor) -> Tensor:

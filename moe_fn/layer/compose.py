@@ -20,10 +20,10 @@ from moe_fn.ops import collectives
 from moe_fn.parallel.adapters import adapters_of_each
 from moe_fn.parallel.dispatch import FORMATS, Overflow, can_drop_slots
 from moe_fn.parallel.expert_ranks import WEIGHTS_OF_EACH
-from moe_fn.records import MoEWeights, Routing
+from moe_fn.records import MoEWeights, RouterWeights, Routing
 from moe_fn.stages.join import addends, join
 from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
-from moe_fn.stages.route import route, router_logits
+from moe_fn.stages.route import _route, router_logits
 from moe_fn.stages.shared import shared_experts
 from moe_fn.stages.transform import norm_for_gate, norm_output, transform_input, transform_output
 from moe_fn.stages.zero_experts import zero_experts
@@ -46,7 +46,7 @@ def route_tokens(
 ) -> tuple[Tensor, Routing]:
     """(logits, routing), from the logits given or from the gate inside the layer."""
     logits = logits_of_tokens(config, weights, x) if logits is None else logits
-    return logits, route(config, weights, logits, token_ids=token_ids, token_mask=token_mask, leading=leading)
+    return logits, _route(config, weights.router or RouterWeights(), logits, token_ids, token_mask, leading)
 
 
 def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None) -> Tensor:

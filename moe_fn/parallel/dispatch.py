@@ -20,10 +20,10 @@ from moe_fn.parallel.expert_ranks import places_of_experts
 from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
 from moe_fn.parallel.sizes import numbers
 from moe_fn.quant.wire import packed, travelling, unpacked
-from moe_fn.records import Dispatched, MoEWeights, Routing
-from moe_fn.stages.combine import combine
+from moe_fn.records import Dispatched, MoEWeights, RouterWeights, Routing
+from moe_fn.stages.combine import _combine
 from moe_fn.stages.dispatch import weighted
-from moe_fn.stages.route import route
+from moe_fn.stages.route import _route
 
 Overflow = Tensor | None  # how many slots of this rank found no room
 SharedFn = Callable[[], Tensor | None]  # the shared experts' output, which needs no other rank's tokens
@@ -82,7 +82,7 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     rows = unpacked(codes, rows, x, lambda rows, received: rounded_collectives.as_gathered(rows, received, group))
     ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
     if logits is not None:
-        everybody = route(config, weights, w)
+        everybody = _route(config, weights.router or RouterWeights(), w, None, None)
         ids, w = torch.where(ids < 0, -1, everybody.expert_ids), everybody.weights
     y = _compute(config, weights, rows, _own_ids(config, weights, ids), w, adapter_ids)
     return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), shared, None
@@ -184,7 +184,7 @@ def _ids_and_adapters(ids: Tensor, columns: int) -> tuple[Tensor, Tensor | None]
 def _combined(config: MoEConfig, rows: Tensor, sorted_: SortedByRank, routing: Routing) -> Tensor:
     """The weighted sum over a token's slots, at its own rank."""
     d = Dispatched(rows=rows, expert_ends=sorted_.rank_of_row, slot_of_row=sorted_.slot_of_row, row_of_slot=sorted_.row_of_slot)
-    return combine(config, rows, d, routing)
+    return _combine(config, rows, d, routing)
 
 
 def _counts(sorted_ranks: Tensor, ranks: int) -> Tensor:

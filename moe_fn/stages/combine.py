@@ -33,7 +33,10 @@ def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Ro
     >>> combine(config, torch.tensor([[4.0], [8.0]]), d, routing)
     tensor([[7.]])
     """
-    routing = check_combine(config, rows, dispatched, routing)
+    return _combine(config, rows, dispatched, check_combine(config, rows, dispatched, routing))
+
+
+def _combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
     wide, arithmetic = accumulation_dtype(rows.dtype), ARITHMETIC[config.batch_invariant]
     slots = gather_rows(rows, dispatched.row_of_slot, dispatched.slot_of_row, 1).unflatten(0, (-1, config.top_k)).to(wide)
     ids = routing.expert_ids

@@ -33,7 +33,10 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     >>> d.rows.flatten().tolist(), d.expert_ends.tolist()
     ([20.0, 40.0, 10.0, 30.0], [2, 2, 3])
     """
-    routing = check_dispatch(config, x, routing)
+    return _dispatch(config, x, check_dispatch(config, x, routing))
+
+
+def _dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
     ids = routing.expert_ids.flatten()
     num_experts = config.num_experts
     expert_of_slot = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)

@@ -17,7 +17,7 @@ from moe_fn.records import Dispatched, MoEWeights
 from moe_fn.stages._activation import activate
 from moe_fn.stages._adapters import ByAdapter, add_adapters, sort_by_adapter
 from moe_fn.stages._checks import check_experts
-from moe_fn.weights.prepare import restore_weights
+from moe_fn.weights.prepare import _restore_weights
 
 
 def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> Tensor:
@@ -48,8 +48,12 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     [1.0, 2.0]
     """
     check_experts(config, weights, dispatched)
+    return _experts(config, weights, dispatched)
+
+
+def _experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> Tensor:
     rows, ends = dispatched.rows, dispatched.expert_ends
-    backend, weights = backend_of(config, rows), restore_weights(config, weights)
+    backend, weights = backend_of(config, rows), _restore_weights(config, weights)
     by_adapter = sort_by_adapter(config, dispatched)
     hidden = hidden_rows(config, weights, dispatched, by_adapter)
     out = add_adapters(by_adapter, weights.lora, "down", hidden, _product(config, weights, "down", hidden, ends, backend))

@@ -65,6 +65,17 @@ def route(
     check_layer("route", config, weights)
     extra = weights.router or RouterWeights()
     token_ids = check_routing_inputs(config, extra, logits, token_ids, token_mask)
+    return _route(config, extra, logits, token_ids, token_mask, leading)
+
+
+def _route(
+    config: MoEConfig,
+    extra: RouterWeights,
+    logits: Tensor,
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
+    leading: tuple[int, ...] | None = None,
+) -> Routing:
     if token_mask is not None:
         logits = torch.where(token_mask.unsqueeze(-1), logits, 0)
     if runs("triton", config, logits) and extra.expert_scale is None and covers(config, logits.dtype) and not in_forward_mode():

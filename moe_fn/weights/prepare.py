@@ -85,10 +85,14 @@ def lay_down(config: MoEConfig, down: Tensor) -> Tensor:
 def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     """The plain weights that prepare_weights came from, bit for bit; plain weights come back as they are."""
     check_layer("restore_weights", config, weights)
-    config = config.own
-    _check("restore_weights", config, weights)
+    _check("restore_weights", config.own, weights)
+    return _restore_weights(config, weights)
+
+
+def _restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     if not is_prepared(weights.gate_up):
         return weights
+    config = config.own
     per_byte = 1 if config.quant is None else config.quant.per_byte
     gate_up = lift_weight(config, "gate_up", weights.gate_up, config.expert_hidden_size // per_byte)
     down = lift_weight(config, "down", weights.down, config.intermediate_size // per_byte)
@@ -107,7 +111,7 @@ def convert_experts(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype) 
     if not is_prepared(weights.gate_up):
         return dataclasses.replace(weights, gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype))
     if backend_of(config, weights.gate_up.new_empty(0, dtype=dtype)) != "native":
-        return convert_experts(config, restore_weights(config, weights), dtype)
+        return convert_experts(config, _restore_weights(config, weights), dtype)
     gate_up = convert_panels(weights.gate_up, dtype, config.expert_hidden_size)
     return dataclasses.replace(weights, gate_up=gate_up, down=convert_panels(weights.down, dtype, config.own.intermediate_size))
 
