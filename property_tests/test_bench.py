@@ -15,20 +15,22 @@ from moe_fn.bench import combination as combination_module
 from moe_fn.bench import timing_cuda
 from moe_fn.bench.__main__ import main
 from moe_fn.bench.checking import expected_of, relative_error
+from moe_fn.bench.clock import Clock, Ready
 from moe_fn.bench.combination import needed_bytes, run_combination
 from moe_fn.bench.contestants import CONTESTANTS, contestants_of_device, contestants_of_names
 from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, interleaved, packed
 from moe_fn.bench.contestants.ggml_kernels import blocks_of
 from moe_fn.bench.contestants.ours import floats_of
-from moe_fn.bench.floor import Reader, floor_ms, product_flops, read_bytes
+from moe_fn.bench.floor import floor_ms, product_flops, read_bytes
 from moe_fn.bench.floor_cuda import gemm_size
 from moe_fn.bench.memory import Memory, memory_of_step, sonic_bytes
 from moe_fn.bench.models import MODELS, Model, matrices, model_of_name, model_of_shape
 from moe_fn.bench.problem import INPUTS, distinct_experts, problem_of_model, step_bytes, token_inputs, weight_bytes
 from moe_fn.bench.quants import QUANTS
+from moe_fn.bench.reader import Reader
 from moe_fn.bench.report import as_json, gemm_rate, markdown, summary
 from moe_fn.bench.results import Cell, Combination, Outcome, Result
-from moe_fn.bench.timing import TURNS, Clock, Ready, percentile, take_turns
+from moe_fn.bench.timing import TURNS, percentile, take_turns
 from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.quant.numbers import pack_halves
 from moe_fn.records import MoEWeights, leaves_of_weights

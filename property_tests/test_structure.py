@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import graphlib
 import importlib.util
 import re
 import subprocess
@@ -73,6 +74,40 @@ def test_modules_import_downwards_only(path: Path) -> None:
             assert other == "stages" or LEVEL[other] < LEVEL["stages"], f"{path.name} imports upwards: moe_fn.{module}"
         else:
             assert other == part or LEVEL[other] < LEVEL[part], f"{path.name} imports upwards: moe_fn.{module}"
+
+
+def name_of(path: Path) -> str:
+    """A file as a module, below the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def modules_imported_by(path: Path) -> set[str]:
+    """Modules of the package, below it, that a file imports; `from a import b` where b is a module is that module."""
+    modules, found = {name_of(other) for other in SOURCES}, set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moe_fn":
+            folder = (node.module or "").partition(".")[2]
+            for alias in node.names:
+                module = f"{folder}.{alias.name}".strip(".")
+                found.add(module if module in modules else folder)
+    return found - {name_of(path)}
+
+
+def test_no_import_closes_a_circle_and_folders_stand_on_few_storeys() -> None:
+    imports = {name_of(path): modules_imported_by(path) for path in SOURCES}
+    order = list(graphlib.TopologicalSorter(imports).static_order())  # CycleError names the modules of a circle
+    part = {module: module.split(".")[0] for module in order}
+    parts: dict[str, set[str]] = {}
+    for module, others in imports.items():
+        parts.setdefault(part[module], set()).update({part[other] for other in others} - {part[module]})
+    storey: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter(parts).static_order():
+        storey[name] = 1 + max((storey[other] for other in parts[name]), default=0)
+    assert max(storey.values()) <= 14, storey
+
+
+def test_few_files_stand_outside_of_folders() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 7
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_fn.bench.checking import Expected, expected_of, relative_error, tolerance_of
+from moe_fn.bench.clock import Clock, Run
 from moe_fn.bench.contestants.entry import Contestant, Layer, takes_part
-from moe_fn.bench.floor import Reader, gemm_rates, product_flops, read_bytes, reader_of_device
+from moe_fn.bench.floor import gemm_rates, product_flops, read_bytes, reader_of_device
 from moe_fn.bench.machine import available_bytes
 from moe_fn.bench.memory import memory_of_step
 from moe_fn.bench.problem import (
@@ -24,8 +25,9 @@ from moe_fn.bench.problem import (
     weight_bytes,
 )
 from moe_fn.bench.quants import QUANTS
+from moe_fn.bench.reader import Reader
 from moe_fn.bench.results import Cell, Combination, Outcome, Result
-from moe_fn.bench.timing import METHODS, Clock, Run, clock_of_device, percentile, take_turns
+from moe_fn.bench.timing import METHODS, clock_of_device, percentile, take_turns
 
 SPARE_BYTES = 2 * 10**9  # for activations, and for the check
 FLOOR, LAUNCH = "floor", "launch"  # take their turns like contestants

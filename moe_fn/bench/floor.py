@@ -11,55 +11,19 @@ Both rates are measured in the run that they judge: memory gets faster and slowe
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_fn.bench.models import matrices
 from moe_fn.bench.quants import expert_bytes
+from moe_fn.bench.reader import BUFFER_BYTES, Reader
 from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.kernels.native import library as native
 
-BUFFER_BYTES = 2**30  # more than any cache holds
 LEAST_BUFFER_BYTES = 2**26
 _SIZE = 1536  # of the matrices whose product is timed
 _INT8_SIZE = 3072  # torch._int_mm packs in every call: at 1536 it is no faster than bf16, at 2048 1.5 times
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reader:
-    """A buffer that is read at other addresses in every turn; name says with what.
-
-    whole: a turn reads all of it whatever it is asked for, and its time counts by `share`.
-    """
-
-    name: str
-    buffer: Tensor
-    read: Callable[[Tensor, int, int], object]
-    whole: bool = False
-
-    def share(self, num_bytes: float) -> float:
-        """Which part of a turn's time so many bytes take."""
-        return num_bytes / (self.buffer.numel() * self.buffer.itemsize) if self.whole else 1.0
-
-    def run_of_turn(self, turn: int, num_bytes: int) -> Callable[[], None]:
-        """The call that reads so many bytes. Turns follow one another through the buffer, and begin again at its end."""
-        size = self.buffer.numel() * self.buffer.itemsize
-        if self.whole:
-            turn, num_bytes = 0, size
-        num_bytes = max(64, num_bytes // 64 * 64)
-        pieces, first = [], turn * num_bytes % size
-        while num_bytes > 0:
-            piece = min(num_bytes, size - first)
-            pieces.append((first, piece))
-            first, num_bytes = 0, num_bytes - piece
-
-        def run() -> None:
-            for first_byte, piece in pieces:
-                self.read(self.buffer, first_byte, piece)
-
-        return run
 
 
 def reader_of_device(device: torch.device, num_bytes: int) -> Reader:

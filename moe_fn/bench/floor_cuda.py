@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_fn.bench.floor import BUFFER_BYTES, Reader
+from moe_fn.bench.reader import BUFFER_BYTES, Reader
 
 TRIES = 5
 _ROW = 8192  # values that one program of a reduction by rows reads: 32 KB

@@ -4,11 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moe_fn.bench.clock import How
 from moe_fn.bench.memory import Memory
 from moe_fn.bench.models import Model
 from moe_fn.bench.problem import Part
 from moe_fn.bench.quants import QUANTS, quantised_config
-from moe_fn.bench.timing import How
 from moe_fn.config import MoEConfig
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from moe_fn.bench.clock import Run, Timer
 from moe_fn.bench.models import Model, model_of_name, model_of_shape
 from moe_fn.bench.problem import DTYPES
-from moe_fn.bench.timing import Run, Timer, take_turns
+from moe_fn.bench.timing import take_turns
 from moe_fn.bench.timing_cuda import cold_timer
 from moe_fn.config import as_activation
 from moe_fn.kernels.triton import tiles

@@ -2,45 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 
-Run = Callable[[], Any]
-Timer = Callable[[Run], float]
-How = Literal["wall", "graph", "events"]
+from moe_fn.bench.clock import Clock, Ready, Run, Timer
+
 TURNS = 5  # at least
 WARM_UP_SECONDS = 1.0  # at most, but for one call, for each contestant
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ready:
-    """A contestant's calls, one for each input, as the clock will time them.
-
-    how      "wall": as they are, with the host's clock; "graph": replays of CUDA graphs; "events": as they are, between CUDA events
-    reason   why they are not graphs, where the clock would have liked that
-    outputs  what a graph of the first input writes when it is replayed
-    """
-
-    runs: tuple[Run, ...]
-    how: How
-    reason: str | None = None
-    outputs: Any = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """How a device's calls are timed.
-
-    time    milliseconds of one call
-    ready   what a contestant's calls are turned into, before the turns
-    launch  the least that can be timed, where that is not nothing
-    """
-
-    time: Timer
-    ready: Callable[[tuple[Run, ...]], Ready]
-    launch: Run | None = None
 
 
 # By type of device, in words.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.bench.timing import Clock, Ready, Run, Timer
+from moe_fn.bench.clock import Clock, Ready, Run, Timer
 
 LEAST_FLUSH_BYTES = 2**28  # also what keeps the GPU busy while the host launches: 0.1 ms and more
 

