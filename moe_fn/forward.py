@@ -7,13 +7,14 @@ from torch import Tensor
 from moe_fn.balance import stats_of_routing
 from moe_fn.config import MoEConfig
 from moe_fn.layer.call import Call, autocast_off, enter, flat_routing, leave
-from moe_fn.layer.chunked import layer_in_chunks, loop_is_visible, scalars_allowed
+from moe_fn.layer.chunked import layer_in_chunks, loop_is_visible
 from moe_fn.layer.compose import layer_of_tokens, layer_with_overflow, parts_of_tokens, route_tokens
 from moe_fn.layer.opaque import layer_as_op
 from moe_fn.parallel.dispatch import can_drop_slots
 from moe_fn.parallel.sizes import reads_sizes
 from moe_fn.records import MoEWeights, Routing, RoutingStats
 from moe_fn.stages._checks import check_routing, check_x
+from moe_fn.torch_compat import scalars_allowed
 
 
 def moe_forward(

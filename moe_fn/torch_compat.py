@@ -1,9 +1,10 @@
-"""Help with torch.compile: which dimension counts tokens, and what is constant while it traces."""
+"""What torch says in private names, or says otherwise from version to version: all of it stands here and in ops/define."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import guard_or_true
@@ -104,3 +105,77 @@ def _in_draft_export() -> bool:
     from torch._functorch import config  # there already, where anything is traced
 
     return bool(config.fake_tensor_propagate_real_tensors)
+
+
+@constant_while_tracing
+def scalars_allowed() -> bool:
+    """Whether numbers may be read from tensors here: in eager, under fullgraph, with torch._dynamo.config.capture_scalar_outputs."""
+    context = torch._guards.TracingContext.try_get()
+    return (
+        context is None
+        or context.fake_mode is None
+        or context.fake_mode.shape_env is None
+        or context.fake_mode.shape_env.allow_scalar_outputs
+    )
+
+
+def transforms_active() -> bool:
+    """Whether the call is below a transform of torch.func: vmap, grad, vjp, jvp or functionalize."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def scan(step: Callable[..., Any], carry: Any, xs: Any) -> Any:
+    """torch's scan, a loop in the graph; imported here, for it brings the compiler along."""
+    from torch._higher_order_ops.scan import scan as loop
+
+    return loop(step, carry, xs)
+
+
+def fake_mode_of(values: Any) -> Any:
+    """The mode of fake tensors that are among the values, or a new one: below it tensors have shapes and no values."""
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return detect_fake_mode(values) or FakeTensorMode()
+
+
+def data_dependent_error() -> type[Exception]:
+    """What reading a value of a fake tensor raises."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    return DataDependentOutputException
+
+
+def default_group() -> Any:
+    """The process group of all ranks."""
+    c10d: Any = dist.distributed_c10d
+    return c10d._get_default_group()
+
+
+def group_of_name(name: str) -> Any:
+    """The process group of a name. Raises RuntimeError, ValueError or KeyError where there is none."""
+    c10d: Any = dist.distributed_c10d
+    return c10d._resolve_process_group(name)
+
+
+def default_store(prefix: str) -> Any:
+    """The store that torch.distributed was initialised with, for keys below a prefix."""
+    c10d: Any = dist.distributed_c10d
+    return c10d.PrefixStore(prefix, c10d._get_default_store())
+
+
+def is_wrapper(value: Any) -> bool:
+    """Whether it is a tensor that holds other tensors, as DTensor does."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return bool(is_traceable_wrapper_subclass(value))
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is a tensor of a compiler's, without values; by name, for importing the class takes a second."""
+    return type(tensor).__module__.startswith("torch._subclasses")
+
+
+def cpu_has(instructions: str) -> bool:
+    """Whether this CPU has "avx512" or "avx2"."""
+    return bool({"avx512": torch.cpu._is_avx512_supported, "avx2": torch.cpu._is_avx2_supported}[instructions]())

@@ -123,6 +123,20 @@ def test_only_ops_talk_to_torch_library_and_only_kernels_to_triton(path: Path) -
     )
 
 
+# Where private names of torch may stand. testing/ looks into the compiler, bench/ calls other people's products.
+PRIVATE = ("torch_compat.py", "ops/define.py", "testing/graphs.py", "testing/graph_nodes.py", "bench/")
+_PRIVATE_NAME = re.compile(r"\btorch(?:\.\w+)*\._(?!_|check\b|pytree\b)\w+|distributed_c10d|forward_ad\._")
+_FUNCTIONAL_COLLECTIVES = ("torch.distributed._functional_collectives", "torch.ops._c10d_functional")  # ops, by their schemas' names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_of_torch_stand_in_one_place(path: Path) -> None:
+    if path.relative_to(PACKAGE).as_posix().startswith(PRIVATE):
+        return
+    code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+    assert not set(_PRIVATE_NAME.findall(code)) - set(_FUNCTIONAL_COLLECTIVES)
+
+
 def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -23,6 +23,7 @@ from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.collectives import reduced_over_ranks
 from moe_fn.records import Routing, RoutingStats
 from moe_fn.stages._scores import scores_of_logits
+from moe_fn.torch_compat import default_group
 
 
 def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
@@ -110,7 +111,7 @@ def load_over_ranks(load: Tensor, group: "dist.ProcessGroup | RankGroup | None" 
         raise ValueError(f"load_over_ranks: group is a {type(group).__name__}; expected a ProcessGroup of this rank, or a RankGroup")
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return load
-    own = dist.distributed_c10d._get_default_group() if group is None else group
+    own = default_group() if group is None else group
     return reduced_over_ranks(load, "sum", own.name if isinstance(own, RankGroup) else own.group_name)
 
 

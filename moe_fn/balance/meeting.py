@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.distributed as dist
+from moe_fn.torch_compat import default_store
 
-_c10d: Any = dist.distributed_c10d  # torch hands out its store only there
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.2
 _GRACE_S = 2.0  # for an answer that is on its way, and for the slowest reader of it
 
@@ -52,9 +51,8 @@ def meet(ranks: Sequence[int], mine: int, text: str, timeout_s: float, compare: 
     """
     base = f"moe_fn/meeting/{'-'.join(map(str, ranks))}" if len(ranks) < 9 else f"moe_fn/meeting/{ranks[0]}-{ranks[-1]}-{len(ranks)}"
     try:
-        store = _c10d._get_default_store()
-        number = store.add(f"{base}/calls/{mine}", 1)  # the count lives in the store: this module has no state
-        return _meet(_c10d.PrefixStore(f"{base}/{number}", store), ranks, mine, text, timeout_s, compare)
+        number = default_store(base).add(f"calls/{mine}", 1)  # the count lives in the store: this module has no state
+        return _meet(default_store(f"{base}/{number}"), ranks, mine, text, timeout_s, compare)
     except RuntimeError as error:  # torch's DistError is one
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"the store of torch.distributed is gone, with the process that kept it (rank 0, or torchrun): {words}"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
@@ -29,7 +28,7 @@ from moe_fn.stages._activation import activate
 from moe_fn.stages.combine import _combine
 from moe_fn.stages.dispatch import _dispatch, weighted
 from moe_fn.stages.experts import _experts
-from moe_fn.torch_compat import check_draft_export, in_forward_mode
+from moe_fn.torch_compat import check_draft_export, in_forward_mode, transforms_active
 from moe_fn.weights.prepare import _restore_weights, lay_down, lay_gate_up
 from moe_fn.weights.quantize import dequantize_weights
 from moe_fn.weights.spec import is_prepared
@@ -141,7 +140,7 @@ def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], pre
     plain = _restore_weights(config, weights)
     plain = plain if config.quant is None else dequantize_weights(config, plain, args[0].dtype)[1]
     plain_args = pre, *with_floats(args[:-1], plain)
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = transforms_active() or in_forward_mode()
     found = _gradients(backend, gradient, wanted, *plain_args) if transformed else op(gradient, wanted, *plain_args)
     d_x, d_w, d_gate_up, d_down, *d_biases = (g if want else None for g, want in zip(found, wanted, strict=True))
     if is_prepared(weights.gate_up):

@@ -22,7 +22,7 @@ from moe_fn.layer.compose import layer_of_tokens, parts_of_tokens
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import asked_for, vjp
 from moe_fn.records import MoEWeights, Routing, leaves_of_weights, weights_of_leaves
-from moe_fn.torch_compat import constant_while_tracing, exporting, in_forward_mode
+from moe_fn.torch_compat import exporting, in_forward_mode, scan, transforms_active
 
 _PER_TOKEN = 5  # x, expert_ids, weights, shared_weights, adapter_ids stand before the weights' leaves
 
@@ -49,19 +49,7 @@ def loop_is_visible() -> bool:
     """Whether the loop runs in eager or goes into the graph: for exported programs, and there not below torch.func's transforms."""
     if not torch.compiler.is_compiling():
         return True
-    return exporting() and not torch._C._are_functorch_transforms_active()
-
-
-@constant_while_tracing
-def scalars_allowed() -> bool:
-    """Whether numbers may be read from tensors here: in eager, under fullgraph, with torch._dynamo.config.capture_scalar_outputs."""
-    context = torch._guards.TracingContext.try_get()
-    return (
-        context is None
-        or context.fake_mode is None
-        or context.fake_mode.shape_env is None
-        or context.fake_mode.shape_env.allow_scalar_outputs
-    )
+    return exporting() and not transforms_active()
 
 
 def chunk_of_layer(config: MoEConfig, with_shared: bool, args: list[Tensor | None]) -> tuple[Tensor, ...]:
@@ -147,7 +135,6 @@ def _scan(config: MoEConfig, step: Callable[[Any, Tensor], Any], carry: Any, x: 
     tokens, size, device = x.shape[0], config.chunk_tokens or 1, x.device
 
     if torch.compiler.is_compiling():
-        from torch._higher_order_ops.scan import scan
 
         def body(carry: Any, number: Tensor) -> Any:
             return step(carry, (number * size + torch.arange(size, device=device)).clamp(max=tokens))

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moe_fn.torch_compat import data_dependent_error, fake_mode_of
+
 Formula = Callable[..., int]
 _TABLE = "torch.utils.flop_counter"
 _formulas: dict[Any, Formula] = {}  # filled where ops are defined, as torch.library is
@@ -117,18 +119,16 @@ def flops_of_kernel(kernel: Callable[..., Any]) -> Formula:
     """The operations of all ops that a kernel calls, counted on tensors without values."""
 
     def formula(*args: Any, out_val: Any = None) -> int:
-        from torch._guards import detect_fake_mode
-        from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
         from torch.utils.flop_counter import FlopCounterMode
 
         def without_values(t: Any) -> Any:
             device = "cpu" if isinstance(t, Tensor) and t.device.type == "meta" else getattr(t, "device", None)
             return torch.empty(t.shape, dtype=t.dtype, device=device) if isinstance(t, Tensor) else t
 
-        with detect_fake_mode(args) or FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        with fake_mode_of(args), FlopCounterMode(display=False) as counter:
             try:
                 kernel(*tree_map(without_values, args))
-            except DataDependentOutputException:  # ranks that read how many rows come: nobody knows without values
+            except data_dependent_error():  # ranks that read how many rows come: nobody knows without values
                 return 0
         total: int = counter.get_total_flops()
         return total

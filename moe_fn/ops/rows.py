@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import batch_end_to_end, batch_to_front, define_op
+from moe_fn.torch_compat import transforms_active
 
 
 def _gather(x: Tensor, index: Tensor, inverse: Tensor, repeat: int) -> Tensor:
@@ -82,7 +83,7 @@ def count_up_to(ascending: Tensor, values: Tensor) -> Tensor:
     >>> count_up_to(torch.tensor([0, 2, 2, 5]), torch.tensor([1, 2])).tolist()
     [1, 3]
     """
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         values = values + ascending.new_zeros(1)  # a copy for every sample: of a view that vmap makes searchsorted warns
     return torch.searchsorted(ascending, values, right=True)
 

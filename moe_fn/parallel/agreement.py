@@ -14,9 +14,9 @@ from moe_fn.balance.slots import fields_of_slots
 from moe_fn.config import MoEConfig, RankGroup, as_activation
 from moe_fn.parallel.sharding import FIRST_SLICE_ONLY
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
+from moe_fn.torch_compat import group_of_name
 from moe_fn.weights.check import check_weights
 
-_c10d: Any = dist.distributed_c10d  # torch finds groups by name only there
 _ROLES = ("tp", "ep", "dp", "sp")
 _ON_EVERY_RANK = ("router", "latent", "constants", "input_norm", "output_norm")
 
@@ -146,7 +146,7 @@ def _groups(config: MoEConfig, compared: Sequence[int]) -> tuple[dict[str, list[
             continue
         name = f"ParallelConfig.{role}"
         try:
-            found = _c10d._resolve_process_group(group.name)
+            found = group_of_name(group.name)
         except (RuntimeError, ValueError, KeyError):
             problems.append(f"{name} is a group named {group.name!r}, of which torch.distributed knows nothing: a config of another run?")
             continue

@@ -9,7 +9,7 @@ from moe_fn.config import GroupConfig, MoEConfig, RouterConfig
 from moe_fn.numerics import accumulation_dtype, root
 from moe_fn.ops.arithmetic import ARITHMETIC, Arithmetic
 from moe_fn.records import RouterWeights
-from moe_fn.torch_compat import constant_while_tracing
+from moe_fn.torch_compat import constant_while_tracing, transforms_active
 
 SCORES: dict[str, Callable[[Arithmetic, Tensor], Tensor]] = {
     "softmax": lambda m, z: m.softmax(z),
@@ -62,7 +62,7 @@ _BITS_BATCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (
 @constant_while_tracing
 def _bits_can_be_seen() -> bool:
     """Whether numbers may be viewed as integers here; if not, they are sorted."""
-    return _BITS_BATCH or not torch._C._are_functorch_transforms_active()
+    return _BITS_BATCH or not transforms_active()
 
 
 def _candidates(values: Tensor) -> Tensor:

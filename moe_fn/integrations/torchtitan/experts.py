@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
@@ -18,6 +17,7 @@ from moe_fn.ops.grouped_matmul import GROUPED
 from moe_fn.records import Dispatched, MoEWeights
 from moe_fn.stages._activation import activate
 from moe_fn.stages.experts import experts
+from moe_fn.torch_compat import is_wrapper
 
 
 def experts_of_rows(
@@ -91,7 +91,7 @@ def _forward(layout: ExpertsLayout, compute_dtype: torch.dtype | None, module: A
         if tensor is None:
             return None
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if is_traceable_wrapper_subclass(tensor):  # torchao's, that makes torch's grouped product another one
+        if is_wrapper(tensor):  # torchao's, that makes torch's grouped product another one
             kind = type(tensor).__name__
             raise ValueError(f"{type(module).__name__}: {name} is a {kind}; expected a plain tensor, not one that computes in its own way")
         return tensor.to(dtype)

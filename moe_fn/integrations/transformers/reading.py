@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from moe_fn.torch_compat import is_fake
+
 # Where forwards are written that our tables know.
 _KNOWN = ("torch.nn.modules.", "transformers.models.", "transformers.activations")
 
@@ -132,7 +134,7 @@ def _full_name(cls: type) -> str:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether it is a tensor of torch's own: no shard, no codes, no class that computes in its own way. Those of tracing are."""
-    return type(tensor) in (nn.Parameter, Tensor, nn.Buffer) or type(tensor).__module__.startswith("torch._subclasses")
+    return type(tensor) in (nn.Parameter, Tensor, nn.Buffer) or is_fake(tensor)
 
 
 def _records(hook: Any) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 from moe_fn.config.quant import quant_of_text
 from moe_fn.kernels.native.building import library_file
 from moe_fn.kernels.native.trust import private_folder, user
-from moe_fn.torch_compat import constant_while_tracing
+from moe_fn.torch_compat import constant_while_tracing, cpu_has
 
 SOURCES = Path(__file__).parent / "sources"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -86,10 +86,10 @@ def best_level() -> str:
     """The best level that this CPU runs."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "plain"
-    if torch.cpu._is_avx512_supported():
+    if cpu_has("avx512"):
         more = torch.cpu.get_capabilities()
         return "avx512_bf16" if all(more.get(f"avx512_{name}") for name in ("bf16", "vnni", "vbmi")) else "avx512"
-    return "avx2" if torch.cpu._is_avx2_supported() else "plain"
+    return "avx2" if cpu_has("avx2") else "plain"
 
 
 def library(level: str) -> Library:
