@@ -4,6 +4,7 @@
 # make test-thorough   the variants of tests that take minutes (all tiles of all kernels for four GPUs, the largest scan under Inductor ...)
 # make fuzz   damages configs and checkpoints until a reader breaks, minutes each (FUZZ=seconds)
 # make mutants, make mutants-cpp   small changes of the code, one at a time: does a test notice? Hours
+# make pages   writes what is generated in docs/: the messages of errors.md, the tables of families.md
 # make soak   a thousand times each: forward, backward, compile, export; memory stays flat, and its peaks are those of the formulas
 # make bench-quant   the same with experts in 8 and 4 bits
 # make campaign   20,000 random problems over the whole config space, each held to its own error bound; stops and goes on where it was
@@ -22,7 +23,7 @@ BIN := .venv/bin
 MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-parallel test test-thorough check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants mutants-cpp fuzz soak campaign clean
+.PHONY: demo demo-parallel test test-thorough check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants mutants-cpp fuzz soak campaign pages clean
 demo: $(INSTALLED)
 	$(BIN)/python examples/tiny_lm.py
 
@@ -51,6 +52,10 @@ campaign: $(INSTALLED)
 	PYTHONPATH=property_tests $(BIN)/python -m campaign measure || status=$$?; \
 	PYTHONPATH=property_tests $(BIN)/python -m campaign report || status=$$?; \
 	exit $$status
+
+pages: $(INSTALLED)
+	PYTHONPATH=.:property_tests $(BIN)/python property_tests/error_page.py
+	$(BIN)/python examples/coverage.py --write docs/families.md
 
 bench: $(INSTALLED) .venv/.bench
 	mkdir -p out

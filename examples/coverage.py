@@ -1,6 +1,6 @@
-"""The coverage table of the README: every Mixture-of-Experts block of transformers against moe_fn, measured now.
+"""The table of docs/families.md: every Mixture-of-Experts block of transformers against moe_fn, measured now.
 
-    python examples/coverage.py [--write README.md] [--seeds 3] [--only mixtral,gpt_oss]
+    python examples/coverage.py [--write docs/families.md] [--seeds 3] [--only mixtral,gpt_oss]
 
 It runs in a checkout, with what `pip install -e ".[dev]"` brings: blocks, models and checks are those of `property_tests`. Each variant of
 each family is a tiny block of transformers, in float32, every parameter and buffer random; it is run by its own code and by
@@ -169,7 +169,7 @@ def rows_of_families(outcomes: list[Outcome]) -> list[str]:
 
 
 def text(outcomes: list[Outcome], seeds: int) -> str:
-    """The part of the README."""
+    """The part between the markers."""
     families = by_family(outcomes)
     taken = sum(not o.refused for o in outcomes)
     head = (

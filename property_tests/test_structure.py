@@ -194,11 +194,9 @@ def functions_in(text: str) -> dict[str, str]:
     return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_readme_shows_the_layer_as_it_is() -> None:
-    readme = PACKAGE.parent / "README.md"
-    if not readme.exists():
-        pytest.skip("installed without the repository")
-    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+def test_the_page_on_architecture_shows_the_layer_as_it_is() -> None:
+    page = _page("docs/architecture.md")
+    blocks = re.findall(r"^```python[^\n]*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     shown = {name: code for block in blocks for name, code in functions_in(block).items()}
     source = {
         name: code
@@ -207,7 +205,28 @@ def test_the_readme_shows_the_layer_as_it_is() -> None:
     }
     assert {"moe_forward", "_layer", "routed_and_shared", "by_stages"} <= set(shown)
     for name in set(shown) & set(source):
-        assert shown[name] == source[name], f"README and source of {name} differ"
+        assert shown[name] == source[name], f"docs/architecture.md and source of {name} differ"
+
+
+def test_there_is_one_picture_of_the_layer() -> None:
+    pictures = [re.search(r"^x \[T, H\] .*?y \[T, H\][^\n]*$", text, re.DOTALL | re.MULTILINE) for text in (
+        _page("README.md").read_text(), _page("docs/architecture.md").read_text(), moe_fn.stages.__doc__ or ""
+    )]  # fmt: skip
+    assert len({picture and picture.group() for picture in pictures}) == 1
+
+
+def test_the_readme_is_short_and_links_every_page() -> None:
+    text = _page("README.md").read_text()
+    assert len(text.splitlines()) <= 160
+    missing = [page.name for page in sorted((PACKAGE.parent / "docs").glob("*.md")) if f"](docs/{page.name})" not in text]
+    assert missing == [], f"README.md has no link to {missing}"
+
+
+def _page(name: str) -> Path:
+    page = PACKAGE.parent / name
+    if not page.exists():
+        pytest.skip("installed without the repository")
+    return page
 
 
 def test_importing_does_not_import_the_compiler() -> None:

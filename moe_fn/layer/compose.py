@@ -1,11 +1,7 @@
 """The layer on flat tokens, of one rank and of many: the stages in the order of the contract, and who sums what.
 
-x -- transform_input --> dispatch, experts, combine --> reduce_and_trunc -- transform_output --> join --> + zero_experts --> norm_output
- \\__ logits -- route --> Routing __/                                                               |
-  \\__ shared_experts ______________________________________________________________________________/
-
-`moe_fn.parallel.dispatch` has the middle, one function for each way in which tokens find their experts; `moe_fn.forward` puts the public
-shape around it.
+The picture is in `moe_fn.stages`. `moe_fn.parallel.dispatch` has the middle, one function for each way in which tokens find their experts;
+`moe_fn.forward` puts the public shape around it.
 """
 
 import dataclasses

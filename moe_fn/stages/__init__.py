@@ -1,8 +1,10 @@
-"""The stages, one file each. They do not know of each other; `moe_fn.forward` joins them.
+"""The stages, one file each. They do not import each other; `moe_fn.layer.compose` joins them.
 
-x [T, H] --- transform_input ---> [T, Hx] --- dispatch ---> rows [R, Hx] --- experts ---> rows [R, Hx] --- combine ---> [T, Hx]
-   \\__ logits [T, choices] -- route --> Routing __/                                                                      |
-   \\__ shared_experts ---> [T, H] -----------------------------------------------------------> join <--- transform_output
-                                                                                                |
-                                                                  reduce_and_trunc ---> + zero_experts ---> y [T, H]
+x [T, H] ─┬─> transform_input ──> dispatch ──> experts ──> combine ──> reduce_and_trunc ──> transform_output ─┐
+          │                          ▲ [T·k, Hx], by expert   ▲                                               │
+          ├─> route ─────────────────┴─ Routing [T, k] ───────┘                                               │
+          ├─> shared_experts ──────────────────────────────────────────────────────────────────────────> join <┘
+          │                                                                                                │
+          └─> zero_experts ──────────────────────────────────────────────────────────────────────────────> +
+                                                                               y [T, H] <── norm_output <──┘
 """

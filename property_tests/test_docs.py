@@ -1,0 +1,94 @@
+"""The code of the README and of the pages in docs/ runs and prints what the pages say; their links lead to files and headings.
+
+A block of Python runs after those above it on its page, with their names. The words behind "python" on its first line may say otherwise:
+"requires PACKAGES": where one of them is not installed, the page's run ends there as a skipped test; "shown": the block does not run.
+A block of "output" below it is what it prints.
+"""
+
+import contextlib
+import importlib.util
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+_BLOCK = re.compile(r"^```python(?P<words>[^\n]*)\n(?P<code>.*?)^```\n(?:\n*```output\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"\]\((?!https?://)(?P<file>[^)#\s]*)(?:#(?P<heading>[^)\s]*))?\)")
+
+pytestmark = pytest.mark.skipif(not PAGES, reason="installed without the repository")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of Python: the words behind "python" on its first line, its code, its line on the page, what it prints (None: anything)."""
+
+    words: tuple[str, ...]
+    code: str
+    line: int
+    output: str | None
+
+
+def blocks_of(page: str) -> list[Block]:
+    found = [
+        Block(tuple(match["words"].split()), match["code"], page.count("\n", 0, match.start("code")), match["output"])
+        for match in _BLOCK.finditer(page)
+    ]
+    assert len(found) == len(re.findall(r"^```python", page, re.MULTILINE)), "a block of Python has no end"
+    return found
+
+
+@pytest.fixture
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In an empty folder, without graphs of other tests, with torch's random numbers of seed 0."""
+    monkeypatch.chdir(tmp_path)
+    torch.compiler.reset()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_elsewhere")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path) -> None:
+    names: dict[str, object] = {"__name__": page.stem}
+    for block in blocks_of(page.read_text()):
+        match block.words:
+            case ("shown",):
+                continue
+            case ("requires", *packages) if packages:
+                if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+                    pytest.skip(f"line {block.line} of {page.name} and what follows: needs {', '.join(missing)}")
+            case words:
+                assert words == (), f"{page.name}:{block.line}: python {' '.join(words)}; expected nothing, 'requires PACKAGES' or 'shown'"
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
+        if block.output is not None:
+            assert printed.getvalue() == block.output, f"{page.name}:{block.line}"
+
+
+def headings_of(page: Path) -> set[str]:
+    """As the fragments of links to them: lower case, without punctuation, hyphens for blanks."""
+    lines = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).splitlines()
+    return {re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-") for line in lines if line.startswith("#")}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=lambda page: page.stem)
+def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
+    for link in _LINK.finditer(page.read_text()):
+        file = page.parent / link["file"] if link["file"] else page
+        assert not link["file"].startswith("/") and file.exists(), f"{page.name}: {link['file']} is no relative path of a file"
+        assert link["heading"] is None or link["heading"] in headings_of(file), f"{page.name}: {file.name} has no heading {link['heading']}"
+
+
+def test_a_broken_page_is_noticed() -> None:
+    (block,) = blocks_of("# A\n\n```python requires torch\nprint(1)\n```\n\n```output\n2\n```\n")
+    assert block == Block(("requires", "torch"), "print(1)\n", 3, "2\n")
+    with pytest.raises(AssertionError, match="no end"):
+        blocks_of("```python\nx = 1\n")
