@@ -1,4 +1,4 @@
-"""The code of the README and of the pages in docs/ runs and prints what the pages say; their links lead to files and headings.
+"""The code of the README and of the pages in docs/ runs and prints what the pages say; links, files and names on them are there.
 
 A block of Python runs after those above it on its page, with their names. The words behind "python" on its first line may say otherwise:
 "requires PACKAGES": where one of them is not installed, the page's run ends there as a skipped test; "shown": the block does not run.
@@ -8,6 +8,7 @@ A block of "output" below it is what it prints.
 import contextlib
 import importlib.util
 import io
+import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+SOURCES = [path.as_posix() for folder in ("moe_fn", "property_tests", "compile_tests", "examples") for path in (ROOT / folder).rglob("*.*")]
 _BLOCK = re.compile(r"^```python(?P<words>[^\n]*)\n(?P<code>.*?)^```\n(?:\n*```output\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?://)(?P<file>[^)#\s]*)(?:#(?P<heading>[^)\s]*))?\)")
 
@@ -85,6 +87,22 @@ def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
         file = page.parent / link["file"] if link["file"] else page
         assert not link["file"].startswith("/") and file.exists(), f"{page.name}: {link['file']} is no relative path of a file"
         assert link["heading"] is None or link["heading"] in headings_of(file), f"{page.name}: {file.name} has no heading {link['heading']}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=lambda page: page.stem)
+def test_files_and_names_on_a_page_are_there(page: Path) -> None:
+    text = page.read_text()
+    for name in set(re.findall(r"(?<![\w/.])[\w/]+\.(?:py|cpp|h)\b", text)):
+        assert any(path.endswith(f"/{name}") for path in SOURCES), f"{page.name}: {name} is no file of the repository"
+    for name in set(re.findall(r"`(moe_fn(?:\.\w+)+)", text)):
+        try:
+            pkgutil.resolve_name(name)
+        except ModuleNotFoundError as error:
+            assert not (error.name or "").startswith("moe_fn"), (
+                f"{page.name}: {name} is no name of the package"
+            )  # else a package of an extra
+        except AttributeError:
+            raise AssertionError(f"{page.name}: {name} is no name of the package") from None
 
 
 def test_a_broken_page_is_noticed() -> None:
