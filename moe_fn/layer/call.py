@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checks import check_beside_x
+from moe_fn.checks import check_beside_x, check_untraced
 from moe_fn.config import MoEConfig
 from moe_fn.layer.compose import without_padding
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
@@ -51,6 +51,8 @@ def enter(
 ) -> Call:
     """The call, checked: ValueError for what does not fit. routed: by the caller; runs_experts: the call does not end at the router."""
     check_x(where, config, x)
+    if not config.as_op:  # one op, whatever the sizes
+        check_untraced(where, x.shape[0])
     low = autocast_dtype(x)
     check_weights(where, config, weights, x, any_dtype=low is not None)
     weights = weights if low is None else _in_autocast(config, weights, low, runs_experts)
