@@ -9,7 +9,7 @@ from moe_fn.layer.compose import route_tokens
 from moe_fn.ops.rows import count_up_to
 from moe_fn.quant.calibration import Calibration
 from moe_fn.records import MoEWeights
-from moe_fn.stages._checks import check_x
+from moe_fn.stages._checks import check_token_inputs, check_x
 from moe_fn.stages.dispatch import dispatch
 from moe_fn.stages.experts import hidden_rows
 from moe_fn.stages.transform import transform_input
@@ -44,6 +44,7 @@ def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor 
     check_x("calibrate", config, x)
     if logits is not None:
         check_beside_x("calibrate", "logits", logits, x, ("num_logits", config.num_logits), "float")
+    check_token_inputs("calibrate", config, x, None, None)
     check_weights("calibrate", config, weights, x)
     _, routing = route_tokens(config, weights, x, logits, None, None)
     d = dispatch(config, transform_input(config, weights, x), routing)
