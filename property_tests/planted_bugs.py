@@ -54,7 +54,7 @@ def planted(bug: PlantedBug) -> Iterator[None]:
     places = [
         (module, name)
         for key, module in sys.modules.items()
-        if key.startswith("moe_fn") and not key.startswith(("moe_fn.reference", "moe_fn.testing"))
+        if key.startswith(("moe_fn", "campaign")) and not key.startswith(("moe_fn.reference", "moe_fn.testing"))
         for name, value in vars(module).items()
         if value is bug.function
     ]
@@ -244,7 +244,7 @@ BUGS = (
     PlantedBug(
         "renormalised_rows_sum_to_the_scale",
         "scaled before renormalising",
-        route.route,
+        route._route,
         with_router(routed_scaling_factor=1.0, scale_on="weights"),
     ),
     PlantedBug(
@@ -492,7 +492,7 @@ BUGS = (
     PlantedBug(
         "the_layer_equals_the_reference",
         "double scale",
-        route.route,
+        route._route,
         after(lambda r, config, *a: replace(r, weights=r.weights * config.router.routed_scaling_factor)),
     ),
     PlantedBug(

@@ -492,8 +492,8 @@ def test_moved_weights_are_the_weights_of_the_new_placement(case: tuple[tuple[Pl
     before, after = (balance.physical_weights(weights, placement) for placement in (previous, new))
     moves = balance.transfers(previous, new, gpus)
     own = [part(before, gpu, gpus) for gpu in range(gpus)]
-    sent = [balance.moving.departing(own[gpu], moves, gpu) for gpu in range(gpus)]
+    sent = [balance.move_weights.departing(own[gpu], moves, gpu) for gpu in range(gpus)]
     for gpu in range(gpus):
-        moved = balance.moving.arrived(own[gpu], moves, gpu, [sent[other][gpu] for other in range(gpus)])
+        moved = balance.move_weights.arrived(own[gpu], moves, gpu, [sent[other][gpu] for other in range(gpus)])
         assert same_bits(moved, part(after, gpu, gpus))
         assert same_bits(own[gpu], part(before, gpu, gpus))
