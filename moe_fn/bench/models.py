@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_fn.config import ActivationName, GroupConfig, MoEConfig, RouterConfig, as_activation
+from moe_fn.config import ActivationName, GroupConfig, MoEConfig, RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def model_of_name(name: str) -> Model:
 
 def matrices(config: MoEConfig) -> int:
     """How many H x I matrices an expert has: gate, up and down, or up and down."""
-    return 3 if as_activation(config.activation).gated else 2
+    return config.gate_up_parts + 1
 
 
 # The gate computes in the dtype of x, as transformers has it for these families.

@@ -161,7 +161,7 @@ def _matrices(model: Model, tokens: int, dtype: torch.dtype, device: torch.devic
     """x [T, H], gate_up [E, H, N] and down [E, I, H], laid out as the model's weights are."""
     config = model.config
     experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
-    columns = inner * (2 if as_activation(config.activation).gated else 1)
+    columns = config.gate_up_size
 
     def weight(rows: int, width: int) -> Tensor:
         shape = (experts, rows, width) if config.weight_layout == "in_out" else (experts, width, rows)

@@ -11,7 +11,7 @@ from moe_fn.checkpoint.layout_table import LAYOUTS
 from moe_fn.checkpoint.peft_config import AdapterConfig
 from moe_fn.checkpoint.peft_versions import is_of_outputs
 from moe_fn.checkpoint.safetensors_files import FLOATS, TensorInfo
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 
 _BEFORE = "base_model.model."
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down", "gate_up_proj": "gate_up"}
@@ -106,12 +106,11 @@ def _is_turned(folder: Path, module: Module, others: set[Module], config: MoECon
 def _sizes(config: MoEConfig, part: str) -> tuple[int, int]:
     """(in, out) of a product."""
     hidden, inner = config.expert_hidden_size, config.intermediate_size
-    both = 2 * inner if as_activation(config.activation).gated else inner
-    return {"down": (inner, hidden), "gate_up": (hidden, both)}.get(part, (hidden, inner))
+    return {"down": (inner, hidden), "gate_up": (hidden, config.gate_up_size)}.get(part, (hidden, inner))
 
 
 def _single(folder: Path, prefix: str, expert: int, part: str, shapes: Shapes, config: MoEConfig, adapter: AdapterConfig) -> Module:
-    gated = as_activation(config.activation).gated
+    gated = config.gate_up_parts == 2
     if not gated and part in ("gate_proj", "w3"):
         raise ValueError(f"{folder}: the adapter is of {part}; expected up_proj or w1 alone, for the activation is not gated")
     module = Module(expert, _PARTS[part] if gated or _PARTS[part] == "down" else "gate_up", f"{prefix}.experts.{expert}.{part}")

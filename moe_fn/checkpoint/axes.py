@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.records import Path
 
 Dims = tuple[tuple[str, ...], ...]  # axes of each dim
@@ -150,12 +150,12 @@ def sizes_of(config: MoEConfig) -> dict[str, int]:
     shared, latent, zero = config.shared, config.latent, config.zero_experts
     return {
         "E": config.num_experts,
-        "G": 2 if as_activation(config.activation).gated else 1,
+        "G": config.gate_up_parts,
         "I": config.intermediate_size,
         "X": config.expert_hidden_size,
         "H": config.hidden_size,
         "N": shared.count if shared else 0,
-        "B": 2 if shared and as_activation(shared.activation).gated else 1,
+        "B": shared.gate_up_parts if shared else 1,
         "M": shared.intermediate_size if shared else 0,
         "L": latent.size if latent else 0,
         "C": config.num_logits,

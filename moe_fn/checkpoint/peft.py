@@ -21,7 +21,7 @@ from torch import Tensor
 from moe_fn.checkpoint.adapter_modules import GateUpLayout, Kept, Module, WeightLayout, modules_of_block
 from moe_fn.checkpoint.peft_config import AdapterConfig, read_adapter_config
 from moe_fn.checkpoint.safetensors_files import open_tensors, read_header
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.layer.lora import padded_to
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.records import LoRAWeights
@@ -75,7 +75,7 @@ def load_lora(
         gate_up, found = _gate_and_up(_of_experts(factors, "gate", experts), _of_experts(factors, "up", experts)), "packed"
     else:
         gate_up, found = fused, found_layout
-    if gate_up is not None and as_activation(config.activation).gated:
+    if gate_up is not None and config.gate_up_parts == 2:
         gate_up = gate_up[0], _in_layout(gate_up[1], found, config.gate_up_layout)
     tensors = {"gate_up": gate_up, "down": down}
     return LoRAWeights(**{f"{n}_{side}": t[0 if side == "a" else 1].unsqueeze(0) for n, t in tensors.items() if t for side in "ab"})

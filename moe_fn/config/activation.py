@@ -54,6 +54,11 @@ class ActivationConfig:
         if not self.gated and (self.up_offset != 0.0 or self.up_cap is not None or self.limit is not None):
             raise ValueError("ActivationConfig.up_offset, up_cap and limit belong to gated activations: expected gated=True")
 
+    @property
+    def gate_up_parts(self) -> int:
+        """Outputs of gate_up that one intermediate is made of: a gate and an up, or one alone."""
+        return 2 if self.gated else 1
+
 
 # Published names for parameter sets; a new one is one line.
 PRESETS: dict[str, ActivationConfig] = {

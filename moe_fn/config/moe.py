@@ -182,6 +182,16 @@ class MoEConfig:
         """Width that the experts see: routed_size + hidden_padding."""
         return self.routed_size + self.hidden_padding
 
+    @property
+    def gate_up_parts(self) -> int:
+        """Outputs of gate_up for each place of intermediate_size: 2 with a gated activation, else 1."""
+        return as_activation(self.activation).gate_up_parts
+
+    @property
+    def gate_up_size(self) -> int:
+        """Outputs of gate_up."""
+        return self.gate_up_parts * self.intermediate_size
+
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values; `from_dict` is the inverse."""
         return dataclasses.asdict(self)

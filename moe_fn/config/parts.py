@@ -30,6 +30,11 @@ class SharedExpertsConfig:
         check_choice("SharedExpertsConfig.combine", self.combine, ("sum", "average"))
         as_activation(self.activation)
 
+    @property
+    def gate_up_parts(self) -> int:
+        """Outputs of the shared gate_up for each place of intermediate_size: 2 with a gated activation, else 1."""
+        return as_activation(self.activation).gate_up_parts
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroExpertsConfig:

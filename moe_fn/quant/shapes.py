@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.quant.tiles import halves_of, scale_shape
 from moe_fn.records import Path, Shape
 
@@ -47,8 +47,8 @@ def dtypes_of_quant(config: MoEConfig) -> dict[Path, tuple[torch.dtype, ...]]:
 
 def check_sizes(where: str, config: MoEConfig, parts: dict[str, Tensor], per_byte: int) -> None:
     """[E, out, in], `per_byte` numbers of an output in an element."""
-    experts, hidden, inner = config.own.num_experts, config.expert_hidden_size, config.own.intermediate_size
-    outputs = 2 * inner if as_activation(config.activation).gated else inner
-    for name, expected in (("gate_up", (experts, outputs, hidden // per_byte)), ("down", (experts, hidden, inner // per_byte))):
+    own, hidden = config.own, config.expert_hidden_size
+    gate_up = own.num_experts, own.gate_up_size, hidden // per_byte
+    for name, expected in (("gate_up", gate_up), ("down", (own.num_experts, hidden, own.intermediate_size // per_byte))):
         if tuple(parts[name].shape) != expected:
             raise ValueError(f"{where}: weights.{name} is {list(parts[name].shape)} as [E, out, in]; expected {list(expected)}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 
 Tile = tuple[int | None, int | None]  # None: all there are
 WHOLE: Tile = (None, None)
@@ -11,7 +11,7 @@ WHOLE: Tile = (None, None)
 
 def halves_of(config: MoEConfig, name: str) -> int:
     """Parts of a matrix's outputs that are tiled apart: gate and up of a packed gate_up, which checkpoints bring one by one."""
-    return 2 if name == "gate_up" and as_activation(config.activation).gated and config.gate_up_layout == "packed" else 1
+    return config.gate_up_parts if name == "gate_up" and config.gate_up_layout == "packed" else 1
 
 
 def scale_shape(tile: Tile, halves: int, outputs: int, inputs: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, QuantConfig, as_activation
+from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.records import QuantWeights
 
 Size = tuple[int, int, int]
@@ -23,7 +23,7 @@ def codes_for(config: MoEConfig, like: dict[str, Tensor], generator: torch.Gener
     beside: dict[str, Tensor | None] = {}
     for name, floats in like.items():
         device, size = floats.device, (floats.shape[0], floats.shape[1], floats.shape[2])
-        halves = 2 if name == "gate_up" and as_activation(config.activation).gated and config.gate_up_layout == "packed" else 1
+        halves = config.gate_up_parts if name == "gate_up" and config.gate_up_layout == "packed" else 1
         codes[name], spread = _codes(quant, size, generator)
         shape = (size[0], halves * _tiles(size[1] // halves, quant.tile[0]), _tiles(size[2], quant.tile[1]))
         made = _beside(quant, shape, halves, 1 / (spread * math.sqrt(size[2])), generator)

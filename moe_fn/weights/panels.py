@@ -6,7 +6,7 @@ A panel has 32 columns, outputs of a matrix; one of a gated gate_up has 16 gates
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 
 PANEL = 32  # columns of a panel
 STEP_BYTES = 4  # of a column that lie together
@@ -21,7 +21,7 @@ def num_panels(config: MoEConfig, name: str) -> int:
     """Panels of gate_up, or of down."""
     if name == "down":
         return -(-config.expert_hidden_size // PANEL)
-    return -(-config.intermediate_size // (PANEL // 2 if as_activation(config.activation).gated else PANEL))
+    return -(-config.intermediate_size // (PANEL // config.gate_up_parts))
 
 
 def lay_weight(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _pad(weight: Tensor, dim: int, multiple: int) -> Tensor:
 
 def _to_panels(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
     """Outputs in the order of the panels, padded to whole ones."""
-    if name == "down" or not as_activation(config.activation).gated:
+    if name == "down" or config.gate_up_parts == 1:
         return _pad(weight, 1, PANEL)
     gates_and_ups: Tensor = (
         weight.unflatten(1, (2, -1)) if config.gate_up_layout == "packed" else weight.unflatten(1, (-1, 2)).transpose(1, 2)
@@ -90,7 +90,7 @@ def _from_panels(config: MoEConfig, name: str, columns: Tensor) -> Tensor:
     if name == "down":
         return columns.narrow(1, 0, config.expert_hidden_size)
     inner = config.intermediate_size
-    if not as_activation(config.activation).gated:
+    if config.gate_up_parts == 1:
         return columns.narrow(1, 0, inner)
     gates_and_ups: Tensor = columns.unflatten(1, (-1, 2, PANEL // 2)).transpose(1, 2).flatten(2, 3).narrow(2, 0, inner)
     return gates_and_ups.flatten(1, 2) if config.gate_up_layout == "packed" else gates_and_ups.transpose(1, 2).flatten(1, 2)

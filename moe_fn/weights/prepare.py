@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.backends import backend_of
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.kernels.native import library as native
 from moe_fn.quant.tiles import halves_of, spread
 from moe_fn.records import MoEWeights, QuantWeights
@@ -121,7 +121,7 @@ def _lay_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
     tile = (None if config.quant is None else config.quant.tile[0]), 1
 
     def laid(name: str, values: Tensor) -> Tensor:
-        outputs = config.expert_hidden_size if name == "down" else _gate_up_outputs(config)
+        outputs = config.expert_hidden_size if name == "down" else config.gate_up_size
         of_bytes = values.view(torch.uint8) if values.itemsize == 1 else values
         every = spread(of_bytes, tile, halves_of(config, name), outputs, values.shape[2])
         return lay_columns(config, name, every.contiguous().view(values.dtype))
@@ -145,10 +145,6 @@ def _lift_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
 def _with_beside(quant: QuantWeights, change: Callable[[str, Tensor], Tensor]) -> QuantWeights:
     fields = {f"{name}_{what}": (name, getattr(quant, f"{name}_{what}")) for name in NAMES for what in BESIDE}
     return dataclasses.replace(quant, **{field: change(name, t) for field, (name, t) in fields.items() if t is not None})
-
-
-def _gate_up_outputs(config: MoEConfig) -> int:
-    return config.intermediate_size * (2 if as_activation(config.activation).gated else 1)
 
 
 def _check(where: str, config: MoEConfig, weights: MoEWeights) -> None:

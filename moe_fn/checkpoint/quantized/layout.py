@@ -10,7 +10,7 @@ from moe_fn.checkpoint.layout import Entry, Layout, of_first_expert
 from moe_fn.checkpoint.quantized.formats import FORMATS, SUFFIXES, Method, Stored, Words
 from moe_fn.checkpoint.quantized.methods import method_of
 from moe_fn.checkpoint.safetensors_files import TensorInfo
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.records import Path
 
 EXPERTS: tuple[Path, ...] = (("gate_up",), ("down",))
@@ -154,7 +154,7 @@ def places_of(config: MoEConfig, layout: Layout) -> dict[Path, Place]:
     places = {path: Place(pattern) for path, pattern in patterns.items()}
     for path, method in layout.methods:
         quant = method.quant
-        mixed = path == ("gate_up",) and config.gate_up_layout == "interleaved" and as_activation(config.activation).gated
+        mixed = path == ("gate_up",) and config.gate_up_layout == "interleaved"
         if mixed and (quant.tile[0] != 1 or quant.row.scale == "e4m3"):
             raise ValueError(f"gate_up_layout is 'interleaved' with {method.stored!r}; expected 'packed', for ups have scales of their own")
         _, outputs, inputs = _split(patterns[path], path)

@@ -67,7 +67,7 @@ def _problem(arguments: Sequence[Any], invariant: bool) -> Problem:
 def _quant_problem(quant: QuantConfig, arguments: Sequence[Any], invariant: bool) -> layer.QuantProblem:
     scales, zeros, above, static = (arguments[first : first + 2] for first in range(7, _SCALARS, 2))
     shared = _shared(arguments, invariant)
-    halves = 2 if shared["activation"].gated and not shared["interleaved"] else 1
+    halves = 1 if shared["interleaved"] else shared["activation"].gate_up_parts
     gate_up, down = (
         matrix_of(quant, Codes(codes=codes, scale=scale, zero_point=zero, global_scale=factor), parts)
         for codes, scale, zero, factor, parts in zip(arguments[3:5], scales, zeros, above, (halves, 1), strict=True)

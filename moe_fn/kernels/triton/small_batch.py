@@ -110,12 +110,12 @@ def up_of_slots(
     tile: columns of the weights (gate and up together) by inner elements of H; its rows count nothing here.
     """
     slots, hidden, columns = expert_ids.numel(), x.shape[1], gate_up.shape[-1]
-    intermediate = columns // 2 if activation.gated else columns
+    intermediate = columns // activation.gate_up_parts
     activated = x.new_empty((slots, intermediate))
     if slots == 0:
         return activated
     x = x if x.stride(-1) == 1 else x.contiguous()
-    programs = triton.cdiv(intermediate, tile.columns // 2 if activation.gated else tile.columns)
+    programs = triton.cdiv(intermediate, tile.columns // activation.gate_up_parts)
     _up_kernel[(slots, programs)](
         x, expert_ids.contiguous(), gate_up, gate_up if gate_up_bias is None else gate_up_bias.contiguous(), activated,
         gate_up.shape[0], hidden, intermediate, x.stride(0), *gate_up.stride(),

@@ -156,7 +156,7 @@ def up(
     x; the columns of pre are laid out as the weights' are. Rows of no expert are not written.
     """
     num_rows, hidden, columns = slots.slot_of_row.shape[0], x.shape[1], gate_up.shape[-1]
-    intermediate = columns // 2 if activation.gated else columns
+    intermediate = columns // activation.gate_up_parts
     activated = x.new_empty((num_rows, intermediate))
     pre = x.new_empty((num_rows, columns) if keep else (0,))
     if num_rows == 0:
@@ -164,7 +164,7 @@ def up(
     x = x if x.stride(-1) == 1 else x.contiguous()
     bias = gate_up if gate_up_bias is None else gate_up_bias.contiguous()
     row_tiles = tile_map.expert_of_tile.shape[0]
-    activated_columns = tile.columns // 2 if activation.gated else tile.columns
+    activated_columns = tile.columns // activation.gate_up_parts
     _up_kernel[(row_tiles * triton.cdiv(intermediate, activated_columns),)](
         x, gate_up, bias, activated, pre, slots.slot_of_row, slots.starts,
         tile_map.expert_of_tile, tile_map.first_row_of_tile, row_tiles, hidden, intermediate, x.stride(0), *gate_up.stride(),

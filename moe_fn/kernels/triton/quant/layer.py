@@ -89,5 +89,5 @@ def _store(p: QuantProblem, tile: Tile) -> Store | None:
         return None
     if p.down_input_scale is not None:
         return Store(CODES[a.scheme], "expert", p.down_input_scale.contiguous())
-    fits = a.group_size == tile.columns // (2 if p.activation.gated else 1)
+    fits = a.group_size == tile.columns // p.activation.gate_up_parts
     return Store(CODES[a.scheme], "group", power_of_two=a.power_of_two_scales) if fits else None

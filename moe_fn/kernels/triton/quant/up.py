@@ -136,7 +136,7 @@ def quantised_up(
     `store`, whose groups are as wide as a tile's activated columns; codes and `keep` exclude each other. Rows of no expert are not written.
     """
     _, columns, hidden = matrix.shape
-    num_rows, width = slots.slot_of_row.shape[0], 2 if activation.gated else 1
+    num_rows, width = slots.slot_of_row.shape[0], activation.gate_up_parts
     intermediate, activated_columns = columns // width, tile.columns // width
     activated = rows.values.new_empty((num_rows, intermediate), dtype=dtype if store is None else store.dtype)
     pre = rows.values.new_empty((num_rows, columns) if keep else (0,), dtype=dtype)
