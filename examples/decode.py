@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn.kernels.native import library as native
-from moe_fn.weights.spec import prepared_shapes
+from moe_fn.weights.shapes import prepared_shapes
 
 CONFIG = moe_fn.MoEConfig(  # Qwen3-30B-A3B
     num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768, router=moe_fn.RouterConfig(gate_dtype="input")

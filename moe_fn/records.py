@@ -170,10 +170,6 @@ WEIGHT_PATHS: tuple[Path, ...] = tuple(
 )
 
 
-# Those that have experts as their first dimension; the rest (router, shared experts, constants ...) is the same everywhere.
-EXPERT_PATHS = tuple(path for path in WEIGHT_PATHS if path[0] in ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm", "quant"))
-
-
 def leaves_of_weights(weights: MoEWeights) -> list[Tensor | None]:
     """The tensors in the order of WEIGHT_PATHS, None where there is none."""
     leaves: list[Tensor | None] = []

@@ -456,7 +456,7 @@ def test_configs_shrink_to_the_simplest() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_weights_fit_their_config(some_configs: list[MoEConfig], dtype: torch.dtype) -> None:
     from moe_fn.weights.check import check_weights
-    from moe_fn.weights.spec import expected_shapes
+    from moe_fn.weights.shapes import expected_shapes
 
     for config in some_configs[::4]:
         full = weights_for(config, 1, dtype=dtype, requires_grad=True)

@@ -14,8 +14,9 @@ from moe_fn.balance.plan_moves import Moves, transfers
 from moe_fn.balance.slots import fields_of_slots
 from moe_fn.checks import check_kind
 from moe_fn.kernels.native import library as native
-from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
-from moe_fn.weights.spec import is_prepared
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
+from moe_fn.weights.shapes import MATRICES, is_prepared
+from moe_fn.weights.spec import EXPERT_PATHS
 
 _LORA = "lora"  # adapters have the experts second
 
@@ -128,7 +129,7 @@ def arrived(weights: MoEWeights, moves: Moves, rank: int, received: Sequence[Ten
                     t[move.target % per_gpu].copy_(t[move.source % per_gpu])
     if is_prepared(weights.gate_up) and native.problem(weights.gate_up.device.type, weights.gate_up.dtype) is None:
         # As prepare_weights left them.
-        moved |= {path: native.in_huge_pages(moved[path]) for path in (("gate_up",), ("down",))}
+        moved |= {path: native.in_huge_pages(moved[path]) for path in MATRICES}
     return _with_tensors(weights, moved)
 
 

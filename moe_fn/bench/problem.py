@@ -11,9 +11,10 @@ import moe_fn
 from moe_fn.bench.models import Model, matrices
 from moe_fn.bench.quants import expert_bytes, quantised_config
 from moe_fn.config import MoEConfig, QuantConfig, RouterConfig
-from moe_fn.records import EXPERT_PATHS, WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights, weights_of_leaves
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights, weights_of_leaves
 from moe_fn.stages.route import router_logits
 from moe_fn.weights.quantize import quantize_weights
+from moe_fn.weights.spec import EXPERT_PATHS
 
 Part = Literal["experts", "layer"]
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

@@ -6,8 +6,7 @@ import math
 import torch
 
 from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
-from moe_fn.quant.shapes import shapes_of_quant
-from moe_fn.weights.spec import plain_shapes
+from moe_fn.weights.shapes import expected_weights
 
 _INT8 = ActivationQuantConfig(scheme="int8", granularity="token")
 _FP8 = ActivationQuantConfig(scheme="fp8_e4m3", granularity="token")
@@ -52,9 +51,8 @@ def expert_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
     >>> expert_bytes(quantised_config(config, QUANTS["mxfp4"]), torch.bfloat16) == 3 * (64 * 32 // 2 + 64 * 32 // 32)
     True
     """
-    gate_up, down = plain_shapes(config)
-    shapes = {("gate_up",): gate_up, ("down",): down} | shapes_of_quant(config, gate_up, down)
-    return sum(math.prod(size for _, size in shape[1:]) * _itemsize(config.quant, path[-1], dtype) for path, shape in shapes.items())
+    read = [expected for expected in expected_weights(config) if expected.path[0] in ("gate_up", "down", "quant")]
+    return sum(math.prod(e.sizes[1:]) * _itemsize(config.quant, e.path[-1], dtype) for e in read if e.sizes is not None)
 
 
 def _itemsize(quant: QuantConfig | None, name: str, dtype: torch.dtype) -> int:

@@ -1,11 +1,7 @@
-"""Where an element lies: patterns of named axes, the same words for a tensor in a file and for a tensor in memory.
+"""Where an element lies: a tensor in a file and one in memory have patterns of the same axes (`moe_fn.weights.spec` lists them).
 
-    E experts           G gate, up (1 where not gated)           I intermediate    X width of the experts
-    N shared experts    B gate, up of the shared experts         M intermediate of a shared expert
-    H hidden            L latent        C logits, D choices, W width of the gate's input      Z zero experts
-    V vocabulary        K top_k         1, 2 one, two            T banks of experts (text, vision)        P bytes of a block (gpt-oss)
-
-"E (G I) X" is [E, G * I, X] with all gates before all ups, "E (I G) X" has them alternate, "(E I) X" is flat: as in einops.
+Files have more: 2 two, T banks of experts (text, vision), P bytes of a block (gpt-oss). "E (G I) X" is [E, G * I, X] with all gates before
+all ups, "E (I G) X" has them alternate, "(E I) X" is flat: as in einops.
 A copy from one pattern to another needs no code of its own: both sides are brought into the order of the axes of one of them.
 """
 
@@ -17,50 +13,11 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig
 from moe_fn.records import Path
+from moe_fn.weights.axes import axes_of, dims_of, pattern_of
+from moe_fn.weights.spec import WEIGHTS, axis_sizes, dims_of_weight
 
-Dims = tuple[tuple[str, ...], ...]  # axes of each dim
 Ranges = Mapping[str, tuple[int, int]]  # start and stop along axes; all of an axis that is not in it
 Units = tuple[tuple[str, int | None], ...]  # places along an axis that one element is for; None: all of them; 1 where it is not said
-_TILED = ("scale", "zero_point", "global_scale")
-ANY = -1  # the size of an axis that the file decides
-
-
-def dims_of(pattern: str) -> Dims:
-    """The axes of each dim of a pattern.
-
-    >>> dims_of("E (G I) X")
-    (('E',), ('G', 'I'), ('X',))
-    """
-    dims: list[tuple[str, ...]] = []
-    inside = False
-    for word in pattern.replace("(", " ( ").replace(")", " ) ").split():
-        if word in "()":
-            inside = word == "("
-            dims += [()] if inside else []
-        elif inside:
-            dims[-1] += (word,)
-        else:
-            dims.append((word,))
-    return tuple(dims)
-
-
-def axes_of(pattern: str) -> tuple[str, ...]:
-    """All axes of a pattern, in order.
-
-    >>> axes_of("E (G I) X")
-    ('E', 'G', 'I', 'X')
-    """
-    return tuple(itertools.chain.from_iterable(dims_of(pattern)))
-
-
-def shape_of(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a tensor of this pattern; ANY where an axis has any size.
-
-    >>> shape_of("E (G I) X", {"E": 8, "G": 2, "I": 3, "X": 4})
-    (8, 6, 4)
-    """
-    dims = dims_of(pattern)
-    return tuple(ANY if any(sizes[axis] == ANY for axis in dim) else math.prod(sizes[axis] for axis in dim) for dim in dims)
 
 
 def in_units(sizes: Mapping[str, int], units: Units) -> dict[str, int]:
@@ -146,61 +103,10 @@ def rectangles(pattern: str, sizes: Mapping[str, int], ranges: Ranges) -> Iterat
 
 
 def sizes_of(config: MoEConfig) -> dict[str, int]:
-    """The size of every axis."""
-    shared, latent, zero = config.shared, config.latent, config.zero_experts
-    return {
-        "E": config.num_experts,
-        "G": config.gate_up_parts,
-        "I": config.intermediate_size,
-        "X": config.expert_hidden_size,
-        "H": config.hidden_size,
-        "N": shared.count if shared else 0,
-        "B": shared.gate_up_parts if shared else 1,
-        "M": shared.intermediate_size if shared else 0,
-        "L": latent.size if latent else 0,
-        "C": config.num_logits,
-        "D": config.num_choices,
-        "W": config.hidden_size if config.router.gate_input == "original" else config.expert_hidden_size,
-        "Z": zero.count if zero else 0,
-        "V": ANY,
-        "K": config.top_k,
-        "1": 1,
-        "2": 2,
-        "T": 2,
-        "P": 16,
-    }
+    """The size of every axis, of those that only files have too."""
+    return axis_sizes(config) | {"2": 2, "T": 2, "P": 16}
 
 
 def patterns_of(config: MoEConfig) -> dict[Path, str]:
     """The pattern of every tensor of MoEWeights."""
-    rows = "I G" if config.gate_up_layout == "interleaved" else "G I"
-    out_in = config.weight_layout == "out_in"
-    of_quant = {("quant", f"{name}_{field}"): axes for name, axes in (("gate_up", f"E ({rows}) X"), ("down", "E X I")) for field in _TILED}
-    return of_quant | {
-        ("quant", "gate_up_input_scale"): "E",
-        ("quant", "down_input_scale"): "E",
-        ("gate_up",): f"E ({rows}) X" if out_in else f"E X ({rows})",
-        ("down",): "E X I" if out_in else "E I X",
-        ("gate_up_bias",): f"E ({rows})",
-        ("down_bias",): "E X",
-        ("expert_norm",): "E X",
-        ("constants",): "Z H",
-        ("input_norm",): "H",
-        ("output_norm",): "H",
-        ("router", "gate"): "C W",
-        ("router", "bias"): "C",
-        ("router", "correction_bias"): "D",
-        ("router", "expert_scale"): "C",
-        ("router", "expert_ids_of_token"): "V K",
-        ("shared", "gate_up"): "(B N M) H",
-        ("shared", "down"): "H (N M)",
-        ("shared", "gate_up_bias"): "(B N M)",
-        ("shared", "down_bias"): "H",
-        ("shared", "gate"): "1 H",
-        ("latent", "input"): "L H",
-        ("latent", "output"): "H L",
-        ("latent", "input_bias"): "L",
-        ("latent", "output_bias"): "H",
-        ("latent", "input_norm"): "L",
-        ("latent", "output_norm"): "L",
-    }
+    return {path: pattern_of(dims_of_weight(config, path)) for path in WEIGHTS}

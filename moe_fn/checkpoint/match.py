@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_fn.checkpoint.axes import ANY, dims_of, in_units, shape_of, sizes_of
+from moe_fn.checkpoint.axes import in_units, sizes_of
 from moe_fn.checkpoint.folder import full_name
 from moe_fn.checkpoint.layout import Entry, Layout
 from moe_fn.checkpoint.quantized.codings import CODINGS
@@ -17,7 +17,9 @@ from moe_fn.checkpoint.quantized.layout import MATRICES, Place, base_of, is_chec
 from moe_fn.checkpoint.safetensors_files import FLOATS, INTEGERS, TensorInfo
 from moe_fn.config import MoEConfig
 from moe_fn.records import Path
-from moe_fn.weights.spec import expected_shapes
+from moe_fn.weights.axes import ANY, dims_of, shape_of
+from moe_fn.weights.shapes import expected_shapes
+from moe_fn.weights.spec import WEIGHTS
 
 _QUANTISED = re.compile(r"(_blocks|_scales?|_scale_inv|_scale_2|\.qweight|\.qzeros|\.scales|\.g_idx|_packed|\.absmax|\.quant_map)$")
 
@@ -182,7 +184,7 @@ def _dtypes(parts: Mapping[Path, Sequence[Part]]) -> tuple[dict[Path, torch.dtyp
     for path, found in parts.items():
         for part in found:
             coding = part.entry.coding
-            choices = CODINGS[coding].dtypes if coding else INTEGERS if path[-1] == "expert_ids_of_token" else FLOATS
+            choices = CODINGS[coding].dtypes if coding else INTEGERS if path in WEIGHTS and WEIGHTS[path].kind == "integer" else FLOATS
             first = matrices[0] if path in MATRICES and not coding else found[0]
             if part.info.dtype not in choices:
                 problems.append(f"{part.name} is {part.info.dtype}; expected one of {', '.join(choices)}")

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checkpoint.axes import Ranges, axes_of, by_axes, in_units, ranges_in_units, rectangles, shape_of, spans
+from moe_fn.checkpoint.axes import Ranges, by_axes, in_units, ranges_in_units, rectangles, spans
 from moe_fn.checkpoint.match import Part, Plan
 from moe_fn.checkpoint.quantized.decode import INPUT_SCALES, check_parts, decode_others, put_input_scale, to_codes
 from moe_fn.checkpoint.quantized.layout import Place, base_of
 from moe_fn.checkpoint.safetensors_files import BITS, TensorInfo, open_tensors
 from moe_fn.checkpoint.slices import Slices, is_added_here
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, weights_of_leaves
+from moe_fn.weights.axes import axes_of, shape_of
 
 # Pages of a mapped file count as this process' memory until the mapping goes: it is made anew after a piece, or this many bytes of them.
 _WINDOW = 16 * 2**20
@@ -86,7 +87,7 @@ def _keeps(path: Path, plan: Plan) -> bool:
 def _pieces(part: Part, plan: Plan, slices: Slices) -> Iterator[Piece]:
     """The rectangles of a tensor that a rank needs, one expert at a time."""
     axes = axes_of(part.entry.axes)
-    cut = {"I": slices.intermediate, "M": slices.shared_intermediate, **{axis: (at, at + 1) for axis, at in part.entry.pins}}
+    cut = slices.ranges | {axis: (at, at + 1) for axis, at in part.entry.pins}
     ranges = {axis: bounds for axis, bounds in cut.items() if axis in axes}
     wanted: list[tuple[int | None, dict[str, tuple[int, int]]]]
     if "E" in axes:
@@ -137,7 +138,7 @@ def _copy_piece(
 ) -> None:
     entry, units = piece.part.entry, place.units
     local, ranges = in_units(slices.sizes(sizes), units), ranges_in_units(piece.ranges, units)
-    starts = ranges_in_units({"I": slices.intermediate, "M": slices.shared_intermediate}, units)
+    starts = ranges_in_units(slices.ranges, units)
     order = sorted(axes_of(place.pattern), key=lambda axis: axis not in "EGNB")  # what is left is a matrix, in its own order
     target = by_axes(target, place.pattern, local, order)
     pins = dict(entry.pins) | ({} if piece.place is None else {"E": piece.place})

@@ -8,9 +8,7 @@ from moe_fn.balance import Placement
 from moe_fn.config import MoEConfig
 from moe_fn.config.local import experts_of_rank
 from moe_fn.records import MoEWeights, Path, RouterWeights
-
-# What is added to a sum over slices belongs to the first of them.
-_FIRST_SLICE_ONLY: dict[Path, str] = {("down_bias",): "intermediate", ("shared", "down_bias"): "shared_intermediate"}
+from moe_fn.weights.spec import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,18 @@ class Slices:
 
     def sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The sizes of what the rank gets, of those of the whole."""
-        (start, stop), (first, last) = self.intermediate, self.shared_intermediate
-        return dict(sizes) | {"E": len(self.experts), "I": stop - start, "M": last - first}
+        return dict(sizes) | {"E": len(self.experts)} | {axis: stop - start for axis, (start, stop) in self.ranges.items()}
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """The places along the axes that slices cut."""
+        return {"I": self.intermediate, "M": self.shared_intermediate}
 
 
 def is_added_here(slices: Slices, path: Path) -> bool:
     """Whether a tensor is this rank's at all: biases of a last product are the first slice's."""
-    name = _FIRST_SLICE_ONLY.get(path)
-    return name is None or getattr(slices, name)[0] == 0
+    row = WEIGHTS.get(path)  # none for what a matrix is decoded from
+    return row is None or row.added_after is None or slices.ranges[row.added_after][0] == 0
 
 
 def slices_of(config: MoEConfig, wanted: Wanted) -> Slices:

@@ -77,9 +77,8 @@ class MoEConfig:
         check_choice("MoEConfig.gate_up_layout", self.gate_up_layout, ("packed", "interleaved"))
         check_choice("MoEConfig.weight_layout", self.weight_layout, ("out_in", "in_out"))
         check_choice("MoEConfig.backend", self.backend, get_args(Backend))
-        check_bool("MoEConfig.recompute", self.recompute)
-        check_bool("MoEConfig.batch_invariant", self.batch_invariant)
-        check_bool("MoEConfig.opaque", self.opaque)
+        for name in ("recompute", "batch_invariant", "opaque"):
+            check_bool(f"MoEConfig.{name}", getattr(self, name))
         for name, kind in _NESTED.items():
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"MoEConfig.{name} is {getattr(self, name)!r}; expected {kind}")

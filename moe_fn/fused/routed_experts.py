@@ -31,7 +31,7 @@ from moe_fn.stages.experts import _experts
 from moe_fn.torch_compat import check_draft_export, in_forward_mode, transforms_active
 from moe_fn.weights.prepare import _restore_weights, lay_down, lay_gate_up
 from moe_fn.weights.quantize import dequantize_weights
-from moe_fn.weights.spec import is_prepared
+from moe_fn.weights.shapes import is_prepared
 
 Routed = Callable[[MoEConfig, MoEWeights, Tensor, Routing], Tensor]
 

@@ -17,7 +17,7 @@ from moe_fn.parallel.expert_ranks import placement_of_weights
 from moe_fn.records import LoRAWeights, MoEWeights
 from moe_fn.weights.check import check_layer, check_shapes
 from moe_fn.weights.prepare import restore_weights
-from moe_fn.weights.spec import plain_shapes
+from moe_fn.weights.spec import plain_sizes
 
 NAMES = tuple(field.name for field in dataclasses.fields(LoRAWeights))
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -103,7 +103,7 @@ def _of_rank(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights) -> LoRAW
     if parallel is None or lora_config is None:
         return lora
     whole = dataclasses.replace(config, parallel=None, quant=None)
-    gate_up, down = (torch.empty([size for _, size in shape], device="meta") for shape in plain_shapes(whole))
+    gate_up, down = (torch.empty(plain_sizes(whole, (name,)), device="meta") for name in ("gate_up", "down"))
     check_shapes("add_lora, adapters of the whole layer", whole, MoEWeights(gate_up=gate_up, down=down, lora=lora))
     if parallel.num_physical is not None:
         experts = placement_of_weights(weights).logical_of_physical

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from moe_fn.balance.meeting import differing_fields, meet, words_of_ranks
 from moe_fn.balance.slots import fields_of_slots
 from moe_fn.config import MoEConfig, RankGroup, as_activation
-from moe_fn.parallel.sharding import FIRST_SLICE_ONLY
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
 from moe_fn.torch_compat import group_of_name
 from moe_fn.weights.check import check_weights
+from moe_fn.weights.spec import FIRST_SLICE_ONLY, fields_without
 
 _ROLES = ("tp", "ep", "dp", "sp")
-_ON_EVERY_RANK = ("router", "latent", "constants", "input_norm", "output_norm")
+_ON_EVERY_RANK = fields_without("E", "I", "M")
 
 Record = dict[str, Any]  # of one rank, plain JSON: fields {name: value}, members and coordinates {role: ...}, problems [words]
 

@@ -1,9 +1,42 @@
-"""Slices of a dim that consists of equal parts, such as gates and ups."""
+"""One weight and its parts on ranks: experts along their dim, slices along the dim that the table of weights says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from moe_fn.config import MoEConfig
+from moe_fn.records import Path
+from moe_fn.weights.spec import cut_of, dims_of_weight, slices_of_axes
+
+
+def own_part(config: MoEConfig, path: Path, t: Tensor, experts: Tensor) -> Tensor:
+    """This rank's part of a weight: these experts, where it has experts, and its slice of each. A part that is all is the same tensor."""
+    dim = _dim_of_experts(config, path)
+    own = t if dim is None or len(experts) == t.shape[dim] else t.index_select(dim, experts)
+    for axis, (slices, number) in slices_of_axes(config.parallel).items():
+        cut = cut_of(config, path, axis)
+        own = own if cut is None else slice_of(own, *cut, slices, number)
+    return own
+
+
+def whole_of(config: MoEConfig, path: Path, piece_of: Callable[[int, int], Tensor], places: Tensor) -> Tensor:
+    """The inverse of own_part. piece_of(rank of ep, slice); places[e]: where expert e is when all ranks' lie end to end."""
+    cuts = [(cut, n) for axis, (n, _) in slices_of_axes(config.parallel).items() if (cut := cut_of(config, path, axis)) is not None]
+
+    def of_rank(rank: int) -> Tensor:
+        for cut, slices in cuts:  # one at most
+            return joined([piece_of(rank, number) for number in range(slices)], *cut)
+        return piece_of(rank, 0)
+
+    dim, ranks = _dim_of_experts(config, path), config.parallel.ep.size if config.parallel and config.parallel.ep else 1
+    return of_rank(0) if dim is None else torch.cat([of_rank(rank) for rank in range(ranks)], dim).index_select(dim, places)
+
+
+def _dim_of_experts(config: MoEConfig, path: Path) -> int | None:
+    """The dim that counts experts; None where there is none, or all experts share."""
+    dims = dims_of_weight(config, path)
+    return dims.index(("E",)) if ("E",) in dims else None
 
 
 def slice_of(t: Tensor, dim: int, parts: int, slices: int, number: int) -> Tensor:

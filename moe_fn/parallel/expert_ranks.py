@@ -9,8 +9,10 @@ from moe_fn.balance import Placement, physical_ids
 from moe_fn.config import MoEConfig
 from moe_fn.config.local import ranks_of_experts
 from moe_fn.records import MoEWeights
+from moe_fn.weights.spec import fields_without
 
-WEIGHTS_OF_EACH = ("shared", "latent", "constants", "input_norm", "output_norm")  # every rank of sp has them, and uses them for its rows
+# Every rank of sp has them, and uses them for its rows; the router is done before there are rows.
+WEIGHTS_OF_EACH = tuple(field for field in fields_without("E") if field != "router")
 
 
 def placement_of_weights(weights: MoEWeights) -> Placement:

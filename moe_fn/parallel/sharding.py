@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 
 from moe_fn.balance import physical_weights
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.config.local import experts_of_rank, ranks_of_experts
-from moe_fn.parallel.adapters import join_adapters, shard_adapters
-from moe_fn.parallel.cutting import joined, slice_of
+from moe_fn.parallel.cutting import own_part, whole_of
 from moe_fn.parallel.expert_ranks import placement_of_weights, without_placement
-from moe_fn.quant.tiles import halves_of
-from moe_fn.records import WEIGHT_PATHS, MoEWeights, SharedWeights, leaves_of_weights, weights_of_leaves
+from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
 from moe_fn.weights.check import check_shapes
-
-FIRST_SLICE_ONLY = (("down_bias",), ("shared", "down_bias"))
+from moe_fn.weights.spec import added_by_others
 
 
 def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
@@ -49,60 +46,12 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     if parallel.num_physical is not None:
         weights = physical_weights(weights, placement_of_weights(weights))
     experts = torch.tensor(experts_of_rank(config, parallel), device=weights.gate_up.device)
-    slices, number = parallel.slices
-    cuts = _cuts(config)
-    whole = len(experts) == len(weights.gate_up)
+    others = added_by_others(config)
 
-    def part(path: tuple[str, ...], t: Tensor | None) -> Tensor | None:
-        if t is None or path not in cuts:
-            return t
-        own, cut = t if whole else t.index_select(0, experts), cuts[path]
-        return own if cut is None else slice_of(own, *cut, slices, number)
+    def part(path: Path, t: Tensor | None) -> Tensor | None:
+        return None if t is None or path in others else own_part(config, path, t, experts)
 
-    leaves = [part(path, t) for path, t in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)]
-    mine_of_each = weights_of_leaves(leaves)
-    down_bias = mine_of_each.down_bias if number == 0 else None
-    lora = shard_adapters(config, weights.lora, experts)
-    return dataclasses.replace(mine_of_each, down_bias=down_bias, lora=lora, shared=_shard_shared(config, weights.shared))
-
-
-def _cuts(config: MoEConfig) -> dict[tuple[str, ...], tuple[int, int] | None]:
-    """(dim, parts of it that are cut apart) in which slices of experts cut what has experts as its first dim; None: they do not."""
-    out, inner = (1, 2) if config.weight_layout == "out_in" else (2, 1)
-    halves = halves_of(config, "gate_up")
-    cuts: dict[tuple[str, ...], tuple[int, int] | None] = {
-        ("gate_up",): (out, halves),
-        ("down",): (inner, 1),
-        ("gate_up_bias",): (1, halves),
-        ("down_bias",): None,
-        ("expert_norm",): None,
-    }
-    if config.quant is not None:
-        outputs, inputs = config.quant.tile
-        for what in ("scale", "zero_point"):  # one of a whole matrix is everybody's
-            cuts[("quant", f"gate_up_{what}")] = None if outputs is None else (1, halves)
-            cuts[("quant", f"down_{what}")] = None if inputs is None else (2, 1)
-        cuts |= {("quant", f"{name}_{what}"): None for name in ("gate_up", "down") for what in ("global_scale", "input_scale")}
-    return cuts
-
-
-def _shard_shared(config: MoEConfig, shared: SharedWeights | None) -> SharedWeights | None:
-    if shared is None or config.shared is None or config.parallel is None:
-        return shared
-    size, rank = config.parallel.slices_of_shared
-    gated = as_activation(config.shared.activation).gated
-    parts = (2 if gated else 1) * config.shared.count  # each expert is cut by itself: the router may weigh it
-
-    def cut(t: Tensor | None, dim: int, parts: int) -> Tensor | None:
-        return None if t is None else slice_of(t, dim, parts, size, rank)
-
-    return dataclasses.replace(
-        shared,
-        gate_up=cut(shared.gate_up, 0, parts),  # type: ignore[arg-type]
-        down=cut(shared.down, 1, config.shared.count),  # type: ignore[arg-type]
-        gate_up_bias=cut(shared.gate_up_bias, 0, parts),
-        down_bias=shared.down_bias if rank == 0 else None,
-    )
+    return weights_of_leaves([part(path, t) for path, t in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)])
 
 
 def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> MoEWeights:
@@ -130,21 +79,13 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
     owners = ranks_of_experts(first, parallel)
     order = torch.tensor(sorted(range(first.num_experts), key=lambda expert: (owners[expert], expert)), device=shards[0].gate_up.device)
     leaves = {place: dict(zip(WEIGHT_PATHS, leaves_of_weights(shard), strict=True)) for place, (_, shard) in found.items()}
-    cuts = _cuts(first)
 
-    def whole(path: tuple[str, ...]) -> Tensor | None:
-        if path not in cuts or leaves[(0, 0)][path] is None:
-            return leaves[(0, 0)][path]
-        cut, rows = cuts[path], []
-        for rank in range(ranks):
-            pieces = [leaves[(rank, number)][path] for number in (range(slices) if cut is not None else (0,))]
-            there = [piece for piece in pieces if piece is not None]
-            rows.append(there[0] if cut is None else joined(there, *cut))
-        return torch.cat(rows).index_select(0, order.argsort())
+    def whole(path: Path) -> Tensor | None:
+        if leaves[(0, 0)][path] is None:
+            return None
+        return whole_of(first, path, lambda rank, number: leaves[(rank, number)][path], order.argsort())  # type: ignore[arg-type, return-value]
 
-    all_ = weights_of_leaves([whole(path) for path in WEIGHT_PATHS])
-    lora = join_adapters(first, [[found[(rank, number)][1].lora for number in range(slices)] for rank in range(ranks)], order.argsort())
-    return dataclasses.replace(all_, lora=lora, shared=_join_shared(first, [found[(0, number)][1].shared for number in range(slices)]))
+    return weights_of_leaves([whole(path) for path in WEIGHT_PATHS])
 
 
 def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> None:
@@ -153,13 +94,17 @@ def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) ->
         raise ValueError(f"join_weights: {len(configs)} configs and {len(shards)} shards; expected as many")
     if not configs:
         raise ValueError("join_weights: no configs; expected those of all ranks")
+    seen: dict[Path, tuple[int, bool]] = {}
     for number, (config, shard) in enumerate(zip(configs, shards, strict=True)):
         check_shapes(f"join_weights, shard {number}", config, shard)
         if _cut(config) != _cut(configs[0]):
             raise ValueError(f"join_weights: configs 0 and {number} are of different layers, or cut them in different ways")
-        for path, here, there in zip(WEIGHT_PATHS, leaves_of_weights(shards[0]), leaves_of_weights(shard), strict=True):
-            if (here is None) != (there is None) and path not in FIRST_SLICE_ONLY:
-                raise ValueError(f"join_weights: shards 0 and {number} differ in whether they have {'.'.join(path)}")
+        for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(shard), strict=True):
+            if path in added_by_others(config):
+                continue
+            other, there = seen.setdefault(path, (number, leaf is not None))
+            if there != (leaf is not None):
+                raise ValueError(f"join_weights: shards {other} and {number} differ in whether they have {'.'.join(path)}")
 
 
 def _cut(config: MoEConfig) -> tuple[object, ...]:
@@ -168,19 +113,4 @@ def _cut(config: MoEConfig) -> tuple[object, ...]:
     whole = dataclasses.replace(config, parallel=None)
     return (
         (whole,) if parallel is None else (whole, parallel.ep and parallel.ep.size, parallel.slices[0], parallel.placement, parallel.shared)
-    )
-
-
-def _join_shared(config: MoEConfig, parts: Sequence[SharedWeights | None]) -> SharedWeights | None:
-    parallel, shared = config.parallel, parts[0]
-    if shared is None or config.shared is None or parallel is None or parallel.tp is None or parallel.shared == "replicated":
-        return shared
-    pieces = [part for part in parts[: parallel.tp.size] if part is not None]
-    halves = (2 if as_activation(config.shared.activation).gated else 1) * config.shared.count
-    bias = None if shared.gate_up_bias is None else joined([p.gate_up_bias for p in pieces if p.gate_up_bias is not None], 0, halves)
-    return dataclasses.replace(
-        shared,
-        gate_up=joined([piece.gate_up for piece in pieces], 0, halves),
-        down=joined([piece.down for piece in pieces], 1, config.shared.count),
-        gate_up_bias=bias,
     )

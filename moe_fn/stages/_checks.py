@@ -11,7 +11,7 @@ from moe_fn.checks import check_beside_x, check_dtype, check_kind, check_untrace
 from moe_fn.config import MoEConfig
 from moe_fn.records import Dispatched, MoEWeights, RouterWeights, Routing
 from moe_fn.weights.check import check_config, check_layer, check_weight, check_weights_of_experts
-from moe_fn.weights.spec import expected_shapes
+from moe_fn.weights.shapes import expected_weights
 
 MOST_SLOTS = 2**31 - 1  # rows of experts are counted in int32
 
@@ -47,11 +47,13 @@ def check_routing_inputs(
     return token_ids
 
 
+_READ_BY_ROUTE = {("router", name) for name in ("correction_bias", "expert_scale", "expert_ids_of_token")}
+
+
 def _check_router(where: str, config: MoEConfig, router: RouterWeights, logits: Tensor) -> None:
-    shapes = expected_shapes(config)
-    for name in ("correction_bias", "expert_scale", "expert_ids_of_token"):
-        path = ("router", name)
-        check_weight(where, f"weights.router.{name}", path, getattr(router, name), shapes.get(path), logits.device)
+    for expected in expected_weights(config):
+        if expected.path in _READ_BY_ROUTE:
+            check_weight(where, expected, getattr(router, expected.path[1]), logits.device)
 
 
 def check_choice_inputs(

@@ -1,13 +1,15 @@
 """Random weights that fit a config."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.records import LatentWeights, LoRAWeights, MoEWeights, RouterWeights, SharedWeights
 from moe_fn.testing.quant_weights import codes_for
+from moe_fn.weights.spec import plain_sizes
 
 # Correction biases are -1, 0 or 1 times this. Together with the grid of logits in `values.py` it keeps sums of scores and biases, of
 # one expert and of two, more than 1e-5 apart or exactly equal, so float32 and float64 choose alike (test_testing.py checks the table).
@@ -46,42 +48,40 @@ def weights_for(
     """
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     make = _Maker(generator, dtype, torch.device(device), requires_grad)
-    experts, width, inner = config.num_experts, config.expert_hidden_size, config.intermediate_size
-    gate_up = 2 * inner if as_activation(config.activation).gated else inner
-    out_in = config.weight_layout == "out_in"
+    sizes = functools.partial(plain_sizes, config)
+    width, inner = config.expert_hidden_size, config.intermediate_size
     constant = config.zero_experts is not None and config.zero_experts.kind == "constant"
     plain = {
-        "gate_up": make.normal(experts, *((gate_up, width) if out_in else (width, gate_up)), fan_in=width),
-        "down": make.normal(experts, *((width, inner) if out_in else (inner, width)), fan_in=inner),
+        "gate_up": make.normal(*sizes(("gate_up",)), fan_in=width),
+        "down": make.normal(*sizes(("down",)), fan_in=inner),
     }
     codes, quant = codes_for(config, plain, generator) if config.quant else (plain, None)
     return MoEWeights(
         gate_up=codes["gate_up"],
         down=codes["down"],
-        gate_up_bias=make.normal(experts, gate_up, fan_in=4) if bias else None,
-        down_bias=make.normal(experts, width, fan_in=4) if bias else None,
-        expert_norm=make.scale(experts, width) if config.expert_norm else None,
-        constants=make.normal(config.num_choices - experts, config.hidden_size) if constant else None,
-        input_norm=make.scale(config.hidden_size) if config.norms and config.norms.input else None,
-        output_norm=make.scale(config.hidden_size) if config.norms and config.norms.output else None,
+        gate_up_bias=make.normal(*sizes(("gate_up_bias",)), fan_in=4) if bias else None,
+        down_bias=make.normal(*sizes(("down_bias",)), fan_in=4) if bias else None,
+        expert_norm=make.scale(*sizes(("expert_norm",))) if config.expert_norm else None,
+        constants=make.normal(*sizes(("constants",))) if constant else None,
+        input_norm=make.scale(*sizes(("input_norm",))) if config.norms and config.norms.input else None,
+        output_norm=make.scale(*sizes(("output_norm",))) if config.norms and config.norms.output else None,
         router=_router(config, make, bias, scales, vocabulary),
         shared=_shared(config, make, bias),
         latent=_latent(config, make, bias, scales),
-        lora=_lora(config, make, gate_up),
+        lora=_lora(config, make),
         quant=quant,
     )
 
 
 def _router(config: MoEConfig, make: "_Maker", bias: bool, scales: bool, vocabulary: int) -> RouterWeights:
     make = make.at_least_float32()
-    router = config.router
-    seen = config.hidden_size if router.gate_input == "original" else config.expert_hidden_size
+    router, gate = config.router, plain_sizes(config, ("router", "gate"))
     step = SOFTMAX_BIAS_STEP if router.scoring == "softmax" and router.correction_bias == "scores" else BIAS_STEP
     return RouterWeights(
-        gate=make.normal(config.num_logits, seen, fan_in=seen),
-        bias=make.normal(config.num_logits, fan_in=4) if bias else None,
+        gate=make.normal(*gate, fan_in=gate[-1]),
+        bias=make.normal(gate[0], fan_in=4) if bias else None,
         correction_bias=make.levels(config.num_choices, step=step) if router.correction_bias != "none" else None,
-        expert_scale=make.scale(config.num_logits) if scales else None,
+        expert_scale=make.scale(gate[0]) if scales else None,
         expert_ids_of_token=make.choices(vocabulary, config.top_k, of=config.num_choices) if router.selection == "hash" else None,
     )
 
@@ -89,8 +89,8 @@ def _router(config: MoEConfig, make: "_Maker", bias: bool, scales: bool, vocabul
 def _shared(config: MoEConfig, make: "_Maker", bias: bool) -> SharedWeights | None:
     if config.shared is None:
         return None
-    hidden, width = config.hidden_size, config.shared.count * config.shared.intermediate_size
-    gate_up = 2 * width if as_activation(config.shared.activation).gated else width
+    gate_up, hidden = plain_sizes(config, ("shared", "gate_up"))
+    _, width = plain_sizes(config, ("shared", "down"))
     return SharedWeights(
         gate_up=make.normal(gate_up, hidden, fan_in=hidden),
         down=make.normal(hidden, width, fan_in=width),
@@ -114,16 +114,11 @@ def _latent(config: MoEConfig, make: "_Maker", bias: bool, scales: bool) -> Late
     )
 
 
-def _lora(config: MoEConfig, make: "_Maker", gate_up: int) -> LoRAWeights | None:
+def _lora(config: MoEConfig, make: "_Maker") -> LoRAWeights | None:
     if config.lora is None:
         return None
-    lora, wide, inner = config.lora, config.expert_hidden_size, config.intermediate_size
-    sizes = {"gate_up_a": (lora.rank, wide), "gate_up_b": (gate_up, lora.rank), "down_a": (lora.rank, inner), "down_b": (wide, lora.rank)}
-
-    def matrices(name: str) -> Tensor:
-        return make.normal(lora.num_adapters, 1 if lora.shares(name) else config.num_experts, *sizes[name], fan_in=sizes[name][1])
-
-    return LoRAWeights(**{name: matrices(name) for name in sizes})
+    sizes = {name: plain_sizes(config, ("lora", name)) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
+    return LoRAWeights(**{name: make.normal(*size, fan_in=size[-1]) for name, size in sizes.items()})
 
 
 class _Maker:

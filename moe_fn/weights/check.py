@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from moe_fn.checks import check_dtype, check_kind, sizes_of
 from moe_fn.config import MoEConfig
-from moe_fn.quant.shapes import dtypes_of_quant
-from moe_fn.records import EXPERT_PATHS, NESTED_WEIGHTS, WEIGHT_PATHS, LoRAWeights, MoEWeights, Path, Shape, leaves_of_weights
-from moe_fn.weights.spec import ANY, added_by_others, expected_shapes, is_prepared, prepared_beside_shapes, prepared_shapes
+from moe_fn.records import NESTED_WEIGHTS, WEIGHT_PATHS, LoRAWeights, MoEWeights, Path, Shape, leaves_of_weights
+from moe_fn.weights.axes import ANY
+from moe_fn.weights.shapes import MATRICES, Expected, expected_prepared, expected_weights, is_prepared
+from moe_fn.weights.spec import EXPERT_DIMS, EXPERT_PATHS
 
 
 def check_config(where: str, config: Any) -> None:
@@ -31,18 +32,10 @@ def check_layer(where: str, config: Any, weights: Any) -> None:
             check_kind(where, f"weights.{'.'.join(path)}", leaf, Tensor)
 
 
-_COMPUTE_DTYPE = {("gate_up",), ("down",), ("shared", "gate_up"), ("shared", "down"), ("latent", "input"), ("latent", "output")}
-_COMPUTE_DTYPE |= {("lora", name) for name in ("gate_up_a", "gate_up_b", "down_a", "down_b")}
-_INTEGERS = {("router", name) for name in ("expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas")}
-_PREPARED = (("gate_up",), ("down",))  # what prepare_weights lays
-_OF_EXPERTS = set(EXPERT_PATHS)
-_OF_ADAPTERS = {path for path in WEIGHT_PATHS if path[0] == "lora"}
-
-
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor, any_dtype: bool = False) -> None:
     """Every weight has the shape that the config gives it, a float dtype (unless any_dtype that of x for matrices) and the device of x."""
     check_layer(where, config, weights)
-    _check_leaves(where, config, weights, set(WEIGHT_PATHS), x, "x", any_dtype)
+    _check_leaves(where, config, weights, x, "x", any_dtype)
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
 
@@ -51,32 +44,30 @@ def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
     """Every weight that is there has the shape that the config gives it; what else must be there is known when the layer is called."""
     check_layer(where, config, weights)
     _check_added_once(where, config, weights)
-    shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
-    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
+    for expected, leaf in zip(expected_weights(config), leaves_of_weights(weights), strict=True):
         if leaf is not None:
-            check_weight(where, "weights." + ".".join(path), path, leaf, shapes.get(path), leaf.device, quantised.get(path))
+            check_weight(where, expected, leaf, leaf.device)
 
 
 def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights, rows: Tensor) -> None:
     """What `experts` reads, plain or prepared: shapes by the config, dtype and device of its rows."""
-    _check_leaves(where, config, weights, _OF_EXPERTS if config.lora is None else _OF_EXPERTS | _OF_ADAPTERS, rows, "the rows", False)
+    _check_leaves(where, config, weights, rows, "the rows", False, EXPERT_PATHS if config.lora is None else tuple(EXPERT_DIMS))
 
 
-def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set[Path], like: Tensor, named: str, any_dtype: bool) -> None:
+def _check_leaves(
+    where: str, config: MoEConfig, weights: MoEWeights, like: Tensor, named: str, any_dtype: bool, paths: tuple[Path, ...] | None = None
+) -> None:
+    """The weights of these paths, or all, against the dtype and device of a tensor."""
     _check_added_once(where, config, weights)
-    shapes, quantised = expected_shapes(config), dtypes_of_quant(config)
-    if is_prepared(weights.gate_up):
-        laid = prepared_beside_shapes(config.own)
-        shapes |= {path: (laid[path], True) for path in shapes if path in laid}
-    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
-        if path not in paths or (leaf is None and path not in shapes):
+    for expected, leaf in zip(expected_weights(config, is_prepared(weights.gate_up)), leaves_of_weights(weights), strict=True):
+        if (leaf is None and not expected.required) or (paths is not None and expected.path not in paths):
             continue
-        prepared = leaf is not None and path in _PREPARED and is_prepared(leaf)
         dtype = leaf.dtype if leaf is not None and any_dtype else like.dtype
-        expected = shapes.get(path) if not prepared else _prepared_shape(config, path, dtype)
-        check_weight(where, "weights." + ".".join(path), path, leaf, expected, like.device, quantised.get(path))
-        if leaf is not None and path in _COMPUTE_DTYPE and not (config.quant and path in _PREPARED) and leaf.dtype != dtype:
-            raise ValueError(f"{where}: weights.{'.'.join(path)} is {leaf.dtype}; expected the dtype of {named}, {like.dtype}")
+        if leaf is not None and expected.path in MATRICES and is_prepared(leaf):
+            expected = expected_prepared(config, dtype)[MATRICES.index(expected.path)]
+        check_weight(where, expected, leaf, like.device)
+        if leaf is not None and expected.kind == "compute" and leaf.dtype != dtype:
+            raise ValueError(f"{where}: {expected.name} is {leaf.dtype}; expected the dtype of {named}, {like.dtype}")
     if is_prepared(weights.gate_up) != is_prepared(weights.down):
         raise ValueError(f"{where}: one of weights.gate_up and weights.down is prepared; expected both or none")
     check_adapters(where, config, weights.lora)
@@ -84,45 +75,37 @@ def _check_leaves(where: str, config: MoEConfig, weights: MoEWeights, paths: set
 
 def _check_added_once(where: str, config: MoEConfig, weights: MoEWeights) -> None:
     """Of ranks with slices of the same experts one has their bias: their outputs are summed."""
-    for path in added_by_others(config):
-        part = weights if len(path) == 1 else getattr(weights, path[0])
-        if getattr(part, path[-1], None) is not None:
+    if config.parallel is None:
+        return
+    for expected, leaf in zip(expected_weights(config), leaves_of_weights(weights), strict=True):
+        if expected.added_by_others and leaf is not None:
             raise ValueError(
-                f"{where}: weights.{'.'.join(path)} is on a rank with another slice than the first; expected None, for the slices' outputs "
-                "are summed, and the first slice adds it (shard_weights and load_moe_weights leave it out)"
+                f"{where}: {expected.name} is on a rank with another slice than the first; expected None, for the slices' outputs are "
+                "summed, and the first slice adds it (shard_weights and load_moe_weights leave it out)"
             )
 
 
-def _prepared_shape(config: MoEConfig, path: Path, dtype: torch.dtype) -> tuple[Shape, bool]:
-    shape = prepared_shapes(config.own, dtype)[_PREPARED.index(path)]
-    return tuple(zip(("num_experts", "panels", "steps", "columns of a step"), shape, strict=True)), True
-
-
-def check_weight(
-    where: str,
-    name: str,
-    path: Path,
-    leaf: Tensor | None,
-    expected: tuple[Shape, bool] | None,
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...] | None = None,
-) -> None:
-    """One weight against its shape, whether it must be there, its kind of dtype and the device."""
+def check_weight(where: str, expected: Expected, leaf: Tensor | None, device: torch.device) -> None:
+    """One weight against what it is to be: whether it must be there, its shape, its kind of dtype and the device."""
+    name, shape = expected.name, expected.shape
     if leaf is None:
-        if expected is not None and expected[1]:
-            raise ValueError(f"{where}: {name} is None; expected {_words(expected[0])}, for the config asks for it")
+        if expected.required and shape is not None:
+            raise ValueError(f"{where}: {name} is None; expected {_words(shape)}, for the config asks for it")
         return
-    if expected is None:
+    if shape is None:
         raise ValueError(f"{where}: {name} is {sizes_of(leaf)}; expected None, for the config has no use for it")
-    shape, _ = expected
-    if leaf.ndim != len(shape) or any(size != ANY and actual != size for actual, (_, size) in zip(leaf.shape, shape, strict=True)):
+    if leaf.shape != expected.sizes and not _fits(leaf, shape):
         raise ValueError(f"{where}: {name} is {sizes_of(leaf)}; expected {_words(shape)}")
-    if dtypes is None:
-        check_dtype(where, name, leaf, "integer" if path in _INTEGERS else "float")
-    elif leaf.dtype not in dtypes:
-        raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, dtypes))}, for config.quant")
+    if expected.dtypes is None:
+        check_dtype(where, name, leaf, "integer" if expected.kind == "integer" else "float")
+    elif leaf.dtype not in expected.dtypes:
+        raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, expected.dtypes))}, for config.quant")
     if leaf.device != device:
         raise ValueError(f"{where}: {name} is on {leaf.device}; expected the device of x, {device}")
+
+
+def _fits(leaf: Tensor, shape: Shape) -> bool:
+    return leaf.ndim == len(shape) and all(size in (ANY, actual) for actual, (_, size) in zip(leaf.shape, shape, strict=True))
 
 
 def _words(shape: Shape) -> str:

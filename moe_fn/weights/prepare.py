@@ -13,7 +13,7 @@ from moe_fn.quant.tiles import halves_of, spread
 from moe_fn.records import MoEWeights, QuantWeights
 from moe_fn.weights.check import check_layer
 from moe_fn.weights.panels import convert_panels, lay_columns, lay_weight, lift_columns, lift_weight
-from moe_fn.weights.spec import BESIDE, is_prepared, plain_shapes, prepared_shapes
+from moe_fn.weights.shapes import BESIDE, expected_weights, is_prepared, prepared_shapes
 
 NAMES = ("gate_up", "down")
 
@@ -148,7 +148,7 @@ def _with_beside(quant: QuantWeights, change: Callable[[str, Tensor], Tensor]) -
 
 
 def _check(where: str, config: MoEConfig, weights: MoEWeights) -> None:
-    plain = tuple(tuple(size for _, size in shape) for shape in plain_shapes(config))
+    plain = tuple(expected.sizes for expected in expected_weights(config)[:2])
     found = tuple(weights.gate_up.shape), tuple(weights.down.shape)
     if found != plain and found != prepared_shapes(config, weights.gate_up.dtype):
         raise ValueError(f"{where}: gate_up and down are {found[0]} and {found[1]}; expected {plain[0]} and {plain[1]}")

@@ -10,10 +10,11 @@ from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
 from moe_fn.quant.calibration import Calibration
 from moe_fn.quant.codes import NAMES, codes_of, decoded, encoded
 from moe_fn.quant.numbers import ELEMENTS, NUMBERS, one_if_zero
-from moe_fn.quant.shapes import check_sizes
 from moe_fn.quant.tiles import halves_of
 from moe_fn.records import MoEWeights, QuantWeights
+from moe_fn.weights.axes import shape_of
 from moe_fn.weights.check import check_layer
+from moe_fn.weights.spec import WEIGHTS, own_axis_sizes
 
 
 def quantize_weights(
@@ -63,7 +64,7 @@ def quantize_weights(
             raise ValueError(f"quantize_weights: weights.{name} is {weight.dtype} with {weight.ndim} dims; expected plain floats with 3")
     if config.weight_layout == "in_out":
         parts = {name: weight.transpose(1, 2) for name, weight in parts.items()}
-    check_sizes("quantize_weights", config, parts, 1)
+    _check_sizes("quantize_weights", config, parts, 1)
     if calibration is None and quant.activations is not None and quant.activations.static:
         raise ValueError("quantize_weights: quant.activations.static=True; expected a calibration, which says what inputs there are")
     seen = {name: None if calibration is None else getattr(calibration, f"{name}_mean_square") for name in NAMES}
@@ -93,9 +94,19 @@ def dequantize_weights(config: MoEConfig, weights: MoEWeights, dtype: torch.dtyp
         raise ValueError(f"dequantize_weights: dtype is {dtype}; expected float64, float32, bfloat16 or float16")
     if config.quant is None:
         raise ValueError("dequantize_weights: config.quant is None; expected one, for weights that are codes")
-    check_sizes("dequantize_weights", config, {name: getattr(weights, name) for name in NAMES}, config.quant.per_byte)
+    _check_sizes("dequantize_weights", config, {name: getattr(weights, name) for name in NAMES}, config.quant.per_byte)
     gate_up, down = (decoded(config.quant, codes_of(weights, name), halves_of(config, name), dtype) for name in NAMES)
     return dataclasses.replace(config, quant=None), dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
+
+
+def _check_sizes(where: str, config: MoEConfig, parts: dict[str, Tensor], per_byte: int) -> None:
+    """[E, out, in], `per_byte` numbers of an output in an element."""
+    sizes = own_axis_sizes(config)
+    for name, part in parts.items():
+        experts, outputs, inputs = shape_of(WEIGHTS[(name,)].axes, sizes)
+        expected = [experts, outputs, inputs // per_byte]
+        if list(part.shape) != expected:
+            raise ValueError(f"{where}: weights.{name} is {list(part.shape)} as [E, out, in]; expected {expected}")
 
 
 def static_scale(activations: ActivationQuantConfig, amax: Tensor) -> Tensor:

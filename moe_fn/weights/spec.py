@@ -1,132 +1,227 @@
-"""The shapes of all weights of a layer by its config: plain, prepared, quantised, of adapters."""
+"""The table of weights: axes, kind and presence of every tensor of MoEWeights. Shapes, dtypes and the parts of ranks derive from it.
 
-import torch
-from torch import Tensor
+E experts           G gate, up (1 where not gated)           I intermediate    X width of the experts
+N shared experts    B gate, up of the shared experts         M intermediate of a shared expert
+H hidden            L latent        C logits, D choices, W width of the gate's input      Z zero experts
+V vocabulary        K top_k         A adapters, R their rank        1 one
+"""
 
-from moe_fn.config import LoRAConfig, MoEConfig, as_activation
-from moe_fn.quant.shapes import shapes_of_quant
-from moe_fn.records import Path, Shape
-from moe_fn.weights.panels import PANEL, num_panels, per_step_of
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
-Dim = tuple[str, int]  # name and size
+from moe_fn.config import MoEConfig, ParallelConfig, QuantConfig
+from moe_fn.records import Path
+from moe_fn.weights.axes import ANY, Dims, dims_of, size_of
+
+Kind = Literal["codes", "compute", "float", "integer", "scale", "zero_point", "global_scale", "input_scale"]
 
 
-ANY = -1  # a size that the config does not say
+def _always(config: MoEConfig) -> bool:
+    return True
 
 
-def expected_shapes(config: MoEConfig) -> dict[Path, tuple[Shape, bool]]:
-    """Shape of every weight that fits the config, and whether it must be there; a weight not in the result must not be."""
-    own = config.own  # with parallel, the rank's part
-    experts, hidden = ("num_experts", own.num_experts), ("hidden_size", config.hidden_size)
-    wide = ("expert_hidden_size", config.expert_hidden_size)
-    gate_up, down = plain_shapes(own)
-    outputs = 1 if config.weight_layout == "out_in" else 2
-    choices, logits = ("num_choices", config.num_choices), ("num_logits", config.num_logits)
-    gate_width = hidden if config.router.gate_input == "original" else wide
-    shapes: dict[Path, tuple[Shape, bool]] = {
-        ("gate_up",): (gate_up, True),
-        ("down",): (down, True),
-        ("gate_up_bias",): ((experts, gate_up[outputs]), False),
-        ("down_bias",): ((experts, down[outputs]), False),
-        ("router", "gate"): ((logits, gate_width), False),
-        ("router", "bias"): ((logits,), False),
-        ("router", "expert_scale"): ((logits,), False),
+@dataclass(frozen=True)
+class Weight:
+    """A row of the table.
+
+    axes         its pattern (`moe_fn.weights.axes`) with weight_layout "out_in", gate_up_layout "packed" and adapters of each expert
+    kind         "compute": floats in the dtype of x; "float": in any; "integer"; "codes": with config.quant, else "compute"; the other four
+                 stand beside codes
+    there        whether the config has a use for it
+    required     whether it must then be there
+    added_after  the axis that its product sums over: of ranks with slices of that axis the first alone has it, for outputs are summed
+    """
+
+    axes: str
+    kind: Kind = "float"
+    there: Callable[[MoEConfig], bool] = _always
+    required: bool = True
+    added_after: str | None = None
+
+
+def _shared(config: MoEConfig) -> bool:
+    return config.shared is not None
+
+
+def _latent(config: MoEConfig) -> bool:
+    return config.latent is not None
+
+
+def _lora(config: MoEConfig) -> bool:
+    return config.lora is not None
+
+
+def _copies(config: MoEConfig) -> bool:
+    return config.parallel is not None and config.parallel.num_physical is not None
+
+
+def _static(config: MoEConfig) -> bool:
+    return config.quant is not None and config.quant.activations is not None and config.quant.activations.static
+
+
+_MATRICES = {"gate_up": "E (G I) X", "down": "E X I"}
+_BESIDE_CODES: dict[Kind, Callable[[MoEConfig], bool]] = {
+    "scale": lambda c: c.quant is not None,
+    "zero_point": lambda c: c.quant is not None and c.quant.zero_points,
+    "global_scale": lambda c: c.quant is not None and c.quant.row.scale == "e4m3",
+    "input_scale": _static,
+}
+_ROWS = {
+    **{name: Weight(axes, "codes") for name, axes in _MATRICES.items()},
+    "gate_up_bias": Weight("E (G I)", required=False),
+    "down_bias": Weight("E X", required=False, added_after="I"),
+    "expert_norm": Weight("E X", there=lambda c: c.expert_norm is not None),
+    "constants": Weight("Z H", there=lambda c: c.zero_experts is not None and c.zero_experts.kind == "constant"),
+    "input_norm": Weight("H", there=lambda c: c.norms is not None and c.norms.input),
+    "output_norm": Weight("H", there=lambda c: c.norms is not None and c.norms.output),
+    "router.gate": Weight("C W", required=False),
+    "router.bias": Weight("C", required=False),
+    "router.correction_bias": Weight("D", there=lambda c: c.router.correction_bias != "none"),
+    "router.expert_scale": Weight("C", required=False),
+    "router.expert_ids_of_token": Weight("V K", "integer", there=lambda c: c.router.selection == "hash"),
+    "router.logical_of_physical": Weight("slots", "integer", there=_copies),
+    "router.physical_of_logical": Weight("logical replicas", "integer", there=_copies),
+    "router.num_replicas": Weight("logical", "integer", there=_copies),
+    "shared.gate_up": Weight("(B N M) H", "compute", there=_shared),
+    "shared.down": Weight("H (N M)", "compute", there=_shared),
+    "shared.gate_up_bias": Weight("(B N M)", there=_shared, required=False),
+    "shared.down_bias": Weight("H", there=_shared, required=False, added_after="M"),
+    "shared.gate": Weight("1 H", there=lambda c: c.shared is not None and c.shared.gate == "sigmoid"),
+    "latent.input": Weight("L H", "compute", there=_latent),
+    "latent.output": Weight("H L", "compute", there=_latent),
+    "latent.input_bias": Weight("L", there=_latent, required=False),
+    "latent.output_bias": Weight("H", there=_latent, required=False),
+    "latent.input_norm": Weight("L", there=_latent, required=False),
+    "latent.output_norm": Weight("L", there=_latent, required=False),
+    "lora.gate_up_a": Weight("A E R X", "compute", there=_lora, required=False),
+    "lora.gate_up_b": Weight("A E (G I) R", "compute", there=_lora, required=False),
+    "lora.down_a": Weight("A E R I", "compute", there=_lora, required=False),
+    "lora.down_b": Weight("A E X R", "compute", there=_lora, required=False),
+    **{
+        f"quant.{name}_{kind}": Weight("E" if kind == "input_scale" else axes, kind, there=there)
+        for kind, there in _BESIDE_CODES.items()
+        for name, axes in _MATRICES.items()
+    },
+}
+WEIGHTS: dict[Path, Weight] = {tuple(name.split(".")): row for name, row in _ROWS.items()}  # in the order of records.WEIGHT_PATHS
+_DIMS: dict[Path, Dims] = {path: dims_of(row.axes) for path, row in WEIGHTS.items()}
+
+# The dim that counts experts, of those weights that have one; the rest (router, shared experts, constants ...) is the same everywhere.
+EXPERT_DIMS: dict[Path, int] = {path: dims.index(("E",)) for path, dims in _DIMS.items() if ("E",) in dims}
+EXPERT_PATHS = tuple(path for path, dim in EXPERT_DIMS.items() if dim == 0)  # those that have it first: all but the adapters
+FIRST_SLICE_ONLY = tuple(path for path, row in WEIGHTS.items() if row.added_after is not None)
+
+
+def fields_without(*axes: str) -> tuple[str, ...]:
+    """The fields of MoEWeights that have none of these axes in any of their tensors.
+
+    >>> fields_without("E", "M")
+    ('constants', 'input_norm', 'output_norm', 'router', 'latent')
+    """
+    having = {path[0] for path, dims in _DIMS.items() for dim in dims if set(dim) & set(axes)}
+    return tuple(dict.fromkeys(path[0] for path in WEIGHTS if path[0] not in having))
+
+
+def axis_sizes(config: MoEConfig) -> dict[str, int]:
+    """The size of every axis, of the whole layer."""
+    shared, latent, zero, lora = config.shared, config.latent, config.zero_experts, config.lora
+    return {
+        "E": config.num_experts,
+        "G": config.gate_up_parts,
+        "I": config.intermediate_size,
+        "X": config.expert_hidden_size,
+        "H": config.hidden_size,
+        "N": shared.count if shared else 0,
+        "B": shared.gate_up_parts if shared else 1,
+        "M": shared.intermediate_size if shared else 0,
+        "L": latent.size if latent else 0,
+        "C": config.num_logits,
+        "D": config.num_choices,
+        "W": config.hidden_size if config.router.gate_input == "original" else config.expert_hidden_size,
+        "Z": zero.count if zero else 0,
+        "V": ANY,
+        "K": config.top_k,
+        "A": lora.num_adapters if lora else 0,
+        "R": lora.rank if lora else 0,
+        "slots": (config.parallel.num_physical if config.parallel else None) or 0,
+        "logical": config.num_experts,
+        "replicas": ANY,
+        "1": 1,
+        "all": 1,
     }
-    if config.expert_norm is not None:
-        shapes[("expert_norm",)] = ((experts, wide), True)
-    if own.quant is not None:
-        shapes |= {path: (shape, True) for path, shape in shapes_of_quant(own, gate_up, down).items()}
-    if config.norms is not None:
-        for name in ("input", "output"):
-            if getattr(config.norms, name):
-                shapes[(f"{name}_norm",)] = ((hidden,), True)
-    if config.zero_experts is not None and config.zero_experts.kind == "constant":
-        shapes[("constants",)] = ((("zero_experts.count", config.zero_experts.count), hidden), True)
-    if config.router.correction_bias != "none":
-        shapes[("router", "correction_bias")] = ((choices,), True)
-    if config.router.selection == "hash":
-        shapes[("router", "expert_ids_of_token")] = ((("vocabulary", ANY), ("top_k", config.top_k)), True)
-    if config.parallel is not None and config.parallel.num_physical is not None:
-        logical = ("num_experts", config.num_experts)
-        shapes[("router", "logical_of_physical")] = ((("num_physical", config.parallel.num_physical),), True)
-        shapes[("router", "physical_of_logical")] = ((logical, ("max replicas", ANY)), True)
-        shapes[("router", "num_replicas")] = ((logical,), True)
-    if config.shared is not None:
-        width = config.shared.count * config.shared.intermediate_size // (config.parallel.slices_of_shared[0] if config.parallel else 1)
-        both = 2 * width if as_activation(config.shared.activation).gated else width
-        shapes[("shared", "gate_up")] = ((("shared gate_up", both), hidden), True)
-        shapes[("shared", "down")] = ((hidden, ("shared width", width)), True)
-        shapes[("shared", "gate_up_bias")] = ((("shared gate_up", both),), False)
-        shapes[("shared", "down_bias")] = ((hidden,), False)
-        if config.shared.gate == "sigmoid":
-            shapes[("shared", "gate")] = ((("1", 1), hidden), True)
-    if config.lora is not None:
-        inner = ("intermediate_size", own.intermediate_size)
-        shapes |= {path: (shape, False) for path, shape in shapes_of_adapters(config.lora, experts, wide, gate_up[outputs], inner).items()}
-    if config.latent is not None:
-        latent = ("latent.size", config.latent.size)
-        shapes[("latent", "input")] = ((latent, hidden), True)
-        shapes[("latent", "output")] = ((hidden, latent), True)
-        for name, dim in (("input_bias", latent), ("output_bias", hidden), ("input_norm", latent), ("output_norm", latent)):
-            shapes[("latent", name)] = ((dim,), False)
-    left_out = added_by_others(config)
-    return {path: shape for path, shape in shapes.items() if path not in left_out}
+
+
+def slices_of_axes(parallel: ParallelConfig | None) -> dict[str, tuple[int, int]]:
+    """The axes that ranks cut: into how many slices, and which one is this rank's."""
+    return {} if parallel is None else {"I": parallel.slices, "M": parallel.slices_of_shared}
+
+
+def own_axis_sizes(config: MoEConfig) -> dict[str, int]:
+    """The size of every axis, of this rank's part."""
+    sizes = axis_sizes(config)
+    return sizes | {"E": config.own.num_experts} | {axis: sizes[axis] // n for axis, (n, _) in slices_of_axes(config.parallel).items()}
+
+
+def dims_of_weight(config: MoEConfig, path: Path) -> Dims:
+    """The axes of each dim of a weight, in the layouts of the config."""
+    dims = _DIMS[path]
+    if config.gate_up_layout == "interleaved":
+        dims = tuple(("I", "G") if dim == ("G", "I") else dim for dim in dims)
+    if config.weight_layout == "in_out" and path[0] in _MATRICES:
+        dims = dims[0], dims[2], dims[1]
+    if config.lora is not None and path[0] == "lora" and config.lora.shares(path[1]):
+        dims = tuple(("all",) if dim == ("E",) else dim for dim in dims)
+    return dims
+
+
+def plain_sizes(config: MoEConfig, path: Path) -> tuple[int, ...]:
+    """The shape of a weight of the whole layer in floats: as it is on one rank, not prepared, without config.quant.
+
+    >>> plain_sizes(MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=6), ("gate_up",))
+    (4, 12, 8)
+    """
+    sizes = axis_sizes(config)
+    return tuple(size_of(dim, sizes) for dim in dims_of_weight(config, path))
+
+
+_UNITS: dict[Kind, Callable[[QuantConfig], tuple[int | None, int | None]]] = {
+    "codes": lambda quant: (1, quant.per_byte),
+    "scale": lambda quant: quant.tile,
+    "zero_point": lambda quant: quant.tile,
+    "global_scale": lambda quant: (None, None),
+}
+
+
+def units_of_weight(config: MoEConfig, path: Path) -> tuple[int | None, ...]:
+    """Numbers of a matrix that one element is for, along each dim; None: all that there are, of gates and of ups apart."""
+    units = _UNITS.get(WEIGHTS[path].kind)
+    return (1,) * len(_DIMS[path]) if units is None or config.quant is None else (1, *units(config.quant))
+
+
+def parts_and_places(dim: tuple[str, ...], sizes: dict[str, int]) -> tuple[int, int]:
+    """Parts of a dim that are cut and tiled apart, such as gates and ups, or shared experts; and the places in each.
+
+    >>> parts_and_places(("G", "I"), {"G": 2, "I": 6}), parts_and_places(("I", "G"), {"G": 2, "I": 6})
+    ((2, 6), (1, 12))
+    """
+    first = next((place for place, axis in enumerate(dim) if axis not in ("G", "B", "N")), 0)
+    return size_of(dim[:first], sizes), size_of(dim[first:], sizes)
+
+
+def cut_of(config: MoEConfig, path: Path, axis: str) -> tuple[int, int] | None:
+    """The dim in which slices of an axis cut a weight, and the parts of it that are cut apart; None: they do not.
+
+    >>> cut_of(MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=6), ("gate_up",), "I")
+    (1, 2)
+    """
+    for place, (dim, unit) in enumerate(zip(dims_of_weight(config, path), units_of_weight(config, path), strict=True)):
+        if axis in dim and unit is not None:  # the scale of a whole matrix is every slice's
+            return place, parts_and_places(dim, axis_sizes(config))[0]
+    return None
 
 
 def added_by_others(config: MoEConfig) -> tuple[Path, ...]:
     """Biases that the rank with the first slice has, and no other: the slices' outputs are summed, and a bias is to be in it once."""
-    parallel = config.parallel
-    if parallel is None:
-        return ()
-    later = {("down_bias",): parallel.slices[1], ("shared", "down_bias"): parallel.slices_of_shared[1]}
-    return tuple(path for path, number in later.items() if number > 0)
-
-
-BESIDE = ("scale", "zero_point")  # of codes: what is laid with them
-
-
-def is_prepared(weight: Tensor) -> bool:
-    """Whether a gate_up or down is one that prepare_weights has laid."""
-    return weight.ndim == 4
-
-
-def plain_shapes(config: MoEConfig) -> tuple[Shape, Shape]:
-    """Shapes of plain gate_up and down."""
-    experts, hidden = ("num_experts", config.num_experts), ("expert_hidden_size", config.expert_hidden_size)
-    inner = ("intermediate_size", config.intermediate_size)
-    gate_up = ("2 * intermediate_size", 2 * config.intermediate_size) if as_activation(config.activation).gated else inner
-    if config.weight_layout == "out_in":
-        per_byte = 1 if config.quant is None else config.quant.per_byte
-        of_hidden, of_inner = ((name if per_byte == 1 else f"{name} / {per_byte}", size // per_byte) for name, size in (hidden, inner))
-        return (experts, gate_up, of_hidden), (experts, hidden, of_inner)
-    return (experts, hidden, gate_up), (experts, inner, hidden)
-
-
-def prepared_shapes(config: MoEConfig, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of prepared gate_up and down; dtype: theirs, or of codes any of one byte."""
-    per_byte, per_step = (1, per_step_of(dtype)) if config.quant is None else (config.quant.per_byte, per_step_of(torch.uint8))
-
-    def shape(name: str, inner: int) -> tuple[int, ...]:
-        return config.num_experts, num_panels(config, name), -(-inner // (per_byte * per_step)), PANEL * per_step
-
-    return shape("gate_up", config.expert_hidden_size), shape("down", config.intermediate_size)
-
-
-def prepared_beside_shapes(config: MoEConfig) -> dict[tuple[str, str], Shape]:
-    """Shapes of scales and zero points that are laid with codes."""
-    names = ("num_experts", "panels", "tiles of inputs", "columns of a panel")
-    shapes: dict[tuple[str, str], Shape] = {}
-    if config.quant is None:
-        return shapes
-    for name, inner in (("gate_up", config.expert_hidden_size), ("down", config.intermediate_size)):
-        sizes = config.num_experts, num_panels(config, name), -(-inner // (config.quant.tile[1] or inner)), PANEL
-        shapes |= {("quant", f"{name}_{what}"): tuple(zip(names, sizes, strict=True)) for what in BESIDE}
-    return shapes
-
-
-def shapes_of_adapters(lora: LoRAConfig, experts: Dim, wide: Dim, gate_up: Dim, inner: Dim) -> dict[tuple[str, ...], tuple[Dim, ...]]:
-    """Shape of every tensor of LoRAWeights, for sizes of the experts."""
-    adapters, rank = ("num_adapters", lora.num_adapters), ("rank", lora.rank)
-    matrices = {"gate_up_a": (rank, wide), "gate_up_b": (gate_up, rank), "down_a": (rank, inner), "down_b": (wide, rank)}
-    one = ("1 of all experts", 1)
-    return {("lora", name): (adapters, one if lora.shares(name) else experts, *matrix) for name, matrix in matrices.items()}
+    later = {axis for axis, (_, number) in slices_of_axes(config.parallel).items() if number > 0}
+    return tuple(path for path in FIRST_SLICE_ONLY if WEIGHTS[path].added_after in later)

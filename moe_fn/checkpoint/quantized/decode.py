@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from moe_fn.checkpoint.axes import Ranges, Units, axes_of, by_axes, dims_of, of_axes, ranges_in_units
+from moe_fn.checkpoint.axes import Ranges, Units, by_axes, of_axes, ranges_in_units
 from moe_fn.checkpoint.layout import Entry
 from moe_fn.checkpoint.match import Part, Plan
 from moe_fn.checkpoint.quantized.codings import CODINGS, check_order, check_sizes, check_zeros
@@ -17,6 +17,7 @@ from moe_fn.checkpoint.slices import Slices
 from moe_fn.quant.codes import Codes, decoded
 from moe_fn.quant.numbers import pack_halves
 from moe_fn.records import Path
+from moe_fn.weights.axes import axes_of, dims_of
 
 INPUT_SCALES: frozenset[Path] = frozenset((("quant", "gate_up_input_scale"), ("quant", "down_input_scale")))
 _AGREE = 1e-5  # how far the input scales of a gate and its up may be apart: what their writers hold them to

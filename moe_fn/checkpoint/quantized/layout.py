@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_fn.checkpoint.axes import Units, dims_of, patterns_of
+from moe_fn.checkpoint.axes import Units, patterns_of
 from moe_fn.checkpoint.folder import full_name
 from moe_fn.checkpoint.layout import Entry, Layout, of_first_expert
 from moe_fn.checkpoint.quantized.formats import FORMATS, SUFFIXES, Method, Stored, Words
@@ -12,13 +12,14 @@ from moe_fn.checkpoint.quantized.methods import method_of
 from moe_fn.checkpoint.safetensors_files import TensorInfo
 from moe_fn.config import MoEConfig
 from moe_fn.records import Path
+from moe_fn.weights.axes import axes_of, dims_of
+from moe_fn.weights.spec import WEIGHTS
 
 EXPERTS: tuple[Path, ...] = (("gate_up",), ("down",))
 # The matrices that are products, and the axis along which each is multiplied. Those that are no experts are read as floats.
 _INPUTS: dict[Path, str] = {
-    ("gate_up",): "X", ("down",): "I", ("shared", "gate_up"): "H", ("shared", "down"): "M", ("latent", "input"): "H",
-    ("latent", "output"): "L",
-}  # fmt: skip
+    path: axes_of(row.axes)[-1] for path, row in WEIGHTS.items() if row.kind in ("codes", "compute") and path[0] != "lora"
+}
 MATRICES = tuple(_INPUTS)
 CODED = ("codes", "scale", "zero_point", "global_scale")  # what a matrix that is no expert is decoded from
 Tensors = Mapping[str, TensorInfo]

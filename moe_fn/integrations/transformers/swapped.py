@@ -17,7 +17,7 @@ from moe_fn.integrations.transformers.reading import Kind, same_method, why_call
 from moe_fn.integrations.transformers.shapes import RETURNS, SHAPES, Shape
 from moe_fn.integrations.transformers.tensors import Plan, Source
 from moe_fn.records import MoEWeights, Routing
-from moe_fn.weights.spec import expected_shapes
+from moe_fn.weights.shapes import expected_shapes
 
 
 @dataclass(frozen=True)
