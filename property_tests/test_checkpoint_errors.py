@@ -14,7 +14,7 @@ from checkpoints import folder, read_raw, same_bits, write_raw
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_fn import MoEConfig, MoEWeights, ParallelConfig, RankGroup, RouterConfig, SharedExpertsConfig, shard_weights
+from moe_fn import LoRAConfig, MoEConfig, MoEWeights, ParallelConfig, RankGroup, RouterConfig, SharedExpertsConfig, shard_weights
 from moe_fn.checkpoint import load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, read_plan, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
 from moe_fn.testing import weights_for
@@ -392,6 +392,9 @@ def test_saving_what_does_not_fit_is_named(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=words):
                 save_moe_weights(tmp_path, PREFIX, CONFIG, weights, layout=layout)
     assert not list(tmp_path.iterdir())
+    adapted = dataclasses.replace(CONFIG, lora=LoRAConfig())
+    with pytest.raises(ValueError, match=r"weights.lora.gate_up_a is .* for the layout 'deepseek' has no place for it"):
+        save_moe_weights(tmp_path, PREFIX, adapted, weights_for(adapted, bias=False, scales=False), layout="deepseek")
     other = MoEConfig(**{**CONFIG.to_dict(), "router": CONFIG.router, "shared": CONFIG.shared, "hidden_size": 5})
     with pytest.raises(ValueError, match=r"weights.gate_up is \[3, 4, 4\]; expected \[3, 4, 5\]"):
         save_moe_weights(tmp_path, PREFIX, other, WEIGHTS, layout="deepseek")

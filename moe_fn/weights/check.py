@@ -12,14 +12,16 @@ from moe_fn.weights.axes import ANY
 from moe_fn.weights.shapes import MATRICES, Expected, expected_prepared, expected_weights, is_prepared
 from moe_fn.weights.spec import EXPERT_DIMS, EXPERT_PATHS
 
+Leaves = list[Tensor | None]  # the tensors of MoEWeights in the order of WEIGHT_PATHS
+
 
 def check_config(where: str, config: Any) -> None:
     """ValueError for anything but a MoEConfig."""
     check_kind(where, "config", config, MoEConfig)
 
 
-def check_layer(where: str, config: Any, weights: Any) -> None:
-    """ValueError for anything but a MoEConfig and MoEWeights that hold tensors."""
+def check_layer(where: str, config: Any, weights: Any) -> Leaves:
+    """The tensors in the order of WEIGHT_PATHS; ValueError for anything but a MoEConfig and MoEWeights that hold tensors."""
     check_config(where, config)
     check_kind(where, "weights", weights, MoEWeights)
     for name, kind in NESTED_WEIGHTS.items():
@@ -27,39 +29,49 @@ def check_layer(where: str, config: Any, weights: Any) -> None:
             check_kind(where, f"weights.{name}", getattr(weights, name), kind)
     for name in ("gate_up", "down"):
         check_kind(where, f"weights.{name}", getattr(weights, name), Tensor)
-    for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True):
+    leaves = leaves_of_weights(weights)
+    for place, leaf in enumerate(leaves):
         if leaf is not None and type(leaf) is not Tensor and type(leaf) is not nn.Parameter:
-            check_kind(where, f"weights.{'.'.join(path)}", leaf, Tensor)
+            check_kind(where, f"weights.{'.'.join(WEIGHT_PATHS[place])}", leaf, Tensor)
+    return leaves
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor, any_dtype: bool = False) -> None:
     """Every weight has the shape that the config gives it, a float dtype (unless any_dtype that of x for matrices) and the device of x."""
-    check_layer(where, config, weights)
-    _check_leaves(where, config, weights, x, "x", any_dtype)
+    leaves = check_layer(where, config, weights)
+    _check_leaves(where, config, weights, leaves, x, "x", any_dtype)
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
         raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
 
 
 def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
     """Every weight that is there has the shape that the config gives it; what else must be there is known when the layer is called."""
-    check_layer(where, config, weights)
-    _check_added_once(where, config, weights)
-    for expected, leaf in zip(expected_weights(config), leaves_of_weights(weights), strict=True):
+    leaves = check_layer(where, config, weights)
+    _check_added_once(where, config, leaves)
+    for expected, leaf in zip(expected_weights(config), leaves, strict=True):
         if leaf is not None:
             check_weight(where, expected, leaf, leaf.device)
 
 
 def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights, rows: Tensor) -> None:
     """What `experts` reads, plain or prepared: shapes by the config, dtype and device of its rows."""
-    _check_leaves(where, config, weights, rows, "the rows", False, EXPERT_PATHS if config.lora is None else tuple(EXPERT_DIMS))
+    paths = EXPERT_PATHS if config.lora is None else tuple(EXPERT_DIMS)
+    _check_leaves(where, config, weights, leaves_of_weights(weights), rows, "the rows", False, paths)
 
 
 def _check_leaves(
-    where: str, config: MoEConfig, weights: MoEWeights, like: Tensor, named: str, any_dtype: bool, paths: tuple[Path, ...] | None = None
+    where: str,
+    config: MoEConfig,
+    weights: MoEWeights,
+    leaves: Leaves,
+    like: Tensor,
+    named: str,
+    any_dtype: bool,
+    paths: tuple[Path, ...] | None = None,
 ) -> None:
-    """The weights of these paths, or all, against the dtype and device of a tensor."""
-    _check_added_once(where, config, weights)
-    for expected, leaf in zip(expected_weights(config, is_prepared(weights.gate_up)), leaves_of_weights(weights), strict=True):
+    """The weights of these paths, or all, against the dtype and device of a tensor. leaves: all tensors of the weights."""
+    _check_added_once(where, config, leaves)
+    for expected, leaf in zip(expected_weights(config, is_prepared(weights.gate_up)), leaves, strict=True):
         if (leaf is None and not expected.required) or (paths is not None and expected.path not in paths):
             continue
         dtype = leaf.dtype if leaf is not None and any_dtype else like.dtype
@@ -73,11 +85,11 @@ def _check_leaves(
     check_adapters(where, config, weights.lora)
 
 
-def _check_added_once(where: str, config: MoEConfig, weights: MoEWeights) -> None:
+def _check_added_once(where: str, config: MoEConfig, leaves: Leaves) -> None:
     """Of ranks with slices of the same experts one has their bias: their outputs are summed."""
     if config.parallel is None:
         return
-    for expected, leaf in zip(expected_weights(config), leaves_of_weights(weights), strict=True):
+    for expected, leaf in zip(expected_weights(config), leaves, strict=True):
         if expected.added_by_others and leaf is not None:
             raise ValueError(
                 f"{where}: {expected.name} is on a rank with another slice than the first; expected None, for the slices' outputs are "
