@@ -20,7 +20,7 @@ from moe_fn import (
 )
 from moe_fn.records import WEIGHT_PATHS
 from moe_fn.weights.shapes import expected_weights
-from moe_fn.weights.spec import WEIGHTS
+from moe_fn.weights.spec import WEIGHTS, cut_of
 
 EVERYTHING = MoEConfig(
     num_experts=5, top_k=2, hidden_size=12, intermediate_size=8, latent=LatentConfig(size=6), hidden_padding=1,
@@ -100,4 +100,35 @@ def test_dtypes_of_codes_are_those_of_the_scheme() -> None:
     assert dtypes == {
         "gate_up": codes, "down": codes, "quant.gate_up_scale": floats, "quant.down_scale": floats, "quant.gate_up_zero_point": codes,
         "quant.down_zero_point": codes,
+    }  # fmt: skip
+
+
+def test_matrices_are_in_the_dtype_of_x_and_maps_are_integers() -> None:
+    kinds = {".".join(row.path): row.kind for row in expected_weights(EVERYTHING)}
+    compute = {"gate_up", "down", "shared.gate_up", "shared.down", "latent.input", "latent.output"}
+    compute |= {"lora.gate_up_a", "lora.gate_up_b", "lora.down_a", "lora.down_b"}
+    assert {name for name, kind in kinds.items() if kind == "compute"} == compute
+    maps = {"expert_ids_of_token", "logical_of_physical", "physical_of_logical", "num_replicas"}
+    assert {name for name, kind in kinds.items() if kind == "integer"} == {f"router.{name}" for name in maps}
+
+
+def test_slices_cut_these_dims() -> None:
+    """(dim, parts that are cut apart) of slices of the experts' intermediates; a scale of a whole matrix is every slice's."""
+    cuts = {"gate_up": (1, 2), "down": (2, 1), "gate_up_bias": (1, 2), "lora.gate_up_b": (2, 2), "lora.down_a": (3, 1)}
+    assert {".".join(path): cut for path in WEIGHTS if path[0] != "quant" and (cut := cut_of(EVERYTHING, path, "I"))} == cuts
+    shared = {"shared.gate_up": (0, 4), "shared.down": (1, 2), "shared.gate_up_bias": (0, 4)}
+    assert {".".join(path): cut for path in WEIGHTS if (cut := cut_of(EVERYTHING, path, "M"))} == shared
+    turned = dataclasses.replace(PLAIN, weight_layout="in_out", gate_up_layout="interleaved")
+    assert (cut_of(turned, ("gate_up",), "I"), cut_of(turned, ("down",), "I")) == ((2, 1), (1, 1))
+    for granularity, scales in {"channel": {"gate_up_scale": (1, 2)}, "tensor": {}}.items():
+        config = dataclasses.replace(PLAIN, quant=QuantConfig(scheme="int8", granularity=granularity))  # type: ignore[arg-type]
+        found = {name: cut_of(config, ("quant", name), "I") for name in ("gate_up_scale", "down_scale", "gate_up_global_scale")}
+        assert {name: cut for name, cut in found.items() if cut is not None} == scales
+
+
+def test_replicated_shared_experts_are_whole() -> None:
+    ranks = ParallelConfig(tp=RankGroup(name="0", size=2, rank=1), shared="replicated")
+    found = sizes_of(dataclasses.replace(EVERYTHING, expert_norm=None, parallel=ranks))
+    assert {name: found[name] for name in ("shared.down", "shared.down_bias", "down")} == {
+        "shared.down": (12, 20), "shared.down_bias": (12,), "down": (5, 7, 4),
     }  # fmt: skip
