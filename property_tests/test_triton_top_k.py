@@ -170,6 +170,9 @@ def test_what_is_not_covered_is_said() -> None:
     shared = SharedExpertsConfig(intermediate_size=1, gate="router")
     by_router = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1, router=RouterConfig(scoring="sigmoid"), shared=shared)
     assert not covers(by_router, torch.float32)
+    of_another_row = RouterConfig()
+    object.__setattr__(of_another_row, "scoring", "softplus")  # a scoring that stages and reference might know one day
+    assert not covers(config_of(8, 2, of_another_row), torch.float32)
 
 
 def test_every_option_has_its_case() -> None:
