@@ -43,7 +43,6 @@ def quantised_matmul(
     rows [R, K] -> [R, N], in the grouped product of `backend`; rows of no expert give 0.
     invariant: a row's bits are the same whatever other rows there are.
     """
-    check_draft_export("quantised_matmul")
     parts = stored.codes, stored.scale, stored.zero_point, stored.global_scale
     check_draft_export("quantised_matmul")
     out: Tensor = OPS[backend](rows, *parts, ends, quant.text, halves, transposed, 1, 1, invariant)
