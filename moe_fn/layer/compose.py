@@ -16,7 +16,7 @@ from moe_fn.ops import collectives
 from moe_fn.parallel.adapters import adapters_of_each
 from moe_fn.parallel.dispatch import FORMATS, Overflow, can_drop_slots
 from moe_fn.parallel.expert_ranks import WEIGHTS_OF_EACH
-from moe_fn.records import MoEWeights, RouterWeights, Routing
+from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.join import addends, join
 from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
 from moe_fn.stages.route import _route, router_logits
@@ -42,7 +42,7 @@ def route_tokens(
 ) -> tuple[Tensor, Routing]:
     """(logits, routing), from the logits given or from the gate inside the layer."""
     logits = logits_of_tokens(config, weights, x) if logits is None else logits
-    return logits, _route(config, weights.router or RouterWeights(), logits, token_ids, token_mask, leading)
+    return logits, _route(config, weights, logits, token_ids, token_mask, leading)
 
 
 def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from moe_fn.parallel.expert_ranks import places_of_experts
 from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
 from moe_fn.parallel.sizes import numbers
 from moe_fn.quant.wire import packed, travelling, unpacked
-from moe_fn.records import Dispatched, MoEWeights, RouterWeights, Routing
+from moe_fn.records import Dispatched, MoEWeights, Routing
 from moe_fn.stages.combine import _combine
 from moe_fn.stages.dispatch import weighted
 from moe_fn.stages.route import _route
@@ -82,7 +82,7 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     rows = unpacked(codes, rows, x, lambda rows, received: rounded_collectives.as_gathered(rows, received, group))
     ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
     if logits is not None:
-        everybody = _route(config, weights.router or RouterWeights(), w, None, None)
+        everybody = _route(config, weights, w, None, None)
         ids, w = torch.where(ids < 0, -1, everybody.expert_ids), everybody.weights
     y = _compute(config, weights, rows, _own_ids(config, weights, ids), w, adapter_ids)
     return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), shared, None

@@ -63,19 +63,19 @@ def route(
     tensor([[1, 2]])
     """
     check_layer("route", config, weights)
-    extra = weights.router or RouterWeights()
-    token_ids = check_routing_inputs(config, extra, logits, token_ids, token_mask)
-    return _route(config, extra, logits, token_ids, token_mask, leading)
+    token_ids = check_routing_inputs(config, weights.router or RouterWeights(), logits, token_ids, token_mask)
+    return _route(config, weights, logits, token_ids, token_mask, leading)
 
 
 def _route(
     config: MoEConfig,
-    extra: RouterWeights,
+    weights: MoEWeights,
     logits: Tensor,
     token_ids: Tensor | None,
     token_mask: Tensor | None,
     leading: tuple[int, ...] | None = None,
 ) -> Routing:
+    extra = weights.router or RouterWeights()
     if token_mask is not None:
         logits = torch.where(token_mask.unsqueeze(-1), logits, 0)
     if runs("triton", config, logits) and extra.expert_scale is None and covers(config, logits.dtype) and not in_forward_mode():
