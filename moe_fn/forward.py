@@ -8,7 +8,7 @@ from moe_fn.balance import stats_of_routing
 from moe_fn.config import MoEConfig
 from moe_fn.layer.call import Call, autocast_off, enter, flat_routing, leave
 from moe_fn.layer.chunked import layer_in_chunks, loop_is_visible
-from moe_fn.layer.compose import layer_of_tokens, layer_with_overflow, parts_of_tokens, route_tokens
+from moe_fn.layer.compose import layer_of_tokens, layer_with_overflow, outputs_of_tokens, route_tokens
 from moe_fn.layer.opaque import layer_as_op
 from moe_fn.parallel.dispatch import can_drop_slots
 from moe_fn.parallel.sizes import reads_sizes
@@ -232,9 +232,7 @@ def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing 
         return layer_as_op(config, call.weights, call.x, routing, *pending, call.adapter_ids, with_shared, gate_x)
     if chunked:
         return layer_in_chunks(config, call.weights, call.x, routing, with_shared)
-    if with_shared:
-        return parts_of_tokens(config, call.weights, call.x, routing)
-    return (layer_of_tokens(config, call.weights, call.x, routing),)
+    return outputs_of_tokens(config, call.weights, call.x, routing, with_shared)
 
 
 def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moe_fn.config import MoEConfig
-from moe_fn.layer.compose import layer_of_tokens, parts_of_tokens
+from moe_fn.layer.compose import outputs_of_tokens
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import asked_for, vjp
 from moe_fn.records import MoEWeights, Routing, leaves_of_weights, weights_of_leaves
@@ -52,21 +52,18 @@ def loop_is_visible() -> bool:
     return exporting() and not transforms_active()
 
 
-def chunk_of_layer(config: MoEConfig, with_shared: bool, args: list[Tensor | None]) -> tuple[Tensor, ...]:
+def _chunk(config: MoEConfig, with_shared: bool, args: list[Tensor | None]) -> tuple[Tensor, ...]:
     """One chunk, from flat arguments."""
     x, ids, w, shared_w, adapter_ids, *leaves = args
     routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)  # type: ignore[arg-type]
-    weights = weights_of_leaves(leaves)
-    if with_shared:
-        return parts_of_tokens(config, weights, x, routing)  # type: ignore[arg-type]
-    return (layer_of_tokens(config, weights, x, routing),)  # type: ignore[arg-type]
+    return outputs_of_tokens(config, weights_of_leaves(leaves), x, routing, with_shared)  # type: ignore[arg-type]
 
 
 def _forward(config: MoEConfig, with_shared: bool, *args: Any) -> tuple[Tensor, ...]:
     tokens, leaves = _with_spare_row(args[:_PER_TOKEN]), list(args[_PER_TOKEN:])
 
     def step(carry: Tensor, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return carry.clone(), chunk_of_layer(config, with_shared, [*_pick(tokens, rows), *leaves])
+        return carry.clone(), _chunk(config, with_shared, [*_pick(tokens, rows), *leaves])
 
     pieces: tuple[Tensor, ...] = _scan(config, step, args[0].new_zeros(()), args[0])[1]
     return pieces
@@ -99,7 +96,7 @@ class _Chunked(torch.autograd.Function):
 
             def function(*inputs: Tensor) -> tuple[Tensor, ...]:
                 replaced = dict(zip(wanted, inputs, strict=True))
-                return chunk_of_layer(ctx.config, ctx.with_shared, [replaced.get(i, a) for i, a in enumerate(chunk)])
+                return _chunk(ctx.config, ctx.with_shared, [replaced.get(i, a) for i, a in enumerate(chunk)])
 
             pull = vjp(function, *(chunk[i] for i in wanted))[1]
             parts = dict(zip(wanted, pull(tuple(_pick(padded, rows))), strict=True))

@@ -116,6 +116,13 @@ def parts_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: 
     return torch.zeros_like(routed) if shared is None else shared, zero_experts(config, weights, x, routing, routed)
 
 
+def outputs_of_tokens(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool, logits: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """(y,) of layer_of_tokens, or with_shared (shared, routed) of parts_of_tokens."""
+    return parts_of_tokens(config, weights, x, routing) if with_shared else (layer_of_tokens(config, weights, x, routing, logits),)
+
+
 def without_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
     """Zeros in the rows of padding tokens, whatever they held: NaN there must reach neither outputs nor gradients."""
     return x if token_mask is None else torch.where(token_mask.unsqueeze(-1), x, 0)

@@ -6,6 +6,7 @@ an op's schema cannot return "a Tensor or a tuple". What would remove them: unio
 The config travels by value, as its JSON; every weight is an argument. First order only: their backward has none, and says so.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, config_of_json
-from moe_fn.layer.chunked import chunk_of_layer
-from moe_fn.layer.compose import layer_of_tokens, route_tokens
+from moe_fn.layer.compose import outputs_of_tokens, route_tokens
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import define_op
 from moe_fn.ops.flops import flops_of_kernel
@@ -59,14 +59,11 @@ def _rows(args: list[Any], chunk: slice) -> list[Any]:
 
 def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tensor, ...]:
     x, logits, token_ids, token_mask, ids, w, shared_w, adapter_ids, gate_x, *leaves = args
-    if config.parallel is not None:
-        routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)
-        return (layer_of_tokens(config, weights_of_leaves(leaves), x, routing, logits),)
+    weights, routing = weights_of_leaves(leaves), Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)
     if ids is None:
-        seen = x if gate_x is None else gate_x
-        _, routing = route_tokens(config, weights_of_leaves(leaves), seen, logits, token_ids, token_mask)
-        ids, w, shared_w = routing.expert_ids, routing.weights, routing.shared_weights
-    return chunk_of_layer(config, with_shared, [x, ids, w, shared_w, adapter_ids, *leaves])
+        _, chosen = route_tokens(config, weights, x if gate_x is None else gate_x, logits, token_ids, token_mask)
+        routing = replace(chosen, adapter_ids=adapter_ids)
+    return outputs_of_tokens(config, weights, x, routing, with_shared, logits)
 
 
 def _chunks(config: MoEConfig, x: Tensor) -> list[slice]:
