@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from child_process import exit_code, silence
 from torch.utils import cpp_extension
 
 from moe_fn.kernels.native import library as native
@@ -186,9 +186,7 @@ def judged(library: Path, tests: Sequence[str]) -> tuple[str, str]:
             os.close(reading)
             faulthandler.disable()
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, 2 * SECONDS))
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
+            silence()
             run(library, tests, lambda test: os.write(writing, f"{test}\n".encode()))
             code = 0
         except BaseException as error:
@@ -196,7 +194,7 @@ def judged(library: Path, tests: Sequence[str]) -> tuple[str, str]:
         finally:
             os._exit(code)
     os.close(writing)
-    status = _ended(child)
+    status = exit_code(child, 10 * SECONDS)
     with os.fdopen(reading, errors="replace") as pipe:
         told = pipe.read().splitlines()
     if status == 0:
@@ -216,16 +214,3 @@ def _call(test: Any) -> None:
         for (names, _), value in zip(marks, values, strict=True):
             arguments |= {names: value} if isinstance(names, str) else dict(zip(names, value, strict=True))
         test(**level, **arguments)
-
-
-def _ended(child: int) -> int | None:
-    """The exit code that a child ends with, a signal as a negative number; None if it takes too long."""
-    deadline = time.monotonic() + 10 * SECONDS
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None

@@ -25,9 +25,10 @@ from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
+from child_process import exit_code, silence
 from hypothesis import settings
 from mutants_areas import AREAS
-from mutants_judged import ROOT, plant, wait
+from mutants_judged import ROOT, plant
 from mutants_made import Mutant, functions_of, source_hash
 
 Covered = Mapping[tuple[str, str], Sequence[tuple[int, float]]]  # (file, function): (index of a test that comes to it, seconds it takes)
@@ -164,9 +165,7 @@ def _child(work: Callable[[], bytes], cpu_seconds: float) -> tuple[int | None, b
                 os.setpgid(0, 0)
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(cpu_seconds), math.ceil(cpu_seconds) + 10))
-                silent = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(silent, 1)
-                os.dup2(silent, 2)
+                silence()
                 told.write(work())
                 code = 0
             except Exception as error:
@@ -174,6 +173,6 @@ def _child(work: Callable[[], bytes], cpu_seconds: float) -> tuple[int | None, b
             finally:
                 told.flush()
                 os._exit(code)
-        status = wait(child, 20 * cpu_seconds)
+        status = exit_code(child, 20 * cpu_seconds)
         told.seek(0)
         return status, told.read()

@@ -6,9 +6,7 @@ import importlib.abc
 import importlib.util
 import os
 import resource
-import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
+from child_process import exit_code, silence
 from hypothesis import settings
 from mutants_made import Mutant, functions_of
 
@@ -44,14 +43,14 @@ def judged(mutant: Mutant | None, plan: Plan) -> tuple[str, str]:
         os.close(reading)
         _in_child(mutant, plan, lambda name: os.write(writing, f"{name}\n".encode()))
     os.close(writing)
-    status = wait(child, plan.seconds)
+    code = exit_code(child, plan.seconds)
     with os.fdopen(reading) as pipe:
         told = pipe.read().splitlines()
-    if status is None:
+    if code is None:
         return "killed", "no end in sight"
-    if os.WIFSIGNALED(status):
-        return "killed", f"signal {os.WTERMSIG(status)}"
-    return ("survived", "") if os.WEXITSTATUS(status) == 0 else ("killed", told[0] if told else "no import")
+    if code < 0:
+        return "killed", f"signal {-code}"
+    return ("survived", "") if code == 0 else ("killed", told[0] if told else "no import")
 
 
 def _in_child(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> None:
@@ -62,9 +61,7 @@ def _in_child(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> 
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if mutant is not None:
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
+            silence()
             plant(mutant)
         code = _tested(mutant, plan, tell)
     finally:
@@ -116,19 +113,6 @@ def _functions_in(module: ModuleType) -> list[Any]:
             if isinstance(getattr(one, "__code__", None), CodeType) and one.__module__ == module.__name__:
                 found[id(one)] = one
     return list(found.values())
-
-
-def wait(child: int, seconds: float) -> int | None:
-    """The status that a child ends with; None if it takes too long."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status
-        time.sleep(0.01)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
 
 
 class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
