@@ -44,7 +44,8 @@ def import_what_others_made() -> None:
     path = f"{ROOT}:{ROOT / 'property_tests'}"
     names = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)  # noqa: TID251
     for name in names.stdout.decode().split():
-        ours = name.split(".")[0] in ("moe_fn", "__main__") or (ROOT / "property_tests" / f"{name}.py").exists()
+        first = name.split(".")[0]
+        ours = first in ("moe_fn", "__main__") or any((ROOT / "property_tests" / own).exists() for own in (first, f"{first}.py"))
         if not ours and name not in sys.modules:
             try:
                 importlib.import_module(name)
