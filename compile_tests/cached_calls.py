@@ -18,12 +18,13 @@ from moe_fn import LoRAConfig, MoEConfig, QuantConfig
 from moe_fn.testing import weights_for
 
 TOKENS, SIZES = 20, {"num_experts": 4, "top_k": 2, "hidden_size": 32, "intermediate_size": 32}
-# Options of the config by the words in a name; further words: "given" logits, "masked", "marked" tokens, under "autocast", "backward".
+# Options of the config by the words in a name; further words: "given" logits, "masked", "marked" tokens, under
+# "autocast", "backward".
 WORDS: dict[str, dict[str, Any]] = {
     "chunked": {"chunk_tokens": 16},
     "opaque": {"opaque": True},
     "stages": {"backend": "torch"},
-    "quantised": {"quant": QuantConfig(scheme="int8", granularity="channel")},
+    "quantized": {"quant": QuantConfig(scheme="int8", granularity="channel")},
     "lora": {"lora": LoRAConfig(rank=4, num_adapters=2)},
     "invariant": {"batch_invariant": True},
 }
@@ -33,7 +34,7 @@ NAMES = (
     "marked masked given",
     "chunked",
     "chunked backward",
-    "quantised backward",
+    "quantized backward",
     "lora backward",
     "autocast",
     "autocast marked given",
@@ -41,7 +42,7 @@ NAMES = (
     "autocast stages backward",
     "autocast chunked marked masked given backward",
     "autocast opaque",
-    "autocast quantised",
+    "autocast quantized",
     "autocast lora",
     "autocast invariant",
 )

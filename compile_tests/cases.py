@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import moe_fn
-from moe_fn import ExpertNormConfig, GroupConfig, LatentConfig, MoEConfig, MoEWeights, RouterConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn import (
+    ExpertNormConfig,
+    GroupConfig,
+    LatentConfig,
+    MoEConfig,
+    MoEWeights,
+    RouterConfig,
+    SharedExpertsConfig,
+    ZeroExpertsConfig,
+)
 from moe_fn.testing import weights_for
 
 TORCH_2_11 = torch.__version__.startswith("2.11.")
@@ -35,7 +44,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "everything": {
         "top_k": 4,
-        "router": RouterConfig(scoring="sqrtsoftplus", correction_bias="logits", logit_softcap=5.0, routed_scaling_factor=1.5),
+        "router": RouterConfig(
+            scoring="sqrtsoftplus", correction_bias="logits", logit_softcap=5.0, routed_scaling_factor=1.5
+        ),
         "latent": LatentConfig(size=10),
         "hidden_padding": 2,
         "expert_norm": ExpertNormConfig(),
@@ -72,7 +83,9 @@ class Case:
     def layer(self) -> Callable[..., Tensor]:
         config = self.config
 
-        def layer(weights: MoEWeights, x: Tensor, logits: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
+        def layer(
+            weights: MoEWeights, x: Tensor, logits: Tensor | None = None, token_mask: Tensor | None = None
+        ) -> Tensor:
             return moe_fn.moe_forward(config, weights, x, logits, token_mask=token_mask)
 
         return layer
@@ -100,8 +113,13 @@ def every_case(recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = t
     return [Case(recipe, form) for recipe in recipes for form in forms]
 
 
-def cases(recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = tuple(FORMS), longest: bool = False) -> pytest.MarkDecorator:
-    """A test over layers and forms: its argument `case`. longest: also, not among the thorough ones alone, the case that takes longest."""
+def cases(
+    recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = tuple(FORMS), longest: bool = False
+) -> pytest.MarkDecorator:
+    """A test over layers and forms: its argument `case`.
+
+    longest: also, not among the thorough ones alone, the case that takes longest.
+    """
 
     def marks(case: Case) -> list[pytest.MarkDecorator]:
         return [pytest.mark.thorough] if (case.recipe, case.form) == LONGEST and not longest else []
@@ -112,4 +130,6 @@ def cases(recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = tuple(
 
 def as_leaves(args: Any) -> Any:
     """Copies that require gradients, where they are floating."""
-    return tree_map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t, args)
+    return tree_map(
+        lambda t: t.detach().clone().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t, args
+    )

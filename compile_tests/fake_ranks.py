@@ -22,7 +22,9 @@ COLLECTIVES = {
 
 
 class Echo(fx.Interpreter):
-    """Runs a graph as if every rank had sent what this one did: the fake process group leaves results as memory happens to be."""
+    """Runs a graph as if every rank had sent what this one did: the fake process group leaves results as memory happens
+    to be.
+    """
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops._c10d_functional.all_to_all_single.default:
@@ -67,11 +69,12 @@ def collectives_in(gm: fx.GraphModule) -> list[fx.Node]:
 
 def short_name(node: fx.Node) -> str:
     name = name_of(node)
-    return name.removeprefix("_c10d_functional.").removesuffix(".default") if name.startswith("_c10d_functional.") else ""
+    return (
+        name.removeprefix("_c10d_functional.").removesuffix(".default") if name.startswith("_c10d_functional.") else ""
+    )
 
 
 def id_of(case: Any) -> str:
     mesh, options = case
-    return (
-        f"{'x'.join(f'{name}{n}' for name, n in mesh.items())}-{'sequence-' if 'sequence_parallel' in options else ''}{options['dispatch']}"
-    )
+    sequence = "sequence-" if "sequence_parallel" in options else ""
+    return f"{'x'.join(f'{name}{n}' for name, n in mesh.items())}-{sequence}{options['dispatch']}"

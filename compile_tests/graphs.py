@@ -30,7 +30,11 @@ class Graphs:
 
 
 def graphs_of(
-    fn: Callable[..., Any], args: Sequence[Any], *, fullgraph: bool = True, interpreter: type[fx.Interpreter] | None = None
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    *,
+    fullgraph: bool = True,
+    interpreter: type[fx.Interpreter] | None = None,
 ) -> Graphs:
     """Compile fn, run it on args and, where something requires a gradient, backward.
 
@@ -88,7 +92,11 @@ def reading_values(graphs: fx.GraphModule | Sequence[fx.GraphModule]) -> list[st
             masks = target is torch.ops.aten.index.Tensor and any(
                 i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in node.args[1]
             )
-            if masks or READS_VALUES & set(target.tags) or target in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            if (
+                masks
+                or READS_VALUES & set(target.tags)
+                or target in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+            ):
                 found += [name_of(node)] if masks or READS_VALUES & set(target.tags) or _moves(node) else []
         elif node.op == "call_method" and target in ("item", "tolist", "nonzero", "cpu"):
             found.append(str(target))

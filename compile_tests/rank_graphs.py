@@ -42,7 +42,9 @@ FORMATS: dict[str, Format] = {
     "sequence, all_gather": Format("tp", {"sequence_parallel": True, "dispatch": "all_gather", "max_tokens": MOST}),
     "sequence, all_gather that asks": Format("tp", {"sequence_parallel": True, "dispatch": "all_gather"}, asks=True),
     "sequence, all_to_all": Format("tp", {"sequence_parallel": True, "dispatch": "all_to_all"}, asks=True),
-    "sequence, all_to_all_static": Format("tp", {"sequence_parallel": True, "dispatch": "all_to_all_static", "max_tokens": MOST}),
+    "sequence, all_to_all_static": Format(
+        "tp", {"sequence_parallel": True, "dispatch": "all_to_all_static", "max_tokens": MOST}
+    ),
 }
 
 
@@ -60,7 +62,9 @@ def leaves_of_rank(config: MoEConfig, dtype: torch.dtype = torch.float32) -> MoE
     return tree_map(lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t, own)  # type: ignore[no-any-return]
 
 
-def tokens_of(config: MoEConfig, count: int, seed: int, dtype: torch.dtype = torch.float32, mark: bool = True) -> tuple[Tensor, Tensor]:
+def tokens_of(
+    config: MoEConfig, count: int, seed: int, dtype: torch.dtype = torch.float32, mark: bool = True
+) -> tuple[Tensor, Tensor]:
     """x and logits that require gradients, and whose count is nobody's business."""
     generator = torch.Generator().manual_seed(100 * seed + count)
     x, logits = (torch.randn(count, n, generator=generator).to(dtype) for n in (config.hidden_size, config.num_logits))
@@ -101,7 +105,9 @@ def check(name: str, mesh: DeviceMesh, rank: int, fullgraph: bool, backend: str)
     return found
 
 
-def run_compiled(layer: Any, calls: list[Any], results: list[list[Tensor]], fullgraph: bool, backend: str) -> tuple[int, int]:
+def run_compiled(
+    layer: Any, calls: list[Any], results: list[list[Tensor]], fullgraph: bool, backend: str
+) -> tuple[int, int]:
     """(graphs, breaks) of compiled calls, forward and backward; their results are added to `results`."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -111,7 +117,8 @@ def run_compiled(layer: Any, calls: list[Any], results: list[list[Tensor]], full
     return counter.frame_count, sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-# Their graphs: test_plain_compile_breaks_nowhere, and 64 ranks; their numbers in eager: property_tests/test_parallel.py.
+# Their graphs: test_plain_compile_breaks_nowhere, and 64 ranks; their numbers in eager:
+# property_tests/test_parallel.py.
 TRACED_ALONE = (
     "all_gather over dp", "all_to_all by a table", "all_gather of logits", "replicated over tp", "all_gather that asks",
     "sequence, all_gather", "sequence, all_gather that asks", "sequence, all_to_all_static",
@@ -128,7 +135,9 @@ def worker(rank: int, world: int, store: str, results: Any) -> None:
     """One rank: every job, in order; (rank, job, (graphs, breaks) or an error) of each into the queue."""
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     meshes = {name: init_device_mesh("cpu", (world,), mesh_dim_names=(name,)) for name in ("tp", "ep", "dp")}
     for job in JOBS:
         try:

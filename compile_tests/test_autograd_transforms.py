@@ -1,4 +1,6 @@
-"""Autograd's own transforms around an eager layer: tangents, batches of gradients, hooks, compiled autograd, and only what is asked for."""
+"""Autograd's own transforms around an eager layer: tangents, batches of gradients, hooks, compiled autograd, and only
+what is asked for.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,9 +27,11 @@ DIFFERENTIABLE_TWICE = ("plain", "chunked")
 Layer = Callable[..., Tensor]
 
 
-def quantised(dtype: torch.dtype) -> tuple[Layer, tuple[Any, ...]]:
+def quantized(dtype: torch.dtype) -> tuple[Layer, tuple[Any, ...]]:
     case = Case("deepseek", backend="auto")
-    config, weights = quantize_weights(case.config, case.weights(dtype), QuantConfig(scheme="int8", granularity="channel"))
+    config, weights = quantize_weights(
+        case.config, case.weights(dtype), QuantConfig(scheme="int8", granularity="channel")
+    )
     return partial(moe_fn.moe_forward, config), (weights, *case.token_args(4, dtype)[:2])
 
 
@@ -48,7 +52,7 @@ def of_case(case: Case, dtype: torch.dtype) -> tuple[Layer, tuple[Any, ...]]:
 
 PROBLEMS: dict[str, Callable[[torch.dtype], tuple[Layer, tuple[Any, ...]]]] = {
     **{str(case): partial(of_case, case) for case in (Case(r, f) for r in BOTH for f in DIFFERENTIABLE_TWICE)},
-    "quantised": quantised,
+    "quantized": quantized,
     "adapted": adapted,
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS)
@@ -59,7 +63,11 @@ def by_tensors(name: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor], li
     layer, args = PROBLEMS[name](dtype)
     leaves, structure = tree_flatten(args)
     fixed = {id(t) for t in tree_flatten(args[0].quant)[0]}
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf) not in fixed]
+    places = [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and id(leaf) not in fixed
+    ]
 
     def function(*tensors: Tensor) -> Tensor:
         given = dict(zip(places, tensors, strict=True))
@@ -111,13 +119,17 @@ def test_linearized_and_vectorized_are_the_jacobian(problem: str) -> None:
         torch.testing.assert_close(jacobian(of_x, x, vectorize=True, strategy=strategy), expected, rtol=1e-4, atol=1e-5)
     direction = x.cos()
     _, linear = torch.func.linearize(of_x, x)
-    torch.testing.assert_close(linear(direction), torch.einsum("abcd,cd->ab", expected, direction), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        linear(direction), torch.einsum("abcd,cd->ab", expected, direction), rtol=1e-4, atol=1e-5
+    )
 
     def loss(x: Tensor) -> Tensor:
         return of_x(x).square().sum()
 
     twice = hessian(loss, x)
-    torch.testing.assert_close(hessian(loss, x, vectorize=True, outer_jacobian_strategy="forward-mode"), twice, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        hessian(loss, x, vectorize=True, outer_jacobian_strategy="forward-mode"), twice, rtol=1e-3, atol=1e-4
+    )
     torch.testing.assert_close(torch.func.hessian(loss)(x), twice, rtol=1e-3, atol=1e-4)
 
 
@@ -172,7 +184,9 @@ def test_hooks_may_stand_around_a_second_derivative(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "opaque", pytest.param("chunked", marks=pytest.mark.thorough)])
 def test_compiled_autograd_runs_the_backward_of_eager_layers(form: str) -> None:
-    """Two that differ in what is no tensor, too: torch knows a backward by its function, and must not run one of them for the other."""
+    """Two that differ in what is no tensor, too: torch knows a backward by its function, and must not run one of them
+    for the other.
+    """
     for case in (Case("default", form), Case("gpt_oss", form)):
         args, expected = as_leaves(case.args(20)), as_leaves(case.args(20))
         loss_of(case.layer(*expected)).backward()

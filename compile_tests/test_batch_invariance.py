@@ -18,7 +18,9 @@ RECIPES = ("default", "deepseek", "gpt_oss", "everything")
 
 def layer_of(case: Case) -> tuple[MoEConfig, Any]:
     config = replace(case.config, batch_invariant=True)
-    return config, lambda weights, x, logits=None, mask=None: moe_fn.moe_forward(config, weights, x, logits, token_mask=mask)
+    return config, lambda weights, x, logits=None, mask=None: moe_fn.moe_forward(
+        config, weights, x, logits, token_mask=mask
+    )
 
 
 @cases(RECIPES, ("plain",))

@@ -1,4 +1,6 @@
-"""What one process has compiled the next one finds in torch's caches: nothing of ours keeps a model's graph out of them."""
+"""What one process has compiled the next one finds in torch's caches: nothing of ours keeps a model's graph out of
+them.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ QUICK = ("autocast chunked marked masked given backward",)
 def counts_of_a_process(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, int]]:
     variables = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)}  # noqa: TID251
     command = [sys.executable, "-m", "compile_tests.cached_calls", *names]
-    run = subprocess.run(command, env=variables, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=550)
+    run = subprocess.run(
+        command, env=variables, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=550
+    )
     assert run.returncode == 0, run.stderr
     found: dict[str, dict[str, int]] = json.loads(run.stdout.splitlines()[-1])
     return found

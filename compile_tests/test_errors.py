@@ -1,4 +1,6 @@
-"""Wrong calls are refused with our words: ValueError in eager and plain compile; under fullgraph torch wraps what we say."""
+"""Wrong calls are refused with our words: ValueError in eager and plain compile; under fullgraph torch wraps what we
+say.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,8 +34,12 @@ WRONG = {
     "too few logits": Wrong(lambda w, x, z: (w, x, z[:, 1:]), "num_logits=8"),
     "boolean logits": Wrong(lambda w, x, z: (w, x, z > 0), "expected a floating-point dtype"),
     "other dtype": Wrong(lambda w, x, z: (w, x.to(torch.bfloat16), z), "expected the dtype of x, torch.bfloat16"),
-    "no logits and no gate": Wrong(lambda w, x, z: (replace(w, router=None), x, None), "logits is None and weights.router.gate too"),
-    "gate_up of another size": Wrong(lambda w, x, z: (replace(w, gate_up=w.gate_up[:, 1:]), x, z), "weights.gate_up is (8, 23, 16)"),
+    "no logits and no gate": Wrong(
+        lambda w, x, z: (replace(w, router=None), x, None), "logits is None and weights.router.gate too"
+    ),
+    "gate_up of another size": Wrong(
+        lambda w, x, z: (replace(w, gate_up=w.gate_up[:, 1:]), x, z), "weights.gate_up is (8, 23, 16)"
+    ),
     "weights without use": Wrong(_weights(constants=torch.zeros(2, HIDDEN)), "weights.constants is"),
 }
 
@@ -77,7 +83,11 @@ def test_another_number_of_tokens_is_refused_with_our_words(beside: str, form: s
     def masked(weights: MoEWeights, x: Tensor, mask: Tensor) -> Tensor:
         return moe_fn.moe_forward(config, weights, x, torch.ones_like(x[:, :8]), token_mask=mask)
 
-    fn, args = (layer, (weights, x, logits[1:])) if beside == "logits" else (masked, (weights, x, torch.ones(8, dtype=torch.bool)))
+    fn, args = (
+        (layer, (weights, x, logits[1:]))
+        if beside == "logits"
+        else (masked, (weights, x, torch.ones(8, dtype=torch.bool)))
+    )
     with pytest.raises(ValueError, match=rf"moe_forward: {beside} is .*expected the leading dims of x, \(9, 16\)"):
         fn(*args)
     for fullgraph in (False, True):

@@ -34,7 +34,9 @@ class Frozen(nn.Module):
 class Open(nn.Module):
     """Config and weights are arguments."""
 
-    def forward(self, config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor | None, token_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor | None, token_mask: Tensor | None
+    ) -> Tensor:
         return moe_fn.moe_forward(config, weights, x, logits, token_mask=token_mask)
 
 
@@ -81,7 +83,9 @@ def test_config_and_weights_are_arguments_of_export(case: Case, strict: bool) ->
 
 
 def nothing_dynamic(record: Any) -> Any:
-    """dynamic_shapes of a weights record: a list with one entry per tensor that is there, a list again for nested records."""
+    """dynamic_shapes of a weights record: a list with one entry per tensor that is there, a list again for nested
+    records.
+    """
     if isinstance(record, Tensor):
         return None
     return [nothing_dynamic(value) for value in vars(record).values() if value is not None]

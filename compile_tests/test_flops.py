@@ -49,7 +49,8 @@ def test_forward_and_backward_are_counted(form: str, backend: Any) -> None:
     assert forward == EXPERTS
     backward, _ = counted(y.sum().backward)
     again = EXPERTS if form != "plain" else 0  # chunks and opaque layers compute the forward again
-    again += 2 * OF_DOWN if backend == "native" and "chunked" in form else 0  # and chunks of the fused op its first product
+    # and chunks of the fused op its first product
+    again += 2 * OF_DOWN if backend == "native" and "chunked" in form else 0
     assert backward == 2 * EXPERTS + again
 
 
@@ -73,7 +74,9 @@ def test_recomputing_is_counted() -> None:
 def test_products_with_codes_are_counted_as_products(scheme: Any, backend: Any) -> None:
     case = Case("default", backend=backend)
     weights, x, logits, _ = case.args(TOKENS)
-    config, weights = quantize_weights(case.config, weights, QuantConfig(scheme=scheme, granularity="group", group_size=4))
+    config, weights = quantize_weights(
+        case.config, weights, QuantConfig(scheme=scheme, granularity="group", group_size=4)
+    )
     forward, y = counted(layer_of(config), weights, x.requires_grad_(), logits)
     assert (forward, counted(y.sum().backward)[0]) == (EXPERTS, EXPERTS)  # codes have no gradients
 
@@ -84,12 +87,16 @@ def test_adapters_are_counted(rank: int, backend: Any) -> None:
     case = Case("default", backend=backend)
     weights, x, logits, _ = case.args(TOKENS)
     matrix = partial(torch.zeros, NUM_EXPERTS)
-    gate_up, down = (matrix(rank, HIDDEN), matrix(2 * INTERMEDIATE, rank)), (matrix(rank, INTERMEDIATE), matrix(HIDDEN, rank))
+    gate_up, down = (
+        (matrix(rank, HIDDEN), matrix(2 * INTERMEDIATE, rank)),
+        (matrix(rank, INTERMEDIATE), matrix(HIDDEN, rank)),
+    )
     config, weights = add_lora(case.config, weights, [make_lora(gate_up=gate_up, down=down, alpha=1.0)])
     of_adapters = 2 * TOKENS * TOP_K * rank * (HIDDEN + 2 * INTERMEDIATE + INTERMEDIATE + HIDDEN)
     forward, y = counted(layer_of(config), replace(weights, lora=as_leaves(weights.lora)), x, logits)
     assert forward == EXPERTS + of_adapters
-    # Frozen experts have no gradients: d of what the adapters gave goes back through down, of the first one to x it does not.
+    # Frozen experts have no gradients: d of what the adapters gave goes back through down, of the first one to x it
+    # does not.
     assert counted(y.sum().backward)[0] == OF_DOWN + 2 * of_adapters - 2 * TOKENS * TOP_K * rank * HIDDEN
 
 
@@ -121,8 +128,8 @@ def test_everything_beside_the_experts_is_counted_inside_an_opaque_layer_too() -
     assert counted(plain.layer, *args)[0] == counted(opaque.layer, *args)[0] > EXPERTS * CHUNK // TOKENS
 
 
-# An application's own finder and loader. One loader serves all modules, as in frozen applications; and other finders are asked by way of
-# importlib, as by import hooks.
+# An application's own finder and loader. One loader serves all modules, as in frozen applications; and other finders
+# are asked by way of importlib, as by import hooks.
 APPLICATION = """
 class Frozen(importlib.abc.Loader, importlib.abc.MetaPathFinder):
     loaders, busy = {}, False

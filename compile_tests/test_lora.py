@@ -1,4 +1,6 @@
-"""Adapters in the graph: one graph for every token count, no look at values, the numbers of eager; below torch.func and export too."""
+"""Adapters in the graph: one graph for every token count, no look at values, the numbers of eager; below torch.func and
+export too.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +23,16 @@ from moe_fn import LoRAConfig, MoEConfig, MoEWeights
 from moe_fn.testing import assert_matches, assert_one_graph, weights_for
 
 TOKENS = (3, 0, 1, 2, 33)
-KINDS = {"several": LoRAConfig(num_adapters=3, rank=2), "one that all share": LoRAConfig(num_adapters=1, rank=3, experts="shared")}
+KINDS = {
+    "several": LoRAConfig(num_adapters=3, rank=2),
+    "one that all share": LoRAConfig(num_adapters=1, rank=3, experts="shared"),
+}
 
 
 def config_of(kind: str = "several", form: str = "plain", **more: Any) -> MoEConfig:
-    return MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=6, lora=KINDS[kind], **FORMS[form], **more)
+    return MoEConfig(
+        num_experts=4, top_k=2, hidden_size=8, intermediate_size=6, lora=KINDS[kind], **FORMS[form], **more
+    )
 
 
 def args_of(config: MoEConfig, tokens: int) -> tuple[Any, ...]:
@@ -33,7 +40,12 @@ def args_of(config: MoEConfig, tokens: int) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(tokens)
     x, logits = (torch.randn(tokens, n, generator=generator) for n in (8, 4))
     ids = torch.randint(-1, 3, (tokens,), generator=generator)
-    return weights_for(config, seed=1), x, logits, ids if config.lora is not None and config.lora.num_adapters > 1 else None
+    return (
+        weights_for(config, seed=1),
+        x,
+        logits,
+        ids if config.lora is not None and config.lora.num_adapters > 1 else None,
+    )
 
 
 def layer_of(config: MoEConfig) -> Callable[..., Tensor]:
@@ -43,16 +55,22 @@ def layer_of(config: MoEConfig) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(("kind", "form"), [*(("several", form) for form in FORMS), ("one that all share", "plain")])
 def test_fullgraph_makes_one_graph_for_every_token_count(kind: str, form: str) -> None:
     config = config_of(kind, form)
-    assert_one_graph(layer_of(config), lambda n: args_of(config, n), TOKENS, backward=True, backend="aot_eager", forbid=ATOMICS)
+    assert_one_graph(
+        layer_of(config), lambda n: args_of(config, n), TOKENS, backward=True, backend="aot_eager", forbid=ATOMICS
+    )
 
 
 def test_plain_compile_makes_one_graph_for_every_token_count() -> None:
     config = config_of()
-    assert_one_graph(layer_of(config), lambda n: args_of(config, n), TOKENS, fullgraph=False, backward=True, backend="aot_eager")
+    assert_one_graph(
+        layer_of(config), lambda n: args_of(config, n), TOKENS, fullgraph=False, backward=True, backend="aot_eager"
+    )
 
 
 def test_adapters_are_products_and_no_loop() -> None:
-    """Two products of the experts, two of each projection's adapters, however many adapters there are; an outer product for each."""
+    """Two products of the experts, two of each projection's adapters, however many adapters there are; an outer product
+    for each.
+    """
     config = config_of(backend="torch")
     weights = tree_map(lambda t: t.requires_grad_(t.is_floating_point()), weights_for(config, bias=False))
     graphs = graphs_of(layer_of(config), (weights, *args_of(config, 5)[1:]))
@@ -79,7 +97,12 @@ def test_func_grad_and_vmap_compile(form: str) -> None:
 
     transformed = vmap(grad(loss), in_dims=(None, 0))
     args = weights.lora, torch.stack([x, 2 * x])
-    assert_matches(torch.compile(transformed, backend="aot_eager", fullgraph=True)(*args), transformed(*args), tolerance=1e-5, scale=1.0)
+    assert_matches(
+        torch.compile(transformed, backend="aot_eager", fullgraph=True)(*args),
+        transformed(*args),
+        tolerance=1e-5,
+        scale=1.0,
+    )
 
 
 class Layer(nn.Module):

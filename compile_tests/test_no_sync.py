@@ -1,4 +1,6 @@
-"""The layer never makes a GPU wait for the host: traced on fake CUDA tensors, and run in real CUDA graphs where there is a GPU."""
+"""The layer never makes a GPU wait for the host: traced on fake CUDA tensors, and run in real CUDA graphs where there
+is a GPU.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,8 +29,13 @@ def fake() -> Iterator[FakeTensorMode]:
 
 
 def on_fake_cuda(values: Any) -> Any:
-    """Tensors of the same shapes that claim to be on a GPU. They must never require a gradient: torch would abort the process."""
-    return tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda") if isinstance(t, Tensor) else t, values)
+    """Tensors of the same shapes that claim to be on a GPU.
+
+    They must never require a gradient: torch would abort the process.
+    """
+    return tree_map(
+        lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda") if isinstance(t, Tensor) else t, values
+    )
 
 
 def assert_stays_on_cuda(*graphs: torch.fx.GraphModule) -> None:
@@ -89,8 +96,12 @@ def test_the_stages_and_the_blocked_kernels_together_have_no_sync(case: Case, mo
     assert_stays_on_cuda(graph)
 
 
-def problem(tokens: int, segments: int, weight_sets: int, sizes: list[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """(rows, other rows, weights, ends): `sizes` of the groups of each segment in turn; the rest of a segment is nobody's."""
+def problem(
+    tokens: int, segments: int, weight_sets: int, sizes: list[int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """(rows, other rows, weights, ends): `sizes` of the groups of each segment in turn; the rest of a segment is
+    nobody's.
+    """
     generator = torch.Generator().manual_seed(tokens)
     rows, other = (torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype) for width in (6, 5))
     experts = len(sizes) // segments
@@ -123,7 +134,9 @@ def test_blocked_products_equal_the_loop_over_experts(name: str, dtype: torch.dt
     actual = kernels.blocked_matmul(rows, weight, ends, segments, weight_sets)
     assert_matches(actual, expected, name="matmul")
     transposed = weight.transpose(1, 2).contiguous()
-    assert_matches(kernels.grouped_matmul(rows, transposed, ends, True, segments, weight_sets), expected, name="transposed")
+    assert_matches(
+        kernels.grouped_matmul(rows, transposed, ends, True, segments, weight_sets), expected, name="transposed"
+    )
     outer = kernels.grouped_outer(rows, other, ends, segments, weight_sets)
     assert_matches(kernels.blocked_outer(rows, other, ends, segments, weight_sets), outer, name="outer")
 
@@ -134,7 +147,9 @@ def test_blocked_products_never_read_rows_of_nobody(name: str) -> None:
     rows, other, weight, ends = problem(tokens, segments, weight_sets, sizes)
     step = tokens // segments
     last = ends.view(segments, -1)[:, -1].tolist()
-    nobody = torch.tensor([row >= last[min(row // max(step, 1), segments - 1)] for row in range(tokens)], dtype=torch.bool)
+    nobody = torch.tensor(
+        [row >= last[min(row // max(step, 1), segments - 1)] for row in range(tokens)], dtype=torch.bool
+    )
     rows[nobody], other[nobody] = torch.nan, torch.nan
     blocked = kernels.blocked_matmul(rows, weight, ends, segments, weight_sets)
     for product in (blocked, kernels.grouped_matmul(rows, weight, ends, False, segments, weight_sets)):
@@ -144,7 +159,9 @@ def test_blocked_products_never_read_rows_of_nobody(name: str) -> None:
     assert kernels.grouped_outer(rows, other, ends, segments, weight_sets).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["ragged", "segments that share weights", "segments with their own weights", "no rows"])
+@pytest.mark.parametrize(
+    "name", ["ragged", "segments that share weights", "segments with their own weights", "no rows"]
+)
 def test_blocked_products_trace_on_cuda_without_a_sync(name: str, fake: FakeTensorMode) -> None:
     tokens, segments, weight_sets, sizes = GROUPS[name]
     experts = len(sizes) // segments
@@ -152,8 +169,12 @@ def test_blocked_products_trace_on_cuda_without_a_sync(name: str, fake: FakeTens
     weight = torch.empty(weight_sets * experts, 6, 5, device="cuda")
     ends = torch.empty(len(sizes), dtype=torch.int32, device="cuda")
     transposed = torch.empty(weight_sets * experts, 5, 6, device="cuda")
-    assert_stays_on_cuda(make_fx(lambda *args: kernels.grouped_matmul(*args, False, segments, weight_sets))(rows, weight, ends))
-    assert_stays_on_cuda(make_fx(lambda *args: kernels.grouped_matmul(*args, True, segments, weight_sets))(rows, transposed, ends))
+    assert_stays_on_cuda(
+        make_fx(lambda *args: kernels.grouped_matmul(*args, False, segments, weight_sets))(rows, weight, ends)
+    )
+    assert_stays_on_cuda(
+        make_fx(lambda *args: kernels.grouped_matmul(*args, True, segments, weight_sets))(rows, transposed, ends)
+    )
     assert_stays_on_cuda(make_fx(lambda *args: kernels.grouped_outer(*args, segments, weight_sets))(rows, other, ends))
 
 
@@ -179,7 +200,11 @@ def test_the_layer_runs_on_a_gpu_while_syncs_are_errors(case: Case) -> None:
         case.layer(*args).square().sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_matches(case.layer(*args), case.layer(*tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, args)), tolerance=1e-5)
+    assert_matches(
+        case.layer(*args),
+        case.layer(*tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, args)),
+        tolerance=1e-5,
+    )
 
 
 @pytest.mark.gpu

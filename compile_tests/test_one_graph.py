@@ -97,7 +97,9 @@ def test_graphs_hold_the_ops_of_their_form_and_never_read_values(case: Case, ful
 
 
 def assert_aten_and_one_kernel(case: Case, graphs: Graphs) -> None:
-    """The op of the native kernels, whose gradient is made of grouped products; without them, and with expert_norm, products all over."""
+    """The op of the native kernels, whose gradient is made of grouped products; without them, and with expert_norm,
+    products all over.
+    """
     if case.config.expert_norm is not None or not moe_fn.backends()[1].available:
         return assert_aten_and_grouped_products(case, graphs)
     gate = {"grouped_matmul_native": 1} if case.recipe in GATE_INSIDE else {}
@@ -119,7 +121,8 @@ def assert_aten_and_grouped_products(case: Case, graphs: Graphs) -> None:
         return {name.removesuffix("_native"): count for name, count in ops(of).items()}
 
     assert set(grouped(graphs.dynamo)) == {"grouped_matmul", "gather_rows"}
-    assert set(grouped(graphs.forward)) == {"grouped_matmul"}  # gather_rows has become index_select, which Inductor fuses
+    # gather_rows has become index_select, which Inductor fuses
+    assert set(grouped(graphs.forward)) == {"grouped_matmul"}
     assert set(grouped(graphs.backward)) == {"grouped_matmul", "grouped_outer"}
     if case.recipe == "default":
         assert grouped(graphs.forward) == {"grouped_matmul": 2}
@@ -183,7 +186,9 @@ def test_a_replayed_choice_is_one_graph() -> None:
 
     def layer(weights: MoEWeights, x: Tensor, logits: Tensor | None, mask: Tensor | None, ids: Tensor) -> Tensor:
         logits, _ = moe_fn.moe_route(config, weights, x, logits, token_mask=mask)
-        return moe_fn.moe_forward_routed(config, weights, x, moe_fn.route_to(config, weights, logits, ids, token_mask=mask))
+        return moe_fn.moe_forward_routed(
+            config, weights, x, moe_fn.route_to(config, weights, logits, ids, token_mask=mask)
+        )
 
     assert_one_graph(layer, make_args, (3, 0, 1, 20), backward=True, backend="aot_eager", forbid=ATOMICS)
 
@@ -217,7 +222,8 @@ def test_leading_dimensions_stay_one_graph(form: str) -> None:
     case = Case("everything", form)
     config, counter = case.config, CompileCounterWithBackend("aot_eager")
     layer = torch.compile(case.layer, backend=counter, fullgraph=True)
-    for length in (5, 1, 12):  # not 0: torch guards on the strides of [2, 0, H], which are odd, and makes one more graph
+    # not 0: torch guards on the strides of [2, 0, H], which are odd, and makes one more graph
+    for length in (5, 1, 12):
         weights, x, _, mask = case.args(2 * length)
         x, mask = x.view(2, length, HIDDEN), mask.view(2, length)
         expected = moe_fn.moe_forward(config, weights, x, token_mask=mask)
@@ -229,14 +235,18 @@ def test_leading_dimensions_stay_one_graph(form: str) -> None:
 
 
 class Model(torch.nn.Module):
-    """Layers with norms, residuals and mixing of tokens by their sum; the last one has the config and weights of the first."""
+    """Layers with norms, residuals and mixing of tokens by their sum; the last one has the config and weights of the
+    first.
+    """
 
     def __init__(self, configs: list[MoEConfig]) -> None:
         super().__init__()
         weights = [weights_for(config, seed=seed, requires_grad=True) for seed, config in enumerate(configs)]
         self.layers = [*zip(configs, weights, strict=True), (configs[0], weights[0])]
         self.mix = torch.nn.ModuleList(torch.nn.Linear(HIDDEN, HIDDEN) for _ in self.layers)
-        self.tensors = [t for t in torch.utils._pytree.tree_leaves(weights) if t.requires_grad] + list(self.parameters())
+        self.tensors = [t for t in torch.utils._pytree.tree_leaves(weights) if t.requires_grad] + list(
+            self.parameters()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for (config, weights), mix in zip(self.layers, self.mix, strict=True):

@@ -1,4 +1,6 @@
-"""Every op of the package keeps the contract of torch.library: opcheck, a pure schema, and words that say why it exists."""
+"""Every op of the package keeps the contract of torch.library: opcheck, a pure schema, and words that say why it
+exists.
+"""
 
 import dataclasses
 import importlib
@@ -23,7 +25,9 @@ from moe_fn.kernels.triton import call as gpu
 from moe_fn.records import leaves_of_weights
 
 for _module in pkgutil.walk_packages(moe_fn.__path__, "moe_fn."):  # an op exists once its module is imported
-    if "integrations" not in _module.name and not _module.name.startswith(("moe_fn.testing", "moe_fn.bench", "moe_fn.kernels.triton")):
+    if "integrations" not in _module.name and not _module.name.startswith(
+        ("moe_fn.testing", "moe_fn.bench", "moe_fn.kernels.triton")
+    ):
         importlib.import_module(_module.name)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +43,9 @@ def op_of(name: str) -> Any:
 
 def make(seed: int, dtype: torch.dtype, requires_grad: bool) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+    return lambda *shape: (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+    )
 
 
 def ends(*values: int) -> Tensor:
@@ -70,21 +76,43 @@ def grouped_outer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ..
 NO_CODES = (None,) * 8
 
 
-def routed_experts(dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1, codes: bool = False) -> list[tuple[Any, ...]]:
+def routed_experts(
+    dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1, codes: bool = False
+) -> list[tuple[Any, ...]]:
     r, samples = make(3, dtype, requires_grad), []
-    silu, oai = ("silu", True, False, 1.0, 0.0, None, False, None, None), ("silu", True, True, 1.702, 1.0, 7.0, False, None, None)
+    silu, oai = (
+        ("silu", True, False, 1.0, 0.0, None, False, None, None),
+        ("silu", True, True, 1.702, 1.0, 7.0, False, None, None),
+    )
     for tokens, transposed, biased, activation in ((5, True, False, silu), (0, True, True, oai), (3, False, True, oai)):
         ids = torch.randint(lowest_id, 3, (tokens, 2), generator=torch.Generator().manual_seed(tokens))
         weights = (r(3, 6, 4), r(3, 4, 3)) if transposed else (r(3, 4, 6), r(3, 3, 4))
         biases = (r(3, 6), r(3, 4)) if biased else (None, None)
         routing = torch.rand(tokens, 2).requires_grad_(requires_grad)
-        samples.append((r(tokens, 4), ids, routing, *weights, *biases, *NO_CODES, 3, transposed, *activation, "", biased, requires_grad))
+        samples.append(
+            (
+                r(tokens, 4),
+                ids,
+                routing,
+                *weights,
+                *biases,
+                *NO_CODES,
+                3,
+                transposed,
+                *activation,
+                "",
+                biased,
+                requires_grad,
+            )
+        )
     if codes:
-        quant = QuantConfig(scheme="int8", granularity="channel").text
+        quant = QuantConfig(scheme="int8", granularity="channel").json
         weights = torch.arange(72, dtype=torch.int8).view(3, 6, 4), torch.arange(36, dtype=torch.int8).view(3, 4, 3)
         scales = torch.rand(3, 6, 1) / 100, torch.rand(3, 4, 1) / 100
         x, ids, routing = samples[0][:3]
-        samples.append((x, ids, routing, *weights, None, None, *scales, *NO_CODES[2:], 3, True, *silu, quant, False, requires_grad))
+        samples.append(
+            (x, ids, routing, *weights, None, None, *scales, *NO_CODES[2:], 3, True, *silu, quant, False, requires_grad)
+        )
     return samples
 
 
@@ -96,25 +124,30 @@ def routed_experts_backward(dtype: torch.dtype, requires_grad: bool) -> list[tup
     return samples
 
 
-def quantised_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+def quantized_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     r, samples = make(4, dtype, requires_grad), []
     for scheme, per_byte, zero in (("int8", 1, False), ("int4", 2, True)):
         quant = QuantConfig(scheme=scheme, granularity="group", group_size=2, zero_points=zero)  # type: ignore[arg-type]
         codes = torch.randint(0, 127, (3, 6, 4 // per_byte), dtype=torch.uint8).to(torch.uint8 if zero else torch.int8)
         scale, zeros = torch.rand(3, 6, 2), torch.randint(0, 15, (3, 6, 2), dtype=torch.uint8) if zero else None
         for transposed, width in ((True, 4), (False, 6)):
-            samples.append((r(7, width), codes, scale, zeros, None, ends(2, 2, 6), quant.text, 2, transposed, 1, 1, zero))
+            samples.append(
+                (r(7, width), codes, scale, zeros, None, ends(2, 2, 6), quant.json, 2, transposed, 1, 1, zero)
+            )
     return samples
 
 
 def elementwise(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     r = make(5, dtype, requires_grad)
-    return [(r(*shape), name) for shape, name in (((3, 5), "exp"), ((0,), "sigmoid"), ((1,), "softplus"), ((40,), "tanh"), ((2, 1), "erf"))]
+    return [
+        (r(*shape), name)
+        for shape, name in (((3, 5), "exp"), ((0,), "sigmoid"), ((1,), "softplus"), ((40,), "tanh"), ((2, 1), "erf"))
+    ]
 
 
 def route_top_k(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     r, config = make(2, dtype, requires_grad), Case("deepseek").config
-    biased, plain = config._json, dataclasses.replace(config, router=RouterConfig())._json
+    biased, plain = config.json, dataclasses.replace(config, router=RouterConfig()).json
     return [(r(5, 8), torch.randn(8), biased), (r(3, 8), None, plain), (r(0, 8), None, plain)]
 
 
@@ -128,11 +161,15 @@ def gather_rows(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]
 
 def whole_layer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     samples = []
-    for case, tokens in ((Case("default", "opaque"), 5), (Case("everything", "opaque_chunked"), 20), (Case("deepseek", "opaque"), 0)):
+    for case, tokens in (
+        (Case("default", "opaque"), 5),
+        (Case("everything", "opaque_chunked"), 20),
+        (Case("deepseek", "opaque"), 0),
+    ):
         weights, x, logits, mask = case.args(tokens, dtype)
         gate_x = x + 0.125 if logits is None else None  # under autocast: other than x
         tensors = [x, logits, None, mask, None, None, None, None, gate_x, *leaves_of_weights(weights)]
-        samples.append((case.config._json, *(_leaf(t, requires_grad) for t in tensors)))
+        samples.append((case.config.json, *(_leaf(t, requires_grad) for t in tensors)))
     return samples
 
 
@@ -164,9 +201,9 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     ),  # rows of no expert are left as they are in what it keeps
     "moe_fn::routed_experts_backward_triton": routed_experts_backward,
     "moe_fn::route_top_k_triton": route_top_k,
-    "moe_fn::quantised_matmul": quantised_matmul,
-    "moe_fn::quantised_matmul_native": quantised_matmul,
-    "moe_fn::quantised_matmul_triton": quantised_matmul,
+    "moe_fn::quantized_matmul": quantized_matmul,
+    "moe_fn::quantized_matmul_native": quantized_matmul,
+    "moe_fn::quantized_matmul_triton": quantized_matmul,
     "moe_fn::elementwise": elementwise,
     "moe_fn::gather_rows": gather_rows,
     "moe_fn::moe_forward": whole_layer,
@@ -180,15 +217,19 @@ def refuses(name: str, dtype: torch.dtype) -> str | None:
     if name.endswith("_native"):
         return native.problem("cpu", dtype)
     if name.endswith("_triton"):
-        return gpu.problem("cpu", dtype) or ("Triton's interpreter multiplies bfloat16 as integers" if dtype == torch.bfloat16 else None)
+        return gpu.problem("cpu", dtype) or (
+            "Triton's interpreter multiplies bfloat16 as integers" if dtype == torch.bfloat16 else None
+        )
     return None
 
 
-# They need ranks to talk to: in real processes `test_parallel` holds their fakes, gradients and graphs to what eager gives.
+# They need ranks to talk to: in real processes `test_parallel` holds their fakes, gradients and graphs to what eager
+# gives.
 COLLECTIVES = {
     f"moe_fn::{name}"
     for name in (
-        "arrived", "sum_over_ranks", "copy_to_ranks", "gather_ranks", "scatter_ranks", "own_rows", "join_rows", "exchange_ranks",
+        "wait", "sum_over_ranks", "copy_to_ranks", "gather_ranks", "scatter_ranks", "own_rows", "join_rows",
+        "exchange_ranks",
         "exchange_splits", "as_gathered", "as_exchanged", "as_split",
     )
 }  # fmt: skip

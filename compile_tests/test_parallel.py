@@ -24,7 +24,10 @@ RANKS = 64
 def test_two_processes_make_one_graph_each_with_the_numbers_of_eager(tmp_path: Path) -> None:
     context: Any = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, 2, str(tmp_path / "store"), results), daemon=True) for rank in range(2)]
+    processes = [
+        context.Process(target=worker, args=(rank, 2, str(tmp_path / "store"), results), daemon=True)
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     found: dict[Any, Any] = {}
@@ -66,7 +69,10 @@ ON_64: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
     ({"ep": 8, "tp": 8}, {"dispatch": "all_to_all"}),
     ({"ep": 8, "tp": 8}, {"sequence_parallel": True, "dispatch": "all_to_all_static", "max_tokens": MOST}),
     ({"dp": 8, "ep": 8}, {"dispatch": "all_gather", "gather": "logits", "max_tokens": MOST}),
-    ({"dp": 8, "ep": 8}, {"dispatch": "all_to_all_static", "max_tokens": MOST, "placement": tuple(e % 8 for e in range(128))}),
+    (
+        {"dp": 8, "ep": 8},
+        {"dispatch": "all_to_all_static", "max_tokens": MOST, "placement": tuple(e % 8 for e in range(128))},
+    ),
 )
 
 
@@ -74,6 +80,8 @@ ON_64: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
 def test_64_ranks_trace_to_one_graph(case: Any) -> None:
     with fake_ranks(RANKS, rank=37):
         config = config_of(parallel_of(*case), experts=128, inner=64)
-        graphs = graphs_of(layer_of(config), (leaves_of_rank(config), *tokens_of(config, 5, seed=0)), fullgraph=True, interpreter=Echo)
+        graphs = graphs_of(
+            layer_of(config), (leaves_of_rank(config), *tokens_of(config, 5, seed=0)), fullgraph=True, interpreter=Echo
+        )
     assert [len(graphs.dynamo), len(graphs.forward), len(graphs.backward)] == [1, 1, 1]
     assert collectives_in(graphs.forward[0])

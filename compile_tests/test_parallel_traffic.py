@@ -10,7 +10,16 @@ import torch.distributed as dist
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from compile_tests.fake_ranks import COLLECTIVES, Echo, collectives_in, fake_ranks, id_of, layer_of, parallel_of, short_name
+from compile_tests.fake_ranks import (
+    COLLECTIVES,
+    Echo,
+    collectives_in,
+    fake_ranks,
+    id_of,
+    layer_of,
+    parallel_of,
+    short_name,
+)
 from compile_tests.graphs import Graphs, graphs_of, name_of
 from compile_tests.rank_graphs import FORMATS, MOST, config_of, leaves_of_rank, tokens_of
 from moe_fn import (
@@ -30,10 +39,14 @@ SHARED_PRODUCT = "aten.mm"
 
 
 def counted(gm: fx.GraphModule, config: MoEConfig, slots: int) -> Counter[tuple[str, str, int]]:
-    """(collective, group, payload's bytes) of each collective in a graph; sizes from the data are taken for evenly spread slots."""
+    """(collective, group, payload's bytes) of each collective in a graph; sizes from the data are taken for evenly
+    spread slots.
+    """
     parallel = config.parallel
     assert parallel is not None
-    groups = {getattr(parallel, name).name: name for name in ("sp", "tp", "dp", "ep") if getattr(parallel, name) is not None}
+    groups = {
+        getattr(parallel, name).name: name for name in ("sp", "tp", "dp", "ep") if getattr(parallel, name) is not None
+    }
     found: Counter[tuple[str, str, int]] = Counter()
     for node in collectives_in(gm):
         value = node.args[0].meta["val"]  # type: ignore[union-attr]
@@ -41,9 +54,12 @@ def counted(gm: fx.GraphModule, config: MoEConfig, slots: int) -> Counter[tuple[
         for length in value.shape:
             symbols = free_unbacked_symbols(length)
             ranks = parallel.ep.size if parallel.ep else 1
-            each = slots // ranks if parallel.dispatch == "all_to_all" else slots // config.top_k  # else it is the most tokens
+            # else it is the most tokens
+            each = slots // ranks if parallel.dispatch == "all_to_all" else slots // config.top_k
             size *= int(length.node.expr.xreplace(dict.fromkeys(symbols, each))) if symbols else int(length)
-        group = next(groups[arg] for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, str) and arg in groups)
+        group = next(
+            groups[arg] for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, str) and arg in groups
+        )
         found[COLLECTIVES[short_name(node)], group, size * value.element_size()] += 1
     return found
 
@@ -93,17 +109,25 @@ _WITHOUT_LORA = [layer for layer in LAYERS if "lora" not in LAYERS[layer]]
 COUNTED = [(mesh, options, _WITHOUT_LORA[i % len(_WITHOUT_LORA)]) for i, (mesh, options) in enumerate(MESHES)] + [
     ({"tp": 4}, {"dispatch": "replicated"}, layer) for layer in _WITHOUT_LORA[2:]
 ]
-COUNTED += [(mesh, options, "lora that experts share" if i % 2 else "lora") for i, (mesh, options) in enumerate(MESHES[-5:])]
+COUNTED += [
+    (mesh, options, "lora that experts share" if i % 2 else "lora") for i, (mesh, options) in enumerate(MESHES[-5:])
+]
 
 
 @pytest.mark.parametrize("case", COUNTED, ids=lambda case: f"{id_of(case[:2])}-{'-'.join(map(str, case[1]))}-{case[2]}")
 def test_the_graphs_send_the_bytes_that_traffic_says(case: Any) -> None:
     mesh, options, layer = case
-    tokens, dtype = (16 if "sequence_parallel" in options else 4), torch.bfloat16  # as many slots as there are ranks, and more
+    # as many slots as there are ranks, and more
+    tokens, dtype = (16 if "sequence_parallel" in options else 4), torch.bfloat16
     with fake_ranks(4, rank=1):
         config = config_of(parallel_of(mesh, options), experts=8, inner=8, **LAYERS[layer])
         weights = leaves_of_rank(config, dtype)
-        graphs = graphs_of(layer_of(config), (weights, *tokens_of(config, tokens, 0, dtype, mark=False)), fullgraph=True, interpreter=Echo)
+        graphs = graphs_of(
+            layer_of(config),
+            (weights, *tokens_of(config, tokens, 0, dtype, mark=False)),
+            fullgraph=True,
+            interpreter=Echo,
+        )
     parallel = config.parallel
     assert parallel is not None
     merged = {"sp": "ep"} if parallel.sp and parallel.ep and parallel.sp.name == parallel.ep.name else {}
@@ -112,18 +136,30 @@ def test_the_graphs_send_the_bytes_that_traffic_says(case: Any) -> None:
         wanted = said(traffic(config, tokens, dtype, backward, weights), merged)
         found = counted(gm, config, rows * config.top_k)
         found = merge_weights(found, weights, parallel) if backward else found
-        assert found == wanted, f"backward={backward}: in the graph but not said {found - wanted}, said but not there {wanted - found}"
+        assert found == wanted, (
+            f"backward={backward}: in the graph but not said {found - wanted}, said but not there {wanted - found}"
+        )
 
 
-def merge_weights(found: Counter[tuple[str, str, int]], weights: Any, parallel: ParallelConfig) -> Counter[tuple[str, str, int]]:
+def merge_weights(
+    found: Counter[tuple[str, str, int]], weights: Any, parallel: ParallelConfig
+) -> Counter[tuple[str, str, int]]:
     """Gradients of weights travel one by one; `traffic` says them by part of the layer."""
     if parallel.sp is None:
         return found
     group = "ep" if parallel.ep and parallel.ep.name == parallel.sp.name else "sp"
     for part in ("shared", "latent", "constants", "input_norm", "output_norm"):
-        sizes = [t.numel() * t.element_size() for t in torch.utils._pytree.tree_leaves(getattr(weights, part)) if t is not None]
+        sizes = [
+            t.numel() * t.element_size()
+            for t in torch.utils._pytree.tree_leaves(getattr(weights, part))
+            if t is not None
+        ]
         if sizes:
-            found = found - Counter(("all_reduce", group, size) for size in sizes) + Counter({("all_reduce", group, sum(sizes)): 1})
+            found = (
+                found
+                - Counter(("all_reduce", group, size) for size in sizes)
+                + Counter({("all_reduce", group, sum(sizes)): 1})
+            )
     return found
 
 
@@ -144,20 +180,33 @@ def test_shared_experts_are_computed_while_tokens_travel(name: str) -> None:
     form = FORMATS[name]
     with fake_ranks(2, rank=1):
         config = config_of(parallel_of({form.along: 2}, form.options))
-        graphs = graphs_of(layer_of(config), (leaves_of_rank(config), *tokens_of(config, 5, seed=0)), fullgraph=True, interpreter=Echo)
+        graphs = graphs_of(
+            layer_of(config), (leaves_of_rank(config), *tokens_of(config, 5, seed=0)), fullgraph=True, interpreter=Echo
+        )
     begun, waited, products = places(graphs)
     assert len(products) == 2, products
-    # Between the beginning of the collective that carries tokens, and the first wait for it or for one that began beside it.
-    assert any(begin < products[0] and products[1] < wait for begin, wait in zip(begun, waited, strict=True)), (begun, waited, products)
+    # Between the beginning of the collective that carries tokens, and the first wait for it or for one that began
+    # beside it.
+    assert any(begin < products[0] and products[1] < wait for begin, wait in zip(begun, waited, strict=True)), (
+        begun,
+        waited,
+        products,
+    )
     assert not depends_on_collectives(graphs.forward[0])
 
 
 def places(graphs: Graphs) -> tuple[list[int], list[int], list[int]]:
-    """Where in the forward graph collectives begin, where each is waited for, and where the shared experts' products stand."""
+    """Where in the forward graph collectives begin, where each is waited for, and where the shared experts' products
+    stand.
+    """
     order = {node: i for i, node in enumerate(graphs.forward[0].graph.nodes)}
     begun = collectives_in(graphs.forward[0])
     waited = [min(order[user] for user in node.users if short_name(user) == "wait_tensor") for node in begun]
-    return [order[node] for node in begun], waited, [i for node, i in order.items() if name_of(node).startswith(SHARED_PRODUCT)]
+    return (
+        [order[node] for node in begun],
+        waited,
+        [i for node, i in order.items() if name_of(node).startswith(SHARED_PRODUCT)],
+    )
 
 
 def depends_on_collectives(gm: fx.GraphModule) -> bool:

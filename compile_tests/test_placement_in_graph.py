@@ -1,4 +1,7 @@
-"""What balances experts inside a step: ids to slots, the layer on slots, loads back to experts, the window. One graph, no sync."""
+"""What balances experts inside a step: ids to slots, the layer on slots, loads back to experts, the window.
+
+One graph, no sync.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +19,9 @@ from moe_fn import MoEConfig, MoEWeights, ZeroExpertsConfig, balance
 from moe_fn.balance import LoadWindow, Placement
 from moe_fn.testing import assert_one_graph, weights_for
 
-LOGICAL = MoEConfig(num_experts=8, top_k=2, hidden_size=16, intermediate_size=12, zero_experts=ZeroExpertsConfig(count=1))
+LOGICAL = MoEConfig(
+    num_experts=8, top_k=2, hidden_size=16, intermediate_size=12, zero_experts=ZeroExpertsConfig(count=1)
+)
 PHYSICAL = replace(LOGICAL, num_experts=12)
 TOKENS = (3, 0, 1, 2, 7, 64, 65)
 ARGS = tuple[MoEWeights, Placement, LoadWindow, Tensor, Tensor, Tensor]
@@ -31,7 +36,9 @@ def args(tokens: int) -> ARGS:
     return weights, placement, window, x, logits, torch.arange(tokens) + 5
 
 
-def step(weights: MoEWeights, placement: Placement, window: LoadWindow, x: Tensor, logits: Tensor, index: Tensor | None) -> Any:
+def step(
+    weights: MoEWeights, placement: Placement, window: LoadWindow, x: Tensor, logits: Tensor, index: Tensor | None
+) -> Any:
     """The layer on physical slots, and the window with its load."""
     routing = moe_fn.route(LOGICAL, weights, logits)
     routing = replace(routing, expert_ids=balance.physical_ids(placement, routing.expert_ids, index))
@@ -51,7 +58,13 @@ def test_a_balanced_step_is_one_graph_for_every_token_count(fullgraph: bool, ind
 
 
 def test_inductor_and_gradients_agree() -> None:
-    assert_one_graph(lambda *values: step(*values)[0], args, (3, 0, 1, 65), backward=True, forbid=("aten.index_add", "aten.index_put"))
+    assert_one_graph(
+        lambda *values: step(*values)[0],
+        args,
+        (3, 0, 1, 65),
+        backward=True,
+        forbid=("aten.index_add", "aten.index_put"),
+    )
 
 
 def test_ids_with_leading_dimensions_are_one_graph() -> None:

@@ -1,4 +1,6 @@
-"""Prepared weights are weights: they go through compile, export, AOTInductor, saving and moving; and what the native layer costs."""
+"""Prepared weights are weights: they go through compile, export, AOTInductor, saving and moving; and what the native
+layer costs.
+"""
 
 import io
 import subprocess
@@ -78,7 +80,9 @@ def test_export_and_packages_take_them(dtype: torch.dtype, packaged: bool, tmp_p
     program = torch.export.export(Frozen(weights), tokens_of(7, dtype), dynamic_shapes=shapes)
     run: Callable[..., Tensor] = program.module()
     if packaged:
-        run = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2")))
+        run = torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+        )
     for count in (1, 2, 9, 100):
         assert_matches(run(*tokens_of(count, dtype)), layer(weights, *tokens_of(count, dtype)), scale=0.1)
 
@@ -94,18 +98,22 @@ def test_they_are_saved_moved_and_loaded_like_any_tensor() -> None:
 
 
 def test_inductor_makes_few_kernels() -> None:
-    """The layer behind given logits: scores, their keys, and weights from chosen scores; top-k and the experts are calls."""
+    """The layer behind given logits: scores, their keys, and weights from chosen scores; top-k and the experts are
+    calls.
+    """
     weights = prepared()
     torch._dynamo.reset()
     metrics.reset()
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):  # from a cache none would be generated
+    # from a cache none would be generated
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         torch.compile(layer, fullgraph=True)(weights, *tokens_of(9))
     assert 1 <= metrics.generated_kernel_count <= (9 if TORCH_2_11 else 5)
 
 
 PEAK = """
 import sys, torch, moe_fn
-config = moe_fn.MoEConfig(num_experts=8, top_k=4, hidden_size=256, intermediate_size=1024, chunk_tokens=int(sys.argv[1]) or None)
+sizes = {"num_experts": 8, "top_k": 4, "hidden_size": 256, "intermediate_size": 1024}
+config = moe_fn.MoEConfig(**sizes, chunk_tokens=int(sys.argv[1]) or None)
 weights = moe_fn.MoEWeights(gate_up=torch.randn(8, 2048, 256), down=torch.randn(8, 256, 1024))
 weights = moe_fn.prepare_weights(config, weights)
 def peak():
@@ -125,7 +133,11 @@ print(peak() - before)
 def test_peak_memory_is_bounded() -> None:
     def megabytes(tokens: int, chunk_tokens: int = 0) -> float:
         command = [sys.executable, "-c", PEAK, str(chunk_tokens), str(tokens)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(moe_fn.__file__).parents[1]).stdout)
+        return float(
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, cwd=Path(moe_fn.__file__).parents[1]
+            ).stdout
+        )
 
     rows, of_a_row = 2048 * 4, 2 * 1024 + 256
     assert megabytes(2048) < 1.5 * rows * of_a_row * 4 / 2**20

@@ -1,4 +1,6 @@
-"""Quantised layers, and LoRA on them: one graph, the same numbers exported and ahead of time, gradients to x, router and adapters alone."""
+"""Quantized layers, and LoRA on them: one graph, the same numbers exported and ahead of time, gradients to x, router
+and adapters alone.
+"""
 
 import dataclasses
 from typing import Any
@@ -22,7 +24,9 @@ QUANTS = {
         scheme="fp8_e4m3",
         granularity="block",
         block_shape=(16, 16),
-        activations=ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=16, power_of_two_scales=True),
+        activations=ActivationQuantConfig(
+            scheme="fp8_e4m3", granularity="group", group_size=16, power_of_two_scales=True
+        ),
     ),
     "mxfp4": QuantConfig(scheme="mxfp4", granularity="group", group_size=32),
     "nvfp4": QuantConfig(
@@ -35,15 +39,19 @@ QUANTS = {
 
 
 def layer_of(name: str, lora: bool = False, **more: Any) -> tuple[MoEConfig, MoEWeights]:
-    config = dataclasses.replace(BASE, quant=QUANTS[name], lora=LoRAConfig(num_adapters=1, rank=2) if lora else None, **more)
+    config = dataclasses.replace(
+        BASE, quant=QUANTS[name], lora=LoRAConfig(num_adapters=1, rank=2) if lora else None, **more
+    )
     weights = weights_for(config, seed=2, scales=False)
     return config, weights
 
 
 def trained(weights: MoEWeights) -> MoEWeights:
-    """Adapters, router and biases require gradients; what is quantised cannot."""
+    """Adapters, router and biases require gradients; what is quantized cannot."""
     quant = weights.quant
-    weights = torch.utils._pytree.tree_map(lambda t: t.detach().clone().requires_grad_(t.dtype == torch.float32), weights)
+    weights = torch.utils._pytree.tree_map(
+        lambda t: t.detach().clone().requires_grad_(t.dtype == torch.float32), weights
+    )
     return dataclasses.replace(weights, quant=quant)
 
 
@@ -53,8 +61,10 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), logits.requires_grad_()
 
 
-@pytest.mark.parametrize(("name", "fullgraph"), [*((name, True) for name in QUANTS), ("nvfp4", False), ("int4 with zero points", False)])
-def test_quantised_layers_are_one_graph(name: str, fullgraph: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "fullgraph"), [*((name, True) for name in QUANTS), ("nvfp4", False), ("int4 with zero points", False)]
+)
+def test_quantized_layers_are_one_graph(name: str, fullgraph: bool) -> None:
     config, weights = layer_of(name)
     assert_one_graph(
         lambda w, x, logits: moe_fn.moe_forward(config, w, x, logits),
@@ -71,7 +81,7 @@ _ADAPTED = [("mxfp4", {}), ("int8 by token", {"opaque": True}), _LONG]
 
 
 @pytest.mark.parametrize(("name", "form"), _ADAPTED)
-def test_adapters_on_quantised_experts_train_in_one_graph(name: str, form: dict[str, Any]) -> None:
+def test_adapters_on_quantized_experts_train_in_one_graph(name: str, form: dict[str, Any]) -> None:
     config, weights = layer_of(name, lora=True, **form)
     assert_one_graph(
         lambda w, x, logits: moe_fn.moe_forward(config, w, x, logits),
@@ -107,8 +117,12 @@ def test_exported_graphs_give_the_same_numbers() -> None:
 def test_ahead_of_time_packages_give_the_same_numbers(tmp_path: Any) -> None:
     module = Frozen(*layer_of("fp8 blocks"))
     tokens = torch.export.Dim("tokens", min=0, max=4096)
-    program = torch.export.export(module, tuple(t.detach() for t in inputs(7)), dynamic_shapes=({0: tokens}, {0: tokens}))
-    run = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2")))
+    program = torch.export.export(
+        module, tuple(t.detach() for t in inputs(7)), dynamic_shapes=({0: tokens}, {0: tokens})
+    )
+    run = torch._inductor.aoti_load_package(
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+    )
     for count in (0, 1, 9):
         args = tuple(t.detach() for t in inputs(count))
         assert_matches(run(*args), module(*args), tolerance=1e-5)
@@ -116,7 +130,9 @@ def test_ahead_of_time_packages_give_the_same_numbers(tmp_path: Any) -> None:
 
 def test_gradients_of_adapters_on_codes_are_those_on_the_floats_that_codes_stand_for() -> None:
     """gradcheck, in float64."""
-    config = dataclasses.replace(BASE, hidden_size=4, intermediate_size=4, lora=LoRAConfig(num_adapters=1, rank=2), quant=None)
+    config = dataclasses.replace(
+        BASE, hidden_size=4, intermediate_size=4, lora=LoRAConfig(num_adapters=1, rank=2), quant=None
+    )
     config = dataclasses.replace(config, quant=QuantConfig(scheme="int4", granularity="group", group_size=2))
     weights = weights_for(config, seed=2, dtype=torch.float64, scales=False)
     assert weights.lora is not None
@@ -133,7 +149,7 @@ def test_gradients_of_adapters_on_codes_are_those_on_the_floats_that_codes_stand
     assert_matches(layer(x, logits, *lora.values()), moe_fn.moe_forward(plain, floats, x, logits), tolerance=1e-12)
 
 
-def test_transforms_of_functions_pass_quantised_layers() -> None:
+def test_transforms_of_functions_pass_quantized_layers() -> None:
     config, weights = layer_of("fp8 blocks")
     x, logits = (t.detach() for t in inputs(6))
 

@@ -64,11 +64,15 @@ def test_the_same_inputs_give_the_same_bits_every_time() -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("size", "opaque"), [(1, True), (7, True), (100, True), pytest.param(7, False, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("size", "opaque"), [(1, True), (7, True), (100, True), pytest.param(7, False, marks=pytest.mark.thorough)]
+)
 def test_chunks_of_any_size_change_nothing_when_compiled(size: int, opaque: bool) -> None:
     case = Case("deepseek")
     config = replace(case.config, chunk_tokens=size, opaque=opaque)
-    layer = torch.compile(lambda weights, x, logits: moe_fn.moe_forward(config, weights, x, logits), backend="aot_eager", fullgraph=True)
+    layer = torch.compile(
+        lambda weights, x, logits: moe_fn.moe_forward(config, weights, x, logits), backend="aot_eager", fullgraph=True
+    )
     for tokens in (20, 14):
         args = case.args(tokens)[:3]
         assert_matches(run(layer, args), run(case.layer, args), tolerance=1e-5, scale=1e-2)
@@ -82,7 +86,11 @@ def test_gradients_have_the_dtype_shape_and_layout_of_their_weights(case: Case) 
 
         def check(weight: Any, gradient: Any) -> None:
             if isinstance(weight, Tensor) and weight.is_floating_point():
-                assert (gradient.dtype, gradient.shape, gradient.stride()) == (weight.dtype, weight.shape, weight.stride())
+                assert (gradient.dtype, gradient.shape, gradient.stride()) == (
+                    weight.dtype,
+                    weight.shape,
+                    weight.stride(),
+                )
 
         tree_map(check, args, gradients)
         assert gradients[0].gate_up.abs().max() > 0
@@ -103,7 +111,9 @@ def test_strides_of_the_inputs_change_nothing(case: Case) -> None:
     turned = strided(args)
     expected = case.layer(*args)
     assert_matches(case.layer(*turned), expected)
-    leaves = tree_map(lambda t: t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t, turned)
+    leaves = tree_map(
+        lambda t: t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t, turned
+    )
     y = torch.compile(case.layer, backend="aot_eager", fullgraph=True)(*leaves)
     y.sum().backward()
     assert_matches(y, expected)

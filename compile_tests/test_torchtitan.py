@@ -1,4 +1,6 @@
-"""torchtitan's layer with moe_fn's experts and dispatcher: one graph, forward and backward, for every number of rows."""
+"""torchtitan's layer with moe_fn's experts and dispatcher: one graph, forward and backward, for every
+number of rows.
+"""
 
 from typing import Any
 

@@ -24,7 +24,8 @@ from moe_fn.testing import assert_matches, assert_one_graph  # noqa: E402
 register()
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-READS = {"nonzero", "_local_scalar_dense", "bincount", "item", "unique_consecutive", "equal"}  # what reads values on the host
+# what reads values on the host
+READS = {"nonzero", "_local_scalar_dense", "bincount", "item", "unique_consecutive", "equal"}
 THEIRS = ("transformers", "aten._grouped_mm", "aten.bmm", "aten.histc")
 
 
@@ -79,7 +80,9 @@ def test_whole_models_are_one_graph_for_every_length_forward_and_backward(name: 
 
 def test_inference_is_one_graph_for_every_length() -> None:
     with torch.no_grad():
-        assert_one_model_graph(make_model("minimax_m3_vl", seed=0, experts_implementation="moe_fn"), TOLERANCES[torch.float32])
+        assert_one_model_graph(
+            make_model("minimax_m3_vl", seed=0, experts_implementation="moe_fn"), TOLERANCES[torch.float32]
+        )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -105,7 +108,14 @@ def test_a_compiled_model_generates_the_same_tokens() -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
 
 
-MODULES = ("MixtralExperts", "DeepseekV4Experts", "Inkling2Experts", "Lfm2MoeExperts", "NemotronHExperts", "MuseSparkExperts")
+MODULES = (
+    "MixtralExperts",
+    "DeepseekV4Experts",
+    "Inkling2Experts",
+    "Lfm2MoeExperts",
+    "NemotronHExperts",
+    "MuseSparkExperts",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -161,7 +171,9 @@ def test_configs_are_made_once() -> None:
     before = dict(experts._CONFIGS)
     twin = copy.deepcopy(module)
     torch.compile(twin, backend="eager", fullgraph=True)(given.x, given.ids, given.w)
-    assert experts._CONFIGS.keys() == before.keys() and all(experts._CONFIGS[key] is config for key, config in before.items())
+    assert experts._CONFIGS.keys() == before.keys() and all(
+        experts._CONFIGS[key] is config for key, config in before.items()
+    )
 
 
 def test_a_model_exports_and_its_lengths_range() -> None:

@@ -54,7 +54,11 @@ def test_a_replaced_model_is_one_graph_for_every_length_forward_and_backward(nam
         torch._dynamo.mark_dynamic(ids, 1)
         y, wanted = logits(function, ids), logits(model, make_token_ids(length, batch, length))
         assert_matches(y, wanted, tolerance=1e-5, name="logits")
-        weights = [p for n, p in model.named_parameters() if p.requires_grad and ("expert" in n or "gate" in n or "router" in n)]
+        weights = [
+            p
+            for n, p in model.named_parameters()
+            if p.requires_grad and ("expert" in n or "gate" in n or "router" in n)
+        ]
         found, expected = (torch.autograd.grad(out.square().sum(), weights, allow_unused=True) for out in (y, wanted))
         for actual, right in zip(found, expected, strict=True):
             assert (actual is None) == (right is None)
@@ -63,7 +67,9 @@ def test_a_replaced_model_is_one_graph_for_every_length_forward_and_backward(nam
     assert counter.frame_count == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(d, marks=[pytest.mark.thorough] * (d != torch.float32), id=str(d)) for d in LOW])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=[pytest.mark.thorough] * (d != torch.float32), id=str(d)) for d in LOW]
+)
 def test_a_replaced_model_compiles_with_inductor_in_every_dtype(dtype: torch.dtype) -> None:
     model, ids = replaced("deepseek_v3", dtype), make_token_ids(3)
     function, counter = compiled(model, "inductor", fullgraph=False)
@@ -72,7 +78,9 @@ def test_a_replaced_model_compiles_with_inductor_in_every_dtype(dtype: torch.dty
     assert counter.frame_count == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("way", ["adapter", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("parametrization", "own class"))])
+@pytest.mark.parametrize(
+    "way", ["adapter", *(pytest.param(way, marks=pytest.mark.thorough) for way in ("parametrization", "own class"))]
+)
 def test_an_adapter_that_comes_after_compiling_is_seen_in_one_graph(way: str) -> None:
     row = next(row for row in ROWS if row.name == "deepseek_v3-groups-scaled")
     block, x = make_block(row, 0), make_input(row, 1)

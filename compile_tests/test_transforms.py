@@ -56,7 +56,9 @@ def test_func_grad_is_the_same_compiled_and_never_silently_zero(case: Case, argn
     assert_alike(actual, expected)
     leaves = as_leaves(args)
     loss_of(case)(*leaves).backward()
-    by_autograd = tree_map(lambda t: torch.zeros_like(t) if t.grad is None else t.grad, leaves[0] if argnums == 0 else leaves[1])
+    by_autograd = tree_map(
+        lambda t: torch.zeros_like(t) if t.grad is None else t.grad, leaves[0] if argnums == 0 else leaves[1]
+    )
     if argnums in (0, 1):
         assert_alike(actual, by_autograd)
     first = actual if isinstance(argnums, int) else actual[0]
@@ -90,7 +92,9 @@ def test_vmap_over_a_batch_is_the_loop(case: Case) -> None:
 
 @cases(BOTH, ("plain", "opaque"))
 def test_vmap_over_weights_is_the_loop(case: Case) -> None:
-    members = [tree_map(lambda t, s=scale: t * s if t.is_floating_point() else t, case.weights()) for scale in (1.0, 0.5, 2.0)]
+    members = [
+        tree_map(lambda t, s=scale: t * s if t.is_floating_point() else t, case.weights()) for scale in (1.0, 0.5, 2.0)
+    ]
     stacked = tree_map(lambda *parts: torch.stack(parts), *members)
     args = case.token_args(9)
     expected = torch.stack([case.layer(member, *args) for member in members])
@@ -241,7 +245,8 @@ def test_checkpointing_changes_nothing_in_eager(case: Case, use_reentrant: bool)
     checkpointed = lambda *args: checkpoint(case.layer, *args, use_reentrant=use_reentrant)
     if use_reentrant:  # it sees tensors that are arguments themselves, not inside a dataclass
         checkpointed = lambda weights, *rest: checkpoint(
-            lambda *leaves: case.layer(weights_of_leaves(list(leaves[:-3])), *leaves[-3:]), *leaves_of_weights(weights), *rest,
+            lambda *leaves: case.layer(weights_of_leaves(list(leaves[:-3])), *leaves[-3:]), *leaves_of_weights(weights),
+            *rest,
             use_reentrant=True,
         )  # fmt: skip
     assert_alike(gradients(checkpointed, args), gradients(case.layer, args))
@@ -331,11 +336,13 @@ def test_inference_mode_compiles_with_inductor(form: str) -> None:
 
 
 @cases(BOTH)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=["deepcopy", "pickle"]
+)
 def test_copies_of_config_and_weights_do_as_well(case: Case, copied: Callable[[Any], Any]) -> None:
     config, args = case.config, case.args(9)
     twin = copied(config)
-    assert twin == config and hash(twin) == hash(config) and twin._json == config._json
+    assert twin == config and hash(twin) == hash(config) and twin.json == config.json
     y = moe_fn.moe_forward(twin, copied(args[0]), args[1], args[2], token_mask=args[3])
     assert torch.equal(y, case.layer(*args))
 

@@ -1,4 +1,5 @@
-"""What the Triton kernels take of four GPUs, without one: no spills, within shared memory, on the matrix units, and no more than before.
+"""What the Triton kernels take of four GPUs, without one: no spills, within shared memory, on the matrix units, and no
+more than before.
 
 python -m compile_tests.test_triton_ahead_of_time --write-budgets      after a change that moves the numbers on purpose
 """
@@ -16,7 +17,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 BUDGETS = Path(__file__).parent / "triton_budgets.json"
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-SLACK = 8  # registers a thread: the assembler's choice moves by so many with a patch release, and occupancy changes in steps of 8
+# registers a thread: the assembler's choice moves by so many with a patch release, and occupancy changes in steps of 8
+SLACK = 8
 
 
 def compiled(arch: str, path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -40,7 +42,9 @@ def compiled(arch: str, path: Path, *arguments: str) -> tuple[int, dict[str, Any
 
 
 def excesses(report: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
-    """Where a report is worse than the budgets; registers are compared for the version of triton that the budgets are from."""
+    """Where a report is worse than the budgets; registers are compared for the version of triton that the budgets are
+    from.
+    """
     of_arch = budgets["cases"][report["arch"]]
     found = [f"{name}: {fault}" for name, row in report["cases"].items() for fault in row["faults"]]
     if report["triton"] != budgets["triton"]:
@@ -58,12 +62,15 @@ def excesses(report: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
     return found
 
 
-# A fifth of the cases of each architecture, another one for each, so that a change meets most; all take seven minutes from an empty cache.
+# A fifth of the cases of each architecture, another one for each, so that a change meets most; all take seven minutes
+# from an empty cache.
 PARTS = [(arch, part) for part in range(5) for arch in ARCHS]
 OFTEN = {(arch, number) for number, arch in enumerate(ARCHS)}
 
 
-@pytest.mark.parametrize(("arch", "part"), [pytest.param(*case, marks=[] if case in OFTEN else [pytest.mark.thorough]) for case in PARTS])
+@pytest.mark.parametrize(
+    ("arch", "part"), [pytest.param(*case, marks=[] if case in OFTEN else [pytest.mark.thorough]) for case in PARTS]
+)
 def test_every_kernel_with_every_tile_is_within_its_budget(arch: str, part: int, tmp_path: Path) -> None:
     status, report = compiled(arch, tmp_path / "report.json", "--part", f"{part + 1}/5")
     assert len(report["cases"]) > 30 and len(report["names"]) > 150
@@ -96,15 +103,24 @@ def test_a_report_that_is_worse_than_its_budget_is_an_excess() -> None:
 def write_budgets(path: Path, folder: Path) -> None:
     """Compiles for all architectures and writes what they take, one case a line."""
     reports = [compiled(arch, folder / f"{arch}.json")[1] for arch in ARCHS]
-    faults = [f"{report['arch']} {name}: {row['faults']}" for report in reports for name, row in report["cases"].items() if row["faults"]]
+    faults = [
+        f"{report['arch']} {name}: {row['faults']}"
+        for report in reports
+        for name, row in report["cases"].items()
+        if row["faults"]
+    ]
     if faults:
         sys.exit("\n".join(["not written:", *faults]))
     archs = []
     for report in reports:
-        lines = [f"   {json.dumps(name)}: [{row['registers']}, {row['shared']}]" for name, row in report["cases"].items()]
+        lines = [
+            f"   {json.dumps(name)}: [{row['registers']}, {row['shared']}]" for name, row in report["cases"].items()
+        ]
         archs.append(f'  "{report["arch"]}": {{\n' + ",\n".join(lines) + "\n  }")
     version = reports[0]["triton"]
-    path.write_text(f'{{\n "triton": "{version}",\n "is": "registers a thread, bytes of shared memory",\n "cases": {{\n')
+    path.write_text(
+        f'{{\n "triton": "{version}",\n "is": "registers a thread, bytes of shared memory",\n "cases": {{\n'
+    )
     with path.open("a") as file:
         file.write(",\n".join(archs) + "\n }\n}\n")
 

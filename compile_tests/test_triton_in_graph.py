@@ -1,4 +1,6 @@
-"""The Triton back-end in graphs: its ops are what stands there, one graph serves every token count, and no launch waits for the device."""
+"""The Triton back-end in graphs: its ops are what stands there, one graph serves every token count, and no launch waits
+for the device.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +77,10 @@ def test_an_expert_norm_runs_by_the_grouped_products_of_the_back_end() -> None:
 
 @contextmanager
 def launches_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """On fake CUDA tensors: every operation around the kernels runs as it would, launches are noted. A sync would raise."""
+    """On fake CUDA tensors: every operation around the kernels runs as it would, launches are noted.
+
+    A sync would raise.
+    """
     from triton.runtime.interpreter import InterpretedFunction
 
     from moe_fn.kernels.triton import grouped, layer
@@ -134,11 +139,17 @@ BLOCK = {"granularity": "block", "block_shape": (128, 128)}
             7,
         ),  # many: the first product stores codes
         (QuantConfig(**FP8, granularity="tensor", activations=ActivationQuantConfig(**FP8, granularity="token")), 6, 8),
-        (QuantConfig(**FP8, granularity="tensor", activations=ActivationQuantConfig(**FP8, granularity="tensor", static=True)), 5, 7),
+        (
+            QuantConfig(
+                **FP8, granularity="tensor", activations=ActivationQuantConfig(**FP8, granularity="tensor", static=True)
+            ),
+            5,
+            7,
+        ),
     ],
 )
 @pytest.mark.parametrize("tokens", [100, 16384])
-def test_launches_of_a_quantised_forward_and_no_sync(
+def test_launches_of_a_quantized_forward_and_no_sync(
     quant: QuantConfig, few: int, many: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moe_fn.kernels.triton import entry
@@ -148,9 +159,13 @@ def test_launches_of_a_quantised_forward_and_no_sync(
         codes = cuda(2, 256, 256, dtype=torch.float8_e4m3fn), cuda(2, 256, 128, dtype=torch.float8_e4m3fn)
         tiles = 1 if quant.granularity == "tensor" else 2
         scales = cuda(2, 2, tiles, dtype=torch.float32), cuda(2, tiles, 1, dtype=torch.float32)
-        static = (cuda(2, dtype=torch.float32),) * 2 if quant.activations is not None and quant.activations.static else (None, None)
+        static = (
+            (cuda(2, dtype=torch.float32),) * 2
+            if quant.activations is not None and quant.activations.static
+            else (None, None)
+        )
         beside = (*scales, *NO_CODES[:4], *static)
-        y, _ = entry.routed_experts(*args, *codes, None, None, *beside, 128, *OPTIONS[1:], quant.text, False, False)
+        y, _ = entry.routed_experts(*args, *codes, None, None, *beside, 128, *OPTIONS[1:], quant.json, False, False)
         assert y.shape == (tokens, 256) and y.device.type == "cuda"
     assert len(launched) == (few if tokens == 100 else many), launched
 
@@ -160,10 +175,18 @@ def test_a_backward_has_no_sync(kept: bool, monkeypatch: pytest.MonkeyPatch) -> 
     from moe_fn.kernels.triton import entry
 
     with launches_counted(monkeypatch) as launched:
-        args = cuda(100, 32), cuda(100, 2, dtype=torch.int64), cuda(100, 2, dtype=torch.float32), cuda(16, 128, 32), cuda(16, 32, 64)
+        args = (
+            cuda(100, 32),
+            cuda(100, 2, dtype=torch.int64),
+            cuda(100, 2, dtype=torch.float32),
+            cuda(16, 128, 32),
+            cuda(16, 32, 64),
+        )
         biases = cuda(16, 128), cuda(16, 32)
         pre = cuda(200, 128) if kept else cuda(0)
-        found = entry.routed_experts_backward(cuda(100, 32), [True] * 6, pre, *args, *biases, *NO_CODES, *OPTIONS, "", False)
+        found = entry.routed_experts_backward(
+            cuda(100, 32), [True] * 6, pre, *args, *biases, *NO_CODES, *OPTIONS, "", False
+        )
         assert [g.shape for g in found] == [a.shape for a in (args[0], *args[2:], *biases)]
         assert all(g.device.type == "cuda" for g in found)
     assert ("_up_kernel" in launched) != kept

@@ -1,4 +1,6 @@
-"""The Triton kernels for real, with the tiles of the device: every size of tile, every dtype, forward and backward, against float64."""
+"""The Triton kernels for real, with the tiles of the device: every size of tile, every dtype, forward and backward,
+against float64.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -31,7 +33,9 @@ each = pytest.mark.parametrize(("shape", "options"), [(s, o) for s in SHAPES for
 
 def problem(shape: str, options: str, tokens: int, dtype: torch.dtype) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor]:
     experts, top_k, hidden, inner = SHAPES[shape]
-    config = MoEConfig(num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, **OPTIONS[options])
+    config = MoEConfig(
+        num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, **OPTIONS[options]
+    )
     weights = replace(weights_for(config, seed=0, bias=options == "gpt-oss"), router=None)
     weights = tree_map(lambda t: t.to("cuda", dtype), weights)
     generator = torch.Generator("cuda").manual_seed(tokens)
@@ -53,7 +57,9 @@ def test_the_layer_equals_float64(shape: str, options: str, tokens: int, dtype: 
     routing = moe_fn.route(config, weights, logits)
     wide, wide_weights, wide_x = in_float64(config, weights, x)
     expected = moe_fn.moe_forward_routed(wide, wide_weights, wide_x, routing)
-    assert_matches(moe_fn.moe_forward_routed(replace(config, backend="triton"), weights, x, routing), expected, scale=0.1)
+    assert_matches(
+        moe_fn.moe_forward_routed(replace(config, backend="triton"), weights, x, routing), expected, scale=0.1
+    )
 
 
 @each
@@ -70,9 +76,13 @@ def test_gradients_equal_float64(shape: str, options: str, tokens: int, dtype: t
         y = moe_fn.moe_forward_routed(config, weights, x, replace(routing, weights=w))
         return list(torch.autograd.grad((y.to(torch.float64) * direction).sum(), inputs))
 
-    direction = torch.randn(x.shape, dtype=torch.float64, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    direction = torch.randn(
+        x.shape, dtype=torch.float64, device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
     expected = gradients(*in_float64(config, weights, x))
-    for actual, wanted in zip(gradients(replace(config, backend="triton", recompute=recompute), weights, x), expected, strict=True):
+    for actual, wanted in zip(
+        gradients(replace(config, backend="triton", recompute=recompute), weights, x), expected, strict=True
+    ):
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
         assert_matches(actual, wanted.to(actual.dtype), tolerance=tolerance, scale=float(wanted.square().mean().sqrt()))
 
@@ -81,7 +91,9 @@ def test_gradients_equal_float64(shape: str, options: str, tokens: int, dtype: t
 def test_the_router_chooses_as_torch_does(tokens: int) -> None:
     config, weights, _, logits = problem("fine", "packed", tokens, torch.float32)
     logits = (logits * 4).round() / 4  # many ties
-    actual, expected = (moe_fn.route(replace(config, backend=backend), weights, logits) for backend in ("triton", "torch"))
+    actual, expected = (
+        moe_fn.route(replace(config, backend=backend), weights, logits) for backend in ("triton", "torch")
+    )
     assert torch.equal(actual.expert_ids, expected.expert_ids)
     assert_matches(actual.weights, expected.weights, scale=1.0)
 

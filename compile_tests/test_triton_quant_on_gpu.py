@@ -1,4 +1,6 @@
-"""Quantised experts by the Triton kernels for real, with the tiles of the device: every scheme, every place of a scale, all heights."""
+"""Quantized experts by the Triton kernels for real, with the tiles of the device: every scheme, every place of a scale,
+all heights.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -32,7 +34,9 @@ GROUP = ActivationQuantConfig(**FP8, granularity="group", group_size=128)
 BOTH = {
     "fp8 block x group": QuantConfig(**FP8, **BLOCK, activations=GROUP),
     "fp8 block x powers of two": QuantConfig(**FP8, **BLOCK, activations=replace(GROUP, power_of_two_scales=True)),
-    "fp8 channel x token": QuantConfig(**FP8, granularity="channel", activations=ActivationQuantConfig(**FP8, granularity="token")),
+    "fp8 channel x token": QuantConfig(
+        **FP8, granularity="channel", activations=ActivationQuantConfig(**FP8, granularity="token")
+    ),
     "fp8 tensor x static": QuantConfig(
         **FP8, granularity="tensor", activations=ActivationQuantConfig(**FP8, granularity="tensor", static=True)
     ),
@@ -49,17 +53,22 @@ SHAPES = {
 TOKENS = (0, 1, 8, 40, 300, 4096)
 
 
-def problem(shape: str, quant: QuantConfig, tokens: int, dtype: torch.dtype) -> tuple[MoEConfig, MoEWeights, Tensor, moe_fn.Routing]:
+def problem(
+    shape: str, quant: QuantConfig, tokens: int, dtype: torch.dtype
+) -> tuple[MoEConfig, MoEWeights, Tensor, moe_fn.Routing]:
     experts, top_k, hidden, inner, activation = SHAPES[shape]
     layout: Any = "interleaved" if activation == "swigluoai" else "packed"
     config = MoEConfig(
-        num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, activation=activation, gate_up_layout=layout
+        num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, activation=activation,
+        gate_up_layout=layout
     )  # fmt: skip
     weights = replace(weights_for(config, seed=0, bias=shape == "gpt-oss"), router=None)
     config, weights = moe_fn.quantize_weights(config, tree_map(lambda t: t.to(dtype), weights), quant)
     if quant.activations is not None and quant.activations.static and weights.quant is not None:
         scales = torch.full((experts,), 4 / 448.0), torch.full((experts,), 2 / 448.0)
-        weights = replace(weights, quant=replace(weights.quant, gate_up_input_scale=scales[0], down_input_scale=scales[1]))
+        weights = replace(
+            weights, quant=replace(weights.quant, gate_up_input_scale=scales[0], down_input_scale=scales[1])
+        )
     weights = tree_map(lambda t: t.to("cuda"), weights)
     generator = torch.Generator("cuda").manual_seed(tokens)
     x = torch.randn(tokens, hidden, device="cuda", generator=generator).to(dtype)
@@ -88,12 +97,17 @@ def test_weights_in_codes_equal_float64(name: str, shape: str, dtype: torch.dtyp
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", BOTH)
 def test_rounded_activations_equal_the_stages(name: str, shape: str) -> None:
-    """In float32. A number on the other side of a tie is a step away, 1 of 16 of it: 3 % of them are, after bfloat16, 1 % in the sum."""
+    """In float32.
+
+    A number on the other side of a tie is a step away, 1 of 16 of it: 3 % of them are, after bfloat16, 1 % in the sum.
+    """
     for tokens in TOKENS[1:]:
         config, weights, x, routing = problem(shape, BOTH[name], tokens, torch.bfloat16)
         y = moe_fn.moe_forward_routed(config, weights, x, routing).double()
         wide = tree_map(lambda t: t.float() if t.dtype == torch.bfloat16 else t, weights)
-        expected = moe_fn.fused.routed_experts.by_stages(replace(config, backend="torch"), wide, x.float(), routing).double()
+        expected = moe_fn.fused.routed_experts.dispatch_experts_combine(
+            replace(config, backend="torch"), wide, x.float(), routing
+        ).double()
         error = float((y - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         assert error < 0.03, f"{tokens} tokens: {error}"
 

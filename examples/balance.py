@@ -1,10 +1,11 @@
-"""Balance of experts under a skewed load that drifts: one slot an expert, replicas placed once, replicas placed again and again.
+"""Balance of experts under a skewed load that drifts: one slot an expert, replicas placed once, replicas placed again
+and again.
 
     python examples/balance.py [--steps 300] [--every 30] [--seed 0] [--out out]
 
-The experts of DeepSeek-V3 (256, in 8 groups) on 4 nodes of 8 GPUs, with 32 spare slots; 4 layers. How often an expert is chosen follows
-Zipf's law, and which expert is popular changes slowly. A step takes as long as its fullest GPU, so mean / max of the GPUs' loads is the
-part of the machine that works. Prints a table and draws `out/balance.png`.
+The experts of DeepSeek-V3 (256, in 8 groups) on 4 nodes of 8 GPUs, with 32 spare slots; 4 layers. How often an expert
+is chosen follows Zipf's law, and which expert is popular changes slowly. A step takes as long as its fullest GPU, so
+mean / max of the GPUs' loads is the part of the machine that works. Prints a table and draws `out/balance.png`.
 """
 
 import argparse
@@ -87,7 +88,11 @@ def simulate(steps: int, every: int, seed: int) -> tuple[list[Run], Tensor]:
     first = draw_load(state, generator)
     placed = place_experts(first, SLOTS, GROUPS, NODES, GPUS)
     plain = placement_of_slots(torch.arange(EXPERTS).expand(LAYERS, -1), EXPERTS)
-    runs = [Run("one slot an expert", plain), Run("placed once", placed), Run(f"placed every {every} steps", placed, again=True)]
+    runs = [
+        Run("one slot an expert", plain),
+        Run("placed once", placed),
+        Run(f"placed every {every} steps", placed, again=True),
+    ]
     window, load = load_window(every, LAYERS, EXPERTS), first
     for step in range(steps):
         load = draw_load(state, generator)
@@ -103,15 +108,23 @@ def simulate(steps: int, every: int, seed: int) -> tuple[list[Run], Tensor]:
 
 
 def routed_load(placement: Placement, load: Tensor, generator: torch.Generator) -> Tensor:
-    """Load per GPU of one layer when each token picks its replica by its position, not when replicas are assumed to share evenly."""
-    ids = torch.arange(EXPERTS).repeat_interleave(load)[torch.randperm(int(load.sum()), generator=generator)].view(TOKENS, TOP_K)
+    """Load per GPU of one layer when each token picks its replica by its position, not when replicas are assumed to
+    share evenly.
+    """
+    ids = (
+        torch.arange(EXPERTS)
+        .repeat_interleave(load)[torch.randperm(int(load.sum()), generator=generator)]
+        .view(TOKENS, TOP_K)
+    )
     of_slots = expert_load(physical_ids(placement, ids), SLOTS)
     assert torch.equal(logical_load(placement, of_slots), load)
     return of_slots.view(GPUS, -1).sum(-1)
 
 
 def report(runs: list[Run], load: Tensor) -> None:
-    print(f"{'':24}{'GPUs at work':>14}{'last step':>12}{'worst step':>12}{'moved':>14}{'sent by one':>14}{'to plan':>11}")
+    print(
+        f"{'':24}{'GPUs at work':>14}{'last step':>12}{'worst step':>12}{'moved':>14}{'sent by one':>14}{'to plan':>11}"
+    )
     for run in runs:
         even = torch.tensor(run.even)
         line = f"{run.name:24}{even.mean():>14.1%}{even[-1]:>12.1%}{even.min():>12.1%}"

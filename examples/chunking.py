@@ -1,4 +1,5 @@
-"""What chunk_tokens does to peak memory: a table of peaks above the weights and inputs, each measured in a process of its own.
+"""What chunk_tokens does to peak memory: a table of peaks above the weights and inputs, each measured in a process of
+its own.
 
 python examples/chunking.py [--tokens 16384]
 """
@@ -18,7 +19,10 @@ MODES = ("forward", "forward + backward", "compiled forward", "compiled forward 
 
 
 def peak_megabytes(tokens: int, chunk_tokens: int | None, mode: str) -> float:
-    """Peak resident memory of one call, less what was there before it. Run it in a fresh process: a peak never goes down."""
+    """Peak resident memory of one call, less what was there before it.
+
+    Run it in a fresh process: a peak never goes down.
+    """
     torch.set_num_threads(1)
     config = MoEConfig(num_experts=16, top_k=4, hidden_size=128, intermediate_size=512, chunk_tokens=chunk_tokens)
     backward = "backward" in mode
@@ -44,7 +48,8 @@ def peak_megabytes(tokens: int, chunk_tokens: int | None, mode: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)  # "[chunk_tokens, mode]": what the parent asks of a fresh process
+    # "[chunk_tokens, mode]": what the parent asks of a fresh process
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(peak_megabytes(options.tokens, *json.loads(options.measure)))
@@ -55,7 +60,14 @@ def main() -> None:
     for chunk in CHUNKS:
         cells = []
         for mode in MODES:
-            command = [sys.executable, __file__, "--tokens", str(options.tokens), "--measure", json.dumps([chunk, mode])]
+            command = [
+                sys.executable,
+                __file__,
+                "--tokens",
+                str(options.tokens),
+                "--measure",
+                json.dumps([chunk, mode]),
+            ]
             cells.append(float(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         print(f"| {chunk} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |", flush=True)
 

@@ -2,9 +2,10 @@
 
     python examples/coverage.py [--write docs/families.md] [--seeds 3] [--only mixtral,gpt_oss]
 
-It runs in a checkout, with what `pip install -e ".[dev]"` brings: blocks, models and checks are those of `property_tests`. Each variant of
-each family is a tiny block of transformers, in float32, every parameter and buffer random; it is run by its own code and by
-moe_forward(*from_block(block), x). --write replaces the text between the markers of a file.
+It runs in a checkout, with what `pip install -e ".[dev]"` brings: blocks, models and checks are those of
+`property_tests`. Each variant of each family is a tiny block of transformers, in float32, every parameter and buffer
+random; it is run by its own code and by moe_forward(*from_block(block), x). --write replaces the text between the
+markers of a file.
 """
 
 import argparse
@@ -41,7 +42,10 @@ TABLES = {
     "E": "hash, sparsemixer, capacity, others",
 }
 BEGIN, END = "<!-- coverage -->", "<!-- /coverage -->"
-BANKS = "two banks of experts, of different sizes: `from_block` takes each bank, `replace_moe_blocks` the block, with an error of"
+BANKS = (
+    "two banks of experts, of different sizes: `from_block` takes each bank, `replace_moe_blocks` the block, with an "
+    "error of"
+)
 COUNTED = "moe_fn, counted"
 
 
@@ -66,7 +70,9 @@ def outcome(row: BlockRow, seeds: range, decorated: set[str], calls: list[str]) 
     found = [error_of_register(row, seed, decorated, calls) for seed in seeds]
     registered = None if None in found else max(error for error in found if error is not None)
     if row in TWO_BANKS:
-        return Outcome(row, None, True, f"{BANKS} {max(error_of_replaced(row, seed) for seed in seeds):.0e}", registered)
+        return Outcome(
+            row, None, True, f"{BANKS} {max(error_of_replaced(row, seed) for seed in seeds):.0e}", registered
+        )
     if row not in KNOWN:
         return Outcome(row, None, True, str(family_of_module(make_block(row, 0)).refused), registered)
     results = [compared(row, seed) for seed in seeds]
@@ -95,7 +101,9 @@ def error_of_register(row: BlockRow, seed: int, decorated: set[str], calls: list
 
 
 def register_counted(calls: list[str]) -> None:
-    """register() under a name of its own: what it registers, and a note of each call, for a module could run on as if nothing were set."""
+    """register() under a name of its own: what it registers, and a note of each call, for a module could run on as if
+    nothing were set.
+    """
     register()
     ours = ExpertsInterface()["moe_fn"]
 
@@ -128,7 +136,8 @@ def by_family(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
 def summary(outcomes: list[Outcome]) -> list[str]:
     """A line for each table of families."""
     lines = [
-        "| routing | families | variants | equal | refused | largest relative error | same experts | `register()` | whole models |",
+        "| routing | families | variants | equal | refused | largest relative error | same experts | `register()` | "
+        "whole models |",
         "|---|--:|--:|--:|--:|--:|---|---|--:|",
     ]
     for table, words in TABLES.items():
@@ -144,7 +153,17 @@ def summary(outcomes: list[Outcome]) -> list[str]:
         outside = len(families) - len(inside)
         register_words = f"{works}, {outside} outside" if outside else works
         whole = sum(family in MODELS for family in families)
-        cells = (words, len(families), len(own), equal, len(own) - len(taken), worst(taken), same, register_words, whole)
+        cells = (
+            words,
+            len(families),
+            len(own),
+            equal,
+            len(own) - len(taken),
+            worst(taken),
+            same,
+            register_words,
+            whole,
+        )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -173,15 +192,21 @@ def text(outcomes: list[Outcome], seeds: int) -> str:
     families = by_family(outcomes)
     taken = sum(not o.refused for o in outcomes)
     head = (
-        f"{len(families)} model directories of transformers {transformers.__version__}, {len(outcomes)} variants of their blocks,\n"
-        f"{taken} of them taken by `from_block`; float32, {seeds} seeds each, torch {torch.__version__}, {datetime.date.today()}.\n"
-        f"Equal: a relative RMS error of at most {TOLERANCE:.0e}. Outside: transformers has no experts interface there.\n"
-        "Whole models: logits and generated tokens are tested too. `python examples/coverage.py` measures and prints it."
+        f"{len(families)} model directories of transformers {transformers.__version__}, {len(outcomes)} variants of "
+        "their blocks,\n"
+        f"{taken} of them taken by `from_block`; float32, {seeds} seeds each, torch {torch.__version__}, "
+        f"{datetime.date.today()}.\n"
+        f"Equal: a relative RMS error of at most {TOLERANCE:.0e}. Outside: transformers has no experts interface "
+        "there.\n"
+        "Whole models: logits and generated tokens are tested too. `python examples/coverage.py` measures and prints "
+        "it."
     )
     parts = [head, "\n".join(summary(outcomes))]
     if refused := refusals(outcomes):
         parts.append("Refused, with a `ValueError` that says why:\n\n" + "\n".join(refused))
-    parts.append("<details><summary>Family by family</summary>\n\n" + "\n".join(rows_of_families(outcomes)) + "\n\n</details>")
+    parts.append(
+        "<details><summary>Family by family</summary>\n\n" + "\n".join(rows_of_families(outcomes)) + "\n\n</details>"
+    )
     return "\n\n".join(parts)
 
 
@@ -203,7 +228,9 @@ def main() -> None:
     options = parser.parse_args()
     wanted = [row for row in ROWS if not options.only or row.family in options.only.split(",")]
     if not wanted:
-        raise SystemExit(f"--only {options.only}: no such family; expected some of {', '.join(sorted({row.family for row in ROWS}))}")
+        raise SystemExit(
+            f"--only {options.only}: no such family; expected some of {', '.join(sorted({row.family for row in ROWS}))}"
+        )
     logging.getLogger("transformers").setLevel(logging.ERROR)
     calls: list[str] = []
     register_counted(calls)

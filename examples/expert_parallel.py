@@ -1,16 +1,18 @@
-"""Train and serve the tiny language model of examples/tiny_lm.py with its experts spread over ranks, on CPUs and out of the box.
+"""Train and serve the tiny language model of examples/tiny_lm.py with its experts spread over ranks, on CPUs and out of
+the box.
 
-    torchrun --nproc-per-node 4 examples/expert_parallel.py [--steps 30] [--tp 2 --ep 2] [--dispatch all_to_all] [--compile]
-    python examples/expert_parallel.py          # one process: nothing is shared, the same losses
+    torchrun --nproc-per-node 4 examples/expert_parallel.py [--steps 30] [--tp 2 --ep 2] [--dispatch all_to_all]
+    [--compile] python examples/expert_parallel.py # one process: nothing is shared, the same losses
 
-Ranks of ep have experts of their own, and each its own part of the batch; ranks of tp have slices of the same experts and the same part.
-Nothing wraps the model: its layers call moe_forward_with_stats with a config that says who the others are, and weights that are this
-rank's. The training step with all its collectives is one graph with
---compile. Parameters that all ranks have stay equal by one explicit sum of their
-gradients in the step (no DistributedDataParallel); experts need none over ep, for they have seen the tokens of all its ranks.
+Ranks of ep have experts of their own, and each its own part of the batch; ranks of tp have slices of the same experts
+and the same part. Nothing wraps the model: its layers call moe_forward_with_stats with a config that says who the
+others are, and weights that are this rank's. The training step with all its collectives is one graph with --compile.
+Parameters that all ranks have stay equal by one explicit sum of their gradients in the step (no
+DistributedDataParallel); experts need none over ep, for they have seen the tokens of all its ranks.
 
-A rank's loss is the mean over its part, and parts are equally long: the loss of the batch is the mean over parts, so every gradient is
-divided by their number. Rank 0 does the first steps a second time, with all weights and the whole batch: the losses must agree.
+A rank's loss is the mean over its part, and parts are equally long: the loss of the batch is the mean over parts, so
+every gradient is divided by their number. Rank 0 does the first steps a second time, with all weights and the whole
+batch: the losses must agree.
 """
 
 import argparse
@@ -55,12 +57,15 @@ from moe_fn.balance import update_correction_bias
 from moe_fn.config.local import ranks_of_experts
 from moe_fn.parallel import check_ranks_agree
 
-CHECKED, TOLERANCE = 5, 1e-4  # steps, and how far their losses may be from one process's: sums in another order, and Adam divides by them
+# steps, and how far their losses may be from one process's: sums in another order, and Adam divides by them
+CHECKED, TOLERANCE = 5, 1e-4
 PROMPTS = ('The "with" statement ', "An object ", "If the exception ", "The class ")
 
 
 class Plan(NamedTuple):
-    """How this rank takes part: the layer's config, the groups whose ranks have other tokens, and which part of the batch is its."""
+    """How this rank takes part: the layer's config, the groups whose ranks have other tokens, and which part of the
+    batch is its.
+    """
 
     config: MoEConfig
     others: tuple[RankGroup, ...] = ()  # ranks with other tokens
@@ -75,7 +80,10 @@ def make_plan(args: argparse.Namespace, world: int) -> Plan:
     ep = args.ep or world // args.tp
     dp = world // (args.tp * ep)
     if dp * ep * args.tp != world or BATCH % (dp * ep):
-        raise SystemExit(f"--tp {args.tp} --ep {ep}: expected a product that divides the {world} ranks, and a batch of {BATCH} into parts")
+        raise SystemExit(
+            f"--tp {args.tp} --ep {ep}: expected a product that divides the {world} ranks, and a batch of {BATCH} into "
+            "parts"
+        )
     mesh = init_device_mesh("cpu", (dp, ep, args.tp), mesh_dim_names=("dp", "ep", "tp"))
     dispatch = args.dispatch if ep > 1 else "replicated"
     room = BATCH // (dp * ep) * CONTEXT if dispatch in ("all_gather", "all_to_all_static") else None
@@ -85,7 +93,9 @@ def make_plan(args: argparse.Namespace, world: int) -> Plan:
     part = 0
     for group in others:
         part = part * group.size + group.rank
-    return Plan(dataclasses.replace(EXPERTS, parallel=parallel), others, copies, math.prod(group.size for group in others), part)
+    return Plan(
+        dataclasses.replace(EXPERTS, parallel=parallel), others, copies, math.prod(group.size for group in others), part
+    )
 
 
 # Model: that of tiny_lm, with a config for an argument
@@ -97,12 +107,16 @@ def biased(weights: MoEWeights, bias: Tensor) -> MoEWeights:
 
 
 def model(config: MoEConfig, params: Params, biases: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """tokens [batch, time], biases [layers, experts] -> logits [batch, time, 256], load [layers, experts] of this rank's tokens."""
+    """tokens [batch, time], biases [layers, experts] -> logits [batch, time, 256], load [layers, experts] of this
+    rank's tokens.
+    """
     x = F.embedding(tokens, params["embed"])
     loads = []
     for layer, bias in zip(params["layers"], biases, strict=True):
         x = x + attention(layer, F.rms_norm(x, (WIDTH,), layer["attention_norm"]))
-        y, stats = moe_forward_with_stats(config, biased(layer["feed_forward"], bias), F.rms_norm(x, (WIDTH,), layer["feed_forward_norm"]))
+        y, stats = moe_forward_with_stats(
+            config, biased(layer["feed_forward"], bias), F.rms_norm(x, (WIDTH,), layer["feed_forward_norm"])
+        )
         x = x + y
         loads.append(stats.expert_load)
     return F.linear(F.rms_norm(x, (WIDTH,), params["norm"]), params["head"]), torch.stack(loads)
@@ -117,7 +131,9 @@ def sharded(config: MoEConfig, params: Params) -> Params:
     """This rank's parameters: experts of its own, everything else as it is."""
     if config.parallel is None:
         return params
-    return params | {"layers": [layer | {"feed_forward": shard_weights(config, layer["feed_forward"])} for layer in params["layers"]]}
+    return params | {
+        "layers": [layer | {"feed_forward": shard_weights(config, layer["feed_forward"])} for layer in params["layers"]]
+    }
 
 
 # Training: a pure step, collectives and optimiser in it
@@ -142,7 +158,9 @@ def is_of_experts(params: Params) -> list[bool]:
 def train_step(
     plan: Plan, of_experts: Sequence[bool], state: State, biases: Tensor, batch: Tensor, rate: Tensor, step: Tensor
 ) -> tuple[State, Tensor, Tensor, Tensor]:
-    """(state, biases, this rank's part of the batch) -> (state, biases, loss of the whole batch, its load [layers, experts])."""
+    """(state, biases, this rank's part of the batch) -> (state, biases, loss of the whole batch, its load [layers,
+    experts]).
+    """
     by_params = torch.func.grad_and_value(loss_of_batch, has_aux=True)
     gradients, (loss, load) = by_params(state.params, plan.config, biases, batch)
     leaves, tree = tree_flatten(gradients)
@@ -182,7 +200,9 @@ def train(plan: Plan, params: Params, text: Tensor, args: argparse.Namespace, st
     step_function = torch.compile(eager, fullgraph=True) if compiled else eager
     seconds = 0.0
     for step in range(1, steps + 1):
-        batch = windows(text, torch.randint(len(text) - CONTEXT, (BATCH,), generator=order)).chunk(plan.parts)[plan.part]
+        batch = windows(text, torch.randint(len(text) - CONTEXT, (BATCH,), generator=order)).chunk(plan.parts)[
+            plan.part
+        ]
         inputs = (state, run.biases, batch, torch.tensor(learning_rate(step / args.steps)), torch.tensor(float(step)))
         if step == 1:
             with Traffic(plan) as traffic:  # the eager step says what it sends; the compiled one does the same
@@ -292,7 +312,9 @@ def work(args: argparse.Namespace, rank: int, world: int) -> None:
     alone = train(Plan(EXPERTS), whole, training, args, checked, compiled=False) if rank == 0 else None
     say = print if rank == 0 else (lambda *_, **__: None)
     ranks = f"{world} rank{'s' if world > 1 else ''}"
-    how = "alone" if plan.config.parallel is None else f"{plan.config.parallel.dispatch}, {plan.parts} parts of the batch"
+    how = (
+        "alone" if plan.config.parallel is None else f"{plan.config.parallel.dispatch}, {plan.parts} parts of the batch"
+    )
     say(f"{ranks} ({how}), {'compiling the training step ...' if args.compile else 'eager'}", flush=True)
     run = train(plan, params, training, args, args.steps, compiled=args.compile)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
@@ -304,15 +326,25 @@ def work(args: argparse.Namespace, rank: int, world: int) -> None:
         say(f"at most {apart:.1e} apart; {TOLERANCE:.0e} is allowed")
         assert apart < TOLERANCE, "sharded training should be training"
     graph = f"{graphs} graph, {breaks} breaks on each rank" if args.compile else "eager"
-    say(f"loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f} in {args.steps} steps; {run.tokens_per_second:,.0f} tokens/s in all, {graph}")
+    say(
+        f"loss {run.losses[0]:.3f} -> {run.losses[-1]:.3f} in {args.steps} steps; "
+        f"{run.tokens_per_second:,.0f} tokens/s in all, {graph}"
+    )
     far = far_from_joined(plan, run, held_out)
     assert far < 1e-3, far
     begin = time.perf_counter()
     answer = generate(plan, run, PROMPTS[plan.part % len(PROMPTS)], args.generate)
     pace = args.generate * plan.parts / (time.perf_counter() - begin)
     rows = on_every_rank(row_of_rank(plan, run, rank))
-    say(f"\n{'rank':4}{'experts, KiB':>16}{'peak, MiB':>14}{'sent, KiB a step':>22}{'load (1 is even)':>22}", *rows, sep="\n")
-    say(f"\nServing, {plan.parts} prompts at once: {pace:,.0f} bytes/s; logits at most {far:.0e} from those with all weights joined")
+    say(
+        f"\n{'rank':4}{'experts, KiB':>16}{'peak, MiB':>14}{'sent, KiB a step':>22}{'load (1 is even)':>22}",
+        *rows,
+        sep="\n",
+    )
+    say(
+        f"\nServing, {plan.parts} prompts at once: {pace:,.0f} bytes/s; logits at most {far:.0e} from those with all "
+        "weights joined"
+    )
     say(*dict.fromkeys(on_every_rank(f"  {answer!r}")), sep="\n")
     say(f"{time.perf_counter() - start:.0f} s in all")
 
@@ -323,10 +355,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tp", type=int, default=1, help="ranks that have slices of the same experts")
     parser.add_argument("--ep", type=int, help="ranks that have experts of their own; default: all that tp leaves")
-    parser.add_argument("--dispatch", default="all_to_all", choices=["replicated", "all_gather", "all_to_all", "all_to_all_static"])
+    parser.add_argument(
+        "--dispatch", default="all_to_all", choices=["replicated", "all_gather", "all_to_all", "all_to_all_static"]
+    )
     parser.add_argument("--generate", type=int, default=40, help="bytes that each rank writes at the end")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the training step on every rank: 1 layer and 2 ranks took 113 s on 2 busy cores"
+        "--compile",
+        action="store_true",
+        help="compile the training step on every rank: 1 layer and 2 ranks took 113 s on 2 busy cores",
     )
     parser.add_argument("--tiny", action="store_true", help="one layer")
     args = parser.parse_args()

@@ -1,9 +1,10 @@
-"""torch.export and AOTInductor of a small model of transformers whose blocks moe_fn computes. Needs `pip install "moe_fn[transformers]"`.
+"""torch.export and AOTInductor of a small model of transformers whose blocks moe_fn computes. Needs `pip install
+"moe_fn[transformers]"`.
 
     python examples/export.py [--model qwen3-moe|deepseek-v3|gpt-oss|mixtral] [--dtype float32|bfloat16]
 
-The number of tokens stays free. Each form is saved, loaded in another process that knows nothing of transformers, run at other lengths,
-and compared with the model. That process imports moe_fn, for the ops that stand in the graph are its.
+The number of tokens stays free. Each form is saved, loaded in another process that knows nothing of transformers, run
+at other lengths, and compared with the model. That process imports moe_fn, for the ops that stand in the graph are its.
 """
 
 import argparse
@@ -30,9 +31,9 @@ LENGTHS = (1, 2, 100, 256)  # none of them is the one that was traced
 TRACED = 16
 TOKENS = Dim("tokens", min=1, max=2048)
 TURNS = 5
-NOTE = """The packages ran in another process, which imports torch and moe_fn (for the ops that the graph calls) and not transformers.
-Differences are those of logits at {lengths} tokens, beside the model, and over the RMS of its logits; ms are medians of {turns} calls
-at {last} tokens."""
+NOTE = """The packages ran in another process, which imports torch and moe_fn (for the ops that the graph calls) and not
+transformers. Differences are those of logits at {lengths} tokens, beside the model, and over the RMS of its logits; ms
+are medians of {turns} calls at {last} tokens."""
 
 # What that process runs: packages and inputs in; logits, seconds of loading and milliseconds of a call out, for each.
 RUNNER = """
@@ -84,7 +85,9 @@ class Package:
 
 
 def exported(model: nn.Module, vocabulary: int, strict: bool) -> ExportedProgram:
-    return torch.export.export(Logits(model), (random_ids(TRACED, vocabulary),), dynamic_shapes={"ids": {1: TOKENS}}, strict=strict)
+    return torch.export.export(
+        Logits(model), (random_ids(TRACED, vocabulary),), dynamic_shapes={"ids": {1: TOKENS}}, strict=strict
+    )
 
 
 def random_ids(length: int, vocabulary: int) -> Tensor:
@@ -100,7 +103,9 @@ def packages(model: nn.Module, vocabulary: int, folder: Path, progress: Progress
         program = exported(model, vocabulary, strict)
         torch.export.save(program, path)
         made.append(Package(name, "export", path, time.perf_counter() - start))
-    print("ops of moe_fn in the graph:", ", ".join(f"{count} x {name}" for name, count in ops_of_moe_fn(program).items()))
+    print(
+        "ops of moe_fn in the graph:", ", ".join(f"{count} x {name}" for name, count in ops_of_moe_fn(program).items())
+    )
     replace(progress, done=2).say("AOTInductor")
     start, path = time.perf_counter(), folder / "library.pt2"
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
@@ -132,13 +137,20 @@ def milliseconds_of(model: nn.Module, ids: Tensor) -> float:
 def compare(model: nn.Module, made: list[Package], inputs: list[Tensor], folder: Path, progress: Progress) -> None:
     wanted = [model(ids) for ids in inputs]
     torch.save(inputs, folder / "inputs.pt")
-    print("\n| | made and saved, s | MB | loaded, s | ms | largest logit difference | over their RMS |\n|---|--:|--:|--:|--:|--:|--:|")
+    print(
+        "\n| | made and saved, s | MB | loaded, s | ms | largest logit difference | over their RMS "
+        "|\n|---|--:|--:|--:|--:|--:|--:|"
+    )
     print(f"| the model, eager | - | - | - | {milliseconds_of(model, inputs[-1]):.1f} | - | - |")
     replace(progress, done=3).say("running the packages in another process")
     results = run_elsewhere(made, folder / "inputs.pt", folder / "outputs.pt")
     for package, (logits, seconds, milliseconds) in zip(made, results, strict=True):
-        differences = [(got.float() - want.float()).abs().max().item() for got, want in zip(logits, wanted, strict=True)]
-        relative = max(d / want.float().square().mean().sqrt().item() for d, want in zip(differences, wanted, strict=True))
+        differences = [
+            (got.float() - want.float()).abs().max().item() for got, want in zip(logits, wanted, strict=True)
+        ]
+        relative = max(
+            d / want.float().square().mean().sqrt().item() for d, want in zip(differences, wanted, strict=True)
+        )
         size = package.path.stat().st_size / 1e6
         cells = (
             f"{package.seconds:.1f}",
@@ -169,7 +181,8 @@ def main() -> None:
     clear()
     print("\n" + NOTE.format(lengths=", ".join(map(str, LENGTHS)), turns=TURNS, last=LENGTHS[-1]))
     print(
-        f"{options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"{options.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; "
         f"{datetime.date.today()}; {time.perf_counter() - start:.0f} s in all"
     )
 

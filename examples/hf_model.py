@@ -1,11 +1,12 @@
-"""A model of transformers before and after moe_fn: tokens per second, graphs, logits, tokens. Needs `pip install "moe_fn[transformers]"`.
+"""A model of transformers before and after moe_fn: tokens per second, graphs, logits, tokens. Needs `pip install
+"moe_fn[transformers]"`.
 
     python examples/hf_model.py [--model qwen3-moe|deepseek-v3|gpt-oss|mixtral] [--dtype float32|bfloat16]
     python examples/hf_model.py --checkpoint FOLDER         # any folder that transformers loads; nothing is downloaded
 
-Without a folder it makes a small random model, saves it and loads it back. Then four take turns: the model as transformers runs it
-(its default experts implementation) and with moe_fn swapped in, each eager and compiled (`fullgraph=True`).
-`--how experts` swaps the experts alone (`register`), and leaves routers and blocks to transformers.
+Without a folder it makes a small random model, saves it and loads it back. Then four take turns: the model as
+transformers runs it (its default experts implementation) and with moe_fn swapped in, each eager and compiled
+(`fullgraph=True`). `--how experts` swaps the experts alone (`register`), and leaves routers and blocks to transformers.
 """
 
 import argparse
@@ -31,13 +32,13 @@ from moe_fn.bench.timing import clock_of_device, take_turns
 from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.integrations.transformers import register, replace_moe_blocks
 
-NOTE = """What is compared. Both models read the same parameters. Prefill is one call on the prompt, without a cache. Decode is greedy, a
-token at a time: eager with transformers' growing cache (what `generate` does), compiled with its static cache, so that one graph serves
-every step; the prompt is put into the cache before the clock starts. Medians of {turns} turns or more, the contestants alternating,
-prompts changing. Graphs: prefill + decode. Logits are those of a prompt, beside transformers eager; "same tokens" is beside transformers'
-own `generate`.
-Weights are as the checkpoint has them, not prepared (`moe_fn.prepare_weights`). In bfloat16 two ways to round may send a token to other
-experts where two were nearly equal: what transformers' own compiled model differs by is the measure of that."""
+NOTE = """What is compared. Both models read the same parameters. Prefill is one call on the prompt, without a cache.
+Decode is greedy, a token at a time: eager with transformers' growing cache (what `generate` does), compiled with its
+static cache, so that one graph serves every step; the prompt is put into the cache before the clock starts. Medians of
+{turns} turns or more, the contestants alternating, prompts changing. Graphs: prefill + decode. Logits are those of a
+prompt, beside transformers eager; "same tokens" is beside transformers' own `generate`. Weights are as the checkpoint
+has them, not prepared (`moe_fn.prepare_weights`). In bfloat16 two ways to round may send a token to other experts where
+two were nearly equal: what transformers' own compiled model differs by is the measure of that."""
 PROMPTS = 4
 
 
@@ -79,7 +80,9 @@ def decoding(one: Contestant, prompt: Tensor, new: int) -> Callable[[], Tensor]:
     length = prompt.shape[1]
     config = one.model.config
     cache = (
-        transformers.StaticCache(config=config, max_cache_len=length + new) if one.compiled else transformers.DynamicCache(config=config)
+        transformers.StaticCache(config=config, max_cache_len=length + new)
+        if one.compiled
+        else transformers.DynamicCache(config=config)
     )
     first = next_ids(one.model(prompt, past_key_values=cache, use_cache=True).logits)
     positions = torch.arange(length, length + new - 1).view(-1, 1, 1)
@@ -144,12 +147,18 @@ def load(options: argparse.Namespace) -> Any:
     return model
 
 
-def measure(options: argparse.Namespace, runners: dict[str, Contestant], prompts: list[Tensor]) -> dict[str, tuple[float, float]]:
+def measure(
+    options: argparse.Namespace, runners: dict[str, Contestant], prompts: list[Tensor]
+) -> dict[str, tuple[float, float]]:
     """Tokens per second (prefill, decode) of all that run."""
     running = {name: one for name, one in runners.items() if not one.trouble}
     timer, before = clock_of_device(torch.device("cpu")).time, graph_count()
-    prefills = {name: lambda turn, one=one: lambda: one.prefill(prompts[turn % PROMPTS]) for name, one in running.items()}
-    decodes = {name: lambda turn, one=one: decoding(one, prompts[turn % PROMPTS], options.new) for name, one in running.items()}
+    prefills = {
+        name: lambda turn, one=one: lambda: one.prefill(prompts[turn % PROMPTS]) for name, one in running.items()
+    }
+    decodes = {
+        name: lambda turn, one=one: decoding(one, prompts[turn % PROMPTS], options.new) for name, one in running.items()
+    }
     by_prefill = take_turns(prefills, timer, options.seconds, 1)
     by_decode = take_turns(decodes, timer, options.seconds, 1)
     print(f"graphs made while the clock ran: {graph_count() - before}")
@@ -157,15 +166,24 @@ def measure(options: argparse.Namespace, runners: dict[str, Contestant], prompts
     def speed(tokens: int, milliseconds: tuple[float, ...]) -> float:
         return options.batch * tokens / median(milliseconds) * 1e3
 
-    return {name: (speed(options.prompt, by_prefill[name]), speed(options.new - 1, by_decode[name])) for name in running}
+    return {
+        name: (speed(options.prompt, by_prefill[name]), speed(options.new - 1, by_decode[name])) for name in running
+    }
 
 
-def print_table(runners: dict[str, Contestant], speeds: dict[str, tuple[float, float]], prompt: Tensor, new: int) -> None:
+def print_table(
+    runners: dict[str, Contestant], speeds: dict[str, tuple[float, float]], prompt: Tensor, new: int
+) -> None:
     theirs = next(iter(runners.values()))
     logits = theirs.prefill(prompt).float()
     config = transformers.GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
-    tokens = theirs.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[:, prompt.shape[1] :]
-    print("\n| | prefill tokens/s | decode tokens/s | graphs | breaks | largest logit difference | over their RMS | same tokens |")
+    tokens = theirs.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[
+        :, prompt.shape[1] :
+    ]
+    print(
+        "\n| | prefill tokens/s | decode tokens/s | graphs | breaks | largest logit difference | over their RMS | same "
+        "tokens |"
+    )
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for name, one in runners.items():
         if one.trouble:
@@ -185,14 +203,20 @@ def print_table(runners: dict[str, Contestant], speeds: dict[str, tuple[float, f
 def options_of_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a folder with config.json and safetensors")
-    parser.add_argument("--model", choices=MODELS, default="qwen3-moe", help="the small random model, where there is no folder")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, or what the checkpoint says")
+    parser.add_argument(
+        "--model", choices=MODELS, default="qwen3-moe", help="the small random model, where there is no folder"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32, or what the checkpoint says"
+    )
     parser.add_argument("--how", choices=("blocks", "experts"), default="blocks")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
     parser.add_argument("--seconds", type=float, default=10.0, help="for the turns of prefill, and again for decode")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; aot_eager compiles quickly and runs slowly")
+    parser.add_argument(
+        "--backend", default="inductor", help="of torch.compile; aot_eager compiles quickly and runs slowly"
+    )
     parser.add_argument("--tiny", action="store_true", help="a model that is small enough for a test")
     return parser.parse_args()
 
@@ -206,7 +230,9 @@ def main() -> None:
     model = load(options)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompts = [torch.randint(2, vocabulary, (options.batch, options.prompt), generator=generator) for _ in range(PROMPTS)]
+    prompts = [
+        torch.randint(2, vocabulary, (options.batch, options.prompt), generator=generator) for _ in range(PROMPTS)
+    ]
     implementation = getattr(model.config, "_experts_implementation", None) or "eager"
     eager = {
         f"transformers ({implementation})": contestant_of_model(model),
@@ -223,13 +249,16 @@ def main() -> None:
     print_table(runners, speeds, prompts[0], options.new)
     clear()
     names = list(speeds)
-    ratios = [(ours, theirs) for ours, theirs in zip(names[1::2], names[::2], strict=False) if ours.startswith("moe_fn")]
+    ratios = [
+        (ours, theirs) for ours, theirs in zip(names[1::2], names[::2], strict=False) if ours.startswith("moe_fn")
+    ]
     for ours, theirs in ratios:
         prefill, decode = (speeds[ours][at] / speeds[theirs][at] for at in (0, 1))
         print(f"{ours} over {theirs}: prefill {prefill:.2f}, decode {decode:.2f} times as fast")
     print("\n" + NOTE.format(turns=5))
     print(
-        f"{model.dtype}, batch {options.batch}, {options.prompt} tokens of prompt, {options.new} new; {torch.get_num_threads()} threads; "
+        f"{model.dtype}, batch {options.batch}, {options.prompt} tokens of prompt, {options.new} new; "
+        f"{torch.get_num_threads()} threads; "
         f"torch {torch.__version__}, transformers {transformers.__version__}; "
         f"{datetime.date.today()}; {time.perf_counter() - start:.0f} s in all",
     )  # fmt: skip

@@ -28,9 +28,13 @@ ROWS: tuple[tuple[str, torch.dtype, Any, bool, QuantConfig | None], ...] = (
 
 
 def layer(dtype: torch.dtype, layout: Any, prepared: bool, quant: QuantConfig | None) -> tuple[MoEConfig, MoEWeights]:
-    config = MoEConfig(num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, weight_layout=layout)
+    config = MoEConfig(
+        num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, weight_layout=layout
+    )
     shapes = (EXPERTS, 2 * INTERMEDIATE, HIDDEN), (EXPERTS, HIDDEN, INTERMEDIATE)
-    gate_up, down = (torch.randn(shape if layout == "out_in" else (shape[0], shape[2], shape[1])).to(dtype) / 50 for shape in shapes)
+    gate_up, down = (
+        torch.randn(shape if layout == "out_in" else (shape[0], shape[2], shape[1])).to(dtype) / 50 for shape in shapes
+    )
     weights = MoEWeights(gate_up=gate_up, down=down)
     if quant is not None:
         config, weights = moe_fn.quantize_weights(config, weights, quant)
@@ -49,7 +53,13 @@ def main() -> None:
     counts = [int(count) for count in parser.parse_args().tokens.split(",")]
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print("| weights | " + " | ".join(f"{count} tokens" for count in counts) + " | bits |\n|---|" + "--:|" * len(counts) + "---|")
+    print(
+        "| weights | "
+        + " | ".join(f"{count} tokens" for count in counts)
+        + " | bits |\n|---|"
+        + "--:|" * len(counts)
+        + "---|"
+    )
     for name, *kind in ROWS:
         config, weights = layer(*kind)
         invariant, cells, same = dataclasses.replace(config, batch_invariant=True), [], True
@@ -57,7 +67,10 @@ def main() -> None:
             x = torch.randn(count, HIDDEN).to(kind[0])
             ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(count)])
             routing = Routing(expert_ids=ids, weights=torch.full((count, TOP_K), 1 / TOP_K))
-            turns = [[seconds(c, weights, x, routing)[0] for c in (config, invariant)] for _ in range(10 if count < 100 else 5)]
+            turns = [
+                [seconds(c, weights, x, routing)[0] for c in (config, invariant)]
+                for _ in range(10 if count < 100 else 5)
+            ]
             plain, ours = (min(turn[place] for turn in turns) for place in (0, 1))
             cells.append(f"{ours / plain:.2f}")
             last = Routing(expert_ids=ids[-1:], weights=routing.weights[-1:])

@@ -2,10 +2,10 @@
 
     python examples/quantize.py [--model out/tiny_lm.pt] [--out out] [--steps 1600] [--adapt 200]
 
-Takes the model that `python examples/tiny_lm.py` (make demo) has trained, or trains it first. Its experts, 9 of 10 of all parameters, are
-quantised to each format in turn: rounded to the nearest code, without a look at any text. At last LoRA adapters are trained on the
-experts of 4 bits (QLoRA): gradients reach the adapters alone, and make good most of what the rounding cost.
-Prints a table, and draws the loss over the bits of a weight to `out/quantize.png`.
+Takes the model that `python examples/tiny_lm.py` (make demo) has trained, or trains it first. Its experts, 9 of 10 of
+all parameters, are quantized to each format in turn: rounded to the nearest code, without a look at any text. At last
+LoRA adapters are trained on the experts of 4 bits (QLoRA): gradients reach the adapters alone, and make good most of
+what the rounding cost. Prints a table, and draws the loss over the bits of a weight to `out/quantize.png`.
 """
 
 import argparse
@@ -27,7 +27,9 @@ Params = dict[str, Any]
 
 def by(scheme: Any, size: int | None = None, static: bool = False) -> ActivationQuantConfig:
     """Inputs rounded with a scale for each token, or for each `size` numbers of one."""
-    return ActivationQuantConfig(scheme=scheme, granularity="group" if size else "token", group_size=size, static=static)
+    return ActivationQuantConfig(
+        scheme=scheme, granularity="group" if size else "token", group_size=size, static=static
+    )
 
 
 def groups(scheme: Any, size: int, **more: Any) -> QuantConfig:
@@ -39,7 +41,9 @@ FORMATS: dict[str, QuantConfig | None] = {
     "float32": None,
     "fp8, by tensor": QuantConfig(scheme="fp8_e4m3", granularity="tensor"),
     "fp8, by channel, w8a8": QuantConfig(scheme="fp8_e4m3", granularity="channel", activations=by("fp8_e4m3")),
-    "fp8, blocks, w8a8": QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=(32, 32), activations=by("fp8_e4m3", 32)),
+    "fp8, blocks, w8a8": QuantConfig(
+        scheme="fp8_e4m3", granularity="block", block_shape=(32, 32), activations=by("fp8_e4m3", 32)
+    ),
     "mxfp8, w8a8": groups("mxfp8", 32, activations=by("mxfp8", 32)),
     "int8, by channel": QuantConfig(scheme="int8", granularity="channel"),
     "int8, by channel, w8a8": QuantConfig(scheme="int8", granularity="channel", activations=by("int8")),
@@ -67,7 +71,7 @@ class Row:
     tokens_per_second: float
 
 
-def quantised(params: Params, quant: QuantConfig | None) -> tuple[MoEConfig, Params]:
+def quantized(params: Params, quant: QuantConfig | None) -> tuple[MoEConfig, Params]:
     """The model with its experts in a format, and their config."""
     if quant is None:
         return tiny_lm.EXPERTS, params
@@ -100,7 +104,7 @@ def tokens_per_second(config: MoEConfig, params: Params, biases: Tensor, text: T
 
 
 def measured(name: str, params: Params, biases: Tensor, text: Tensor, seconds: float) -> Row:
-    config, small = quantised(params, FORMATS[name])
+    config, small = quantized(params, FORMATS[name])
     weights = sum(w.gate_up.numel() + w.down.numel() for layer in params["layers"] for w in [layer["feed_forward"]])
     size, loss = size_of_experts(small), tiny_lm.held_out_loss(small, biases, text, config)
     return Row(name, size, 8 * size / weights, loss, tokens_per_second(config, small, biases, text, seconds))
@@ -111,7 +115,9 @@ def measured(name: str, params: Params, biases: Tensor, text: Tensor, seconds: f
 
 def with_adapters(params: Params, adapters: list[LoRAWeights]) -> Params:
     pairs = zip(params["layers"], adapters, strict=True)
-    return params | {"layers": [layer | {"feed_forward": replace(layer["feed_forward"], lora=lora)} for layer, lora in pairs]}
+    return params | {
+        "layers": [layer | {"feed_forward": replace(layer["feed_forward"], lora=lora)} for layer, lora in pairs]
+    }
 
 
 def new_adapters(weights: MoEWeights) -> LoRAWeights:
@@ -126,9 +132,9 @@ def new_adapters(weights: MoEWeights) -> LoRAWeights:
 
 
 def adapted(params: Params, biases: Tensor, training: Tensor, held_out: Tensor, steps: int) -> float:
-    """Held-out loss of the quantised model with adapters that were trained for so many steps; nothing else moves."""
+    """Held-out loss of the quantized model with adapters that were trained for so many steps; nothing else moves."""
     torch._dynamo.reset()
-    config, small = quantised(params, FORMATS[ADAPTED])
+    config, small = quantized(params, FORMATS[ADAPTED])
     config = replace(config, lora=LoRAConfig(num_adapters=1, rank=RANK))
     adapters = [new_adapters(layer["feed_forward"]) for layer in small["layers"]]
     adapters = tree_map(lambda t: t.requires_grad_(), adapters)
@@ -163,7 +169,14 @@ def draw(path: Path, rows: list[Row], adapted_loss: float | None) -> str:
     for i, row in enumerate(rows[1:]):
         axes.plot(row.bits, row.loss, "os^"[i % 3], color=f"C{i % 10}", label=f"{row.name}: {row.loss:.4f}")
     if adapted_loss is not None:
-        axes.plot(next(row.bits for row in rows if row.name == ADAPTED), adapted_loss, "*", color="black", markersize=11, label="and LoRA")
+        axes.plot(
+            next(row.bits for row in rows if row.name == ADAPTED),
+            adapted_loss,
+            "*",
+            color="black",
+            markersize=11,
+            label="and LoRA",
+        )
     axes.axhline(rows[0].loss, color="gray", linestyle=":", label=f"float32 (32 bits): {rows[0].loss:.4f}")
     axes.set(xlabel="bits for each weight of an expert, scales included", ylabel="held-out loss (nats per byte)")
     axes.set_title("Experts in few bits")
@@ -176,7 +189,9 @@ def draw(path: Path, rows: list[Row], adapted_loss: float | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("out/tiny_lm.pt"), help="what make demo left; trained if it is not there")
+    parser.add_argument(
+        "--model", type=Path, default=Path("out/tiny_lm.pt"), help="what make demo left; trained if it is not there"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")
     parser.add_argument("--steps", type=int, default=1600, help="of training, if the model is not there")
     parser.add_argument("--adapt", type=int, default=200, help="steps of training adapters; 0: none")
@@ -195,10 +210,16 @@ def main() -> None:
         row = measured(name, params, biases, held_out, args.seconds)
         rows.append(row)
         more = row.loss - rows[0].loss
-        print(f"{name:34}{row.size:>10,}{row.bits:>7.2f}{row.loss:>15.4f}{more:>+9.4f}{row.tokens_per_second:>11,.0f}", flush=True)
+        print(
+            f"{name:34}{row.size:>10,}{row.bits:>7.2f}{row.loss:>15.4f}{more:>+9.4f}{row.tokens_per_second:>11,.0f}",
+            flush=True,
+        )
     loss = adapted(params, biases, training, held_out, args.adapt) if args.adapt else None
     if loss is not None:
-        print(f"{f'{ADAPTED}, and LoRA of rank {RANK}':34}{'':>17}{loss:>15.4f}{loss - rows[0].loss:>+9.4f}    ({args.adapt} steps)")
+        print(
+            f"{f'{ADAPTED}, and LoRA of rank {RANK}':34}{'':>17}{loss:>15.4f}{loss - rows[0].loss:>+9.4f}    "
+            f"({args.adapt} steps)"
+        )
     print(draw(args.out / "quantize.png", rows, loss))
 
 

@@ -1,16 +1,19 @@
-"""Routing replay in reinforcement learning: what changes when the trainer takes its rollout's experts instead of choosing anew.
+"""Routing replay in reinforcement learning: what changes when the trainer takes its rollout's experts instead of
+choosing anew.
 
     python examples/replay.py [--steps 40] [--experts bfloat16|int8]
 
-A policy of four MoE layers learns to add two digits modulo 32 by policy gradients. The rollout runs in bfloat16 (--experts int8: with
-experts of 8 bits as well), the trainer in float32. Their routers differ for some tokens, and each such token's log-probability is then
-that of other experts: the ratio of trainer to rollout, 1 for a policy that has not moved, strays, which importance sampling takes for
-learning. With the rollout's ids replayed (`moe_fn.route_to`), the ratio is left with the rounding alone.
+A policy of four MoE layers learns to add two digits modulo 32 by policy gradients. The rollout runs in bfloat16
+(--experts int8: with experts of 8 bits as well), the trainer in float32. Their routers differ for some tokens, and each
+such token's log-probability is then that of other experts: the ratio of trainer to rollout, 1 for a policy that has not
+moved, strays, which importance sampling takes for learning. With the rollout's ids replayed (`moe_fn.route_to`), the
+ratio is left with the rounding alone.
 
 Every step is measured both ways, before its update:
 
     routed differently   share of (token, layer) whose set of experts is another
-    k3                   mean of r - 1 - log r, r = trainer's probability of the token / rollout's: an estimate of KL(rollout || trainer)
+    k3                   mean of r - 1 - log r, r = trainer's probability of the token / rollout's: an estimate of
+                         KL(rollout || trainer)
     ratio                the least and the largest r
 """
 
@@ -29,7 +32,11 @@ from moe_fn import MoEConfig, MoEWeights, QuantConfig, RouterConfig, RouterWeigh
 
 DIGITS, LAYERS, PROMPTS, SAMPLES = 32, 4, 128, 8
 CONFIG = MoEConfig(
-    num_experts=32, top_k=4, hidden_size=64, intermediate_size=32, router=RouterConfig(scoring="sigmoid", routed_scaling_factor=2.0)
+    num_experts=32,
+    top_k=4,
+    hidden_size=64,
+    intermediate_size=32,
+    router=RouterConfig(scoring="sigmoid", routed_scaling_factor=2.0),
 )
 INT8 = QuantConfig(scheme="int8", granularity="channel")
 Params = dict[str, Any]
@@ -51,7 +58,10 @@ def new_params(seed: int) -> Params:
         return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).requires_grad_()
 
     e, h, i = CONFIG.num_experts, CONFIG.hidden_size, CONFIG.intermediate_size
-    layers = [MoEWeights(gate_up=normal(e, 2 * i, h), down=normal(e, h, i), router=RouterWeights(gate=normal(e, h))) for _ in range(LAYERS)]
+    layers = [
+        MoEWeights(gate_up=normal(e, 2 * i, h), down=normal(e, h, i), router=RouterWeights(gate=normal(e, h)))
+        for _ in range(LAYERS)
+    ]
     return {"digits": normal(2, DIGITS, h), "layers": layers, "head": normal(DIGITS, h)}
 
 
@@ -97,11 +107,15 @@ def mismatch(of_trainer: Tensor, of_rollout: Tensor, actions: Tensor) -> Mismatc
 
 def differently(one: list[Tensor], other: list[Tensor]) -> float:
     pairs = zip(one, other, strict=True)
-    return torch.stack([(a.sort(-1).values != b.sort(-1).values).any(-1).float().mean() for a, b in pairs]).mean().item()
+    return (
+        torch.stack([(a.sort(-1).values != b.sort(-1).values).any(-1).float().mean() for a, b in pairs]).mean().item()
+    )
 
 
 def learn(steps: int, int8: bool, replay: bool, show: int) -> list[tuple[float, float, Mismatch, Mismatch]]:
-    """Rewards and mismatches of every step; policy gradients with the group's mean as baseline, importance-weighted by the ratio."""
+    """Rewards and mismatches of every step; policy gradients with the group's mean as baseline, importance-weighted by
+    the ratio.
+    """
     params, generator = new_params(0), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(tree_leaves(params), lr=3e-3)
     rows = []
@@ -112,7 +126,13 @@ def learn(steps: int, int8: bool, replay: bool, show: int) -> list[tuple[float, 
         rewards = (actions == prompts.sum(-1, keepdim=True) % DIGITS).float()
         both = {way: trainer(params, prompts, ids if way else None) for way in (False, True)}
         own_ids = both[False][1]
-        rows.append((rewards.mean().item(), differently(own_ids, ids), *(mismatch(both[w][0], of_rollout, actions) for w in (False, True))))
+        rows.append(
+            (
+                rewards.mean().item(),
+                differently(own_ids, ids),
+                *(mismatch(both[w][0], of_rollout, actions) for w in (False, True)),
+            )
+        )
         ratio = (both[replay][0] - of_rollout).gather(-1, actions).exp()
         loss = -((rewards - rewards.mean(-1, keepdim=True)) * ratio).mean()
         optimizer.zero_grad()
@@ -132,8 +152,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # such small layers run faster so
     start = time.perf_counter()
-    print(f"rollout: bfloat16, experts in {options.experts}; trainer: float32; {LAYERS} layers of {CONFIG.num_experts} experts")
-    print("| step | reward | routed differently | k3, own choice | ratio, own choice | k3, replayed | ratio, replayed |")
+    print(
+        f"rollout: bfloat16, experts in {options.experts}; trainer: float32; "
+        f"{LAYERS} layers of {CONFIG.num_experts} experts"
+    )
+    print(
+        "| step | reward | routed differently | k3, own choice | ratio, own choice | k3, replayed | ratio, replayed |"
+    )
     print("|--:|--:|--:|--:|--:|--:|--:|")
     rows = learn(options.steps, options.experts == "int8", replay=True, show=max(1, options.steps // 6))
     own, again = (sum(row[way].k3 for row in rows) / len(rows) for way in (2, 3))

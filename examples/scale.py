@@ -1,25 +1,30 @@
-"""Bytes, time and memory of one layer on 8 to 2048 GPUs, on paper: for each format of dispatch, and what uneven experts cost.
+"""Bytes, time and memory of one layer on 8 to 2048 GPUs, on paper: for each format of dispatch, and what uneven experts
+cost.
 
 python examples/scale.py [--machine h100] [--gpus 8,64,512] [--network 50e9] [--zipf 0.6] [--plot scale.png]
 
-Nothing here is measured. With G GPUs in nodes of g, n = ep = the most of them that divides G and leaves each an expert, and G / n copies
-of the weights (dp); t tokens that each GPU brings, X bytes of a row, K choices, E experts of 3 matrices H x I:
+Nothing here is measured. With G GPUs in nodes of g, n = ep = the most of them that divides G and leaves each an expert,
+and G / n copies of the weights (dp); t tokens that each GPU brings, X bytes of a row, K choices, E experts of 3
+matrices H x I:
 
     sent, forward     replicated          2 (n-1)/n n t X                      each GPU has the n t tokens of all
                       all_gather          (n-1) t (2 X + 12 K)
                       all_to_all          8 (n-1) + (n-1)/n t K (2 X + 8)
                       static              (n-1) C (2 X + 8), C = t K           room for whatever comes
                       static 2x           the same, C = 2 t K / n, at least 4  drops what an uneven router sends beyond
-    of it, network    all_to_all and static: a share (n - m)/(n - 1), m = min(n, g) in the node; the others are hierarchical, and a node's
-                      g GPUs share what comes from outside: a share (n/m - 1)/(n - 1)
+    of it, network    all_to_all and static: a share (n - m)/(n - 1), m = min(n, g) in the node; the others are
+                      hierarchical, and a node's g GPUs share what comes from outside: a share (n/m - 1)/(n - 1)
     time there+back   max(sent inside / nvlink, sent outside / network) + messages * latency
     time of experts   max(2 * 3 H I * slots / flops, 3 H I * experts here * weight bytes / hbm)
-    time of shared    the same of the shared experts and t tokens; hidden behind half of the time there and back (the way there)
+    time of shared    the same of the shared experts and t tokens; hidden behind half of the time there and back (the
+                      way there)
     layer             max(half, shared) + experts * unevenness + half, and the halves of all_to_all * unevenness
-    unevenness        load of the fullest GPU over the mean, of a Zipf load p_e ~ 1/(e+1)^zipf in an order drawn at random (median
-                      of 9): experts placed linearly; "balanced": one more slot on each GPU, copies given to whoever has most for each copy,
-                      then the heaviest on the emptiest GPU (EPLB's global policy, greedily)
-    memory            layers * weight bytes * (3 H I experts here + shared) + rows that come and results, t tokens at a time
+    unevenness        load of the fullest GPU over the mean, of a Zipf load p_e ~ 1/(e+1)^zipf in an order drawn at
+                      random (median of 9): experts placed linearly; "balanced": one more slot on each GPU, copies given
+                      to whoever has most for each copy, then the heaviest on the emptiest GPU (EPLB's global policy,
+                      greedily)
+    memory            layers * weight bytes * (3 H I experts here + shared) + rows that come and results, t tokens at a
+                      time
 """
 
 import argparse
@@ -76,7 +81,11 @@ def ranks_of_experts(model: Model, gpus: int) -> int:
 
 def capacity(model: Model, name: str, n: int, tokens: int) -> int:
     """C of the formats with blocks."""
-    return tokens * model.top_k if name == "static" else min(tokens * model.top_k, max(4, -(-2 * tokens * model.top_k // n)))
+    return (
+        tokens * model.top_k
+        if name == "static"
+        else min(tokens * model.top_k, max(4, -(-2 * tokens * model.top_k // n)))
+    )
 
 
 def sent(model: Model, name: str, n: int, tokens: int) -> float:
@@ -144,16 +153,20 @@ def seconds(machine: Machine, model: Model, name: str, n: int, tokens: int, fact
 def memory(model: Model, name: str, n: int, tokens: int, slots_here: float) -> float:
     """Bytes of all layers' experts, and of one layer's rows."""
     k, x = model.top_k, model.hidden * TOKEN_BYTES
-    rows = {"replicated": n * tokens, "all_gather": n * tokens, "all_to_all": 2 * tokens * k}.get(name) or 2 * n * capacity(
-        model, name, n, tokens
-    )
+    rows = {"replicated": n * tokens, "all_gather": n * tokens, "all_to_all": 2 * tokens * k}.get(
+        name
+    ) or 2 * n * capacity(model, name, n, tokens)
     weights = model.layers * WEIGHT_BYTES * 3 * model.hidden * (model.inner * slots_here + model.shared)
     return weights + 2 * rows * x
 
 
-def table(machine: Machine, model: Model, tokens: int, gpus: list[int], zipf: float) -> list[tuple[int, dict[str, float], str]]:
+def table(
+    machine: Machine, model: Model, tokens: int, gpus: list[int], zipf: float
+) -> list[tuple[int, dict[str, float], str]]:
     """Prints a table; (GPUs, microseconds by format with balanced experts, the fastest that fits) of each row."""
-    print("| GPUs | ep | format | MB sent | us even | us linear | us balanced | GB |\n|--:|--:|:--|--:|--:|--:|--:|--:|")
+    print(
+        "| GPUs | ep | format | MB sent | us even | us linear | us balanced | GB |\n|--:|--:|:--|--:|--:|--:|--:|--:|"
+    )
     found = []
     for count in gpus:
         n = ranks_of_experts(model, count)
@@ -169,11 +182,13 @@ def table(machine: Machine, model: Model, tokens: int, gpus: list[int], zipf: fl
             if size <= machine.memory:
                 fits[name] = times[name]
             print(
-                f"| {count} | {n} | {name} | {sent(model, name, n, tokens) / 1e6:.1f} | {1e6 * even:.0f} | {1e6 * uneven_:.0f} | "
+                f"| {count} | {n} | {name} | {sent(model, name, n, tokens) / 1e6:.1f} | {1e6 * even:.0f} | "
+                f"{1e6 * uneven_:.0f} | "
                 f"{times[name]:.0f} | {size / 1e9:.0f}{'' if size <= machine.memory else ' (does not fit)'} |"
             )
         lossless = {name: time for name, time in fits.items() if name != "static 2x"}
-        best = min(lossless, key=lossless.__getitem__) if lossless else "nothing fits"  # of the formats that drop nothing
+        # of the formats that drop nothing
+        best = min(lossless, key=lossless.__getitem__) if lossless else "nothing fits"
         print(f"| {count} | {n} | **{best}** | | | x{linear:.2f} | x{balanced:.2f} | |")
         found.append((count, times, best))
     return found
@@ -205,12 +220,16 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=int if field.name == "node" else float)
     options = parser.parse_args()
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Machine)}
-    machine = dataclasses.replace(MACHINES[options.machine], **{name: value for name, value in given.items() if value is not None})
+    machine = dataclasses.replace(
+        MACHINES[options.machine], **{name: value for name, value in given.items() if value is not None}
+    )
     results = {}
     for name, model in MODELS.items():
         for phase, tokens in PHASES.items():
             print(f"\n{name}, {phase}: {tokens} tokens a GPU, {options.machine}, computed\n")
-            results[f"{name}, {phase}"] = table(machine, model, tokens, [int(n) for n in options.gpus.split(",")], options.zipf)
+            results[f"{name}, {phase}"] = table(
+                machine, model, tokens, [int(n) for n in options.gpus.split(",")], options.zipf
+            )
     draw(options.plot, results)
     print(f"\n{options.plot}")
 

@@ -26,7 +26,9 @@ def layer(experts: int) -> tuple[moe_fn.MoEConfig, moe_fn.MoEWeights]:
         return (torch.randn(10007) / shape[-1] ** 0.5).bfloat16().repeat(count // 10007 + 1)[:count].view(shape)
 
     config = moe_fn.MoEConfig(num_experts=experts, top_k=TOP_K, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE)
-    weights = moe_fn.MoEWeights(gate_up=numbers(experts, 2 * INTERMEDIATE, HIDDEN), down=numbers(experts, HIDDEN, INTERMEDIATE))
+    weights = moe_fn.MoEWeights(
+        gate_up=numbers(experts, 2 * INTERMEDIATE, HIDDEN), down=numbers(experts, HIDDEN, INTERMEDIATE)
+    )
     return config, moe_fn.prepare_weights(config, weights)
 
 
@@ -70,7 +72,9 @@ def main() -> None:
         for i, size in enumerate(sizes):
             print(f"| {size} | " + " | ".join(f"{table[count][i]:.2f}" for count in threads) + " |")
         worst = max(
-            (b / a, size, count) for count in threads for a, b, size in zip(table[count], table[count][1:], sizes[1:], strict=False)
+            (b / a, size, count)
+            for count in threads
+            for a, b, size in zip(table[count], table[count][1:], sizes[1:], strict=False)
         )
         print(f"\nworst doubling: {worst[0]:.2f} times the time, at {worst[1]} on {worst[2]} threads")
     if options.plot:
@@ -84,10 +88,19 @@ def draw(path: Path, by_tokens: dict[int, list[float]], by_experts: dict[int, li
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for panel, name, sizes, table in ((axes[0], "tokens", MANY_TOKENS, by_tokens), (axes[1], "experts", MANY_EXPERTS, by_experts)):
+    for panel, name, sizes, table in (
+        (axes[0], "tokens", MANY_TOKENS, by_tokens),
+        (axes[1], "experts", MANY_EXPERTS, by_experts),
+    ):
         for count, times in table.items():
             panel.plot(sizes, times, marker="o", label=f"{count} threads")
-        panel.set(xscale="log", yscale="log", xlabel=name, ylabel="ms", title=f"Qwen3-30B-A3B's experts, bfloat16, over {name}")
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel=name,
+            ylabel="ms",
+            title=f"Qwen3-30B-A3B's experts, bfloat16, over {name}",
+        )
         panel.set_xticks(sizes, [str(size) for size in sizes], fontsize=7)
         panel.grid(True, which="both", alpha=0.2)
         panel.legend()

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import transformers
 
-# What all of them say; no end token, so that generation runs to its length. Weights of a model with standard deviation 0.04 neither
-# fade nor grow at these widths.
+# What all of them say; no end token, so that generation runs to its length. Weights of a model with standard deviation
+# 0.04 neither fade nor grow at these widths.
 COMMON = {
     "hidden_size": 512,
     "num_hidden_layers": 4,
@@ -25,23 +25,28 @@ MLA = {"q_lora_rank": 128, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": (
         "Qwen3MoeConfig",
-        {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256, "norm_topk_prob": True, "head_dim": 64},
+        {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256, "norm_topk_prob": True,
+        "head_dim": 64},
     ),
     "deepseek-v3": (
         "DeepseekV3Config",
         {
             "n_routed_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256, "intermediate_size": 1024,
-            "n_group": 8, "topk_group": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 8, **MLA,
+            "n_group": 8, "topk_group": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 8,
+            **MLA,
         },
     ),
-    "gpt-oss": ("GptOssConfig", {"num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 512, "head_dim": 64}),
+    "gpt-oss": ("GptOssConfig", {"num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 512,
+    "head_dim": 64}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1792}),
 }  # fmt: skip
 TINY = {"hidden_size": 64, "vocab_size": 128, "initializer_range": 0.12}
 
 
 def small_model(name: str, dtype: torch.dtype, tiny: bool = False, seed: int = 0) -> Any:
-    """A causal language model of the family, random in everything that has an influence: biases of experts and routers too."""
+    """A causal language model of the family, random in everything that has an influence: biases of experts and routers
+    too.
+    """
     config_class, words = MODELS[name]
     smaller = {**TINY, "num_hidden_layers": 1 + words.get("first_k_dense_replace", 0)} if tiny else {}
     config = getattr(transformers, config_class)(**{**COMMON, **words, **smaller})

@@ -1,12 +1,13 @@
-"""Train a byte-level Mixture-of-Experts language model on two cores in about two minutes, beside a dense model of the same active size.
+"""Train a byte-level Mixture-of-Experts language model on two cores in about two minutes, beside a dense model of the
+same active size.
 
     python examples/tiny_lm.py [--steps 1600] [--seed 0] [--out out]
 
-The text is the language reference that every Python ships (`pydoc_data.topics`). Both models see the same bytes in the same order, with
-the same optimiser and learning rate; they differ only in their feed-forward layers: one wide MLP, or 16 narrow experts of which a
-token uses 2 (the same number of multiplications). The whole training step, that is loss, gradients and optimiser, is a pure function,
-compiled to one graph. Prints held-out losses, tokens per second, the load of the experts and a sample of text; draws `out/tiny_lm.png`,
-and keeps the model in `out/tiny_lm.pt` for `quantize.py`.
+The text is the language reference that every Python ships (`pydoc_data.topics`). Both models see the same bytes in the
+same order, with the same optimiser and learning rate; they differ only in their feed-forward layers: one wide MLP, or
+16 narrow experts of which a token uses 2 (the same number of multiplications). The whole training step, that is loss,
+gradients and optimiser, is a pure function, compiled to one graph. Prints held-out losses, tokens per second, the load
+of the experts and a sample of text; draws `out/tiny_lm.png`, and keeps the model in `out/tiny_lm.pt` for `quantize.py`.
 """
 
 import argparse
@@ -37,8 +38,9 @@ EXPERTS = MoEConfig(
     router=RouterConfig(correction_bias="scores", routed_scaling_factor=2.0),
 )
 DENSE_SIZE = EXPERTS.top_k * EXPERTS.intermediate_size
-# Both models learn at the rate that is good for dense: its held-out loss at 2.5, 5, 7, 10 and 14e-3 was 1.396, 1.339, 1.336, 1.334 and
-# 1.353; that of the MoE at 5, 7 and 10e-3 was 1.283, 1.276 and 1.297 (seed 0): at each of them below the best of dense.
+# Both models learn at the rate that is good for dense: its held-out loss at 2.5, 5, 7, 10 and 14e-3 was 1.396, 1.339,
+# 1.336, 1.334 and 1.353; that of the MoE at 5, 7 and 10e-3 was 1.283, 1.276 and 1.297 (seed 0): at each of them below
+# the best of dense.
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, BETAS = 7e-3, 0.05, 0.1, (0.9, 0.95)
 BALANCE_RATE = 1e-2  # ten times the usual, for a run this short
 EVALUATIONS = 10
@@ -50,14 +52,19 @@ Params = dict[str, Any]  # a pytree of tensors
 
 
 def read_text() -> bytes:
-    """The topics in sorted order. They quote each other at length, so each paragraph is kept once: held-out text must be new."""
+    """The topics in sorted order.
+
+    They quote each other at length, so each paragraph is kept once: held-out text must be new.
+    """
     topics = pydoc_data.topics.topics
     paragraphs = [paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")]
     return "\n\n".join(dict.fromkeys(paragraphs)).encode()
 
 
 def split_text(text: bytes, block: int = 4096) -> tuple[Tensor, Tensor]:
-    """(training, held out): every tenth block is held out, for the topics differ, and the last 10 % would be tables about types."""
+    """(training, held out): every tenth block is held out, for the topics differ, and the last 10 % would be tables
+    about types.
+    """
     blocks = [torch.tensor(list(text[start : start + block])) for start in range(0, len(text), block)]
     return torch.cat([b for i, b in enumerate(blocks) if i % 10 != 9]), torch.cat(blocks[9::10])
 
@@ -95,7 +102,9 @@ def make_params(moe: bool) -> Params:
 def make_experts(scale: float) -> MoEWeights:
     count, size = EXPERTS.num_experts, EXPERTS.intermediate_size
     router = RouterWeights(gate=matrix(count, WIDTH))
-    return MoEWeights(gate_up=matrix(count, 2 * size, WIDTH), down=matrix(count, WIDTH, size, scale=scale), router=router)
+    return MoEWeights(
+        gate_up=matrix(count, 2 * size, WIDTH), down=matrix(count, WIDTH, size, scale=scale), router=router
+    )
 
 
 def make_mlp(scale: float) -> Params:
@@ -117,7 +126,10 @@ def attention(layer: Params, x: Tensor) -> Tensor:
 
 
 def feed_forward(config: MoEConfig, weights: MoEWeights | Params, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The result and the load of each expert, none in a dense layer. `bias` steers the choice of experts; no gradient reaches it."""
+    """The result and the load of each expert, none in a dense layer.
+
+    `bias` steers the choice of experts; no gradient reaches it.
+    """
     if isinstance(weights, MoEWeights):
         weights = replace(weights, router=replace(weights.router, correction_bias=bias))
         y, stats = moe_forward_with_stats(config, weights, x)
@@ -147,7 +159,9 @@ def loss_of_batch(params: Params, biases: Tensor, batch: Tensor, config: MoEConf
 
 
 class State(NamedTuple):
-    """What the optimiser (AdamW) carries from step to step: the parameters, and running means of gradients and of their squares."""
+    """What the optimiser (AdamW) carries from step to step: the parameters, and running means of gradients and of their
+    squares.
+    """
 
     params: Params
     mean: Params
@@ -155,7 +169,10 @@ class State(NamedTuple):
 
 
 def train_step(state: State, biases: Tensor, batch: Tensor, rate: Tensor, step: Tensor) -> tuple[State, Tensor, Tensor]:
-    """(state, biases, batch) -> (state, loss, load). Rate and step are tensors: as Python numbers they would be compiled in."""
+    """(state, biases, batch) -> (state, loss, load).
+
+    Rate and step are tensors: as Python numbers they would be compiled in.
+    """
     gradients, (loss, load) = torch.func.grad_and_value(loss_of_batch, has_aux=True)(state.params, biases, batch)
     mean = tree_map(lambda m, g: m.lerp(g, 1 - BETAS[0]), state.mean, gradients)
     square = tree_map(lambda s, g: s.lerp(g * g, 1 - BETAS[1]), state.square, gradients)
@@ -176,7 +193,10 @@ def held_out_loss(params: Params, biases: Tensor, text: Tensor, config: MoEConfi
     """Mean over all windows of the text; not compiled: the functions are the same."""
     starts = torch.arange(0, len(text) - CONTEXT, CONTEXT)
     with torch.no_grad():
-        losses = [loss_of_batch(params, biases, windows(text, some), config)[0].item() * len(some) for some in starts.split(32)]
+        losses = [
+            loss_of_batch(params, biases, windows(text, some), config)[0].item() * len(some)
+            for some in starts.split(32)
+        ]
     return sum(losses) / len(starts)
 
 
@@ -256,7 +276,10 @@ def show_progress(name: str, step: int, steps: int, run: Run, seconds: float) ->
     held_out = f"  held out {run.held_out[-1][1]:.3f}" if run.held_out else ""
     speed = (step - 1) / seconds if seconds else 0.0
     left = f"  {(steps - step) / speed:3.0f} s left" if speed else ""
-    line = f"{name:5} [{bar}] {step}/{steps}  loss {run.losses[-1]:.3f}{held_out}  {speed * BATCH * CONTEXT:6,.0f} tokens/s{left}"
+    line = (
+        f"{name:5} [{bar}] {step}/{steps}  loss {run.losses[-1]:.3f}{held_out}  {speed * BATCH * CONTEXT:6,.0f} "
+        f"tokens/s{left}"
+    )
     print(f"\r{line}\033[K" if terminal else line, end="\n" if not terminal or step == steps else "", flush=True)
 
 
@@ -264,7 +287,9 @@ def show_progress(name: str, step: int, steps: int, run: Run, seconds: float) ->
 
 
 def bigram_loss(training: Tensor, held_out: Tensor) -> float:
-    """Held-out loss of byte pairs that were counted in the training text: what a model of one byte of context can do."""
+    """Held-out loss of byte pairs that were counted in the training text: what a model of one byte of
+    context can do.
+    """
     counts = torch.bincount(training[:-1] * 256 + training[1:], minlength=256 * 256).view(256, 256) + 0.1
     return F.nll_loss((counts / counts.sum(1, keepdim=True)).log()[held_out[:-1]], held_out[1:]).item()
 
@@ -297,7 +322,10 @@ def print_table(moe: Run, dense: Run, bigram: float) -> None:
 
 
 def draw(path: Path, moe: Run, dense: Run, bigram: float) -> str:
-    """Two panels: the loss curves, and the load of every expert over training, layer by layer. Returns what to tell the user."""
+    """Two panels: the loss curves, and the load of every expert over training, layer by layer.
+
+    Returns what to tell the user.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -317,10 +345,27 @@ def draw(path: Path, moe: Run, dense: Run, bigram: float) -> str:
 def draw_losses(axes: Any, runs: dict[str, tuple[Run, str]], bigram: float) -> None:
     for name, (run, color) in runs.items():
         smooth = smoothed(torch.tensor(run.losses), max(1, len(run.losses) // 50))
-        axes.plot(range(1, len(smooth) + 1), smooth, color=color, alpha=0.45, linewidth=1.2, label=f"{name}, training (smoothed)")
-        axes.plot(*zip(*run.held_out, strict=True), "o-", color=color, markersize=4, label=f"{name}, held out: {run.final:.3f} at the end")
+        axes.plot(
+            range(1, len(smooth) + 1),
+            smooth,
+            color=color,
+            alpha=0.45,
+            linewidth=1.2,
+            label=f"{name}, training (smoothed)",
+        )
+        axes.plot(
+            *zip(*run.held_out, strict=True),
+            "o-",
+            color=color,
+            markersize=4,
+            label=f"{name}, held out: {run.final:.3f} at the end",
+        )
     axes.axhline(bigram, color="gray", linestyle=":", linewidth=1.2, label=f"byte pairs (bigram): {bigram:.3f}")
-    axes.set(xlabel="training step", ylabel="loss (nats per byte)", ylim=(0.9 * min(map(min, (r.losses for r, _ in runs.values()))), 3.5))
+    axes.set(
+        xlabel="training step",
+        ylabel="loss (nats per byte)",
+        ylim=(0.9 * min(map(min, (r.losses for r, _ in runs.values()))), 3.5),
+    )
     axes.set_title("MoE and dense, same active parameters, same bytes")
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
@@ -332,8 +377,12 @@ def draw_load(figure: Any, all_axes: Any, run: Run) -> None:
     bins = torch.stack([part.mean(0) for part in ratio.tensor_split(min(100, len(ratio)))])  # [bins, layers, experts]
     for layer, axes in enumerate(all_axes):
         extent = (0, len(ratio), EXPERTS.num_experts - 0.5, -0.5)
-        image = axes.imshow(bins[:, layer].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=extent, interpolation="nearest")
-        axes.set(ylabel=f"layer {layer + 1}\nexpert", yticks=range(0, EXPERTS.num_experts, max(1, EXPERTS.num_experts // 4)))
+        image = axes.imshow(
+            bins[:, layer].T, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=extent, interpolation="nearest"
+        )
+        axes.set(
+            ylabel=f"layer {layer + 1}\nexpert", yticks=range(0, EXPERTS.num_experts, max(1, EXPERTS.num_experts // 4))
+        )
     all_axes[0].set_title("Load of each expert under loss-free balancing")
     all_axes[-1].set_xlabel("training step")
     figure.colorbar(image, ax=list(all_axes), label="bytes sent to the expert / mean over experts", extend="max")
@@ -355,7 +404,10 @@ def main() -> None:
     args = parser.parse_args()
     start = time.perf_counter()
     training, held_out = split_text(read_text())
-    print(f"{len(training):,} bytes to train on, {len(held_out):,} held out; {args.steps} steps of {BATCH} x {CONTEXT} bytes")
+    print(
+        f"{len(training):,} bytes to train on, {len(held_out):,} held out; {args.steps} steps of {BATCH} x {CONTEXT} "
+        "bytes"
+    )
     moe = train("MoE", True, training, held_out, args.steps, args.seed)
     dense = train("dense", False, training, held_out, args.steps, args.seed)
     bigram = bigram_loss(training, held_out)

@@ -17,7 +17,8 @@ from torch._inductor import metrics
 import moe_fn
 
 IMPORT = "import time, torch; start = time.perf_counter(); import moe_fn; print(time.perf_counter() - start)"
-CONFIG = moe_fn.MoEConfig(num_experts=128, top_k=8, hidden_size=64, intermediate_size=32)  # so small that only overhead is left
+# so small that only overhead is left
+CONFIG = moe_fn.MoEConfig(num_experts=128, top_k=8, hidden_size=64, intermediate_size=32)
 
 
 def median_microseconds(call: Callable[[], object], calls: int = 2000) -> float:
@@ -31,7 +32,8 @@ def median_microseconds(call: Callable[[], object], calls: int = 2000) -> float:
 
 def problem(requires_grad: bool) -> tuple[moe_fn.MoEWeights, Tensor, Tensor]:
     weights = moe_fn.MoEWeights(
-        gate_up=torch.randn(128, 64, 64).requires_grad_(requires_grad), down=torch.randn(128, 64, 32).requires_grad_(requires_grad)
+        gate_up=torch.randn(128, 64, 64).requires_grad_(requires_grad),
+        down=torch.randn(128, 64, 32).requires_grad_(requires_grad),
     )
     return weights, torch.randn(1, 64), torch.randn(1, 128)
 
@@ -49,7 +51,10 @@ def compile_seconds(backward: bool) -> tuple[float, int]:
 
 
 def main() -> None:
-    imports = [float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout) for _ in range(5)]
+    imports = [
+        float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
+        for _ in range(5)
+    ]
     print(f"import moe_fn, after torch       {statistics.median(imports):.2f} s")
     for info in moe_fn.backends():
         print(f"back-end {info.name}: {'available' if info.available else 'not available'}; {info.reason}")
@@ -57,14 +62,20 @@ def main() -> None:
         torch.compile(lambda x: x + 1)(torch.ones(3))  # Inductor's own start
         for backward in (False, True):
             seconds, kernels = compile_seconds(backward)
-            print(f"compile forward{' and backward' if backward else ' ' * 13}     {seconds:.1f} s, {kernels} kernels generated")
+            print(
+                f"compile forward{' and backward' if backward else ' ' * 13}     {seconds:.1f} s, {kernels} kernels "
+                "generated"
+            )
     with torch.no_grad():
         weights, x, logits = problem(False)
         prepared = moe_fn.prepare_weights(CONFIG, weights)
         compiled = torch.compile(lambda x, logits: moe_fn.moe_forward(CONFIG, prepared, x, logits), fullgraph=True)
         nothing = torch.compile(lambda x: x + 1, fullgraph=True)
         compiled(x, logits), nothing(x)
-        print(f"a call, 1 token, eager           {median_microseconds(lambda: moe_fn.moe_forward(CONFIG, prepared, x, logits)):.0f} us")
+        print(
+            "a call, 1 token, eager           "
+            f"{median_microseconds(lambda: moe_fn.moe_forward(CONFIG, prepared, x, logits)):.0f} us"
+        )
         print(f"a call, 1 token, compiled        {median_microseconds(lambda: compiled(x, logits)):.0f} us")
         print(f"a call of compiled x + 1         {median_microseconds(lambda: nothing(x)):.0f} us")
 

@@ -47,11 +47,17 @@ from moe_fn.weights.quantize import dequantize_weights, quantize_weights
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationConfig", "ActivationQuantConfig", "BackendInfo", "Calibration", "Dispatched", "ExpertNormConfig", "GroupConfig",
-    "LatentConfig", "LatentWeights", "LoRAConfig", "LoRAWeights", "MoEConfig", "MoEWeights", "NormsConfig", "ParallelConfig",
-    "QuantConfig", "QuantWeights", "RankGroup", "RouterConfig", "RouterWeights", "Routing", "RoutingStats", "SharedExpertsConfig",
-    "SharedWeights", "ZeroExpertsConfig", "add_lora", "backends", "balance", "calibrate", "combine", "dequantize_weights", "dispatch",
-    "experts", "join_weights", "make_lora", "mark_tokens", "merge_lora", "moe_forward", "moe_forward_routed", "moe_forward_shared",
-    "moe_forward_with_stats", "moe_route", "prepare_weights", "quantize_weights", "reduce_and_trunc", "reference", "restore_weights",
+    "ActivationConfig", "ActivationQuantConfig", "BackendInfo", "Calibration", "Dispatched", "ExpertNormConfig",
+    "GroupConfig",
+    "LatentConfig", "LatentWeights", "LoRAConfig", "LoRAWeights", "MoEConfig", "MoEWeights", "NormsConfig",
+    "ParallelConfig",
+    "QuantConfig", "QuantWeights", "RankGroup", "RouterConfig", "RouterWeights", "Routing", "RoutingStats",
+    "SharedExpertsConfig",
+    "SharedWeights", "ZeroExpertsConfig", "add_lora", "backends", "balance", "calibrate", "combine",
+    "dequantize_weights", "dispatch",
+    "experts", "join_weights", "make_lora", "mark_tokens", "merge_lora", "moe_forward", "moe_forward_routed",
+    "moe_forward_shared",
+    "moe_forward_with_stats", "moe_route", "prepare_weights", "quantize_weights", "reduce_and_trunc", "reference",
+    "restore_weights",
     "route", "route_to", "shard_weights", "unmerge_lora",
 ]  # fmt: skip

@@ -39,15 +39,21 @@ def backends() -> tuple[BackendInfo, ...]:
             name="torch",
             available=True,
             devices=("cpu", "cuda"),
-            chosen_by_auto_on=tuple(device for device, taken in (("cpu", chosen), ("cuda", on_gpu is None)) if not taken),
-            reason=f"plain torch {torch.__version__}: one product per expert on the CPU, fixed blocks of rows on other devices",
+            chosen_by_auto_on=tuple(
+                device for device, taken in (("cpu", chosen), ("cuda", on_gpu is None)) if not taken
+            ),
+            reason=(
+                f"plain torch {torch.__version__}: one product per expert on the CPU, fixed blocks of rows on "
+                "other devices"
+            ),
         ),
         BackendInfo(
             name="native",
             available=problem is None,
             devices=("cpu",),
             chosen_by_auto_on=("cpu",) if chosen else (),
-            reason=problem or f"C++ kernels for float32 and bfloat16, instruction-set level {library.level}, in {library.path}",
+            reason=problem
+            or f"C++ kernels for float32 and bfloat16, instruction-set level {library.level}, in {library.path}",
         ),
         BackendInfo(
             name="triton",
@@ -64,7 +70,11 @@ def _of_triton(on_gpu: str | None, on_cpu: str | None, gpu_there: bool) -> str:
         return on_gpu
     if gpu_there:
         return "Triton kernels for float32, bfloat16 and float16, compiled on first use"
-    return "no CUDA or ROCm device here" if on_cpu else "no CUDA or ROCm device here; Triton's interpreter runs the kernels, for tests"
+    return (
+        "no CUDA or ROCm device here"
+        if on_cpu
+        else "no CUDA or ROCm device here; Triton's interpreter runs the kernels, for tests"
+    )
 
 
 # A constant for torch.compile: the choice is made while tracing, and the graph holds the ops of one back-end.

@@ -15,7 +15,13 @@ LARGEST = 2**63 - 1  # of any size, count or rank: what torch can hold
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
     if type(value) is not int or not minimum <= value <= (LARGEST if maximum is None else maximum):
-        wanted = f"in {minimum}..{maximum}" if maximum is not None else f">= {minimum}, below 2^63" if _is_huge(value) else f">= {minimum}"
+        wanted = (
+            f"in {minimum}..{maximum}"
+            if maximum is not None
+            else f">= {minimum}, below 2^63"
+            if _is_huge(value)
+            else f">= {minimum}"
+        )
         raise ValueError(f"{name} is {value!r:.200}; expected an int {wanted}")
 
 
@@ -47,22 +53,28 @@ def check_kind(where: str, name: str, value: Any, kind: type) -> None:
         return
     if is_shard(value):
         raise ValueError(
-            f"{where}: {name} is a DTensor, a shard; expected a plain Tensor. With FSDP2 wrap (fully_shard) the module whose forward makes "
+            f"{where}: {name} is a DTensor, a shard; expected a plain Tensor. With FSDP2 wrap (fully_shard) the module "
+            "whose forward makes "
             "this call and none below it; elsewhere hand over its full_tensor() or to_local()"
         )
     if isinstance(value, kind):
         return
     expected = f"{'a ' if kind is Tensor else ''}{kind.__name__}"
     if isinstance(value, Proxy):
-        expected += f", or torch.fx.wrap({where!r}) beside its import: torch.fx.symbolic_trace then takes the call as one node"
+        expected += (
+            f", or torch.fx.wrap({where!r}) beside its import: torch.fx.symbolic_trace then takes the call as one node"
+        )
     raise ValueError(f"{where}: {name} is a {type(value).__name__}; expected {expected}")
 
 
 def check_untraced(where: str, size: Any) -> None:
-    """ValueError below torch.jit.trace, whose sizes are tensors: what is computed of them here would stay as it was for the example."""
+    """ValueError below torch.jit.trace, whose sizes are tensors: what is computed of them here would stay as it was for
+    the example.
+    """
     if isinstance(size, Tensor):
         raise ValueError(
-            f"{where}: torch.jit.trace takes the sizes of its example for all; expected torch.export.export, torch.compile, or "
+            f"{where}: torch.jit.trace takes the sizes of its example for all; "
+            "expected torch.export.export, torch.compile, or "
             "moe_forward with MoEConfig(opaque=True), which is one op"
         )
 
@@ -93,8 +105,8 @@ def check_dtype(where: str, name: str, value: Tensor, kind: str) -> None:
 def checked_integers(where: str, name: str, value: Tensor) -> Tensor:
     """The integers as int64, which every function of this package computes with; ValueError for another kind of dtype.
 
-    Here, where they come in, and nowhere else: -1 and num_experts, the words for no expert, may not fit into the dtype that they came in,
-    where 255 is expert 255 or -1, and much of torch knows nothing of uint16.
+    Here, where they come in, and nowhere else: -1 and num_experts, the words for no expert, may not fit into the dtype
+    that they came in, where 255 is expert 255 or -1, and much of torch knows nothing of uint16.
     """
     check_dtype(where, name, value, "integer")
     return value if value.dtype == torch.int64 else value.to(torch.int64)
@@ -106,10 +118,13 @@ def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[
     leading = x.ndim - 1
     if value.ndim != leading + (last is not None) or (last is not None and value.shape[-1] != last[1]):
         wanted = f"(..., {last[0]}) with {last[0]}={last[1]}" if last else "(...)"
-        raise ValueError(f"{where}: {name} is {sizes_of(value)}; expected {wanted} and the leading dims of x, {sizes_of(x)}")
+        raise ValueError(
+            f"{where}: {name} is {sizes_of(value)}; expected {wanted} and the leading dims of x, {sizes_of(x)}"
+        )
     for dim in range(leading):
         if torch.compiler.is_compiling():
-            words = f"{where}: {name} and x differ in their number of tokens; expected the leading dims of x"  # Dynamo writes no sizes
+            # Dynamo writes no sizes
+            words = f"{where}: {name} and x differ in their number of tokens; expected the leading dims of x"
             check_same_size(value.shape[dim], x.shape[dim], words)
         elif value.shape[dim] != x.shape[dim]:
             raise ValueError(f"{where}: {name} is {sizes_of(value)}; expected the leading dims of x, {sizes_of(x)}")

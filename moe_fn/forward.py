@@ -1,4 +1,6 @@
-"""The public layer: `layer.call` checks and flattens, `layer.compose` is what it computes, and this page picks how it runs."""
+"""The public layer: `layer.call` checks and flattens, `layer.compose` is what it computes, and this page picks how it
+runs.
+"""
 
 import dataclasses
 
@@ -6,7 +8,7 @@ from torch import Tensor
 
 from moe_fn.balance import stats_of_routing
 from moe_fn.config import MoEConfig
-from moe_fn.layer.call import Call, autocast_off, enter, flat_routing, leave
+from moe_fn.layer.call import Call, autocast_off, check_and_flatten, flat_routing, restore_shape
 from moe_fn.layer.chunked import layer_in_chunks, loop_is_visible
 from moe_fn.layer.compose import layer_of_tokens, layer_with_overflow, outputs_of_tokens, route_tokens
 from moe_fn.layer.opaque import layer_as_op
@@ -29,14 +31,16 @@ def moe_forward(
 ) -> Tensor:
     """The Mixture-of-Experts layer.
 
-        y[t] = sum over j of  w[t, j] * expert_{ids[t, j]}(x[t])  + shared(x[t]) + zero experts,   (ids, w) = route(logits)
+        y[t] = sum over j of  w[t, j] * expert_{ids[t, j]}(x[t]) + shared(x[t]) + zero experts, (ids, w) = route(logits)
 
-    x [..., H] float, logits [..., num_logits] float (None: x @ weights.router.gate.T + bias), token_ids [...] integers for hash
-    routing, token_mask [...] bool, False for padding, adapter_ids [...] integers, each token's LoRA adapter (-1, or an id that there is
-    not: none; None: adapter 0 for all, where there is one). Returns [..., H] in x.dtype, also under autocast, which sets the dtype that
-    the experts compute in; a gate in float32 sees x as it is. Padding may hold anything and gives zeros.
+    x [..., H] float, logits [..., num_logits] float (None: x @ weights.router.gate.T + bias), token_ids [...] integers
+    for hash routing, token_mask [...] bool, False for padding, adapter_ids [...] integers, each token's LoRA adapter
+    (-1, or an id that there is not: none; None: adapter 0 for all, where there is one). Returns [..., H] in x.dtype,
+    also under autocast, which sets the dtype that the experts compute in; a gate in float32 sees x as it is. Padding
+    may hold anything and gives zeros.
 
-    Raises ValueError at trace time: where, what came, what was expected. Under fullgraph torch wraps it in an error of its own.
+    Raises ValueError at trace time: where, what came, what was expected. Under fullgraph torch wraps it in an error of
+    its own.
 
     Laws
         The layer equals the reference.
@@ -70,11 +74,11 @@ def moe_forward(
     >>> moe_forward(config, weights, torch.randn(5, 64), torch.randn(5, 8)).shape
     torch.Size([5, 64])
     """
-    call = enter("moe_forward", config, weights, x, logits, token_ids, token_mask, adapter_ids)
+    call = check_and_flatten("moe_forward", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
         logits, routing = (call.logits, None) if _routes_inside(config) else _route(config, call)
         (y,) = _run(config, call, logits, routing, with_shared=False)
-        return leave(call, y)
+        return restore_shape(call, y)
 
 
 def moe_forward_shared(
@@ -89,7 +93,8 @@ def moe_forward_shared(
 ) -> tuple[Tensor, Tensor]:
     """(shared, routed), whose sum is moe_forward: for hosts that reduce or overlap the two separately.
 
-    Arguments and errors of moe_forward; shared is zeros without shared experts. With opaque=True it is one node, as moe_forward is.
+    Arguments and errors of moe_forward; shared is zeros without shared experts. With opaque=True it is one node, as
+    moe_forward is.
 
     Laws
         Shared and routed add up to the layer.
@@ -103,17 +108,23 @@ def moe_forward_shared(
     (0, torch.Size([5, 4]))
     """
     if isinstance(config, MoEConfig) and config.parallel is not None:
-        raise ValueError("moe_forward_shared: MoEConfig.parallel sums routed and shared together; expected None, or moe_forward")
+        raise ValueError(
+            "moe_forward_shared: MoEConfig.parallel sums routed and shared together; expected None, or moe_forward"
+        )
     if isinstance(config, MoEConfig) and config.norms is not None and config.norms.output:
-        raise ValueError("moe_forward_shared: MoEConfig.norms.output=True norms the sum of the two; expected False, or moe_forward")
-    call = enter("moe_forward_shared", config, weights, x, logits, token_ids, token_mask, adapter_ids)
+        raise ValueError(
+            "moe_forward_shared: MoEConfig.norms.output=True norms the sum of the two; expected False, or moe_forward"
+        )
+    call = check_and_flatten("moe_forward_shared", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
         logits, routing = (call.logits, None) if _routes_inside(config) else _route(config, call)
         shared, routed = _run(config, call, logits, routing, with_shared=True)
-        return leave(call, shared), leave(call, routed)
+        return restore_shape(call, shared), restore_shape(call, routed)
 
 
-def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None) -> Tensor:
+def moe_forward_routed(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None
+) -> Tensor:
     """The layer behind a router of your own: ids of -1 are no expert, weights may be any numbers.
 
     x [..., H], routing.expert_ids and .weights [..., top_k] -> [..., H]. Errors of moe_forward.
@@ -132,10 +143,12 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     """
     check_x("moe_forward_routed", config, x)
     routing = check_routing("moe_forward_routed", config, x, routing)
-    call = enter("moe_forward_routed", config, weights, x, None, None, token_mask, routing.adapter_ids, routed=True)
+    call = check_and_flatten(
+        "moe_forward_routed", config, weights, x, None, None, token_mask, routing.adapter_ids, routed=True
+    )
     with autocast_off(x):
         (y,) = _run(config, call, None, flat_routing(routing, call), with_shared=False)
-        return leave(call, y)
+        return restore_shape(call, y)
 
 
 def moe_route(
@@ -148,7 +161,8 @@ def moe_route(
     token_mask: Tensor | None = None,
     adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
-    """(logits, routing): the first half of moe_forward, for hosts that look at the router; moe_forward_routed is the second.
+    """(logits, routing): the first half of moe_forward, for hosts that look at the router; moe_forward_routed is the
+    second.
 
     Arguments and errors of moe_forward. logits [..., num_logits] are those given, or the gate's; routing [..., top_k].
 
@@ -162,7 +176,9 @@ def moe_route(
     >>> moe_route(config, weights, torch.randn(3, 4), torch.tensor([[0.0, 1.0]] * 3))[1].expert_ids.flatten().tolist()
     [1, 1, 1]
     """
-    call = enter("moe_route", config, weights, x, logits, token_ids, token_mask, adapter_ids, runs_experts=False)
+    call = check_and_flatten(
+        "moe_route", config, weights, x, logits, token_ids, token_mask, adapter_ids, runs_experts=False
+    )
     with autocast_off(x):
         logits, routing = _route(config, call)
         parts = (logits, routing.expert_ids, routing.weights, routing.shared_weights)
@@ -180,7 +196,8 @@ def moe_forward_with_stats(
     token_mask: Tensor | None = None,
     adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, RoutingStats]:
-    """moe_forward, and what the router did: load per expert, dropped slots, balancing losses. Nothing is kept on the side.
+    """moe_forward, and what the router did: load per expert, dropped slots, balancing losses. Nothing is kept on the
+    side.
 
     Arguments and errors of moe_forward. The sequences of sequence_balancing_loss are x's last but one dimension.
 
@@ -196,7 +213,7 @@ def moe_forward_with_stats(
     >>> stats.expert_load.tolist()
     [0, 3]
     """
-    call = enter("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask, adapter_ids)
+    call = check_and_flatten("moe_forward_with_stats", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
         logits, routing = _route(config, call)
         stats = stats_of_routing(config, logits, routing, call.token_mask, tuple(x.shape[:-1]))
@@ -204,15 +221,17 @@ def moe_forward_with_stats(
             y, overflow = layer_with_overflow(config, call.weights, call.x, routing)
             if overflow is not None:
                 stats = dataclasses.replace(stats, dropped_slots=stats.dropped_slots + overflow)
-            return leave(call, y), stats
+            return restore_shape(call, y), stats
         # An op that wants no bits to depend on the compiler routes for itself.
         again = config.batch_invariant and _routes_inside(config)
         (y,) = _run(config, call, call.logits if again else logits, None if again else routing, with_shared=False)
-        return leave(call, y), stats
+        return restore_shape(call, y), stats
 
 
 def _route(config: MoEConfig, call: Call) -> tuple[Tensor, Routing]:
-    logits, routing = route_tokens(config, call.weights, call.gate_x, call.logits, call.token_ids, call.token_mask, call.leading)
+    logits, routing = route_tokens(
+        config, call.weights, call.gate_x, call.logits, call.token_ids, call.token_mask, call.leading
+    )
     return logits, dataclasses.replace(routing, adapter_ids=call.adapter_ids)
 
 
@@ -221,7 +240,9 @@ def _routes_inside(config: MoEConfig) -> bool:
     return config.as_op and config.router.capacity is None and config.parallel is None
 
 
-def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing | None, with_shared: bool) -> tuple[Tensor, ...]:
+def _run(
+    config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing | None, with_shared: bool
+) -> tuple[Tensor, ...]:
     """Everything behind the router; with routing None the op routes by the logits, or by its gate."""
     if config.parallel is not None and routing is not None:
         return (_run_over_ranks(config, call, logits, routing),)
@@ -238,8 +259,11 @@ def _run(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing 
 def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing) -> Tensor:
     if config.parallel is None or can_drop_slots(config):
         other = "" if call.where == "moe_forward_routed" else ", or moe_forward_with_stats, which returns how many"
-        raise ValueError(f"{call.where}: ParallelConfig.capacity may drop slots; expected None, room for every slot{other}")
-    sent = logits if config.parallel.gather == "logits" else None  # None too where a caller routed: then the routing travels
+        raise ValueError(
+            f"{call.where}: ParallelConfig.capacity may drop slots; expected None, room for every slot{other}"
+        )
+    # None too where a caller routed: then the routing travels
+    sent = logits if config.parallel.gather == "logits" else None
     if config.batch_invariant or (reads_sizes(config.parallel) and not scalars_allowed()):
         return layer_as_op(config, call.weights, call.x, routing, sent, None, None, call.adapter_ids, False)[0]
     return layer_of_tokens(config, call.weights, call.x, routing, sent)

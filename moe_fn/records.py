@@ -27,7 +27,8 @@ class RouterWeights:
     gate: Tensor | None = None
     bias: Tensor | None = None
     correction_bias: Tensor | None = None  # [choices]: added for the choice only (e_score_correction_bias)
-    expert_scale: Tensor | None = None  # [logits]: multiplies the weight of each expert (Gemma-4), shared ones too (Inkling)
+    # [logits]: multiplies the weight of each expert (Gemma-4), shared ones too (Inkling)
+    expert_scale: Tensor | None = None
     expert_ids_of_token: Tensor | None = None  # [vocabulary, top_k] ints: hash routing (tid2eid)
     # Copies of experts (ParallelConfig.num_physical), int64, as in moe_fn.balance.Placement:
     logical_of_physical: Tensor | None = None  # [P]: the expert in each slot
@@ -60,7 +61,8 @@ class LatentWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAWeights:
-    """Adapters of the experts, L of them, alpha / rank folded into B. Both matrices of a product or none; 1 for E where experts share.
+    """Adapters of the experts, L of them, alpha / rank folded into B. Both matrices of a product or none; 1 for E where
+    experts share.
 
     Rows of gate_up_b are in the order of gate_up's outputs, interleaved too; weight_layout means nothing here.
     """
@@ -77,10 +79,11 @@ class QuantWeights:
 
         W[e, n, k] = (q[e, n, k] - zero_point[e, i, j]) * scale[e, i, j] * global_scale[e, half of n, 0]
 
-    (i, j) the tile that (n, k) lies in. A scale covers a tile (outputs, inputs), `QuantConfig.tile`; gate and up of a packed gate_up are
-    tiled apart. Scales [E, halves * ceil(outputs of a half / outputs of a tile), ceil(inputs / inputs of a tile)]: floats, uint8 exponents
-    (e8m0: 2^(S - 127); mxfp4, mxfp8) or float8_e4m3fn (nvfp4). Codes: fp8 and mxfp8 float8_e4m3fn; int8 int8, or uint8 with zero points;
-    int4 two in a byte, the even input in the low half, 0..15, zero 8 without zero points; mxfp4 and nvfp4 likewise, e2m1, sign on top.
+    (i, j) the tile that (n, k) lies in. A scale covers a tile (outputs, inputs), `QuantConfig.tile`; gate and up of a
+    packed gate_up are tiled apart. Scales [E, halves * ceil(outputs of a half / outputs of a tile), ceil(inputs /
+    inputs of a tile)]: floats, uint8 exponents (e8m0: 2^(S - 127); mxfp4, mxfp8) or float8_e4m3fn (nvfp4). Codes: fp8
+    and mxfp8 float8_e4m3fn; int8 int8, or uint8 with zero points; int4 two in a byte, the even input in the low half,
+    0..15, zero 8 without zero points; mxfp4 and nvfp4 likewise, e2m1, sign on top.
     """
 
     gate_up_scale: Tensor | None = None
@@ -97,7 +100,8 @@ class QuantWeights:
 class MoEWeights:
     """All tensors of a layer; a pytree, so it is an argument of compile, export, func.grad and tree_map.
 
-    gate_up [E, gate_up, Hx] and down [E, Hx, I]; with weight_layout="in_out" [E, Hx, gate_up] and [E, I, Hx]; codes with MoEConfig.quant.
+    gate_up [E, gate_up, Hx] and down [E, Hx, I]; with weight_layout="in_out" [E, Hx, gate_up] and [E, I, Hx]; codes
+    with MoEConfig.quant.
     """
 
     gate_up: Tensor
@@ -117,12 +121,16 @@ class MoEWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Who goes where. An id of -1 is "no expert"; ids from num_experts on are zero experts; none of them costs a product."""
+    """Who goes where.
+
+    An id of -1 is "no expert"; ids from num_experts on are zero experts; none of them costs a product.
+    """
 
     expert_ids: Tensor  # [T, top_k] integers, best first
     weights: Tensor  # [T, top_k] float32 (float64 for float64 logits)
     shared_weights: Tensor | None = None  # [T, shared experts]: where the router weighs them
-    adapter_ids: Tensor | None = None  # [T] integers, -1 for none: the LoRA adapter of each token; None: adapter 0, the only one
+    # [T] integers, -1 for none: the LoRA adapter of each token; None: adapter 0, the only one
+    adapter_ids: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,20 +149,37 @@ class RoutingStats:
     """What the router did, as values; nothing is recorded on the side. Losses carry gradients to the logits."""
 
     expert_ids: Tensor  # [T, top_k]
-    expert_load: Tensor  # [choices] int64: slots per expert, of this rank's tokens; of all ranks': moe_fn.balance.load_over_ranks
+    # [choices] int64: slots per expert, of this rank's tokens; of all ranks': moe_fn.balance.load_over_ranks
+    expert_load: Tensor
     dropped_slots: Tensor  # [] int64: slots of no expert (id -1) of tokens that are not padding
     router_z_loss: Tensor  # [] float32
     load_balancing_loss: Tensor  # [] float32: Switch / Mixtral form over all tokens
     sequence_balancing_loss: Tensor  # [] float32: DeepSeek form, mean over sequences
 
 
-RECORDS = (RouterWeights, SharedWeights, LatentWeights, LoRAWeights, QuantWeights, MoEWeights, Routing, Dispatched, RoutingStats)
+RECORDS = (
+    RouterWeights,
+    SharedWeights,
+    LatentWeights,
+    LoRAWeights,
+    QuantWeights,
+    MoEWeights,
+    Routing,
+    Dispatched,
+    RoutingStats,
+)
 for _cls in RECORDS:
     torch.export.register_dataclass(_cls, serialized_type_name=f"moe_fn.{_cls.__name__}")
 
 Path = tuple[str, ...]  # of a tensor in MoEWeights: ("router", "gate")
 Shape = tuple[tuple[str, int], ...]  # name and size of each dim of a weight
-NESTED_WEIGHTS = {"router": RouterWeights, "shared": SharedWeights, "latent": LatentWeights, "lora": LoRAWeights, "quant": QuantWeights}
+NESTED_WEIGHTS = {
+    "router": RouterWeights,
+    "shared": SharedWeights,
+    "latent": LatentWeights,
+    "lora": LoRAWeights,
+    "quant": QuantWeights,
+}
 
 
 def _names(record: type) -> tuple[str, ...]:
@@ -166,7 +191,9 @@ _PARTS = {name: _names(NESTED_WEIGHTS[name]) if name in NESTED_WEIGHTS else None
 
 # Every tensor that MoEWeights can hold, in the order that ops take them: ("gate_up",), ..., ("router", "gate"), ...
 WEIGHT_PATHS: tuple[Path, ...] = tuple(
-    path for name, parts in _PARTS.items() for path in ([(name,)] if parts is None else [(name, part) for part in parts])
+    path
+    for name, parts in _PARTS.items()
+    for path in ([(name,)] if parts is None else [(name, part) for part in parts])
 )
 
 

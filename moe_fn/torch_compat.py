@@ -1,4 +1,6 @@
-"""What torch says in private names, or says otherwise from version to version: all of it stands here and in ops/define."""
+"""What torch says in private names, or says otherwise from version to version: all of it stands here and in
+ops/define.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,14 +24,17 @@ def constant_while_tracing(function: Function) -> Function:
 
 
 def mark_tokens(*tensors: Tensor | None, dim: int = 0) -> None:
-    """Tell torch.compile that `dim` of these tensors counts tokens, so that one graph serves every count, 0 and 1 included.
+    """Tell torch.compile that `dim` of these tensors counts tokens, so that one graph serves every count, 0 and 1
+    included.
 
-    Call it outside the compiled function, on its arguments, before each call; None stands for an argument that is not there.
+    Call it outside the compiled function, on its arguments, before each call; None stands for an argument that is not
+    there.
 
-    Without it torch.compile makes up to four graphs: one for the first count, one for "any count from 2 on", one for 1, one for 0.
-    It wraps `torch._dynamo.decorators.mark_unbacked`: the size becomes a number that the tracer may not look at, so no guard on
-    it can exist and nothing recompiles. Code that branches on the size, in Python, then fails to trace rather than recompile.
-    The mark is an attribute of the tensor object; it changes no value, and views and copies do not inherit it.
+    Without it torch.compile makes up to four graphs: one for the first count, one for "any count from 2 on", one for 1,
+    one for 0. It wraps `torch._dynamo.decorators.mark_unbacked`: the size becomes a number that the tracer may not look
+    at, so no guard on it can exist and nothing recompiles. Code that branches on the size, in Python, then fails to
+    trace rather than recompile. The mark is an attribute of the tensor object; it changes no value, and views and
+    copies do not inherit it.
 
     >>> import torch
     >>> double = torch.compile(lambda x: x * 2, backend="eager", fullgraph=True)
@@ -53,9 +58,11 @@ def mark_tokens(*tensors: Tensor | None, dim: int = 0) -> None:
 
 
 def check_same_size(size: int, expected: int, words: str) -> None:
-    """ValueError(words) where two sizes differ, while tracing too; sizes that a graph learns when it runs are compared then.
+    """ValueError(words) where two sizes differ, while tracing too; sizes that a graph learns when it runs are compared
+    then.
 
-    torch._check could say the words there, but from a lambda, and a graph that holds one cannot be pickled into AOTAutograd's cache.
+    torch._check could say the words there, but from a lambda, and a graph that holds one cannot be pickled into
+    AOTAutograd's cache.
     """
     if not guard_or_true(size == expected):
         raise ValueError(words)
@@ -64,7 +71,9 @@ def check_same_size(size: int, expected: int, words: str) -> None:
 
 @constant_while_tracing
 def autocast_around_graph(device: str) -> bool:
-    """While tracing: whether autocast is on around the compiled function, so that AOTAutograd traces its backward under it too."""
+    """While tracing: whether autocast is on around the compiled function, so that AOTAutograd traces its backward under
+    it too.
+    """
     context = torch._guards.TracingContext.try_get()
     state = {} if context is None else context.global_context.global_state
     return bool(state.get("autocast_cpu_enabled" if device == "cpu" else "autocast_enabled", (None, False))[1])
@@ -87,15 +96,21 @@ def exporting() -> bool:
 
 @constant_while_tracing
 def in_forward_mode() -> bool:
-    """Whether tangents may be about. A constant while tracing: torch.compile guards the level of forward mode by itself."""
+    """Whether tangents may be about.
+
+    A constant while tracing: torch.compile guards the level of forward mode by itself.
+    """
     return forward_ad._current_level >= 0
 
 
 def check_draft_export(op: str) -> None:
-    """ValueError where torch.export.draft_export traces an op with optional tensors: one that is None, it says, was written to."""
+    """ValueError where torch.export.draft_export traces an op with optional tensors: one that is None, it says, was
+    written to.
+    """
     if torch.compiler.is_compiling() and _in_draft_export():
         raise ValueError(
-            f"moe_fn::{op}: torch.export.draft_export (torch 2.13) takes its optional tensors that are None for ones that it writes to; "
+            f"moe_fn::{op}: torch.export.draft_export (torch 2.13) takes its optional tensors that are None for ones "
+            "that it writes to; "
             "expected torch.export.export, or MoEConfig(backend='torch', opaque=False, quant=None)"
         )
 
@@ -109,7 +124,9 @@ def _in_draft_export() -> bool:
 
 @constant_while_tracing
 def scalars_allowed() -> bool:
-    """Whether numbers may be read from tensors here: in eager, under fullgraph, with torch._dynamo.config.capture_scalar_outputs."""
+    """Whether numbers may be read from tensors here: in eager, under fullgraph, with
+    torch._dynamo.config.capture_scalar_outputs.
+    """
     context = torch._guards.TracingContext.try_get()
     return (
         context is None

@@ -1,4 +1,6 @@
-"""Checkpoints for tests: for every row of the layout table a config that it can hold, weights, and files made and broken by hand."""
+"""Checkpoints for tests: for every row of the layout table a config that it can hold, weights, and files made and
+broken by hand.
+"""
 
 import dataclasses
 import json
@@ -50,7 +52,9 @@ def holds(layout: Layout, *path: str) -> bool:
 
 
 def is_gated(layout: Layout) -> bool:
-    return any(pins == ("G", 1) for entry in layout.entries for pins in entry.pins) or any("G" in entry.axes for entry in layout.entries)
+    return any(pins == ("G", 1) for entry in layout.entries for pins in entry.pins) or any(
+        "G" in entry.axes for entry in layout.entries
+    )
 
 
 def is_stacked(layout: Layout) -> bool:
@@ -59,7 +63,11 @@ def is_stacked(layout: Layout) -> bool:
 
 
 def config_of(
-    layout: Layout, shared: tuple[int, int] | None = None, latent: int | None = None, hashed: bool = False, **sizes_and_layouts: Any
+    layout: Layout,
+    shared: tuple[int, int] | None = None,
+    latent: int | None = None,
+    hashed: bool = False,
+    **sizes_and_layouts: Any,
 ) -> MoEConfig:
     """A config that a layout can hold; shared: intermediate size and count."""
     activation: Any = "silu" if is_gated(layout) else "relu2_no_mul"
@@ -72,7 +80,8 @@ def config_of(
     return MoEConfig(
         router=router,
         activation=activation,
-        shared=shared and SharedExpertsConfig(intermediate_size=shared[0], count=shared[1], gate=gate, activation=activation),
+        shared=shared
+        and SharedExpertsConfig(intermediate_size=shared[0], count=shared[1], gate=gate, activation=activation),
         expert_norm=ExpertNormConfig() if holds(layout, "expert_norm") else None,
         latent=None if latent is None else LatentConfig(size=latent),
         zero_experts=_ZERO.get(layout.name),
@@ -83,7 +92,10 @@ def config_of(
 
 @st.composite
 def blocks(draw: Callable[[Any], Any], layouts: tuple[Layout, ...] = SAVED, slices: int = 1) -> Block:
-    """Any layout, sizes and dtype; memory laid in any way, whatever the layout of the file. slices: what divides the intermediate sizes."""
+    """Any layout, sizes and dtype; memory laid in any way, whatever the layout of the file.
+
+    slices: what divides the intermediate sizes.
+    """
     layout = draw(st.sampled_from(layouts))
     sizes = st.integers(1, 4)
     shared = None
@@ -103,13 +115,19 @@ def blocks(draw: Callable[[Any], Any], layouts: tuple[Layout, ...] = SAVED, slic
         gate_up_layout=draw(st.sampled_from(["packed", "interleaved"])) if is_gated(layout) else "packed",
         weight_layout=draw(st.sampled_from(["out_in", "in_out"])),
     )
-    prefix = ".".join(filter(None, [draw(st.sampled_from(["", "model.", "model.language_model."])) + "layers.3", layout.block]))
+    prefix = ".".join(
+        filter(None, [draw(st.sampled_from(["", "model.", "model.language_model."])) + "layers.3", layout.block])
+    )
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    return Block(layout, config, weights_of(layout, config, draw(st.booleans()), draw(st.integers(0, 2**20)), dtype), prefix)
+    return Block(
+        layout, config, weights_of(layout, config, draw(st.booleans()), draw(st.integers(0, 2**20)), dtype), prefix
+    )
 
 
 def weights_of(layout: Layout, config: MoEConfig, bias: bool, seed: int, dtype: torch.dtype) -> MoEWeights:
-    """Weights that fit both: what the layout has no name for is left out, what it has one of for all experts is the same for all."""
+    """Weights that fit both: what the layout has no name for is left out, what it has one of for all experts is the
+    same for all.
+    """
     made = weights_for(config, seed, dtype=dtype)
     leaves = dict(zip(WEIGHT_PATHS, leaves_of_weights(made), strict=True))
     for path, leaf in leaves.items():
@@ -118,7 +136,11 @@ def weights_of(layout: Layout, config: MoEConfig, bias: bool, seed: int, dtype: 
             leaves[path] = None
         elif entries[0].offset:  # 1 + w is exact: w has 8 bits
             leaves[path] = 1 + leaf.float().mul(64).round() / 64
-        if leaves[path] is not None and entries[0].axes == {"expert_norm": "X", "down_bias": "X", "expert_scale": "1"}.get(path[-1]):
+        if leaves[path] is not None and entries[0].axes == {
+            "expert_norm": "X",
+            "down_bias": "X",
+            "expert_scale": "1",
+        }.get(path[-1]):
             leaves[path] = leaves[path][:1].expand_as(leaf).contiguous()
     return weights_of_leaves(list(leaves.values()))
 

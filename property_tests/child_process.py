@@ -13,7 +13,9 @@ def silence() -> None:
 
 
 def exit_code(child: int, seconds: float) -> int | None:
-    """The exit code that a child ends with, a signal as a negative number; None if it takes too long: it, or its group, is then killed."""
+    """The exit code that a child ends with, a signal as a negative number; None if it takes too long: it, or its group,
+    is then killed.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)

@@ -1,4 +1,5 @@
-"""Profiles: `ci` draws the same examples every time; `--hypothesis-profile=dev` draws new ones and remembers failures, `deep` many.
+"""Profiles: `ci` draws the same examples every time; `--hypothesis-profile=dev` draws new ones and remembers failures,
+`deep` many.
 
 `unshrunk`: `ci` for those who only ask whether it fails; `mutants`: for mutation testing, few examples too.
 """
@@ -11,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-if not torch.cuda.is_available():  # before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
+# before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
 
 # Not tests: they want mutmut, which `make mutants` brings.
@@ -34,8 +36,11 @@ torch.set_num_threads(1)  # problems are tiny; xdist runs one process a core
 
 @pytest.fixture(autouse=True)
 def _limit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A broken kernel loops for ever in Triton's interpreter; ten times what its slowest test takes, and thorough ones take more."""
-    from moe_fn.testing.limits import at_most_cpu_seconds  # not above: nothing may be imported before Triton is told to interpret
+    """A broken kernel loops for ever in Triton's interpreter; ten times what its slowest test takes, and thorough ones
+    take more.
+    """
+    # not above: nothing may be imported before Triton is told to interpret
+    from moe_fn.testing.limits import at_most_cpu_seconds
 
     seconds = 1800 if request.node.get_closest_marker("thorough") or "triton" not in request.node.nodeid else 180
     with at_most_cpu_seconds(seconds, request.node.nodeid):

@@ -38,10 +38,20 @@ def verdict_of(tree: Path, tests: tuple[str, ...], limit_s: float) -> tuple[str,
 
 
 def run_in(tree: Path, arguments: list[str], limit_s: float) -> tuple[int | None, str]:
-    """(Python's exit code, None after the limit; what it printed). Kernels that it builds lie in a cache of the tree's own."""
-    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "TORCH_EXTENSIONS_DIR": str(tree / "cache")}  # noqa: TID251
+    """(Python's exit code, None after the limit; what it printed).
+
+    Kernels that it builds lie in a cache of the tree's own.
+    """
+    env = {
+        **os.environ,  # noqa: TID251
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TORCH_EXTENSIONS_DIR": str(tree / "cache"),
+    }
     command = [sys.executable, *arguments]
-    run = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     try:
         said, _ = run.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,6 @@
-"""The CPU kernels with one changed line: compiled beside what is there, and judged by the tests of a level, a process each."""
+"""The CPU kernels with one changed line: compiled beside what is there, and judged by the tests of a level, a process
+each.
+"""
 
 import faulthandler
 import importlib
@@ -22,8 +24,9 @@ from torch.utils import cpp_extension
 
 from moe_fn.kernels.native import library as native
 
-UNITS = ("backward", "kernels", "quantised", "binding")
-# Which units are compiled again for a file; of the shared headers the floats' units alone, for they say all that the tests of floats see.
+UNITS = ("backward", "kernels", "quantized", "binding")
+# Which units are compiled again for a file; of the shared headers the floats' units alone, for they say all that the
+# tests of floats see.
 _FLOATS = ("backward", "kernels")
 UNITS_OF: dict[str, tuple[str, ...]] = {
     "backward.cpp": ("backward",),
@@ -38,15 +41,16 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
     "forward.h": ("kernels",),
     "binding.cpp": ("binding",),
     "quant_arguments.h": ("binding",),
-    "quantised.cpp": ("quantised",),
-    "quantised.h": ("quantised",),
-    "coded_rows.h": ("quantised",),
-    "codes.h": ("quantised", "binding"),
-    "decode.h": ("quantised",),
+    "quantized.cpp": ("quantized",),
+    "quantized.h": ("quantized",),
+    "coded_rows.h": ("quantized",),
+    "codes.h": ("quantized", "binding"),
+    "decode.h": ("quantized",),
 }
 LEVEL = "avx2" if native.best_level().startswith("avx") else "plain"  # the quickest to compile that has vectors
 NAME = "mutant"  # the level's name for the tests, and of its ops
-SECONDS = 200  # of the CPU for the tests of a mutant, which may loop for ever; ten times as many of the clock, which others use too
+# of the CPU for the tests of a mutant, which may loop for ever; ten times as many of the clock, which others use too
+SECONDS = 200
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Objects of the kernels as they are, and a folder to compile others in; for a level, with more flags for those of floats."""
+    """Objects of the kernels as they are, and a folder to compile others in; for a level, with more flags for those of
+    floats.
+    """
 
     level: str = LEVEL
     flags: tuple[str, ...] = ()
@@ -110,7 +116,9 @@ class Workshop:
         seen: dict[str, set[int]] = defaultdict(set)
         for unit in UNITS:
             command = [*_compiler(), *self._flags(), "-E", f"{unit}.cpp"]
-            said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=self.folder / "sources").stdout
+            said = subprocess.run(
+                command, check=True, capture_output=True, text=True, cwd=self.folder / "sources"
+            ).stdout
             file, number = "", 0
             for line in said.splitlines():
                 if place := re.match(r'# (\d+) "([^"]*)"', line):
@@ -127,7 +135,7 @@ class Workshop:
 
     def _compile(self, sources: str, units: Sequence[str]) -> None:
         for unit in units:  # by names alone: no path of the folder is in an object
-            more = () if unit == "quantised" else self.flags
+            more = () if unit == "quantized" else self.flags
             command = [*_compiler(), *self._flags(), *more, "-c", f"{unit}.cpp", "-o", f"{unit}.o"]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL, cwd=self.folder / sources)
 
@@ -149,7 +157,9 @@ class Workshop:
 
 
 def _branches(text: str, seen: set[int]) -> set[int]:
-    """All lines between two directives of which the preprocessor leaves one: it puts a macro's lines into its first one."""
+    """All lines between two directives of which the preprocessor leaves one: it puts a macro's lines into its first
+    one.
+    """
     found: set[int] = set()
     branch: list[int] = []
     for number, line in enumerate([*text.split("\n"), "#"]):
@@ -201,7 +211,9 @@ def judged(library: Path, tests: Sequence[str]) -> tuple[str, str]:
         return "survived", ""
     by = next((line for line in reversed(told) if line in tests), "loading")
     endless = status is None or status == -signal.SIGXCPU
-    return "killed", f"{by}: " + ("no end in sight" if endless else f"signal {-status}" if status and status < 0 else told[-1])
+    return "killed", f"{by}: " + (
+        "no end in sight" if endless else f"signal {-status}" if status and status < 0 else told[-1]
+    )
 
 
 def _call(test: Any) -> None:

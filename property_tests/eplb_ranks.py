@@ -1,4 +1,6 @@
-"""What each rank of test_eplb_ranks.py runs: a process of its own, so a file of its own, which a fresh interpreter can import."""
+"""What each rank of test_eplb_ranks.py runs: a process of its own, so a file of its own, which a fresh interpreter can
+import.
+"""
 
 import dataclasses
 import datetime
@@ -29,10 +31,15 @@ from moe_fn import (
 )
 from moe_fn.parallel import check_ranks_agree
 from moe_fn.testing import weights_for
-from moe_fn.weights.prepare import lay_panels
+from moe_fn.weights.prepare import to_panels
 
 CONFIG = MoEConfig(
-    num_experts=6, top_k=2, hidden_size=8, intermediate_size=5, backend="torch", lora=LoRAConfig(rank=2, experts="outer_shared")
+    num_experts=6,
+    top_k=2,
+    hidden_size=8,
+    intermediate_size=5,
+    backend="torch",
+    lora=LoRAConfig(rank=2, experts="outer_shared"),
 )
 PARTS = ("gate_up", "down", "gate_up_bias", "down_bias")
 # What becomes of the slots: everybody sends, nobody does, one rank gets one expert while the others only take part, ...
@@ -70,12 +77,14 @@ def check_moves(group: dist.ProcessGroup | None) -> None:
     slots = [slot % 6 for slot in range(4 * ranks)] if ranks > 1 else [0, 1, 2, 3, 4, 5, 0, 1]
     generator = torch.Generator().manual_seed(ranks)
     plain = weights_for(CONFIG, 1)
-    panels = dict(zip(("gate_up", "down"), lay_panels(CONFIG, plain.gate_up, plain.down), strict=True))
+    panels = dict(zip(("gate_up", "down"), to_panels(CONFIG, plain.gate_up, plain.down), strict=True))
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         noise = tree_map(lambda t: bits(t.shape, dtype, generator), plain)  # noqa: B023
         for weights in (noise, dataclasses.replace(plain, **panels)):
             for change in SLOTS.values():
-                previous, new = (balance.placement_of_slots(torch.tensor(s), num_experts=6) for s in (slots, change(slots)))
+                previous, new = (
+                    balance.placement_of_slots(torch.tensor(s), num_experts=6) for s in (slots, change(slots))
+                )
                 before, after = (of_rank(balance.physical_weights(weights, p), rank, ranks) for p in (previous, new))
                 kept = tree_map(torch.clone, before)
                 assert_same_bits(balance.move_experts(before, previous, new, group), after)
@@ -83,7 +92,9 @@ def check_moves(group: dist.ProcessGroup | None) -> None:
 
 
 def check_the_layer_answers_meanwhile() -> None:
-    """Between the start and the end of the moves, and after them: the output of the rank's own slots under the placement of the time."""
+    """Between the start and the end of the moves, and after them: the output of the rank's own slots under the
+    placement of the time.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     weights = dataclasses.replace(weights_for(CONFIG, 2), router=None)
     load = torch.tensor([9, 1, 2, 30, 4, 2])
@@ -110,7 +121,14 @@ def check_the_layer_answers_meanwhile() -> None:
 
 
 def whole_and_local(parallel: ParallelConfig) -> tuple[MoEConfig, MoEConfig]:
-    whole = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=4, zero_experts=ZeroExpertsConfig(count=1), backend="torch")
+    whole = MoEConfig(
+        num_experts=6,
+        top_k=2,
+        hidden_size=8,
+        intermediate_size=4,
+        zero_experts=ZeroExpertsConfig(count=1),
+        backend="torch",
+    )
     return whole, dataclasses.replace(whole, parallel=parallel)
 
 
@@ -120,7 +138,9 @@ def with_placement(weights: MoEWeights, placement: balance.Placement) -> MoEWeig
 
 
 def check_the_recipe_of_the_package() -> None:
-    """The lines of moe_fn.balance's docstring, as they stand there, with other tokens on each rank: all ranks move, and y stays."""
+    """The lines of moe_fn.balance's docstring, as they stand there, with other tokens on each rank: all ranks move, and
+    y stays.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     own = RankGroup(name=dist.group.WORLD.group_name, size=ranks, rank=rank)
     whole, config = whole_and_local(ParallelConfig(ep=own, dispatch="all_to_all", num_physical=8))
@@ -131,7 +151,8 @@ def check_the_recipe_of_the_package() -> None:
     expected = moe_forward(whole, full, x)
     _, stats = moe_forward_with_stats(config, weights, x)
     names = {name: getattr(balance, name) for name in balance.__all__} | {
-        "num_experts": 6, "num_physical": 8, "groups": 1, "nodes": 1, "gpus": ranks, "group": None, "weights": weights, "stats": stats,
+        "num_experts": 6, "num_physical": 8, "groups": 1, "nodes": 1, "gpus": ranks, "group": None, "weights": weights,
+        "stats": stats,
         "placement": placement, "window": balance.load_window(2, 6),
     }  # fmt: skip
     recipe = [line for line in (balance.__doc__ or "").splitlines() if re.match(r"    [\w, ]+ = \w", line)]
@@ -147,7 +168,10 @@ def check_the_recipe_of_the_package() -> None:
 
 
 def check_that_ranks_which_differ_are_told() -> None:
-    """Each rank places by its own tokens: the same words on every rank, and nothing is sent. So for tensors, and for one rank's mistake."""
+    """Each rank places by its own tokens: the same words on every rank, and nothing is sent.
+
+    So for tensors, and for one rank's mistake.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     load = torch.tensor([9, 1, 2, 30, 4, 2]).roll(rank)
     previous = balance.place_experts(torch.ones(6), 8, 1, 1, ranks)
@@ -206,7 +230,9 @@ def run(rank: int, ranks: int, folder: str) -> None:
     """Every check of one rank; an exception ends the process, and the parent sees it."""
     torch.set_num_threads(1)
     store = f"file://{Path(folder) / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60)
+    )
     try:
         check_moves(None)
         check_the_layer_answers_meanwhile()

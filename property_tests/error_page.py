@@ -1,4 +1,7 @@
-"""docs/errors.md: wrong calls and what they raise, each run. `python property_tests/error_page.py` writes the messages anew."""
+"""docs/errors.md: wrong calls and what they raise, each run.
+
+`python property_tests/error_page.py` writes the messages anew.
+"""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""Ways in which one of three ranks goes wrong, and what the others must hear: run by `test_faults` in real processes (gloo)."""
+"""Ways in which one of three ranks goes wrong, and what the others must hear: run by `test_faults` in real processes
+(gloo).
+"""
 
 import dataclasses
 import os
@@ -71,20 +73,29 @@ FAULTS: dict[str, Fault] = {
     "dies in backward": Fault(_TORCH, "RuntimeError", GROUP_S, in_backward=die),
     "hangs in forward": Fault(_TORCH, "RuntimeError", GROUP_S, in_forward=hang),
     "hangs in backward": Fault(_TORCH, "RuntimeError", GROUP_S, in_backward=hang),
-    "dies in forward, static blocks": Fault(_TORCH, "RuntimeError", GROUP_S, in_forward=die, dispatch="all_to_all_static", max_tokens=4),
+    "dies in forward, static blocks": Fault(
+        _TORCH, "RuntimeError", GROUP_S, in_forward=die, dispatch="all_to_all_static", max_tokens=4
+    ),
     "hangs in forward, replicated": Fault(_TORCH, "RuntimeError", GROUP_S, in_forward=hang, dispatch="replicated"),
-    "more tokens than max_tokens": Fault(_TORCH, "RuntimeError", GROUP_S, tokens=5, dispatch="all_to_all_static", max_tokens=4),
-    "more tokens than max_tokens, gathered": Fault(_TORCH, "RuntimeError", GROUP_S, tokens=5, dispatch="all_gather", max_tokens=4),
+    "more tokens than max_tokens": Fault(
+        _TORCH, "RuntimeError", GROUP_S, tokens=5, dispatch="all_to_all_static", max_tokens=4
+    ),
+    "more tokens than max_tokens, gathered": Fault(
+        _TORCH, "RuntimeError", GROUP_S, tokens=5, dispatch="all_gather", max_tokens=4
+    ),
     "another expert count": Fault(r"num_experts is 6 on ranks 0, 1 and 9 on rank 2", config=changed(num_experts=9)),
     "another top_k": Fault(r"top_k is 2 on ranks 0, 1 and 1 on rank 2", config=changed(top_k=1)),
     "another router": Fault(
-        r"router.scoring is 'softmax' on ranks 0, 1 and 'sigmoid' on rank 2", config=changed(router=moe_fn.RouterConfig(scoring="sigmoid"))
+        r"router.scoring is 'softmax' on ranks 0, 1 and 'sigmoid' on rank 2",
+        config=changed(router=moe_fn.RouterConfig(scoring="sigmoid")),
     ),
     "another format": Fault(
-        r"parallel.dispatch is 'all_to_all' on ranks 0, 1 and 'all_gather' on rank 2", config=in_parallel(dispatch="all_gather")
+        r"parallel.dispatch is 'all_to_all' on ranks 0, 1 and 'all_gather' on rank 2",
+        config=in_parallel(dispatch="all_gather"),
     ),
     "another placement": Fault(
-        r"parallel.placement is 'linear' on ranks 0, 1 and 'round_robin' on rank 2", config=in_parallel(placement="round_robin")
+        r"parallel.placement is 'linear' on ranks 0, 1 and 'round_robin' on rank 2",
+        config=in_parallel(placement="round_robin"),
     ),
     "another max_tokens": Fault(
         r"parallel.max_tokens is 4 on ranks 0, 1 and 5 on rank 2",
@@ -106,13 +117,16 @@ FAULTS: dict[str, Fault] = {
         config=in_parallel(ep=RankGroup(name="0", size=3, rank=1)),
     ),
     "weights of too few experts": Fault(
-        r"rank 2: weights.gate_up is \(1, 16, 8\); expected", weights=lambda w: dataclasses.replace(w, gate_up=w.gate_up[:1])
+        r"rank 2: weights.gate_up is \(1, 16, 8\); expected",
+        weights=lambda w: dataclasses.replace(w, gate_up=w.gate_up[:1]),
     ),
     "weights of another dtype": Fault(
         r"dtype of weights.down is 'torch.float32' on ranks 0, 1 and 'torch.bfloat16' on rank 2",
         weights=lambda w: dataclasses.replace(w, gate_up=w.gate_up.bfloat16(), down=w.down.bfloat16()),
     ),
-    "no weights": Fault(r"weights.down is 'torch.float32' on ranks 0, 1 and not there on rank 2", weights=lambda w: None),  # type: ignore[arg-type, return-value]
+    "no weights": Fault(
+        r"weights.down is 'torch.float32' on ranks 0, 1 and not there on rank 2", weights=lambda w: None
+    ),  # type: ignore[arg-type, return-value]
     "checks less often": Fault(MISSING, checks=2),
 }
 
@@ -127,10 +141,12 @@ def layer(fault: Fault, bad: bool) -> None:
         fault.before_check()
     for _ in range(1 if bad else fault.checks):
         check_ranks_agree(
-            fault.config(config) if bad else config, fault.weights(weights) if bad else weights, timeout_s=CHECK_S if fault.kind else 20
+            fault.config(config) if bad else config,
+            fault.weights(weights) if bad else weights,
+            timeout_s=CHECK_S if fault.kind else 20,
         )
     if bad and fault.in_forward:
-        collectives.exchange_ranks = collectives.begin_sum = fault.in_forward  # tokens are on their way
+        collectives.exchange_ranks = collectives.start_sum = fault.in_forward  # tokens are on their way
     x = torch.randn(fault.tokens if bad else 4, 8, requires_grad=True)
     y: Tensor = moe_fn.moe_forward(config, weights, x, torch.randn(x.shape[0], 6))
     if bad and fault.in_backward:
@@ -145,7 +161,9 @@ def rank_of_fault(rank: int, name: str, store: str, answer: Any) -> None:
     try:
         if rank == BAD and fault.before_group:
             fault.before_group()
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=GROUP_S))
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=GROUP_S)
+        )
         start = time.monotonic()
         layer(fault, rank == BAD)
         answer.send(("", "", time.monotonic() - start))

@@ -1,4 +1,6 @@
-"""A model of two layers wrapped for data parallelism, beside the model as it is: run by `test_host_ranks` in real processes (gloo)."""
+"""A model of two layers wrapped for data parallelism, beside the model as it is: run by `test_host_ranks` in real
+processes (gloo).
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -82,7 +84,8 @@ HOSTS: dict[str, Host] = {
     "FSDP2": Host(sharded),
     "FSDP2, checkpointed": Host(sharded, again=True),
     "FSDP2 of compiled layers": Host(lambda model: sharded(compiled_inside(model))),
-    "FSDP2 in bfloat16": Host(lambda model: sharded(model, mp_policy=HALF), tolerance=None),  # near-ties may go to other experts
+    # near-ties may go to other experts
+    "FSDP2 in bfloat16": Host(lambda model: sharded(model, mp_policy=HALF), tolerance=None),
 }
 
 

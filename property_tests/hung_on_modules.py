@@ -1,4 +1,6 @@
-"""Ways in which a module computes something else than its parameters say: what adapters, quantisers, hooks and people do to models."""
+"""Ways in which a module computes something else than its parameters say: what adapters, quantizers, hooks and people
+do to models.
+"""
 
 import types
 from collections.abc import Callable
@@ -58,7 +60,9 @@ class ParameterAdapter(Adapter):
 
 
 class Wrapper(nn.Module):
-    """As PEFT's ModulesToSaveWrapper and torch.compile's OptimizedModule: what it holds has a name of its own, and shows through."""
+    """As PEFT's ModulesToSaveWrapper and torch.compile's OptimizedModule: what it holds has a name of its own, and
+    shows through.
+    """
 
     def __init__(self, held: nn.Module) -> None:
         super().__init__()
@@ -73,7 +77,7 @@ class Wrapper(nn.Module):
 
 
 class Coded(Tensor):
-    """As a quantised tensor: it stands for 1.5 times the numbers that it holds."""
+    """As a quantized tensor: it stands for 1.5 times the numbers that it holds."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,7 +92,14 @@ class Coded(Tensor):
             return function(*meant(args), **{name: meant(value) for name, value in (kwargs or {}).items()})
 
 
-_OF_ITSELF = {Tensor.requires_grad_, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__, Tensor.as_subclass, Tensor.detach}
+_OF_ITSELF = {
+    Tensor.requires_grad_,
+    Tensor.dtype.__get__,
+    Tensor.device.__get__,
+    Tensor.shape.__get__,
+    Tensor.as_subclass,
+    Tensor.detach,
+}
 _OF_ITSELF |= {Tensor.requires_grad.__get__, Tensor.ndim.__get__, Tensor.is_floating_point}
 
 
@@ -125,7 +136,9 @@ def _recomputed(parent: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _own_forward(parent: nn.Module, name: str, module: nn.Module) -> None:
-    module.forward = types.MethodType(lambda self, *args, **by_name: louder(type(self).forward(self, *args, **by_name)), module)
+    module.forward = types.MethodType(
+        lambda self, *args, **by_name: louder(type(self).forward(self, *args, **by_name)), module
+    )
 
 
 def _own_class(parent: nn.Module, name: str, module: nn.Module) -> None:

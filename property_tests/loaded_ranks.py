@@ -1,4 +1,6 @@
-"""What ranks compute with the parts of a checkpoint that each has loaded by its config: run by `test_parallel` in its processes."""
+"""What ranks compute with the parts of a checkpoint that each has loaded by its config: run by `test_parallel` in its
+processes.
+"""
 
 import dataclasses
 import json
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoints import SAVED, adapter_of, config_of, holds, is_stacked, same_bits, weights_of
-from quantised_files import FORMATS, E, X, mx, save, write
+from quantized_files import FORMATS, E, X, mx, save, write
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -49,14 +51,20 @@ def plain_files(folder: Path) -> Iterator[tuple[str, Load]]:
         path, prefix = folder / layout.name, ".".join(filter(None, ["layers.3", layout.block]))
         save_moe_weights(path, prefix, whole, weights, layout=layout)
 
-        def load(parallel: ParallelConfig | None, layout: Any = layout, whole: Any = whole, path: Any = path, prefix: Any = prefix) -> Part:
+        def load(
+            parallel: ParallelConfig | None,
+            layout: Any = layout,
+            whole: Any = whole,
+            path: Any = path,
+            prefix: Any = prefix,
+        ) -> Part:
             config = dataclasses.replace(whole, parallel=parallel)
             return config, load_moe_weights(path, prefix, config, layout=layout)
 
         yield layout.name, load
 
 
-def quantised_files(folder: Path) -> Iterator[tuple[str, Load]]:
+def quantized_files(folder: Path) -> Iterator[tuple[str, Load]]:
     """Codes of two kinds, and gpt-oss' blocks beside its biases."""
     for name in ("ct w4a16 channel", "ct fp8 weight-only"):  # inputs that are rounded have scales of their slice
         (folder / name).mkdir()
@@ -66,10 +74,20 @@ def quantised_files(folder: Path) -> Iterator[tuple[str, Load]]:
     tensors: dict[str, Tensor] = {}
     for name, size in (("gate_up_proj", (256, X)), ("down_proj", (X, 128))):
         found = [lay(random, *size).tensors for _ in range(E)]
-        tensors |= {f"{prefix}.experts.{name}{suffix}": torch.stack([of_one[suffix] for of_one in found]) for suffix in found[0]}
-        tensors |= {f"{prefix}.experts.{name}_bias": torch.randn(E, size[0], generator=torch.Generator().manual_seed(2))}
+        tensors |= {
+            f"{prefix}.experts.{name}{suffix}": torch.stack([of_one[suffix] for of_one in found]) for suffix in found[0]
+        }
+        tensors |= {
+            f"{prefix}.experts.{name}_bias": torch.randn(E, size[0], generator=torch.Generator().manual_seed(2))
+        }
     tensors |= {f"{prefix}.router.weight": torch.ones(E, X), f"{prefix}.router.bias": torch.arange(float(E))}
-    words = {"num_local_experts": E, "num_experts_per_tok": 2, "hidden_size": X, "intermediate_size": 128, "swiglu_limit": 7.0}
+    words = {
+        "num_local_experts": E,
+        "num_experts_per_tok": 2,
+        "hidden_size": X,
+        "intermediate_size": 128,
+        "swiglu_limit": 7.0,
+    }
     (folder / "gpt-oss").mkdir()
     save(folder / "gpt-oss", tensors)
     config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}, **words}
@@ -77,7 +95,7 @@ def quantised_files(folder: Path) -> Iterator[tuple[str, Load]]:
     yield "gpt-oss", lambda parallel: load_moe_layer(folder / "gpt-oss", 1, parallel=parallel)
 
 
-FILES = {"plain": plain_files, "quantised": quantised_files}
+FILES = {"plain": plain_files, "quantized": quantized_files}
 MESHES: tuple[tuple[tuple[tuple[str, int], ...], dict[str, Any]], ...] = (
     ((("tp", 2),), {"dispatch": "replicated"}),
     ((("dp", 2),), {"dispatch": "all_gather"}),
@@ -88,11 +106,18 @@ MESHES: tuple[tuple[tuple[tuple[str, int], ...], dict[str, Any]], ...] = (
 
 def loaded(world: int) -> list[Loaded]:
     """Every mesh of so many ranks, with every kind of file."""
-    return [Loaded(mesh, files, options) for mesh, options in MESHES for files in FILES if np.prod([n for _, n in mesh]) == world]
+    return [
+        Loaded(mesh, files, options)
+        for mesh, options in MESHES
+        for files in FILES
+        if np.prod([n for _, n in mesh]) == world
+    ]
 
 
 def run_loaded(case: Loaded, mesh: DeviceMesh, rank: int) -> None:
-    """Assert that ranks that loaded their parts compute what one does that loaded all, and have what shard_weights makes of all."""
+    """Assert that ranks that loaded their parts compute what one does that loaded all, and have what shard_weights
+    makes of all.
+    """
     parallel = ParallelConfig.from_mesh(mesh, **{name: name for name, _ in case.mesh}, **case.options)
     differ = []
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +127,11 @@ def run_loaded(case: Loaded, mesh: DeviceMesh, rank: int) -> None:
             x = torch.randn(5, whole.hidden_size, generator=generator)
             logits = torch.randn(5, whole.num_logits, generator=generator)
             parts = [moe_fn.moe_forward(config, weights, x, logits), moe_fn.moe_forward(whole, all_weights, x, logits)]
-            differ += [f"{name}: not the part of the whole"] if not same_bits(weights, moe_fn.shard_weights(config, all_weights)) else []
+            differ += (
+                [f"{name}: not the part of the whole"]
+                if not same_bits(weights, moe_fn.shard_weights(config, all_weights))
+                else []
+            )
             biases = {all_weights.down_bias is not None, getattr(all_weights.shared, "down_bias", None) is not None}
             differ += [f"{name}: without a bias"] if case.files == "plain" and True not in biases else []
             adapters = [adapter_of(whole, shared=False, dtype=torch.float32)]

@@ -1,15 +1,28 @@
-"""Which tests judge the mutants of which file: the quickest to kill for every mutant, and the file's own for what survives those."""
+"""Which tests judge the mutants of which file: the quickest to kill for every mutant, and the file's own for what
+survives those.
+"""
 
-DIRECT = ("test_layer.test_the_layer_equals_the_reference", "test_layer.test_any_routing_equals_the_reference")  # called without pytest
+# called without pytest
+DIRECT = ("test_layer.test_the_layer_equals_the_reference", "test_layer.test_any_routing_equals_the_reference")
 WITH_DIRECT: dict[str, tuple[str, ...]] = {
     "moe_fn/stages/route.py": ("test_route.test_routing_equals_the_reference",),
-    "moe_fn/stages/_scores.py": ("test_route.test_routing_equals_the_reference", "test_route.test_ties_go_to_the_lowest_expert_id"),
-    "moe_fn/stages/experts.py": ("test_quant.test_quantised_layers_equal_the_reference", "test_layer.test_gradients_equal_the_reference"),
+    "moe_fn/stages/_scores.py": (
+        "test_route.test_routing_equals_the_reference",
+        "test_route.test_ties_go_to_the_lowest_expert_id",
+    ),
+    "moe_fn/stages/experts.py": (
+        "test_quant.test_quantized_layers_equal_the_reference",
+        "test_layer.test_gradients_equal_the_reference",
+    ),
     "moe_fn/stages/_adapters.py": ("test_lora.test_merged_equals_applied",),
     "moe_fn/balance/losses.py": ("test_layer.test_losses_equal_the_reference",),
-    "moe_fn/quant/numbers.py": ("test_quant.test_quantised_layers_equal_the_reference",),
+    "moe_fn/quant/numbers.py": ("test_quant.test_quantized_layers_equal_the_reference",),
 }
-ALL_STAGES = ("property_tests/test_stages_of_routing.py", "property_tests/test_stages_around.py", "property_tests/test_stages.py")
+ALL_STAGES = (
+    "property_tests/test_stages_of_routing.py",
+    "property_tests/test_stages_around.py",
+    "property_tests/test_stages.py",
+)
 LORA = "property_tests/test_lora.py::test_lora_equals_the_reference"
 AROUND = "property_tests/test_around_the_experts.py"
 OWN: dict[str, tuple[str, ...]] = {
@@ -23,7 +36,11 @@ OWN: dict[str, tuple[str, ...]] = {
     ),
     "moe_fn/stages/join.py": (AROUND,),
     "moe_fn/stages/zero_experts.py": (AROUND,),
-    "moe_fn/stages/reduce_and_trunc.py": (AROUND, "property_tests/test_bad_input.py", "compile_tests/test_parallel_traffic.py"),
+    "moe_fn/stages/reduce_and_trunc.py": (
+        AROUND,
+        "property_tests/test_bad_input.py",
+        "compile_tests/test_parallel_traffic.py",
+    ),
     "moe_fn/stages/_scores.py": ("property_tests/test_route.py",),
     "moe_fn/stages/_adapters.py": ("property_tests/test_lora.py", "compile_tests/test_lora.py"),
     "moe_fn/balance/losses.py": ("property_tests/test_layer.py",),

@@ -1,15 +1,18 @@
 """Mutation testing: does a test fail for every small change of the code?  `make mutants`, or
 
-    python property_tests/mutants.py run out/mutants.jsonl moe_fn/stages/*.py      what is in the file already is not run again
-    python property_tests/mutants.py sample out/mutants-areas.jsonl [AREA ...]     some of every file of the areas around the stages
-    python property_tests/mutants.py quick out/mutants-areas.jsonl AREA ...         many first, in seconds each; sample judges the rest
+    python property_tests/mutants.py run out/mutants.jsonl moe_fn/stages/*.py      what is in the file already is not
+                                                                                   run again
+    python property_tests/mutants.py sample out/mutants-areas.jsonl [AREA ...]     some of every file of the areas
+                                                                                   around the stages
+    python property_tests/mutants.py quick out/mutants-areas.jsonl AREA ...         many first, in seconds each; sample
+                                                                                    judges the rest
     python property_tests/mutants.py report out/mutants.jsonl out/mutants-areas.jsonl > examples/campaign/mutants.md
 
-Mutants of stages are mutmut's, all of them. Its own runner keeps all mutants of a function in one module and chooses between them at each
-call, which lambdas in tables, torch's compiler and tests that look at sources do not survive. So each mutant here is a process of its own:
-forked from one that has imported everything, with other code in one function; or, where the change is outside of functions, from one that
-has imported no module of moe_fn, and imports the changed one. Those of other areas (`mutants_areas.py`) are sampled, and each stands in a
-copy of the tree (`mutants_copied.py`).
+Mutants of stages are mutmut's, all of them. Its own runner keeps all mutants of a function in one module and chooses
+between them at each call, which lambdas in tables, torch's compiler and tests that look at sources do not survive. So
+each mutant here is a process of its own: forked from one that has imported everything, with other code in one function;
+or, where the change is outside of functions, from one that has imported no module of moe_fn, and imports the changed
+one. Those of other areas (`mutants_areas.py`) are sampled, and each stands in a copy of the tree (`mutants_copied.py`).
 """
 
 import argparse
@@ -24,7 +27,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import conftest  # noqa: F401  before Triton: it says how kernels run
+import conftest  # noqa: F401
 from hypothesis import settings
 from mutant_tests import direct_of, tests_of
 from mutants_areas import AREAS
@@ -42,10 +45,17 @@ def import_what_others_made() -> None:
     """Import all that the tests import but for moe_fn and the tests, so that a child has little to do."""
     code = "import sys, conftest, moe_fn.testing, test_layer, test_lora, test_quant; print(*sys.modules)"
     path = f"{ROOT}:{ROOT / 'property_tests'}"
-    names = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)  # noqa: TID251
+    names = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},  # noqa: TID251
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     for name in names.stdout.decode().split():
         first = name.split(".")[0]
-        ours = first in ("moe_fn", "__main__") or any((ROOT / "property_tests" / own).exists() for own in (first, f"{first}.py"))
+        ours = first in ("moe_fn", "__main__") or any(
+            (ROOT / "property_tests" / own).exists() for own in (first, f"{first}.py")
+        )
         if not ours and name not in sys.modules:
             try:
                 importlib.import_module(name)
@@ -99,7 +109,13 @@ def _run_some(found: Path, mutants: Sequence[Mutant], plan: Plan) -> None:
         start = time.monotonic()
         verdict, by = judged(mutant, plan)
         plan.kills[by] += verdict == "killed"
-        line = {**mutant.described, "verdict": verdict, "by": by, "own": bool(plan.tests), "seconds": round(time.monotonic() - start, 1)}
+        line = {
+            **mutant.described,
+            "verdict": verdict,
+            "by": by,
+            "own": bool(plan.tests),
+            "seconds": round(time.monotonic() - start, 1),
+        }
         with found.open("a") as out:
             out.write(json.dumps(line) + "\n")
         print(f"{mutant.file}:{mutant.line} {verdict} {by or mutant.change} {line['seconds']}", flush=True)

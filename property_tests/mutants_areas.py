@@ -9,7 +9,9 @@ from mutants_of_triton import mutants_of_triton
 
 @dataclass(frozen=True)
 class Area:
-    """Files (globs), who makes their mutants, and arguments of pytest; `first`: (a part of a file's name, of the tests' that know it)."""
+    """Files (globs), who makes their mutants, and arguments of pytest; `first`: (a part of a file's name, of the tests'
+    that know it).
+    """
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
@@ -30,25 +32,33 @@ class Area:
 
 
 def _all(*globs: str) -> tuple[str, ...]:
-    return tuple(sorted(str(path.relative_to(ROOT)) for glob in globs for path in ROOT.glob(f"property_tests/test_{glob}.py")))
+    return tuple(
+        sorted(str(path.relative_to(ROOT)) for glob in globs for path in ROOT.glob(f"property_tests/test_{glob}.py"))
+    )
 
 
 AREAS: dict[str, Area] = {
-    "checkpoint": Area(("moe_fn/checkpoint/*.py", "moe_fn/checkpoint/quantized/*.py"), _all("checkpoint*", "module_lists", "bad_input")),
+    "checkpoint": Area(
+        ("moe_fn/checkpoint/*.py", "moe_fn/checkpoint/quantized/*.py"), _all("checkpoint*", "module_lists", "bad_input")
+    ),
     "quant": Area(
         ("moe_fn/quant/*.py", "moe_fn/weights/quantize.py"),
-        _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantised", "bad_input"),
+        _all("quant_numbers", "quant", "quant_native", "quant_tables", "checkpoint_quantized", "bad_input"),
     ),
     "parallel": Area(
         ("moe_fn/parallel/*.py", "moe_fn/balance/meeting.py", "moe_fn/ops/collectives.py"),
         (
-            *_all("parallel", "bad_input", "bad_parallel", "around_the_experts", "expert_parallel", "faults", "*_ranks"),
+            *_all(
+                "parallel", "bad_input", "bad_parallel", "around_the_experts", "expert_parallel", "faults", "*_ranks"
+            ),
             "compile_tests/test_parallel_traffic.py",
         ),
     ),
     "balance": Area(("moe_fn/balance/*.py",), _all("eplb*", "balance*", "layer", "bad_input")),
     "transformers": Area(("moe_fn/integrations/transformers/*.py",), _all("transformers_*", "bad_input")),
-    "families": Area(("moe_fn/families/*.py",), _all("family_*", "transformers_zoo", "checkpoint_families", "bad_input")),
+    "families": Area(
+        ("moe_fn/families/*.py",), _all("family_*", "transformers_zoo", "checkpoint_families", "bad_input")
+    ),
     "triton": Area(
         ("moe_fn/kernels/triton/*.py", "moe_fn/kernels/triton/quant/*.py"),
         _all("triton_*"),

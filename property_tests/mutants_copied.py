@@ -1,4 +1,6 @@
-"""A sample of mutants, each in a copy of the tree, where ranks, compiled kernels and plug-ins see it too; the tests in a process."""
+"""A sample of mutants, each in a copy of the tree, where ranks, compiled kernels and plug-ins see it too; the tests in
+a process.
+"""
 
 import json
 import tempfile
@@ -15,7 +17,8 @@ def sample(found: Path, names: list[str], per_file: int) -> None:
     found.parent.mkdir(parents=True, exist_ok=True)
     old = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
     done = {line["id"]: line for line in old}
-    done = {name for name, line in done.items() if line["verdict"] == "killed" or not line.get("forked")}  # children see less than copies
+    # children see less than copies
+    done = {name for name, line in done.items() if line["verdict"] == "killed" or not line.get("forked")}
     with tempfile.TemporaryDirectory() as folder:
         tree = copied_tree(Path(folder))
         run_in(
@@ -36,7 +39,14 @@ def sample(found: Path, names: list[str], per_file: int) -> None:
                 start = time.monotonic()
                 verdict, by = _planted(tree, mutant, area, limit_s)
                 took = round(time.monotonic() - start)
-                line = {**mutant.described, "area": name, "of": source_hash(mutant.file), "verdict": verdict, "by": by, "seconds": took}
+                line = {
+                    **mutant.described,
+                    "area": name,
+                    "of": source_hash(mutant.file),
+                    "verdict": verdict,
+                    "by": by,
+                    "seconds": took,
+                }
                 with found.open("a") as out:
                     out.write(json.dumps(line) + "\n")
                 print(f"{mutant.file}:{mutant.line} {verdict} {by or mutant.change} {took} s", flush=True)

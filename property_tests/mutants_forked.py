@@ -1,7 +1,9 @@
-"""Mutants of an area in children of one process that has collected its tests: each runs only the tests that come to the changed function.
+"""Mutants of an area in children of one process that has collected its tests: each runs only the tests that come to the
+changed function.
 
-A child neither imports nor collects, so a mutant costs as long as the first test that sees it. What is read where modules are imported,
-or in other processes, a child cannot see: what survives here is judged again in a copy of the tree (`mutants_copied.py`).
+A child neither imports nor collects, so a mutant costs as long as the first test that sees it. What is read where
+modules are imported, or in other processes, a child cannot see: what survives here is judged again in a copy of the
+tree (`mutants_copied.py`).
 """
 
 import doctest
@@ -31,7 +33,8 @@ from mutants_areas import AREAS
 from mutants_judged import ROOT, plant
 from mutants_made import Mutant, functions_of, source_hash
 
-Covered = Mapping[tuple[str, str], Sequence[tuple[int, float]]]  # (file, function): (index of a test that comes to it, seconds it takes)
+# (file, function): (index of a test that comes to it, seconds it takes)
+Covered = Mapping[tuple[str, str], Sequence[tuple[int, float]]]
 
 
 def sample_in_forks(found: Path, names: Sequence[str], per_file: int) -> None:
@@ -68,9 +71,21 @@ def sample_in_forks(found: Path, names: Sequence[str], per_file: int) -> None:
 
 
 def in_forks(mutants: Sequence[Mutant], tests: Sequence[str], found: Callable[[Mutant, str, str, float], None]) -> None:
-    """Call found(mutant, "killed" or "survived", by which test, seconds) for each mutant, all of them inside of functions."""
+    """Call found(mutant, "killed" or "survived", by which test, seconds) for each mutant, all of them inside of
+    functions.
+    """
     settings.load_profile("mutants")
-    options = ["-q", "--tb=no", "-p", "no:xdist", "-p", "no:cacheprovider", "-W", "ignore", "--hypothesis-profile=mutants"]
+    options = [
+        "-q",
+        "--tb=no",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "--hypothesis-profile=mutants",
+    ]
     code = pytest.main([*options, *tests], plugins=[_Forks(mutants, found)])
     if code != 0:
         raise RuntimeError(f"pytest ended with {code}")
@@ -94,9 +109,13 @@ class _Forks:
         covered: Covered = pickle.loads(said)
         for mutant in self.mutants:
             start = time.monotonic()
-            tests = sorted(covered.get((mutant.file, _function(mutant)), ()), key=lambda test: (-self.kills[test[0]], test[1]))
+            tests = sorted(
+                covered.get((mutant.file, _function(mutant)), ()), key=lambda test: (-self.kills[test[0]], test[1])
+            )
             limit_s = 3 * sum(seconds for _, seconds in tests) + 60
-            status, said = _child(partial(_first_failing, session.items, mutant, [number for number, _ in tests]), limit_s)
+            status, said = _child(
+                partial(_first_failing, session.items, mutant, [number for number, _ in tests]), limit_s
+            )
             failing = int(said) if status == 0 and said else None
             self.kills.update([] if failing is None else [failing])
             name = "" if failing is None else "its doctest" if failing == -1 else session.items[failing].nodeid
@@ -146,7 +165,14 @@ def _first_failing(items: Sequence[pytest.Item], mutant: Mutant, tests: Sequence
 
 def _failed(item: pytest.Item) -> str:
     """Why a test fails, empty if it does not."""
-    return next((report.longreprtext or "failed" for report in runtestprotocol(item, log=False, nextitem=None) if report.failed), "")
+    return next(
+        (
+            report.longreprtext or "failed"
+            for report in runtestprotocol(item, log=False, nextitem=None)
+            if report.failed
+        ),
+        "",
+    )
 
 
 def _function(mutant: Mutant) -> str:

@@ -26,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Plan:
-    """Tests called by name, arguments of pytest for what survives them, a profile of Hypothesis, and who has killed how many."""
+    """Tests called by name, arguments of pytest for what survives them, a profile of Hypothesis, and who has killed how
+    many.
+    """
 
     direct: tuple[str, ...]
     tests: tuple[str, ...]
@@ -123,7 +125,9 @@ class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         """A spec for that module, and for no other."""
-        return importlib.util.spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
+        return (
+            importlib.util.spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
+        )
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the mutated source."""

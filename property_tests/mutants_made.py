@@ -44,7 +44,10 @@ class Mutant:
 
 
 def mutants_of(file: str, count: int | None = None) -> list[Mutant]:
-    """Every mutant of a file, or so many of them, the same each time. Two operators may make the same one; it counts once."""
+    """Every mutant of a file, or so many of them, the same each time.
+
+    Two operators may make the same one; it counts once.
+    """
     before = (ROOT / file).read_text()
     module, mutations, _, _ = create_mutations(file, before)
     if count is not None:
@@ -95,7 +98,9 @@ def _inside(before: str, after: str) -> bool:
 def _skeleton(code: CodeType) -> tuple[Any, ...]:
     """The code less that of its named functions."""
     consts = [
-        ("function" if _is_function(c) and "<" not in c.co_qualname else _skeleton(c)) if isinstance(c, CodeType) else (type(c), c)
+        ("function" if _is_function(c) and "<" not in c.co_qualname else _skeleton(c))
+        if isinstance(c, CodeType)
+        else (type(c), c)
         for c in code.co_consts
     ]
     return code.co_code, code.co_names, consts
@@ -105,5 +110,7 @@ def _change(before: list[str], after: list[str]) -> tuple[int, str]:
     """(number of the first line that differs, what differs in words: old -> new)."""
     codes = difflib.SequenceMatcher(None, before, after, False).get_opcodes()
     _, first, last, start, end = next(code for code in codes if code[0] != "equal")
-    old, new = (" ".join(line.partition("  #")[0].strip() for line in lines) for lines in (before[first:last], after[start:end]))
+    old, new = (
+        " ".join(line.partition("  #")[0].strip() for line in lines) for lines in (before[first:last], after[start:end])
+    )
     return first + 1, f"{old} -> {new}"

@@ -1,11 +1,12 @@
 """Mutation testing of the C++ kernels: does a test fail for every small change of a line?  `make mutants-cpp`, or
 
-    python property_tests/mutants_of_cpp.py run out/mutants-cpp.jsonl backward.cpp kernels.h      what is in the file is not run again
+    python property_tests/mutants_of_cpp.py run out/mutants-cpp.jsonl backward.cpp kernels.h      what is in the file is
+                                                                                                  not run again
     python property_tests/mutants_of_cpp.py report out/mutants-cpp.jsonl > out/mutants-cpp.md
 
-A mutant is a file of moe_fn/kernels/native/sources with another operator, constant, bound or condition in one place. It is compiled for
-one level, loaded by a process of its own, and judged by the tests that are given a level (cpp_mutants.py). `--every 10` takes a tenth
-of them.
+A mutant is a file of moe_fn/kernels/native/sources with another operator, constant, bound or condition in one place. It
+is compiled for one level, loaded by a process of its own, and judged by the tests that are given a level
+(cpp_mutants.py). `--every 10` takes a tenth of them.
 """
 
 import argparse
@@ -20,18 +21,22 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import conftest  # noqa: F401  before Triton: it says how kernels run
+import conftest  # noqa: F401
 from cpp_mutants import UNITS_OF, Change, Workshop, judged
 from hypothesis import settings
 
 from moe_fn.kernels.native import library as native
 
 SWAPS = {
-    " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " + ": " - ", " - ": " + ", " * ": " + ",
-    " / ": " * ", " % ": " / ", " += ": " = ", " && ": " || ", " || ": " && ", "std::min": "std::max", "std::max": "std::min",
+    " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " + ": " - ",
+    " - ": " + ", " * ": " + ",
+    " / ": " * ", " % ": " / ", " += ": " = ", " && ": " || ", " || ": " && ", "std::min": "std::max",
+    "std::max": "std::min",
     "true": "false", "false": "true", "first": "last", "gate_up": "down",
 }  # fmt: skip
-PLACE = re.compile("|".join([*(re.escape(old) for old in sorted(SWAPS, key=len, reverse=True)), r"(?<![\w.])\d+(?![\w.])", r"\bif \("]))
+PLACE = re.compile(
+    "|".join([*(re.escape(old) for old in sorted(SWAPS, key=len, reverse=True)), r"(?<![\w.])\d+(?![\w.])", r"\bif \("])
+)
 FLOATS = (
     "test_native_backward.test_slopes_at_the_very_limits_and_kinks",
     "test_native_backward.test_gradients_of_every_level",
@@ -51,9 +56,12 @@ REFUSALS = (
     "test_native.test_wrong_shapes_raise_in_words",
     "test_quant_native.test_what_the_kernels_do_not_take_runs_by_stages_and_says_why",
 )
-# No mutants of these: what is asked of memory before it is needed, or of its pages, and functions that only the benchmark calls.
+# No mutants of these: what is asked of memory before it is needed, or of its pages, and functions that only the
+# benchmark calls.
 SPEED = re.compile(r"__builtin_prefetch|madvise|aligned_alloc|\blarge\b|\bhuge\b|\bpage\b")
-BENCHMARKS = re.compile(r"^\w+ (?:read_bytes|tile_rate|read_op|gemm_op)\(.*?^\}|^double gemm_op.*?$", re.MULTILINE | re.DOTALL)
+BENCHMARKS = re.compile(
+    r"^\w+ (?:read_bytes|tile_rate|read_op|gemm_op)\(.*?^\}|^double gemm_op.*?$", re.MULTILINE | re.DOTALL
+)
 # Why a mutant is the same program but for its speed or its memory: files, and texts of lines that it changes.
 SAME: dict[str, tuple[tuple[str, str], ...]] = {
     "Only who computes which part, and when, changes.": (
@@ -66,7 +74,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("product.h", "groups = "),
         ("product.h", "return std::max(2 * MAX_ROWS, (w.prepared"),
         ("stream.h", "int per = int(std::clamp"),
-        ("quantised.h", "512 * 256 / row_dwords"),
+        ("quantized.h", "512 * 256 / row_dwords"),
     ),
     "At that many rows one way of computing it is as right as the other.": (("panels.h", "(rows < DOTS_UNTIL"),),
     "What is as large as the limit is the limit.": (("activation.h", "select(f >= a.limit, splat(a.limit), f)"),),
@@ -83,27 +91,42 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("stream.h", "ahead = "),
         ("panels.h", "following = "),
         ("tile.h", "following = "),
-        ("quantised.h", "ahead = "),
+        ("quantized.h", "ahead = "),
     ),
     "A buffer is larger than it must be.": (
         ("kernels.h", "std::vector<int64_t> to("),
         ("kernels.h", "const int most = "),
         ("kernels.h", " = buffer("),
         ("product.h", " = buffer("),
-        ("quantised.cpp", " = buffer("),
+        ("quantized.cpp", " = buffer("),
     ),
-    "Steps come in whole blocks, and a turn without panels does nothing.": (("kernels.h", "k > 1,"), ("kernels.h", "p <= task.last_panel")),
+    "Steps come in whole blocks, and a turn without panels does nothing.": (
+        ("kernels.h", "k > 1,"),
+        ("kernels.h", "p <= task.last_panel"),
+    ),
     "An outer product asks it for nothing but its columns.": (("kernels.h", "const Weight shape{nullptr, 1, n, 0,"),),
 }
 
 
 def mutants_of(file: str, lines: Collection[int]) -> Iterator[tuple[Change, str]]:
-    """(the change, it in words) of every place in some lines of a file, but for those that only the clock could tell."""
+    """(the change, it in words) of every place in some lines of a file, but for those that only the clock
+    could tell.
+    """
     text = (native.SOURCES / file).read_text()
-    timed = {n for part in BENCHMARKS.finditer(text) for n in range(text[: part.start()].count("\n"), text[: part.end()].count("\n") + 1)}
+    timed = {
+        n
+        for part in BENCHMARKS.finditer(text)
+        for n in range(text[: part.start()].count("\n"), text[: part.end()].count("\n") + 1)
+    }
     for number, line in enumerate(text.split("\n")):
         code = line.partition("//")[0]
-        if number not in lines or number in timed or code.lstrip().startswith("#") or "static_assert" in code or SPEED.search(code):
+        if (
+            number not in lines
+            or number in timed
+            or code.lstrip().startswith("#")
+            or "static_assert" in code
+            or SPEED.search(code)
+        ):
             continue
         for place in PLACE.finditer(code):
             found = place.group()
@@ -111,7 +134,11 @@ def mutants_of(file: str, lines: Collection[int]) -> Iterator[tuple[Change, str]
                 continue  # words of an error, or names
             if found == "if (":
                 closing = _closing(code, place.end())
-                new = None if closing is None else f"{code[: place.end()]}!({code[place.end() : closing]}){code[closing:]}"
+                new = (
+                    None
+                    if closing is None
+                    else f"{code[: place.end()]}!({code[place.end() : closing]}){code[closing:]}"
+                )
             else:
                 instead = str(int(found) + 1) if found.isdigit() else SWAPS[found]
                 new = code[: place.start()] + instead + code[place.end() :]
@@ -137,7 +164,9 @@ def id_of(change: Change) -> str:
 
 def reason_of(file: str, change: str) -> str | None:
     """Why no test can kill it; None if that is not known."""
-    return next((reason for reason, places in SAME.items() if any(of == file and text in change for of, text in places)), None)
+    return next(
+        (reason for reason, places in SAME.items() if any(of == file and text in change for of, text in places)), None
+    )
 
 
 def run(found: Path, files: list[str], every: int) -> None:
@@ -154,7 +183,14 @@ def run(found: Path, files: list[str], every: int) -> None:
                 continue
             start, (change, words) = time.monotonic(), todo[name]
             verdict, by = _verdict(workshop, change)
-            line = {"id": name, "file": change.file, "line": change.line + 1, "change": words, "verdict": verdict, "by": by}
+            line = {
+                "id": name,
+                "file": change.file,
+                "line": change.line + 1,
+                "change": words,
+                "verdict": verdict,
+                "by": by,
+            }
             with found.open("a") as out:
                 out.write(json.dumps({**line, "seconds": round(time.monotonic() - start, 1)}) + "\n")
             print(f"{change.file}:{change.line + 1} {verdict} {by or words}", flush=True)
@@ -169,7 +205,9 @@ def _verdict(workshop: Workshop, change: Change) -> tuple[str, str]:
         shutil.rmtree(library.parent)
         return "same", ""
     units = UNITS_OF[change.file]
-    verdict = judged(library, CODES if "quantised" in units else (*FLOATS, *CODES, *REFUSALS) if "binding" in units else FLOATS)
+    verdict = judged(
+        library, CODES if "quantized" in units else (*FLOATS, *CODES, *REFUSALS) if "binding" in units else FLOATS
+    )
     shutil.rmtree(library.parent)
     return verdict
 
@@ -189,10 +227,14 @@ def report(found: Path) -> str:
         rows.append(f"| {file} | {len(lines)} | {same} | {killed} | {len(living)} | {known} | {part:.0f} |")
         alive += living if file in of_file else []
     head = (
-        "| file | mutants | the same object code | killed | survived | of these with a reason below | killed of the rest, % |",
+        "| file | mutants | the same object code | killed | survived | of these with a reason below | killed of the "
+        "rest, % |",
         "|---|---:|---:|---:|---:|---:|---:|",
     )
-    told = [f"- {line['file']}:{line['line']} `{line['change']}`: {reason_of(line['file'], line['change'])}" for line in alive]
+    told = [
+        f"- {line['file']}:{line['line']} `{line['change']}`: {reason_of(line['file'], line['change'])}"
+        for line in alive
+    ]
     return "\n".join(("## The C++ kernels", "", *head, *rows, "", *told))
 
 

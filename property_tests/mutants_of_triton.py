@@ -26,8 +26,8 @@ OPERATORS = (
     (r"\bother=0\.0", "other=1.0"),
     (r"(?<![\w.\"'])(?<!arange\()([0-9]|16|32|64)(?![\w.\"'])", "NEXT"),
 )
-# No mutants of what is no code, and of what changes no number: what a kernel asserts, and what it tells the compiler of its pointers.
-# (A range that starts at 1 is none: its size must be a power of 2.)
+# No mutants of what is no code, and of what changes no number: what a kernel asserts, and what it tells the compiler of
+# its pointers. (A range that starts at 1 is none: its size must be a power of 2.)
 _NO_CODE = re.compile(r"^\s*(#|@|def |tl\.static_assert\(|.*tl\.(multiple_of|max_contiguous)\()")
 
 
@@ -53,7 +53,9 @@ def _changed(code: str) -> Iterator[str]:
 
 def _code_lines(lines: list[str]) -> list[int]:
     """Indices of the lines of kernels, without signatures and docstrings."""
-    functions = [node for node in ast.walk(ast.parse("".join(lines))) if isinstance(node, ast.FunctionDef) and _is_kernel(node)]
+    functions = [
+        node for node in ast.walk(ast.parse("".join(lines))) if isinstance(node, ast.FunctionDef) and _is_kernel(node)
+    ]
     bodies = [node.body[1:] if ast.get_docstring(node) else node.body for node in functions]
     chosen = {i for body in bodies for part in body for i in range(part.lineno - 1, part.end_lineno or part.lineno)}
     return [i for i in sorted(chosen) if not _NO_CODE.match(lines[i])]

@@ -59,7 +59,9 @@ def report(found: Path, sampled: Path) -> str:
 
 
 def _made_of() -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     versions = f"mutmut {version('mutmut')}, torch {version('torch')}, Python {platform.python_version()}"
     return f"{date.today()}, sources of commit {commit or 'unknown'}, {versions}."
 
@@ -70,10 +72,14 @@ def _heading() -> tuple[str, ...]:
         "",
         f"{_made_of()} `make mutants` makes this page again.",
         "",
-        "A mutant is the code with one small change: another operator or number, an argument less or None, a condition turned round. It",
-        "is killed if a test fails. First the file's doctests and two or three laws of the whole layer judge it, 25 examples each; then,",
-        "what survives those, the tests of the stages and of the file (`property_tests/mutant_tests.py`). Not mutated: annotations,",
-        "docstrings, the words of errors, and functions with decorators, which mutmut leaves alone. A crash, a failing import and running",
+        "A mutant is the code with one small change: another operator or number, an argument less or None, a condition "
+        "turned round. It",
+        "is killed if a test fails. First the file's doctests and two or three laws of the whole layer judge it, 25 "
+        "examples each; then,",
+        "what survives those, the tests of the stages and of the file (`property_tests/mutant_tests.py`). Not mutated: "
+        "annotations,",
+        "docstrings, the words of errors, and functions with decorators, which mutmut leaves alone. A crash, a failing "
+        "import and running",
         "for minutes count as killed.",
         "",
     )
@@ -90,9 +96,12 @@ def report_of_areas(sampled: Path) -> str:
         "",
         _made_of(),
         "",
-        "The same few mutants of every file, against the area's tests (`property_tests/mutants_areas.py`): those inside of functions in",
-        "children of one process that has collected the tests (`mutants.py quick`); those of tables and defaults in a process each. What",
-        "survives is judged by mypy, as in `make test`, and by the tests that were written since. Triton's kernels are changed token by",
+        "The same few mutants of every file, against the area's tests (`property_tests/mutants_areas.py`): "
+        "those inside of functions in",
+        "children of one process that has collected the tests (`mutants.py quick`); "
+        "those of tables and defaults in a process each. What",
+        "survives is judged by mypy, as in `make test`, and by the tests that were written since. Triton's kernels are "
+        "changed token by",
         "token (`mutants_of_triton.py`); those in C++ are `make mutants-cpp`.",
         "",
         "| area | mutants | killed | survived | of these the same program | killed, % |",
@@ -127,7 +136,11 @@ def _where(line: Line) -> str:
 
 def _short(change: str) -> str:
     """Only the words around what differs."""
-    old, new = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in change.split(" -> ", 1)) if " -> " in change else ([change], [""])
+    old, new = (
+        (re.findall(r"\w+|\s+|[^\w\s]", text) for text in change.split(" -> ", 1))
+        if " -> " in change
+        else ([change], [""])
+    )
     codes = [code for code in SequenceMatcher(None, old, new, False).get_opcodes() if code[0] != "equal"]
     first, last = codes[0], codes[-1]
     pieces = ((old, first[1], last[2]), (new, first[3], last[4]))

@@ -2,7 +2,12 @@
 
 import re
 
-ROUTE, WEIGHTS, EXPERTS, SHARED = "stages/route.py", "stages/_routing_weights.py", "stages/experts.py", "stages/shared.py"
+ROUTE, WEIGHTS, EXPERTS, SHARED = (
+    "stages/route.py",
+    "stages/_routing_weights.py",
+    "stages/experts.py",
+    "stages/shared.py",
+)
 # reason: (file, what stands in the new line) ...
 SAME: dict[str, tuple[tuple[str, str], ...]] = {
     "Of two dimensions, 1 is the last: logits are [tokens, choices], which route checks, and tokens lie flat.": (
@@ -22,7 +27,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (EXPERTS, "wide.square().mean(+1,"),
         ("stages/zero_experts.py", "w.sum(+1, keepdim"),
     ),
-    "torch promotes to the same dtype without the cast: the other operand is float32, as weights of a Routing are, or wider.": (
+    "torch promotes to the same dtype without the cast: the other operand is float32, as weights of a Routing are, or wider.": (  # noqa: E501
         ("stages/combine.py", "config.top_k)).to(None)"),
         ("stages/combine.py", "routing.weights.to(None)"),
         ("stages/dispatch.py", "(x.to(None) * weights)"),
@@ -51,7 +56,9 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("balance/window.py", "window.ring.sum(0, )"),
         ("quant/wire.py", "decode_e8m0(scale, None)"),
     ),
-    "All columns are kept where there are no more than choices.": ((WEIGHTS, "if (shared is not None) or True else z"),),
+    "All columns are kept where there are no more than choices.": (
+        (WEIGHTS, "if (shared is not None) or True else z"),
+    ),
     "Padding tokens go nowhere, whatever finite logits they have.": ((ROUTE, "token_mask.unsqueeze(-1), logits, 1)"),),
     "The formula without the branch gives the same: its parameter is neutral.": (
         ("moe_fn/stages/_activation.py", "(c.alpha != 1.0) or True"),
@@ -62,7 +69,9 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (ROUTE, "ends = torch.full((1,), x.shape[0], )"),
         (ROUTE, "ends = torch.full((2,), x.shape[0]"),
     ),
-    "What is looked up for a tile that is not used is not taken.": (("triton/metadata.py", "tl.where(used, expert, 1)"),),
+    "What is looked up for a tile that is not used is not taken.": (
+        ("triton/metadata.py", "tl.where(used, expert, 1)"),
+    ),
     "What is not gate_up is down.": (
         (EXPERTS, "by_adapter, weights.lora, None, hidden"),
         (EXPERTS, 'weights.lora, "XXdownXX", hidden'),
@@ -84,7 +93,7 @@ OPEN = """
 experts.py:75 guards against codes without scales, which no test makes. 77 and 79 cast to what scales and codes are in all tests: whether
 the casts are needed is not known. 78 makes a tensor elsewhere on a GPU: the test of devices has no codes, for torch without CUDA cannot
 look at one place of a fake tensor.
-"""
+"""  # noqa: E501
 
 
 def reason_of(file: str, change: str) -> str | None:

@@ -1,4 +1,6 @@
-"""Which options there are, by the types of the configs' fields, and which of them a config has: so that tests can say what is left out."""
+"""Which options there are, by the types of the configs' fields, and which of them a config has: so that tests can say
+what is left out.
+"""
 
 import dataclasses
 import itertools
@@ -8,12 +10,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moe_fn.config import MoEConfig, as_activation
 
-Option = tuple[str, Any]  # a field, with its class, and its value; the class of a config; of numbers only whether it is the default
+# a field, with its class, and its value; the class of a config; of numbers only whether it is the default
+Option = tuple[str, Any]
 OTHER = "another number"
 
 
 def there_are(cls: Any = MoEConfig) -> set[Option]:
-    """Every value that the fields of a config may have, and those of the configs that it nests: a new one is here by itself."""
+    """Every value that the fields of a config may have, and those of the configs that it nests: a new one is here by
+    itself.
+    """
     found: set[Option] = set()
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -38,7 +43,9 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
 
 
 def options_of(config: Any) -> Iterator[Option]:
-    """Those that a config has, and the configs that it nests; the name of an activation stands for its parameters too."""
+    """Those that a config has, and the configs that it nests; the name of an activation stands for its
+    parameters too.
+    """
     for field in dataclasses.fields(config):
         where, value = f"{type(config).__name__}.{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):

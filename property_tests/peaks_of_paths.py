@@ -23,7 +23,10 @@ FORWARD: dict[str, dict[str, Any]] = {
     "native, chunks": {"backend": "native", "chunk_tokens": 512},
     "stages": {"backend": "torch"},
     "int8": {"backend": "native", "quant": QuantConfig(scheme="int8", granularity="channel")},
-    "int8, inputs too": {"backend": "native", "quant": QuantConfig(scheme="int8", granularity="channel", activations=INT8)},
+    "int8, inputs too": {
+        "backend": "native",
+        "quant": QuantConfig(scheme="int8", granularity="channel", activations=INT8),
+    },
     "int4 in groups": {"backend": "native", "quant": QuantConfig(scheme="int4", granularity="group", group_size=32)},
     "mxfp4": {"backend": "native", "quant": QuantConfig(scheme="mxfp4", granularity="group", group_size=32)},
 }
@@ -55,12 +58,16 @@ def peak(function: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
-def forward(config: MoEConfig, weights: MoEWeights, x: torch.Tensor, logits: torch.Tensor, gradient: torch.Tensor) -> object:
+def forward(
+    config: MoEConfig, weights: MoEWeights, x: torch.Tensor, logits: torch.Tensor, gradient: torch.Tensor
+) -> object:
     with torch.no_grad():
         return moe_fn.moe_forward(config, weights, x, logits)
 
 
-def step(config: MoEConfig, weights: MoEWeights, x: torch.Tensor, logits: torch.Tensor, gradient: torch.Tensor) -> object:
+def step(
+    config: MoEConfig, weights: MoEWeights, x: torch.Tensor, logits: torch.Tensor, gradient: torch.Tensor
+) -> object:
     leaves = [t.requires_grad_() for t in (x, logits, weights.gate_up, weights.down)]
     return torch.autograd.grad(moe_fn.moe_forward(config, weights, x, logits), leaves, gradient)
 
@@ -69,7 +76,9 @@ def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randn(shape).mul_(shape[-1] ** -0.5).to(dtype)
 
 
-def layer(options: dict[str, Any], dtype: torch.dtype, experts: int, top_k: int, hidden: int, inner: int) -> tuple[MoEConfig, MoEWeights]:
+def layer(
+    options: dict[str, Any], dtype: torch.dtype, experts: int, top_k: int, hidden: int, inner: int
+) -> tuple[MoEConfig, MoEWeights]:
     config = MoEConfig(num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, **options)
     weights = MoEWeights(gate_up=random(dtype, experts, 2 * inner, hidden), down=random(dtype, experts, hidden, inner))
     return (config, weights) if config.quant is None else moe_fn.quantize_weights(config, weights)
@@ -78,7 +87,10 @@ def layer(options: dict[str, Any], dtype: torch.dtype, experts: int, top_k: int,
 def report(name: str, dtype: torch.dtype, measured: int, said: int) -> bool:
     """Whether the two differ by more than 10 %."""
     words = str(dtype).removeprefix("torch.")
-    print(f"{name:26} {words:9} {measured / 1e6:8.1f} MB, by formula {said / 1e6:8.1f} MB: {measured / said:.3f}", flush=True)
+    print(
+        f"{name:26} {words:9} {measured / 1e6:8.1f} MB, by formula {said / 1e6:8.1f} MB: {measured / said:.3f}",
+        flush=True,
+    )
     return not 0.9 <= measured / said <= 1.1
 
 

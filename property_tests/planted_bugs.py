@@ -1,4 +1,7 @@
-"""Bugs that people make, planted on purpose: each must break the law named beside it. A law that no bug can break proves nothing."""
+"""Bugs that people make, planted on purpose: each must break the law named beside it.
+
+A law that no bug can break proves nothing.
+"""
 
 import contextlib
 import dataclasses
@@ -179,7 +182,9 @@ def _rows_in_order_of_adapters(f: Callable[..., Any]) -> Callable[..., Any]:
 def _constant_a(f: Callable[..., Any]) -> Callable[..., Any]:
     def broken(by: Any, weights: Any, *rest: Any) -> Any:
         if weights is not None:
-            weights = replace(weights, gate_up_a=weights.gate_up_a if weights.gate_up_a is None else weights.gate_up_a.detach())
+            weights = replace(
+                weights, gate_up_a=weights.gate_up_a if weights.gate_up_a is None else weights.gate_up_a.detach()
+            )
         return f(by, weights, *rest)
 
     return broken
@@ -218,7 +223,10 @@ BUGS = (
     # route
     PlantedBug("routing_equals_the_reference", "weights swapped in a row", route.route, after(_swap_first_and_last)),
     PlantedBug(
-        "routing_equals_the_reference", "the scale is forgotten", route.route, with_router(routed_scaling_factor=1.0, scale_on="weights")
+        "routing_equals_the_reference",
+        "the scale is forgotten",
+        route.route,
+        with_router(routed_scaling_factor=1.0, scale_on="weights"),
     ),
     PlantedBug(
         "ids_of_a_token_are_distinct_and_in_range",
@@ -226,7 +234,9 @@ BUGS = (
         _scores._sparsemixer_choice,
         before(lambda router, z, candidates: (router, z, z)),
     ),
-    PlantedBug("ids_of_a_token_are_distinct_and_in_range", "one id too high", _scores._best, after(lambda ids, *a: ids + 1)),
+    PlantedBug(
+        "ids_of_a_token_are_distinct_and_in_range", "one id too high", _scores._best, after(lambda ids, *a: ids + 1)
+    ),
     PlantedBug("weights_are_finite_and_float32", "NaN scores stay", _scores.finite, instead(lambda s: s)),
     PlantedBug(
         "weights_are_finite_and_float32",
@@ -238,9 +248,15 @@ BUGS = (
         "ties_go_to_the_lowest_expert_id",
         "ties to the highest id",
         _scores._best,
-        instead(lambda v, k: v.shape[-1] - 1 - v.flip(-1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)),
+        instead(
+            lambda v, k: (
+                v.shape[-1] - 1 - v.flip(-1).sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k)
+            )
+        ),
     ),
-    PlantedBug("renormalised_rows_sum_to_the_scale", "an epsilon of 1e-3", _routing_weights._norm, after(_renormalised_twice)),
+    PlantedBug(
+        "renormalised_rows_sum_to_the_scale", "an epsilon of 1e-3", _routing_weights._norm, after(_renormalised_twice)
+    ),
     PlantedBug(
         "renormalised_rows_sum_to_the_scale",
         "scaled before renormalising",
@@ -289,7 +305,12 @@ BUGS = (
         _routing_weights.without_padding,
         instead(lambda r, mask: replace(r, weights=torch.where(mask.unsqueeze(-1), r.weights, 0))),
     ),
-    PlantedBug("hash_routing_ignores_how_large_the_logits_are", "ids from the logits", route.route, with_router(selection="top_k")),
+    PlantedBug(
+        "hash_routing_ignores_how_large_the_logits_are",
+        "ids from the logits",
+        route.route,
+        with_router(selection="top_k"),
+    ),
     PlantedBug(
         "a_capacity_keeps_the_first_slots_of_every_expert",
         "one slot too many",
@@ -308,8 +329,18 @@ BUGS = (
         arithmetic.rms_norm,
         before(lambda config, x, scale, eps: (config, x, None, eps)),
     ),
-    PlantedBug("joining_undoes_sharding", "halves are not cut apart", cutting.slice_of, before(lambda t, dim, parts, *r: (t, dim, 1, *r))),
-    PlantedBug("a_norm_for_the_gate_is_the_gate_of_the_norm", "not normed", transform.norm_for_gate, instead(lambda config, x: x)),
+    PlantedBug(
+        "joining_undoes_sharding",
+        "halves are not cut apart",
+        cutting.slice_of,
+        before(lambda t, dim, parts, *r: (t, dim, 1, *r)),
+    ),
+    PlantedBug(
+        "a_norm_for_the_gate_is_the_gate_of_the_norm",
+        "not normed",
+        transform.norm_for_gate,
+        instead(lambda config, x: x),
+    ),
     PlantedBug(
         "the_router_and_then_the_routed_layer_are_the_layer",
         "weights are given twice",
@@ -349,9 +380,17 @@ BUGS = (
     ),
     PlantedBug("the_expert_of_a_row_never_decreases", "rows are not sorted", dispatch._dispatch, after(_unsorted)),
     PlantedBug("rows_of_one_expert_keep_token_order", "an unstable sort", dispatch._dispatch, after(_unstable)),
-    PlantedBug("expert_ends_is_the_running_count_of_rows_per_expert", "ends off by one", dispatch._dispatch, after(_ends_off_by_one)),
     PlantedBug(
-        "expert_ends_is_the_running_count_of_rows_per_expert", "-1 counts as expert 0", dispatch._dispatch, _negative_is_expert_zero
+        "expert_ends_is_the_running_count_of_rows_per_expert",
+        "ends off by one",
+        dispatch._dispatch,
+        after(_ends_off_by_one),
+    ),
+    PlantedBug(
+        "expert_ends_is_the_running_count_of_rows_per_expert",
+        "-1 counts as expert 0",
+        dispatch._dispatch,
+        _negative_is_expert_zero,
     ),
     PlantedBug("slots_of_no_expert_come_last", "-1 sorts first", dispatch._dispatch, after(_nobody_first)),
     # experts
@@ -365,7 +404,11 @@ BUGS = (
         "rows_of_no_expert_are_never_read",
         "the last expert takes the tail",
         grouped._groups,
-        after(lambda gs, ends, total, *a: ((i, s, total if n == ends.numel() - 1 else e) for n, (i, s, e) in enumerate(gs))),
+        after(
+            lambda gs, ends, total, *a: (
+                (i, s, total if n == ends.numel() - 1 else e) for n, (i, s, e) in enumerate(gs)
+            )
+        ),
     ),
     PlantedBug(
         "both_weight_layouts_give_the_same_numbers",
@@ -379,13 +422,25 @@ BUGS = (
         experts.activate,
         before(lambda a, h, layout="packed", *rest: (a, h, "packed", *rest)),
     ),
-    PlantedBug("zero_biases_change_nothing", "a bias of ones for zeros", grouped_matmul.spread_over_rows, after(lambda s, *a: s + 1)),
+    PlantedBug(
+        "zero_biases_change_nothing",
+        "a bias of ones for zeros",
+        grouped_matmul.spread_over_rows,
+        after(lambda s, *a: s + 1),
+    ),
     # combine
     PlantedBug(
         "combine_is_linear_in_the_routing_weights",
         "weights renormalised again",
         combine._combine,
-        before(lambda c, r, d, routing: (c, r, d, replace(routing, weights=routing.weights / routing.weights.sum(-1, keepdim=True)))),
+        before(
+            lambda c, r, d, routing: (
+                c,
+                r,
+                d,
+                replace(routing, weights=routing.weights / routing.weights.sum(-1, keepdim=True)),
+            )
+        ),
     ),
     PlantedBug(
         "slots_of_no_expert_contribute_nothing_whatever_they_hold",
@@ -393,7 +448,8 @@ BUGS = (
         combine._combine,
         instead(
             lambda c, r, d, routing: (
-                r[d.row_of_slot].view(-1, c.top_k, r.shape[-1]) * (routing.weights * (routing.expert_ids >= 0)).unsqueeze(-1)
+                r[d.row_of_slot].view(-1, c.top_k, r.shape[-1])
+                * (routing.weights * (routing.expert_ids >= 0)).unsqueeze(-1)
             ).sum(1)
         ),
     ),
@@ -401,7 +457,9 @@ BUGS = (
         "combine_undoes_dispatch",
         "the other permutation",
         combine._combine,
-        before(lambda c, r, d, routing: (c, r, replace(d, row_of_slot=d.slot_of_row, slot_of_row=d.row_of_slot), routing)),
+        before(
+            lambda c, r, d, routing: (c, r, replace(d, row_of_slot=d.slot_of_row, slot_of_row=d.row_of_slot), routing)
+        ),
     ),
     # around the experts
     PlantedBug(
@@ -420,7 +478,11 @@ BUGS = (
         "padding_the_hidden_dimension_changes_nothing",
         "padded with ones",
         compose.transform_input,
-        after(lambda v, config, *a: torch.cat([v[..., : config.routed_size], torch.ones_like(v[..., config.routed_size :])], -1)),
+        after(
+            lambda v, config, *a: torch.cat(
+                [v[..., : config.routed_size], torch.ones_like(v[..., config.routed_size :])], -1
+            )
+        ),
     ),
     PlantedBug(
         "an_identity_latent_space_changes_nothing",
@@ -446,7 +508,9 @@ BUGS = (
         after(
             lambda parts, config, *a: (
                 parts[0],
-                parts[1] * 6.25 if parts[1] is not None and config.router.scale_on == "output_float16_safe" else parts[1],
+                parts[1] * 6.25
+                if parts[1] is not None and config.router.scale_on == "output_float16_safe"
+                else parts[1],
             )
         ),
     ),
@@ -455,7 +519,9 @@ BUGS = (
         "only the shared part is halved",
         join.addends,
         after(
-            lambda parts, config, routed, *a: (parts[0] * 2, parts[1]) if config.shared and config.shared.combine == "average" else parts
+            lambda parts, config, routed, *a: (
+                (parts[0] * 2, parts[1]) if config.shared and config.shared.combine == "average" else parts
+            )
         ),
     ),
     PlantedBug(
@@ -480,7 +546,9 @@ BUGS = (
         "constant_experts_add_their_weight_times_their_vector",
         "the next expert's vector",
         zero_experts.zero_experts,
-        before(lambda c, w, x, r, y: (c, replace(w, constants=None if w.constants is None else w.constants * 2), x, r, y)),
+        before(
+            lambda c, w, x, r, y: (c, replace(w, constants=None if w.constants is None else w.constants * 2), x, r, y)
+        ),
     ),
     # the layer
     PlantedBug(
@@ -510,26 +578,51 @@ BUGS = (
     PlantedBug(
         "prepared_weights_give_the_same_numbers",
         "panels in the wrong order",
-        prepare.lay_down,
+        prepare.down_to_panels,
         after(lambda laid, *a: laid.flip(3)),
     ),
-    PlantedBug("restoring_undoes_preparing", "columns in the wrong order", panels.lift_weight, after(lambda t, *a: t.flip(1))),
+    PlantedBug(
+        "restoring_undoes_preparing",
+        "columns in the wrong order",
+        panels.weight_from_panels,
+        after(lambda t, *a: t.flip(1)),
+    ),
     PlantedBug(
         "converting_prepared_weights_is_preparing_converted_ones",
         "columns stay where the other dtype had them",
         panels.convert_panels,
         instead(lambda panels, dtype, inputs: panels.to(dtype)),
     ),
-    PlantedBug("preparing_twice_is_preparing_once", "prepared weights are not known", prepare.is_prepared, instead(lambda w: False)),
+    PlantedBug(
+        "preparing_twice_is_preparing_once",
+        "prepared weights are not known",
+        prepare.is_prepared,
+        instead(lambda w: False),
+    ),
     PlantedBug(
         "gradients_equal_the_reference",
         "no gradient to the router",
         compose._route,
         after(lambda r, *a: replace(r, weights=r.weights.detach())),
     ),
-    PlantedBug("the_layer_commutes_with_permuting_tokens", "depends on the position", combine._combine, after(_depends_on_the_position)),
-    PlantedBug("relabelling_experts_changes_nothing", "the first expert is special", experts._experts, after(_depends_on_the_label)),
-    PlantedBug("the_layer_splits_over_concatenating_batches", "a mean over the batch", combine._combine, after(_depends_on_the_batch)),
+    PlantedBug(
+        "the_layer_commutes_with_permuting_tokens",
+        "depends on the position",
+        combine._combine,
+        after(_depends_on_the_position),
+    ),
+    PlantedBug(
+        "relabelling_experts_changes_nothing",
+        "the first expert is special",
+        experts._experts,
+        after(_depends_on_the_label),
+    ),
+    PlantedBug(
+        "the_layer_splits_over_concatenating_batches",
+        "a mean over the batch",
+        combine._combine,
+        after(_depends_on_the_batch),
+    ),
     PlantedBug(
         "the_layer_is_linear_in_the_routing_weights",
         "weights clamped to 0..1",
@@ -558,7 +651,9 @@ BUGS = (
         "all_experts_chosen_is_the_dense_mixture",
         "the last choice is lost",
         routed_experts.routed_experts,
-        before(lambda c, w, x, r: (c, w, x, replace(r, weights=torch.cat([r.weights[:, :-1], r.weights[:, -1:] * 0], 1)))),
+        before(
+            lambda c, w, x, r: (c, w, x, replace(r, weights=torch.cat([r.weights[:, :-1], r.weights[:, -1:] * 0], 1)))
+        ),
     ),
     PlantedBug(
         "garbage_in_padding_never_reaches_the_output",
@@ -566,13 +661,19 @@ BUGS = (
         compose.without_padding,
         instead(_zero_padding_by_product),
     ),
-    PlantedBug("chunked_equals_unchunked", "the last, partial chunk is lost", chunked._scan, instead(_drops_the_last_chunk)),
+    PlantedBug(
+        "chunked_equals_unchunked", "the last, partial chunk is lost", chunked._scan, instead(_drops_the_last_chunk)
+    ),
     PlantedBug(
         "opaque_equals_transparent",
         "the op forgets the mask",
         opaque._chunk,
         before(
-            lambda config, shared_, args: (config, shared_, [*args[:3], None if args[3] is None else torch.ones_like(args[3]), *args[4:]])
+            lambda config, shared_, args: (
+                config,
+                shared_,
+                [*args[:3], None if args[3] is None else torch.ones_like(args[3]), *args[4:]],
+            )
         ),
     ),
     PlantedBug(
@@ -584,11 +685,14 @@ BUGS = (
     PlantedBug(
         "leading_dimensions_are_only_a_shape",
         "the second dimension is the batch",
-        call.leave,
+        call.restore_shape,
         after(lambda y, call, *a: y if y.ndim < 3 else y.flip(0, 1, 2)),
     ),
     PlantedBug(
-        "autocast_leaves_a_float32_gate_as_it_is", "the gate sees rounded tokens", call.enter, after(lambda c, *a: replace(c, gate_x=c.x))
+        "autocast_leaves_a_float32_gate_as_it_is",
+        "the gate sees rounded tokens",
+        call.check_and_flatten,
+        after(lambda c, *a: replace(c, gate_x=c.x)),
     ),
     PlantedBug(
         "autocast_computes_what_weights_in_its_dtype_do",
@@ -601,17 +705,26 @@ BUGS = (
         "a_batch_invariant_token_has_the_same_bits_in_any_batch",
         "logits rounded in units of the largest of the batch",
         _scores.transformed_logits,
-        after(lambda z, *a: (z / (1 + z.abs().amax())).bfloat16().to(z.dtype) * (1 + z.abs().amax()) if z.numel() else z),
+        after(
+            lambda z, *a: (z / (1 + z.abs().amax())).bfloat16().to(z.dtype) * (1 + z.abs().amax()) if z.numel() else z
+        ),
     ),
     PlantedBug(
         "a_batch_invariant_gradient_has_the_same_bits_in_any_batch",
         "gradients scaled by the largest of the batch, and back",
         opaque._gradients,
-        after(lambda gs, *a: tuple(g if g is None or not g.numel() else g * (1 / g.abs().amax()) * g.abs().amax() for g in gs)),
+        after(
+            lambda gs, *a: tuple(
+                g if g is None or not g.numel() else g * (1 / g.abs().amax()) * g.abs().amax() for g in gs
+            )
+        ),
     ),
     PlantedBug("the_same_inputs_give_the_same_bits", "random rounding", combine._combine, after(_random_bits)),
     PlantedBug(
-        "shared_and_routed_add_up_to_the_layer", "shared twice", compose.parts_of_tokens, after(lambda parts, *a: (parts[0] * 2, parts[1]))
+        "shared_and_routed_add_up_to_the_layer",
+        "shared twice",
+        compose.parts_of_tokens,
+        after(lambda parts, *a: (parts[0] * 2, parts[1])),
     ),
     PlantedBug(
         "stats_leave_the_output_as_it_is",
@@ -625,7 +738,12 @@ BUGS = (
         checks.checked_integers,
         instead(lambda where, name, value: value),
     ),
-    PlantedBug("expert_load_counts_the_slots", "-1 counts for expert 0", balance.expert_load, before(lambda ids, n: (ids.clamp(min=0), n))),
+    PlantedBug(
+        "expert_load_counts_the_slots",
+        "-1 counts for expert 0",
+        balance.expert_load,
+        before(lambda ids, n: (ids.clamp(min=0), n)),
+    ),
     PlantedBug(
         "losses_equal_the_reference",
         "mean over slots instead of tokens",
@@ -640,9 +758,14 @@ BUGS = (
     ),
     # adapters
     PlantedBug(
-        "lora_equals_the_reference", "A and B of the first expert", _adapters._product, before(lambda by, rows, m: (by, rows, m[:, :1]))
+        "lora_equals_the_reference",
+        "A and B of the first expert",
+        _adapters._product,
+        before(lambda by, rows, m: (by, rows, m[:, :1])),
     ),
-    PlantedBug("lora_equals_the_reference", "rows are not brought back", _adapters.add_adapters, _rows_in_order_of_adapters),
+    PlantedBug(
+        "lora_equals_the_reference", "rows are not brought back", _adapters.add_adapters, _rows_in_order_of_adapters
+    ),
     PlantedBug("gradients_reach_a_and_b", "A is a constant", _adapters.add_adapters, _constant_a),
     PlantedBug(
         "an_adapter_of_zeros_changes_nothing",
@@ -650,11 +773,26 @@ BUGS = (
         _adapters.add_adapters,
         after(lambda out, by, *a: out if by is None else 1.01 * out),
     ),
-    PlantedBug("tokens_of_no_adapter_are_as_without_lora", "-1 is the first adapter", _adapters.sort_by_adapter, _none_is_the_first),
-    PlantedBug("tokens_and_adapters_may_be_relabelled_together", "adapter 0 for all", _adapters.sort_by_adapter, _all_have_the_first),
+    PlantedBug(
+        "tokens_of_no_adapter_are_as_without_lora",
+        "-1 is the first adapter",
+        _adapters.sort_by_adapter,
+        _none_is_the_first,
+    ),
+    PlantedBug(
+        "tokens_and_adapters_may_be_relabelled_together",
+        "adapter 0 for all",
+        _adapters.sort_by_adapter,
+        _all_have_the_first,
+    ),
     PlantedBug("merged_equals_applied", "the first adapter", lora._with_product_added, _first_adapter),
     PlantedBug("unmerging_undoes_merging", "added twice", lora._with_product_added, before(lambda *a: (*a[:-1], 1.0))),
-    PlantedBug("a_padded_rank_changes_nothing", "padded with ones", lora.padded_to, after(lambda t, *a: torch.where(t == 0, 1.0, t))),
+    PlantedBug(
+        "a_padded_rank_changes_nothing",
+        "padded with ones",
+        lora.padded_to,
+        after(lambda t, *a: torch.where(t == 0, 1.0, t)),
+    ),
 )
 
 # Bugs of what needs packages that users of the layer alone do not have.
@@ -676,7 +814,9 @@ if importlib.util.find_spec("transformers") is not None:
             "a_replaced_model_computes_the_same",
             "the correction bias is left out",
             swapped._unpack,
-            after(lambda out, *a: (out[0], replace(out[1], expert_ids=out[0].topk(out[1].expert_ids.shape[-1]).indices))),
+            after(
+                lambda out, *a: (out[0], replace(out[1], expert_ids=out[0].topk(out[1].expert_ids.shape[-1]).indices))
+            ),
         ),
         PlantedBug(
             "what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name",
@@ -688,7 +828,9 @@ if importlib.util.find_spec("transformers") is not None:
             "what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name",
             "what is below a module is not looked at",
             below_block.why_called,
-            before(lambda module, kind, *rest: (module, replace(kind, children=tuple(map(_alone, kind.children))), *rest)),
+            before(
+                lambda module, kind, *rest: (module, replace(kind, children=tuple(map(_alone, kind.children))), *rest)
+            ),
         ),
     )
 
@@ -729,13 +871,22 @@ if importlib.util.find_spec("safetensors") is not None:
             "saving_undoes_loading",
             "gates for ups",
             read_plan._copy_piece,
-            before(lambda piece, *rest: (replace(piece, part=replace(piece.part, entry=replace(piece.part.entry, pins=()))), *rest)),
+            before(
+                lambda piece, *rest: (
+                    replace(piece, part=replace(piece.part, entry=replace(piece.part.entry, pins=()))),
+                    *rest,
+                )
+            ),
         ),
         PlantedBug(
             "slices_of_ranks_make_up_the_whole",
             "a cut through gates and ups is one rectangle",
             axes.rectangles,
-            instead(lambda pattern, sizes, ranges: iter([{axis: ranges.get(axis, (0, sizes[axis])) for axis in axes.axes_of(pattern)}])),
+            instead(
+                lambda pattern, sizes, ranges: iter(
+                    [{axis: ranges.get(axis, (0, sizes[axis])) for axis in axes.axes_of(pattern)}]
+                )
+            ),
         ),
         PlantedBug(
             "slices_of_ranks_make_up_the_whole",
@@ -765,6 +916,8 @@ if importlib.util.find_spec("safetensors") is not None:
             "loading_by_the_config_is_sharding_the_whole",
             "a placement of copies is ignored",
             slices._experts_of_rank,
-            before(lambda config, placement: (replace(config, parallel=replace(config.parallel, num_physical=None)), None)),
+            before(
+                lambda config, placement: (replace(config, parallel=replace(config.parallel, num_physical=None)), None)
+            ),
         ),
     )

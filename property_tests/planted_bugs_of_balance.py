@@ -37,7 +37,11 @@ BUGS = (
         "a_bias_in_any_dtype_moves_by_exact_loads",
         "one mean for all layers",
         balance.update_correction_bias,
-        after(lambda new, bias, load, rate: bias.to(new.dtype) + rate * torch.sign(load.double().mean() - load).to(new.dtype)),
+        after(
+            lambda new, bias, load, rate: (
+                bias.to(new.dtype) + rate * torch.sign(load.double().mean() - load).to(new.dtype)
+            )
+        ),
     ),
     PlantedBug(
         "every_expert_is_placed",
@@ -45,22 +49,42 @@ BUGS = (
         packing.replicate,
         after(lambda slots, *a: slots[-1:] * len(slots)),
     ),
-    PlantedBug("gpus_are_balanced_within_the_proven_bound", "items are packed as they come", packing.pack, instead(_as_they_come)),
-    PlantedBug("packs_differ_by_the_heaviest_item_at_most", "items are packed as they come", packing.pack, instead(_as_they_come)),
+    PlantedBug(
+        "gpus_are_balanced_within_the_proven_bound",
+        "items are packed as they come",
+        packing.pack,
+        instead(_as_they_come),
+    ),
+    PlantedBug(
+        "packs_differ_by_the_heaviest_item_at_most",
+        "items are packed as they come",
+        packing.pack,
+        instead(_as_they_come),
+    ),
     PlantedBug(
         "greedy_replication_is_the_best_there_is",
         "experts get replicas in turn",
         packing.replicate,
         instead(lambda load, slots: [slot % len(load) for slot in range(slots)]),
     ),
-    PlantedBug("never_worse_than_the_previous_placement", "the worse of the two is kept", packing._fullest, after(lambda most, *a: -most)),
+    PlantedBug(
+        "never_worse_than_the_previous_placement",
+        "the worse of the two is kept",
+        packing._fullest,
+        after(lambda most, *a: -most),
+    ),
     PlantedBug(
         "relabelling_experts_relabels_the_placement",
         "the first experts get the replicas",
         packing.replicate,
         after(lambda slots, load, *a: [*slots[: len(load)], *(0 for _ in slots[len(load) :])]),
     ),
-    PlantedBug("experts_that_stay_on_a_gpu_keep_their_slots", "slots are dealt anew", packing._keep_slots, instead(lambda new, *a: new)),
+    PlantedBug(
+        "experts_that_stay_on_a_gpu_keep_their_slots",
+        "slots are dealt anew",
+        packing._keep_slots,
+        instead(lambda new, *a: new),
+    ),
     PlantedBug(
         "layers_are_placed_one_by_one",
         "every layer is placed as the first",
@@ -71,7 +95,9 @@ BUGS = (
         "physical_ids_map_back_to_the_logical_ids",
         "one slot further",
         balance.physical_ids,
-        after(lambda ids, placement, *a: torch.where(ids >= 0, (ids + 1) % placement.logical_of_physical.shape[0], ids)),
+        after(
+            lambda ids, placement, *a: torch.where(ids >= 0, (ids + 1) % placement.logical_of_physical.shape[0], ids)
+        ),
     ),
     PlantedBug(
         "replicas_take_turns",
@@ -80,7 +106,10 @@ BUGS = (
         before(lambda placement, ids, *a: (placement, ids, torch.zeros(ids.shape[:-1], dtype=torch.int64))),
     ),
     PlantedBug(
-        "nobody_and_zero_experts_stay_what_they_are", "nobody is expert 0", balance.physical_ids, after(lambda ids, *a: ids.clamp(min=0))
+        "nobody_and_zero_experts_stay_what_they_are",
+        "nobody is expert 0",
+        balance.physical_ids,
+        after(lambda ids, *a: ids.clamp(min=0)),
     ),
     PlantedBug(
         "nobody_and_zero_experts_stay_what_they_are",
@@ -104,7 +133,9 @@ BUGS = (
         "loads_keep_their_totals",
         "every replica bears the whole load",
         balance.gpu_load,
-        before(lambda placement, *rest: (replace(placement, num_replicas=torch.ones_like(placement.num_replicas)), *rest)),
+        before(
+            lambda placement, *rest: (replace(placement, num_replicas=torch.ones_like(placement.num_replicas)), *rest)
+        ),
     ),
     PlantedBug(
         "a_window_is_the_sum_of_the_last_loads",

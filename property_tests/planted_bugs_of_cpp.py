@@ -1,4 +1,7 @@
-"""Bugs planted in the C++ kernels: each must break the test named beside it. Compiled, so only `make test-thorough` runs them."""
+"""Bugs planted in the C++ kernels: each must break the test named beside it.
+
+Compiled, so only `make test-thorough` runs them.
+"""
 
 from dataclasses import dataclass
 
@@ -30,18 +33,37 @@ MANY, GRADIENTS = (
     "test_native_backward.test_gradients_of_more_rows_than_a_block_or_a_chunk",
     "test_native_backward.test_gradients_of_every_level",
 )
-OUTER, SEGMENTS = ("test_native_backward.test_outer_products_of_many_rows", "test_native_backward.test_outer_products_of_segments")
+OUTER, SEGMENTS = (
+    "test_native_backward.test_outer_products_of_many_rows",
+    "test_native_backward.test_outer_products_of_segments",
+)
 LIMITS = "test_native_backward.test_slopes_at_the_very_limits_and_kinks"
-FORWARD, FEW = ("test_native.test_every_level_equals_the_reference", "test_native.test_few_and_many_rows_of_weights_kept_in_out")
+FORWARD, FEW = (
+    "test_native.test_every_level_equals_the_reference",
+    "test_native.test_few_and_many_rows_of_weights_kept_in_out",
+)
 REFUSED = "test_native.test_wrong_shapes_raise_in_words"
-PRODUCTS, CODES = ("test_native.test_grouped_products_of_every_level", "test_quant_native.test_every_level_equals_the_reference")
+PRODUCTS, CODES = (
+    "test_native.test_grouped_products_of_every_level",
+    "test_quant_native.test_every_level_equals_the_reference",
+)
 
 BUGS = (
     # Of gradients.
-    CppBug(OUTER, "blocks of steps of an outer product overwrite each other", "kernels.h", "sum.get(), k > 0,", "sum.get(), false,"),
+    CppBug(
+        OUTER,
+        "blocks of steps of an outer product overwrite each other",
+        "kernels.h",
+        "sum.get(), k > 0,",
+        "sum.get(), false,",
+    ),
     CppBug(MANY, "the same, in gradients of weights", "kernels.h", "sum.get(), k > 0,", "sum.get(), false,"),
     CppBug(
-        MANY, "the first product computed again without its bias", "backward.cpp", "biased ? bias : nullptr, hidden +", "nullptr, hidden +"
+        MANY,
+        "the first product computed again without its bias",
+        "backward.cpp",
+        "biased ? bias : nullptr, hidden +",
+        "nullptr, hidden +",
     ),
     CppBug(
         MANY,
@@ -50,10 +72,16 @@ BUGS = (
         "std::min(chunk_rows(q.gate_up), chunk_rows(q.gate_up.flipped()))",
         "chunk_rows(q.gate_up)",
     ),
-    CppBug(GRADIENTS, "d down_bias not weighted", "backward.cpp", "of_down[i] += plan.weight[slot] * ", "of_down[i] += "),
+    CppBug(
+        GRADIENTS, "d down_bias not weighted", "backward.cpp", "of_down[i] += plan.weight[slot] * ", "of_down[i] += "
+    ),
     CppBug(GRADIENTS, "d weights without the part of the bias", "backward.cpp", "if (q.down_bias.data)", "if (false)"),
     CppBug(
-        GRADIENTS, "d weights of the bias in reverse order", "backward.cpp", "q.down_bias.at(e, i)", "q.down_bias.at(e, hidden - 1 - i)"
+        GRADIENTS,
+        "d weights of the bias in reverse order",
+        "backward.cpp",
+        "q.down_bias.at(e, i)",
+        "q.down_bias.at(e, hidden - 1 - i)",
     ),
     CppBug(
         GRADIENTS,
@@ -63,7 +91,13 @@ BUGS = (
         "to.gate_up_bias + (e ? e - 1 : e) * width",
     ),
     CppBug(GRADIENTS, "d x with the bias of down", "backward.cpp", "back.down_bias = {nullptr, Type::f32, 0};", ""),
-    CppBug(GRADIENTS, "d down of what was not weighted", "backward.cpp", "store(a + v, weight * s.value);", "store(a + v, s.value);"),
+    CppBug(
+        GRADIENTS,
+        "d down of what was not weighted",
+        "backward.cpp",
+        "store(a + v, weight * s.value);",
+        "store(a + v, s.value);",
+    ),
     CppBug(GRADIENTS, "d hidden not weighted", "backward.cpp", "weight * d_a * s.to_up", "d_a * s.to_up"),
     CppBug(
         GRADIENTS,
@@ -80,9 +114,19 @@ BUGS = (
         "outer_products<D>(pool, out_in ? s : g, out_in ? g : s",
     ),
     CppBug(
-        GRADIENTS, "dots of one panel only", "backward.cpp", "for (int p = 0; p < panels; p++) sum +=", "for (int p = 0; p < 1; p++) sum +="
+        GRADIENTS,
+        "dots of one panel only",
+        "backward.cpp",
+        "for (int p = 0; p < panels; p++) sum +=",
+        "for (int p = 0; p < 1; p++) sum +=",
     ),
-    CppBug(GRADIENTS, "d of silu without its second part", "activation.h", "{g * s, s + a.alpha * g * s * (1.f - s)}", "{g * s, s}"),
+    CppBug(
+        GRADIENTS,
+        "d of silu without its second part",
+        "activation.h",
+        "{g * s, s + a.alpha * g * s * (1.f - s)}",
+        "{g * s, s}",
+    ),
     CppBug(
         GRADIENTS,
         "a limit that lets gradients through",
@@ -97,11 +141,23 @@ BUGS = (
         "select(u < -a.limit, zero, one)",
         "select(u <= -a.limit, zero, one)",
     ),
-    CppBug(GRADIENTS, "what is kept for rows of nobody is what was there", "forward.h", "if (!q.pre) return;", "return;"),
     CppBug(
-        SEGMENTS, "all segments in the first result", "kernels.cpp", "if (s * sets / g.segments != set) continue;", "if (set) continue;"
+        GRADIENTS, "what is kept for rows of nobody is what was there", "forward.h", "if (!q.pre) return;", "return;"
     ),
-    CppBug(OUTER, "an expert without rows leaves its result as it was", "kernels.h", "if (!inner) {", "if (!inner) { continue;"),
+    CppBug(
+        SEGMENTS,
+        "all segments in the first result",
+        "kernels.cpp",
+        "if (s * sets / g.segments != set) continue;",
+        "if (set) continue;",
+    ),
+    CppBug(
+        OUTER,
+        "an expert without rows leaves its result as it was",
+        "kernels.h",
+        "if (!inner) {",
+        "if (!inner) { continue;",
+    ),
     CppBug(
         OUTER,
         "an expert without rows has a result of almost nothing",
@@ -117,7 +173,13 @@ BUGS = (
         "D::PER_DWORD == 2 ? row(r + 1)",
     ),
     # Of the forward pass.
-    CppBug(FORWARD, "ids out of range are experts", "kernels.h", "return uint64_t(id) < uint64_t(q.experts);", "return true;"),
+    CppBug(
+        FORWARD,
+        "ids out of range are experts",
+        "kernels.h",
+        "return uint64_t(id) < uint64_t(q.experts);",
+        "return true;",
+    ),
     CppBug(
         FORWARD,
         "bias of the second product not weighted",
@@ -125,14 +187,56 @@ BUGS = (
         "if (biased) product += load(bias + v);",
         "if (biased) product += load(bias + v) / weight;",
     ),
-    CppBug(FORWARD, "bias of the ups is that of the gates", "forward.h", "u += load(bias + PANEL / 2 + c)", "u += load(bias + c)"),
-    CppBug(FORWARD, "blocks of the inner dimension overwrite each other", "product.h", "steps_here, c, k > 0,", "steps_here, c, false,"),
-    CppBug(FEW, "a strip past the end of the weights", "stream.h", "if ((row + ROWS - 1) * pitch + c + STRIP <= end) {", "if (true) {"),
+    CppBug(
+        FORWARD,
+        "bias of the ups is that of the gates",
+        "forward.h",
+        "u += load(bias + PANEL / 2 + c)",
+        "u += load(bias + c)",
+    ),
+    CppBug(
+        FORWARD,
+        "blocks of the inner dimension overwrite each other",
+        "product.h",
+        "steps_here, c, k > 0,",
+        "steps_here, c, false,",
+    ),
+    CppBug(
+        FEW,
+        "a strip past the end of the weights",
+        "stream.h",
+        "if ((row + ROWS - 1) * pitch + c + STRIP <= end) {",
+        "if (true) {",
+    ),
     CppBug(PRODUCTS, "rows of nobody are not cleared", "kernels.cpp", "clear(groups.rows);", ""),
-    CppBug(CODES, "zero points are ignored", "codes.h", "zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat", "splat"),
+    CppBug(
+        CODES,
+        "zero points are ignored",
+        "codes.h",
+        "zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat",
+        "splat",
+    ),
     # Of refusals.
-    CppBug(REFUSED, "prepared weights of fewer bytes in a row", "binding.cpp", "&& t.size(3) * w.element", "|| t.size(3) * w.element"),
-    CppBug(REFUSED, "a gradient of another shape", "binding.cpp", "&& gradient.scalar_type() ==", "|| gradient.scalar_type() =="),
+    CppBug(
+        REFUSED,
+        "prepared weights of fewer bytes in a row",
+        "binding.cpp",
+        "&& t.size(3) * w.element",
+        "|| t.size(3) * w.element",
+    ),
+    CppBug(
+        REFUSED,
+        "a gradient of another shape",
+        "binding.cpp",
+        "&& gradient.scalar_type() ==",
+        "|| gradient.scalar_type() ==",
+    ),
     CppBug(REFUSED, "a weight of fewer matrices", "binding.cpp", "weight.size(0) == wanted", "true"),
-    CppBug(REFUSED, "ends past their segment", "binding.cpp", "last = first + rows / segments", "last = first + rows * segments"),
+    CppBug(
+        REFUSED,
+        "ends past their segment",
+        "binding.cpp",
+        "last = first + rows / segments",
+        "last = first + rows * segments",
+    ),
 )

@@ -17,7 +17,12 @@ BUGS = (
         _WORD,
         "what is left out is what another family has",
         classes.words_of_layer,
-        before(lambda known, *rest: (replace(known, defaults={k: _OTHER.get(k, v) for k, v in known.defaults.items()}), *rest)),
+        before(
+            lambda known, *rest: (
+                replace(known, defaults={k: _OTHER.get(k, v) for k, v in known.defaults.items()}),
+                *rest,
+            )
+        ),
     ),
     PlantedBug(
         _WORD,

@@ -1,4 +1,4 @@
-"""Bugs planted in what quantised files' lists of modules leave out, and in what their tensors say."""
+"""Bugs planted in what quantized files' lists of modules leave out, and in what their tensors say."""
 
 import importlib.util
 from dataclasses import replace
@@ -12,7 +12,9 @@ from moe_fn.checkpoint.quantized import methods
 
 def _by_rule(rule: module_patterns.ListRule, **changes: Any) -> Any:
     """is_listed with other columns of one tool's rule."""
-    return before(lambda module, entries, asked: (module, entries, replace(asked, **changes) if asked is rule else asked))
+    return before(
+        lambda module, entries, asked: (module, entries, replace(asked, **changes) if asked is rule else asked)
+    )
 
 
 def _whole_parts(name: str, entry: str) -> bool:
@@ -22,7 +24,8 @@ def _whole_parts(name: str, entry: str) -> bool:
 LISTS = "a_list_leaves_out_what_its_tool_leaves_out"
 BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
-        LISTS, "AutoAWQ's entries are whole parts of names", module_patterns.is_listed, _by_rule(module_patterns.AUTOAWQ, text=_whole_parts)
+        LISTS, "AutoAWQ's entries are whole parts of names", module_patterns.is_listed,
+        _by_rule(module_patterns.AUTOAWQ, text=_whole_parts)
     ),
     PlantedBug(
         LISTS,
@@ -31,7 +34,8 @@ BUGS: tuple[PlantedBug, ...] = (
         _by_rule(module_patterns.COMPRESSED_TENSORS, text=lambda name, entry: f"{name}.".startswith(f"{entry}.")),
     ),
     PlantedBug(
-        LISTS, "transformers looks at no ends", module_patterns.is_listed, _by_rule(module_patterns.TRANSFORMERS, text=_whole_parts)
+        LISTS, "transformers looks at no ends", module_patterns.is_listed,
+        _by_rule(module_patterns.TRANSFORMERS, text=_whole_parts)
     ),
     PlantedBug(
         LISTS,
@@ -41,7 +45,7 @@ BUGS: tuple[PlantedBug, ...] = (
     ),
     PlantedBug(
         "what_a_file_has_as_floats_is_floats_whatever_the_words_say",
-        "words alone say what is quantised",
+        "words alone say what is quantized",
         methods.method_of,
         lambda f: lambda words, name, of_experts, **known: f(words, name, of_experts, fused=known.get("fused", False)),
     ),

@@ -21,7 +21,12 @@ def _of_every_expert(y: Any, config: Any, weights: Any, *args: Any) -> Any:
 
 
 BUGS = (
-    PlantedBug("what_is_not_finite_in_a_token_stays_in_it", "a product with 0", routed_experts.routed_experts, after(_of_the_whole_batch)),
+    PlantedBug(
+        "what_is_not_finite_in_a_token_stays_in_it",
+        "a product with 0",
+        routed_experts.routed_experts,
+        after(_of_the_whole_batch),
+    ),
     PlantedBug(
         "nan_in_a_token_is_nan_in_its_output",
         "NaN is cleared away",

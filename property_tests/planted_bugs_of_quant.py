@@ -35,18 +35,18 @@ def _another(values: Any, which: Any) -> Any:
     return values, (which + 3) % len(values)
 
 
-FLOATS = "quantised_layers_equal_those_of_the_floats_that_codes_stand_for"
+FLOATS = "quantized_layers_equal_those_of_the_floats_that_codes_stand_for"
 BUGS = (
     PlantedBug(
-        "quantised_layers_equal_the_reference",
+        "quantized_layers_equal_the_reference",
         "the high half of a byte comes first",
         numbers.unpack_halves,
         after(lambda c, *a: c.flip(-1)),
     ),
     PlantedBug(
-        "quantised_layers_equal_the_reference",
+        "quantized_layers_equal_the_reference",
         "up has the scales of gate",
-        tiles.spread,
+        tiles.expand_tiles,
         before(
             lambda scale, tile, halves, *size: (
                 scale.unflatten(1, (halves, -1))[:, :1].repeat(1, halves, 1, 1).flatten(1, 2),
@@ -57,27 +57,31 @@ BUGS = (
         ),
     ),
     PlantedBug(
-        "quantised_layers_equal_the_reference",
+        "quantized_layers_equal_the_reference",
         "the zero point is forgotten",
         codes.decoded,
         before(
-            lambda quant, stored, *a: (quant, replace(stored, zero_point=None if stored.zero_point is None else stored.zero_point * 0), *a)
+            lambda quant, stored, *a: (
+                quant,
+                replace(stored, zero_point=None if stored.zero_point is None else stored.zero_point * 0),
+                *a,
+            )
         ),
     ),
     PlantedBug(
-        "quantised_layers_equal_the_reference",
+        "quantized_layers_equal_the_reference",
         "the scale above all is forgotten",
         codes.codes_of,
         after(lambda stored, *a: replace(stored, global_scale=None)),
     ),
     PlantedBug(
-        "quantised_layers_equal_the_reference",
+        "quantized_layers_equal_the_reference",
         "a power of two too low",
         numbers.decode_e8m0,
         after(lambda values, *a: values / 2),
     ),
     PlantedBug(
-        "quantised_layers_equal_the_reference",
+        "quantized_layers_equal_the_reference",
         "inputs are rounded towards minus infinity",
         inputs.round_to,
         before(lambda scheme, units: (scheme, units - 0.499)),
@@ -85,10 +89,15 @@ BUGS = (
     PlantedBug(
         FLOATS,
         "products are a hundredth too large",
-        quantized_matmul.quantised_matmul,
+        quantized_matmul.quantized_matmul,
         after(lambda y, *a: y * 1.01),
     ),
-    PlantedBug("gradients_pass_the_rounding_of_inputs", "rounding has no gradient", inputs.straight_through, instead(lambda r, x: r)),
+    PlantedBug(
+        "gradients_pass_the_rounding_of_inputs",
+        "rounding has no gradient",
+        inputs.straight_through,
+        instead(lambda r, x: r),
+    ),
     PlantedBug(
         "rows_arrive_as_the_experts_round_them",
         "rows of float64 travel with scales of float32",
@@ -101,7 +110,9 @@ BUGS = (
         wire._laid_out,
         instead(lambda t: t.contiguous()),
     ),
-    PlantedBug("codes_are_the_nearest_ones", "codes are rounded down", codes.encoded, _with_number("int8", _round_down)),
+    PlantedBug(
+        "codes_are_the_nearest_ones", "codes are rounded down", codes.encoded, _with_number("int8", _round_down)
+    ),
     PlantedBug(
         "codes_are_the_nearest_ones",
         "a tie beyond the last code wraps",
@@ -110,7 +121,7 @@ BUGS = (
     ),
     PlantedBug("calibrated_rounding_errs_no_more", "another scale is taken", codes._chosen, before(_another)),
     PlantedBug(
-        "quantising_what_was_dequantised_changes_nothing",
+        "quantizing_what_was_dequantized_changes_nothing",
         "scales leave room for an eighth more",
         codes._amax,
         after(lambda amax, *a: amax * 1.125),

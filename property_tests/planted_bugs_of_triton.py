@@ -1,4 +1,7 @@
-"""Bugs planted in the Triton kernels: each must break the test named beside it. A process each, so only `make test-thorough` runs them."""
+"""Bugs planted in the Triton kernels: each must break the test named beside it.
+
+A process each, so only `make test-thorough` runs them.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,9 @@ from copied_tree import ROOT, place_of
 
 @dataclass(frozen=True)
 class TritonBug:
-    """In `file` of the kernels, the one place that reads `old` reads `new`; then `property_tests/test_triton_<test>` must fail."""
+    """In `file` of the kernels, the one place that reads `old` reads `new`; then `property_tests/test_triton_<test>`
+    must fail.
+    """
 
     test: str
     what: str
@@ -31,26 +36,71 @@ class TritonBug:
 DOWN_BACKWARD = "backward.py::test_down_backward_is_the_gradient_of_the_weighted_down_projection"
 OUTER = "backward.py::test_grouped_outer_sums_over_the_rows_of_each_group"
 SUMS = "backward.py::test_segment_sums_add_up_the_rows_of_each_group"
-UP, PRODUCTS = "products.py::test_up_gathers_multiplies_and_activates", "products.py::test_grouped_products_multiply_each_row_by_its_group"
+UP, PRODUCTS = (
+    "products.py::test_up_gathers_multiplies_and_activates",
+    "products.py::test_grouped_products_multiply_each_row_by_its_group",
+)
 ACTIVATIONS = "products.py::test_activations_and_their_derivatives_are_those_of_torch"
 SORT, COMBINE = "rows.py::test_both_forms_sort_as_torch_does", "rows.py::test_gather_sum_is_the_weighted_sum_of_slots"
-TOP_K, CODES = "top_k.py::test_routing_equals_route", "quant.py::test_rows_are_quantised_to_the_codes_of_torch"
+TOP_K, CODES = "top_k.py::test_routing_equals_route", "quant.py::test_rows_are_quantized_to_the_codes_of_torch"
 ALONE = "quant.py::test_weights_alone_in_codes"
 STAGES = "quant.py::test_the_stages_decode_in_the_product"
 
 BUGS = (
-    TritonBug(COMBINE, "slots of no expert add the last row", "combine", "mask = (row >= 0)[:, None]", "mask = (row >= -1)[:, None]"),
-    TritonBug(COMBINE, "the last token is not stored", "combine", "mask = (t < T)[:, None]", "mask = (t < T - 1)[:, None]"),
-    TritonBug(COMBINE, "a choice is left out", "combine", "for j in tl.static_range(TOP_K)", "for j in tl.static_range(TOP_K - 1)"),
-    TritonBug(OUTER, "a block of rows instead of all", "outer", "acc = tl.dot(tl.trans(a), b, acc,", "acc = tl.dot(tl.trans(a), b, None,"),
     TritonBug(
-        OUTER, "rows of the next group", "outer", "mask=live[:, None], other=0.0)\n        acc = tl.dot", "other=0.0)\n        acc = tl.dot"
+        COMBINE,
+        "slots of no expert add the last row",
+        "combine",
+        "mask = (row >= 0)[:, None]",
+        "mask = (row >= -1)[:, None]",
     ),
-    TritonBug(SUMS, "sums that are not weighted", "outer", "if WEIGHTED:\n            v *=", "if not WEIGHTED:\n            v *="),
-    TritonBug(SUMS, "a bias' gradient of another token", "outer", "source = (slot // TOP_K)", "source = (slot // (TOP_K + 1))"),
-    TritonBug(DOWN_BACKWARD, "d hidden that is not weighted", "down_backward", "act_backward(d * w[:, None],", "act_backward(d,"),
-    TritonBug(DOWN_BACKWARD, "what down is multiplied by is not weighted", "down_backward", "(a * w[:, None]).to(", "a.to("),
-    TritonBug(DOWN_BACKWARD, "gates and ups exchanged", "down_backward", "tl.join(d_gate, d_up)", "tl.join(d_up, d_gate)"),
+    TritonBug(
+        COMBINE, "the last token is not stored", "combine", "mask = (t < T)[:, None]", "mask = (t < T - 1)[:, None]"
+    ),
+    TritonBug(
+        COMBINE,
+        "a choice is left out",
+        "combine",
+        "for j in tl.static_range(TOP_K)",
+        "for j in tl.static_range(TOP_K - 1)",
+    ),
+    TritonBug(
+        OUTER,
+        "a block of rows instead of all",
+        "outer",
+        "acc = tl.dot(tl.trans(a), b, acc,",
+        "acc = tl.dot(tl.trans(a), b, None,",
+    ),
+    TritonBug(
+        OUTER,
+        "rows of the next group",
+        "outer",
+        "mask=live[:, None], other=0.0)\n        acc = tl.dot",
+        "other=0.0)\n        acc = tl.dot",
+    ),
+    TritonBug(
+        SUMS,
+        "sums that are not weighted",
+        "outer",
+        "if WEIGHTED:\n            v *=",
+        "if not WEIGHTED:\n            v *=",
+    ),
+    TritonBug(
+        SUMS, "a bias' gradient of another token", "outer", "source = (slot // TOP_K)", "source = (slot // (TOP_K + 1))"
+    ),
+    TritonBug(
+        DOWN_BACKWARD,
+        "d hidden that is not weighted",
+        "down_backward",
+        "d * w[:, None], gate, up, FUNCTION,",
+        "d, gate, up, FUNCTION,",
+    ),
+    TritonBug(
+        DOWN_BACKWARD, "what down is multiplied by is not weighted", "down_backward", "(a * w[:, None]).to(", "a.to("
+    ),
+    TritonBug(
+        DOWN_BACKWARD, "gates and ups exchanged", "down_backward", "tl.join(d_gate, d_up)", "tl.join(d_up, d_gate)"
+    ),
     TritonBug(
         DOWN_BACKWARD,
         "d weights without the bias' part",
@@ -58,10 +108,28 @@ BUGS = (
         "num_partials - 1, tl.sum(acc, 1)",
         "num_partials - 1, 0 * tl.sum(acc, 1)",
     ),
-    TritonBug(DOWN_BACKWARD, "d weights of the first tile alone", "down_backward", "(i < num_partials)[None, :]", "(i < 1)[None, :]"),
+    TritonBug(
+        DOWN_BACKWARD,
+        "d weights of the first tile alone",
+        "down_backward",
+        "(i < num_partials)[None, :]",
+        "(i < 1)[None, :]",
+    ),
     TritonBug(UP, "the up's bias is the gate's", "up", "up += tl.load(bias + I + c,", "up += tl.load(bias + c,"),
-    TritonBug(UP, "what is kept has no bias", "up", "tl.store(pre + all_places, tile.to(", "tl.store(pre + all_places, (0 * tile).to("),
-    TritonBug(UP, "another token's row", "up", "tl.where(live, row, 0)) // TOP_K\n    k =", "tl.where(live, row, 0)) % TOP_K\n    k ="),
+    TritonBug(
+        UP,
+        "what is kept has no bias",
+        "up",
+        "tl.store(pre + all_places, tile.to(",
+        "tl.store(pre + all_places, (0 * tile).to(",
+    ),
+    TritonBug(
+        UP,
+        "another token's row",
+        "up",
+        "tl.where(live, row, 0)) // TOP_K\n    k =",
+        "tl.where(live, row, 0)) % TOP_K\n    k =",
+    ),
     TritonBug(
         PRODUCTS,
         "no mask at the ragged end",
@@ -83,9 +151,19 @@ BUGS = (
         "tl.where((e >= 0) & (e < E), e, E)",
         "tl.where((e >= 0) & (e < E), e, E - 1)",
     ),
-    TritonBug(SORT, "the first expert has no slots", "metadata", "tl.where((e >= 0) & (e < E), e, E)", "tl.where((e > 0) & (e < E), e, E)"),
     TritonBug(
-        ACTIVATIONS, "gelu's derivative without its second part", "activation", " + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)", ""
+        SORT,
+        "the first expert has no slots",
+        "metadata",
+        "tl.where((e >= 0) & (e < E), e, E)",
+        "tl.where((e > 0) & (e < E), e, E)",
+    ),
+    TritonBug(
+        ACTIVATIONS,
+        "gelu's derivative without its second part",
+        "activation",
+        " + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)",
+        "",
     ),
     TritonBug(
         ALONE,
@@ -95,10 +173,18 @@ BUGS = (
         "factor + expert + (WIDTH * I // half_columns),",
     ),
     TritonBug(
-        STAGES, "a zero point of another group", "quant/products", "tl.load(zero + (start // TILE_IN", "tl.load(zero - (start // TILE_IN"
+        STAGES,
+        "a zero point of another group",
+        "quant/products",
+        "tl.load(zero + (start // TILE_IN",
+        "tl.load(zero - (start // TILE_IN",
     ),
-    TritonBug(CODES, "a power of two that is rounded down", "quant/inputs", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"),
-    TritonBug(CODES, "codes that are cut instead of rounded", "quant/inputs", "q = q + 12582912.0 - 12582912.0", "q = q + 0.0"),
+    TritonBug(
+        CODES, "a power of two that is rounded down", "quant/inputs", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"
+    ),
+    TritonBug(
+        CODES, "codes that are cut instead of rounded", "quant/inputs", "q = q + 12582912.0 - 12582912.0", "q = q + 0.0"
+    ),
     TritonBug(
         CODES,
         "a row's last values have no part in its scale",

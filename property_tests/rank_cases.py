@@ -1,4 +1,6 @@
-"""What several ranks compute together, and what one rank with all weights computes: run by `test_parallel` in real processes (gloo)."""
+"""What several ranks compute together, and what one rank with all weights computes: run by `test_parallel` in real
+processes (gloo).
+"""
 
 import contextlib
 import dataclasses
@@ -17,15 +19,26 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import moe_fn
-from moe_fn import ActivationQuantConfig, MoEConfig, MoEWeights, ParallelConfig, QuantConfig, RouterConfig, SharedExpertsConfig
+from moe_fn import (
+    ActivationQuantConfig,
+    MoEConfig,
+    MoEWeights,
+    ParallelConfig,
+    QuantConfig,
+    RouterConfig,
+    SharedExpertsConfig,
+)
 from moe_fn.config import LatentConfig, LoRAConfig, NormsConfig, ZeroExpertsConfig
 from moe_fn.testing import assert_matches, weights_for
 
-_OF_GROUPS = ActivationQuantConfig(scheme="int8", granularity="group", group_size=2)  # of a token, slices would have scales of their own
+# of a token, slices would have scales of their own
+_OF_GROUPS = ActivationQuantConfig(scheme="int8", granularity="group", group_size=2)
 _MXFP4 = QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
 LAYERS: dict[str, MoEConfig] = {
     "plain": BASE,
-    "shared": dataclasses.replace(BASE, shared=SharedExpertsConfig(intermediate_size=8, gate="sigmoid", combine="average")),
+    "shared": dataclasses.replace(
+        BASE, shared=SharedExpertsConfig(intermediate_size=8, gate="sigmoid", combine="average")
+    ),
     "scale on the output, zero experts": dataclasses.replace(BASE, zero_experts=ZeroExpertsConfig(count=2), top_k=3),
     "latent, padding": dataclasses.replace(
         BASE, latent=LatentConfig(size=6), hidden_padding=2, shared=SharedExpertsConfig(intermediate_size=4, count=2)
@@ -59,7 +72,9 @@ ALL_LAYERS = LAYERS | MORE_LAYERS
 
 @dataclass(frozen=True)
 class Case:
-    """A mesh (names and sizes), how the layer is spread over it, and how many tokens each rank that has its own brings."""
+    """A mesh (names and sizes), how the layer is spread over it, and how many tokens each rank that has its
+    own brings.
+    """
 
     mesh: tuple[tuple[str, int], ...]
     options: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +97,8 @@ class Case:
 PAYLOADS = (torch.int8, torch.int16, torch.bool, torch.float8_e4m3fn)  # what travels beside tokens
 TP, EP, DP = "tp", "ep", "dp"
 MESHES: tuple[tuple[tuple[str, int], ...], ...] = (
-    ((EP, 1),), ((TP, 2),), ((EP, 2),), ((DP, 2),), ((TP, 4),), ((EP, 4),), ((EP, 2), (TP, 2)), ((DP, 2), (EP, 2)), ((DP, 2), (TP, 2)),
+    ((EP, 1),), ((TP, 2),), ((EP, 2),), ((DP, 2),), ((TP, 4),), ((EP, 4),), ((EP, 2), (TP, 2)), ((DP, 2), (EP, 2)),
+    ((DP, 2), (TP, 2)),
 )  # fmt: skip
 
 
@@ -114,19 +130,32 @@ def cases(world: int) -> list[Case]:
     found += [Case(((EP, n),), {"dispatch": dispatch, "num_physical": 8}) for n in (2, 4) for dispatch in copies]
     found += [Case(((EP, 2),), {"dispatch": "all_to_all", "num_physical": 8}, "lora")]
     static = {"dispatch": "all_to_all_static", "max_tokens": 5}
-    for layer in ("plain", "lora", "in_out, interleaved, weight on input", "router-weighted shared", "scale on the output, zero experts"):
+    for layer in (
+        "plain",
+        "lora",
+        "in_out, interleaved, weight on input",
+        "router-weighted shared",
+        "scale on the output, zero experts",
+    ):
         found += [Case(((EP, 2),), static | {"capacity": capacity}, layer) for capacity in (1, 2)]
     found += [Case(mesh, static | {"capacity": 3}) for mesh in (((EP, 2),), ((DP, 2), (EP, 2)))]
     found += [Case(((TP, 2),), {"sequence_parallel": True} | static | {"capacity": 1})]
     found += [Case(((TP, 2),), {"dispatch": "replicated", "shared": "replicated"}, "shared")]
-    ordered = [(((TP, 4),), "replicated"), (((EP, 4),), "replicated"), (((EP, 4),), "all_gather"), (((DP, 2), (TP, 2)), "all_gather")]
+    ordered = [
+        (((TP, 4),), "replicated"),
+        (((EP, 4),), "replicated"),
+        (((EP, 4),), "all_gather"),
+        (((DP, 2), (TP, 2)), "all_gather"),
+    ]
     found += [Case(mesh, {"dispatch": dispatch, "ordered_sums": True}, "shared") for mesh, dispatch in ordered]
     found += with_more_layers()
     return list({case.name: case for case in found if case.world == world}.values())
 
 
 def with_more_layers() -> Iterator[Case]:
-    """Every one of those layers on meshes of all kinds, on each in one format that fits: the next one for the next layer and mesh."""
+    """Every one of those layers on meshes of all kinds, on each in one format that fits: the next one for the next
+    layer and mesh.
+    """
     for number, layer in enumerate(MORE_LAYERS):
         for place, mesh in enumerate((((EP, 2),), ((TP, 2),), ((EP, 2), (TP, 2)))):
             options = [
@@ -163,7 +192,11 @@ def inputs_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> tuple[Te
     tokens = case.tokens[number % len(case.tokens)]
     generator = torch.Generator().manual_seed(100 + number)
     x = torch.randn(tokens, config.hidden_size, generator=generator)
-    return x, torch.randn(tokens, config.num_logits, generator=generator), torch.randn(tokens, config.hidden_size, generator=generator)
+    return (
+        x,
+        torch.randn(tokens, config.num_logits, generator=generator),
+        torch.randn(tokens, config.hidden_size, generator=generator),
+    )
 
 
 def adapters_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> Tensor | None:
@@ -194,12 +227,18 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
     tensors = [t for t in torch.utils._pytree.tree_leaves(local) if t.is_floating_point()]
     found = torch.autograd.grad((y * direction).sum(), [x, logits, *tensors], allow_unused=True)
     own = x.detach()
-    lora_gradients = _gradients_of_adapters(case, config, mesh, local, dict(zip(map(id, tensors), found[2:], strict=True)))
+    lora_gradients = _gradients_of_adapters(
+        case, config, mesh, local, dict(zip(map(id, tensors), found[2:], strict=True))
+    )
     gathers = parallel.dispatch == "all_gather" and parallel.sp is None
     payloads = [(own * 10).to(torch.int8).to(dtype) for dtype in PAYLOADS]
     along = moe_fn.parallel.gather_tokens(config, *payloads, own[:, :1]) if gathers else None
     by_hand = None if capped else _with_a_routing_of_ones_own(config, local, full, own, logits.detach(), ids)
-    by_gate = None if capped or case.layer not in MORE_LAYERS else _with_the_gate_inside(config, local, full, own, direction, ids)
+    by_gate = (
+        None
+        if capped or case.layer not in MORE_LAYERS
+        else _with_the_gate_inside(config, local, full, own, direction, ids)
+    )
     # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
@@ -222,7 +261,9 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
         ours, theirs = getattr(local, name), getattr(wanted, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None and ours.is_floating_point():
-            assert_matches(_zeros(gradients[id(ours)], ours), theirs, tolerance=1e-5, scale=0.3, name=f"gradient of {name}")
+            assert_matches(
+                _zeros(gradients[id(ours)], ours), theirs, tolerance=1e-5, scale=0.3, name=f"gradient of {name}"
+            )
     for name, gradient in lora_gradients.items():
         assert_matches(gradient, getattr(wanted.lora, name), tolerance=1e-5, scale=0.3, name=f"gradient of lora.{name}")
     _check_gradients_of_what_all_have(case, whole, full, mine, local, gradients)
@@ -231,7 +272,9 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
 def _gradients_of_adapters(
     case: Case, config: MoEConfig, mesh: DeviceMesh, local: MoEWeights, gradients: dict[int, Any]
 ) -> dict[str, Tensor]:
-    """Of adapters, summed over the ranks with other tokens that have the same ones: each of those has a part, as in data parallelism."""
+    """Of adapters, summed over the ranks with other tokens that have the same ones: each of those has a part, as in
+    data parallelism.
+    """
     if local.lora is None or config.lora is None:
         return {}
     sizes, found = {name: n for name, n in case.mesh if n > 1}, {}
@@ -239,7 +282,12 @@ def _gradients_of_adapters(
         name, t = field_.name, getattr(local.lora, field_.name)
         gradient = _zeros(gradients[id(t)], t).clone()
         parts = [EP] if EP in sizes and config.lora.shares(name) and case.options["dispatch"] != "replicated" else []
-        sliced = DP in sizes and EP not in sizes and case.options["dispatch"] == "all_gather" and not case.options.get("sequence_parallel")
+        sliced = (
+            DP in sizes
+            and EP not in sizes
+            and case.options["dispatch"] == "all_gather"
+            and not case.options.get("sequence_parallel")
+        )
         for dim in parts + ([DP] if sliced and name in ("gate_up_a", "down_b") else []):
             dist.all_reduce(gradient, group=mesh.get_group(dim))
         found[name] = gradient
@@ -262,11 +310,15 @@ def _with_a_routing_of_ones_own(
     """
     whole = dataclasses.replace(config, parallel=None)
     _, routing = moe_fn.moe_route(whole, full, x, logits, adapter_ids=ids)
-    other = dataclasses.replace(routing, expert_ids=(routing.expert_ids + 1) % config.num_experts, weights=routing.weights * 0.5)
+    other = dataclasses.replace(
+        routing, expert_ids=(routing.expert_ids + 1) % config.num_experts, weights=routing.weights * 0.5
+    )
     narrow = dataclasses.replace(
         other, expert_ids=other.expert_ids.to(torch.uint8), adapter_ids=None if ids is None else ids.to(torch.int8)
     )
-    return moe_fn.moe_forward_routed(config, local, x, narrow).detach(), moe_fn.moe_forward_routed(whole, full, x, other).detach()
+    return moe_fn.moe_forward_routed(config, local, x, narrow).detach(), moe_fn.moe_forward_routed(
+        whole, full, x, other
+    ).detach()
 
 
 def _with_the_gate_inside(
@@ -297,7 +349,9 @@ def _check_what_travels_along(
         payload = payload.to(torch.float32)
         for place, x in enumerate(rows):
             block = slice(place * room, place * room + len(x))
-            assert torch.equal(payload[block], (x * 10).to(torch.int8).to(dtype).to(torch.float32)) and torch.equal(scales[block], x[:, :1])
+            assert torch.equal(payload[block], (x * 10).to(torch.int8).to(dtype).to(torch.float32)) and torch.equal(
+                scales[block], x[:, :1]
+            )
             assert not payload[place * room + len(x) : (place + 1) * room].any()
 
 
@@ -308,19 +362,34 @@ def _check_gradients_of_what_all_have(
     x, logits, direction = inputs_of(case, whole, mine)
     leaves = _leaves(full)
     y = layer_of_one_process(case, whole, leaves, x, logits, mine)
-    for path in (("latent", "input"), ("latent", "output"), ("output_norm",), ("input_norm",), ("shared", "gate"), ("constants",)):
+    for path in (
+        ("latent", "input"),
+        ("latent", "output"),
+        ("output_norm",),
+        ("input_norm",),
+        ("shared", "gate"),
+        ("constants",),
+    ):
         ours, theirs = local, leaves
         for name in path:
             ours, theirs = getattr(ours, name, None), getattr(theirs, name, None)
         if theirs is not None:
             (right,) = torch.autograd.grad((y * direction).sum(), [theirs], allow_unused=True, retain_graph=True)
-            assert_matches(_zeros(gradients[id(ours)], ours), _zeros(right, theirs), tolerance=1e-5, scale=0.3, name=f"gradient of {path}")
+            assert_matches(
+                _zeros(gradients[id(ours)], ours),
+                _zeros(right, theirs),
+                tolerance=1e-5,
+                scale=0.3,
+                name=f"gradient of {path}",
+            )
 
 
 def _expected(
     case: Case, parallel: ParallelConfig, whole: MoEConfig, full: MoEWeights, every: list[dict[str, int]], rank: int
 ) -> tuple[Tensor, Tensor, Tensor, MoEWeights]:
-    """Gradients of x and logits, y, and gradients of the weights: of the tokens of all ranks that this one works with."""
+    """Gradients of x and logits, y, and gradients of the weights: of the tokens of all ranks that this one
+    works with.
+    """
     mine = token_set(case, parallel, every[rank])
     together = {token_set(case, parallel, c) for c in every if _works_with(case, every[rank], c)}
     leaves = _leaves(full)
@@ -339,7 +408,9 @@ def _expected(
     return _zeros(found[0], own[0]), _zeros(found[1], own[1]), own[2].detach(), gradients
 
 
-def layer_of_one_process(case: Case, config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor, which: tuple[int, ...]) -> Tensor:
+def layer_of_one_process(
+    case: Case, config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor, which: tuple[int, ...]
+) -> Tensor:
     """The layer of a set of tokens with all weights, without the slots for which the case's capacity leaves no room."""
     ids = adapters_of(case, config, which)
     if case.options.get("capacity") is None:
@@ -350,7 +421,9 @@ def layer_of_one_process(case: Case, config: MoEConfig, weights: MoEWeights, x: 
 
 
 def within_capacity(case: Case, config: MoEConfig, expert_ids: Tensor) -> Tensor:
-    """The ids [T, top_k] of one rank, -1 for slots beyond the first `capacity` that go to the same rank: experts lie in equal stretches."""
+    """The ids [T, top_k] of one rank, -1 for slots beyond the first `capacity` that go to the same rank: experts lie in
+    equal stretches.
+    """
     sizes = dict(case.mesh)
     parts = sizes[TP] if case.options.get("sequence_parallel") else 1  # ranks that send a part of the rows each
     owners = sizes.get(EP, 1) * parts
@@ -369,12 +442,16 @@ def within_capacity(case: Case, config: MoEConfig, expert_ids: Tensor) -> Tensor
 
 def _works_with(case: Case, one: dict[str, int], other: dict[str, int]) -> bool:
     """Ranks of a data-parallel dim share nothing in forward, unless weights are sliced over it."""
-    apart = DP in one and not (case.options.get("dispatch") == "all_gather" and EP not in one and not case.options.get("sequence_parallel"))
+    apart = DP in one and not (
+        case.options.get("dispatch") == "all_gather" and EP not in one and not case.options.get("sequence_parallel")
+    )
     return not apart or one[DP] == other[DP]
 
 
 def _leaves(weights: MoEWeights) -> MoEWeights:
-    return torch.utils._pytree.tree_map(lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t, weights)  # type: ignore[no-any-return]
+    return torch.utils._pytree.tree_map(
+        lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t, weights
+    )  # type: ignore[no-any-return]
 
 
 def _zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
@@ -382,9 +459,14 @@ def _zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def worker(rank: int, world: int, store: str, results: Any, bugs: bool = False) -> None:
-    """One rank: every case of its world, in order; (name, error or None) of each into the queue. With bugs: every planted one's case."""
+    """One rank: every case of its world, in order; (name, error or None) of each into the queue.
+
+    With bugs: every planted one's case.
+    """
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     meshes: dict[Any, DeviceMesh] = {}
     for name, of_mesh, job, broken in jobs(world, bugs):
         if of_mesh not in meshes:
@@ -399,7 +481,8 @@ def worker(rank: int, world: int, store: str, results: Any, bugs: bool = False) 
     dist.destroy_process_group()
 
 
-Job = tuple[str, tuple[tuple[str, int], ...], Callable[[DeviceMesh, int], None], Any]  # its name, mesh, work, and what is broken meanwhile
+# its name, mesh, work, and what is broken meanwhile
+Job = tuple[str, tuple[tuple[str, int], ...], Callable[[DeviceMesh, int], None], Any]
 
 
 def jobs(world: int, bugs: bool = False) -> list[Job]:

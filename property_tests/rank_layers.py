@@ -1,4 +1,6 @@
-"""Layers for ranks with the options that those of `rank_cases` do not have, each on one format of every mesh, and why some are not here."""
+"""Layers for ranks with the options that those of `rank_cases` do not have, each on one format of every mesh, and why
+some are not here.
+"""
 
 import dataclasses
 from typing import Any
@@ -12,10 +14,18 @@ BASE = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=8)
 WIDE = dataclasses.replace(BASE, hidden_size=64, intermediate_size=128)
 
 
-def _quantised(scheme: Any, granularity: Any, rounded: tuple[Any, ...] | None = None, base: MoEConfig = BASE, **more: Any) -> MoEConfig:
+def _quantized(
+    scheme: Any, granularity: Any, rounded: tuple[Any, ...] | None = None, base: MoEConfig = BASE, **more: Any
+) -> MoEConfig:
     """Codes, and inputs rounded by (scheme, granularity, further fields)."""
-    activations = None if rounded is None else ActivationQuantConfig(scheme=rounded[0], granularity=rounded[1], **dict(rounded[2:]))
-    return dataclasses.replace(base, quant=QuantConfig(scheme=scheme, granularity=granularity, activations=activations, **more))
+    activations = (
+        None
+        if rounded is None
+        else ActivationQuantConfig(scheme=rounded[0], granularity=rounded[1], **dict(rounded[2:]))
+    )
+    return dataclasses.replace(
+        base, quant=QuantConfig(scheme=scheme, granularity=granularity, activations=activations, **more)
+    )
 
 
 _TWO, _STATIC = ("group_size", 2), ("static", True)
@@ -72,15 +82,17 @@ MORE_LAYERS: dict[str, MoEConfig] = {
     "a norm of each expert, scaled before": dataclasses.replace(
         BASE, expert_norm=ExpertNormConfig(epsilon=0.1, scale="before"), norms=NormsConfig(epsilon=0.1, input=True)
     ),
-    "int4 with zero points, static inputs": _quantised("int4", "group", ("int8", "tensor", _STATIC), group_size=2, zero_points=True),
-    "fp8 in blocks, inputs in groups": _quantised(
+    "int4 with zero points, static inputs": _quantized(
+        "int4", "group", ("int8", "tensor", _STATIC), group_size=2, zero_points=True
+    ),
+    "fp8 in blocks, inputs in groups": _quantized(
         "fp8_e4m3", "block", ("fp8_e4m3", "group", _TWO, ("power_of_two_scales", True)), block_shape=(2, 1)
     ),
-    "int8 of a tensor": _quantised("int8", "tensor", zero_points=True),
-    "mxfp8": _quantised("mxfp8", "group", ("mxfp8", "group", ("group_size", 32)), WIDE, group_size=32),
-    "mxfp4, inputs too": _quantised("mxfp4", "group", ("mxfp4", "group", ("group_size", 32)), WIDE, group_size=32),
-    "nvfp4": _quantised("nvfp4", "group", ("nvfp4", "group", ("group_size", 16), _STATIC), WIDE, group_size=16),
-    "int8, inputs of a token": _quantised("int8", "channel", ("int8", "token")),
+    "int8 of a tensor": _quantized("int8", "tensor", zero_points=True),
+    "mxfp8": _quantized("mxfp8", "group", ("mxfp8", "group", ("group_size", 32)), WIDE, group_size=32),
+    "mxfp4, inputs too": _quantized("mxfp4", "group", ("mxfp4", "group", ("group_size", 32)), WIDE, group_size=32),
+    "nvfp4": _quantized("nvfp4", "group", ("nvfp4", "group", ("group_size", 16), _STATIC), WIDE, group_size=16),
+    "int8, inputs of a token": _quantized("int8", "channel", ("int8", "token")),
 }
 # Of slices: a norm wants the whole output of an expert, and a token's scale its whole width.
 NOT_SLICED = ("a norm of each expert", "a norm of each expert, scaled before", "int8, inputs of a token")

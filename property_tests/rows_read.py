@@ -2,10 +2,11 @@
 
     PYTHONPATH=property_tests python -m pytest -n 2 -p rows_read property_tests
 
-Tables are the module-level dicts in capitals that some function names: others are parts of rows, merged when a module is imported. A row
-counts as read if it was asked for by its key. A table of which not all rows were is printed with them, and with those who walked it from
-end to end: a walk by a test over the whole table, or by a function that puts all of its rows to use, is as good as a key; whoever reads
-the list judges. What graphs of torch.compile look up is not seen, nor what processes do that tests start.
+Tables are the module-level dicts in capitals that some function names: others are parts of rows, merged when a module
+is imported. A row counts as read if it was asked for by its key. A table of which not all rows were is printed with
+them, and with those who walked it from end to end: a walk by a test over the whole table, or by a function that puts
+all of its rows to use, is as good as a key; whoever reads the list judges. What graphs of torch.compile look up is not
+seen, nor what processes do that tests start.
 """
 
 import ast
@@ -84,7 +85,11 @@ def modules() -> Iterator[Any]:
 
 def names_in_functions(module: Any) -> set[str]:
     """The global names that a module's functions use."""
-    functions = (node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.FunctionDef | ast.Lambda))
+    functions = (
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.FunctionDef | ast.Lambda)
+    )
     return {name.id for function in functions for name in ast.walk(function) if isinstance(name, ast.Name)}
 
 
@@ -96,7 +101,8 @@ def pytest_configure(config: pytest.Config) -> None:
         names = names_in_functions(module)
         for name, value in vars(module).items():
             if type(value) is dict and name.isupper() and len(value) > 1 and id(value) not in tables:
-                tables[id(value)] = (f"{module.__name__}.{name}", Table(value), value)  # the dict is kept: ids of the dead come again
+                # the dict is kept: ids of the dead come again
+                tables[id(value)] = (f"{module.__name__}.{name}", Table(value), value)
             if name in names:
                 used.add(id(value))
     for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "moe_fn"]:
@@ -110,7 +116,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of xdist sends what it has seen."""
     if hasattr(session.config, "workeroutput"):
-        seen = {name: ([repr(key) for key in table.read], sorted(table.walkers)) for name, table in session.config.stash[TABLES]}
+        seen = {
+            name: ([repr(key) for key in table.read], sorted(table.walkers))
+            for name, table in session.config.stash[TABLES]
+        }
         session.config.workeroutput["read"] = seen
 
 
@@ -132,7 +141,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         unread = [key for key in dict.keys(table) if key not in table.read]
         if unread:
             rows, walkers = ", ".join(f"{key!r:.60}" for key in unread), ", ".join(sorted(table.walkers)) or "nobody"
-            terminalreporter.write_line(f"{name}: {len(unread)} of {len(table)} rows not read: {rows}; walked by {walkers}")
+            terminalreporter.write_line(
+                f"{name}: {len(unread)} of {len(table)} rows not read: {rows}; walked by {walkers}"
+            )
 
 
 TABLES = pytest.StashKey[list[tuple[str, Table]]]()

@@ -1,10 +1,12 @@
-"""Does anything stay behind? Every way of calling, again and again; the process' resident memory must stay flat. `make soak` runs it.
+"""Does anything stay behind? Every way of calling, again and again; the process' resident memory must stay flat. `make
+soak` runs it.
 
 python property_tests/soak.py [--times 1000] [--only forward,compile]
 
-Of compile and export torch's own caches grow a little: a plain network of torch goes through the same, and the layer may leave no more
-than that and SLACK. Guards are let go by hand: torch (2.13, `CheckFunctionManager.id_ref`) has a weakref.finalize keep all guards of a
-compile for as long as any function, class or config that they compare lives, torch._dynamo.reset() or not; of this layer 1.0 MB a compile.
+Of compile and export torch's own caches grow a little: a plain network of torch goes through the same, and the layer
+may leave no more than that and SLACK. Guards are let go by hand: torch (2.13, `CheckFunctionManager.id_ref`) has a
+weakref.finalize keep all guards of a compile for as long as any function, class or config that they compare lives,
+torch._dynamo.reset() or not; of this layer 1.0 MB a compile.
 """
 
 import argparse
@@ -60,7 +62,9 @@ def backward(number: int) -> None:
 def new_configs(number: int) -> None:
     """A config that has not been there before, as JSON inside the op too."""
     router = RouterConfig(routed_scaling_factor=1.0 + number / 1000)
-    config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=96, router=router, opaque=number % 2 == 0)
+    config = MoEConfig(
+        num_experts=8, top_k=2, hidden_size=64, intermediate_size=96, router=router, opaque=number % 2 == 0
+    )
     moe_fn.moe_forward(config, WEIGHTS, *inputs(number, 5)).sum().backward()
 
 
@@ -160,7 +164,10 @@ def main() -> int:
         found, allowed = growth(call, options.times), 0 if other is None else max(growth(other, options.times), 0)
         leaks += found > allowed + SLACK
         beside = "" if other is None else f", plain torch {allowed / 1e6:.2f} MB"
-        print(f"{kind:12} {options.times} times: {found / 1e6:7.2f} MB{beside}; {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"{kind:12} {options.times} times: {found / 1e6:7.2f} MB{beside}; {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     return leaks
 
 

@@ -19,7 +19,9 @@ from moe_fn.testing.bounds import error_bound
 
 
 def law(*strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
-    """A Hypothesis test that keeps its check and its strategies, so that `test_planted_bugs` can run it on broken code."""
+    """A Hypothesis test that keeps its check and its strategies, so that `test_planted_bugs` can run it on
+    broken code.
+    """
 
     def decorate(check: Callable[..., None]) -> Any:
         test = given(*strategies)(check)
@@ -30,7 +32,9 @@ def law(*strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any
 
 
 def on_every(rows: Iterable[Any], *arguments_of: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any], Any]:
-    """Gives a Hypothesis test an example for each row of a table, whatever it draws: 45 draws do not meet all of 20 rows."""
+    """Gives a Hypothesis test an example for each row of a table, whatever it draws: 45 draws do not meet all of 20
+    rows.
+    """
 
     def decorate(test: Any) -> Any:
         for row, arguments in itertools.product(rows, arguments_of):
@@ -51,7 +55,9 @@ def logits_of(problem: MoEProblem) -> Tensor:
     """The problem's logits, from its gate if it has none."""
     logits = problem.logits
     if logits is None:
-        call = moe_fn.layer.call.enter("test", problem.config, problem.weights, problem.x, None, problem.token_ids, problem.token_mask)
+        call = moe_fn.layer.call.check_and_flatten(
+            "test", problem.config, problem.weights, problem.x, None, problem.token_ids, problem.token_mask
+        )
         return moe_fn.layer.compose.logits_of_tokens(problem.config, problem.weights, call.x)
     return flat(logits, 1)  # type: ignore[return-value]
 
@@ -61,15 +67,19 @@ def route(problem: MoEProblem, logits: Tensor | None = None, **config_changes: A
     config = dataclasses.replace(problem.config, **config_changes)
     logits = logits_of(problem) if logits is None else logits
     ids, mask = flat(problem.token_ids), flat(problem.token_mask)
-    return moe_fn.route(config, problem.weights, logits, token_ids=ids, token_mask=mask, leading=tuple(problem.x.shape[:-1]))
+    return moe_fn.route(
+        config, problem.weights, logits, token_ids=ids, token_mask=mask, leading=tuple(problem.x.shape[:-1])
+    )
 
 
 def assert_is_the_layer(problem: MoEProblem, y: Tensor, other: Tensor | None = None, scale: float = 0.1) -> None:
-    """y is what the reference computes, or what `other` is, computed as y was; up to the rounding that its dtype excuses.
+    """y is what the reference computes, or what `other` is, computed as y was; up to the rounding that its dtype
+    excuses.
 
-    Where terms cancel before a norm, the norm makes their rounding up to 1 / sqrt(epsilon) times larger (expert_norm and latent.output_norm
-    one after the other: 100 times), which no tolerance of a dtype knows of. What is beyond the table must be within the bound that running
-    error analysis computes for this very problem, from the reference; two such computations within twice the bound from each other.
+    Where terms cancel before a norm, the norm makes their rounding up to 1 / sqrt(epsilon) times larger (expert_norm
+    and latent.output_norm one after the other: 100 times), which no tolerance of a dtype knows of. What is beyond the
+    table must be within the bound that running error analysis computes for this very problem, from the reference; two
+    such computations within twice the bound from each other.
     """
     try:
         assert_matches(y, problem.call(reference.moe_forward) if other is None else other, scale=scale)

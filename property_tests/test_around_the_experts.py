@@ -46,7 +46,15 @@ def test_shared_experts_see_the_original_input(problem: MoEProblem) -> None:
         assert shared_output(problem).shape == problem.x.shape
 
 
-@law(problems(configs(shared=st.builds(SharedExpertsConfig, intermediate_size=st.just(4), gate=st.sampled_from(["none", "sigmoid"])))))
+@law(
+    problems(
+        configs(
+            shared=st.builds(
+                SharedExpertsConfig, intermediate_size=st.just(4), gate=st.sampled_from(["none", "sigmoid"])
+            )
+        )
+    )
+)
 def test_shared_experts_side_by_side_are_the_sum_of_single_ones(problem: MoEProblem) -> None:
     shared = problem.weights.shared
     assert shared is not None
@@ -56,7 +64,9 @@ def test_shared_experts_side_by_side_are_the_sum_of_single_ones(problem: MoEProb
     def output(first: int, last: int, config: SharedExpertsConfig) -> Tensor:
         columns = torch.cat([torch.arange(first, last), torch.arange(first + 4, last + 4)])
         bias = None if shared.gate_up_bias is None else shared.gate_up_bias[columns]
-        part = dataclasses.replace(shared, gate_up=shared.gate_up[columns], gate_up_bias=bias, down=shared.down[:, first:last])
+        part = dataclasses.replace(
+            shared, gate_up=shared.gate_up[columns], gate_up_bias=bias, down=shared.down[:, first:last]
+        )
         weights = dataclasses.replace(problem.weights, shared=part)
         return shared_output(config_with(problem, shared=config).replace(weights=weights))
 
@@ -88,12 +98,18 @@ def test_padding_the_hidden_dimension_changes_nothing(problem: MoEProblem, paddi
 @law(problems(configs(latent=None, gate_input="original")))
 def test_an_identity_latent_space_changes_nothing(problem: MoEProblem) -> None:
     hidden = problem.config.hidden_size
-    weights = dataclasses.replace(problem.weights, latent=LatentWeights(input=torch.eye(hidden), output=torch.eye(hidden)))
+    weights = dataclasses.replace(
+        problem.weights, latent=LatentWeights(input=torch.eye(hidden), output=torch.eye(hidden))
+    )
     latent = config_with(problem, latent=LatentConfig(size=hidden)).replace(weights=weights)
     assert_matches(latent.call(moe_fn.moe_forward), problem.call(moe_fn.moe_forward), scale=0.1)
 
 
-NORMS = [NormsConfig(epsilon=0.1, input=True), NormsConfig(epsilon=0.5, output=True), NormsConfig(epsilon=0.1, input=True, output=True)]
+NORMS = [
+    NormsConfig(epsilon=0.1, input=True),
+    NormsConfig(epsilon=0.5, output=True),
+    NormsConfig(epsilon=0.1, input=True, output=True),
+]
 
 
 @law(problems(configs(norms=st.sampled_from(NORMS), backend="auto"), logits="grid"))
@@ -106,11 +122,18 @@ def test_norms_around_the_layer_equal_the_reference(problem: MoEProblem) -> None
 
 def test_a_norm_of_numbers_that_cancelled_makes_their_rounding_large_and_the_layer_stays_within_its_bound() -> None:
     config = MoEConfig(
-        num_experts=1, top_k=1, hidden_size=1, intermediate_size=3, activation="relu_no_mul", expert_norm=ExpertNormConfig(epsilon=0.01)
+        num_experts=1,
+        top_k=1,
+        hidden_size=1,
+        intermediate_size=3,
+        activation="relu_no_mul",
+        expert_norm=ExpertNormConfig(epsilon=0.01),
     )
     ups, downs = torch.full((1, 3, 1), 1 / 3), torch.full((1, 1, 3), 10.0)
     weights = MoEWeights(gate_up=ups, down=downs, down_bias=torch.tensor([[-10.0]]), expert_norm=torch.ones(1, 1))
-    problem = MoEProblem(config=config, weights=weights, x=torch.linspace(0.999, 1.001, 64).unsqueeze(1), logits=torch.zeros(64, 1))
+    problem = MoEProblem(
+        config=config, weights=weights, x=torch.linspace(0.999, 1.001, 64).unsqueeze(1), logits=torch.zeros(64, 1)
+    )
     y = problem.call(moe_fn.moe_forward)
     with pytest.raises(AssertionError, match="relative RMS error"):
         assert_matches(y, problem.call(moe_fn.reference.moe_forward), scale=0.1)
@@ -139,7 +162,9 @@ def test_a_scale_on_the_output_equals_a_scale_on_the_weights(problem: MoEProblem
         keep = problem.config.num_choices
         router = problem.weights.router
         if problem.logits is None and router is not None:
-            router = dataclasses.replace(router, gate=router.gate[:keep], bias=None if router.bias is None else router.bias[:keep])
+            router = dataclasses.replace(
+                router, gate=router.gate[:keep], bias=None if router.bias is None else router.bias[:keep]
+            )
         else:
             problem = problem.replace(logits=problem.logits[..., :keep])
             router = None if router is None else dataclasses.replace(router, gate=None, bias=None)
@@ -152,7 +177,9 @@ def test_a_scale_on_the_output_equals_a_scale_on_the_weights(problem: MoEProblem
 
 @law(
     problems(
-        configs(**ON_OUTPUT, shared=SHARED, scale_on="output_float16_safe", score_dtype="float32", gate_dtype="float32"),
+        configs(
+            **ON_OUTPUT, shared=SHARED, scale_on="output_float16_safe", score_dtype="float32", gate_dtype="float32"
+        ),
         dtype=torch.float16,
     )
 )
@@ -183,7 +210,7 @@ def zero_case(kind: str) -> st.SearchStrategy[MoEProblem]:
 
 def split(problem: MoEProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(layer with zero experts, layer without their slots, their ids with -1 for others, their weights)."""
-    call = moe_fn.layer.call.enter(
+    call = moe_fn.layer.call.check_and_flatten(
         "test", problem.config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask
     )
     config: MoEConfig = problem.config
@@ -208,7 +235,8 @@ def test_zero_experts_cost_nothing_and_add_nothing(problem: MoEProblem) -> None:
     y, rest, ids, _ = split(problem)
     assert_matches(y, rest, tolerance=0.0)
     routing = moe_fn.Routing(
-        expert_ids=torch.where(ids >= 0, ids + problem.config.num_experts, 0), weights=torch.ones_like(ids, dtype=torch.float32)
+        expert_ids=torch.where(ids >= 0, ids + problem.config.num_experts, 0),
+        weights=torch.ones_like(ids, dtype=torch.float32),
     )
     x = torch.zeros(len(ids), problem.config.expert_hidden_size)
     dispatched = moe_fn.dispatch(problem.config, x, routing)
@@ -229,9 +257,11 @@ def ranks_of(name: str, size: int) -> list[RankGroup]:
 
 
 @law(
-    configs(num_experts=st.integers(3, 6), intermediate_size=st.sampled_from([4, 8]), chunk_tokens=None, opaque=False, expert_norm=None,
+    configs(num_experts=st.integers(3, 6), intermediate_size=st.sampled_from([4, 8]), chunk_tokens=None, opaque=False,
+    expert_norm=None,
             shared=st.sampled_from([None, SharedExpertsConfig(intermediate_size=4, count=2)]),
-            lora=st.sampled_from([None, LoRAConfig(num_adapters=2, rank=3), LoRAConfig(num_adapters=1, rank=2, experts="outer_shared")])),
+            lora=st.sampled_from([None, LoRAConfig(num_adapters=2, rank=3),
+            LoRAConfig(num_adapters=1, rank=2, experts="outer_shared")])),
     st.sampled_from(["linear", "round_robin", (1, 0, 1)]),
     st.integers(1, 2),
 )  # fmt: skip
@@ -239,7 +269,9 @@ def test_joining_undoes_sharding(config: MoEConfig, placement: str | tuple[int, 
     if isinstance(placement, tuple):
         placement = tuple(placement[expert % 3] for expert in range(config.num_experts))
     parallels = [
-        ParallelConfig(ep=ep, tp=tp if slices > 1 else None, placement=placement) for ep in ranks_of("0", 2) for tp in ranks_of("1", slices)
+        ParallelConfig(ep=ep, tp=tp if slices > 1 else None, placement=placement)
+        for ep in ranks_of("0", 2)
+        for tp in ranks_of("1", slices)
     ]
     shared_configs = [dataclasses.replace(config, parallel=parallel) for parallel in parallels]
     weights = weights_for(config)

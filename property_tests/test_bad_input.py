@@ -1,4 +1,6 @@
-"""Every way to call wrongly that we could think of is a ValueError that says where, what came and what was expected: docs/errors.md."""
+"""Every way to call wrongly that we could think of is a ValueError that says where, what came and what was expected:
+docs/errors.md.
+"""
 
 import dataclasses
 import json
@@ -31,16 +33,21 @@ def test_a_wrong_call_raises_the_words_of_the_page(wrong: str) -> None:
     assert "expected" in ROWS[wrong]
 
 
-# Records hold what they are given, which is looked at where it is used; the rest takes no argument, is the judge, or needs ranks.
+# Records hold what they are given, which is looked at where it is used; the rest takes no argument, is the judge, or
+# needs ranks.
 UNCHECKED = {
-    "BackendInfo", "Calibration", "Dispatched", "Entry", "LAYOUTS", "LatentWeights", "Layout", "LoRAWeights", "LoadWindow", "Message",
-    "MoELayer", "MoEWeights", "Move", "Moves", "Placement", "Routing", "RoutingStats", "Traffic", "backends", "balance", "balanced_senders",
+    "BackendInfo", "Calibration", "Dispatched", "Entry", "LAYOUTS", "LatentWeights", "Layout", "LoRAWeights",
+    "LoadWindow", "Message",
+    "MoELayer", "MoEWeights", "Move", "Moves", "Placement", "Routing", "RoutingStats", "Traffic", "backends", "balance",
+    "balanced_senders",
     "balancedness", "move_experts", "reference", "sends_per_gpu", "start_moving", "stats_of_routing", "total",
 }  # fmt: skip
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="installed without the repository")
-@pytest.mark.parametrize("module", [moe_fn, moe_fn.parallel, moe_fn.balance, checkpoint], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [moe_fn, moe_fn.parallel, moe_fn.balance, checkpoint], ids=lambda module: module.__name__
+)
 def test_every_public_name_is_called_wrongly_on_the_page(module: Any) -> None:
     calls = "\n".join(ROWS)
     assert [name for name in module.__all__ if name not in UNCHECKED and not re.search(rf"\b{name}\(", calls)] == []
@@ -80,7 +87,11 @@ def test_unusual_strides_give_the_same_numbers() -> None:
 
 
 def test_a_config_survives_json_and_equal_configs_hash_alike() -> None:
-    rich = MoEConfig(**BASE, shared=SharedExpertsConfig(intermediate_size=2), router=RouterConfig(groups=GroupConfig(count=2, top_k=1)))
+    rich = MoEConfig(
+        **BASE,
+        shared=SharedExpertsConfig(intermediate_size=2),
+        router=RouterConfig(groups=GroupConfig(count=2, top_k=1)),
+    )
     again = MoEConfig.from_dict(json.loads(json.dumps(rich.to_dict())))
     assert again == rich and hash(again) == hash(rich)
 

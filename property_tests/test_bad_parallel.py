@@ -46,11 +46,15 @@ def sharding(config: MoEConfig = CONFIG, **changes: Any) -> Callable[[], Any]:
 
 NARROW = dataclasses.replace(SHARDS[1], down=SHARDS[1].down[:, :, :3])
 BAD: dict[str, Callable[[], Any]] = {
-    r"tp='model'; expected one of the mesh's dimensions, \('dp', 'ep'\)": lambda: ParallelConfig.from_mesh(mesh(dp=1, ep=2), tp="model"),
+    r"tp='model'; expected one of the mesh's dimensions, \('dp', 'ep'\)": lambda: ParallelConfig.from_mesh(
+        mesh(dp=1, ep=2), tp="model"
+    ),
     r"ep='ep'; expected one of the mesh's dimensions, \(\)": lambda: ParallelConfig.from_mesh(mesh(), ep="ep"),
     "sequence_parallel=True without tp": lambda: ParallelConfig.from_mesh(mesh(ep=2), ep="ep", sequence_parallel=True),
     "sequence_parallel is 'yes'": lambda: ParallelConfig.from_mesh(mesh(tp=2), tp="tp", sequence_parallel="yes"),  # type: ignore[arg-type]
-    r"ep and dp are both 'x'; expected dimensions of their own": lambda: ParallelConfig.from_mesh(mesh(x=2), ep="x", dp="x"),
+    r"ep and dp are both 'x'; expected dimensions of their own": lambda: ParallelConfig.from_mesh(
+        mesh(x=2), ep="x", dp="x"
+    ),
     "mesh is a str; expected a DeviceMesh": lambda: ParallelConfig.from_mesh("cpu", ep="ep"),
     "RankGroup.name is ''": lambda: RankGroup(name="", size=2, rank=0),
     "RankGroup.name is 3": lambda: RankGroup(name=3, size=2, rank=0),  # type: ignore[arg-type]
@@ -70,7 +74,9 @@ BAD: dict[str, Callable[[], Any]] = {
     "shared='sharded' with sp": parallel(sp=TWO, ep=TWO, dispatch="all_to_all"),
     "placement has 3 ranks; expected one for each of 4 experts": layer(ParallelConfig(ep=TWO, placement=(0, 1, 0))),
     "leaves 1 of 5 ranks of ep without an expert": layer(ParallelConfig(ep=RankGroup(name="0", size=5, rank=0))),
-    "leaves 1152921504606846972 of 1152921504606846976 ranks": layer(ParallelConfig(ep=RankGroup(name="0", size=2**60, rank=0))),
+    "leaves 1152921504606846972 of 1152921504606846976 ranks": layer(
+        ParallelConfig(ep=RankGroup(name="0", size=2**60, rank=0))
+    ),
     "leaves 1 of 2 ranks of ep without an expert": layer(ParallelConfig(ep=TWO, placement=(0, 0, 0, 0))),
     "intermediate_size=5; expected a multiple of the 2 slices": layer(ParallelConfig(tp=TWO), intermediate_size=5),
     "SharedExpertsConfig.intermediate_size=3; expected a multiple": layer(
@@ -87,7 +93,9 @@ BAD: dict[str, Callable[[], Any]] = {
     r"shard_weights: weights.down is \(4, 6, 3\)": sharding(down=WHOLE.down[:, :, :3]),
     "join_weights: 2 configs and 1 shards; expected as many": lambda: join_weights(CONFIGS, SHARDS[:1]),
     "join_weights: no configs": lambda: join_weights([], []),
-    r"join_weights: no shard of \(rank of ep, slice\) \[\(1, 0\)\]; expected 2 x 1": lambda: join_weights(CONFIGS[:1], SHARDS[:1]),
+    r"join_weights: no shard of \(rank of ep, slice\) \[\(1, 0\)\]; expected 2 x 1": lambda: join_weights(
+        CONFIGS[:1], SHARDS[:1]
+    ),
     "join_weights: config.parallel is None": lambda: join_weights([MoEConfig(**BASE)], [WHOLE]),
     r"join_weights, shard 1: weights.down is \(2, 6, 3\); expected": lambda: join_weights(CONFIGS, [SHARDS[0], NARROW]),
     "join_weights: configs 0 and 1 are of different layers": lambda: join_weights(
@@ -113,17 +121,26 @@ def test_a_bad_way_to_share_says_what_is_wrong(words: str) -> None:
 def test_copies_of_experts_are_placed_by_three_tensors(missing: str) -> None:
     placement = placement_of_slots(torch.tensor([0, 1, 2, 3, 0, 1]), num_experts=4)
     router = dataclasses.replace(
-        WHOLE.router or RouterWeights(), **{field.name: getattr(placement, field.name) for field in dataclasses.fields(placement)}
+        WHOLE.router or RouterWeights(),
+        **{field.name: getattr(placement, field.name) for field in dataclasses.fields(placement)},
     )
     config = MoEConfig(**BASE, parallel=ParallelConfig(ep=TWO, num_physical=6))
     assert shard_weights(config, dataclasses.replace(WHOLE, router=router)).gate_up.shape[0] == 3
-    with pytest.raises(ValueError, match=r"weights.router has no placement; expected logical_of_physical, physical_of_logical and num_r"):
+    with pytest.raises(
+        ValueError,
+        match=r"weights.router has no placement; expected logical_of_physical, physical_of_logical and num_r",
+    ):
         shard_weights(config, dataclasses.replace(WHOLE, router=dataclasses.replace(router, **{missing: None})))
 
 
 def test_a_config_of_ranks_survives_json_pickle_and_copies() -> None:
     of_sequence = ParallelConfig(sp=TWO, ep=TWO, dispatch="all_to_all", shared="replicated")
-    for mine in (EP, ParallelConfig(ep=TWO, placement=(1, 0, 0, 1)), ParallelConfig(tp=OTHER, dp=TWO, shared="replicated"), of_sequence):
+    for mine in (
+        EP,
+        ParallelConfig(ep=TWO, placement=(1, 0, 0, 1)),
+        ParallelConfig(tp=OTHER, dp=TWO, shared="replicated"),
+        of_sequence,
+    ):
         config = MoEConfig(**BASE, parallel=mine)
         for again in (
             MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))),
@@ -138,7 +155,12 @@ def test_a_config_of_ranks_survives_json_pickle_and_copies() -> None:
 def record(rank: int, **changes: Any) -> dict[str, Any]:
     """Of a mesh of ep 2 x tp 2."""
     members = {"ep": [rank % 2, rank % 2 + 2], "tp": [rank // 2 * 2, rank // 2 * 2 + 1]}
-    return {"fields": {"top_k": 2}, "members": members, "coordinates": {"ep": rank // 2, "tp": rank % 2}, "problems": []} | changes
+    return {
+        "fields": {"top_k": 2},
+        "members": members,
+        "coordinates": {"ep": rank // 2, "tp": rank % 2},
+        "problems": [],
+    } | changes
 
 
 def test_ranks_that_see_groups_differently_are_named() -> None:
@@ -146,7 +168,10 @@ def test_ranks_that_see_groups_differently_are_named() -> None:
     assert differences(good) == []
     assert differences(good | {3: record(3, fields={"top_k": 1})}) == ["top_k is 2 on ranks 0-2 and 1 on rank 3"]
     swapped = record(3, members={"ep": [2, 3], "tp": [1, 3]})
-    assert any("ParallelConfig.tp is ranks 2, 3 on rank 2 and ranks 1, 3 on rank 3" in words for words in differences(good | {3: swapped}))
+    assert any(
+        "ParallelConfig.tp is ranks 2, 3 on rank 2 and ranks 1, 3 on rank 3" in words
+        for words in differences(good | {3: swapped})
+    )
     twisted = record(2, coordinates={"ep": 1, "tp": 1})
     assert "ParallelConfig.ep joins ranks 0 and 2, which are 0 and 1 in tp" in differences(good | {2: twisted})
 

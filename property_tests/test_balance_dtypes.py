@@ -24,7 +24,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @law(st.sampled_from(FLOATS), st.integers(0, 300), st.booleans(), SEEDS)
-def test_losses_of_narrow_numbers_are_those_of_wide_ones(dtype: torch.dtype, tokens: int, masked: bool, seed: int) -> None:
+def test_losses_of_narrow_numbers_are_those_of_wide_ones(
+    dtype: torch.dtype, tokens: int, masked: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, 4, generator=generator).to(dtype)
     scores = torch.softmax(logits, -1)
@@ -40,7 +42,12 @@ def test_losses_of_narrow_numbers_are_those_of_wide_ones(dtype: torch.dtype, tok
         assert found.dtype == wide(dtype)
         assert_matches(found, expected, tolerance=1e-6, scale=0.1)
         (gradient,), (right,) = torch.autograd.grad(found, narrow), torch.autograd.grad(expected, exact)
-        assert_matches(gradient, right, tolerance={**dict.fromkeys(HALVES, 1e-2), torch.float32: 1e-5, torch.float64: 1e-12}, scale=1e-3)
+        assert_matches(
+            gradient,
+            right,
+            tolerance={**dict.fromkeys(HALVES, 1e-2), torch.float32: 1e-5, torch.float64: 1e-12},
+            scale=1e-3,
+        )
 
 
 def test_leading_dimensions_are_tokens() -> None:
@@ -79,24 +86,32 @@ def test_what_balancing_makes_is_where_its_arguments_are() -> None:
 def test_even_scores_of_many_tokens_have_the_losses_of_balance(dtype: torch.dtype) -> None:
     scores = torch.full((MANY, 4), 0.25, dtype=dtype, requires_grad=True)
     ids = torch.arange(MANY * 2).view(MANY, 2) % 4
-    over_all, by_sequence = balance.load_balancing_loss(scores, ids), balance.sequence_balancing_loss(scores[None], ids[None])
+    over_all, by_sequence = (
+        balance.load_balancing_loss(scores, ids),
+        balance.sequence_balancing_loss(scores[None], ids[None]),
+    )
     assert over_all.tolist() == 2.0 and by_sequence.tolist() == 1.0
     (gradient,) = torch.autograd.grad(over_all, scores)
     assert torch.allclose(gradient.double(), torch.full_like(gradient, 2 / MANY, dtype=torch.float64), rtol=1e-2)
     z = torch.zeros(MANY, 4, dtype=dtype)
-    assert balance.router_z_loss(z, torch.ones(MANY, dtype=torch.bool)).item() == pytest.approx(torch.tensor(4.0).log().item() ** 2)
+    assert balance.router_z_loss(z, torch.ones(MANY, dtype=torch.bool)).item() == pytest.approx(
+        torch.tensor(4.0).log().item() ** 2
+    )
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("how", ("the layer's dtype", "autocast"))
 def test_stats_of_many_tokens_in_half_precision_are_those_of_float32(dtype: torch.dtype, how: str) -> None:
-    config = MoEConfig(num_experts=4, top_k=2, hidden_size=4, intermediate_size=2, router=RouterConfig(score_dtype="input"))
+    config = MoEConfig(
+        num_experts=4, top_k=2, hidden_size=4, intermediate_size=2, router=RouterConfig(score_dtype="input")
+    )
     if how == "autocast":
         config = dataclasses.replace(config, router=RouterConfig())
     given = torch.float32 if how == "autocast" else dtype
     weights, logits = weights_for(config, dtype=given), torch.arange(4.0).expand(MANY, 4).to(given)
     shift = torch.arange(MANY).unsqueeze(1)
-    logits = logits.gather(1, (torch.arange(4) + shift) % 4).contiguous()  # every expert is the first choice of every fourth token
+    # every expert is the first choice of every fourth token
+    logits = logits.gather(1, (torch.arange(4) + shift) % 4).contiguous()
     with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
         _, stats = moe_fn.moe_forward_with_stats(config, weights, torch.zeros(MANY, 4, dtype=given), logits)
     assert stats.expert_load.tolist() == [MANY // 2] * 4
@@ -126,7 +141,9 @@ def loads(draw: Any) -> list[list[int]]:
 
 
 @law(loads(), st.sampled_from(FLOATS), st.sampled_from((torch.int64, torch.float64)))
-def test_a_bias_in_any_dtype_moves_by_exact_loads(load: list[list[int]], dtype: torch.dtype, of_load: torch.dtype) -> None:
+def test_a_bias_in_any_dtype_moves_by_exact_loads(
+    load: list[list[int]], dtype: torch.dtype, of_load: torch.dtype
+) -> None:
     bias = torch.linspace(-1, 1, len(load) * len(load[0])).view(len(load), -1).to(dtype)
     kept, rate = bias.clone(), 2.0**-10
     updated = balance.update_correction_bias(bias, torch.tensor(load, dtype=of_load), rate)
@@ -150,7 +167,9 @@ def test_loads_that_half_precision_cannot_say_are_summed(dtype: torch.dtype) -> 
     of_experts = balance.logical_load(placement, halves)
     assert of_experts.dtype == torch.float32 and of_experts.tolist() == [halves[:2].double().sum().item(), 3.0]
     assert balance.logical_load(placement, torch.tensor([100, 100, 3], dtype=torch.uint8)).tolist() == [200, 3]
-    assert balance.balancedness(halves).item() == pytest.approx((halves.double().mean() / halves.double().amax()).item())
+    assert balance.balancedness(halves).item() == pytest.approx(
+        (halves.double().mean() / halves.double().amax()).item()
+    )
     for of_load in (*FLOATS, torch.int64):
         expected = wide(of_load) if of_load.is_floating_point else torch.float64
         assert balance.balancedness(torch.ones(2, dtype=of_load)).dtype == expected

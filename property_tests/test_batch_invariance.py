@@ -34,8 +34,13 @@ def outputs(problem: MoEProblem) -> Tensor:
 
 
 def token_gradients(problem: MoEProblem) -> list[Tensor]:
-    """Gradients to x and logits, [tokens, ...], of a sum in which each number of a token's output counts as it counts in any batch."""
-    fresh = {name: None if t is None else t.detach().clone().requires_grad_() for name, t in (("x", problem.x), ("logits", problem.logits))}
+    """Gradients to x and logits, [tokens, ...], of a sum in which each number of a token's output counts as it counts
+    in any batch.
+    """
+    fresh = {
+        name: None if t is None else t.detach().clone().requires_grad_()
+        for name, t in (("x", problem.x), ("logits", problem.logits))
+    }
     y = problem.replace(**fresh).call(moe_fn.moe_forward)
     direction = torch.arange(1, y.shape[-1] + 1, dtype=torch.float64).cos().to(y.dtype).expand(y.shape)
     found = torch.autograd.grad(y, leaves(fresh), direction, allow_unused=True)
@@ -62,14 +67,21 @@ def test_a_batch_invariant_gradient_has_the_same_bits_in_any_batch(problem: MoEP
         assert same_bits(found, expected[index])
 
 
-SIZES: dict[str, Any] = {"hidden_size": st.sampled_from((4, 12)), "intermediate_size": st.sampled_from((2, 8)), "latent": None}
+SIZES: dict[str, Any] = {
+    "hidden_size": st.sampled_from((4, 12)),
+    "intermediate_size": st.sampled_from((2, 8)),
+    "latent": None,
+}
 SIZES |= {"hidden_padding": 0, "weight_layout": "out_in", "batch_invariant": True}
-QUANTISED = quants(of_call=False).flatmap(lambda quant: problems(configs(quant=quant, **SIZES), dtype=torch.float32))
-ADAPTED = problems(configs(lora=st.sampled_from([LoRAConfig(num_adapters=3, rank=3), LoRAConfig(rank=2)]), **SIZES), dtype=torch.float32)
+QUANTIZED = quants(of_call=False).flatmap(lambda quant: problems(configs(quant=quant, **SIZES), dtype=torch.float32))
+ADAPTED = problems(
+    configs(lora=st.sampled_from([LoRAConfig(num_adapters=3, rank=3), LoRAConfig(rank=2)]), **SIZES),
+    dtype=torch.float32,
+)
 
 
-@pytest.mark.parametrize("strategy", [QUANTISED, ADAPTED], ids=["quantised", "adapted"])
-def test_quantised_and_adapted_tokens_too(strategy: st.SearchStrategy[MoEProblem]) -> None:
+@pytest.mark.parametrize("strategy", [QUANTIZED, ADAPTED], ids=["quantized", "adapted"])
+def test_quantized_and_adapted_tokens_too(strategy: st.SearchStrategy[MoEProblem]) -> None:
     @settings(max_examples=30)
     @given(strategy, ORDERS)
     def check(problem: MoEProblem, seed: int) -> None:
@@ -87,11 +99,19 @@ def model(dtype: torch.dtype, layout: Any) -> tuple[MoEConfig, MoEWeights]:
     """Sizes at which kernels have tails, several blocks of sums, and another way for few rows than for many."""
     shared = SharedExpertsConfig(intermediate_size=96, gate="sigmoid")
     config = MoEConfig(
-        num_experts=16, top_k=4, hidden_size=1800, intermediate_size=200, weight_layout=layout, shared=shared, batch_invariant=True
+        num_experts=16,
+        top_k=4,
+        hidden_size=1800,
+        intermediate_size=200,
+        weight_layout=layout,
+        shared=shared,
+        batch_invariant=True,
     )
     generator = torch.Generator().manual_seed(0)
     shapes = {"gate_up": (16, 400, 1800), "down": (16, 1800, 200)}
-    tensors = {name: torch.randn(*shape, generator=generator).to(dtype) / shape[2] ** 0.5 for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn(*shape, generator=generator).to(dtype) / shape[2] ** 0.5 for name, shape in shapes.items()
+    }
     tensors = tensors if layout == "out_in" else {name: t.mT.contiguous() for name, t in tensors.items()}
     gate = torch.randn(16, 1800, generator=generator).to(dtype) / 40
     dense = moe_fn.SharedWeights(
@@ -154,4 +174,6 @@ def test_without_the_option_the_plain_functions_run() -> None:
     config, weights = model(torch.float32, "out_in")
     plain = dataclasses.replace(config, batch_invariant=False)
     x = torch.randn(9, 1800, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(moe_fn.moe_forward(plain, weights, x), moe_fn.moe_forward(config, weights, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        moe_fn.moe_forward(plain, weights, x), moe_fn.moe_forward(config, weights, x), rtol=1e-4, atol=1e-4
+    )

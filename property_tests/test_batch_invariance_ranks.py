@@ -46,7 +46,9 @@ FORMATS: dict[int, tuple[tuple[str, dict[str, Any]], ...]] = {
 
 
 def bits(config: MoEConfig, rank: int, same_everywhere: bool, others: int) -> tuple[Tensor, Tensor]:
-    """y and the gradient of x of the first token, which stands in front of others: of this rank's, or of everybody's."""
+    """y and the gradient of x of the first token, which stands in front of others: of this rank's, or of
+    everybody's.
+    """
     generator = torch.Generator().manual_seed(0)
     x, logits = (torch.randn(9, size, generator=generator) for size in (config.hidden_size, config.num_logits))
     count = 1 + others if same_everywhere or rank == 1 else 1
@@ -64,16 +66,21 @@ def equal_bits(config: MoEConfig, rank: int, same_everywhere: bool) -> bool:
 
 def worker(rank: int, world: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     meshes = {name: init_device_mesh("cpu", (world,), mesh_dim_names=(name,)) for name in ("ep", "tp")}
     found = []
     for name, options in FORMATS[world]:
         config = dataclasses.replace(LAYER, parallel=ParallelConfig.from_mesh(meshes[name], **{name: name}, **options))
         same_everywhere = name == "tp" or options["dispatch"] == "replicated"
         found.append((f"{name} {options}", equal_bits(config, rank, same_everywhere)))
-        if options.get("ordered_sums") and same_everywhere:  # gloo's all_reduce begins at another rank for each part of a tensor
+        # gloo's all_reduce begins at another rank for each part of a tensor
+        if options.get("ordered_sums") and same_everywhere:
             with patch.object(collectives, "_places", lambda group: (group.name, group.size, False)):
-                found.append((f"planted: not in order, {name} {options}", not equal_bits(config, rank, same_everywhere)))
+                found.append(
+                    (f"planted: not in order, {name} {options}", not equal_bits(config, rank, same_everywhere))
+                )
     results.put((rank, found))
     dist.destroy_process_group()
 
@@ -82,7 +89,10 @@ def worker(rank: int, world: int, store: str, results: Any) -> None:
 def test_what_other_ranks_send_moves_no_bit(tmp_path: Path, world: int) -> None:
     context: Any = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, world, str(tmp_path / "store"), results), daemon=True) for rank in range(world)]
+    processes = [
+        context.Process(target=worker, args=(rank, world, str(tmp_path / "store"), results), daemon=True)
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     try:

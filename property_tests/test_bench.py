@@ -18,7 +18,7 @@ from moe_fn.bench.checking import expected_of, relative_error
 from moe_fn.bench.clock import Clock, Ready
 from moe_fn.bench.combination import needed_bytes, run_combination
 from moe_fn.bench.contestants import CONTESTANTS, contestants_of_device, contestants_of_names
-from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, interleaved, packed
+from moe_fn.bench.contestants.entry import UNQUANTIZED, Contestant, Layer, interleaved, packed
 from moe_fn.bench.contestants.ggml_kernels import blocks_of
 from moe_fn.bench.contestants.ours import floats_of
 from moe_fn.bench.floor import floor_ms, product_flops, read_bytes
@@ -37,7 +37,7 @@ from moe_fn.records import MoEWeights, leaves_of_weights
 from moe_fn.weights.quantize import dequantize_weights, quantize_weights
 
 SHAPE = "8,2,64,32"
-COMPILED = ("moe_fn", "moe_fn plain", "moe_fn invariant", "moe_fn plain invariant", UNQUANTISED)
+COMPILED = ("moe_fn", "moe_fn plain", "moe_fn invariant", "moe_fn plain invariant", UNQUANTIZED)
 CPU = torch.device("cpu")
 
 
@@ -47,7 +47,14 @@ def small(model: Model) -> Model:
 
 def combination(tokens: tuple[int, ...] = (1, 3)) -> Combination:
     return Combination(
-        model=model_of_shape(SHAPE), dtype="f32", device="cpu", threads=1, part="experts", backward=False, tokens=tokens, seconds=0
+        model=model_of_shape(SHAPE),
+        dtype="f32",
+        device="cpu",
+        threads=1,
+        part="experts",
+        backward=False,
+        tokens=tokens,
+        seconds=0,
     )
 
 
@@ -79,7 +86,9 @@ def threads() -> object:
 def test_the_table_holds_the_shapes_that_were_asked_for() -> None:
     names = [model.name for model in MODELS]
     assert len(set(names)) == len(names) >= 17
-    sizes = {m.name: (m.config.num_experts, m.config.top_k, m.config.hidden_size, m.config.intermediate_size) for m in MODELS}
+    sizes = {
+        m.name: (m.config.num_experts, m.config.top_k, m.config.hidden_size, m.config.intermediate_size) for m in MODELS
+    }
     assert sizes["qwen3-30b-a3b"] == (128, 8, 2048, 768)
     assert sizes["olmoe"] == (64, 8, 2048, 1024)
     assert sizes["mixtral-half"] == (8, 2, 2048, 7168)
@@ -108,12 +117,40 @@ def test_torch_alone_is_right(part: str, backward: bool) -> None:
 def test_a_tiny_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.json"
     names = "moe_fn eager,torch grouped_mm"
-    assert main(["--shape", SHAPE, "--tokens", "1,3", "--dtype", "f32", "--seconds", "0", "--contestants", names, "--json", str(path)]) == 0
+    assert (
+        main(
+            [
+                "--shape",
+                SHAPE,
+                "--tokens",
+                "1,3",
+                "--dtype",
+                "f32",
+                "--seconds",
+                "0",
+                "--contestants",
+                names,
+                "--json",
+                str(path),
+            ]
+        )
+        == 0
+    )
     written = json.loads(path.read_text())
     assert set(written) == {"machine", "options", "left_out", "results"}
     assert {"cpu", "cores", "versions", "commit", "date"} <= set(written["machine"])
     (result,) = written["results"]
-    assert {"model", "config", "dtype", "threads", "part", "backward", "gemm_gflops", "gemm_rate_gflops", "read_with"} <= set(result)
+    assert {
+        "model",
+        "config",
+        "dtype",
+        "threads",
+        "part",
+        "backward",
+        "gemm_gflops",
+        "gemm_rate_gflops",
+        "read_with",
+    } <= set(result)
     assert [cell["tokens"] for cell in result["cells"]] == [1, 3]
     for cell in result["cells"]:
         assert cell["floor_ms"] > 0
@@ -231,25 +268,32 @@ def test_the_floor_is_its_formula() -> None:
 
 def test_the_best_rate_of_the_run_counts_and_ratios_are_against_it() -> None:
     def result(rate: float) -> Result:
-        outcomes = {"moe_fn eager": Outcome(status="timed", median_ms=4.0), "torch grouped_mm": Outcome(status="timed", median_ms=6.0)}
+        outcomes = {
+            "moe_fn eager": Outcome(status="timed", median_ms=4.0),
+            "torch grouped_mm": Outcome(status="timed", median_ms=6.0),
+        }
         cell = Cell(tokens=1, distinct_experts=2, bytes=1e6, read_ms=1.0, flops=2e9, outcomes=outcomes)
-        return Result(combination=combination(), gemm_gflops={"torch.mm": (rate,)}, read_with="torch.sum", cells=(cell,))
+        return Result(
+            combination=combination(), gemm_gflops={"torch.mm": (rate,)}, read_with="torch.sum", cells=(cell,)
+        )
 
     results, rows = (result(500.0), result(1000.0)), contestants_of_names("moe_fn eager,torch grouped_mm")
     assert gemm_rate(results[0], results) == 1000.0
     one = summary(results[0].cells[0], 1000.0, rows)
-    ratios = {"best_other": "torch grouped_mm", "best_other_over_ours": 1.5, "unquantised_over_ours": None}
+    ratios = {"best_other": "torch grouped_mm", "best_other_over_ours": 1.5, "unquantized_over_ours": None}
     assert one == {"floor_ms": 2.0, "share_of_floor": 0.5, "tflops": 0.5} | ratios
     assert "share of floor 0.50, best other / ours 1.50" in markdown(results, rows, {})
 
 
-def test_quantised_experts_have_a_line_of_their_own_and_their_own_probes() -> None:
-    times = {"moe_fn eager": 4.0, UNQUANTISED: 10.0, "ggml": 6.0}
+def test_quantized_experts_have_a_line_of_their_own_and_their_own_probes() -> None:
+    times = {"moe_fn eager": 4.0, UNQUANTIZED: 10.0, "ggml": 6.0}
     outcomes = {name: Outcome(status="timed", median_ms=time) for name, time in times.items()}
     cell = Cell(tokens=1, distinct_experts=2, bytes=1e6, read_ms=1.0, flops=2e9, outcomes=outcomes)
-    rows = contestants_of_names("moe_fn eager,torch grouped_mm,ggml,moe_fn unquantised")
+    rows = contestants_of_names("moe_fn eager,torch grouped_mm,ggml,moe_fn unquantized")
     results = tuple(
-        Result(combination=dataclasses.replace(combination(), quant=quant), gemm_gflops=rates, read_with="", cells=(cell,))
+        Result(
+            combination=dataclasses.replace(combination(), quant=quant), gemm_gflops=rates, read_with="", cells=(cell,)
+        )
         for quant, rates in {
             "int4-g32": {"torch.mm": (1000.0,)},
             "int4-g32-int8": {"torch.mm": (500.0,), "torch._int_mm": (2000.0,)},
@@ -258,7 +302,10 @@ def test_quantised_experts_have_a_line_of_their_own_and_their_own_probes() -> No
     assert [gemm_rate(result, results) for result in results] == [1000.0, 2000.0]
     text = markdown(results, rows, {})
     assert "### E8-k2-H64-I32, int4-g32, f32, 1 thread, experts, forward" in text
-    assert "| tokens | floor | moe_fn eager | moe_fn unquantised | ggml | share of floor | best other / moe_fn eager |" in text
+    assert (
+        "| tokens | floor | moe_fn eager | moe_fn unquantized | ggml | share of floor | best other / moe_fn eager |"
+        in text
+    )
     assert "| E8-k2-H64-I32 | f32 | int4-g32 | 0.50 / 1.50 / 2.50 |" in text
     (first, _) = as_json(results, rows, {}, {}, {})["results"]
     assert (first["quant"], first["config"]["quant"]["scheme"]) == ("int4-g32", "int4")
@@ -266,7 +313,7 @@ def test_quantised_experts_have_a_line_of_their_own_and_their_own_probes() -> No
 
 
 @pytest.mark.parametrize("quant", [name for name in QUANTS if name != "none"])
-def test_every_way_to_quantise_is_timed_and_right(quant: str) -> None:
+def test_every_way_to_quantize_is_timed_and_right(quant: str) -> None:
     some = dataclasses.replace(combination((2,)), model=model_of_shape("4,2,256,128"), dtype="bf16", quant=quant)
     table = contestants_of_device("cpu")
     rows = tuple(row for row in table if row.takes != "floats" and row.installed() is None and row.name not in COMPILED)
@@ -288,10 +335,10 @@ def test_the_codes_are_those_of_the_floats_and_count_as_many_bytes_as_they_take(
     assert read_bytes(config, 3, torch.bfloat16, backward=False) == 3 * bytes_of(codes.weights) // config.num_experts
     whole = dataclasses.replace(combination(), model=model, dtype="bf16", quant=quant)
     assert needed_bytes(whole) == 2 * bytes_of(codes.weights)  # each expert's, and then all of them in one
-    unquantised, decoded = floats_of(codes), dequantize_weights(config, expected, torch.bfloat16)
-    assert unquantised[0] == decoded[0]
-    assert torch.equal(unquantised[1].gate_up, decoded[1].gate_up)
-    assert torch.equal(unquantised[1].down, decoded[1].down)
+    unquantized, decoded = floats_of(codes), dequantize_weights(config, expected, torch.bfloat16)
+    assert unquantized[0] == decoded[0]
+    assert torch.equal(unquantized[1].gate_up, decoded[1].gate_up)
+    assert torch.equal(unquantized[1].down, decoded[1].down)
 
 
 def test_blocks_of_ggml_are_as_it_documents_them() -> None:
@@ -300,9 +347,13 @@ def test_blocks_of_ggml_are_as_it_documents_them() -> None:
     (block,) = blocks_of(QuantConfig(scheme="int4", granularity="group", group_size=32), codes, torch.tensor([0.5]))
     assert block[:2].view(torch.float16).tolist() == [0.5]
     assert block[2:].tolist() == [i | (15 - i) << 4 for i in range(16)]
-    (block,) = blocks_of(QuantConfig(scheme="mxfp4", granularity="group", group_size=32), codes, torch.tensor([127], dtype=torch.uint8))
+    (block,) = blocks_of(
+        QuantConfig(scheme="mxfp4", granularity="group", group_size=32), codes, torch.tensor([127], dtype=torch.uint8)
+    )
     assert block.tolist() == [127] + [i | (15 - i) << 4 for i in range(16)]
-    blocks = blocks_of(QuantConfig(scheme="int8", granularity="channel"), torch.arange(-32, 32, dtype=torch.int8), torch.tensor([2.0]))
+    blocks = blocks_of(
+        QuantConfig(scheme="int8", granularity="channel"), torch.arange(-32, 32, dtype=torch.int8), torch.tensor([2.0])
+    )
     assert blocks[:, 2:].view(torch.int8).flatten().tolist() == list(range(-32, 32))
     assert blocks[:, :2].reshape(-1).view(torch.float16).tolist() == [2.0, 2.0]
 
@@ -333,7 +384,9 @@ def test_inputs_differ_and_so_do_their_experts() -> None:
 
 def test_a_reader_of_everything_counts_by_its_share() -> None:
     seen: list[tuple[int, int]] = []
-    reader = Reader(name="", buffer=torch.zeros(256), read=lambda buffer, first, count: seen.append((first, count)), whole=True)
+    reader = Reader(
+        name="", buffer=torch.zeros(256), read=lambda buffer, first, count: seen.append((first, count)), whole=True
+    )
     for turn in range(2):
         reader.run_of_turn(turn, 400)()
     assert seen == [(0, 1024), (0, 1024)]
@@ -341,7 +394,9 @@ def test_a_reader_of_everything_counts_by_its_share() -> None:
     assert dataclasses.replace(reader, whole=False).share(512) == 1
 
 
-@pytest.mark.parametrize("values", [(3.0,), (2.0, 1.0), (5.0, 1.0, 4.0, 2.0, 3.0), tuple(float(i * 7 % 101) for i in range(101))])
+@pytest.mark.parametrize(
+    "values", [(3.0,), (2.0, 1.0), (5.0, 1.0, 4.0, 2.0, 3.0), tuple(float(i * 7 % 101) for i in range(101))]
+)
 def test_percentiles_are_those_of_torch(values: tuple[float, ...]) -> None:
     for percent in (0, 10, 50, 90, 100):
         expected = torch.quantile(torch.tensor(values, dtype=torch.float64), percent / 100)
@@ -377,7 +432,13 @@ def test_a_missing_library_for_gpus_is_named_and_stops_nobody(capsys: pytest.Cap
     for row_of_library in contestants_of_device("cuda"):
         assert (row_of_library.installed() or "not installed").startswith("not installed")
     half = row("half", ModuleNotFoundError("No module named 'psutil'"))
-    assert main(["--shape", SHAPE, "--tokens", "3", "--dtype", "f32", "--seconds", "0"], (*contestants_of_names("moe_fn eager"), half)) == 0
+    assert (
+        main(
+            ["--shape", SHAPE, "--tokens", "3", "--dtype", "f32", "--seconds", "0"],
+            (*contestants_of_names("moe_fn eager"), half),
+        )
+        == 0
+    )
     assert "- half: not installed: ModuleNotFoundError: No module named 'psutil'" in capsys.readouterr().out
 
 
@@ -388,8 +449,12 @@ def on_gpu(tokens: int = 8192, **how: object) -> Result:
         "liger": Outcome(status="timed", median_ms=0.75, how="events", why="called a synchronizing CUDA operation"),
         "vllm": Outcome(status="refused", reason="has no gradients"),
     }
-    cell = Cell(tokens=tokens, distinct_experts=8, bytes=1e9, read_ms=0.25, flops=2e11, outcomes=outcomes, launch_ms=0.0021)
-    done = dataclasses.replace(combination((tokens,)), device="cuda", dtype="bf16", backward=True, model=model_of_name("olmoe"))
+    cell = Cell(
+        tokens=tokens, distinct_experts=8, bytes=1e9, read_ms=0.25, flops=2e11, outcomes=outcomes, launch_ms=0.0021
+    )
+    done = dataclasses.replace(
+        combination((tokens,)), device="cuda", dtype="bf16", backward=True, model=model_of_name("olmoe")
+    )
     rates = {"torch.mm NN, 8192^3": (8e5,)}
     return dataclasses.replace(Result(combination=done, gemm_gflops=rates, read_with="torch.sum", cells=(cell,)), **how)
 
@@ -402,7 +467,10 @@ def test_the_table_of_a_gpu_says_who_was_not_captured() -> None:
     assert "| 8192 | 0.2500 | 0.5000 | - | 0.7500* | 0.50 | 400.0 | 1.50 |" in text
     assert "- liger*: called, not replayed as a graph, called a synchronizing CUDA operation" in text
     assert "- vllm: has no gradients" in text
-    assert "Floor: 4000.0 to 4000.0 GB/s (torch.sum), 800,000 GFLOP/s. A graph of one empty kernel: 0.0021 to 0.0021 ms." in text
+    assert (
+        "Floor: 4000.0 to 4000.0 GB/s (torch.sum), 800,000 GFLOP/s. A graph of one empty kernel: 0.0021 to 0.0021 ms."
+        in text
+    )
     formula = 2 * (8192 * 2048 + 2 * 8192 * 8 * 1024) / 1e6
     assert f"| 8192 | {formula:.1f} | 3.0, 9.0 |" in text
     (one,) = as_json((on_gpu(),), rows, {}, {}, {})["results"]
@@ -418,7 +486,9 @@ def test_what_does_not_fit_is_said() -> None:
     assert "- 32768 tokens are left out" in markdown((dataclasses.replace(some, cells=()),), rows, {})
     small_config, config = model_of_shape(SHAPE).config, model_of_name("mixtral-8x7b").config
     assert step_bytes(small_config, 1, torch.bfloat16, False) == 2 * (8 * 64 + 2 * (2 * 64 + 3 * 32))
-    assert step_bytes(config, 32768, torch.bfloat16, True) > 2 * step_bytes(config, 32768, torch.bfloat16, False) > 10**9
+    assert (
+        step_bytes(config, 32768, torch.bfloat16, True) > 2 * step_bytes(config, 32768, torch.bfloat16, False) > 10**9
+    )
 
 
 def test_the_sizes_of_the_probes_and_of_the_memory() -> None:
@@ -438,7 +508,11 @@ def test_what_the_clock_makes_of_a_contestant_is_what_is_timed_and_checked(monke
         if kind == "events":
             return Ready(runs=runs, how="events", reason="it waits")  # type: ignore[arg-type]
         wrong = tuple(torch.zeros_like(tensor) for tensor in outputs)
-        return Ready(runs=(lambda: replays.append(kind),) * len(runs), how="graph", outputs=wrong if kind == "broken" else outputs)
+        return Ready(
+            runs=(lambda: replays.append(kind),) * len(runs),
+            how="graph",
+            outputs=wrong if kind == "broken" else outputs,
+        )
 
     clock = Clock(time=lambda run: (run(), 1.0)[1], ready=ready, launch=lambda: None)
     monkeypatch.setattr(combination_module, "clock_of_device", lambda device: clock)
@@ -472,7 +546,9 @@ def test_a_capture_that_fails_leaves_the_calls(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(timing_cuda, "_capture", lambda pool, stream, run: (run, "outputs"))
     assert timing_cuda._ready(None, None, (calls, calls)) == Ready(runs=(calls, calls), how="graph", outputs="outputs")  # type: ignore[arg-type]
     monkeypatch.setattr(timing_cuda, "_capture", capture)
-    assert timing_cuda._ready(None, None, (calls,)) == Ready(runs=(calls,), how="events", reason="CUDA error: operation not permitted")  # type: ignore[arg-type]
+    assert timing_cuda._ready(None, None, (calls,)) == Ready(
+        runs=(calls,), how="events", reason="CUDA error: operation not permitted"
+    )  # type: ignore[arg-type]
     monkeypatch.setattr(timing_cuda, "_capture", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         timing_cuda._ready(None, None, (calls,))  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Laws of the campaign: errors within their bounds, balls that hold what they should, and runs that go on where they stopped."""
+"""Laws of the campaign: errors within their bounds, balls that hold what they should, and runs that go on where they
+stopped.
+"""
 
 import json
 import tempfile
@@ -62,14 +64,25 @@ def test_float32_lies_in_its_balls(width: int, seed: int) -> None:
     assert_inside(x.flip(0).cumsum(0)[-1], ball.summed(UNITS, exact_x, 0))
     assert_inside(x * s, ball.wide(UNITS, ball.times(exact_x, exact_s)))
     mean = x.square().mean()
-    assert_inside(x * torch.rsqrt(mean + 0.01) * s, ball.wide(UNITS, ball.times(ball.norm(UNITS, exact_x, 0.01), exact_s)))
+    assert_inside(
+        x * torch.rsqrt(mean + 0.01) * s, ball.wide(UNITS, ball.times(ball.norm(UNITS, exact_x, 0.01), exact_s))
+    )
 
 
-@given(st.integers(2, 9), SEEDS, st.sampled_from((torch.relu, torch.sigmoid, torch.tanh, torch.nn.functional.silu, torch.abs)))
+@given(
+    st.integers(2, 9),
+    SEEDS,
+    st.sampled_from((torch.relu, torch.sigmoid, torch.tanh, torch.nn.functional.silu, torch.abs)),
+)
 def test_what_is_inside_stays_inside(count: int, seed: int, function: object) -> None:
     generator = torch.Generator().manual_seed(seed)
-    a, b = (ball.Ball(torch.randn(count, generator=generator).double(), torch.rand(count, generator=generator).double()) for _ in "ab")
-    inside_a, inside_b = (t.value + t.radius * (2 * torch.rand(count, generator=generator).double() - 1) for t in (a, b))
+    a, b = (
+        ball.Ball(torch.randn(count, generator=generator).double(), torch.rand(count, generator=generator).double())
+        for _ in "ab"
+    )
+    inside_a, inside_b = (
+        t.value + t.radius * (2 * torch.rand(count, generator=generator).double() - 1) for t in (a, b)
+    )
     assert_inside(inside_a + inside_b, ball.plus(a, b))
     assert_inside(inside_a * inside_b, ball.times(a, b))
     assert_inside(inside_a / (inside_b.abs() + 0.1), ball.over(a, ball.Ball(b.value.abs() + 0.1, b.radius)))
@@ -78,12 +91,18 @@ def test_what_is_inside_stays_inside(count: int, seed: int, function: object) ->
 
 
 @settings(max_examples=100)
-@given(quants().filter(lambda quant: quant.activations is not None and not quant.activations.static), st.integers(1, 40), SEEDS)
+@given(
+    quants().filter(lambda quant: quant.activations is not None and not quant.activations.static),
+    st.integers(1, 40),
+    SEEDS,
+)
 def test_inputs_near_a_number_round_to_its_ball(quant: moe_fn.QuantConfig, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(width, generator=generator).double()
     v = (v * 8).round() / 8 if seed % 2 else v  # ties, and largest numbers that are powers of two
-    radius = torch.rand(width, generator=generator).double() * 10.0 ** -float(torch.randint(1, 9, (), generator=generator))
+    radius = torch.rand(width, generator=generator).double() * 10.0 ** -float(
+        torch.randint(1, 9, (), generator=generator)
+    )
     assert quant.activations is not None
     values, undecided = coded(quant.activations, ball.Ball(v[None], radius[None]), None, None, True)
     assert_inside(rounded(quant.activations, v), ball.Ball(values.value[0], values.radius[0]))

@@ -1,4 +1,6 @@
-"""The checkpoint loader and saver: laws over all layouts, sizes, shards and slices, and every way a file can be wrong."""
+"""The checkpoint loader and saver: laws over all layouts, sizes, shards and slices, and every way a file
+can be wrong.
+"""
 
 import dataclasses
 import importlib.util
@@ -27,11 +29,17 @@ SHARD_BYTES = st.sampled_from([1, 64, 300, 10**9])
 @law(blocks(), SHARD_BYTES, st.booleans())
 def test_saving_undoes_loading(block: Block, shard_bytes: int, named: bool) -> None:
     with folder() as first, folder() as second:
-        save_moe_weights(first, block.prefix, block.config, block.weights, layout=block.layout, max_shard_bytes=shard_bytes)
-        loaded = load_moe_weights(first, block.prefix, block.config, layout=block.layout.name if named else block.layout)
+        save_moe_weights(
+            first, block.prefix, block.config, block.weights, layout=block.layout, max_shard_bytes=shard_bytes
+        )
+        loaded = load_moe_weights(
+            first, block.prefix, block.config, layout=block.layout.name if named else block.layout
+        )
         assert same_bits(loaded, block.weights)
         save_moe_weights(second, block.prefix, block.config, loaded, layout=block.layout, max_shard_bytes=shard_bytes)
-        assert {file.name: file.read_bytes() for file in first.iterdir()} == {file.name: file.read_bytes() for file in second.iterdir()}
+        assert {file.name: file.read_bytes() for file in first.iterdir()} == {
+            file.name: file.read_bytes() for file in second.iterdir()
+        }
 
 
 @pytest.mark.parametrize("layout", SAVED, ids=lambda layout: layout.name)
@@ -52,7 +60,12 @@ def ranks(draw: Any) -> tuple[Block, list[tuple[int, ...]], list[tuple[int, int]
     order = draw(st.permutations(range(block.config.num_experts)))
     experts = [tuple(order[start:stop]) for start, stop in parts(draw, len(order))]
     shared = block.config.shared
-    return block, experts, parts(draw, block.config.intermediate_size), parts(draw, shared.intermediate_size) if shared else [(0, 0)]
+    return (
+        block,
+        experts,
+        parts(draw, block.config.intermediate_size),
+        parts(draw, shared.intermediate_size) if shared else [(0, 0)],
+    )
 
 
 @law(ranks(), SHARD_BYTES)
@@ -73,7 +86,11 @@ def test_slices_of_ranks_make_up_the_whole(dealt: Any, shard_bytes: int) -> None
             for name, t in zip(WEIGHT_PATHS, leaves_of_weights(part), strict=True):
                 if t is not None:
                     known = sizes | {"V": t.shape[0]}
-                    put(by_axes(rebuilt[name], patterns[name], known, AXES), by_axes(t, patterns[name], known | local, AXES), places)
+                    put(
+                        by_axes(rebuilt[name], patterns[name], known, AXES),
+                        by_axes(t, patterns[name], known | local, AXES),
+                        places,
+                    )
     for name, t in rebuilt.items():
         assert torch.equal(t, whole[name]), name
 
@@ -110,14 +127,19 @@ def test_loading_by_the_config_is_sharding_the_whole(dealt: Any, shard_bytes: in
     block, parallel, placement = dealt
     config, whole = dataclasses.replace(block.config, parallel=parallel), block.weights
     with folder() as path:
-        save_moe_weights(path, block.prefix, block.config, block.weights, layout=block.layout, max_shard_bytes=shard_bytes)
+        save_moe_weights(
+            path, block.prefix, block.config, block.weights, layout=block.layout, max_shard_bytes=shard_bytes
+        )
         mine = load_moe_weights(path, block.prefix, config, layout=block.layout, placement=placement)
     if placement is not None:
         tensors = {field.name: getattr(placement, field.name) for field in dataclasses.fields(placement)}
         whole = dataclasses.replace(whole, router=dataclasses.replace(whole.router or RouterWeights(), **tensors))
     assert same_bits(mine, shard_weights(config, whole))
     for shared in (False, True):
-        adapters = [adapter_of(block.config, shared, mine.down.dtype), adapter_of(block.config, False, mine.down.dtype)][: 2 - shared]
+        adapters = [
+            adapter_of(block.config, shared, mine.down.dtype),
+            adapter_of(block.config, False, mine.down.dtype),
+        ][: 2 - shared]
         whole_config, adapted = add_lora(block.config, block.weights, adapters)
         own_config, own = add_lora(config, mine, adapters)
         assert own_config == dataclasses.replace(whole_config, parallel=parallel)
@@ -128,7 +150,9 @@ AXES = tuple("EIMGXNBHLCDWZVK1")
 
 
 def put(whole: Tensor, part: Tensor, places: dict[str, list[int]]) -> None:
-    """Puts a rank's tensor where it belongs in the whole; both have one dim for each of AXES, of size 1 where they lack the axis."""
+    """Puts a rank's tensor where it belongs in the whole; both have one dim for each of AXES, of size 1 where they lack
+    the axis.
+    """
     index = [torch.tensor(places[axis] if whole.shape[dim] > 1 else [0]) for dim, axis in enumerate("EIM")]
     whole[index[0][:, None, None], index[1][:, None], index[2]] = part
 
@@ -138,7 +162,9 @@ def test_several_blocks_share_a_folder(block: Block, shard_bytes: int) -> None:
     other = block.prefix.replace("layers.3", "layers.12")
     with folder() as path:
         for prefix in (block.prefix, other):
-            save_moe_weights(path, prefix, block.config, block.weights, layout=block.layout, max_shard_bytes=shard_bytes)
+            save_moe_weights(
+                path, prefix, block.config, block.weights, layout=block.layout, max_shard_bytes=shard_bytes
+            )
         for prefix in (block.prefix, other):
             assert same_bits(load_moe_weights(path, prefix, block.config, layout=block.layout), block.weights)
         with pytest.raises(ValueError, match="already"):
@@ -152,7 +178,9 @@ def test_ranks_may_repeat_experts(block: Block, data: st.DataObject) -> None:
     with folder() as path:
         save_moe_weights(path, block.prefix, block.config, block.weights, layout=block.layout)
         mine = load_moe_weights(path, block.prefix, block.config, layout=block.layout, experts=experts)
-    assert torch.equal(mine.gate_up, block.weights.gate_up[experts]) and torch.equal(mine.down, block.weights.down[experts])
+    assert torch.equal(mine.gate_up, block.weights.gate_up[experts]) and torch.equal(
+        mine.down, block.weights.down[experts]
+    )
     if mine.down_bias is not None and block.weights.down_bias is not None:
         assert torch.equal(mine.down_bias, block.weights.down_bias[experts])
 
@@ -162,7 +190,9 @@ def test_a_dtype_is_for_all_but_the_router(block: Block, dtype: torch.dtype) -> 
     with folder() as path:
         save_moe_weights(path, block.prefix, block.config, block.weights, layout=block.layout)
         loaded = load_moe_weights(path, block.prefix, block.config, layout=block.layout, dtype=dtype)
-    for name, t, original in zip(WEIGHT_PATHS, leaves_of_weights(loaded), leaves_of_weights(block.weights), strict=True):
+    for name, t, original in zip(
+        WEIGHT_PATHS, leaves_of_weights(loaded), leaves_of_weights(block.weights), strict=True
+    ):
         if t is not None and original is not None:
             assert torch.equal(t, original if name[0] == "router" else original.to(dtype)), name
             assert t.dtype == (original.dtype if name[0] == "router" else dtype)

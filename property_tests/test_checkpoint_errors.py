@@ -1,4 +1,6 @@
-"""Every way a checkpoint can be wrong: an error that names it and says what was expected, before anything is allocated."""
+"""Every way a checkpoint can be wrong: an error that names it and says what was expected, before anything
+is allocated.
+"""
 
 import dataclasses
 import importlib.util
@@ -14,7 +16,16 @@ from checkpoints import folder, read_raw, same_bits, write_raw
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_fn import LoRAConfig, MoEConfig, MoEWeights, ParallelConfig, RankGroup, RouterConfig, SharedExpertsConfig, shard_weights
+from moe_fn import (
+    LoRAConfig,
+    MoEConfig,
+    MoEWeights,
+    ParallelConfig,
+    RankGroup,
+    RouterConfig,
+    SharedExpertsConfig,
+    shard_weights,
+)
 from moe_fn.checkpoint import load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, read_plan, save_moe_weights
 from moe_fn.checkpoint.__main__ import main
 from moe_fn.testing import weights_for
@@ -23,7 +34,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
 
 PREFIX = "model.layers.3.mlp"
 CONFIG = MoEConfig(
-    num_experts=3, top_k=1, hidden_size=4, intermediate_size=2, router=RouterConfig(scoring="sigmoid", correction_bias="scores"),
+    num_experts=3, top_k=1, hidden_size=4, intermediate_size=2,
+    router=RouterConfig(scoring="sigmoid", correction_bias="scores"),
     shared=SharedExpertsConfig(intermediate_size=2),
 )  # fmt: skip
 WEIGHTS = weights_for(CONFIG, bias=False, scales=False)
@@ -85,19 +97,37 @@ def in_words(path: Path, text: bytes, length: int | None = None) -> None:
 DOWN = "experts.1.down_proj.weight"  # F32 [4, 2]: 32 bytes
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (renamed(DOWN, "elsewhere"), rf"{DOWN} is missing; expected X I = \[4, 2\]"),
-    "surplus": (renamed("gate.weight", "gate.weights"), r"gate.weights is there, F32 \[3, 4\]; expected no tensor of this name below"),
-    "one expert too many": (added("experts.3.down_proj.weight", "F32", [4, 2], 32), r"experts.3.down_proj.weight is there"),
-    "of no use": (added("shared_experts.gate_proj.bias", "F32", [2], 8), r"shared_experts.up_proj.bias is missing; expected it beside"),
+    "surplus": (
+        renamed("gate.weight", "gate.weights"),
+        r"gate.weights is there, F32 \[3, 4\]; expected no tensor of this name below",
+    ),
+    "one expert too many": (
+        added("experts.3.down_proj.weight", "F32", [4, 2], 32),
+        r"experts.3.down_proj.weight is there",
+    ),
+    "of no use": (
+        added("shared_experts.gate_proj.bias", "F32", [2], 8),
+        r"shared_experts.up_proj.bias is missing; expected it beside",
+    ),
     "mis-shaped": (with_entry(DOWN, shape=[2, 4]), rf"{DOWN} is \[2, 4\]; expected X I = \[4, 2\]"),
     "flat": (with_entry(DOWN, shape=[8]), rf"{DOWN} is \[8\]; expected X I"),
-    "another dtype": (with_entry(DOWN, dtype="BF16", shape=[4, 4]), rf"{DOWN} is BF16; expected F32, as model.layers.3.mlp.experts.0"),
+    "another dtype": (
+        with_entry(DOWN, dtype="BF16", shape=[4, 4]),
+        rf"{DOWN} is BF16; expected F32, as model.layers.3.mlp.experts.0",
+    ),
     "no float": (with_entry(DOWN, dtype="I32"), rf"{DOWN} is I32; expected one of F64, F32, BF16, F16"),
     "mxfp4": (
         added("experts.down_proj_blocks", "U8", [4], 4),
-        r"looks quantised, but config.json has no quantization_config; expected one beside .*experts.down_proj_blocks",
+        r"looks quantized, but config.json has no quantization_config; expected one beside .*experts.down_proj_blocks",
     ),
-    "fp8": (added(f"{DOWN}_scale_inv", "F32", [1], 4), rf"looks quantised, but config.json has no quantization_config.*{DOWN}_scale_inv"),
-    "float8": (with_entry(DOWN, dtype="F8_E4M3", shape=[4, 8]), rf"looks quantised, but config.json has no quantization_config.*{DOWN}"),
+    "fp8": (
+        added(f"{DOWN}_scale_inv", "F32", [1], 4),
+        rf"looks quantized, but config.json has no quantization_config.*{DOWN}_scale_inv",
+    ),
+    "float8": (
+        with_entry(DOWN, dtype="F8_E4M3", shape=[4, 8]),
+        rf"looks quantized, but config.json has no quantization_config.*{DOWN}",
+    ),
     "cut short": (cut_short, r"model.safetensors is cut short: .* ends at byte"),
     "longer than it says": (
         lambda path: (path / ONE).write_bytes((path / ONE).read_bytes() + b"xyz"),
@@ -109,7 +139,10 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "length of a lie": (lambda path: in_words(path, b"{}", 2**64 - 1), f"says that its header has {2**64 - 1} bytes"),
     "no json": (lambda path: in_words(path, b"{'a': 1}"), "is no JSON"),
     "no text": (lambda path: in_words(path, b'{"\xff\xfe": 1}'), "is no JSON .UnicodeDecodeError"),
-    "deep json": (lambda path: in_words(path, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "is no JSON .RecursionError"),
+    "deep json": (
+        lambda path: in_words(path, b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
+        "is no JSON .RecursionError",
+    ),
     "deep json that can be read": (
         lambda path: in_words(path, b'{"a":' + b"[" * 300 + b"]" * 300 + b"}"),
         "nests lists and objects deeper than 64",
@@ -118,7 +151,10 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list": (lambda path: in_words(path, b"[1]"), "holds a list; expected a JSON object"),
     "a name twice": (repeated, "is there twice; expected every name once"),
     "metadata": (edited(lambda header: header.update(__metadata__=[1])), "__metadata__ is"),
-    "an entry of nothing": (edited(lambda header: header.update({f"{PREFIX}.{DOWN}": 5})), f"{DOWN} is .*expected dtype, shape"),
+    "an entry of nothing": (
+        edited(lambda header: header.update({f"{PREFIX}.{DOWN}": 5})),
+        f"{DOWN} is .*expected dtype, shape",
+    ),
     "a negative size": (with_entry(DOWN, shape=[-4, -2]), f"{DOWN} is .*expected dtype, shape"),
     "a size of half": (with_entry(DOWN, shape=[4.0, 2]), f"{DOWN} is .*expected dtype, shape"),
     "a size of true": (with_entry(DOWN, shape=[True, 8]), f"{DOWN} is .*expected dtype, shape"),
@@ -127,8 +163,14 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a number too long to read": (lambda path: in_words(path, b'{"a": 1' + b"0" * 5000 + b"}"), "is no JSON"),
     "many dims": (with_entry(DOWN, shape=[2**40] * 1000), f"{DOWN} is .*expected dtype, shape"),
     "an unknown dtype": (with_entry(DOWN, dtype="F128"), f"{DOWN} has dtype 'F128'; expected one of F64"),
-    "a dtype of another size": (with_entry(DOWN, dtype="F64"), rf"{DOWN} lies in 32 bytes; expected 64, for it is F64 \[4, 2\]"),
-    "overlapping": (with_entry("gate.weight", data_offsets=[0, 48]), "and overlaps the tensor before it; expected byte"),
+    "a dtype of another size": (
+        with_entry(DOWN, dtype="F64"),
+        rf"{DOWN} lies in 32 bytes; expected 64, for it is F64 \[4, 2\]",
+    ),
+    "overlapping": (
+        with_entry("gate.weight", data_offsets=[0, 48]),
+        "and overlaps the tensor before it; expected byte",
+    ),
     "backwards": (with_entry(DOWN, data_offsets=[32, 0]), f"{DOWN} lies in -32 bytes; expected 32"),
     "past the end": (with_entry(DOWN, data_offsets=[10**9, 10**9 + 32]), "is cut short"),
 }
@@ -175,17 +217,21 @@ INDICES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no shard": (lambda path: (path / "model-00002.safetensors").unlink(), "model-00002.safetensors: No such file"),
     "a folder for a shard": (lambda path: instead_of_shard(path).mkdir(), "no regular file"),
     "a pipe for a shard": (lambda path: os.mkfifo(instead_of_shard(path)), "no regular file"),
-    "the wrong shard": (moved("model-00001.safetensors"), f"says that {PREFIX}.{DOWN} is in model-00001.safetensors; expected it there"),
+    "the wrong shard": (moved("model-00001.safetensors"),
+    f"says that {PREFIX}.{DOWN} is in model-00001.safetensors; expected it there"),
     "a shard that was never there": (moved("nowhere.safetensors"), "nowhere.safetensors: No such file"),
-    "outside": (moved("../model-00001.safetensors"), "'../model-00001.safetensors'; expected the name of a file in the same folder"),
+    "outside": (moved("../model-00001.safetensors"),
+    "'../model-00001.safetensors'; expected the name of a file in the same folder"),
     "absolute": (moved("/etc/passwd"), "'/etc/passwd'; expected the name of a file in the same folder"),
     "a folder": (moved(".."), "'..'; expected the name of a file"),
     "a pickle": (moved("model.bin"), "'model.bin'; expected a .safetensors file, for pickles are not read"),
     "a number": (of_index(lambda files: files.update(a=5)), "a is in 5; expected the name"),  # type: ignore[call-arg]
-    "unlisted": (of_index(lambda files: files.pop(f"{PREFIX}.experts.0.down_proj.weight")), "but the index does not list it"),
+    "unlisted": (of_index(lambda files: files.pop(f"{PREFIX}.experts.0.down_proj.weight")),
+    "but the index does not list it"),
     "listed elsewhere": (copied, "but the index lists it in"),
     "no json": (lambda path: (path / INDEX).write_text("{"), "index.json is no JSON"),
-    "no weight map": (lambda path: (path / INDEX).write_text("{}"), "weight_map is None; expected the file of every tensor"),
+    "no weight map": (lambda path: (path / INDEX).write_text("{}"),
+    "weight_map is None; expected the file of every tensor"),
     "two names": (lambda path: (path / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'), "'a' is there twice"),
 }  # fmt: skip
 
@@ -204,9 +250,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "more experts": ({"num_experts": 4}, r"experts.3.gate_proj.weight is missing; expected I X = \[2, 4\]"),
     "fewer experts": ({"num_experts": 2}, "experts.2.gate_proj.weight is there"),
     "another width": ({"intermediate_size": 3}, r"experts.0.gate_proj.weight is \[2, 4\]; expected I X = \[3, 4\]"),
-    "no bias": ({"router": RouterConfig(scoring="sigmoid")}, "correction_bias is there; expected none, for the config has no use"),
+    "no bias": ({"router": RouterConfig(scoring="sigmoid")},
+    "correction_bias is there; expected none, for the config has no use"),
     "no shared experts": ({"shared": None}, "shared_experts.gate_proj.weight is there; expected none"),
-    "not gated": ({"activation": "relu2_no_mul"}, "weights.gate_up has gates and ups in the layout 'deepseek'; expected"),
+    "not gated": ({"activation": "relu2_no_mul"},
+    "weights.gate_up has gates and ups in the layout 'deepseek'; expected"),
     "sigmoid gate": (
         {"shared": SharedExpertsConfig(intermediate_size=2, gate="sigmoid")},
         "no tensor of the layout 'deepseek' is weights.shared.gate; expected",
@@ -219,7 +267,11 @@ def test_a_config_that_does_not_fit_is_named(case: str, tmp_path: Path) -> None:
     changes, words = CONFIGS[case]
     save(tmp_path)
     with pytest.raises(ValueError, match=words):
-        load_moe_weights(tmp_path, PREFIX, MoEConfig(**{**CONFIG.to_dict(), "router": CONFIG.router, "shared": CONFIG.shared, **changes}))
+        load_moe_weights(
+            tmp_path,
+            PREFIX,
+            MoEConfig(**{**CONFIG.to_dict(), "router": CONFIG.router, "shared": CONFIG.shared, **changes}),
+        )
 
 
 def test_arguments_that_mean_nothing_are_named(tmp_path: Path) -> None:
@@ -257,9 +309,17 @@ def test_what_safetensors_alone_refuses_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [10**6, 2**31, 2**62])
 def test_experts_that_no_file_has_take_no_time(count: int, tmp_path: Path) -> None:
-    """A config.json may say any number of them: the first that are missing are named, and no list is made of the rest."""
+    """A config.json may say any number of them: the first that are missing are named, and no list is made
+    of the rest.
+    """
     save(tmp_path)
-    words = {"model_type": "deepseek_v3", "n_routed_experts": count, "num_experts_per_tok": 2, "hidden_size": 4, "moe_intermediate_size": 2}
+    words = {
+        "model_type": "deepseek_v3",
+        "n_routed_experts": count,
+        "num_experts_per_tok": 2,
+        "hidden_size": 4,
+        "moe_intermediate_size": 2,
+    }
     (tmp_path / "config.json").write_text(json.dumps({**words, "n_shared_experts": 1}))
     (layer,) = moe_layers(tmp_path)
     assert layer.problem is not None and "experts.3.gate_proj.weight is missing" in layer.problem
@@ -267,19 +327,28 @@ def test_experts_that_no_file_has_take_no_time(count: int, tmp_path: Path) -> No
         load_moe_layer(tmp_path, 3)
 
 
-MIXTRAL = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 4, "intermediate_size": 2}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "hidden_size": 4,
+    "intermediate_size": 2,
+}
 NAMES: dict[str, tuple[Any, list[str], str]] = {
     "an expert's parts": (
         MIXTRAL, ["model.layers.0.block_sparse_moe.experts.0.linear_v.weight"],
-        r"by its tensors.*'mixtral': it has .*linear_v.weight; expected one such as layers.N.block_sparse_moe.experts.\{e\}.w2.weight",
+        r"by its tensors.*'mixtral': it has .*linear_v.weight; expected one such as "
+        r"layers.N.block_sparse_moe.experts.\{e\}.w2.weight",
     ),
-    "no experts by name": (MIXTRAL, ["model.layers.0.some_ffn.0"], r"by its config.json.* it has model.layers.0.some_ffn.0; expected"),
+    "no experts by name": (MIXTRAL, ["model.layers.0.some_ffn.0"],
+    r"by its config.json.* it has model.layers.0.some_ffn.0; expected"),
     "behind a dense layer": (
         MIXTRAL, ["model.layers.0.mlp.down_proj.weight", "model.layers.1.some_ffn.0"],
         r"by its config.json.* it has model.layers.1.some_ffn.0; expected",
     ),
     "beside a dense network": (
-        {"model_type": "gemma4", "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 2}, ["model.layers.0.mlp.down_proj.weight"],
+        {"model_type": "gemma4", "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 2},
+        ["model.layers.0.mlp.down_proj.weight"],
         r"by its config.json.* it has model.layers.0.mlp.down_proj.weight; expected",
     ),
     "no family": ({"model_type": "unheard_of"}, ["model.layers.0.mlp.experts.down"], r"by its tensors.*'unheard_of'"),
@@ -287,13 +356,22 @@ NAMES: dict[str, tuple[Any, list[str], str]] = {
 }  # fmt: skip
 WITHOUT: dict[str, tuple[Any, list[str]]] = {
     "one expert": (MIXTRAL | {"num_local_experts": 1}, ["model.layers.0.mlp.down_proj.weight"]),
-    "dense, of a family that may have experts": ({"model_type": "gemma4", "hidden_size": 4}, ["model.layers.0.mlp.down_proj.weight"]),
-    "dense layers alone": ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, ["model.layers.0.mlp.down_proj.weight"]),
+    "dense, of a family that may have experts": (
+        {"model_type": "gemma4", "hidden_size": 4},
+        ["model.layers.0.mlp.down_proj.weight"],
+    ),
+    "dense layers alone": (
+        {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+        ["model.layers.0.mlp.down_proj.weight"],
+    ),
     "dense, where a class has experts": (
         {"model_type": "nemotron_h", "hybrid_override_pattern": "-M*"},
         [f"backbone.layers.{index}.mixer.{name}_proj.weight" for index, name in enumerate(("down", "out", "o"))],
     ),
-    "unheard of": ({"model_type": "unheard_of"}, ["model.layers.0.mlp.down_proj.weight", "action_expert.layers.0.mlp.down_proj.weight"]),
+    "unheard of": (
+        {"model_type": "unheard_of"},
+        ["model.layers.0.mlp.down_proj.weight", "action_expert.layers.0.mlp.down_proj.weight"],
+    ),
     "no layer at all": (MIXTRAL, ["lm_head.weight"]),
 }
 
@@ -309,7 +387,11 @@ def write_names(path: Path, words: Any, names: list[str]) -> None:
 def test_experts_under_names_that_are_not_known_are_said_to_be_there(case: str, tmp_path: Path) -> None:
     words, names, said = NAMES[case]
     write_names(tmp_path, words, names)
-    for find in (moe_layers, lambda path: list(load_moe_layers(path, progress=False)), lambda path: load_moe_layer(path, 0)):
+    for find in (
+        moe_layers,
+        lambda path: list(load_moe_layers(path, progress=False)),
+        lambda path: load_moe_layer(path, 0),
+    ):
         with pytest.raises(ValueError, match=said):
             find(tmp_path)
     assert main(["inspect", str(tmp_path)]) == 2
@@ -340,7 +422,9 @@ def test_folders_without_a_checkpoint_are_named(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     for name in ("model.bin", "model.pt", "model.pth", "model.ckpt", "model.gguf"):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(ValueError, match=rf"\({name}: only safetensors are read, no pickles\); expected model\.safetensors"):
+        with pytest.raises(
+            ValueError, match=rf"\({name}: only safetensors are read, no pickles\); expected model\.safetensors"
+        ):
             load(tmp_path)
         (tmp_path / name).unlink()
     (tmp_path / "config.json").write_text("[]")
@@ -350,14 +434,18 @@ def test_folders_without_a_checkpoint_are_named(tmp_path: Path) -> None:
 
 @given(st.data())
 def test_no_damage_to_a_file_is_a_crash(data: st.DataObject) -> None:
-    """Any bytes of the header changed, cut or put in: the same weights, or other ones of the same shapes, or a ValueError."""
+    """Any bytes of the header changed, cut or put in: the same weights, or other ones of the same shapes, or a
+    ValueError.
+    """
     with folder() as path:
         save(path)
         content = bytearray((path / ONE).read_bytes())
         end = 8 + int.from_bytes(content[:8], "little")
         for _ in range(data.draw(st.integers(1, 3))):
             at = data.draw(st.integers(0, end - 1))
-            new = data.draw(st.binary(max_size=3) | st.sampled_from([b'"', b"9", b"-", b"{", b"}", b"[", b"]", b",", b"0", b"e9"]))
+            new = data.draw(
+                st.binary(max_size=3) | st.sampled_from([b'"', b"9", b"-", b"{", b"}", b"[", b"]", b",", b"0", b"e9"])
+            )
             content[at : at + data.draw(st.integers(0, 2))] = new
         (path / ONE).write_bytes(content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))])
         try:
@@ -382,8 +470,16 @@ def test_what_is_saved_is_whole_whoever_saves_it(tmp_path: Path) -> None:
 def test_saving_what_does_not_fit_is_named(tmp_path: Path) -> None:
     bias = weights_for(CONFIG, bias=True, scales=False)
     for weights, layout, words in (
-        (bias, "deepseek", r"weights.gate_up_bias is \[3, 4\]; expected None, for the layout 'deepseek' has no place for it"),
-        (WEIGHTS, "mistral_large4", "weights.router.correction_bias is .* for the layout 'mistral_large4' has no place"),
+        (
+            bias,
+            "deepseek",
+            r"weights.gate_up_bias is \[3, 4\]; expected None, for the layout 'deepseek' has no place for it",
+        ),
+        (
+            WEIGHTS,
+            "mistral_large4",
+            "weights.router.correction_bias is .* for the layout 'mistral_large4' has no place",
+        ),
         (WEIGHTS, "bailing", None),
         (WEIGHTS, "gemma4", "has tensors that hold more than a block"),
         (weights_for(CONFIG, bias=False, scales=True), "deepseek", "weights.router.expert_scale"),

@@ -1,4 +1,6 @@
-"""Blocks of every family, named on disk by transformers' own conversions, come back as configs and weights that compute the same."""
+"""Blocks of every family, named on disk by transformers' own conversions, come back as configs and weights that compute
+the same.
+"""
 
 import contextlib
 import dataclasses
@@ -25,19 +27,29 @@ from zoo import TOKEN_CHOICE, BlockRow, make_block, make_config, make_input, ran
 from zoo.build import module_of  # noqa: E402
 
 from moe_fn import MoEConfig, MoEWeights, moe_forward  # noqa: E402
-from moe_fn.checkpoint import LAYOUTS, Layout, load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, save_moe_weights  # noqa: E402
+from moe_fn.checkpoint import (  # noqa: E402
+    LAYOUTS,
+    Layout,
+    load_moe_layer,
+    load_moe_layers,
+    load_moe_weights,
+    moe_layers,
+    save_moe_weights,
+)
 from moe_fn.families import FAMILIES, config_of_layer  # noqa: E402
 from moe_fn.integrations.transformers import from_block  # noqa: E402
 
 # What a model calls its block, where it is not mlp
 BLOCK_OF_FAMILY = {
-    "jamba": ".feed_forward", "lfm2_moe": ".feed_forward", "llama4": ".feed_forward", "nemotron_h": ".mixer", "dbrx": ".ffn", "gemma4": "",
+    "jamba": ".feed_forward", "lfm2_moe": ".feed_forward", "llama4": ".feed_forward", "nemotron_h": ".mixer",
+    "dbrx": ".ffn", "gemma4": "",
     "diffusion_gemma": "", "nllb_moe": ".ffn", "granitemoe": ".block_sparse_moe", "granitemoe_swa": ".block_sparse_moe",
     "granitemoeshared": ".block_sparse_moe", "granitemoehybrid": ".block_sparse_moe",
 }  # fmt: skip
 WHOLE_BLOCKS = [row for row in TOKEN_CHOICE if row.family != "ernie4_5_vl_moe"]
 BANKS = [row for row in TOKEN_CHOICE if row.path]
-# transformers keeps the number of experts of each layer of these towers beside the config's own words, in per_layer_config
+# transformers keeps the number of experts of each layer of these towers beside the config's own words, in
+# per_layer_config
 BY_CONFIG = [row for row in WHOLE_BLOCKS if not row.name.startswith("dots3_note-vision")]
 
 
@@ -49,7 +61,9 @@ def on_disk(row: BlockRow, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names and tensors that save_pretrained would write."""
     names = dict.fromkeys((row.family, str(make_config(row).model_type), f"{row.family}_mm_model", row.block))
     conversions = [conversion for name in names for conversion in get_checkpoint_conversion_mapping(name) or ()]
-    model = SimpleNamespace(_weight_conversions=conversions or None, config=make_config(row), get_parameter=tensors.__getitem__)
+    model = SimpleNamespace(
+        _weight_conversions=conversions or None, config=make_config(row), get_parameter=tensors.__getitem__
+    )
     return dict(revert_weight_conversion(model, tensors)) if conversions else tensors  # type: ignore[arg-type]
 
 
@@ -98,7 +112,9 @@ def test_saving_writes_the_file_that_was_read(row: BlockRow, tmp_path: Path) -> 
     save_moe_weights(tmp_path / "again", found.prefix, config, weights, layout=layout)
     read, written = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     outside = {name for name in read if not name.startswith(found.prefix)} if prefix == found.prefix else set()
-    assert set(written) <= set(read) and set(read) - set(written) - outside <= set(not_of_the_layer(layout, found.prefix, read))
+    assert set(written) <= set(read) and set(read) - set(written) - outside <= set(
+        not_of_the_layer(layout, found.prefix, read)
+    )
     for name, t in written.items():
         exact = not name.endswith(("pre_expert_norm.weight", "post_expert_norm.weight"))
         assert torch.equal(t, read[name]) if exact else torch.allclose(t, read[name], atol=1e-7), name
@@ -127,17 +143,22 @@ def test_experts_of_qwen3_vl_lie_either_way(tmp_path: Path) -> None:
     block = make_block(row, 0)
     write(tmp_path, row, block)
     assert moe_layers(tmp_path)[0].layout == "qwen fused"
-    tensors = {name: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    tensors = {
+        name: t.transpose(1, 2).contiguous() if t.ndim == 3 else t
+        for name, t in load_file(tmp_path / "model.safetensors").items()
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     assert moe_layers(tmp_path)[0].layout == "qwen fused, transposed"
     check(row, block, *load_moe_layer(tmp_path, 1))
 
 
 def taken_apart(tensors: dict[str, Tensor], prefix: str, weights: MoEWeights, experts: str) -> dict[str, Tensor]:
-    """Experts one by one, as tools that quantise write them, of packed weights [E, out, in]."""
+    """Experts one by one, as tools that quantize write them, of packed weights [E, out, in]."""
     found = {name: t for name, t in tensors.items() if not re.search(r"\.experts\.(gate_up|down|fc[12])|_linear", name)}
     for e in range(len(weights.down)):
-        halves = dict(zip(("gate_proj", "up_proj"), weights.gate_up[e].chunk(2), strict=True)) | {"down_proj": weights.down[e]}
+        halves = dict(zip(("gate_proj", "up_proj"), weights.gate_up[e].chunk(2), strict=True)) | {
+            "down_proj": weights.down[e]
+        }
         found |= {f"{prefix}.{experts}.{e}.{name}.weight": t.contiguous() for name, t in halves.items()}
         if weights.gate_up_bias is not None and weights.down_bias is not None:
             halves = dict(zip(("gate_proj", "up_proj"), weights.gate_up_bias[e].chunk(2), strict=True)) | {
@@ -155,30 +176,43 @@ APART = [
     ("granitemoehybrid", "experts", {"router.layer.weight": "router.weight"}, "granite fused, one by one"),
     ("granitemoe_swa", "experts", {}, "granite fused, one by one"),
     *((family, "experts", {}, f"{name}, one by one") for family, name in (
-        ("gpt_oss", "gpt_oss"), ("openai_privacy_filter", "openai_privacy_filter"), ("llama4", "llama4"), ("aria", "aria"),
+        ("gpt_oss", "gpt_oss"), ("openai_privacy_filter", "openai_privacy_filter"), ("llama4", "llama4"),
+        ("aria", "aria"),
         ("hy_v4", "hy_v4"), ("muse_spark", "muse_spark"), ("zaya", "zaya"),
     )),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "experts", "renamed", "layout"), APART, ids=[f"{row[3]}, {row[0]}" for row in APART])
-def test_experts_taken_apart_are_the_block(family: str, experts: str, renamed: dict[str, str], layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "experts", "renamed", "layout"), APART, ids=[f"{row[3]}, {row[0]}" for row in APART]
+)
+def test_experts_taken_apart_are_the_block(
+    family: str, experts: str, renamed: dict[str, str], layout: str, tmp_path: Path
+) -> None:
     row = next(row for row in WHOLE_BLOCKS if row.family == family)
     block = make_block(row, 0)
     write(tmp_path, row, block)
     (found,) = moe_layers(tmp_path)
     assert found.config is not None
     packed = dataclasses.replace(found.config, gate_up_layout="packed", weight_layout="out_in")
-    apart = taken_apart(load_file(tmp_path / "model.safetensors"), found.prefix, load_moe_weights(tmp_path, found.prefix, packed), experts)
+    apart = taken_apart(
+        load_file(tmp_path / "model.safetensors"),
+        found.prefix,
+        load_moe_weights(tmp_path, found.prefix, packed),
+        experts,
+    )
     names = {f"{found.prefix}.{old}": f"{found.prefix}.{new}" for old, new in renamed.items()}
     save_file({names.get(name, name): t for name, t in apart.items()}, tmp_path / "model.safetensors")
-    assert [(layer.layout, layer.prefix, layer.problem) for layer in moe_layers(tmp_path)] == [(layout, found.prefix, None)]
+    assert [(layer.layout, layer.prefix, layer.problem) for layer in moe_layers(tmp_path)] == [
+        (layout, found.prefix, None)
+    ]
     check(row, block, *load_moe_layer(tmp_path, layer_of(row)))
 
 
 # Whole models as save_pretrained writes them, in many shards: what a config wants beside the sizes of the zoo's blocks
 TINY = {
-    "vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0,
+    "vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
@@ -188,9 +222,12 @@ MORE: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0}, "n_layers": 2, "n_heads": 2},
 }
 MODELS = (
-    "mixtral", "minimax", "jamba", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "hunyuan_v1_moe", "ernie4_5_moe",
-    "longcat_flash", "deepseek_v2", "gemma4", "gpt_oss", "granitemoe", "granitemoehybrid", "aria", "cohere2_moe", "jetmoe", "deepseek_v3",
-    "glm4_moe", "dots1", "kimi_linear", "exaone_moe", "axk1", "hy_v4", "nemotron_h", "minimax_m2", "minimax_m3_vl", "laguna", "afmoe",
+    "mixtral", "minimax", "jamba", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "hunyuan_v1_moe",
+    "ernie4_5_moe",
+    "longcat_flash", "deepseek_v2", "gemma4", "gpt_oss", "granitemoe", "granitemoehybrid", "aria", "cohere2_moe",
+    "jetmoe", "deepseek_v3",
+    "glm4_moe", "dots1", "kimi_linear", "exaone_moe", "axk1", "hy_v4", "nemotron_h", "minimax_m2", "minimax_m3_vl",
+    "laguna", "afmoe",
     "hy_v3", "kolibri1", "lfm2_moe", "inkling", "inkling2", "llama4", "phimoe", "dbrx",
 )  # fmt: skip
 WHOLE = [next(row for row in WHOLE_BLOCKS if row.family == family) for family in MODELS]
@@ -215,7 +252,9 @@ def test_a_saved_model_comes_back(row: BlockRow, tmp_path: Path) -> None:
 JUNK = (None, "x", [1], [], {}, {"a": 1}, -1, 0, 1e99, True, 2.5, 10**30, 10**400, float("inf"), float("nan"))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "mistral4", "inkling", "nemotron_h", "dbrx"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "mistral4", "inkling", "nemotron_h", "dbrx"]
+)
 def test_no_config_is_a_crash(family: str) -> None:
     words = make_config(next(row for row in WHOLE_BLOCKS if row.family == family)).to_dict()
     for name in words:
@@ -224,7 +263,8 @@ def test_no_config_is_a_crash(family: str) -> None:
                 assert config_of_layer({**words, name: value}, 1).num_experts > 0
     if family == "mixtral":
         with pytest.raises(
-            ValueError, match="hidden_size or d_model is None in the model's config; expected a whole number, the hidden_size"
+            ValueError,
+            match="hidden_size or d_model is None in the model's config; expected a whole number, the hidden_size",
         ):
             config_of_layer({**words, "hidden_size": None}, 1)
 

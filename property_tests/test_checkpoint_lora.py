@@ -1,4 +1,6 @@
-"""Adapters as PEFT saves them: by the documented layout, against peft itself where it is there, and folders that lie."""
+"""Adapters as PEFT saves them: by the documented layout, against peft itself where it is there, and folders
+that lie.
+"""
 
 import dataclasses
 import json
@@ -49,7 +51,12 @@ def write(folder: Path | str, adapter_config: dict[str, Any], tensors: dict[str,
 def sizes_of(config: MoEConfig) -> dict[str, tuple[int, int]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     gated = config.activation != "relu2_no_mul"
-    return {"gate": (hidden, inner), "up": (hidden, inner), "gate_up": (hidden, 2 * inner if gated else inner), "down": (inner, hidden)}
+    return {
+        "gate": (hidden, inner),
+        "up": (hidden, inner),
+        "gate_up": (hidden, 2 * inner if gated else inner),
+        "down": (inner, hidden),
+    }
 
 
 @st.composite
@@ -66,7 +73,13 @@ def saved(draw: DrawFn, versions: tuple[str | None, ...] | None = None) -> Saved
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     rank, alpha, stabilised = draw(st.integers(1, 3)), draw(st.sampled_from([1.0, 8, 0.5])), draw(st.booleans())
-    values: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": stabilised, "bias": "none"}
+    values: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": stabilised,
+        "bias": "none",
+    }
     if versions is None and draw(st.booleans()):
         tensors, added, more = _modules(draw, config, gated, rank, alpha, stabilised, generator)
         return Saved(config, values | more, tensors, added)
@@ -74,7 +87,8 @@ def saved(draw: DrawFn, versions: tuple[str | None, ...] | None = None) -> Saved
     tensors, added, more = _parameters(draw, config, gated, rank, alpha, stabilised, generator)
     values["peft_version"] = version = draw(st.sampled_from(versions or VERSIONS))
     interleaved = (layout or config.gate_up_layout) == "interleaved"
-    weight_layout = draw(st.sampled_from(["out_in", "in_out"] if interleaved else ["out_in"]))  # of packed ones some say so, some do not
+    # of packed ones some say so, some do not
+    weight_layout = draw(st.sampled_from(["out_in", "in_out"] if interleaved else ["out_in"]))
     told = None if (weight_layout == "in_out") == interleaved and draw(st.booleans()) else weight_layout
     if (told == "out_in") if version is None else is_of_outputs(version, weight_layout):
         tensors = exchanged(tensors, rank, config.num_experts)
@@ -85,7 +99,9 @@ VERSIONS = (None, "0.18.0", "0.18.1", "0.19.0", "0.19.1", "0.20.0", "0.21.2", "0
 
 
 def is_of_outputs(version: str, weight_layout: str) -> bool:
-    """What peft's ParamWrapper does with the dims of [E, m, n], of a model that says is_transposed where it keeps [E, in, out]."""
+    """What peft's ParamWrapper does with the dims of [E, m, n], of a model that says is_transposed where it keeps [E,
+    in, out].
+    """
     inputs, outputs = ("out", "in") if weight_layout == "out_in" else ("in", "out")
     if version == "0.19.0":
         inputs, outputs = (outputs, inputs) if weight_layout == "in_out" else (inputs, outputs)
@@ -137,13 +153,20 @@ def _parameters(
     tensors, added, experts = {}, {}, config.num_experts
     for part in parts:
         size, out = sizes_of(config)[part]
-        a, b = torch.randn(rank * experts, size, generator=generator), torch.randn(out, rank * experts, generator=generator)
+        a, b = (
+            torch.randn(rank * experts, size, generator=generator),
+            torch.randn(out, rank * experts, generator=generator),
+        )
         module = f"base_model.model.{PREFIX}.experts" + (".base_layer" if part == "gate_up" and len(parts) == 2 else "")
         tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
         factor = alphas.get(f"mlp.experts.{names[part]}", alpha) / (math.sqrt(rank) if stabilised else rank)
         every = torch.einsum("ore,eri->eoi", b.reshape(out, rank, experts), a.reshape(experts, rank, size)) * factor
         added[part] = dict(enumerate(every))
-    return tensors, added, {"alpha_pattern": alphas, "target_parameters": [f"mlp.experts.{names[part]}" for part in parts]}
+    return (
+        tensors,
+        added,
+        {"alpha_pattern": alphas, "target_parameters": [f"mlp.experts.{names[part]}" for part in parts]},
+    )
 
 
 def matrix(problem: Saved, product: str, expert: int) -> Tensor:
@@ -158,7 +181,11 @@ def matrix(problem: Saved, product: str, expert: int) -> Tensor:
         found, layout = torch.cat(halves), "packed"
     if product == "gate_up" and layout != config.gate_up_layout:
         half = out // 2
-        order = [row // 2 + half * (row % 2) for row in range(out)] if layout == "packed" else [*range(0, out, 2), *range(1, out, 2)]
+        order = (
+            [row // 2 + half * (row % 2) for row in range(out)]
+            if layout == "packed"
+            else [*range(0, out, 2), *range(1, out, 2)]
+        )
         found = found[order]
     return found
 
@@ -168,7 +195,9 @@ def assert_adds(config: MoEConfig, lora: moe_fn.LoRAWeights, wanted: Callable[[s
         a, b = getattr(lora, f"{product}_a"), getattr(lora, f"{product}_b")
         for expert in range(config.num_experts):
             expected = wanted(product, expert)
-            assert_matches(torch.zeros_like(expected) if a is None else b[0, expert] @ a[0, expert], expected, scale=1.0)
+            assert_matches(
+                torch.zeros_like(expected) if a is None else b[0, expert] @ a[0, expert], expected, scale=1.0
+            )
 
 
 @settings(max_examples=40)
@@ -176,7 +205,9 @@ def assert_adds(config: MoEConfig, lora: moe_fn.LoRAWeights, wanted: Callable[[s
 def test_an_adapter_of_peft_is_loaded_as_it_was_saved(problem: Saved) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(folder, problem.adapter_config, problem.tensors)
-        lora = load_lora(folder, PREFIX, problem.config, gate_up_layout=problem.layout, weight_layout=problem.weight_layout)
+        lora = load_lora(
+            folder, PREFIX, problem.config, gate_up_layout=problem.layout, weight_layout=problem.weight_layout
+        )
     assert_adds(problem.config, lora, lambda product, expert: matrix(problem, product, expert))
     config, weights = moe_fn.add_lora(problem.config, weights_for(problem.config), [lora])
     assert config.lora is not None and config.lora.experts == "each"
@@ -196,7 +227,9 @@ CONFIG = MoEConfig(num_experts=4, top_k=2, hidden_size=16, intermediate_size=12)
 @pytest.mark.parametrize("inner", [12, 8, 16])  # of hidden 16: gate_up of 8 has 16 inputs and outputs, down of 16 too
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("targets", [("gate_up_proj", "down_proj"), ("down_proj",), ("gate_up_proj",)], ids=str)
-def test_a_model_of_peft_computes_what_the_loaded_adapter_does(family: str, targets: tuple[str, ...], inner: int, tmp_path: Path) -> None:
+def test_a_model_of_peft_computes_what_the_loaded_adapter_does(
+    family: str, targets: tuple[str, ...], inner: int, tmp_path: Path
+) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, intermediate_size=inner)
@@ -204,12 +237,14 @@ def test_a_model_of_peft_computes_what_the_loaded_adapter_does(family: str, targ
     more = of_qwen if family == "qwen3_moe" else {"num_local_experts": 4, "intermediate_size": inner}
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(
-            family, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=32,
+            family, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+            vocab_size=32,
             num_experts_per_tok=2, **more,
         )
     )  # fmt: skip
     lora_config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=[], target_parameters=[f"mlp.experts.{name}" for name in targets], init_lora_weights=False,
+        r=3, lora_alpha=5, target_modules=[], target_parameters=[f"mlp.experts.{name}" for name in targets],
+        init_lora_weights=False,
         rank_pattern={"experts.down_proj": 2}, alpha_pattern={"experts.down_proj": 7},
     )  # fmt: skip
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -235,18 +270,24 @@ class Experts(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = {"gate_proj": (16, 12), "up_proj": (16, 12), "down_proj": (12, 16)}
-        each = (torch.nn.ModuleDict({name: torch.nn.Linear(*size, bias=False) for name, size in sizes.items()}) for _ in range(4))
+        each = (
+            torch.nn.ModuleDict({name: torch.nn.Linear(*size, bias=False) for name, size in sizes.items()})
+            for _ in range(4)
+        )
         self.mlp = torch.nn.ModuleDict({"experts": torch.nn.ModuleList(each)})
 
 
-@pytest.mark.parametrize("targets", [["gate_proj", "up_proj", "down_proj"], ["up_proj"], r".*experts\.[12]\.(gate|down)_proj"], ids=str)
+@pytest.mark.parametrize(
+    "targets", [["gate_proj", "up_proj", "down_proj"], ["up_proj"], r".*experts\.[12]\.(gate|down)_proj"], ids=str
+)
 def test_modules_of_peft_are_what_the_loaded_adapter_adds(targets: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = Experts()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapted = peft.get_peft_model(
-        model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, rank_pattern={"experts.1.up_proj": 2},
+        model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False,
+        rank_pattern={"experts.1.up_proj": 2},
                                alpha_pattern={"down_proj": 7})
     )  # fmt: skip
     adapted.save_pretrained(tmp_path)
@@ -254,7 +295,9 @@ def test_modules_of_peft_are_what_the_loaded_adapter_adds(targets: Any, tmp_path
     lora = load_lora(tmp_path, "mlp", CONFIG)
 
     def wanted(product: str, expert: int) -> Tensor:
-        names = [f"mlp.experts.{expert}.{part}_proj.weight" for part in (("down",) if product == "down" else ("gate", "up"))]
+        names = [
+            f"mlp.experts.{expert}.{part}_proj.weight" for part in (("down",) if product == "down" else ("gate", "up"))
+        ]
         return torch.cat([(after[name] - before[name]).detach() for name in names])
 
     assert_adds(CONFIG, lora, wanted)
@@ -266,7 +309,9 @@ BESIDE = ("self_attn.q_proj", "mlp.gate_proj", "per_layer_input_gate")
 
 @pytest.mark.parametrize("experts", ["experts", "moe.experts"])
 def test_an_adapter_of_a_layers_own_experts_may_adapt_the_rest_of_it(experts: str, tmp_path: Path) -> None:
-    others = {f"base_model.model.{LAYER}.{name}.lora_{side}.weight": torch.ones(2, 2) for name in BESIDE for side in "AB"}
+    others = {
+        f"base_model.model.{LAYER}.{name}.lora_{side}.weight": torch.ones(2, 2) for name in BESIDE for side in "AB"
+    }
     write(tmp_path, PLAIN, renamed(f"{PREFIX}.experts", f"{LAYER}.{experts}") | others)
     (tmp_path / "alone").mkdir()
     write(tmp_path / "alone", PLAIN, GOOD)
@@ -274,7 +319,9 @@ def test_an_adapter_of_a_layers_own_experts_may_adapt_the_rest_of_it(experts: st
     assert found.down_a is not None and alone.down_a is not None and torch.equal(found.down_a, alone.down_a)
     for name in ("router.proj", "experts.gate", "shared_experts.up_proj"):
         write(tmp_path, PLAIN, renamed(PREFIX, LAYER) | {f"{LAYER}.{name}.lora_A.weight": torch.ones(2, 2)})
-        with pytest.raises(ValueError, match=rf"has {LAYER}.{name}.lora_A.weight; expected only adapters of the block's experts"):
+        with pytest.raises(
+            ValueError, match=rf"has {LAYER}.{name}.lora_A.weight; expected only adapters of the block's experts"
+        ):
             load_lora(tmp_path, LAYER, CONFIG)
 
 
@@ -283,18 +330,26 @@ def test_an_adapter_of_peft_for_gemma_4_that_adapts_attention_too(tmp_path: Path
     torch.manual_seed(0)
     words = {
         "hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 12, "num_experts": 4, "top_k_experts": 2,
-        "enable_moe_block": True, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "enable_moe_block": True, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 8,
         "global_head_dim": 8, "vocab_size": 32, "vocab_size_per_layer_input": 32, "hidden_size_per_layer_input": 0,
         "layer_types": ["full_attention"],
     }  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gemma4_text", **words))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    targets = {"target_modules": ["q_proj", "o_proj", "gate_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    targets = {
+        "target_modules": ["q_proj", "o_proj", "gate_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, **targets))
     adapted.save_pretrained(tmp_path)
     after = dict(adapted.merge_and_unload().named_parameters())
     lora, where = load_lora(tmp_path, "model.layers.0", CONFIG), "model.layers.0.experts."
-    assert_adds(CONFIG, lora, lambda product, expert: (after[f"{where}{product}_proj"] - before[f"{where}{product}_proj"])[expert].detach())
+    assert_adds(
+        CONFIG,
+        lora,
+        lambda product, expert: (after[f"{where}{product}_proj"] - before[f"{where}{product}_proj"])[expert].detach(),
+    )
 
 
 SQUARE = dataclasses.replace(CONFIG, intermediate_size=16)
@@ -311,7 +366,9 @@ UNCLEAR: dict[str, tuple[MoEConfig, str]] = {
 def test_sides_that_nothing_tells_are_refused_in_words(case: str, tmp_path: Path) -> None:
     config, version = UNCLEAR[case]
     write(tmp_path, PLAIN | {"target_parameters": ["experts.down_proj"], "peft_version": version}, OF_ALL)
-    with pytest.raises(ValueError, match=r"experts.down_proj has as many inputs as outputs, .* expected the model's weight_layout="):
+    with pytest.raises(
+        ValueError, match=r"experts.down_proj has as many inputs as outputs, .* expected the model's weight_layout="
+    ):
         load_lora(tmp_path, PREFIX, config)
 
 
@@ -331,11 +388,14 @@ def test_dtype_and_device_are_as_asked(tmp_path: Path) -> None:
     assert wide.down_b is not None and wide.down_b.dtype == torch.float64 and wide.down_b.shape == (1, 4, 16, 2)
     write(tmp_path, PLAIN | {"lora_alpha": 0.2}, {name: t.to(torch.bfloat16) for name, t in GOOD.items()})
     scaled = load_lora(tmp_path, PREFIX, CONFIG, dtype=torch.float32)
-    assert scaled.down_b is not None and scaled.down_b[0, 1, 0, 0].item() == torch.tensor(0.1).item()  # not rounded to the file's bfloat16
+    # not rounded to the file's bfloat16
+    assert scaled.down_b is not None and scaled.down_b[0, 1, 0, 0].item() == torch.tensor(0.1).item()
 
 
 def test_rows_of_a_factor_change_their_order_and_back() -> None:
-    packed, alternating = (torch.tensor(rows, dtype=torch.float32).view(1, 6, 1) for rows in ([0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5]))
+    packed, alternating = (
+        torch.tensor(rows, dtype=torch.float32).view(1, 6, 1) for rows in ([0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5])
+    )
     for found, wanted, before, after in (
         ("packed", "interleaved", packed, alternating),
         ("interleaved", "packed", alternating, packed),
@@ -344,7 +404,10 @@ def test_rows_of_a_factor_change_their_order_and_back() -> None:
         assert torch.equal(peft._in_layout(before, found, wanted), after)
 
 
-GOOD = {f"{PREFIX}.experts.1.down_proj.lora_A.weight": torch.ones(2, 12), f"{PREFIX}.experts.1.down_proj.lora_B.weight": torch.ones(16, 2)}
+GOOD = {
+    f"{PREFIX}.experts.1.down_proj.lora_A.weight": torch.ones(2, 12),
+    f"{PREFIX}.experts.1.down_proj.lora_B.weight": torch.ones(16, 2),
+}
 
 
 def renamed(old: str, new: str) -> dict[str, Tensor]:
@@ -373,7 +436,10 @@ FOLDERS: dict[str, tuple[Any, dict[str, Tensor]]] = {
     "holds a list": ([], GOOD),
     "no adapter below": (PLAIN, renamed(PREFIX, "model.layers.4.mlp")),
     "lora_A.weight is alone; expected": (PLAIN, dict(list(GOOD.items())[:1])),
-    "has model.layers.3.mlp.gate.lora_A.weight; expected only": (PLAIN, GOOD | {f"{PREFIX}.gate.lora_A.weight": torch.ones(2, 2)}),
+    "has model.layers.3.mlp.gate.lora_A.weight; expected only": (
+        PLAIN,
+        GOOD | {f"{PREFIX}.gate.lora_A.weight": torch.ones(2, 2)},
+    ),
     "experts 0..3": (PLAIN, renamed("experts.1", "experts.4")),
     "are \\[2, 12\\] and \\[16, 2\\]; expected \\[2, 16\\] and \\[12, 2\\]": (PLAIN, renamed("down_proj", "up_proj")),
     "are \\[2, 12\\] and \\[16, 2\\]; expected \\[3, 12\\] and \\[16, 3\\]": (PLAIN | {"r": 3}, GOOD),

@@ -1,4 +1,6 @@
-"""Quantised releases as they are published: two methods in one file, words beside quantization_config, layers that no list names."""
+"""Quantized releases as they are published: two methods in one file, words beside quantization_config, layers that no
+list names.
+"""
 
 import dataclasses
 import importlib.util
@@ -12,7 +14,7 @@ import pytest
 import torch
 from checkpoints import folder
 from hypothesis import strategies as st
-from quantised_files import (
+from quantized_files import (
     FORMATS,
     PREFIX,
     SIZES,
@@ -39,12 +41,21 @@ from moe_fn.checkpoint import load_moe_layer, load_moe_weights, moe_layers
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
 
 V4 = {
-    "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "hidden_size": X, "moe_intermediate_size": WIDTH,
-    "n_routed_experts": E, "n_shared_experts": 1, "num_experts_per_tok": 1, "num_hidden_layers": 4, "num_nextn_predict_layers": 1,
-    "norm_topk_prob": True, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "swiglu_limit": 10.0,
+    "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "hidden_size": X,
+    "moe_intermediate_size": WIDTH,
+    "n_routed_experts": E, "n_shared_experts": 1, "num_experts_per_tok": 1, "num_hidden_layers": 4,
+    "num_nextn_predict_layers": 1,
+    "norm_topk_prob": True, "routed_scaling_factor": 1.5, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc",
+    "swiglu_limit": 10.0,
     "num_hash_layers": 3, "torch_dtype": "float32",
 }  # fmt: skip
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [32, 16]}
+FP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [32, 16],
+}
 LISTED = {f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16} for layer in range(4)}
 ANEW = {
     "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": None,
@@ -91,7 +102,9 @@ def check(prefix: str, config: MoEConfig, weights: MoEWeights, floats: Mapping[s
     plain_weights = weights if config.quant is None else dequantize_weights(config, weights)[1]
     for e in range(E):
         expert = f"{prefix}.experts.{e}"
-        assert torch.equal(plain_weights.gate_up[e].float(), torch.cat([floats[f"{expert}.w1"], floats[f"{expert}.w3"]]))
+        assert torch.equal(
+            plain_weights.gate_up[e].float(), torch.cat([floats[f"{expert}.w1"], floats[f"{expert}.w3"]])
+        )
         assert torch.equal(plain_weights.down[e].float(), floats[f"{expert}.w2"])
     assert weights.shared is not None
     assert torch.equal(weights.shared.down, floats[f"{prefix}.shared_experts.w2"])
@@ -100,7 +113,11 @@ def check(prefix: str, config: MoEConfig, weights: MoEWeights, floats: Mapping[s
 WORDS_OF_V4: dict[str, dict[str, Any]] = {
     "beside": V4 | {"expert_dtype": "fp4", "quantization_config": FP8},
     "inside (V4.1)": V4 | {"quantization_config": FP8 | {"expert_dtype": "fp4"}},
-    "in a nested config": {"model_type": "deepseek_v41", "text_config": V4 | {"expert_dtype": "fp4"}, "quantization_config": FP8},
+    "in a nested config": {
+        "model_type": "deepseek_v41",
+        "text_config": V4 | {"expert_dtype": "fp4"},
+        "quantization_config": FP8,
+    },
     "nowhere": V4 | {"quantization_config": FP8},  # the file says what they are
     "null": V4 | {"expert_dtype": None, "quantization_config": FP8 | {"expert_dtype": None}},
 }
@@ -112,7 +129,9 @@ def test_deepseek_v4_as_published(case: str, lay: Any, tmp_path: Path) -> None:
     """Experts in fp4, all else in fp8; of the base models in fp8."""
     tensors, floats = v4({"layers.3.ffn": lay})
     save(tmp_path, tensors)
-    words = json.loads(json.dumps(WORDS_OF_V4[case]).replace('"fp4"', '"fp8"') if lay is fp8 else json.dumps(WORDS_OF_V4[case]))
+    words = json.loads(
+        json.dumps(WORDS_OF_V4[case]).replace('"fp4"', '"fp8"') if lay is fp8 else json.dumps(WORDS_OF_V4[case])
+    )
     write_config(tmp_path, words)
     config, weights = load_moe_layer(tmp_path, 3)
     assert config.quant is not None and config.quant.scheme == ("mxfp4" if lay is FP4 else "fp8_e4m3")
@@ -128,15 +147,19 @@ NVFP4_OF_V4: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     ),
     "one algorithm in ModelOpt's file": (FP8, {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": IGNORED}),
     "no lists": (FP8 | {"moe_quant_algo": "NVFP4"}, None),
-    "lower case, and empty lists": (FP8 | ANEW | {"moe_quant_algo": "nvfp4", "ignore": [], "quantized_layers": {}}, None),
-    "another list of layers": (FP8 | ANEW | {"quantized_layers": {"layers.0.ffn.experts": {"quant_algo": "NVFP4"}}}, None),
+    "lower case, and empty lists": (FP8 | ANEW | {"moe_quant_algo": "nvfp4", "ignore": [], "quantized_layers": {}},
+    None),
+    "another list of layers": (FP8 | ANEW | {"quantized_layers": {"layers.0.ffn.experts": {"quant_algo": "NVFP4"}}},
+    None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("drafts", ["fp4", "nvfp4", "bf16"])
 @pytest.mark.parametrize("case", NVFP4_OF_V4)
 def test_nvfp4_releases_say_fp8_and_modelopt_at_once(case: str, drafts: str, tmp_path: Path) -> None:
-    """ModelOpt quantised the experts anew; shared ones stay fp8, and those of the draft layers what they were, or what they became."""
+    """ModelOpt quantized the experts anew; shared ones stay fp8, and those of the draft layers what they were, or what
+    they became.
+    """
     tensors, floats = v4({"layers.3.ffn": NVFP4, "mtp.0.ffn": {"fp4": FP4, "nvfp4": NVFP4, "bf16": plain}[drafts]})
     save(tmp_path, tensors)
     words, modelopt = NVFP4_OF_V4[case]
@@ -147,7 +170,9 @@ def test_nvfp4_releases_say_fp8_and_modelopt_at_once(case: str, drafts: str, tmp
     assert weights.quant is not None and torch.equal(weights.quant.down_input_scale, torch.full((E,), 0.25))  # type: ignore[arg-type]
     if drafts == "nvfp4" and case == "fp8 in config.json, ModelOpt in its own file":
         return  # no word says that they are
-    of_drafts = dataclasses.replace(config, quant={"fp4": group("mxfp4", 32), "nvfp4": config.quant, "bf16": None}[drafts])
+    of_drafts = dataclasses.replace(
+        config, quant={"fp4": group("mxfp4", 32), "nvfp4": config.quant, "bf16": None}[drafts]
+    )
     check("mtp.0.ffn", of_drafts, load_moe_weights(tmp_path, "mtp.0.ffn", of_drafts), floats)
 
 
@@ -176,7 +201,10 @@ def test_what_a_file_has_as_floats_is_floats_whatever_the_words_say(name: str, d
     assert torch.equal(weights.shared.down, tensors[f"{PREFIX}.shared_experts.down_proj.weight"])
 
 
-DRAFTS = {name: FORMATS[name] for name in ("ct w4a16", "ct fp8 channel", "deepseek", "gptq", "awq", "modelopt nvfp4", "modelopt mixed")}
+DRAFTS = {
+    name: FORMATS[name]
+    for name in ("ct w4a16", "ct fp8 channel", "deepseek", "gptq", "awq", "modelopt nvfp4", "modelopt mixed")
+}
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -201,7 +229,8 @@ def test_draft_layers_in_bf16_need_no_list(name: str, tmp_path: Path) -> None:
 
 
 ONLY_THE_CACHE: dict[str, dict[str, Any]] = {
-    "modelopt": {"quant_method": "modelopt", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}, "ignore": []},
+    "modelopt": {"quant_method": "modelopt", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "ignore": []},
     "modelopt, null": {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
     "compressed-tensors": {
         "quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": [],
@@ -211,10 +240,12 @@ ONLY_THE_CACHE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", [*ONLY_THE_CACHE, "modelopt's file"])
-def test_a_quantised_cache_leaves_weights_alone(case: str, tmp_path: Path) -> None:
+def test_a_quantized_cache_leaves_weights_alone(case: str, tmp_path: Path) -> None:
     tensors = {f"{PREFIX}.gate.weight": torch.randn(E, X), f"{PREFIX}.gate.e_score_correction_bias": torch.zeros(E)}
     for module in (*(f"experts.{e}" for e in range(E)), "shared_experts"):
-        tensors |= {f"{PREFIX}.{module}.{matrix}.weight": torch.randn(size).bfloat16() for matrix, size in SIZES.items()}
+        tensors |= {
+            f"{PREFIX}.{module}.{matrix}.weight": torch.randn(size).bfloat16() for matrix, size in SIZES.items()
+        }
     tensors |= {"model.layers.1.self_attn.k_proj.k_scale": torch.ones(1)}
     save(tmp_path, tensors)
     if case in ONLY_THE_CACHE:

@@ -1,4 +1,6 @@
-"""Every row of the layout table, and every name in it, is read from a file that transformers names: not only from what we save."""
+"""Every row of the layout table, and every name in it, is read from a file that transformers names: not only from what
+we save.
+"""
 
 import dataclasses
 import re
@@ -37,17 +39,22 @@ def in_one_tensor(tensors: Tensors) -> Tensors:
     """Qwen3.5 as published: the experts of a file that has them one by one."""
     found = {name: t for name, t in tensors.items() if ".experts." not in name}
     of_experts: dict[str, list[Tensor]] = {}
-    for name, t in sorted(tensors.items(), key=lambda item: [int(part) if part.isdecimal() else part for part in item[0].split(".")]):
+    for name, t in sorted(
+        tensors.items(), key=lambda item: [int(part) if part.isdecimal() else part for part in item[0].split(".")]
+    ):
         if at := re.search(r"\.experts\.\d+\.", name):
             of_experts.setdefault(f"{name[: at.start()]}.experts.{name[at.end() :]}", []).append(t)
     gate = next(name for name in of_experts if name.endswith("gate_proj.weight"))
-    gates, ups, downs = (torch.stack(of_experts[gate.replace("gate_proj", name)]) for name in ("gate_proj", "up_proj", "down_proj"))
+    gates, ups, downs = (
+        torch.stack(of_experts[gate.replace("gate_proj", name)]) for name in ("gate_proj", "up_proj", "down_proj")
+    )
     prefix = gate.removesuffix("gate_proj.weight")
     return found | {f"{prefix}gate_up_proj": torch.cat([gates, ups], 1), f"{prefix}down_proj": downs}
 
 
 # Layouts that transformers reads or others write, but that it does not save: the family, and its file laid so by hand
-AS_IN_MEMORY = ("minimax_m3 fused", "inkling fused")  # what is saved of the text model alone, which transformers converts nothing of
+# what is saved of the text model alone, which transformers converts nothing of
+AS_IN_MEMORY = ("minimax_m3 fused", "inkling fused")
 LAID_BY_HAND: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "qwen fused": ("qwen2_moe", in_one_tensor),
     "qwen fused, transposed": ("qwen2_moe", lambda tensors: transposed(in_one_tensor(tensors))),
@@ -63,19 +70,32 @@ def files_of(layout: Layout) -> list[tuple[BlockRow, Callable[[Tensors], Tensors
     by_hand = LAID_BY_HAND.get(layout.name)
     laid = [(row, by_hand[1]) for row in ROWS if by_hand is not None and row.family == by_hand[0]]
     banks = "ernie4_5_vl_moe_bank" in layout.families
-    saved = [row for row in ROWS if bool(row.path) == banks and (families_of(row) & set(layout.families) or (banks and row.path))]
+    saved = [
+        row
+        for row in ROWS
+        if bool(row.path) == banks and (families_of(row) & set(layout.families) or (banks and row.path))
+    ]
     return [*((row, lambda tensors: tensors) for row in saved), *laid]
 
 
 def of_nllb(block: Any) -> tuple[MoEConfig, MoEWeights]:
     """transformers' block routes as no layer does, but its tensors are those of one."""
-    classifier, experts = block.router.classifier, [expert for name, expert in block.experts.items() if name.startswith("expert_")]
+    classifier, experts = (
+        block.router.classifier,
+        [expert for name, expert in block.experts.items() if name.startswith("expert_")],
+    )
     names = {"gate_up": "fc1.weight", "down": "fc2.weight", "gate_up_bias": "fc1.bias", "down_bias": "fc2.bias"}
-    found = {name: torch.stack([expert.get_parameter(theirs).detach() for expert in experts]) for name, theirs in names.items()}
+    found = {
+        name: torch.stack([expert.get_parameter(theirs).detach() for expert in experts])
+        for name, theirs in names.items()
+    }
     config = MoEConfig(
-        num_experts=len(experts), top_k=2, hidden_size=32, intermediate_size=found["down"].shape[2], activation="relu2_no_mul",
+        num_experts=len(experts), top_k=2, hidden_size=32, intermediate_size=found["down"].shape[2],
+        activation="relu2_no_mul",
     )  # fmt: skip
-    router = RouterWeights(gate=classifier.weight.detach(), bias=None if classifier.bias is None else classifier.bias.detach())
+    router = RouterWeights(
+        gate=classifier.weight.detach(), bias=None if classifier.bias is None else classifier.bias.detach()
+    )
     return config, MoEWeights(**found, router=router)
 
 
@@ -85,20 +105,31 @@ def of_bank(row: BlockRow, whole: Any) -> tuple[MoEConfig, MoEWeights]:
     if row.path != "text_moe":
         return config, weights
     shared = whole.shared_experts
-    gate_up, down = torch.cat([shared.gate_proj.weight, shared.up_proj.weight]).detach(), shared.down_proj.weight.detach()
+    gate_up, down = (
+        torch.cat([shared.gate_proj.weight, shared.up_proj.weight]).detach(),
+        shared.down_proj.weight.detach(),
+    )
     shared_config = SharedExpertsConfig(intermediate_size=down.shape[1])
-    return dataclasses.replace(config, shared=shared_config), dataclasses.replace(weights, shared=SharedWeights(gate_up=gate_up, down=down))
+    return dataclasses.replace(config, shared=shared_config), dataclasses.replace(
+        weights, shared=SharedWeights(gate_up=gate_up, down=down)
+    )
 
 
 def names_read(layout: Layout, row: BlockRow, lay: Callable[[Tensors], Tensors], folder: Path) -> set[str]:
-    """The names of the layout that a block's file has, all held to the block's own tensors; none where it is in another layout."""
+    """The names of the layout that a block's file has, all held to the block's own tensors; none where it is in another
+    layout.
+    """
     whole = make_block(dataclasses.replace(row, path=""), 0)
     prefix = write(folder, dataclasses.replace(row, path=""), whole)
     if layout.name in AS_IN_MEMORY:
-        save_file({f"{prefix}.{name}": t.clone() for name, t in whole.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {f"{prefix}.{name}": t.clone() for name, t in whole.state_dict().items()}, folder / "model.safetensors"
+        )
     save_file(lay(load_file(folder / "model.safetensors")), folder / "model.safetensors")
     (prefix,) = {layer.prefix for layer in moe_layers(folder)}
-    config, weights = of_bank(row, whole) if row.path else of_nllb(whole) if row.family == "nllb_moe" else from_block(whole)
+    config, weights = (
+        of_bank(row, whole) if row.path else of_nllb(whole) if row.family == "nllb_moe" else from_block(whole)
+    )
     checkpoint = open_checkpoint(folder)
     try:
         plan = plan_of_block(checkpoint, headers_of_block(checkpoint, prefix), prefix, config, layout)
@@ -110,12 +141,16 @@ def names_read(layout: Layout, row: BlockRow, lay: Callable[[Tensors], Tensors],
 
 TAKEN_APART = {
     layout for _, _, _, layout in APART
-}  # by tools that quantise: files of them are held to the blocks in `test_checkpoint_families`
+}  # by tools that quantize: files of them are held to the blocks in `test_checkpoint_families`
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.name not in TAKEN_APART], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS if layout.name not in TAKEN_APART], ids=lambda layout: layout.name
+)
 def test_every_name_of_a_layout_is_read_as_transformers_has_it(layout: Layout, tmp_path: Path) -> None:
-    """A new row wants a family of transformers whose blocks are saved so, or a file laid so by hand: LAID_BY_HAND, APART."""
+    """A new row wants a family of transformers whose blocks are saved so, or a file laid so by hand: LAID_BY_HAND,
+    APART.
+    """
     missing = {entry.name for entry in layout.entries if not entry.optional}
     for place, (row, lay) in enumerate(files_of(layout)):
         if missing:

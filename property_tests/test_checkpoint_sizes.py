@@ -1,4 +1,6 @@
-"""Checkpoints of real sizes: memory while loading, published models by their headers alone; the inspect command; the progress bar."""
+"""Checkpoints of real sizes: memory while loading, published models by their headers alone; the inspect command; the
+progress bar.
+"""
 
 import dataclasses
 import importlib.util
@@ -15,7 +17,15 @@ import torch
 from checkpoints import same_bits
 
 from moe_fn import MoEConfig, ParallelConfig, RankGroup
-from moe_fn.checkpoint import LAYOUTS, load_moe_layer, load_moe_layers, load_moe_weights, moe_layers, read_plan, save_moe_weights
+from moe_fn.checkpoint import (
+    LAYOUTS,
+    load_moe_layer,
+    load_moe_layers,
+    load_moe_weights,
+    moe_layers,
+    read_plan,
+    save_moe_weights,
+)
 from moe_fn.checkpoint.__main__ import main
 from moe_fn.families import config_of_layer
 from moe_fn.records import leaves_of_weights
@@ -24,7 +34,8 @@ from moe_fn.testing import weights_for
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
 
 _DTYPES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL", torch.float16: "F16", torch.int32: "I32",
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL", torch.float16: "F16",
+    torch.int32: "I32",
     torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 
@@ -43,7 +54,10 @@ def write_hollow(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int,
 
 E, WIDTH = 32, 1024  # hidden and intermediate: 201 MB in bfloat16, an expert's matrix 2 MB
 EACH = {f"b.experts.{e}.{w}.weight": (torch.bfloat16, (WIDTH, WIDTH)) for e in range(E) for w in ("w1", "w2", "w3")}
-FUSED = {"b.experts.gate_up_proj": (torch.bfloat16, (E, 2 * WIDTH, WIDTH)), "b.experts.down_proj": (torch.bfloat16, (E, WIDTH, WIDTH))}
+FUSED = {
+    "b.experts.gate_up_proj": (torch.bfloat16, (E, 2 * WIDTH, WIDTH)),
+    "b.experts.down_proj": (torch.bfloat16, (E, WIDTH, WIDTH)),
+}
 LOAD = """
 import sys
 from moe_fn import MoEConfig, QuantConfig
@@ -74,10 +88,12 @@ print(status("VmHWM") - before, sum(t.nbytes for t in (weights.gate_up, weights.
 )
 def test_a_layer_is_held_once(layout: str, slices: str, weight_layout: str, tmp_path: Path) -> None:
     write_hollow(
-        tmp_path / "model.safetensors", {**(EACH if layout == "mixtral" else FUSED), "b.gate.weight": (torch.bfloat16, (E, WIDTH))}
+        tmp_path / "model.safetensors",
+        {**(EACH if layout == "mixtral" else FUSED), "b.gate.weight": (torch.bfloat16, (E, WIDTH))},
     )
     found = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path), layout, weight_layout, slices], capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOAD, str(tmp_path), layout, weight_layout, slices], capture_output=True, text=True,
+        check=True
     )  # fmt: skip
     peak, layer = map(int, found.stdout.split())
     assert layer == 201_326_592 / (1 if slices == "{}" else 4)
@@ -92,7 +108,9 @@ def test_a_rank_reads_no_more_than_its_part(layout: str, tmp_path: Path, monkeyp
     save_moe_weights(tmp_path, "layers.3.mlp", config, weights, layout=layout)
     read = []
     copy = read_plan._copy_piece
-    monkeypatch.setattr(read_plan, "_copy_piece", lambda piece, source, *rest: (read.append(source.nbytes), copy(piece, source, *rest)))
+    monkeypatch.setattr(
+        read_plan, "_copy_piece", lambda piece, source, *rest: (read.append(source.nbytes), copy(piece, source, *rest))
+    )
     mine = load_moe_weights(tmp_path, "layers.3.mlp", dataclasses.replace(config, parallel=parallel), layout=layout)
     assert sum(read) == sum(t.nbytes for t in leaves_of_weights(mine) if t is not None)
 
@@ -115,9 +133,11 @@ SMALL = {
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of a process' memory here")
 @pytest.mark.parametrize(("method", "slices"), [("fp8", "{}"), ("fp8", "{'experts': range(8)}"), ("gptq", "{}")])
-def test_a_quantised_layer_is_held_once(method: str, slices: str, tmp_path: Path) -> None:
+def test_a_quantized_layer_is_held_once(method: str, slices: str, tmp_path: Path) -> None:
     stored, words, quant, per_byte = SMALL[method]
-    tensors = {f"b.experts.{e}.{w}{name}": kind for e in range(E) for w in ("w1", "w2", "w3") for name, kind in stored.items()}
+    tensors = {
+        f"b.experts.{e}.{w}{name}": kind for e in range(E) for w in ("w1", "w2", "w3") for name, kind in stored.items()
+    }
     write_hollow(tmp_path / "model.safetensors", {**tensors, "b.gate.weight": (torch.bfloat16, (E, WIDTH))})
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "quantization_config": words}))
     arguments = [sys.executable, "-c", LOAD, str(tmp_path), "mixtral", "out_in", slices, f"QuantConfig({quant})"]
@@ -131,8 +151,10 @@ PUBLISHED = {
     "aria": "language_model.model.layers.0.mlp", "glm4v_moe": "model.language_model.layers.1.mlp",
     "glm5_next": "model.language_model.layers.3.mlp", "inkling2": "model.llm.layers.0.mlp",
     "minimax_m3_vl": "language_model.model.layers.0.block_sparse_moe", "mistral_large4": "layers.1",
-    "muse_spark": "model.language_model.layers.0.mlp", "qwen3_vl_moe": "model.language_model.layers.0.mlp", "step3p7": "model.layers.3.moe",
-    "deepseek_v4": "model.layers.0.ffn", "nemotron_h": "backbone.layers.1.mixer", "switch_transformers": "decoder.block.1.layer.2.mlp",
+    "muse_spark": "model.language_model.layers.0.mlp", "qwen3_vl_moe": "model.language_model.layers.0.mlp",
+    "step3p7": "model.layers.3.moe",
+    "deepseek_v4": "model.layers.0.ffn", "nemotron_h": "backbone.layers.1.mixer",
+    "switch_transformers": "decoder.block.1.layer.2.mlp",
     "longcat_flash": "model.layers.0.mlp", "deepseek_v3": "model.layers.3.mlp", "openai_privacy_filter": "layers.0.mlp",
 }  # fmt: skip
 
@@ -156,7 +178,9 @@ def test_models_of_published_sizes_fit(family: str, tmp_path: Path) -> None:
     from transformers.models.auto import modeling_auto
 
     tables = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM")
-    tables = [getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}) for name in tables] + [modeling_auto.MODEL_MAPPING_NAMES]
+    tables = [getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}) for name in tables] + [
+        modeling_auto.MODEL_MAPPING_NAMES
+    ]
     name = next(table[family] for table in tables if family in table)
     config = shortened(transformers.CONFIG_MAPPING[family]())
     with torch.device("meta"):
@@ -170,18 +194,28 @@ def test_models_of_published_sizes_fit(family: str, tmp_path: Path) -> None:
     assert all(layer.bytes > 1e7 for layer in layers)
 
 
-WORDS = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 4, "intermediate_size": 6}
+WORDS = {
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "hidden_size": 4,
+    "intermediate_size": 6,
+}
 
 
 def small_model(path: Path) -> None:
     """Three layers of Mixtral, of which the last lacks its gate."""
     config = MoEConfig(num_experts=8, top_k=2, hidden_size=4, intermediate_size=6)
     whole = next(layout for layout in LAYOUTS if layout.name == "mixtral")
-    without_gate = dataclasses.replace(whole, entries=tuple(entry for entry in whole.entries if entry.weight != ("router", "gate")))
+    without_gate = dataclasses.replace(
+        whole, entries=tuple(entry for entry in whole.entries if entry.weight != ("router", "gate"))
+    )
     for layer, layout in enumerate((whole, whole, without_gate)):
         weights = weights_for(config, layer, dtype=torch.bfloat16, bias=False, scales=False)
         weights = weights if layout is whole else dataclasses.replace(weights, router=None)
-        save_moe_weights(path, f"model.layers.{layer}.block_sparse_moe", config, weights, layout=layout, max_shard_bytes=900)
+        save_moe_weights(
+            path, f"model.layers.{layer}.block_sparse_moe", config, weights, layout=layout, max_shard_bytes=900
+        )
     (path / "config.json").write_text(json.dumps(WORDS))
 
 
@@ -201,7 +235,8 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_inspect_says_which_experts_are_shared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = {
-        "model_type": "hunyuan_v1_moe", "num_experts": 2, "moe_topk": 1, "hidden_size": 4, "intermediate_size": 6, "num_shared_expert": 1,
+        "model_type": "hunyuan_v1_moe", "num_experts": 2, "moe_topk": 1, "hidden_size": 4, "intermediate_size": 6,
+        "num_shared_expert": 1,
     }  # fmt: skip
     config = config_of_layer(words, 0)
     weights = weights_for(config, dtype=torch.bfloat16, bias=False, scales=False)
@@ -209,7 +244,9 @@ def test_inspect_says_which_experts_are_shared(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "config.json").write_text(json.dumps(words))
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "2        1      4       6             1 x 6   BF16" in out and "  options  shared.intermediate_size=6\n" in out
+    assert (
+        "2        1      4       6             1 x 6   BF16" in out and "  options  shared.intermediate_size=6\n" in out
+    )
 
 
 def test_inspect_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +255,8 @@ def test_inspect_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     first, _, last = json.loads(capsys.readouterr().out)
     assert MoEConfig.from_dict(first.pop("config")) == load_moe_layer(tmp_path, 0)[0]
     assert first == {
-        "index": 0, "prefix": "model.layers.0.block_sparse_moe", "family": "mixtral", "layout": "mixtral", "dtype": "BF16",
+        "index": 0, "prefix": "model.layers.0.block_sparse_moe", "family": "mixtral", "layout": "mixtral",
+        "dtype": "BF16",
         "bytes": 8 * 3 * 24 * 2 + 8 * 4 * 4, "problem": None, "options": {"router.gate_dtype": "input"},
     }  # fmt: skip
     assert last["layout"] is None and "gate.weight is missing" in last["problem"]
@@ -235,7 +273,10 @@ def test_layers_come_one_by_one_and_say_so(tmp_path: Path, capsys: pytest.Captur
         prefixes.append(layer)
     assert prefixes == [1, 0]
     err = capsys.readouterr().err
-    assert err == f"1/2 {tmp_path.name}: model.layers.1.block_sparse_moe\n2/2 {tmp_path.name}: model.layers.0.block_sparse_moe\n"
+    assert (
+        err
+        == f"1/2 {tmp_path.name}: model.layers.1.block_sparse_moe\n2/2 {tmp_path.name}: model.layers.0.block_sparse_moe\n"  # noqa: E501
+    )
     assert len(list(load_moe_layers(tmp_path, [0], progress=False))) == 1 and not capsys.readouterr().err
     with pytest.raises(ValueError, match=r"no mixture of experts in layer 7; expected one of 0, 1, 2"):
         next(load_moe_layers(tmp_path, [0, 7]))
@@ -244,5 +285,10 @@ def test_layers_come_one_by_one_and_say_so(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_the_command_runs(tmp_path: Path) -> None:
-    found = subprocess.run([sys.executable, "-m", "moe_fn.checkpoint", "inspect", str(tmp_path)], capture_output=True, text=True)
-    assert found.returncode == 2 and "expected model.safetensors, or shards with model.safetensors.index.json" in found.stderr
+    found = subprocess.run(
+        [sys.executable, "-m", "moe_fn.checkpoint", "inspect", str(tmp_path)], capture_output=True, text=True
+    )
+    assert (
+        found.returncode == 2
+        and "expected model.safetensors, or shards with model.safetensors.index.json" in found.stderr
+    )

@@ -43,7 +43,9 @@ def test_slots_of_no_expert_contribute_nothing_whatever_they_hold(case: Case) ->
     garbage[int(d.expert_ends[-1]) :] = torch.nan
     wild = torch.where(routing.expert_ids < 0, torch.inf, routing.weights)
     expected = moe_fn.combine(config, rows, d, routing)
-    assert_matches(moe_fn.combine(config, garbage, d, dataclasses.replace(routing, weights=wild)), expected, tolerance=0.0)
+    assert_matches(
+        moe_fn.combine(config, garbage, d, dataclasses.replace(routing, weights=wild)), expected, tolerance=0.0
+    )
     nobody = ((routing.expert_ids < 0) | (routing.expert_ids >= config.num_experts)).all(-1)
     assert (expected[nobody] == 0).all()
 

@@ -1,8 +1,9 @@
-"""The code of the README and of the pages in docs/ runs and prints what the pages say; links, files and names on them are there.
+"""The code of the README and of the pages in docs/ runs and prints what the pages say; links, files and names on them
+are there.
 
-A block of Python runs after those above it on its page, with their names. The words behind "python" on its first line may say otherwise:
-"requires PACKAGES": where one of them is not installed, the page's run ends there as a skipped test; "shown": the block does not run.
-A block of "output" below it is what it prints.
+A block of Python runs after those above it on its page, with their names. The words behind "python" on its first line
+may say otherwise: "requires PACKAGES": where one of them is not installed, the page's run ends there as a skipped test;
+"shown": the block does not run. A block of "output" below it is what it prints.
 """
 
 import contextlib
@@ -19,8 +20,14 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
-SOURCES = [path.as_posix() for folder in ("moe_fn", "property_tests", "compile_tests", "examples") for path in (ROOT / folder).rglob("*.*")]
-_BLOCK = re.compile(r"^```python(?P<words>[^\n]*)\n(?P<code>.*?)^```\n(?:\n*```output\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
+SOURCES = [
+    path.as_posix()
+    for folder in ("moe_fn", "property_tests", "compile_tests", "examples")
+    for path in (ROOT / folder).rglob("*.*")
+]
+_BLOCK = re.compile(
+    r"^```python(?P<words>[^\n]*)\n(?P<code>.*?)^```\n(?:\n*```output\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE
+)
 _LINK = re.compile(r"\]\((?!https?://)(?P<file>[^)#\s]*)(?:#(?P<heading>[^)\s]*))?\)")
 
 pytestmark = pytest.mark.skipif(not PAGES, reason="installed without the repository")
@@ -28,7 +35,9 @@ pytestmark = pytest.mark.skipif(not PAGES, reason="installed without the reposit
 
 @dataclass(frozen=True)
 class Block:
-    """A block of Python: the words behind "python" on its first line, its code, its line on the page, what it prints (None: anything)."""
+    """A block of Python: the words behind "python" on its first line, its code, its line on the page, what it prints
+    (None: anything).
+    """
 
     words: tuple[str, ...]
     code: str
@@ -68,7 +77,10 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
                 if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
                     pytest.skip(f"line {block.line} of {page.name} and what follows: needs {', '.join(missing)}")
             case words:
-                assert words == (), f"{page.name}:{block.line}: python {' '.join(words)}; expected nothing, 'requires PACKAGES' or 'shown'"
+                assert words == (), (
+                    f"{page.name}:{block.line}: python {' '.join(words)}; expected nothing, 'requires PACKAGES' or "
+                    "'shown'"
+                )
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
         if block.output is not None:
@@ -78,15 +90,23 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
 def headings_of(page: Path) -> set[str]:
     """As the fragments of links to them: lower case, without punctuation, hyphens for blanks."""
     lines = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).splitlines()
-    return {re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-") for line in lines if line.startswith("#")}
+    return {
+        re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
+        for line in lines
+        if line.startswith("#")
+    }
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=lambda page: page.stem)
 def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
     for link in _LINK.finditer(page.read_text()):
         file = page.parent / link["file"] if link["file"] else page
-        assert not link["file"].startswith("/") and file.exists(), f"{page.name}: {link['file']} is no relative path of a file"
-        assert link["heading"] is None or link["heading"] in headings_of(file), f"{page.name}: {file.name} has no heading {link['heading']}"
+        assert not link["file"].startswith("/") and file.exists(), (
+            f"{page.name}: {link['file']} is no relative path of a file"
+        )
+        assert link["heading"] is None or link["heading"] in headings_of(file), (
+            f"{page.name}: {file.name} has no heading {link['heading']}"
+        )
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=lambda page: page.stem)

@@ -90,7 +90,9 @@ def fullest(placement: Placement, load: Tensor, num_gpus: int) -> list[float]:
 
 
 def test_the_vectors_of_the_published_algorithm() -> None:
-    load = torch.tensor([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]])
+    load = torch.tensor(
+        [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
+    )
     expected = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1], [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1]]
     for numbers in (load, load.double(), load.to(torch.int32), load.half()):
         placement = balance.place_experts(numbers, num_physical=16, num_groups=4, num_nodes=2, num_gpus=8)
@@ -104,7 +106,9 @@ def test_the_vectors_of_the_published_algorithm() -> None:
 
 def test_slots_are_kept_as_in_the_published_extension() -> None:
     previous = balance.placement_of_slots(torch.tensor([3, 0, 1, 2, 0, 1]), num_experts=4)
-    new = balance.place_experts(torch.tensor([2, 9, 4, 6]), num_physical=6, num_groups=1, num_nodes=1, num_gpus=2, previous=previous)
+    new = balance.place_experts(
+        torch.tensor([2, 9, 4, 6]), num_physical=6, num_groups=1, num_nodes=1, num_gpus=2, previous=previous
+    )
     plain = balance.place_experts(torch.tensor([2, 9, 4, 6]), num_physical=6, num_groups=1, num_nodes=1, num_gpus=2)
     assert plain.logical_of_physical.tolist() == [1, 2, 0, 1, 3, 3]
     assert new.logical_of_physical.tolist() == [2, 0, 1, 3, 3, 1]
@@ -149,7 +153,10 @@ def test_gpus_are_balanced_within_the_proven_bound(cluster: Cluster) -> None:
         for node in range(nodes):
             total, largest = float(of_node[node]), float(share[node].max())
             assert largest <= total / (spare + 1) * ROUNDING + 1e-9
-            assert float(per_gpu.view(nodes, -1)[node].max()) <= (total / gpus + (1 - 1 / gpus) * largest) * ROUNDING + 1e-9
+            assert (
+                float(per_gpu.view(nodes, -1)[node].max())
+                <= (total / gpus + (1 - 1 / gpus) * largest) * ROUNDING + 1e-9
+            )
 
 
 @law(st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(0, 12)))
@@ -185,7 +192,9 @@ def test_never_worse_than_the_previous_placement(cluster: Cluster) -> None:
     new = cluster.place(cluster.later, previous)
     fresh = fullest(cluster.place(cluster.later), cluster.later, cluster.num_gpus)
     gpus = cluster.num_gpus
-    for layer, (now, before) in enumerate(zip(fullest(new, cluster.later, gpus), fullest(previous, cluster.later, gpus), strict=True)):
+    for layer, (now, before) in enumerate(
+        zip(fullest(new, cluster.later, gpus), fullest(previous, cluster.later, gpus), strict=True)
+    ):
         assert now <= before
         assert now <= fresh[layer] * ROUNDING
         if fresh[layer] >= before:
@@ -267,15 +276,19 @@ BAD = {
     "load on GPUs": (lambda: balance.gpu_load(ONE, torch.ones(1), 3), "num_gpus=3"),
     "window of nothing": (lambda: balance.load_window(0, 3), "size=0"),
     "window of floats": (lambda: balance.load_window(2, 3, dtype=torch.float32), "float32"),
-    "a load of another shape": (lambda: balance.push(balance.load_window(2, 3), torch.ones(2, dtype=torch.int64)), r"\[2\]; expected"),
+    "a load of another shape": (lambda: balance.push(balance.load_window(2, 3), torch.ones(2, dtype=torch.int64)),
+    r"\[2\]; expected"),
     "a load that is no tensor": (lambda: balance.push(balance.load_window(2, 3), [1, 2, 3]), "a list"),
     "no window": (lambda: balance.push(torch.ones(2, 3), torch.ones(3)), "a Tensor; expected LoadWindow"),
     "the total of a load": (lambda: balance.total(torch.ones(2, 3)), "a Tensor; expected LoadWindow"),
     "a layer of no placement": (lambda: balance.placement_at(LOAD, 0), "a Tensor; expected Placement"),
-    "a layer too many": (lambda: balance.placement_at(balance.place_experts(LOAD, 8, 2, 2, 2), 2), "layer=2; expected one of its 2"),
+    "a layer too many": (lambda: balance.placement_at(balance.place_experts(LOAD, 8, 2, 2, 2), 2),
+    "layer=2; expected one of its 2"),
     "a group by its name": (lambda: balance.load_over_ranks(LOAD, "ep"), "group is a str"),
-    "a load of no experts": (lambda: balance.update_correction_bias(torch.tensor(0.0), torch.tensor(1), 1.0), r"\[\]; expected \[..., E\]"),
-    "a load elsewhere": (lambda: balance.update_correction_bias(torch.zeros(8, device="meta"), LOAD[0], 1.0), "on cpu; expected .* meta"),
+    "a load of no experts": (lambda: balance.update_correction_bias(torch.tensor(0.0), torch.tensor(1), 1.0),
+    r"\[\]; expected \[..., E\]"),
+    "a load elsewhere": (lambda: balance.update_correction_bias(torch.zeros(8, device="meta"), LOAD[0], 1.0),
+    "on cpu; expected .* meta"),
     "a load of floats": (lambda: balance.push(balance.load_window(2, 3), torch.ones(3)), "float32"),
     "moves between other sizes": (lambda: balance.transfers(ONE, SMALLER, 1), r"\[2\]; expected \[1\]"),
     "moves on other GPUs": (lambda: balance.transfers(ONE, ONE, 3), "num_gpus=3"),
@@ -303,7 +316,9 @@ def test_a_placement_on_meta_has_nothing_to_compare() -> None:
 
 
 @law(st.tuples(placements(), st.lists(st.integers(-1, 9), max_size=24), st.sampled_from((torch.int32, torch.int64))))
-def test_physical_ids_map_back_to_the_logical_ids(case: tuple[tuple[Placement, Placement, int], list[int], torch.dtype]) -> None:
+def test_physical_ids_map_back_to_the_logical_ids(
+    case: tuple[tuple[Placement, Placement, int], list[int], torch.dtype],
+) -> None:
     (placement, _, _), numbers, dtype = case
     ids = torch.tensor([n % len(placement.num_replicas) if n >= 0 else n for n in numbers], dtype=dtype).view(-1, 1)
     physical = balance.physical_ids(placement, ids)
@@ -336,7 +351,8 @@ def test_nobody_and_zero_experts_stay_what_they_are(case: tuple[tuple[Placement,
 
 CONFIG = MoEConfig(
     num_experts=5, top_k=3, hidden_size=6, intermediate_size=4, expert_norm=moe_fn.ExpertNormConfig(),
-    shared=SharedExpertsConfig(intermediate_size=3), zero_experts=ZeroExpertsConfig(count=2, kind="constant"), backend="torch",
+    shared=SharedExpertsConfig(intermediate_size=3), zero_experts=ZeroExpertsConfig(count=2, kind="constant"),
+    backend="torch",
 )  # fmt: skip
 
 
@@ -367,7 +383,9 @@ def test_loads_keep_their_totals(cluster: Cluster) -> None:
     logical = balance.logical_load(placement, of_slots)
     for layer, one in enumerate(layers_of(placement)):
         for expert, load in enumerate(logical[layer].tolist()):
-            assert load == sum(of_slots[layer, slot].item() for slot in one.physical_of_logical[expert].tolist() if slot >= 0)
+            assert load == sum(
+                of_slots[layer, slot].item() for slot in one.physical_of_logical[expert].tolist() if slot >= 0
+            )
     assert torch.equal(logical.sum(-1), of_slots.sum(-1))
     per_gpu = balance.gpu_load(placement, cluster.load, cluster.num_gpus)
     assert torch.allclose(per_gpu.sum(-1), cluster.load.double().sum(-1), rtol=1e-12, atol=0)
@@ -475,7 +493,10 @@ def weights_of_slots(seed: int, experts: int, dtype: torch.dtype) -> MoEWeights:
 
 
 def part(weights: MoEWeights, gpu: int, gpus: int) -> MoEWeights:
-    own = {name: getattr(weights, name).tensor_split(gpus)[gpu] for name in ("gate_up", "down", "gate_up_bias", "expert_norm")}
+    own = {
+        name: getattr(weights, name).tensor_split(gpus)[gpu]
+        for name in ("gate_up", "down", "gate_up_bias", "expert_norm")
+    }
     return dataclasses.replace(weights, **own)
 
 
@@ -485,7 +506,9 @@ def same_bits(a: MoEWeights, b: MoEWeights) -> bool:
 
 
 @law(st.tuples(placements(), st.integers(0, 2**20), st.sampled_from((torch.float32, torch.bfloat16, torch.float64))))
-def test_moved_weights_are_the_weights_of_the_new_placement(case: tuple[tuple[Placement, Placement, int], int, torch.dtype]) -> None:
+def test_moved_weights_are_the_weights_of_the_new_placement(
+    case: tuple[tuple[Placement, Placement, int], int, torch.dtype],
+) -> None:
     """All ranks in one process; test_eplb_ranks.py has real ones."""
     (previous, new, gpus), seed, dtype = case
     weights = weights_of_slots(seed, len(new.num_replicas), dtype)
@@ -494,6 +517,8 @@ def test_moved_weights_are_the_weights_of_the_new_placement(case: tuple[tuple[Pl
     own = [part(before, gpu, gpus) for gpu in range(gpus)]
     sent = [balance.move_weights.departing(own[gpu], moves, gpu) for gpu in range(gpus)]
     for gpu in range(gpus):
-        moved = balance.move_weights.arrived(own[gpu], moves, gpu, [sent[other][gpu] for other in range(gpus)])
+        moved = balance.move_weights.weights_after_moves(
+            own[gpu], moves, gpu, [sent[other][gpu] for other in range(gpus)]
+        )
         assert same_bits(moved, part(after, gpu, gpus))
         assert same_bits(own[gpu], part(before, gpu, gpus))

@@ -1,4 +1,6 @@
-"""The examples that want transformers run, each at its smallest, in a process of its own, and print what they promise."""
+"""The examples that want transformers run, each at its smallest, in a process of its own, and print what
+they promise.
+"""
 
 import re
 import subprocess
@@ -46,7 +48,8 @@ def test_a_folder_before_and_after(tmp_path: Path) -> None:
         sys.path.pop(0)
     small_model("gpt-oss", torch.float32, tiny=True).save_pretrained(tmp_path)
     text = printed("hf_model", *QUICK, "--checkpoint", str(tmp_path))
-    assert_equal_and_whole(text, "1 + 2")  # the second is that of transformers' cache, which counts the words of a window in Python
+    # the second is that of transformers' cache, which counts the words of a window in Python
+    assert_equal_and_whole(text, "1 + 2")
     assert "1 blocks replaced, 0 left" in text
 
 

@@ -41,7 +41,11 @@ def test_a_row_depends_on_its_own_expert_alone(case: Case) -> None:
     expert = case[2] % config.num_experts
 
     def spoiled(t: Tensor | None) -> Tensor | None:
-        return None if t is None else torch.where((torch.arange(len(t)) == expert).view(-1, *[1] * (t.ndim - 1)), t, torch.nan)
+        return (
+            None
+            if t is None
+            else torch.where((torch.arange(len(t)) == expert).view(-1, *[1] * (t.ndim - 1)), t, torch.nan)
+        )
 
     names = ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm")
     others = dataclasses.replace(weights, **{name: spoiled(getattr(weights, name)) for name in names})
@@ -52,8 +56,12 @@ def test_a_row_depends_on_its_own_expert_alone(case: Case) -> None:
 def test_rows_of_no_expert_are_never_read(case: Case, extra: int) -> None:
     config, weights, d = sorted_rows(case, extra)
     end = int(d.expert_ends[-1])
-    garbage = dataclasses.replace(d, rows=torch.where((torch.arange(end + extra) < end).unsqueeze(1), d.rows, torch.nan).requires_grad_())
-    weights = torch.utils._pytree.tree_map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, weights)
+    garbage = dataclasses.replace(
+        d, rows=torch.where((torch.arange(end + extra) < end).unsqueeze(1), d.rows, torch.nan).requires_grad_()
+    )
+    weights = torch.utils._pytree.tree_map(
+        lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, weights
+    )
     out = moe_fn.experts(config, weights, garbage)
     assert_matches(out[:end], moe_fn.experts(config, weights, d)[:end], tolerance=0.0)
     out[:end].sum().backward()
@@ -83,7 +91,9 @@ def test_packed_and_interleaved_weights_give_the_same_numbers(case: Case) -> Non
         return torch.stack(t.chunk(2, dim), dim + 1).flatten(dim, dim + 1)
 
     assert weights.gate_up_bias is not None
-    interleaved = dataclasses.replace(weights, gate_up=woven(weights.gate_up, dim), gate_up_bias=woven(weights.gate_up_bias, 1))
+    interleaved = dataclasses.replace(
+        weights, gate_up=woven(weights.gate_up, dim), gate_up_bias=woven(weights.gate_up_bias, 1)
+    )
     other = dataclasses.replace(config, gate_up_layout="interleaved")
     assert_matches(moe_fn.experts(other, interleaved, d), moe_fn.experts(config, weights, d), scale=1.0)
 

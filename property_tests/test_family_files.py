@@ -29,7 +29,13 @@ def test_a_deep_config_is_an_error_in_words() -> None:
 
 def test_what_a_file_leaves_out_is_its_class_s_default() -> None:
     """Not another class's of the same family."""
-    gpt_oss: Words = {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 16, "intermediate_size": 24}
+    gpt_oss: Words = {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+    }
     activation = config_of_layer(gpt_oss, 0).activation
     assert isinstance(activation, ActivationConfig) and activation.limit == 7.0
     for model_type, scale, normalised in (
@@ -49,7 +55,9 @@ def test_every_family_reads_a_file_that_says_nothing_or_names_the_word_that_it_w
             try:
                 config_of_layer({"model_type": name}, 0)
             except ValueError as error:
-                assert family.refused or ("the model's config" in str(error) and "another kind than" not in str(error)), (name, error)
+                assert family.refused or (
+                    "the model's config" in str(error) and "another kind than" not in str(error)
+                ), (name, error)
 
 
 def test_every_value_that_a_word_of_a_family_may_have_is_read() -> None:
@@ -73,7 +81,11 @@ def words_in(value: Any) -> Iterator[Word]:
     """The words in a row of a table, those in other words, in limits and in products too."""
     if isinstance(value, Word):
         yield value
-    parts = [getattr(value, field.name) for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else value
+    parts = (
+        [getattr(value, field.name) for field in dataclasses.fields(value)]
+        if dataclasses.is_dataclass(value)
+        else value
+    )
     for inner in parts.values() if isinstance(parts, Mapping) else parts if isinstance(parts, list | tuple) else ():
         yield from words_in(inner)
 
@@ -83,8 +95,12 @@ def test_a_family_renormalises_unless_its_row_says_otherwise() -> None:
     read = 0
     for family in (family for family in FAMILIES if not family.refused and "renormalize" not in family.router):
         own = {name: family.router[name] for name in _WITH_RENORMALIZE if name in family.router}
-        words = {name: 0.25 for value in own.values() for word in words_in(value) for name in word.names if "." not in name}
-        router = config_of_layer({"model_type": family.names[0], **SIZES, "moe_intermediate_size": 4, **words}, 1).router
+        words = {
+            name: 0.25 for value in own.values() for word in words_in(value) for name in word.names if "." not in name
+        }
+        router = config_of_layer(
+            {"model_type": family.names[0], **SIZES, "moe_intermediate_size": 4, **words}, 1
+        ).router
         assert router.renormalize, family.names
         for name, value in own.items():
             assert getattr(router, name) == (0.25 if isinstance(value, Word) else value) != 0, (family.names, name)
@@ -93,12 +109,19 @@ def test_a_family_renormalises_unless_its_row_says_otherwise() -> None:
 
 
 def test_an_error_says_what_was_read_and_what_was_left_out() -> None:
-    said = r"MoEConfig.num_experts is 0; expected an int >= 1; read from the model's config: num_experts \(0\); left out, .*: hidden_size "
+    said = (
+        r"MoEConfig.num_experts is 0; expected an int >= 1; read from the model's config: num_experts \(0\); "
+        r"left out, .*: hidden_size "
+    )
     with pytest.raises(ValueError, match=said):
         config_of_layer({"model_type": "mixtral", "num_experts": 0}, 0)
-    for words in ({"model_type": "hy_v3", "num_shared_experts": 0}, {"model_type": "nemotron_h", "moe_shared_expert_intermediate_size": 0}):
+    for words in (
+        {"model_type": "hy_v3", "num_shared_experts": 0},
+        {"model_type": "nemotron_h", "moe_shared_expert_intermediate_size": 0},
+    ):
         with pytest.raises(
-            ValueError, match=r"num_shared_experts|moe_shared_expert_intermediate_size is 0 in the model's config; expected"
+            ValueError,
+            match=r"num_shared_experts|moe_shared_expert_intermediate_size is 0 in the model's config; expected",
         ):
             config_of_layer(words, 0)
 
@@ -106,16 +129,30 @@ def test_an_error_says_what_was_read_and_what_was_left_out() -> None:
 def test_a_prefix_chooses_among_parts() -> None:
     """By its whole names; where all parts have a name, one of them has to be in it."""
     of_text = {"hidden_size": 8, "shared_expert_intermediate_size": 4}
-    words = {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": of_text}, "talker_config": {"text_config": of_text}}
-    for prefix, experts, shared in (("thinker.model.layers.0.mlp", 768, None), ("talker.model.layers.0.mlp", 384, 4), (None, 768, None)):
+    words = {
+        "model_type": "qwen3_omni_moe",
+        "thinker_config": {"text_config": of_text},
+        "talker_config": {"text_config": of_text},
+    }
+    for prefix, experts, shared in (
+        ("thinker.model.layers.0.mlp", 768, None),
+        ("talker.model.layers.0.mlp", 384, 4),
+        (None, 768, None),
+    ):
         config = config_of_layer(words, 0, prefix)
         assert (config.intermediate_size, config.shared and config.shared.intermediate_size) == (experts, shared)
     for prefix in ("model.layers.0.mlp", "talkers.layers.0.mlp"):
-        with pytest.raises(ValueError, match=r"2 parts with experts, and '.*' does not say which; expected 'thinker' or 'talker' in it"):
+        with pytest.raises(
+            ValueError, match=r"2 parts with experts, and '.*' does not say which; expected 'thinker' or 'talker' in it"
+        ):
             config_of_layer(words, 0, prefix)
     with pytest.raises(ValueError, match="text_config is 3 in the model's config; expected a JSON object"):
         config_of_layer({"model_type": "llama4", "text_config": 3}, 0)
-    unlisted = {"model_type": "unheard_of", "speech_config": {"model_type": "mixtral"}, "llm_config": {"model_type": "qwen3_moe"}}
+    unlisted = {
+        "model_type": "unheard_of",
+        "speech_config": {"model_type": "mixtral"},
+        "llm_config": {"model_type": "qwen3_moe"},
+    }
     assert config_of_layer(unlisted, 0).num_experts == 128
     assert config_of_layer(unlisted, 0, "model.speech.layers.0.mlp").num_experts == 8
 
@@ -131,17 +168,26 @@ def test_lists_hold_an_entry_for_the_layer() -> None:
     step: Words = {"model_type": "step3p5"}
     assert config_of_layer({**step, "swiglu_limits": [], "swiglu_limits_shared": []}, 1) == config_of_layer(step, 1)
     v4: Words = {"model_type": "deepseek_v4", "num_hash_layers": 1}
-    assert [config_of_layer(v4, layer).router.selection for layer in (0, 1, 42, 43)] == ["hash", "top_k", "top_k", "top_k"]
+    assert [config_of_layer(v4, layer).router.selection for layer in (0, 1, 42, 43)] == [
+        "hash",
+        "top_k",
+        "top_k",
+        "top_k",
+    ]
     with pytest.raises(ValueError, match="mlp_layer_types has 1 entries; expected one for layer 1"):
         config_of_layer({**v4, "mlp_layer_types": ["hash_moe"]}, 1)
     for said in (3, [{}], {"first": {}}, {"1": 3}, {"-1": {}}):
-        with pytest.raises(ValueError, match=r"per_layer_config is .* in the model's config; expected the words of layers"):
+        with pytest.raises(
+            ValueError, match=r"per_layer_config is .* in the model's config; expected the words of layers"
+        ):
             config_of_layer({"model_type": "mixtral", "per_layer_config": said}, 1)
 
 
 def test_words_that_belong_together_are_said_together() -> None:
     for words in ({"n_group": 8}, {"topk_group": 4}):
-        with pytest.raises(ValueError, match=r"n_group is .* and topk_group .* in the model's config; expected both, or null for both"):
+        with pytest.raises(
+            ValueError, match=r"n_group is .* and topk_group .* in the model's config; expected both, or null for both"
+        ):
             config_of_layer({"model_type": "axk2", **words}, 0)
     assert config_of_layer({"model_type": "axk2", "n_group": 8, "topk_group": 4}, 0).router.groups is not None
     with pytest.raises(ValueError, match="zero_expert_type is 'copy' in the model's config; expected 'identity'"):
@@ -164,7 +210,9 @@ def test_infinity_as_transformers_writes_it_is_no_limit() -> None:
     config = config_of_layer({"model_type": "gpt_oss", "swiglu_limit": {"__float__": "Infinity"}}, 0)
     assert config.activation.limit is None  # type: ignore[union-attr]
     for unheard_of in ("infinity", None, 3, [], {}):
-        with pytest.raises(ValueError, match=r"swiglu_limit is .*expected a number|another kind than this family's models have"):
+        with pytest.raises(
+            ValueError, match=r"swiglu_limit is .*expected a number|another kind than this family's models have"
+        ):
             config_of_layer({"model_type": "gpt_oss", "swiglu_limit": {"__float__": unheard_of}}, 0)
 
 
@@ -179,5 +227,6 @@ def test_words_of_older_files_are_those_of_the_class() -> None:
         assert isinstance(activation, ActivationConfig) and activation.function == "gelu"
     pyramid: Words = {"model_type": "dots3_note_vision_encoder", "pyramid_num_routed": [3, 5]}
     assert [config_of_layer(pyramid, layer).num_experts for layer in (0, 1)] == [3, 5]
-    own = {**pyramid, "num_local_experts": 7, "per_layer_config": {"1": {"num_local_experts": 6}}}  # which win: nothing else is of layer 0
+    # which win: nothing else is of layer 0
+    own = {**pyramid, "num_local_experts": 7, "per_layer_config": {"1": {"num_local_experts": 6}}}
     assert [config_of_layer(own, layer).num_experts for layer in (0, 1)] == [7, 6]

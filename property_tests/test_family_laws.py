@@ -40,7 +40,9 @@ CHANGES = {
 
 @law(st.sampled_from(FIRST), st.sampled_from(sorted(CHANGES)), st.data())
 def test_a_word_is_read_as_its_class_reads_it(row: BlockRow, change: str, data: Any) -> None:
-    """What transformers makes of a word is made; where it makes nothing, or for null where its class wants a value, an error."""
+    """What transformers makes of a word is made; where it makes nothing, or for null where its class wants a value, an
+    error.
+    """
     words = words_of(row)
     name = data.draw(st.sampled_from(sorted(words_read(row) & set(words))))
     said: Words = CHANGES[change](words, name)
@@ -64,11 +66,17 @@ def test_a_layer_is_read_with_the_words_of_its_part(outer: str, data: Any) -> No
             inner = {name: inner}
         words |= inner
     part, row = data.draw(st.sampled_from(of_parts))
-    prefix = ".".join(filter(None, ("model", data.draw(st.sampled_from(part.named or ("", "language_model"))), "layers.1.mlp")))
+    prefix = ".".join(
+        filter(None, ("model", data.draw(st.sampled_from(part.named or ("", "language_model"))), "layers.1.mlp"))
+    )
     assert config_of_layer(words, layer_of(row), prefix) == theirs(row, words_of(row))
 
 
-@law(st.sampled_from(FIRST), st.sampled_from(["scoring_func", "score_func", "moe_router_activation", "topk_method"]), st.text(max_size=9))
+@law(
+    st.sampled_from(FIRST),
+    st.sampled_from(["scoring_func", "score_func", "moe_router_activation", "topk_method"]),
+    st.text(max_size=9),
+)
 def test_a_word_that_names_a_function_is_never_read_as_another(row: BlockRow, name: str, function: str) -> None:
     mine = ours(row, {**words_of(row), name: function})
     assert isinstance(mine, str) and name in mine, (row.name, name, function)
@@ -86,7 +94,9 @@ def test_every_attribute_that_a_row_names_is_one_of_a_block_that_goes_before_its
         block = block_of(row, words_of(row)).eval()
         config = from_block(block)[0]
         for name in named - followed:
-            owners = {module: getattr(module, name) for module in block.modules() if name in vars(module) | module._modules}
+            owners = {
+                module: getattr(module, name) for module in block.modules() if name in vars(module) | module._modules
+            }
             for module, value in owners.items():
                 setattr(module, name, of_another_kind(value))
             try:

@@ -1,4 +1,6 @@
-"""Configs that nest configs, words of single layers, and words of wrong kinds or that name a function, for every family."""
+"""Configs that nest configs, words of single layers, and words of wrong kinds or that name a function, for every
+family.
+"""
 
 import json
 from pathlib import Path
@@ -23,7 +25,12 @@ from moe_fn.families.composite import PARTS, Part
 from moe_fn.families.defaults import CONFIG_CLASSES
 
 OF_TYPE = {words_of(row)["model_type"]: row for row in FIRST}
-SINGLE = [(outer, part) for outer, parts in PARTS.items() for part in parts if part.model_type in OF_TYPE and outer in CONFIG_MAPPING]
+SINGLE = [
+    (outer, part)
+    for outer, parts in PARTS.items()
+    for part in parts
+    if part.model_type in OF_TYPE and outer in CONFIG_MAPPING
+]
 
 
 def nested_in(config_class: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str, bool]]:
@@ -44,8 +51,14 @@ def test_every_family_has_a_class_or_parts() -> None:
 @pytest.mark.thorough  # imports all of transformers' config classes
 def test_every_config_that_nests_a_mixture_of_experts_is_listed() -> None:
     for outer in CONFIG_MAPPING:
-        nested = {(path, kind, chosen) for path, kind, chosen in nested_in(CONFIG_MAPPING[outer]) if kind in CONFIG_CLASSES}
-        listed = {(part.path, part.model_type, part.chosen) for part in PARTS.get(outer, ()) if part.model_type in CONFIG_CLASSES}
+        nested = {
+            (path, kind, chosen) for path, kind, chosen in nested_in(CONFIG_MAPPING[outer]) if kind in CONFIG_CLASSES
+        }
+        listed = {
+            (part.path, part.model_type, part.chosen)
+            for part in PARTS.get(outer, ())
+            if part.model_type in CONFIG_CLASSES
+        }
         assert nested == listed, outer
 
 
@@ -55,7 +68,9 @@ def put(path: tuple[str, ...], words: Words) -> Words:
     return words
 
 
-@pytest.mark.parametrize(("outer", "part"), SINGLE, ids=lambda value: value if isinstance(value, str) else value.path[0])
+@pytest.mark.parametrize(
+    ("outer", "part"), SINGLE, ids=lambda value: value if isinstance(value, str) else value.path[0]
+)
 def test_a_part_is_read_alone(outer: str, part: Part) -> None:
     """Neither other parts nor words outside say anything of it, and what it leaves out is its own class's default."""
     row = OF_TYPE[part.model_type]
@@ -106,9 +121,14 @@ NOT_OF_A_LAYER = {"moe_apply_router_weight_on_input", "d_model", "ffn_config"}
 # Words that these rows' variants do not use: beside others, or with another way to choose
 OF_NO_USE = {("inkling", "intermediate_size"), ("dots3_note", "num_local_experts"), ("cohere2_moe", "norm_topk_prob")}
 OF_NO_USE |= {("cohere2_moe", "shared_expert_combination_strategy")}
-OF_NO_USE |= {(family, name) for family in ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr") for name in ("n_group", "topk_group")}
+OF_NO_USE |= {
+    (family, name) for family in ("deepseek_v2", "deepseek_ocr2", "unlimited_ocr") for name in ("n_group", "topk_group")
+}
 TWO_PARTS = {
-    "qwen3_omni_moe": {"qwen3_omni_moe_text": "thinker.model.layers.{}.mlp", "qwen3_omni_moe_talker_text": "talker.model.layers.{}.mlp"},
+    "qwen3_omni_moe": {
+        "qwen3_omni_moe_text": "thinker.model.layers.{}.mlp",
+        "qwen3_omni_moe_talker_text": "talker.model.layers.{}.mlp",
+    },
     "dots3_note": {
         "dots3_note_text": "model.language_model.layers.{}.mlp",
         "dots3_note_vision_encoder": "model.vision_tower.blocks.{}.mlp",
@@ -154,7 +174,9 @@ def test_words_of_one_layer_are_read_for_that_layer(row: BlockRow) -> None:
 
 @EACH
 def test_a_value_of_another_kind_is_no_default(row: BlockRow) -> None:
-    """A word that is a whole number is no true and no fraction, a flag is no word; a number may be written as a whole one."""
+    """A word that is a whole number is no true and no fraction, a flag is no word; a number may be written as a whole
+    one.
+    """
     words = words_of(row)
     for name in sorted((words_read(row) & set(words)) - {"ffn_config"}):
         if (row.family, name) in OF_NO_USE:
@@ -185,7 +207,14 @@ def test_0_is_what_the_class_makes_of_it(row: BlockRow) -> None:
         assert not isinstance(mine, str) or any(known in mine for known in names_of(words, name)), (name, mine)
 
 
-SCORES = ("scoring_func", "score_func", "score_function", "moe_router_activation_func", "moe_router_activation", "expert_selection_fn")
+SCORES = (
+    "scoring_func",
+    "score_func",
+    "score_function",
+    "moe_router_activation_func",
+    "moe_router_activation",
+    "expert_selection_fn",
+)
 
 
 @EACH

@@ -1,4 +1,6 @@
-"""Words of a config.json against transformers' own config classes: left out, null, by other and older names, and one layer's own."""
+"""Words of a config.json against transformers' own config classes: left out, null, by other and older names, and one
+layer's own.
+"""
 
 import ast
 import copy
@@ -44,7 +46,9 @@ def _words(row: BlockRow) -> str:
 
 
 def words_of(row: BlockRow) -> Words:
-    return dict(json.loads(_words(row), object_hook=lambda entry: float(entry["__float__"]) if "__float__" in entry else entry))
+    return dict(
+        json.loads(_words(row), object_hook=lambda entry: float(entry["__float__"]) if "__float__" in entry else entry)
+    )
 
 
 class Recorded(Mapping[str, Any]):
@@ -113,7 +117,11 @@ def problem(row: BlockRow, words: Words, name: str) -> str | None:
     mine = ours(row, words)
     if isinstance(mine, str):
         # an older or other name is read as the class's own, by which errors know it
-        return None if any(known in mine for known in names_of(words, name)) or theirs(row, words) is None else f"{name}: {mine}"
+        return (
+            None
+            if any(known in mine for known in names_of(words, name)) or theirs(row, words) is None
+            else f"{name}: {mine}"
+        )
     wanted = theirs(row, words)
     if wanted is None and (row.family, name) in OF_THE_REST:
         return None
@@ -206,8 +214,21 @@ def test_other_names_win_as_in_the_class(row: BlockRow) -> None:
 def test_an_activation_is_the_one_that_is_named(row: BlockRow) -> None:
     """Those that this version does not know are an error, of a live block too: none is read as another."""
     words = words_of(row)
-    for name in sorted(words_read(row) & {"hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "dense_act_fn"}):
-        for act in ("swish", "gelu", "gelu_new", "gelu_python_tanh", "quick_gelu", "relu2", "gelu_10", "mish", "tanh", "unheard of"):
+    for name in sorted(
+        words_read(row) & {"hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "dense_act_fn"}
+    ):
+        for act in (
+            "swish",
+            "gelu",
+            "gelu_new",
+            "gelu_python_tanh",
+            "quick_gelu",
+            "relu2",
+            "gelu_10",
+            "mish",
+            "tanh",
+            "unheard of",
+        ):
             mine = ours(row, {**words, name: act})
             wanted = theirs(row, {**words, name: act})
             if wanted is not None or row.family != "qwen4_exp":  # its attention does not take every one
@@ -236,7 +257,10 @@ def test_older_words_are_read_as_the_class_reads_them(row: BlockRow) -> None:
     found = []
     for name in sorted(older_words(class_of(row)) - set(words)):
         for value in (0, 1, 2, 4, 64, 1.5, False, None, [4, 4], [-1, 2]):
-            for base in (words, {key: entry for key, entry in words.items() if key not in ("mlp_layer_types", "per_layer_config")}):
+            for base in (
+                words,
+                {key: entry for key, entry in words.items() if key not in ("mlp_layer_types", "per_layer_config")},
+            ):
                 changed = {**base, name: value}
                 wanted, mine = theirs(row, changed), ours(row, changed)
                 if wanted is not None and mine != wanted and not (isinstance(mine, str) and name in mine):

@@ -1,4 +1,5 @@
-"""Offsets that no int32 holds: the same numbers where a tensor is spread so far that its last rows lie beyond 2^31 elements.
+"""Offsets that no int32 holds: the same numbers where a tensor is spread so far that its last rows lie beyond 2^31
+elements.
 
 Memory that nobody touches takes no room: 4 GB of addresses, and a page for each row that is there.
 """
@@ -49,7 +50,11 @@ def triton_calls() -> dict[str, Callable[[Callable[[Tensor], Tensor]], Any]]:
         torch.rand(3, 2, generator=generator),
     )
     w, (slots, (tile_map,)) = torch.rand(3, 2, generator=generator), sort_slots(ids, 3, (16,))
-    activated, starts, ends = torch.randn(6, 16, generator=generator).half(), torch.tensor([0, 2]).int(), torch.tensor([2, 3]).int()
+    activated, starts, ends = (
+        torch.randn(6, 16, generator=generator).half(),
+        torch.tensor([0, 2]).int(),
+        torch.tensor([2, 3]).int(),
+    )
     return {
         "up": lambda lay: up(lay(x), slots, tile_map, lay(weight), None, silu, False, True, tile),
         "grouped_product": lambda lay: grouped_product(activated, lay(down), slots.starts[1:], tile_map, tile),
@@ -61,7 +66,9 @@ def triton_calls() -> dict[str, Callable[[Callable[[Tensor], Tensor]], Any]]:
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["up", "grouped_product", "grouped_outer", "segment_sums", "up_of_slots", "down_of_slots"])
+@pytest.mark.parametrize(
+    "kernel", ["up", "grouped_product", "grouped_outer", "segment_sums", "up_of_slots", "down_of_slots"]
+)
 def test_triton_kernels_reach_beyond_int32(kernel: str) -> None:
     call = triton_calls()[kernel]
     found, expected = call(far), call(torch.clone)
@@ -89,12 +96,15 @@ def one_far_expert(config: MoEConfig, small: MoEWeights) -> MoEWeights:
 @pytest.mark.parametrize("quant", [None, QuantConfig(scheme="int8", granularity="channel")], ids=["bfloat16", "int8"])
 def test_native_kernels_reach_beyond_int32(quant: QuantConfig | None, prepared: bool) -> None:
     one, many = (
-        MoEConfig(num_experts=n, top_k=1, hidden_size=HIDDEN, intermediate_size=INNER, quant=quant, backend="native") for n in (1, EXPERTS)
+        MoEConfig(num_experts=n, top_k=1, hidden_size=HIDDEN, intermediate_size=INNER, quant=quant, backend="native")
+        for n in (1, EXPERTS)
     )
     small = weights_for(one, 0, bias=False, dtype=torch.bfloat16)
     small = moe_fn.prepare_weights(one, small) if prepared else small
     x, w = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.ones(3, 1)
-    expected = moe_fn.moe_forward_routed(one, small, x, Routing(expert_ids=torch.zeros(3, 1, dtype=torch.int64), weights=w))
+    expected = moe_fn.moe_forward_routed(
+        one, small, x, Routing(expert_ids=torch.zeros(3, 1, dtype=torch.int64), weights=w)
+    )
     last = Routing(expert_ids=torch.full((3, 1), EXPERTS - 1), weights=w)
     found = moe_fn.moe_forward_routed(many, one_far_expert(many, small), x, last)
     assert torch.equal(found, expected) and expected.abs().sum() > 0
@@ -104,12 +114,16 @@ def on_meta(tokens: int) -> Tensor:
     """A layer of tokens without memory."""
     config = MoEConfig(num_experts=4, top_k=2, hidden_size=16, intermediate_size=8, backend="torch")
     weights = torch.utils._pytree.tree_map(lambda t: t.to("meta"), weights_for(config))
-    y: Tensor = moe_fn.moe_forward(config, weights, torch.empty(tokens, 16, device="meta"), torch.empty(tokens, 4, device="meta"))
+    y: Tensor = moe_fn.moe_forward(
+        config, weights, torch.empty(tokens, 16, device="meta"), torch.empty(tokens, 4, device="meta")
+    )
     return y
 
 
 def test_sizes_beyond_int32_are_fine_and_slots_beyond_it_an_error() -> None:
     """Rows are counted in int32 (`expert_ends`): 2^31 elements are no limit, 2^31 slots are."""
     assert on_meta(2**30 - 1).shape == (2**30 - 1, 16)
-    with pytest.raises(ValueError, match=rf"x has 1073741824 tokens, 2147483648 slots with top_k=2; expected at most {MOST_SLOTS}"):
+    with pytest.raises(
+        ValueError, match=rf"x has 1073741824 tokens, 2147483648 slots with top_k=2; expected at most {MOST_SLOTS}"
+    ):
         on_meta(2**30)

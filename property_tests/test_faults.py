@@ -1,4 +1,6 @@
-"""A rank that dies, hangs or comes with another set-up: every other rank gets a clear error in time, never a hang or a wrong answer."""
+"""A rank that dies, hangs or comes with another set-up: every other rank gets a clear error in time, never a hang or a
+wrong answer.
+"""
 
 import re
 from pathlib import Path
@@ -16,9 +18,13 @@ Answer = tuple[str, str, float]
 
 
 def answers(name: str, folder: Path) -> dict[int, Answer]:
-    """What each rank that lives says within the hard timeout. Forked from a server that has torch: a rank starts in no time."""
+    """What each rank that lives says within the hard timeout.
+
+    Forked from a server that has torch: a rank starts in no time.
+    """
     context: Any = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "moe_fn.testing"])  # by name only, from installed packages
+    # by name only, from installed packages
+    context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "moe_fn.testing"])
     pipes = [context.Pipe(duplex=False) for _ in range(WORLD)]
     processes = [
         context.Process(target=rank_of_fault, args=(rank, name, str(folder / "store"), pipes[rank][1]), daemon=True)

@@ -1,4 +1,7 @@
-"""What `make fuzz` looks for at length, in two seconds. What it found stands in the tables of wrong input, case by case."""
+"""What `make fuzz` looks for at length, in two seconds.
+
+What it found stands in the tables of wrong input, case by case.
+"""
 
 import importlib.util
 import random

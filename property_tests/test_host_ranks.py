@@ -1,4 +1,6 @@
-"""DDP and FSDP2 around modules that call the layer, in two real processes: values and gradients of the module as it is."""
+"""DDP and FSDP2 around modules that call the layer, in two real processes: values and gradients of the
+module as it is.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ def test_wrapped_modules_compute_what_the_module_does(tmp_path: Path) -> None:
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "moe_fn.testing"])
     pipes = [context.Pipe(duplex=False) for _ in range(WORLD)]
     processes = [
-        context.Process(target=rank_of_hosts, args=(rank, str(tmp_path / "store"), pipes[rank][1]), daemon=True) for rank in range(WORLD)
+        context.Process(target=rank_of_hosts, args=(rank, str(tmp_path / "store"), pipes[rank][1]), daemon=True)
+        for rank in range(WORLD)
     ]
     try:
         for process in processes:
@@ -29,4 +32,6 @@ def test_wrapped_modules_compute_what_the_module_does(tmp_path: Path) -> None:
         for process in processes:
             process.join(timeout=5)
             process.kill()
-    assert found == [{}] * WORLD, "\n".join(f"rank {rank}, {name}: {words}" for rank, of in enumerate(found) for name, words in of.items())
+    assert found == [{}] * WORLD, "\n".join(
+        f"rank {rank}, {name}: {words}" for rank, of in enumerate(found) for name, words in of.items()
+    )

@@ -1,4 +1,6 @@
-"""The layer in the hosts that people run it in: threads, forks, spawned processes, deterministic mode; bits of every count of threads."""
+"""The layer in the hosts that people run it in: threads, forks, spawned processes, deterministic mode; bits of every
+count of threads.
+"""
 
 import contextlib
 import dataclasses
@@ -36,7 +38,9 @@ TOKENS = (1, 3, 17, 150)
 
 
 def layer(form: str, dtype: torch.dtype = torch.float32) -> Callable[[int], list[Tensor]]:
-    """tokens -> the layer's output and the gradients of its inputs and of the experts, from tensors of the caller's own."""
+    """tokens -> the layer's output and the gradients of its inputs and of the experts, from tensors of the caller's
+    own.
+    """
     config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=96, **FORMS[form])
     weights = weights_for(config, dtype=dtype)
 
@@ -137,7 +141,9 @@ def in_a_fork(check: Callable[[], bool]) -> str:
 @FORKS
 @each_form
 def test_a_fork_with_one_thread_computes_what_its_parent_did(form: str) -> None:
-    """A child of a process whose torch has used several threads has to say so: torch's own products wait forever for lost threads."""
+    """A child of a process whose torch has used several threads has to say so: torch's own products wait forever for
+    lost threads.
+    """
     step = layer(form)
 
     def check() -> bool:

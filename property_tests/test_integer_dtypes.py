@@ -1,4 +1,6 @@
-"""Ids of experts, tokens and adapters, maps of slots and loads, in every integer dtype that holds them: at every public door the same."""
+"""Ids of experts, tokens and adapters, maps of slots and loads, in every integer dtype that holds them: at every public
+door the same.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -44,7 +46,10 @@ def layer(experts: int, dtype: torch.dtype = torch.float32, **changes: Any) -> t
     """A config, its weights (made once) and x."""
     config = MoEConfig(num_experts=experts, top_k=2, hidden_size=3, intermediate_size=2, **changes)
     if (config, dtype) not in KNOWN:
-        KNOWN[config, dtype] = weights_for(config, dtype=dtype), torch.randn(TOKENS, 3, generator=generator(1)).to(dtype)
+        KNOWN[config, dtype] = (
+            weights_for(config, dtype=dtype),
+            torch.randn(TOKENS, 3, generator=generator(1)).to(dtype),
+        )
     return config, *KNOWN[config, dtype]
 
 
@@ -88,9 +93,17 @@ def replayed(narrow: Callable[[Tensor], Tensor], experts: int, seed: int) -> Any
 
 
 def balanced(narrow: Callable[[Tensor], Tensor], experts: int, seed: int) -> Any:
-    ids, mask, scores = narrow(ids_of(experts, seed)), mask_of(seed), torch.rand(TOKENS, experts, generator=generator(seed))
+    ids, mask, scores = (
+        narrow(ids_of(experts, seed)),
+        mask_of(seed),
+        torch.rand(TOKENS, experts, generator=generator(seed)),
+    )
     losses = [balance.load_balancing_loss(scores, ids, m) for m in (None, mask)]
-    return balance.expert_load(ids, experts), losses, balance.sequence_balancing_loss(scores[None], ids[None], mask[None])
+    return (
+        balance.expert_load(ids, experts),
+        losses,
+        balance.sequence_balancing_loss(scores[None], ids[None], mask[None]),
+    )
 
 
 def placed(narrow: Callable[[Tensor], Tensor], experts: int, seed: int) -> Any:
@@ -104,11 +117,14 @@ def maps(narrow: Callable[[Tensor], Tensor], experts: int, seed: int) -> Any:
     placement = balance.placement_of_slots(narrow(torch.tensor([2, 0, 1, 1, 1])), num_experts=3)
     tensors = {f.name: getattr(placement, f.name) for f in dataclasses.fields(placement)}
     signed = narrow(torch.zeros(1)).dtype.is_signed
-    narrowed = balance.Placement(**{name: t if (t < 0).any() and not signed else narrow(t) for name, t in tensors.items()})
+    narrowed = balance.Placement(
+        **{name: t if (t < 0).any() and not signed else narrow(t) for name, t in tensors.items()}
+    )
     load = narrow(torch.tensor([100, 90, 120, 110, 127]))
     ids = torch.randint(-1, 3, (TOKENS, 2), generator=generator(seed))
     return (
-        placement, balance.physical_ids(narrowed, ids), balance.logical_load(narrowed, load), balance.gpu_load(narrowed, load[:3], 1),
+        placement, balance.physical_ids(narrowed, ids), balance.logical_load(narrowed, load),
+        balance.gpu_load(narrowed, load[:3], 1),
         balance.physical_weights(layer(3)[1], narrowed), balance.balancedness(load),
         balance.update_correction_bias(torch.zeros(5), load, 1.0),
         balance.total(balance.push(balance.load_window(1, 5), load)), balance.place_experts(load[:3], 6, 1, 1, 2),
@@ -173,7 +189,9 @@ def test_a_compiled_layer_takes_narrow_ids() -> None:
 def test_ids_too_large_for_int64_are_nobodys() -> None:
     config, weights, x = layer(3)
     ids = torch.tensor([[2**64 - 1, 2**63]] * TOKENS, dtype=torch.uint64)
-    assert not moe_fn.moe_forward_routed(config, weights, x, Routing(expert_ids=ids, weights=torch.ones(TOKENS, 2))).any()
+    assert not moe_fn.moe_forward_routed(
+        config, weights, x, Routing(expert_ids=ids, weights=torch.ones(TOKENS, 2))
+    ).any()
 
 
 @pytest.mark.parametrize("dtype", (torch.bool, torch.float32, torch.complex64, torch.uint4), ids=str)

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from support import assert_is_the_layer, config_with, flat, gradients, law, leaves, logits_of, real_tokens, with_gradients
+from support import (
+    assert_is_the_layer,
+    config_with,
+    flat,
+    gradients,
+    law,
+    leaves,
+    logits_of,
+    real_tokens,
+    with_gradients,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -62,7 +72,9 @@ def test_errors_at_real_widths_stay_within_the_table(dtype: torch.dtype, activat
 @law(problems())
 def test_gradients_equal_the_reference(problem: MoEProblem) -> None:
     direction = direction_of(problem)
-    actual, expected = (gradients(problem, function, direction) for function in (moe_fn.moe_forward, reference.moe_forward))
+    actual, expected = (
+        gradients(problem, function, direction) for function in (moe_fn.moe_forward, reference.moe_forward)
+    )
     for a, e in zip(actual, expected, strict=True):
         finite = torch.isfinite(e)  # the derivative of a NaN logit is nobody's
         assert_matches(a[finite], e[finite].to(a.dtype), tolerance=1e-5, scale=0.1)
@@ -76,17 +88,28 @@ def test_the_layer_commutes_with_permuting_tokens(problem: MoEProblem, seed: int
     assert_is_the_layer(problem.of_tokens(order), forward(problem.of_tokens(order)), y[order])
 
 
-@law(problems(configs(selection="top_k", groups=None, zero_experts=None, shared=None, correction_bias="none"), logits="grid"), SEEDS)
+@law(
+    problems(
+        configs(selection="top_k", groups=None, zero_experts=None, shared=None, correction_bias="none"), logits="grid"
+    ),
+    SEEDS,
+)
 def test_relabelling_experts_changes_nothing(problem: MoEProblem, seed: int) -> None:
     config, weights, choices = problem.config, problem.weights, problem.config.num_choices
     order = torch.randperm(choices, generator=torch.Generator().manual_seed(seed))
-    distinct = torch.rand(problem.x.shape[:-1] + (choices,), generator=torch.Generator().manual_seed(seed)).argsort(-1) / 8
+    distinct = (
+        torch.rand(problem.x.shape[:-1] + (choices,), generator=torch.Generator().manual_seed(seed)).argsort(-1) / 8
+    )
     names = ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm")
     relabelled = {name: getattr(weights, name)[order] for name in names if getattr(weights, name) is not None}
     scale = weights.router.expert_scale if weights.router else None
     router = RouterWeights(expert_scale=None if scale is None else scale[order])
-    before = problem.replace(logits=distinct, weights=dataclasses.replace(weights, router=RouterWeights(expert_scale=scale)))
-    after = before.replace(logits=distinct[..., order], weights=dataclasses.replace(weights, **relabelled, router=router))
+    before = problem.replace(
+        logits=distinct, weights=dataclasses.replace(weights, router=RouterWeights(expert_scale=scale))
+    )
+    after = before.replace(
+        logits=distinct[..., order], weights=dataclasses.replace(weights, **relabelled, router=router)
+    )
     assert config == after.config
     assert_matches(forward(after), forward(before), scale=0.1)
 
@@ -107,7 +130,9 @@ def test_the_router_and_then_the_routed_layer_are_the_layer(problem: MoEProblem)
     assert_matches(y, forward(problem), scale=0.1)
 
 
-ROUTED = configs(weight_on="output", opaque=st.booleans()).flatmap(lambda config: st.tuples(st.just(config), routings(config), SEEDS))
+ROUTED = configs(weight_on="output", opaque=st.booleans()).flatmap(
+    lambda config: st.tuples(st.just(config), routings(config), SEEDS)
+)
 RoutedCase = tuple[MoEConfig, Routing, int]
 
 
@@ -190,16 +215,21 @@ def in_autocast(problem: MoEProblem, function: Any) -> Any:
 
 @law(problems(configs(gate_input="original", gate_dtype="float32"), logits="gate"), SEEDS)
 def test_autocast_leaves_a_float32_gate_as_it_is(problem: MoEProblem, seed: int) -> None:
-    digits = torch.rand(problem.x.shape, generator=torch.Generator().manual_seed(seed)) / 256  # that bfloat16 does not hold
+    # that bfloat16 does not hold
+    digits = torch.rand(problem.x.shape, generator=torch.Generator().manual_seed(seed)) / 256
     problem = problem.replace(x=problem.x * (1 + digits))
     logits, routing = problem.call(moe_fn.moe_route)
     assert_matches(in_autocast(problem, moe_fn.moe_route), (logits, routing), tolerance=0.0)
-    assert torch.equal(in_autocast(problem, moe_fn.moe_forward_with_stats)[1].expert_ids.flatten(), routing.expert_ids.flatten())
+    assert torch.equal(
+        in_autocast(problem, moe_fn.moe_forward_with_stats)[1].expert_ids.flatten(), routing.expert_ids.flatten()
+    )
 
 
 def cast_by_hand(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
     """All but the router's weights, and but codes and what turns them into numbers."""
-    cast: MoEWeights = tree_map(lambda t: t.to(dtype) if t.is_floating_point() and t.dtype != torch.float8_e4m3fn else t, weights)
+    cast: MoEWeights = tree_map(
+        lambda t: t.to(dtype) if t.is_floating_point() and t.dtype != torch.float8_e4m3fn else t, weights
+    )
     kept = {"router": weights.router, "quant": weights.quant}
     return dataclasses.replace(cast, **kept)
 
@@ -209,11 +239,14 @@ def test_autocast_computes_what_weights_in_its_dtype_do(problem: MoEProblem) -> 
     logits = problem.logits
     if logits is None and problem.config.router.gate_input == "original":
         logits = problem.call(moe_fn.moe_route)[0]
-    by_hand = problem.replace(weights=cast_by_hand(problem.weights, torch.bfloat16), x=problem.x.to(torch.bfloat16), logits=logits)
+    by_hand = problem.replace(
+        weights=cast_by_hand(problem.weights, torch.bfloat16), x=problem.x.to(torch.bfloat16), logits=logits
+    )
     y = in_autocast(problem, moe_fn.moe_forward)
     assert y.dtype == problem.x.dtype
     assert_matches(y.to(torch.bfloat16), forward(by_hand), tolerance=1e-6)
-    assert torch.equal(in_autocast(by_hand, moe_fn.moe_forward), forward(by_hand))  # what is in the dtype already is as it was
+    # what is in the dtype already is as it was
+    assert torch.equal(in_autocast(by_hand, moe_fn.moe_forward), forward(by_hand))
 
 
 @law(problems(), st.sampled_from([(1, 1), (2, 1), (1, 2, 1)]))
@@ -224,7 +257,10 @@ def test_leading_dimensions_are_only_a_shape(problem: MoEProblem, ones: tuple[in
         return None if t is None else t.view(*ones, -1, *t.shape[t.ndim - extra :])
 
     deep = plain.replace(
-        x=shaped(plain.x, 1), logits=shaped(plain.logits, 1), token_ids=shaped(plain.token_ids, 0), token_mask=shaped(plain.token_mask, 0)
+        x=shaped(plain.x, 1),
+        logits=shaped(plain.logits, 1),
+        token_ids=shaped(plain.token_ids, 0),
+        token_mask=shaped(plain.token_mask, 0),
     )
     assert_matches(forward(deep).flatten(0, -2), forward(plain), tolerance=0.0)
 

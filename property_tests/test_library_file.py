@@ -1,4 +1,6 @@
-"""The compiled library's file: whole or not loaded, built once by whoever comes first, wherever torch keeps extensions."""
+"""The compiled library's file: whole or not loaded, built once by whoever comes first, wherever torch keeps
+extensions.
+"""
 
 import os
 import shutil
@@ -159,7 +161,9 @@ def test_what_root_has_built_is_for_every_user(open_path: Path) -> None:
     finally:
         os.umask(old)
     subprocess.run(["chmod", "-R", "a+rX,a-w", str(folder)], check=True)  # as SECURITY.md says
-    assert answer(*child(lambda: library_file(private_folder(folder), NAME, never).read_bytes() == HELD, NOBODY)) == "True"
+    assert (
+        answer(*child(lambda: library_file(private_folder(folder), NAME, never).read_bytes() == HELD, NOBODY)) == "True"
+    )
     for closed, mode in ((path, 0o500), (folder, 0o700)):
         closed.chmod(mode)
         told = answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
@@ -169,7 +173,10 @@ def test_what_root_has_built_is_for_every_user(open_path: Path) -> None:
 @AS_ROOT
 def test_a_folder_that_cannot_be_written_says_what_is_missing(open_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = private_folder(open_path / "moe_fn")
-    words = f"PermissionError: no whole {NAME} in {folder}, where user {NOBODY} may not write (Permission denied); expected it built"
+    words = (
+        f"PermissionError: no whole {NAME} in {folder}, where user {NOBODY} may not write (Permission denied); "
+        "expected it built"
+    )
     assert words in answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
     path = library_file(folder, NAME, build)
     path.write_bytes(b"")
@@ -191,7 +198,10 @@ def folder_with(monkeypatch: pytest.MonkeyPatch, **environment: str | None) -> P
 
 
 def test_the_folder_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for settings in ({"TORCH_EXTENSIONS_DIR": f"{tmp_path}/a"}, {"XDG_CACHE_HOME": f"{tmp_path}/b", "TORCH_EXTENSIONS_DIR": None}):
+    for settings in (
+        {"TORCH_EXTENSIONS_DIR": f"{tmp_path}/a"},
+        {"XDG_CACHE_HOME": f"{tmp_path}/b", "TORCH_EXTENSIONS_DIR": None},
+    ):
         found = folder_with(monkeypatch, HOME=str(tmp_path), **settings)
         assert found == Path(cpp_extension._get_build_directory("moe_fn", False)) and found.is_relative_to(tmp_path)
 
@@ -204,7 +214,10 @@ def test_the_working_folder_is_never_the_place(tmp_path: Path, monkeypatch: pyte
     home, asked = tmp_path / "home", tmp_path / "asked"
     found = folder_with(monkeypatch, HOME=str(home), XDG_CACHE_HOME=relative)
     assert found.is_relative_to(home / ".cache" / "torch_extensions") and found.name == "moe_fn"
-    assert folder_with(monkeypatch, HOME=str(home), XDG_CACHE_HOME=relative, TORCH_EXTENSIONS_DIR=str(asked)) == asked / "moe_fn"
+    assert (
+        folder_with(monkeypatch, HOME=str(home), XDG_CACHE_HOME=relative, TORCH_EXTENSIONS_DIR=str(asked))
+        == asked / "moe_fn"
+    )
     with pytest.raises(ValueError, match=r"folder for extensions is '.*moe_fn'; expected an absolute path"):
         folder_with(monkeypatch, HOME=str(home), TORCH_EXTENSIONS_DIR=relative)
     with pytest.raises(ValueError, match=r"expected an absolute path"):

@@ -14,7 +14,12 @@ import moe_fn
 from moe_fn import LoRAConfig, LoRAWeights, MoEConfig, MoEWeights, reference
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems, weights_for
 
-LORAS = [LoRAConfig(num_adapters=n, rank=r, experts=e) for n in (1, 2, 4) for r in (1, 3) for e in ("each", "shared", "outer_shared")]
+LORAS = [
+    LoRAConfig(num_adapters=n, rank=r, experts=e)
+    for n in (1, 2, 4)
+    for r in (1, 3)
+    for e in ("each", "shared", "outer_shared")
+]
 ADAPTED = problems(configs(lora=st.sampled_from(LORAS)))
 quick = settings(max_examples=30)
 
@@ -56,7 +61,9 @@ def test_lora_equals_the_reference(problem: MoEProblem) -> None:
 @law(ADAPTED)
 def test_gradients_reach_a_and_b(problem: MoEProblem) -> None:
     direction = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    actual, expected = (gradients(problem, function, direction) for function in (moe_fn.moe_forward, reference.moe_forward))
+    actual, expected = (
+        gradients(problem, function, direction) for function in (moe_fn.moe_forward, reference.moe_forward)
+    )
     for a, e in zip(actual, expected, strict=True):
         finite = torch.isfinite(e)
         assert_matches(a[finite], e[finite].to(a.dtype), tolerance=1e-5, scale=0.1)
@@ -119,13 +126,18 @@ def test_unmerging_undoes_merging(problem: MoEProblem, number: int) -> None:
 def test_a_padded_rank_changes_nothing(problem: MoEProblem, more: int) -> None:
     config, lora = lora_of(problem)
     plain, rank = without_lora(problem), config.rank + more
-    wide = {n: (1, 1, rank, t.shape[3]) if n.endswith("a") else (1, 1, t.shape[2], rank) for n, t in tensors_of(lora).items()}
+    wide = {
+        n: (1, 1, rank, t.shape[3]) if n.endswith("a") else (1, 1, t.shape[2], rank)
+        for n, t in tensors_of(lora).items()
+    }
     another = LoRAWeights(**{name: torch.ones(shape) for name, shape in wide.items()})
     padded, weights = moe_fn.add_lora(plain.config, plain.weights, [lora, another])
     assert padded.lora is not None and (padded.lora.num_adapters, padded.lora.rank) == (config.num_adapters + 1, rank)
     ids = torch.zeros(problem.x.shape[:-1], dtype=torch.int64) if problem.adapter_ids is None else problem.adapter_ids
     ids = torch.where(ids < config.num_adapters, ids, -1)  # what was no id is one now
-    assert_matches(forward(problem.replace(config=padded, weights=weights, adapter_ids=ids)), forward(problem), scale=0.1)
+    assert_matches(
+        forward(problem.replace(config=padded, weights=weights, adapter_ids=ids)), forward(problem), scale=0.1
+    )
 
 
 CONFIG = MoEConfig(num_experts=3, top_k=2, hidden_size=4, intermediate_size=5, lora=LoRAConfig(num_adapters=2, rank=2))
@@ -184,7 +196,9 @@ def test_routing_of_the_callers_own_carries_ids() -> None:
 
 
 def test_bfloat16_rounds_as_the_table_says() -> None:
-    config = MoEConfig(num_experts=4, top_k=2, hidden_size=256, intermediate_size=128, lora=LoRAConfig(num_adapters=2, rank=8))
+    config = MoEConfig(
+        num_experts=4, top_k=2, hidden_size=256, intermediate_size=128, lora=LoRAConfig(num_adapters=2, rank=8)
+    )
     weights = weights_for(config, seed=1, dtype=torch.bfloat16)
     x, logits = (torch.randn(24, n, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16) for n in (256, 4))
     ids = torch.arange(24) % 3 - 1
@@ -219,24 +233,32 @@ WRONG: dict[str, Any] = {
     "adapter_ids is torch.float64": lambda: call(ids=X[:, 0]),
     "adapter_ids is \\(5, 1\\)": lambda: call(ids=IDS.unsqueeze(1)),
     "adapter_ids is a list": lambda: call(ids=[0] * 5),
-    "adapter_ids would have no effect": lambda: call(dataclasses.replace(CONFIG, lora=None), dataclasses.replace(WEIGHTS, lora=None)),
-    "weights.lora.gate_up_a is .*; expected None, for the config": lambda: call(dataclasses.replace(CONFIG, lora=None), ids=None),
+    "adapter_ids would have no effect": lambda: call(
+        dataclasses.replace(CONFIG, lora=None), dataclasses.replace(WEIGHTS, lora=None)
+    ),
+    "weights.lora.gate_up_a is .*; expected None, for the config": lambda: call(
+        dataclasses.replace(CONFIG, lora=None), ids=None
+    ),
     "weights.lora is None": lambda: call(weights=dataclasses.replace(WEIGHTS, lora=None)),
     "weights.lora has no tensors": lambda: call(weights=dataclasses.replace(WEIGHTS, lora=LoRAWeights())),
     "one of weights.lora.down_a and weights.lora.down_b is None": lambda: call(weights=lora_with(down_b=None)),
     "weights.lora.down_a is \\(2, 3, 2, 4\\)": lambda: call(weights=lora_with(down_a=torch.zeros(2, 3, 2, 4))),
-    "weights.lora.down_a is torch.float32; expected the dtype of x": lambda: call(weights=lora_with(down_a=torch.zeros(2, 3, 2, 5))),
+    "weights.lora.down_a is torch.float32; expected the dtype of x": lambda: call(
+        weights=lora_with(down_a=torch.zeros(2, 3, 2, 5))
+    ),
     "LoRAConfig.rank is 0": lambda: LoRAConfig(rank=0),
     "LoRAConfig.experts is 'some'": lambda: LoRAConfig(experts="some"),  # type: ignore[arg-type]
     "MoEConfig.lora is 3": lambda: dataclasses.replace(CONFIG, lora=3),
     "recompute=True with lora": lambda: call(dataclasses.replace(CONFIG, recompute=True)),
     "merge_lora: the layer has no adapters": lambda: moe_fn.merge_lora(dataclasses.replace(CONFIG, lora=None), WEIGHTS),
     "merge_lora: adapter is 2": lambda: moe_fn.merge_lora(CONFIG, WEIGHTS, 2),
-    "weights.down is torch.int8, quantised": lambda: moe_fn.merge_lora(
+    "weights.down is torch.int8, quantized": lambda: moe_fn.merge_lora(
         CONFIG, dataclasses.replace(WEIGHTS, down=WEIGHTS.down.to(torch.int8))
     ),
     "make_lora: gate_up and down are None": lambda: moe_fn.make_lora(alpha=1.0),
-    "make_lora: down is \\[3, 2, 5\\] and \\[3, 2, 5\\]": lambda: moe_fn.make_lora(down=(MATRICES[0], MATRICES[0]), alpha=1.0),
+    "make_lora: down is \\[3, 2, 5\\] and \\[3, 2, 5\\]": lambda: moe_fn.make_lora(
+        down=(MATRICES[0], MATRICES[0]), alpha=1.0
+    ),
     "make_lora: alpha is nan": lambda: moe_fn.make_lora(down=MATRICES, alpha=float("nan")),
     "add_lora: the layer has adapters": lambda: moe_fn.add_lora(CONFIG, WEIGHTS, [lora_weights()]),
     "add_lora: adapters is empty": lambda: moe_fn.add_lora(

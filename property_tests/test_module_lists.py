@@ -1,4 +1,6 @@
-"""Lists of modules: on one table of names, what each tool's own matching leaves out, and ours; the tools where they are installed."""
+"""Lists of modules: on one table of names, what each tool's own matching leaves out, and ours; the tools where they are
+installed.
+"""
 
 import fnmatch
 import re
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from quantised_files import FORMATS
+from quantized_files import FORMATS
 from support import law
 
 from moe_fn.checkpoint.module_patterns import container_of
@@ -17,7 +19,8 @@ from moe_fn.checkpoint.quantized.methods import method_of
 NAMES = {
     "gate": "model.layers.1.mlp.experts.0.gate_proj", "up": "model.layers.1.mlp.experts.0.up_proj",
     "of 10": "model.layers.10.mlp.experts.3.down_proj", "shared": "model.layers.1.mlp.shared_experts.up_proj",
-    "w1": "model.layers.1.block_sparse_moe.experts.0.w1", "v4": "layers.1.ffn.experts.7.w2", "mtp": "mtp.0.ffn.experts.7.w2",
+    "w1": "model.layers.1.block_sparse_moe.experts.0.w1", "v4": "layers.1.ffn.experts.7.w2",
+    "mtp": "mtp.0.ffn.experts.7.w2",
     "fused": "model.layers.1.mlp.experts.gate_up_proj", "router": "model.layers.1.mlp.gate", "head": "lm_head",
     "inside": "model.language_model.layers.1.mlp.experts.0.up_proj",
 }  # fmt: skip
@@ -27,7 +30,8 @@ Row = tuple[list[str], set[str]]  # entries, and the names that they leave out
 
 COMPRESSED_TENSORS: tuple[Row, ...] = (
     (["lm_head"], {"head"}),
-    (["model.layers.1.mlp.experts", "model.layers.1.mlp", "model.layers.1"], set()),  # exact: what is in them is quantised
+    # exact: what is in them is quantized
+    (["model.layers.1.mlp.experts", "model.layers.1.mlp", "model.layers.1"], set()),
     (["model.layers.1.mlp.experts.0.up_proj", "model.layers.1.mlp.gate"], {"up", "router"}),
     ([r"re:.*mlp.gate$"], {"router"}),
     ([r"re:.*mlp.gate"], {"router"}),
@@ -72,7 +76,8 @@ MODELOPT: tuple[Row, ...] = (
     (["*.mlp.gate"], {"router"}),
     (["*gate*"], {"gate", "fused", "router"}),
     (["model.layers.1.mlp.experts*"], EXPERTS_OF_1),
-    (["model.layers.1.mlp.experts"], EXPERTS_OF_1),  # a module of its own to ModelOpt, where it holds all experts in one tensor
+    # a module of its own to ModelOpt, where it holds all experts in one tensor
+    (["model.layers.1.mlp.experts"], EXPERTS_OF_1),
     (["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"], {"mtp"}),
     (["model.layers.?.mlp.[eg]*"], {*EXPERTS_OF_1, "router"}),
     ([r"model\.layers", "re:.*"], set()),
@@ -115,7 +120,9 @@ def up_to_a_part(name: str, entry: str) -> bool:
 
 # What each tool says of a name and an entry, as its code has it
 OF_TOOL: dict[str, Callable[[str, str], bool]] = {
-    "compressed-tensors": lambda name, entry: bool(re.match(entry[3:], name)) if entry.startswith("re:") else name == entry,
+    "compressed-tensors": lambda name, entry: (
+        bool(re.match(entry[3:], name)) if entry.startswith("re:") else name == entry
+    ),
     "awq": lambda name, entry: entry in name,
     "fp8": lambda name, entry: up_to_a_part(name, entry) or up_to_a_part(container_of(name) or name, entry),
     "modelopt": lambda name, entry: fnmatch.fnmatch(name, entry) or fnmatch.fnmatch(container_of(name) or name, entry),
@@ -128,7 +135,10 @@ def listed_names(draw: Callable[[Any], Any]) -> tuple[str, str, str]:
     name, other = draw(st.sampled_from(sorted(NAMES.values()))), draw(st.sampled_from(sorted(NAMES.values())))
     piece = draw(st.sampled_from([name, name, other]))
     parts = [0, *(at.end() for at in re.finditer(r"\.", piece))]
-    start, stop = draw(st.sampled_from([*parts, 0, 0, draw(st.integers(0, len(piece)))])), draw(st.integers(0, len(piece)))
+    start, stop = (
+        draw(st.sampled_from([*parts, 0, 0, draw(st.integers(0, len(piece)))])),
+        draw(st.integers(0, len(piece))),
+    )
     stop = draw(st.sampled_from([*(end - 1 for end in parts[1:]), len(piece), stop]))
     return name, piece[start:stop], draw(st.sampled_from(["", "", "*", "re:", "re:*"]))
 
@@ -139,7 +149,11 @@ def test_a_list_leaves_out_what_its_tool_leaves_out(drawn: tuple[str, str, str],
     for tool, says in OF_TOOL.items():
         number, start = ("*", before) if tool == "modelopt" else (r"\d+", before.replace("*", ".*"))
         entry = start + (re.sub(r"\d+", lambda _: number, piece) if any_number else piece)  # noqa: B023
-        assert (method_of(TABLES[tool][1](["lm_head.", entry]), name, True) is None) == says(name, entry), (tool, name, entry)
+        assert (method_of(TABLES[tool][1](["lm_head.", entry]), name, True) is None) == says(name, entry), (
+            tool,
+            name,
+            entry,
+        )
 
 
 def module_of(name: str) -> torch.nn.Module:
@@ -159,7 +173,9 @@ def test_compressed_tensors_leaves_the_same_out() -> None:
     from compressed_tensors.utils import match_named_modules
 
     for entries, expected in COMPRESSED_TENSORS:
-        assert expected == names_of(lambda name: name not in dict(match_named_modules(module_of(name), ["Linear"], entries))), entries  # noqa: B023
+        assert expected == names_of(
+            lambda name: name not in dict(match_named_modules(module_of(name), ["Linear"], entries))  # noqa: B023
+        ), entries
 
 
 def test_autoawq_leaves_the_same_out() -> None:
@@ -177,26 +193,35 @@ def test_transformers_leaves_the_same_out() -> None:
 
     def left_out(name: str, entries: list[str]) -> bool:
         container = container_of(name)
-        return not should_convert_module(name, entries) or (bool(container) and not should_convert_module(container, entries))
+        return not should_convert_module(name, entries) or (
+            bool(container) and not should_convert_module(container, entries)
+        )
 
     for entries, expected in TRANSFORMERS:
         assert expected == names_of(lambda name: left_out(name, entries)), entries  # noqa: B023
 
 
 def test_what_modelopt_summarises_is_left_out_again() -> None:
-    """Any split of the names into quantised ones and others: its globs have the others, and none that is quantised."""
+    """Any split of the names into quantized ones and others: its globs have the others, and none that is quantized."""
     pytest.importorskip("modelopt.torch.export.quant_utils")
     from modelopt.torch.export.quant_utils import _prefix_wildcard_summarize_exclude_modules as summary
 
     linear = {short: name for short, name in NAMES.items() if short != "fused"}
     for bits in range(1, 2 ** len(linear)):
         others = {short for place, short in enumerate(linear) if bits >> place & 1}
-        globs = summary([linear[short] for short in others], [name for short, name in linear.items() if short not in others])
+        globs = summary(
+            [linear[short] for short in others], [name for short, name in linear.items() if short not in others]
+        )
         words = {"quant_algo": "FP8", "exclude_modules": sorted(globs)}
         assert {short for short, name in linear.items() if method_of(words, name, True) is None} == others
 
 
-GROUPS = {"a": ["Linear"], "b": [r"re:.*experts.*"], "c": [r"re:.*up_proj"], "d": ["model.layers.1.mlp.experts.0.up_proj"]}
+GROUPS = {
+    "a": ["Linear"],
+    "b": [r"re:.*experts.*"],
+    "c": [r"re:.*up_proj"],
+    "d": ["model.layers.1.mlp.experts.0.up_proj"],
+}
 GROUP_OF_NAME = {"gate": "b", "up": "d", "of 10": "b", "shared": "b", "head": "a", "inside": "b"}
 
 
@@ -225,7 +250,9 @@ def test_compressed_tensors_takes_the_same_groups() -> None:
     for short, group in GROUP_OF_NAME.items():
         model = module_of(NAMES[short])
         apply_quantization_config(model, QuantizationConfig.model_validate(words_of_groups()))
-        assert model.get_submodule(NAMES[short]).quantization_scheme.weights.group_size == 16 * 2 ** list(GROUPS).index(group), short
+        assert model.get_submodule(NAMES[short]).quantization_scheme.weights.group_size == 16 * 2 ** list(GROUPS).index(
+            group
+        ), short
 
 
 MIXED: tuple[tuple[dict[str, str], str, str | None], ...] = (
@@ -235,7 +262,8 @@ MIXED: tuple[tuple[dict[str, str], str, str | None], ...] = (
     ({"model.layers.1": "NVFP4"}, "of 10", None),
     ({"layers.1.ffn.experts": "nvfp4"}, "v4", "nvfp4"),
     ({"layers.1.ffn.experts": "NVFP4"}, "mtp", None),
-    ({"language_model.model.layers.1.mlp.experts": "NVFP4"}, "inside", "nvfp4"),  # vLLM and transformers have it the other way round
+    # vLLM and transformers have it the other way round
+    ({"language_model.model.layers.1.mlp.experts": "NVFP4"}, "inside", "nvfp4"),
     ({"model.language_model.layers.1.mlp.experts": "NVFP4", "model.language_model.layers.1": "FP8"}, "inside", "nvfp4"),
 )
 
@@ -252,6 +280,9 @@ def test_the_innermost_of_nested_names_counts(row: tuple[dict[str, str], str, st
         assert (None if found is None else found.quant.scheme) == scheme
 
 
-def test_optimum_names_what_is_quantised() -> None:
-    words = {**FORMATS["gptq"].words, "modules_in_block_to_quantize": [["self_attn.q_proj"], ["block_sparse_moe.experts.0.w1"]]}
+def test_optimum_names_what_is_quantized() -> None:
+    words = {
+        **FORMATS["gptq"].words,
+        "modules_in_block_to_quantize": [["self_attn.q_proj"], ["block_sparse_moe.experts.0.w1"]],
+    }
     assert names_of(lambda name: method_of(words, name, True) is not None) == {"w1"}

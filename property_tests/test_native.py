@@ -20,13 +20,14 @@ from moe_fn.config import ActivationConfig, as_activation
 from moe_fn.fused.schema import packed
 from moe_fn.kernels.native import library as native
 from moe_fn.testing import assert_matches
-from moe_fn.weights.prepare import lay_panels
+from moe_fn.weights.prepare import to_panels
 
 LEVELS = list(native.LEVELS)
 RUNNABLE = LEVELS[LEVELS.index(native.best_level()) :] if native.active().problem is None else []
 ACTIVATIONS: list[Any] = ["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "relu2_no_mul", "gelu_no_mul", "relu"]
 ACTIVATIONS.append(ActivationConfig(function="situ", gate_cap=3.0, up_cap=2.0))
-ACTIVATIONS += [ActivationConfig(function="silu", limit=0.5, limit_at=at) for at in ("input", "output")]  # limits that are reached
+# limits that are reached
+ACTIVATIONS += [ActivationConfig(function="silu", limit=0.5, limit_at=at) for at in ("input", "output")]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
@@ -50,9 +51,15 @@ def problem(config: MoEConfig, tokens: int, dtype: torch.dtype, seed: int) -> tu
     gate_up, down = normal(experts, both, hidden, scale=hidden**-0.5), normal(experts, hidden, inner, scale=inner**-0.5)
     if config.weight_layout == "in_out":
         gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
-    weights = MoEWeights(gate_up=gate_up, down=down, gate_up_bias=normal(experts, both), down_bias=normal(experts, hidden))
+    weights = MoEWeights(
+        gate_up=gate_up, down=down, gate_up_bias=normal(experts, both), down_bias=normal(experts, hidden)
+    )
     ids = torch.randint(-1, experts, (tokens, config.top_k), generator=generator)
-    return weights, normal(tokens, hidden), Routing(expert_ids=ids, weights=torch.rand(tokens, config.top_k, generator=generator))
+    return (
+        weights,
+        normal(tokens, hidden),
+        Routing(expert_ids=ids, weights=torch.rand(tokens, config.top_k, generator=generator)),
+    )
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
@@ -81,16 +88,24 @@ def test_every_level_equals_the_reference(
     )
     weights, x, routing = problem(config, tokens, dtype, tokens)
     expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
-    gate_up, down = lay_panels(config, weights.gate_up, weights.down)
-    for w in (weights, MoEWeights(gate_up=gate_up, down=down, gate_up_bias=weights.gate_up_bias, down_bias=weights.down_bias)):
+    gate_up, down = to_panels(config, weights.gate_up, weights.down)
+    for w in (
+        weights,
+        MoEWeights(gate_up=gate_up, down=down, gate_up_bias=weights.gate_up_bias, down_bias=weights.down_bias),
+    ):
         assert_matches(call(level, config, w, x, routing), expected, scale=1.0)
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("activation", "gate_up_layout"), [("silu", "packed"), ("silu", "interleaved"), ("relu2_no_mul", "packed")])
-def test_few_and_many_rows_of_weights_kept_in_out(level: str, dtype: torch.dtype, activation: Any, gate_up_layout: Any) -> None:
-    # Rows of one expert on both sides of the kernels' choices, columns and steps in no whole vectors, and several runs of panels of a task.
+@pytest.mark.parametrize(
+    ("activation", "gate_up_layout"), [("silu", "packed"), ("silu", "interleaved"), ("relu2_no_mul", "packed")]
+)
+def test_few_and_many_rows_of_weights_kept_in_out(
+    level: str, dtype: torch.dtype, activation: Any, gate_up_layout: Any
+) -> None:
+    # Rows of one expert on both sides of the kernels' choices, columns and steps in no whole vectors, and several runs
+    # of panels of a task.
     shapes = [(1, 45, 23, 1), (2, 33, 17, 2), (2, 7, 5, 15), (1, 129, 65, 64), (1, 129, 65, 65), (24, 33, 170, 60)]
     for experts, hidden, inner, rows in shapes:
         config = MoEConfig(
@@ -103,7 +118,8 @@ def test_few_and_many_rows_of_weights_kept_in_out(level: str, dtype: torch.dtype
             gate_up_layout=gate_up_layout,
         )
         weights, x, routing = problem(config, experts * rows, dtype, rows)
-        weights.gate_up[-1], weights.down[-1] = math.nan, math.nan  # nobody's expert, past the end of the last one that is read
+        # nobody's expert, past the end of the last one that is read
+        weights.gate_up[-1], weights.down[-1] = math.nan, math.nan
         routing = Routing(expert_ids=torch.arange(experts * rows)[:, None] % experts, weights=routing.weights)
         expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
         assert_matches(call(level, config, weights, x, routing), expected, scale=1.0)
@@ -111,7 +127,12 @@ def test_few_and_many_rows_of_weights_kept_in_out(level: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("level", RUNNABLE)
 @given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 3), st.integers(1, 70), st.integers(1, 70), DTYPES, st.booleans()
+    st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    st.integers(0, 3),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    DTYPES,
+    st.booleans(),
 )
 def test_grouped_products_of_every_level(
     level: str, counts: list[int], extra: int, m: int, n: int, dtype: torch.dtype, invariant: bool
@@ -173,12 +194,21 @@ def test_wrong_shapes_raise_in_words() -> None:
     ops: Any = native.library(RUNNABLE[0]).ops
     with pytest.raises(ValueError, match="expected 8 columns of 5 products"):
         call(RUNNABLE[0], config, weights, torch.ones(3, 5), routing)
-    gate_up, down = lay_panels(config, weights.gate_up, weights.down)
+    gate_up, down = to_panels(config, weights.gate_up, weights.down)
     for part in (gate_up[:, 1:], gate_up[:, :, 1:], gate_up[..., 1:]):
         with pytest.raises(ValueError, match="expected 8 columns of 4 products, plain or prepared"):
             call(RUNNABLE[0], config, replace(weights, gate_up=part, down=down), x, routing)
-    for ends, segments, last in (([2, 1], 1, 3), ([1, 9], 1, 3), ([-1, 1], 1, 3), ([1, 2, 2, 3], 3, ""), ([1, 4, 4, 6], 2, 3)):
-        rows, wanted = torch.ones(3 * segments, 4), f"up to {last}" if last else "4 ends and 9 rows do not split into 3 segments"
+    for ends, segments, last in (
+        ([2, 1], 1, 3),
+        ([1, 9], 1, 3),
+        ([-1, 1], 1, 3),
+        ([1, 2, 2, 3], 3, ""),
+        ([1, 4, 4, 6], 2, 3),
+    ):
+        rows, wanted = (
+            torch.ones(3 * segments, 4),
+            f"up to {last}" if last else "4 ends and 9 rows do not split into 3 segments",
+        )
         with pytest.raises(ValueError, match=wanted):
             ops.grouped_matmul(rows, weights.gate_up, torch.tensor(ends, dtype=torch.int32), True, segments, 1, False)
     one, ends = torch.ones(4, 4), torch.tensor([1, 4, 4, 4], dtype=torch.int32)
@@ -192,7 +222,8 @@ def test_wrong_shapes_raise_in_words() -> None:
     with pytest.raises(ValueError, match="expected 4 matrices"):
         ops.grouped_matmul(one, weights.gate_up, ends, True, 1, 1, False)
     plain, prepared = (
-        packed(config, w, x, routing.expert_ids, routing.weights) for w in (weights, replace(weights, gate_up=gate_up, down=down))
+        packed(config, w, x, routing.expert_ids, routing.weights)
+        for w in (weights, replace(weights, gate_up=gate_up, down=down))
     )
     for gradient, arguments in ((x[:2], plain), (x[:, :3], plain), (x.double(), plain), (x, prepared)):
         with pytest.raises(ValueError, match=r"gradient is .*; expected that of x, and plain weights"):

@@ -1,4 +1,6 @@
-"""The native kernels under AddressSanitizer: their gradients and products read and write nothing past the end of a tensor or buffer."""
+"""The native kernels under AddressSanitizer: their gradients and products read and write nothing past the end of a
+tensor or buffer.
+"""
 
 import subprocess
 import sys
@@ -19,7 +21,10 @@ TESTS = (
     "test_native.test_few_and_many_rows_of_weights_kept_in_out",
     "test_native.test_grouped_products_of_every_level",
 )
-RUN = "import conftest, sys; from pathlib import Path; from cpp_mutants import run; run(Path(sys.argv[1]), sys.argv[2:], print)"
+RUN = (
+    "import conftest, sys; from pathlib import Path; from cpp_mutants import run; "
+    "run(Path(sys.argv[1]), sys.argv[2:], print)"
+)
 OPTIONS = "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1"
 
 
@@ -42,7 +47,16 @@ def sanitised(level: str, change: Change | None, tests: tuple[str, ...]) -> subp
     with Workshop(level, ("-fsanitize=address",)) as workshop:
         library = workshop.library(change)
         path = f"PYTHONPATH={FOLDER.parent}:{FOLDER}"
-        command = ["env", f"LD_PRELOAD={libasan()}", f"ASAN_OPTIONS={OPTIONS}", path, "OMP_NUM_THREADS=1", sys.executable, "-c", RUN]
+        command = [
+            "env",
+            f"LD_PRELOAD={libasan()}",
+            f"ASAN_OPTIONS={OPTIONS}",
+            path,
+            "OMP_NUM_THREADS=1",
+            sys.executable,
+            "-c",
+            RUN,
+        ]
         return subprocess.run([*command, str(library), *tests], capture_output=True, text=True, timeout=1800)
 
 

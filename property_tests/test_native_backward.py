@@ -22,7 +22,8 @@ from moe_fn.reference.activation import activate
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
-MANY = [[513, 1100, 0, 1], [2000]]  # rows of each expert: more than a block of steps of the outer products, than a chunk of rows, and none
+# rows of each expert: more than a block of steps of the outer products, than a chunk of rows, and none
+MANY = [[513, 1100, 0, 1], [2000]]
 SMALL, WIDE = [(33, 17), (64, 48), (130, 90), (1, 1)], [(1600, 40), (40, 1600), (800, 5)]  # (hidden, intermediate)
 
 
@@ -68,7 +69,9 @@ class Case:
         if self.layout == "in_out":
             gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
         biases = {"gate_up_bias": normal(experts + 1, both), "down_bias": normal(experts + 1, self.hidden)}
-        weights = MoEWeights(gate_up=gate_up, down=down, **{name: b for name, b in biases.items() if getattr(self, name)})
+        weights = MoEWeights(
+            gate_up=gate_up, down=down, **{name: b for name, b in biases.items() if getattr(self, name)}
+        )
         ids = torch.repeat_interleave(torch.arange(experts), torch.tensor(self.counts, dtype=torch.int64))
         ids = torch.cat([ids, torch.full((3 + -len(ids) % config.top_k + 2 * config.top_k,), -1)])
         ids = ids[: len(ids) // config.top_k * config.top_k]
@@ -84,7 +87,8 @@ class Case:
 def check(level: str, case: Case) -> None:
     """The level's own routed_experts_backward against the derivative of a float64 loop over the experts.
 
-    Slopes have steps (relu, limits), so the loop takes them where the op does: at what it kept, which is judged by itself.
+    Slopes have steps (relu, limits), so the loop takes them where the op does: at what it kept, which is judged by
+    itself.
     """
     config, weights, x, ids, w, gradient = case.made()
     arguments = packed(config, weights, x, ids, w)
@@ -113,7 +117,9 @@ def check(level: str, case: Case) -> None:
     assert not pre[start:].any()
     assert_matches(y, expected_y, scale=1.0, name="y")
     used = (ids >= 0).any(1)
-    expected = torch.autograd.grad((expected_y[used] * gradient[used].double()).sum(), list(wide.values()), allow_unused=True)
+    expected = torch.autograd.grad(
+        (expected_y[used] * gradient[used].double()).sum(), list(wide.values()), allow_unused=True
+    )
     expected_of = dict(zip(wide, expected, strict=True))
     needed = [bool(case.needed >> i & 1) for i in range(6)]
     found = ops.routed_experts_backward(gradient, needed, pre if case.kept else pre.new_empty(0), *arguments)
@@ -124,7 +130,12 @@ def check(level: str, case: Case) -> None:
         assert d.dtype == t.dtype
         e = expected_of[name]
         terms = {"x": 1, "w": case.hidden}.get(name, max(case.counts, default=1))  # of size 1, which may cancel
-        assert_matches(d, torch.zeros(t.shape, dtype=torch.float64) if e is None else e, scale=max(terms, 1) ** 0.5, name=f"d {name}")
+        assert_matches(
+            d,
+            torch.zeros(t.shape, dtype=torch.float64) if e is None else e,
+            scale=max(terms, 1) ** 0.5,
+            name=f"d {name}",
+        )
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
@@ -206,17 +217,32 @@ def test_outer_products_of_many_rows(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
-@given(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]), st.data(), st.integers(0, 3), st.integers(1, 70), st.integers(1, 70), DTYPES)
+@given(
+    st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]),
+    st.data(),
+    st.integers(0, 3),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    DTYPES,
+)
 @settings(max_examples=25)
 def test_outer_products_of_segments(
     level: str, segments: tuple[int, int], data: Any, extra: int, m: int, n: int, dtype: torch.dtype
 ) -> None:
     size = data.draw(st.integers(1, 4))
-    counts = data.draw(st.lists(st.lists(st.integers(0, 40), min_size=size, max_size=size), min_size=segments[0], max_size=segments[0]))
+    counts = data.draw(
+        st.lists(st.lists(st.integers(0, 40), min_size=size, max_size=size), min_size=segments[0], max_size=segments[0])
+    )
     check_outer(level, counts, segments[1], extra, m, n, dtype)
 
 
-NATIVE: dict[str, Any] = {"backend": "native", "opaque": False, "expert_norm": None, "gate_dtype": "float32", "score_dtype": "float32"}
+NATIVE: dict[str, Any] = {
+    "backend": "native",
+    "opaque": False,
+    "expert_norm": None,
+    "gate_dtype": "float32",
+    "score_dtype": "float32",
+}
 
 
 @law(problems(configs(**NATIVE, recompute=st.booleans(), lora=None, quant=None)))

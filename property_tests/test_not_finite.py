@@ -25,7 +25,9 @@ PROBLEMS = st.one_of(problems(), problems(dtype=torch.bfloat16), CODED)
 
 
 def with_logits(problem: MoEProblem) -> MoEProblem:
-    """The problem behind a router of its own, so that x is not seen by the gate; inputs rounded by one scale for all are left out."""
+    """The problem behind a router of its own, so that x is not seen by the gate; inputs rounded by one scale for all
+    are left out.
+    """
     quant = problem.config.quant
     inputs = None if quant is None else quant.activations
     assume(inputs is None or inputs.granularity != "tensor" or inputs.static)
@@ -95,7 +97,9 @@ def with_expert(problem: MoEProblem, expert: int, value: float | None) -> MoEPro
         return torch.where(torch.arange(t.shape[0]).view(-1, *[1] * (t.ndim - 1)) == expert, value, t)
 
     if quant is None:
-        return problem.replace(weights=dataclasses.replace(weights, gate_up=bad(weights.gate_up), down=bad(weights.down)))
+        return problem.replace(
+            weights=dataclasses.replace(weights, gate_up=bad(weights.gate_up), down=bad(weights.down))
+        )
     assume(quant.down_scale is not None and quant.down_scale.itemsize > 1)
     changed = dataclasses.replace(quant, gate_up_scale=bad(quant.gate_up_scale), down_scale=bad(quant.down_scale))  # type: ignore[arg-type]
     return problem.replace(weights=dataclasses.replace(weights, quant=changed))
@@ -126,7 +130,9 @@ def gradients_of(problem: MoEProblem) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "check", [test_what_is_not_finite_in_a_token_stays_in_it, test_nan_in_a_token_is_nan_in_its_output], ids=lambda t: t.__name__
+    "check",
+    [test_what_is_not_finite_in_a_token_stays_in_it, test_nan_in_a_token_is_nan_in_its_output],
+    ids=lambda t: t.__name__,
 )
 def test_the_torch_back_end_keeps_these_laws_too(check: Any) -> None:
     given_problems = given(problems(configs(backend="torch")), *check.strategies[1:])
@@ -143,7 +149,13 @@ def test_every_level_keeps_nan_where_it_is(level: str, dtype: torch.dtype, activ
     routing = dataclasses.replace(routing, expert_ids=torch.tensor([[0, 1]]).expand(7, 2).contiguous())
     expected = native_call(level, config, weights, x, routing)
     for value in (float("nan"), float("inf")):
-        y = native_call(level, config, weights, x.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value, dtype=dtype)), routing)
+        y = native_call(
+            level,
+            config,
+            weights,
+            x.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(value, dtype=dtype)),
+            routing,
+        )
         others = torch.arange(7) != 3
         assert torch.equal(y[others], expected[others])
         assert torch.isnan(y[3]).all() or value == float("inf")

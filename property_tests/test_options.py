@@ -1,4 +1,6 @@
-"""No option that no test computes with: every value of every field of the configs, in problems that the laws of numbers draw."""
+"""No option that no test computes with: every value of every field of the configs, in problems that the laws of numbers
+draw.
+"""
 
 from typing import Any
 
@@ -23,12 +25,20 @@ LAWS: tuple[tuple[Any, ...], ...] = (
 )
 # What those do not draw, and what computes with it.
 ELSEWHERE: dict[Option, str] = {
-    ("NormsConfig.gate", True): "test_around_the_experts: its logits lie on no grid, so a formula beside it is the judge",
+    (
+        "NormsConfig.gate",
+        True,
+    ): "test_around_the_experts: its logits lie on no grid, so a formula beside it is the judge",
     ("MoEConfig.backend", "triton"): "test_triton_layer, where Triton is",
     ("MoEConfig.parallel", "ParallelConfig"): "test_parallel, in processes of their own; it has such a test too",
 }
 DRAWS = settings(
-    max_examples=150, derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=150,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 
 
@@ -48,8 +58,12 @@ def compute_with_new_ones(laws: tuple[Any, ...], seen: set[Option]) -> None:
 
 
 def test_every_option_is_computed_with() -> None:
-    """And held to the reference; of many draws few are computed, and no law's own few examples have to meet all options."""
-    seen = {option for quant in test_quant.EVERY_QUANT for option in options_of(quant)} | {("MoEConfig.quant", "QuantConfig")}
+    """And held to the reference; of many draws few are computed, and no law's own few examples have to meet all
+    options.
+    """
+    seen = {option for quant in test_quant.EVERY_QUANT for option in options_of(quant)} | {
+        ("MoEConfig.quant", "QuantConfig")
+    }
     for laws in LAWS:
         compute_with_new_ones(laws, seen)
     of_one_rank = {option for option in there_are() if option[0].split(".")[0] not in ("ParallelConfig", "RankGroup")}

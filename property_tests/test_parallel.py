@@ -25,7 +25,9 @@ def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[in
     context: Any = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     store = str(folder / "store")
-    processes = [context.Process(target=worker, args=(rank, world, store, results, bugs), daemon=True) for rank in range(world)]
+    processes = [
+        context.Process(target=worker, args=(rank, world, store, results, bugs), daemon=True) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     found: dict[str, dict[int, str | None]] = {}
@@ -35,8 +37,15 @@ def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[in
             found.setdefault(name, {})[rank] = error
     except queue.Empty:
         ends = [process.exitcode for process in processes]
-        wrong = [f"{name}, rank {rank}: {error}" for name, ranks in found.items() for rank, error in ranks.items() if error]
-        words = "\n".join([f"{world} ranks ended with {ends}: no word after {len(found)} cases, the last {list(found)[-1:]}", *wrong[:20]])
+        wrong = [
+            f"{name}, rank {rank}: {error}" for name, ranks in found.items() for rank, error in ranks.items() if error
+        ]
+        words = "\n".join(
+            [
+                f"{world} ranks ended with {ends}: no word after {len(found)} cases, the last {list(found)[-1:]}",
+                *wrong[:20],
+            ]
+        )
         pytest.fail(words)
     finally:
         for process in processes:
@@ -46,7 +55,9 @@ def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[in
 
 
 def next_word(results: Any, processes: Any) -> Any:
-    """queue.Empty after TIMEOUT_S, and soon where a rank is dead: the others' errors of every case that is left say nothing."""
+    """queue.Empty after TIMEOUT_S, and soon where a rank is dead: the others' errors of every case that is left say
+    nothing.
+    """
     for _ in range(TIMEOUT_S // WORD_S):
         with contextlib.suppress(queue.Empty):
             return results.get(timeout=WORD_S)
@@ -64,7 +75,9 @@ def test_sharded_equals_unsharded(world: int, tmp_path: Path) -> None:
 
 
 def test_ranks_compute_with_every_option() -> None:
-    """Every value of every word of ParallelConfig.from_mesh is in some case; a word that a case leaves out has its default."""
+    """Every value of every word of ParallelConfig.from_mesh is in some case; a word that a case leaves out has its
+    default.
+    """
     found = [case for world in (1, 2, 4) for case in cases(world)]
     words = inspect.signature(ParallelConfig.from_mesh).parameters
     seen: dict[str, set[Any]] = {word: {words[word].default} - {None, False} for word in words if word != "mesh"}
@@ -75,7 +88,9 @@ def test_ranks_compute_with_every_option() -> None:
     kinds = get_type_hints(ParallelConfig.from_mesh)
     for word, values in seen.items():
         parts = (kinds[word], *get_args(kinds[word]))
-        assert values and values >= {choice for part in parts if get_origin(part) is Literal for choice in get_args(part)}, word
+        assert values and values >= {
+            choice for part in parts if get_origin(part) is Literal for choice in get_args(part)
+        }, word
 
 
 def test_ranks_compute_with_every_option_of_the_layer() -> None:
@@ -83,11 +98,15 @@ def test_ranks_compute_with_every_option_of_the_layer() -> None:
     layers = {case.layer for world in (1, 2, 4) for case in cases(world)}
     assert layers == set(ALL_LAYERS)
     computed = {option for layer in layers for option in options_of(ALL_LAYERS[layer])}
-    missing = {option for option in there_are() if option[0].split(".")[0] not in ("ParallelConfig", "RankGroup")} - computed
+    missing = {
+        option for option in there_are() if option[0].split(".")[0] not in ("ParallelConfig", "RankGroup")
+    } - computed
     missing -= {("MoEConfig.parallel", "ParallelConfig")}
     excused = {option for option in missing if option in EXCUSED or option[0] in EXCUSED}
     assert missing == excused
-    assert {reason for reason in EXCUSED if reason not in missing and reason not in {field for field, _ in missing}} == set()
+    assert {
+        reason for reason in EXCUSED if reason not in missing and reason not in {field for field, _ in missing}
+    } == set()
 
 
 def test_the_law_kills_every_planted_bug(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Peak memory of every path is what `moe_fn.bench.peaks` says, within 10 %: resident memory of one process, whose peak starts anew."""
+"""Peak memory of every path is what `moe_fn.bench.peaks` says, within 10 %: resident memory of one process, whose peak
+starts anew.
+"""
 
 import gc
 import os

@@ -39,10 +39,17 @@ WITH = {
     "transformers": ("test_transformers_laws", "test_family_laws"),
     "safetensors": ("test_checkpoint", "test_checkpoint_lora", "test_checkpoint_published", "test_module_lists"),
 }
-FILES += tuple(file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files)
+FILES += tuple(
+    file for package, files in WITH.items() if importlib.util.find_spec(package) is not None for file in files
+)
 BUGS = OF_THE_LAYER + OF_BALANCE + OF_QUANT + OF_NAN + OF_THE_CAMPAIGN + OF_FAMILIES + OF_LISTS
 MODULES: tuple[ModuleType, ...] = tuple(importlib.import_module(name) for name in FILES)
-LAWS = {name.removeprefix("test_"): value for module in MODULES for name, value in vars(module).items() if hasattr(value, "strategies")}
+LAWS = {
+    name.removeprefix("test_"): value
+    for module in MODULES
+    for name, value in vars(module).items()
+    if hasattr(value, "strategies")
+}
 QUICK = settings(
     max_examples=150,
     derandomize=True,

@@ -21,8 +21,12 @@ from moe_fn.weights.prepare import convert_experts
 NATIVE = native.active().problem is None
 pytestmark = pytest.mark.skipif(not NATIVE, reason="no native kernels here")
 
-PLAIN = configs(expert_norm=None, shared=None, latent=None, zero_experts=None, opaque=False, chunk_tokens=None, backend="auto")
-CASES = st.tuples(PLAIN, st.integers(0, 40), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**20))
+PLAIN = configs(
+    expert_norm=None, shared=None, latent=None, zero_experts=None, opaque=False, chunk_tokens=None, backend="auto"
+)
+CASES = st.tuples(
+    PLAIN, st.integers(0, 40), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**20)
+)
 Case = tuple[MoEConfig, int, bool, torch.dtype, int]
 
 
@@ -46,7 +50,9 @@ def test_prepared_weights_give_the_same_numbers(case: Case) -> None:
     assert_matches(actual, expected, scale=0.5)
     # A back-end that has no use for them restores them.
     assert_matches(
-        routed_experts.by_stages(config, prepared, x, routing), routed_experts.by_stages(config, weights, x, routing), tolerance=0.0
+        routed_experts.dispatch_experts_combine(config, prepared, x, routing),
+        routed_experts.dispatch_experts_combine(config, weights, x, routing),
+        tolerance=0.0,
     )
 
 
@@ -63,20 +69,26 @@ def test_converting_prepared_weights_is_preparing_converted_ones(case: Case) -> 
     config, weights, _, _ = problem_of(case)
     for dtype in (torch.float32, torch.bfloat16):
         converted = convert_experts(config, moe_fn.prepare_weights(config, weights), dtype)
-        by_hand = moe_fn.prepare_weights(config, tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, weights))  # noqa: B023
+        by_hand = moe_fn.prepare_weights(
+            config,
+            tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, weights),  # noqa: B023
+        )
         assert torch.equal(converted.gate_up, by_hand.gate_up) and torch.equal(converted.down, by_hand.down)
 
 
 def test_autocast_reads_prepared_weights_and_codes_as_they_are() -> None:
     sizes = {"num_experts": 4, "top_k": 2, "hidden_size": 32, "intermediate_size": 48}
-    x, codes = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)), QuantConfig(scheme="int8", granularity="channel")
+    x, codes = (
+        torch.randn(5, 32, generator=torch.Generator().manual_seed(0)),
+        QuantConfig(scheme="int8", granularity="channel"),
+    )
     for config, dtype in ((MoEConfig(**sizes), torch.bfloat16), (MoEConfig(**sizes, quant=codes), torch.uint8)):
         plain = weights_for(config)
         if config.quant is None:
             plain = dataclasses.replace(plain, gate_up=plain.gate_up.to(dtype), down=plain.down.to(dtype))
         prepared = moe_fn.prepare_weights(config, plain)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            entered = call.enter("test", config, prepared, x, None, None, None)
+            entered = call.check_and_flatten("test", config, prepared, x, None, None, None)
             ys = [moe_fn.moe_forward(config, weights, x) for weights in (prepared, plain)]
         kept = [getattr(weights, name) for weights in (entered.weights, prepared) for name in ("gate_up", "down")]
         assert kept[0] is kept[2] and kept[1] is kept[3] and entered.weights.quant == prepared.quant  # the same tensors
@@ -117,9 +129,13 @@ def test_the_fused_kernel_equals_the_stages(case: Case) -> None:
         found = torch.autograd.grad(y.square().sum(), leaves(inputs), allow_unused=True)
         return [y, *(torch.zeros(0) if g is None else g for g in found)]
 
-    for actual, expected in zip(run(routed_experts.by_native_op, config), run(routed_experts.by_stages, staged), strict=True):
+    for actual, expected in zip(
+        run(routed_experts.by_native_op, config), run(routed_experts.dispatch_experts_combine, staged), strict=True
+    ):
         # The routing weights' gradient is as good as x is; in bfloat16 both sides have rounded.
-        assert_matches(actual.to(x.dtype), expected.to(x.dtype), tolerance=2e-2 if x.dtype == torch.bfloat16 else 4e-6, scale=1.0)
+        assert_matches(
+            actual.to(x.dtype), expected.to(x.dtype), tolerance=2e-2 if x.dtype == torch.bfloat16 else 4e-6, scale=1.0
+        )
 
 
 def test_the_input_is_left_alone_and_what_cannot_be_laid_comes_back() -> None:

@@ -1,4 +1,6 @@
-"""Laws of quantised experts: codes, scales and rounded inputs, against the reference and against the floats that codes stand for."""
+"""Laws of quantized experts: codes, scales and rounded inputs, against the reference and against the floats that codes
+stand for.
+"""
 
 import contextlib
 import dataclasses
@@ -36,7 +38,9 @@ def problems_of(quant: QuantConfig, **fixed: object) -> st.SearchStrategy[MoEPro
 
 
 def ways_to_round(scheme: str) -> Iterator[ActivationQuantConfig | None]:
-    """Every way in which inputs are rounded beside codes of a scheme, in groups of as many numbers as the scheme has, or of 4."""
+    """Every way in which inputs are rounded beside codes of a scheme, in groups of as many numbers as the scheme has,
+    or of 4.
+    """
     yield None
     for rounded in SCHEMES[scheme].activations:
         granularities, size = ACTIVATION_SCHEMES[rounded]
@@ -73,27 +77,34 @@ WEIGHT_ONLY = quants(activations=False).flatmap(problems_of)
 
 
 @law(PROBLEMS)
-def test_quantised_layers_equal_the_reference(problem: MoEProblem) -> None:
-    """Up to the problem's own bound, which knows where float32 may round an input to the next code: no tolerance has room for that."""
+def test_quantized_layers_equal_the_reference(problem: MoEProblem) -> None:
+    """Up to the problem's own bound, which knows where float32 may round an input to the next code: no tolerance has
+    room for that.
+    """
     y, expected = problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward)
     assert share_of_bound(y, expected, error_bound(problem)) <= 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_way_to_quantise_equals_the_reference(scheme: str) -> None:
+def test_every_way_to_quantize_equals_the_reference(scheme: str) -> None:
     """Few draws meet few of them; here are all."""
     for number, quant in enumerate(quant for quant in EVERY_QUANT if quant.scheme == scheme):
         config = MoEConfig(
-            num_experts=3, top_k=2, hidden_size=32, intermediate_size=32, quant=quant, gate_up_layout=("packed", "interleaved")[number % 2]
+            num_experts=3,
+            top_k=2,
+            hidden_size=32,
+            intermediate_size=32,
+            quant=quant,
+            gate_up_layout=("packed", "interleaved")[number % 2],
         )
         generator = torch.Generator().manual_seed(number)
         x, logits = torch.randn(5, 32, generator=generator), torch.randint(-4, 5, (5, 3), generator=generator).float()
         problem = MoEProblem(config=config, weights=weights_for(config, generator), x=x, logits=logits)
-        test_quantised_layers_equal_the_reference.check(problem)
+        test_quantized_layers_equal_the_reference.check(problem)
 
 
 @law(WEIGHT_ONLY)
-def test_quantised_layers_equal_those_of_the_floats_that_codes_stand_for(problem: MoEProblem) -> None:
+def test_quantized_layers_equal_those_of_the_floats_that_codes_stand_for(problem: MoEProblem) -> None:
     config, weights = moe_fn.dequantize_weights(problem.config, problem.weights)
     ours, theirs = with_gradients(problem), with_gradients(problem.replace(config=config, weights=weights))
     found = []
@@ -111,7 +122,9 @@ def test_quantised_layers_equal_those_of_the_floats_that_codes_stand_for(problem
 def with_gradients(problem: MoEProblem) -> MoEProblem:
     """Of everything that is a float; codes are not."""
     weights = torch.utils._pytree.tree_map(_leaf, problem.weights)
-    return problem.replace(x=_leaf(problem.x), logits=None if problem.logits is None else _leaf(problem.logits), weights=weights)
+    return problem.replace(
+        x=_leaf(problem.x), logits=None if problem.logits is None else _leaf(problem.logits), weights=weights
+    )
 
 
 def _leaf(t: Tensor) -> Tensor:
@@ -120,7 +133,9 @@ def _leaf(t: Tensor) -> Tensor:
 
 @law(PROBLEMS)
 def test_gradients_pass_the_rounding_of_inputs(problem: MoEProblem) -> None:
-    """As those of the reference do, to which the rounding is an addend without gradient; where no code and no derivative is undecided."""
+    """As those of the reference do, to which the rounding is an addend without gradient; where no code and no
+    derivative is undecided.
+    """
     bound = error_bound(problem)
     if bound.tied or bound.jumps:
         return
@@ -139,7 +154,9 @@ DTYPES = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.fl
 
 
 @law(quants(of_call=False), DTYPES, st.integers(0, 2**20), st.integers(0, 3), st.sampled_from((40, 7)))
-def test_rows_arrive_as_the_experts_round_them(quant: QuantConfig, dtype: torch.dtype, seed: int, count: int, width: int) -> None:
+def test_rows_arrive_as_the_experts_round_them(
+    quant: QuantConfig, dtype: torch.dtype, seed: int, count: int, width: int
+) -> None:
     """Rounding what was rounded on its way to another rank is rounding once; a rank may have no rows."""
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20, quant=quant)
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -155,7 +172,11 @@ def test_rows_arrive_as_the_experts_round_them(quant: QuantConfig, dtype: torch.
 
 @pytest.mark.parametrize(("count", "width"), itertools.product((0, 1, 3), (40, 7)))
 def test_rows_arrive_however_they_are_rounded(count: int, width: int) -> None:
-    ways = {quant.activations: quant for quant in EVERY_QUANT if quant.activations is not None and not quant.activations.is_of_call}
+    ways = {
+        quant.activations: quant
+        for quant in EVERY_QUANT
+        if quant.activations is not None and not quant.activations.is_of_call
+    }
     for quant in ways.values():
         test_rows_arrive_as_the_experts_round_them.check(quant, torch.float32, 0, count, width)
 
@@ -179,7 +200,9 @@ def drawn(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWeig
 
 
 def halfway(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWeights]:
-    """Weights that are codes around a zero point, or halfway between two; so are the zero point itself and the ends of each tile."""
+    """Weights that are codes around a zero point, or halfway between two; so are the zero point itself and the ends of
+    each tile.
+    """
     config, top = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20), 2**quant.row.bits - 1
     generator = torch.Generator().manual_seed(seed)
     zero = float(torch.randint(0, top, (), generator=generator)) + 0.5
@@ -194,16 +217,18 @@ def halfway(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWe
 
 
 def steps(config: MoEConfig, weights: MoEWeights, name: str) -> Tensor:
-    """Half the distance of a code's number to the next ones, the larger; what saturates (mx scales, zero points) may be further."""
+    """Half the distance of a code's number to the next ones, the larger; what saturates (mx scales, zero points) may be
+    further.
+    """
     quant = config.quant
     assert quant is not None and weights.quant is not None
     stored = moe_fn.quant.codes.codes_of(weights, name)
     halves = moe_fn.quant.tiles.halves_of(config, name)
     ones = torch.ones_like(moe_fn.quant.codes.decoded(quant, stored, halves, torch.float32))
     scale = moe_fn.quant.codes.decode_scale(quant, stored.scale, torch.float32)
-    unit = moe_fn.quant.tiles.spread(scale, quant.tile, halves, *ones.shape[1:]).abs()
+    unit = moe_fn.quant.tiles.expand_tiles(scale, quant.tile, halves, *ones.shape[1:]).abs()
     if stored.global_scale is not None:
-        unit = unit * moe_fn.quant.tiles.spread(stored.global_scale, (None, None), halves, *ones.shape[1:])
+        unit = unit * moe_fn.quant.tiles.expand_tiles(stored.global_scale, (None, None), halves, *ones.shape[1:])
     number = moe_fn.quant.codes.decoded(quant, stored, halves, torch.float32).abs() / unit
     if quant.row.element in ("int8", "int4"):  # a zero point is a whole number itself
         return unit * (1.0 if quant.zero_points or quant.scheme == "int4" else 0.5)
@@ -216,7 +241,7 @@ def steps(config: MoEConfig, weights: MoEWeights, name: str) -> Tensor:
 
 
 @law(quants(activations=False), st.integers(0, 2**20))
-def test_quantising_what_was_dequantised_changes_nothing(quant: QuantConfig, seed: int) -> None:
+def test_quantizing_what_was_dequantized_changes_nothing(quant: QuantConfig, seed: int) -> None:
     config, weights, _ = drawn(quant, seed)
     plain, floats = moe_fn.dequantize_weights(config, weights)
     _, again = moe_fn.dequantize_weights(*moe_fn.quantize_weights(plain, floats, quant))
@@ -256,7 +281,9 @@ def test_static_scales_cover_what_was_seen(data: st.DataObject) -> None:
     small, codes = moe_fn.quantize_weights(config, floats, quant, moe_fn.calibrate(config, floats, x, logits))
     plain = dataclasses.replace(small, quant=dataclasses.replace(quant, activations=None))
     assert codes.quant is not None
-    no_scales = dataclasses.replace(codes, quant=dataclasses.replace(codes.quant, gate_up_input_scale=None, down_input_scale=None))
+    no_scales = dataclasses.replace(
+        codes, quant=dataclasses.replace(codes.quant, gate_up_input_scale=None, down_input_scale=None)
+    )
     y, exact = moe_fn.moe_forward(small, codes, x, logits), moe_fn.moe_forward(plain, no_scales, x, logits)
     assert_matches(y, exact, tolerance={"int8": 0.05, "fp8_e4m3": 0.1, "nvfp4": 0.3}[scheme])
 
@@ -267,7 +294,9 @@ def test_what_ranks_and_bytes_cannot_cut_is_refused(data: st.DataObject) -> None
     slices = data.draw(st.sampled_from((2, 3, 4)))
     width = data.draw(st.sampled_from((8, 12, 24, 96)))
     outputs, inputs = quant.tile
-    fits = width % slices == 0 and all((width // slices) % (size or 1) == 0 for size in (outputs, inputs, quant.per_byte))
+    fits = width % slices == 0 and all(
+        (width // slices) % (size or 1) == 0 for size in (outputs, inputs, quant.per_byte)
+    )
     parallel = moe_fn.ParallelConfig(tp=moe_fn.RankGroup(name="0", size=slices, rank=0))
     try:
         MoEConfig(num_experts=2, top_k=1, hidden_size=8, intermediate_size=width, quant=quant, parallel=parallel)
@@ -278,5 +307,11 @@ def test_what_ranks_and_bytes_cannot_cut_is_refused(data: st.DataObject) -> None
 
 
 def test_leaves_that_have_gradients_are_floats() -> None:
-    config = MoEConfig(num_experts=2, top_k=1, hidden_size=8, intermediate_size=8, quant=QuantConfig(scheme="int8", granularity="channel"))
+    config = MoEConfig(
+        num_experts=2,
+        top_k=1,
+        hidden_size=8,
+        intermediate_size=8,
+        quant=QuantConfig(scheme="int8", granularity="channel"),
+    )
     assert all(t.dtype == torch.float32 for t in leaves(weights_for(config)))

@@ -1,4 +1,6 @@
-"""Weights that are codes in the native kernels: every level that this CPU has, against float64 of what the codes stand for."""
+"""Weights that are codes in the native kernels: every level that this CPU has, against float64 of what the codes stand
+for.
+"""
 
 import dataclasses
 import math
@@ -46,7 +48,9 @@ SIZES = [(5, 2, 34, 18), (3, 3, 64, 48), (4, 2, 130, 90), (2, 1, 2, 2), (1, 1, 8
 Case = tuple[MoEConfig, MoEWeights, Tensor, Routing]
 
 
-def problem(quant: QuantConfig, size: tuple[int, ...], tokens: int, activation: Any, interleaved: bool, dtype: torch.dtype) -> Case:
+def problem(
+    quant: QuantConfig, size: tuple[int, ...], tokens: int, activation: Any, interleaved: bool, dtype: torch.dtype
+) -> Case:
     generator = torch.Generator().manual_seed(tokens)
     experts, top_k, hidden, inner = size
     config = MoEConfig(
@@ -81,7 +85,13 @@ def problem(quant: QuantConfig, size: tuple[int, ...], tokens: int, activation: 
     DTYPES,
 )
 def test_every_level_equals_the_reference(
-    level: str, quant: QuantConfig, size: tuple[int, ...], tokens: int, activation: Any, interleaved: bool, dtype: torch.dtype
+    level: str,
+    quant: QuantConfig,
+    size: tuple[int, ...],
+    tokens: int,
+    activation: Any,
+    interleaved: bool,
+    dtype: torch.dtype,
 ) -> None:
     config, weights, x, routing = problem(quant, size, tokens, activation, interleaved, dtype)
     expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
@@ -105,7 +115,10 @@ def test_the_bits_of_a_token_do_not_depend_on_the_others(
     prepared = moe_fn.prepare_weights(config, weights)
     one = seed % tokens
     of_one = Routing(expert_ids=routing.expert_ids[one : one + 1], weights=routing.weights[one : one + 1])
-    assert torch.equal(call(level, config, prepared, x, routing)[one : one + 1], call(level, config, prepared, x[one : one + 1], of_one))
+    assert torch.equal(
+        call(level, config, prepared, x, routing)[one : one + 1],
+        call(level, config, prepared, x[one : one + 1], of_one),
+    )
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
@@ -124,10 +137,12 @@ def test_missing_values_stay_in_their_rows(level: str, quant: QuantConfig) -> No
 
 @settings(max_examples=40)
 @given(quants(), st.integers(0, 20), st.booleans(), DTYPES)
-def test_preparing_codes_is_undone_and_changes_nothing(quant: QuantConfig, tokens: int, interleaved: bool, dtype: torch.dtype) -> None:
+def test_preparing_codes_is_undone_and_changes_nothing(
+    quant: QuantConfig, tokens: int, interleaved: bool, dtype: torch.dtype
+) -> None:
     config, weights, x, routing = problem(quant, (3, 2, 36, 20), tokens, "silu", interleaved, dtype)
     prepared = moe_fn.prepare_weights(config, weights)
-    taken = native.quant_problem(quant.text, 36, 20, "cpu") is None
+    taken = native.quant_problem(quant.json, 36, 20, "cpu") is None
     assert taken == (prepared is not weights) == (prepared.gate_up.ndim == 4)
     restored = moe_fn.restore_weights(config, prepared)
     assert restored.quant is not None and weights.quant is not None
@@ -135,13 +150,17 @@ def test_preparing_codes_is_undone_and_changes_nothing(quant: QuantConfig, token
         for field in dataclasses.fields(found):
             one, other = getattr(found, field.name), getattr(given_, field.name)
             if isinstance(other, Tensor):
-                assert one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+                assert one.dtype == other.dtype and torch.equal(
+                    one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+                )
     logits = torch.randn(tokens, 3)
     layer = dataclasses.replace(config, backend="native")
     actual, expected = (moe_fn.moe_forward(layer, w, x, logits) for w in (prepared, weights))
     assert torch.equal(actual, expected)
     assert_matches(
-        routed_experts.by_stages(layer, prepared, x, routing), routed_experts.by_stages(layer, weights, x, routing), tolerance=0.0
+        routed_experts.dispatch_experts_combine(layer, prepared, x, routing),
+        routed_experts.dispatch_experts_combine(layer, weights, x, routing),
+        tolerance=0.0,
     )
 
 
@@ -164,10 +183,13 @@ def test_gradients_are_those_of_the_floats(quant: QuantConfig, prepare: bool) ->
 def test_what_the_kernels_do_not_take_runs_by_stages_and_says_why() -> None:
     rounded = ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32)
     for quant, words in (
-        (QuantConfig(scheme="int4", granularity="group", group_size=12), "a scale of 12 inputs; the native kernels take multiples of 8"),
+        (
+            QuantConfig(scheme="int4", granularity="group", group_size=12),
+            "a scale of 12 inputs; the native kernels take multiples of 8",
+        ),
         (QuantConfig(scheme="mxfp8", granularity="group", group_size=32, activations=rounded), "mxfp8 activations"),
     ):
-        assert words in str(native.quant_problem(quant.text, 64, 64, "cpu"))
+        assert words in str(native.quant_problem(quant.json, 64, 64, "cpu"))
     config, weights, x, routing = problem(QUANTS[0], (2, 1, 64, 32), 3, "silu", False, torch.float32)
     assert weights.quant is not None
     short = dataclasses.replace(weights.quant, gate_up_scale=weights.quant.gate_up_scale[:, :-1])  # type: ignore[index]

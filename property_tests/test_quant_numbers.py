@@ -1,4 +1,6 @@
-"""The numbers of few bits against other implementations of them: every code, and every float that a code is rounded from."""
+"""The numbers of few bits against other implementations of them: every code, and every float that a code is rounded
+from.
+"""
 
 import pytest
 import torch
@@ -57,7 +59,9 @@ def test_torchao() -> None:
 
 
 def test_onnxruntime() -> None:
-    """DequantizeLinear: fp8 codes with a scale each row, 4 bits with a scale and a zero point for each group of inputs."""
+    """DequantizeLinear: fp8 codes with a scale each row, 4 bits with a scale and a zero point for each
+    group of inputs.
+    """
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     helper, kinds = onnx.helper, onnx.TensorProto
     random = torch.Generator().manual_seed(0)
@@ -81,8 +85,13 @@ def test_onnxruntime() -> None:
     stored = Codes(codes=codes.view(torch.float8_e4m3fn)[None], scale=scale[None, :, None])
     ours = decoded(QuantConfig(scheme="fp8_e4m3", granularity="channel"), stored, 1, torch.float32)[0]
     assert same(ours, run(codes, kinds.FLOAT8E4M3FN, scale, None, axis=0))
-    codes, groups = torch.randint(0, 256, (8, 64), generator=random, dtype=torch.uint8), torch.rand(8, 4, generator=random)
+    codes, groups = (
+        torch.randint(0, 256, (8, 64), generator=random, dtype=torch.uint8),
+        torch.rand(8, 4, generator=random),
+    )
     zeros = torch.randint(0, 16, (8, 4), generator=random, dtype=torch.uint8)
     stored = Codes(codes=codes[None], scale=groups[None], zero_point=zeros[None])
-    ours = decoded(QuantConfig(scheme="int4", granularity="group", group_size=32, zero_points=True), stored, 1, torch.float32)[0]
+    ours = decoded(
+        QuantConfig(scheme="int4", granularity="group", group_size=32, zero_points=True), stored, 1, torch.float32
+    )[0]
     assert same(ours, run(codes, kinds.UINT4, groups, pack_halves(zeros), axis=1, block_size=32))

@@ -13,7 +13,7 @@ from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
 from moe_fn.quant.codes import decode_scale
 from moe_fn.quant.inputs import rounded_rows
 from moe_fn.quant.numbers import ELEMENTS, NUMBERS
-from moe_fn.quant.tiles import by_tile, halves_of, spread
+from moe_fn.quant.tiles import by_tile, expand_tiles, halves_of
 from moe_fn.quant.wire import travelling
 from moe_fn.testing import weights_for
 
@@ -34,7 +34,9 @@ def quants_of(scheme: str) -> Iterator[QuantConfig]:
 def activations_of(scheme: str) -> Iterator[ActivationQuantConfig]:
     granularities, size = ACTIVATION_SCHEMES[scheme]
     for granularity in granularities:
-        yield ActivationQuantConfig(scheme=scheme, granularity=granularity, group_size=(size or 16) if granularity == "group" else None)
+        yield ActivationQuantConfig(
+            scheme=scheme, granularity=granularity, group_size=(size or 16) if granularity == "group" else None
+        )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -49,21 +51,33 @@ def test_scales_take_the_largest_weight_of_a_tile_to_the_largest_code(scheme: st
         largest = 2**quant.row.bits - 1 if quant.zero_points else NUMBERS[quant.row.element].largest
         for name in ("gate_up", "down"):
             w, halves = getattr(floats, name), halves_of(config, name)
-            unit = spread(
-                decode_scale(quant, getattr(weights.quant, f"{name}_scale"), torch.float32), quant.tile, halves, *w.shape[1:]
+            unit = expand_tiles(
+                decode_scale(quant, getattr(weights.quant, f"{name}_scale"), torch.float32),
+                quant.tile,
+                halves,
+                *w.shape[1:],
             ).abs()
             if scheme == "nvfp4":
-                unit = unit * spread(getattr(weights.quant, f"{name}_global_scale"), (None, None), halves, *w.shape[1:])
+                unit = unit * expand_tiles(
+                    getattr(weights.quant, f"{name}_global_scale"), (None, None), halves, *w.shape[1:]
+                )
             tiles = by_tile(w[:1] / unit[:1], quant.tile, halves)
-            reached = tiles.amax(-1).clamp(min=0) - tiles.amin(-1).clamp(max=0) if quant.zero_points else tiles.abs().amax(-1)
-            assert ((reached * SLACK[quant.row.scale] >= largest) & (reached <= largest * SLACK[quant.row.scale])).all(), (quant, name)
+            reached = (
+                tiles.amax(-1).clamp(min=0) - tiles.amin(-1).clamp(max=0) if quant.zero_points else tiles.abs().amax(-1)
+            )
+            assert (
+                (reached * SLACK[quant.row.scale] >= largest) & (reached <= largest * SLACK[quant.row.scale])
+            ).all(), (quant, name)
             assert not getattr(again, name)[1].any(), (quant, name)  # zeros stay zeros
 
 
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
 def test_scales_take_the_largest_input_to_the_largest_code(scheme: str) -> None:
     rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [30.0], [0.0]])
-    largest, slack = NUMBERS[ELEMENTS[scheme]].largest, SLACK[{"mxfp8": "e8m0", "mxfp4": "e8m0", "nvfp4": "e4m3"}.get(scheme, "float")]
+    largest, slack = (
+        NUMBERS[ELEMENTS[scheme]].largest,
+        SLACK[{"mxfp8": "e8m0", "mxfp4": "e8m0", "nvfp4": "e4m3"}.get(scheme, "float")],
+    )
     for activations in activations_of(scheme):
         found = rounded_rows(activations, rows, torch.ones(3, 1, dtype=torch.bool), None)
         groups = (1, -1) if activations.granularity == "tensor" else (3, -1, activations.group_size or 64)
@@ -84,7 +98,10 @@ def test_every_leaf_beside_codes_has_one_shape_and_its_dtypes(scheme: str) -> No
         for name, leaf in leaves.items():
             if leaf is None:
                 continue
-            for wrong in (torch.zeros(leaf.shape, dtype=torch.float64), torch.cat([leaf.view(torch.uint8)] * 2).view(leaf.dtype)):
+            for wrong in (
+                torch.zeros(leaf.shape, dtype=torch.float64),
+                torch.cat([leaf.view(torch.uint8)] * 2).view(leaf.dtype),
+            ):
                 with pytest.raises(ValueError, match=rf"weights\.quant\.{name} is "):
                     changed = dataclasses.replace(weights, quant=dataclasses.replace(weights.quant, **{name: wrong}))
                     moe_fn.moe_forward(config, changed, x, logits)
@@ -95,7 +112,9 @@ def statics_of(scheme: str) -> Iterator[QuantConfig]:
         if rounded == "nvfp4" or "tensor" in ACTIVATION_SCHEMES[rounded][0]:
             sizes = {"granularity": "group", "group_size": 16} if rounded == "nvfp4" else {"granularity": "tensor"}
             for quant in quants_of(scheme):
-                yield dataclasses.replace(quant, activations=ActivationQuantConfig(scheme=rounded, static=True, **sizes))
+                yield dataclasses.replace(
+                    quant, activations=ActivationQuantConfig(scheme=rounded, static=True, **sizes)
+                )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -20,7 +20,15 @@ from moe_fn.config import (
     ZeroExpertsConfig,
     as_activation,
 )
-from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, Routing, SharedWeights, leaves_of_weights, weights_of_leaves
+from moe_fn.records import (
+    LatentWeights,
+    MoEWeights,
+    RouterWeights,
+    Routing,
+    SharedWeights,
+    leaves_of_weights,
+    weights_of_leaves,
+)
 
 NAN, INF = math.nan, math.inf
 Z8 = [1.0, -1.0, 0.5, 2.0, -0.5, 0.0, 3.0, -2.0]
@@ -32,11 +40,15 @@ def t64(*values: Any) -> Tensor:
 
 
 def close(actual: Tensor, expected: Any, tolerance: float = 2e-6) -> None:
-    torch.testing.assert_close(actual.detach(), torch.as_tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        actual.detach(), torch.as_tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance
+    )
 
 
 def config_of(num_experts: int, top_k: int, hidden: int = 1, intermediate: int = 1, **options: Any) -> MoEConfig:
-    return MoEConfig(num_experts=num_experts, top_k=top_k, hidden_size=hidden, intermediate_size=intermediate, **options)
+    return MoEConfig(
+        num_experts=num_experts, top_k=top_k, hidden_size=hidden, intermediate_size=intermediate, **options
+    )
 
 
 def scaling_weights(scales: list[float], hidden: int = 1, **more: Any) -> MoEWeights:
@@ -45,7 +57,9 @@ def scaling_weights(scales: list[float], hidden: int = 1, **more: Any) -> MoEWei
     return MoEWeights(gate_up=torch.stack([eye for _ in scales]), down=torch.stack([s * eye for s in scales]), **more)
 
 
-def route_once(logits: list[float], top_k: int, router: RouterConfig, dtype: torch.dtype = torch.float32, **more: Any) -> Routing:
+def route_once(
+    logits: list[float], top_k: int, router: RouterConfig, dtype: torch.dtype = torch.float32, **more: Any
+) -> Routing:
     weights = scaling_weights([1.0] * len(logits), router=RouterWeights(**more) if more else None)
     return reference.route(config_of(len(logits), top_k, router=router), weights, torch.tensor([logits], dtype=dtype))
 
@@ -77,7 +91,9 @@ NOT_GATED = [
 
 
 def layer_that_is_its_activation(activation: Any, layout: str, weight_layout: str) -> Tensor:
-    """One expert of weight 1, whose gate_up copies the input [gates, ups] to where the layout wants it, and whose down is a slice."""
+    """One expert of weight 1, whose gate_up copies the input [gates, ups] to where the layout wants it, and whose down
+    is a slice.
+    """
     gated = as_activation(activation).gated
     x = torch.cat([GATE, UP]) if gated else GATE
     gate_up = torch.eye(len(x), dtype=torch.float64)
@@ -94,13 +110,17 @@ def layer_that_is_its_activation(activation: Any, layout: str, weight_layout: st
 @pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
 @pytest.mark.parametrize("layout", ["packed", "interleaved"])
 @pytest.mark.parametrize(("activation", "expected"), GATED, ids=str)
-def test_gated_activations_are_the_golden_ones(activation: Any, expected: list[float], layout: str, weight_layout: str) -> None:
+def test_gated_activations_are_the_golden_ones(
+    activation: Any, expected: list[float], layout: str, weight_layout: str
+) -> None:
     close(layer_that_is_its_activation(activation, layout, weight_layout), expected)
 
 
 @pytest.mark.parametrize("weight_layout", ["out_in", "in_out"])
 @pytest.mark.parametrize(("activation", "expected"), NOT_GATED, ids=str)
-def test_activations_without_gate_are_the_golden_ones(activation: Any, expected: list[float], weight_layout: str) -> None:
+def test_activations_without_gate_are_the_golden_ones(
+    activation: Any, expected: list[float], weight_layout: str
+) -> None:
     close(layer_that_is_its_activation(activation, "packed", weight_layout), expected)
 
 
@@ -112,12 +132,16 @@ def test_a_limit_is_on_one_side_of_the_gate_and_on_both_of_up() -> None:
     close(y[:, 0], [at_limit * 2.0, at_limit * -2.0, below * 2.0])
 
 
-# --- routing: golden vectors --------------------------------------------------------------------------------------------
+# --- routing: golden vectors
+# --------------------------------------------------------------------------------------------
 
 
 def test_deepseek_v3_routing_is_the_golden_one() -> None:
     router = RouterConfig(
-        scoring="sigmoid", correction_bias="scores", groups=GroupConfig(count=4, top_k=2, score="top2_sum"), routed_scaling_factor=2.5
+        scoring="sigmoid",
+        correction_bias="scores",
+        groups=GroupConfig(count=4, top_k=2, score="top2_sum"),
+        routed_scaling_factor=2.5,
     )
     routing = route_once(Z8, 2, router, correction_bias=torch.tensor(B8))
     assert routing.expert_ids.tolist() == [[5, 4]]
@@ -153,7 +177,8 @@ def test_sparsemixer_is_the_golden_one(logits: list[float], ids: list[int], expe
     close(routing.weights, [expected])
 
 
-# --- routing: by hand ---------------------------------------------------------------------------------------------------
+# --- routing: by hand
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_ties_go_to_the_lowest_id_and_float32_ties_are_ties() -> None:
@@ -212,7 +237,9 @@ def test_groups_filled_with_zero_let_an_expert_outside_win_with_weight_by_bias()
     plain = RouterConfig(scoring="identity", groups=groups, renormalize=False)
     assert route_once([2.0, -1.0, 1.0, 1.5], 2, plain).expert_ids.tolist() == [[0, 2]]
     close(route_once([2.0, -1.0, 1.0, 1.5], 2, plain).weights, [[2.0, 0.0]])
-    biased = route_once([2.0, -1.0, 1.0, 1.5], 2, dataclasses.replace(plain, correction_bias="scores"), correction_bias=torch.zeros(4))
+    biased = route_once(
+        [2.0, -1.0, 1.0, 1.5], 2, dataclasses.replace(plain, correction_bias="scores"), correction_bias=torch.zeros(4)
+    )
     assert biased.expert_ids.tolist() == [[0, 2]]
     close(biased.weights, [[2.0, 1.0]])
     inside = route_once([2.0, -1.0, 1.0, 1.5], 2, dataclasses.replace(plain, groups=GroupConfig(count=2, top_k=1)))
@@ -242,11 +269,15 @@ def test_a_bias_on_logits_chooses_and_the_weights_stay_unbiased() -> None:
 
 
 def test_renormalisation_has_order_epsilon_and_minimum_then_expert_scale_then_factor() -> None:
-    router = RouterConfig(scoring="identity", renormalize_order=2.0, renormalize_epsilon=1.0, routed_scaling_factor=10.0)
+    router = RouterConfig(
+        scoring="identity", renormalize_order=2.0, renormalize_epsilon=1.0, routed_scaling_factor=10.0
+    )
     routing = route_once([3.0, 4.0, -9.0], 2, router, expert_scale=torch.tensor([2.0, 1.0, 1.0]))
     assert routing.expert_ids.tolist() == [[1, 0]]
     close(routing.weights, [[4 / 6 * 10, 3 / 6 * 2 * 10]])
-    close(route_once([0.25, 0.25], 2, RouterConfig(scoring="identity", renormalize_minimum=2.0)).weights, [[0.125, 0.125]])
+    close(
+        route_once([0.25, 0.25], 2, RouterConfig(scoring="identity", renormalize_minimum=2.0)).weights, [[0.125, 0.125]]
+    )
     close(route_once([0.0, 0.0], 2, RouterConfig(scoring="identity", renormalize_order=2.0)).weights, [[0.0, 0.0]])
 
 
@@ -255,8 +286,12 @@ def test_multiplier_then_softcap() -> None:
     close(route_once([3.0], 1, router).weights, [[4.0 * math.tanh(1.5)]])
 
 
-@pytest.mark.parametrize(("order", "expected"), [("before_top_k", [[0.75, 0.0], [0.5, 0.5]]), ("after_top_k", [[1.0, 0.0], [0.5, 0.5]])])
-def test_hash_routing_takes_the_ids_of_the_table_and_no_id_has_no_weight(order: Any, expected: list[list[float]]) -> None:
+@pytest.mark.parametrize(
+    ("order", "expected"), [("before_top_k", [[0.75, 0.0], [0.5, 0.5]]), ("after_top_k", [[1.0, 0.0], [0.5, 0.5]])]
+)
+def test_hash_routing_takes_the_ids_of_the_table_and_no_id_has_no_weight(
+    order: Any, expected: list[list[float]]
+) -> None:
     router = RouterConfig(selection="hash", scoring_order=order, renormalize=False)
     table = torch.tensor([[0, 1], [1, -1], [9, 9]])
     weights = scaling_weights([1.0, 1.0], router=RouterWeights(expert_ids_of_token=table))
@@ -279,7 +314,8 @@ def test_shared_experts_of_the_router_share_the_renormalisation() -> None:
     close(reference.moe_forward(config, weights, torch.ones(1, 1), logits), [[12.0 + 80.0]])
 
 
-# --- the layer, by hand -------------------------------------------------------------------------------------------------
+# --- the layer, by hand
+# -------------------------------------------------------------------------------------------------
 
 RELU: dict[str, Any] = {"activation": "relu_no_mul"}
 
@@ -287,7 +323,9 @@ RELU: dict[str, Any] = {"activation": "relu_no_mul"}
 def test_the_layer_is_the_weighted_sum_of_its_experts() -> None:
     ids = torch.tensor([[0, 2], [1, -1], [1, 1], [7, 0]])
     routing = Routing(expert_ids=ids, weights=t64([0.5, 2.0], [3.0, NAN], [0.5, 0.25], [NAN, 1.0]))
-    y = reference.moe_forward_routed(config_of(3, 2, **RELU), scaling_weights([1.0, 10.0, 100.0]), torch.ones(4, 1), routing)
+    y = reference.moe_forward_routed(
+        config_of(3, 2, **RELU), scaling_weights([1.0, 10.0, 100.0]), torch.ones(4, 1), routing
+    )
     close(y, [[200.5], [30.0], [7.5], [1.0]])
 
 
@@ -304,7 +342,11 @@ def test_leading_dims_stay_and_no_tokens_are_no_rows() -> None:
         assert y.shape == empty.shape
         y.sum().backward()  # type: ignore[no-untyped-call]
         assert empty.grad is not None
-    close(reference.moe_forward(config, weights, x[0, 0], logits[0, 0]), reference.moe_forward(config, weights, x, logits)[0, 0], 0.0)
+    close(
+        reference.moe_forward(config, weights, x[0, 0], logits[0, 0]),
+        reference.moe_forward(config, weights, x, logits)[0, 0],
+        0.0,
+    )
 
 
 def test_padding_gives_zero_rows_and_never_poisons_gradients() -> None:
@@ -325,20 +367,31 @@ def test_padding_gives_zero_rows_and_never_poisons_gradients() -> None:
     close(routing.weights, [[0.5, 0.5], [0.0, 0.0]])
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("identity", 0.25 * 10 + 0.5 * 3), ("zero", 2.5), ("constant", 2.5 + 0.5 * 7)])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("identity", 0.25 * 10 + 0.5 * 3), ("zero", 2.5), ("constant", 2.5 + 0.5 * 7)]
+)
 def test_zero_experts_add_x_nothing_or_a_constant(kind: Any, expected: float) -> None:
     router = RouterConfig(scoring="identity", renormalize=False)
     config = config_of(1, 2, **RELU, zero_experts=ZeroExpertsConfig(count=2, kind=kind), router=router)
     weights = scaling_weights([10 / 3], constants=torch.tensor([[5.0], [7.0]]) if kind == "constant" else None)
-    close(reference.moe_forward(config, weights, torch.full((1, 1), 3.0), torch.tensor([[0.25, 0.125, 0.5]])), [[expected]])
+    close(
+        reference.moe_forward(config, weights, torch.full((1, 1), 3.0), torch.tensor([[0.25, 0.125, 0.5]])),
+        [[expected]],
+    )
 
 
 def test_weight_on_the_input_is_inside_the_expert_and_only_there() -> None:
     router = RouterConfig(scoring="identity", renormalize=False, weight_on="input")
-    config, weights = config_of(1, 1, router=router, activation="relu2_no_mul"), scaling_weights([1.0], down_bias=torch.ones(1, 1))
+    config, weights = (
+        config_of(1, 1, router=router, activation="relu2_no_mul"),
+        scaling_weights([1.0], down_bias=torch.ones(1, 1)),
+    )
     close(reference.moe_forward(config, weights, torch.full((1, 1), 2.0), torch.full((1, 1), 3.0)), [[6.0**2 + 1.0]])
     outside = dataclasses.replace(config, router=dataclasses.replace(router, weight_on="output"))
-    close(reference.moe_forward(outside, weights, torch.full((1, 1), 2.0), torch.full((1, 1), 3.0)), [[3.0 * (2.0**2 + 1.0)]])
+    close(
+        reference.moe_forward(outside, weights, torch.full((1, 1), 2.0), torch.full((1, 1), 3.0)),
+        [[3.0 * (2.0**2 + 1.0)]],
+    )
 
 
 @pytest.mark.parametrize(
@@ -350,7 +403,9 @@ def test_weight_on_the_input_is_inside_the_expert_and_only_there() -> None:
         ("output_float16_safe", torch.bfloat16, 4 * 1.0 + 10.0),
     ],
 )
-def test_the_float16_rule_divides_the_shared_experts_instead(scale_on: Any, dtype: torch.dtype, expected: float) -> None:
+def test_the_float16_rule_divides_the_shared_experts_instead(
+    scale_on: Any, dtype: torch.dtype, expected: float
+) -> None:
     shared = SharedExpertsConfig(intermediate_size=1, activation="relu_no_mul")
     config = config_of(1, 1, **RELU, router=RouterConfig(scale_on=scale_on, routed_scaling_factor=4.0), shared=shared)
     weights = scaling_weights([1.0], shared=SharedWeights(gate_up=torch.ones(1, 1), down=torch.full((1, 1), 10.0)))
@@ -378,18 +433,28 @@ def test_the_expert_norm_is_of_each_expert_before_its_weight(scale: Any) -> None
     weights = scaling_weights([1.0], hidden=2, expert_norm=torch.tensor([[2.0, 1.0]]))
     routing = Routing(expert_ids=torch.tensor([[0]]), weights=t64([3.0]))
     y = reference.moe_forward_routed(config, weights, torch.tensor([[1.0, 2.0]]), routing)
-    close(y, [[3 * 2 / math.sqrt(3.0), 3 * 2 / math.sqrt(3.0)]] if scale == "after" else [[3 * 2 / math.sqrt(4.5), 3 * 2 / math.sqrt(4.5)]])
+    close(
+        y,
+        [[3 * 2 / math.sqrt(3.0), 3 * 2 / math.sqrt(3.0)]]
+        if scale == "after"
+        else [[3 * 2 / math.sqrt(4.5), 3 * 2 / math.sqrt(4.5)]],
+    )
 
 
 def test_the_latent_space_has_norms_padding_and_the_gate_where_it_is_told() -> None:
-    router = RouterConfig(gate_input="transformed", scoring="identity", renormalize=False, scale_on="output", routed_scaling_factor=2.0)
-    config = config_of(1, 1, 1, 3, **RELU, latent=LatentConfig(size=2, norm_epsilon=0.0), hidden_padding=1, router=router)
+    router = RouterConfig(
+        gate_input="transformed", scoring="identity", renormalize=False, scale_on="output", routed_scaling_factor=2.0
+    )
+    config = config_of(
+        1, 1, 1, 3, **RELU, latent=LatentConfig(size=2, norm_epsilon=0.0), hidden_padding=1, router=router
+    )
     latent = LatentWeights(
         input=torch.tensor([[1.0], [6.0]]), input_bias=torch.tensor([0.0, 1.0]), input_norm=torch.tensor([5.0, 10.0]),
         output=torch.tensor([[1.0, 1.0]]), output_bias=torch.tensor([0.5]), output_norm=torch.tensor([1.0, 2.0]),
     )  # fmt: skip
     gate = RouterWeights(gate=torch.tensor([[1.0, 0.0, 99.0]]), bias=torch.tensor([1.0]))
-    # x = 1: latent [1, 7], rms 5, normed [1, 14], padded [1, 14, 0]; logit 1 + 1 = 2; experts [1, 14, 1 of the bias], cut off
+    # x = 1: latent [1, 7], rms 5, normed [1, 14], padded [1, 14, 0]; logit 1 + 1 = 2; experts [1, 14, 1 of the bias],
+    # cut off
     weights = scaling_weights([1.0], hidden=3, latent=latent, router=gate, down_bias=torch.tensor([[0.0, 0.0, 1.0]]))
     y = reference.moe_forward(config, weights, torch.ones(1, 1))
     rms = math.sqrt((1 + 14**2) / 2)  # neither weight nor factor survives the output norm
@@ -398,7 +463,8 @@ def test_the_latent_space_has_norms_padding_and_the_gate_where_it_is_told() -> N
     close(reference.moe_forward(config, bare, torch.ones(1, 1)), [[2.0 * 2.0 * 15 + 0.5]])
 
 
-# --- losses -------------------------------------------------------------------------------------------------------------
+# --- losses
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_losses_by_hand() -> None:
@@ -410,19 +476,25 @@ def test_losses_by_hand() -> None:
     expected = 2 / (2 * 2) * (2 * 1.25 / 2 + 1 * 0.75 / 2)
     close(reference.sequence_balancing_loss(2 * scores[None], ids[None], 2, token_mask=mask[None]), expected)
     padded = torch.stack([mask, torch.zeros(3, dtype=torch.bool)])
-    close(reference.sequence_balancing_loss(scores.expand(2, 3, 2), ids.expand(2, 3, 2), 2, token_mask=padded), expected / 2)
+    close(
+        reference.sequence_balancing_loss(scores.expand(2, 3, 2), ids.expand(2, 3, 2), 2, token_mask=padded),
+        expected / 2,
+    )
 
 
 def test_losses_of_no_tokens_are_zero() -> None:
     none, ids = torch.zeros(0, 2, requires_grad=True), torch.zeros(0, 1, dtype=torch.int64)
     total = reference.router_z_loss(none) + reference.load_balancing_loss(none, ids, 2)
     for batch in (0, 2):
-        total = total + reference.sequence_balancing_loss(none.reshape(0, 2).expand(batch, 0, 2), ids.expand(batch, 0, 1), 2)
+        total = total + reference.sequence_balancing_loss(
+            none.reshape(0, 2).expand(batch, 0, 2), ids.expand(batch, 0, 1), 2
+        )
     assert total.item() == 0.0
     total.backward()  # type: ignore[no-untyped-call]
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------
+# --- gradients
+# ----------------------------------------------------------------------------------------------------------
 
 
 def rich_problem(seed: int) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor]:
@@ -434,11 +506,13 @@ def rich_problem(seed: int) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor]:
 
     config = config_of(
         3, 2, 2, 2, activation=ActivationConfig(limit=1.5, alpha=1.2, up_offset=0.5, up_cap=3.0),
-        gate_up_layout="interleaved", weight_layout="in_out", expert_norm=ExpertNormConfig(), latent=LatentConfig(size=2), hidden_padding=1,
+        gate_up_layout="interleaved", weight_layout="in_out", expert_norm=ExpertNormConfig(),
+        latent=LatentConfig(size=2), hidden_padding=1,
         zero_experts=ZeroExpertsConfig(count=1, kind="constant"),
         shared=SharedExpertsConfig(intermediate_size=1, count=2, gate="router", combine="average"),
         router=RouterConfig(
-            scoring="sqrtsoftplus", correction_bias="scores", renormalize_order=2.0, renormalize_epsilon=0.1, routed_scaling_factor=1.5,
+            scoring="sqrtsoftplus", correction_bias="scores", renormalize_order=2.0, renormalize_epsilon=0.1,
+            routed_scaling_factor=1.5,
             logit_multiplier=0.7, logit_softcap=5.0, gate_input="transformed",
         ),
     )  # fmt: skip
@@ -448,7 +522,8 @@ def rich_problem(seed: int) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor]:
         router=RouterWeights(gate=randn(6, 3), bias=randn(6), correction_bias=randn(4), expert_scale=randn(6)),
         shared=SharedWeights(gate_up=randn(4, 2), down=randn(2, 2), gate_up_bias=randn(4), down_bias=randn(2)),
         latent=LatentWeights(
-            input=randn(2, 2), output=randn(2, 2), input_bias=randn(2), output_bias=randn(2), input_norm=randn(2), output_norm=randn(2)
+            input=randn(2, 2), output=randn(2, 2), input_bias=randn(2), output_bias=randn(2), input_norm=randn(2),
+            output_norm=randn(2)
         ),
     )  # fmt: skip
     return config, weights, randn(3, 2), randn(3, 6)
@@ -464,7 +539,9 @@ def test_gradients_of_a_rich_layer_pass_gradcheck(with_logits: bool) -> None:
     def layer(x: Tensor, logits: Tensor, *tensors: Tensor) -> Tensor:
         remaining = iter(tensors)
         given = weights_of_leaves([None if leaf is None else next(remaining) for leaf in leaves])
-        return reference.moe_forward(config, given, x, logits if with_logits else None, token_mask=mask) + 0 * logits.sum()
+        return (
+            reference.moe_forward(config, given, x, logits if with_logits else None, token_mask=mask) + 0 * logits.sum()
+        )
 
     assert torch.autograd.gradcheck(layer, (x.requires_grad_(), logits.requires_grad_(), *present))
 
@@ -482,4 +559,6 @@ def test_gradients_of_a_rich_layer_pass_gradcheck(with_logits: bool) -> None:
 def test_gradients_of_routing_pass_gradcheck(router: RouterConfig) -> None:
     weights = scaling_weights([1.0] * 4, router=RouterWeights(correction_bias=t64(0.0, 0.5, 0.0, 0.1)))
     logits = t64([2.0, 1.99, 1.0, 1.98], [0.3, -0.7, 0.5, 0.45]).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: reference.route(config_of(4, 2, router=router), weights, z).weights, (logits,))
+    assert torch.autograd.gradcheck(
+        lambda z: reference.route(config_of(4, 2, router=router), weights, z).weights, (logits,)
+    )

@@ -56,8 +56,13 @@ def by_table(problem: MoEProblem, ids: Tensor) -> MoEProblem:
     """The reference's words for a choice that has been made: a hash table with a row for each token."""
     plain = {"selection": "hash", "correction_bias": "none", "groups": None}
     config = dataclasses.replace(problem.config, router=dataclasses.replace(problem.config.router, **plain))
-    router = dataclasses.replace(problem.weights.router or RouterWeights(), expert_ids_of_token=ids, correction_bias=None)
-    weights, token_ids = dataclasses.replace(problem.weights, router=router), torch.arange(len(ids)).view(problem.x.shape[:-1])
+    router = dataclasses.replace(
+        problem.weights.router or RouterWeights(), expert_ids_of_token=ids, correction_bias=None
+    )
+    weights, token_ids = (
+        dataclasses.replace(problem.weights, router=router),
+        torch.arange(len(ids)).view(problem.x.shape[:-1]),
+    )
     return problem.replace(config=config, weights=weights, token_ids=token_ids)
 
 
@@ -69,7 +74,9 @@ def test_routing_to_any_choice_equals_the_reference(problem: MoEProblem, seed: i
     ids = torch.where(torch.rand(order.shape, generator=generator) < 0.2, -1, order)
     logits = logits_of(problem)
     other = by_table(problem, ids)
-    expected = reference.route(other.config, other.weights, logits, token_ids=flat(other.token_ids), token_mask=flat(problem.token_mask))
+    expected = reference.route(
+        other.config, other.weights, logits, token_ids=flat(other.token_ids), token_mask=flat(problem.token_mask)
+    )
     actual = replayed(problem, logits, ids.to(torch.int16))
     assert_matches(actual.expert_ids, expected.expert_ids, name="expert_ids")
     assert_matches(actual.weights, expected.weights, name="weights")
@@ -91,7 +98,9 @@ def test_a_token_of_no_expert_has_finite_gradients(scoring_order: str) -> None:
     router = moe_fn.RouterConfig(scoring_order=scoring_order)  # type: ignore[arg-type]
     config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=6, router=router)
     logits = torch.randn(3, 4, requires_grad=True)
-    routing = moe_fn.route_to(config, weights_for(config, scales=False), logits, torch.tensor([[-1, 4], [2, -1], [0, 3]]))
+    routing = moe_fn.route_to(
+        config, weights_for(config, scales=False), logits, torch.tensor([[-1, 4], [2, -1], [0, 3]])
+    )
     routing.weights[:, 1].sum().backward()
     assert routing.expert_ids[0].tolist() == [-1, -1]  # 4 is nobody's, as it is for moe_forward_routed
     assert routing.weights[0].tolist() == [0, 0] and routing.weights[1].tolist() == [1, 0]

@@ -50,7 +50,9 @@ def test_ids_of_a_token_are_distinct_and_in_range(problem: MoEProblem, seed: int
 
 
 # The identity score is no probability: it passes 1e30 on, and a norm of such numbers may overflow.
-@law(problems(configs(scoring=st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])), tokens=st.integers(1, 9)), SEEDS)
+@law(
+    problems(configs(scoring=st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])), tokens=st.integers(1, 9)), SEEDS
+)
 def test_weights_are_finite_and_float32(problem: MoEProblem, seed: int) -> None:
     routing = route(problem, wild_logits(problem, seed))
     assert routing.weights.dtype == torch.float32
@@ -86,7 +88,11 @@ def test_renormalised_rows_sum_to_the_scale(problem: MoEProblem) -> None:
     assert_matches(sums, torch.full_like(sums, expected), tolerance=1e-5)
 
 
-@law(problems(configs(scoring="softmax", logit_softcap=None, selection=st.sampled_from(["top_k", "hash"])), logits="grid"))
+@law(
+    problems(
+        configs(scoring="softmax", logit_softcap=None, selection=st.sampled_from(["top_k", "hash"])), logits="grid"
+    )
+)
 def test_adding_a_constant_to_a_softmax_row_changes_nothing(problem: MoEProblem) -> None:
     shifted = route(problem, logits_of(problem) + 4.0)
     routing = route(problem)
@@ -96,7 +102,13 @@ def test_adding_a_constant_to_a_softmax_row_changes_nothing(problem: MoEProblem)
 
 @law(
     problems(
-        configs(selection="top_k", groups=None, correction_bias="none", scoring=st.sampled_from(["softmax", "sigmoid"]), logit_softcap=None)
+        configs(
+            selection="top_k",
+            groups=None,
+            correction_bias="none",
+            scoring=st.sampled_from(["softmax", "sigmoid"]),
+            logit_softcap=None,
+        )
     ),
     SEEDS,
 )
@@ -136,12 +148,19 @@ def test_groups_never_chosen_contribute_nothing(problem: MoEProblem) -> None:
         worth = [b[0] if groups.score == "max" else b[0] + b[1] for b in best]
         kept = {e // size for e in ids}
         assert len(kept) <= groups.top_k
-        # A group that beats the best of the others by more than rounding, in as many groups as are kept, is kept if it is large enough.
+        # A group that beats the best of the others by more than rounding, in as many groups as are kept, is kept if it
+        # is large enough.
         threshold = sorted(worth)[::-1][groups.top_k - 1]
         assert all(worth[g] >= threshold - 1e-6 for g in kept)
 
 
-BIASED = {"correction_bias": "scores", "scoring_order": "before_top_k", "groups": None, "renormalize": False, "shared": None}
+BIASED = {
+    "correction_bias": "scores",
+    "scoring_order": "before_top_k",
+    "groups": None,
+    "renormalize": False,
+    "shared": None,
+}
 
 
 @law(problems(configs(**BIASED, weight_on="output")), SEEDS)
@@ -151,7 +170,9 @@ def test_the_correction_bias_changes_the_choice_but_not_the_weights(problem: MoE
     weight_of_expert = torch.zeros_like(every.weights).scatter(-1, every.expert_ids.clamp(min=0), every.weights)
     routing, real = route(problem), real_tokens(problem)
     assert_matches(routing.weights[real], weight_of_expert.gather(-1, routing.expert_ids.clamp(min=0))[real])
-    pushed = router_with(problem, correction_bias=torch.zeros(problem.config.num_choices).index_fill(0, torch.tensor(0), 1e4))
+    pushed = router_with(
+        problem, correction_bias=torch.zeros(problem.config.num_choices).index_fill(0, torch.tensor(0), 1e4)
+    )
     assert (route(pushed).expert_ids[real, 0] == 0).all()
 
 
@@ -192,7 +213,11 @@ def test_hash_routing_ignores_how_large_the_logits_are(problem: MoEProblem) -> N
 def test_gradients_stay_finite_where_scores_vanish() -> None:
     for scoring in ("softmax", "sigmoid", "sqrtsoftplus"):
         config = moe_fn.MoEConfig(
-            num_experts=3, top_k=2, hidden_size=1, intermediate_size=1, router=moe_fn.RouterConfig(scoring=scoring, renormalize=False)
+            num_experts=3,
+            top_k=2,
+            hidden_size=1,
+            intermediate_size=1,
+            router=moe_fn.RouterConfig(scoring=scoring, renormalize=False),
         )
         logits = torch.tensor([[-200.0, -150.0, 3.0], [-1e4, -1e4, -1e4]], requires_grad=True)
         moe_fn.route(config, weights_for(config), logits).weights.sum().backward()

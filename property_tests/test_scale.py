@@ -47,8 +47,12 @@ def test_balanced_experts_are_no_worse_and_even_loads_are_even(scale: ModuleType
     assert scale.ranks_of_experts(model, 2048) == 256
 
 
-def test_the_tables_are_printed_and_drawn(scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+def test_the_tables_are_printed_and_drawn(
+    scale: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: object
+) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sys, "argv", ["scale.py", "--gpus", "8,64", "--network", "25e9", "--plot", str(tmp_path / "scale.png")])
+    monkeypatch.setattr(
+        sys, "argv", ["scale.py", "--gpus", "8,64", "--network", "25e9", "--plot", str(tmp_path / "scale.png")]
+    )
     scale.main()
     assert (tmp_path / "scale.png").stat().st_size > 1000

@@ -1,4 +1,7 @@
-"""What all stages have in common: dtypes, devices and one rounding, bit for bit. Mutants that tolerances let live die here."""
+"""What all stages have in common: dtypes, devices and one rounding, bit for bit.
+
+Mutants that tolerances let live die here.
+"""
 
 import dataclasses
 from typing import Any
@@ -61,7 +64,10 @@ RICH: dict[str, dict[str, Any]] = {  # not codes: torch without CUDA cannot look
         "shared": SharedExpertsConfig(intermediate_size=4, gate="sigmoid"),
         "expert_norm": ExpertNormConfig(),
     },
-    "groups": {"top_k": 2, "router": RouterConfig(scoring="sigmoid", groups=GroupConfig(count=2, top_k=1, score="top2_sum"))},
+    "groups": {
+        "top_k": 2,
+        "router": RouterConfig(scoring="sigmoid", groups=GroupConfig(count=2, top_k=1, score="top2_sum")),
+    },
     "mixer": {"top_k": 2, "router": RouterConfig(selection="sparsemixer", renormalize=False)},
     "adapters": {"top_k": 2, "lora": LoRAConfig(num_adapters=3, rank=2)},
 }
@@ -72,7 +78,13 @@ def test_no_stage_makes_a_tensor_on_another_device(name: str) -> None:
     """Values of fake tensors cannot be read either: no stage waits for a device."""
     config = layer(backend="torch", **RICH[name])
     adapters = torch.zeros(5, dtype=torch.int64) if config.lora is not None else None
-    arguments = (weights_for(config), random(5, 6), random(5, config.num_logits), torch.ones(5, dtype=torch.bool), adapters)
+    arguments = (
+        weights_for(config),
+        random(5, 6),
+        random(5, config.num_logits),
+        torch.ones(5, dtype=torch.bool),
+        adapters,
+    )
     with FakeTensorMode():
         weights, x, logits, token_mask, adapter_ids = tree_map(
             lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda") if isinstance(t, Tensor) else t, arguments
@@ -91,11 +103,18 @@ def test_stages_keep_the_dtype_of_tokens_and_weigh_in_float32(problem: MoEProble
     y, routing = problem.call(moe_fn.moe_forward), problem.call(moe_fn.moe_forward_with_stats)[1]
     assert y.dtype == torch.bfloat16 and routing.router_z_loss.dtype == torch.float32
     config, tokens = problem.config, problem.x.reshape(-1, problem.x.shape[-1])
-    call = moe_fn.layer.call.enter("test", config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask)
-    _, routing = moe_fn.layer.compose.route_tokens(config, problem.weights, tokens, call.logits, call.token_ids, call.token_mask)
+    call = moe_fn.layer.call.check_and_flatten(
+        "test", config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask
+    )
+    _, routing = moe_fn.layer.compose.route_tokens(
+        config, problem.weights, tokens, call.logits, call.token_ids, call.token_mask
+    )
     assert routing.weights.dtype == torch.float32 and routing.expert_ids.dtype == torch.int64
     assert routing.shared_weights is None or routing.shared_weights.dtype == torch.float32
-    assert all(part.dtype == torch.bfloat16 for part in moe_fn.layer.compose.parts_of_tokens(config, problem.weights, tokens, routing))
+    assert all(
+        part.dtype == torch.bfloat16
+        for part in moe_fn.layer.compose.parts_of_tokens(config, problem.weights, tokens, routing)
+    )
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -164,7 +183,9 @@ def test_zero_experts_are_added_in_float32(dtype: torch.dtype, kind: Any, of_wei
     config = layer(zero_experts=ZeroExpertsConfig(count=2, kind=kind))
     constants = random(2, 6, dtype=dtype)
     weights = MoEWeights(gate_up=torch.zeros(4, 16, 6), down=torch.zeros(4, 6, 8), constants=constants)
-    routing = Routing(expert_ids=torch.tensor([[4, 6, 5, -1]]).expand(7, 4), weights=random(7, 4, dtype=of_weights or dtype))
+    routing = Routing(
+        expert_ids=torch.tensor([[4, 6, 5, -1]]).expand(7, 4), weights=random(7, 4, dtype=of_weights or dtype)
+    )
     x, y, w = random(7, 6, dtype=dtype), random(7, 6, dtype=dtype).flip(0), routing.weights.float()
     added = (w[:, :1] + w[:, 2:3]) * x.float() if kind == "identity" else w[:, [0, 2]] @ constants.float()
     found = zero_experts(config, weights, x, routing, y)

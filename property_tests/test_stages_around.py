@@ -1,4 +1,6 @@
-"""Norms, the latent space and the experts' network against plain torch, bit for bit in the halves: where each rounds, and what it reads."""
+"""Norms, the latent space and the experts' network against plain torch, bit for bit in the halves: where each rounds,
+and what it reads.
+"""
 
 import dataclasses
 import itertools
@@ -35,7 +37,9 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def layer(**changes: Any) -> MoEConfig:
-    return MoEConfig(**({"num_experts": 3, "top_k": 1, "hidden_size": 6, "intermediate_size": 4, "backend": "torch"} | changes))
+    return MoEConfig(
+        **({"num_experts": 3, "top_k": 1, "hidden_size": 6, "intermediate_size": 4, "backend": "torch"} | changes)
+    )
 
 
 def normed(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -65,25 +69,42 @@ def test_the_latent_space_is_two_products_with_norms(dtype: torch.dtype, bias: b
     assert torch.equal(transform_input(config, weights, x), F.pad(v, (0, padding)))
     r = routed if latent.output_norm is None else normed(routed, latent.output_norm)
     y = r @ latent.output.t()
-    assert torch.equal(transform_output(config, weights, routed), y if latent.output_bias is None else y + latent.output_bias)
+    assert torch.equal(
+        transform_output(config, weights, routed), y if latent.output_bias is None else y + latent.output_bias
+    )
     without = dataclasses.replace(weights, latent=None)
-    assert torch.equal(transform_input(config, without, x), F.pad(x, (0, padding))) and transform_output(config, without, routed) is routed
+    assert (
+        torch.equal(transform_input(config, without, x), F.pad(x, (0, padding)))
+        and transform_output(config, without, routed) is routed
+    )
     plain = layer(hidden_padding=padding)
-    assert torch.equal(transform_input(plain, weights, x), F.pad(x, (0, padding))) and transform_output(plain, weights, routed) is routed
+    assert (
+        torch.equal(transform_input(plain, weights, x), F.pad(x, (0, padding)))
+        and transform_output(plain, weights, routed) is routed
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", ("input", "gate", "output"))
 def test_each_norm_stands_in_its_place_alone(dtype: torch.dtype, which: str) -> None:
     config = layer(norms=NormsConfig(epsilon=EPSILON, **{which: True}))
-    weights, x = weights_of(config, dtype, input_norm=random(6), output_norm=random(6).flip(0)), random(7, 6, dtype=dtype)
+    weights, x = (
+        weights_of(config, dtype, input_norm=random(6), output_norm=random(6).flip(0)),
+        random(7, 6, dtype=dtype),
+    )
     found = (transform_input(config, weights, x), norm_for_gate(config, x), norm_output(config, weights, x))
-    expected = {"input": normed(x, weights.input_norm), "gate": normed(x, None), "output": normed(x, weights.output_norm)}
+    expected = {
+        "input": normed(x, weights.input_norm),
+        "gate": normed(x, None),
+        "output": normed(x, weights.output_norm),
+    }
     for name, value in zip(expected, found, strict=True):
         assert torch.equal(value, expected[name] if name == which else x)
         assert value.dtype == dtype
     plain = layer()
-    assert transform_input(plain, weights, x) is x and norm_for_gate(plain, x) is x and norm_output(plain, weights, x) is x
+    assert (
+        transform_input(plain, weights, x) is x and norm_for_gate(plain, x) is x and norm_output(plain, weights, x) is x
+    )
 
 
 def sorted_rows(dtype: torch.dtype) -> Dispatched:
@@ -91,24 +112,35 @@ def sorted_rows(dtype: torch.dtype) -> Dispatched:
     rows = random(7, 6, dtype=dtype)
     rows[5:] = torch.nan
     order = torch.arange(7)
-    return Dispatched(rows=rows, expert_ends=torch.tensor([2, 2, 5], dtype=torch.int32), slot_of_row=order, row_of_slot=order)
+    return Dispatched(
+        rows=rows, expert_ends=torch.tensor([2, 2, 5], dtype=torch.int32), slot_of_row=order, row_of_slot=order
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("layout", "bias", "norm"), list(itertools.product(("out_in", "in_out"), (None, "own", "wide"), (None, "before", "after")))
+    ("layout", "bias", "norm"),
+    list(itertools.product(("out_in", "in_out"), (None, "own", "wide"), (None, "before", "after"))),
 )
 def test_the_network_of_an_expert_rounds_after_its_products_and_biases(
     dtype: torch.dtype, layout: Any, bias: str | None, norm: Any
 ) -> None:
-    config = layer(weight_layout=layout, expert_norm=None if norm is None else ExpertNormConfig(scale=norm, epsilon=EPSILON))
+    config = layer(
+        weight_layout=layout, expert_norm=None if norm is None else ExpertNormConfig(scale=norm, epsilon=EPSILON)
+    )
     weights, d = weights_of(config, dtype), sorted_rows(dtype)
     kind = torch.float32 if bias == "wide" else dtype
     if bias is not None:
-        weights = dataclasses.replace(weights, gate_up_bias=random(3, 8, dtype=kind), down_bias=random(3, 6, dtype=kind))
+        weights = dataclasses.replace(
+            weights, gate_up_bias=random(3, 8, dtype=kind), down_bias=random(3, 6, dtype=kind)
+        )
     if norm is not None:
         weights = dataclasses.replace(weights, expert_norm=random(3, 6))
-    given = weights if layout == "out_in" else dataclasses.replace(weights, gate_up=weights.gate_up.mT, down=weights.down.mT)
+    given = (
+        weights
+        if layout == "out_in"
+        else dataclasses.replace(weights, gate_up=weights.gate_up.mT, down=weights.down.mT)
+    )
     found = moe_fn.experts(config, given, d)
     assert found.dtype == dtype and (found[5:] == 0).all()
     for expert, part in ((0, slice(0, 2)), (2, slice(2, 5))):
@@ -126,7 +158,11 @@ def test_the_network_of_an_expert_rounds_after_its_products_and_biases(
 
 
 def test_a_norm_of_experts_needs_its_config_and_its_scales() -> None:
-    weights, d, config = weights_of(layer(), torch.float32), sorted_rows(torch.float32), layer(expert_norm=ExpertNormConfig())
+    weights, d, config = (
+        weights_of(layer(), torch.float32),
+        sorted_rows(torch.float32),
+        layer(expert_norm=ExpertNormConfig()),
+    )
     plain, with_scales = moe_fn.experts(layer(), weights, d), dataclasses.replace(weights, expert_norm=random(3, 6))
     for needs, given in ((layer(), with_scales), (config, weights)):
         with pytest.raises(ValueError, match=r"weights\.expert_norm is"):
@@ -160,7 +196,10 @@ def test_inputs_are_rounded_by_the_scale_that_is_kept_where_there_is_one(granula
     if weights.quant.gate_up_input_scale is not None:  # another scale for every product and expert, each of them coarse
         coarse = {name: 0.05 * (1 + random(3).abs()) for name in ("gate_up_input_scale", "down_input_scale")}
         weights = dataclasses.replace(weights, quant=dataclasses.replace(weights.quant, **coarse))
-    x, routing = d.rows[:5], moe_fn.Routing(expert_ids=torch.tensor([[0], [0], [2], [2], [2]]), weights=torch.ones(5, 1))
+    x, routing = (
+        d.rows[:5],
+        moe_fn.Routing(expert_ids=torch.tensor([[0], [0], [2], [2], [2]]), weights=torch.ones(5, 1)),
+    )
     expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
     assert_matches(moe_fn.experts(config, weights, d)[:5], expected, scale=0.1)
 
@@ -168,7 +207,9 @@ def test_inputs_are_rounded_by_the_scale_that_is_kept_where_there_is_one(granula
 def test_rows_of_nobody_have_no_part_in_the_scale_of_all_rows() -> None:
     config = layer(
         quant=QuantConfig(
-            scheme="int8", granularity="channel", activations=ActivationQuantConfig(scheme="int8", granularity="tensor", static=False)
+            scheme="int8",
+            granularity="channel",
+            activations=ActivationQuantConfig(scheme="int8", granularity="tensor", static=False),
         )
     )
     weights, d = weights_for(config), sorted_rows(torch.float32)
@@ -177,5 +218,7 @@ def test_rows_of_nobody_have_no_part_in_the_scale_of_all_rows() -> None:
     assert torch.equal(moe_fn.experts(config, weights, more)[:5], moe_fn.experts(config, weights, alone))
     routing = moe_fn.Routing(expert_ids=torch.tensor([[0], [0], [2], [2], [2]]), weights=torch.ones(5, 1))
     assert_matches(
-        moe_fn.experts(config, weights, alone), moe_fn.reference.moe_forward_routed(config, weights, alone.rows, routing), scale=1.0
+        moe_fn.experts(config, weights, alone),
+        moe_fn.reference.moe_forward_routed(config, weights, alone.rows, routing),
+        scale=1.0,
     )

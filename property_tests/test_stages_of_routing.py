@@ -25,7 +25,9 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def layer(**changes: Any) -> MoEConfig:
-    return MoEConfig(**({"num_experts": 6, "top_k": 3, "hidden_size": 16, "intermediate_size": 4, "backend": "torch"} | changes))
+    return MoEConfig(
+        **({"num_experts": 6, "top_k": 3, "hidden_size": 16, "intermediate_size": 4, "backend": "torch"} | changes)
+    )
 
 
 def weights_of(config: MoEConfig, router: RouterWeights | None, dtype: torch.dtype = torch.float32) -> MoEWeights:
@@ -117,7 +119,9 @@ def test_shared_experts_are_weighted_as_the_routed_ones(
 def test_a_capacity_is_of_a_sequence_or_of_all_tokens(capacity: int) -> None:
     """First choices of all tokens come before second ones; -1 takes no room."""
     config = layer(num_experts=3, top_k=2, router=RouterConfig(capacity=capacity))
-    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [3.0, 2.0, 1.0]])
+    logits = torch.tensor(
+        [[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [3.0, 2.0, 1.0]]
+    )
     mask = torch.tensor([True, True, True, True, True, False])
     for leading in (None, (6,), (2, 3), (1, 2, 3), (3, 2)):
         routing = moe_fn.route(config, weights_of(config, None), logits, token_mask=mask, leading=leading)
@@ -155,13 +159,17 @@ def test_scores_for_losses_are_of_all_choices(config: MoEConfig) -> None:
 @pytest.mark.parametrize("epsilon", (0.0, 0.5))
 @pytest.mark.parametrize("minimum", (0.0, 3.0))
 def test_norms_of_weights_have_order_epsilon_and_minimum(order: float, epsilon: float, minimum: float) -> None:
-    router = RouterConfig(scoring="sigmoid", renormalize_order=order, renormalize_epsilon=epsilon, renormalize_minimum=minimum)
+    router = RouterConfig(
+        scoring="sigmoid", renormalize_order=order, renormalize_epsilon=epsilon, renormalize_minimum=minimum
+    )
     config, logits = layer(top_k=2, router=router), random(5, 6)
     routing = moe_fn.route(config, weights_of(config, None), logits)
     chosen = torch.sigmoid(logits).gather(-1, routing.expert_ids)
     norm = (chosen.abs() ** order).sum(-1, keepdim=True) ** (1 / order) + epsilon
     assert_matches(routing.weights, chosen / norm.clamp(min=minimum))
-    nobody = moe_fn.route(layer(top_k=2, router=RouterConfig(scoring="identity")), weights_of(config, None), torch.zeros(1, 6))
+    nobody = moe_fn.route(
+        layer(top_k=2, router=RouterConfig(scoring="identity")), weights_of(config, None), torch.zeros(1, 6)
+    )
     assert (nobody.weights == 0).all(), "0 / 0"
 
 
@@ -191,7 +199,9 @@ def test_the_kernel_that_routes_has_the_values_and_gradients_of_torch(bias: bool
         found.append((routing.expert_ids, routing.weights.detach(), logits.grad))
         ids = routing.expert_ids
         with torch.autograd.forward_ad.dual_level():  # the kernel has no tangents of its own: torch routes
-            dual = moe_fn.route(config, weights_of(config, extra), torch.autograd.forward_ad.make_dual(random(4, 6), random(6, 4).t()))
+            dual = moe_fn.route(
+                config, weights_of(config, extra), torch.autograd.forward_ad.make_dual(random(4, 6), random(6, 4).t())
+            )
             found[-1] += (torch.autograd.forward_ad.unpack_dual(dual.weights).tangent,)
     assert torch.equal(ids, found[0][0])
     for left, right in zip(*found, strict=True):

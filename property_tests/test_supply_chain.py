@@ -1,4 +1,6 @@
-"""What an import and a call may touch, which folders libraries are loaded from, and that the wheel holds what is needed to build them."""
+"""What an import and a call may touch, which folders libraries are loaded from, and that the wheel holds what is needed
+to build them.
+"""
 
 import os
 import subprocess
@@ -50,7 +52,7 @@ def state():
 before = state()
 torch._C._cuda_init = None  # would be an error now, not a device
 sys.addaudithook(watch)
-"""
+"""  # noqa: E501
 IMPORTS = """
 import moe_fn
 import moe_fn.balance, moe_fn.families, moe_fn.parallel, moe_fn.quant, moe_fn.reference, moe_fn.testing, moe_fn.kernels.native.library
@@ -58,7 +60,7 @@ import moe_fn.integrations.vllm, moe_fn.integrations.torchtitan, moe_fn.bench
 for package, name in (("safetensors", "checkpoint"), ("transformers", "integrations.transformers")):
     if package in sys.modules:
         __import__(f"moe_fn.{name}")
-"""
+"""  # noqa: E501
 CALL = """
 config = moe_fn.MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8, backend="torch")
 generator = torch.Generator().manual_seed(0)
@@ -74,7 +76,7 @@ assert after == before, [(a, b) for a, b in zip(before, after) if a != b]
 REFUSED = """
 native = next(info for info in moe_fn.backends() if info.name == "native")
 assert os.name != "posix" or "PermissionError" in native.reason and "is writable for everybody" in native.reason, native.reason
-"""
+"""  # noqa: E501
 
 
 def test_import_and_torch_backend_write_load_start_and_reach_nothing(tmp_path: Path) -> None:
@@ -91,7 +93,12 @@ def test_import_and_torch_backend_write_load_start_and_reach_nothing(tmp_path: P
 
 
 def test_the_watch_sees_what_it_is_there_for(tmp_path: Path) -> None:
-    deeds = ("open('f', 'w')", "__import__('subprocess').run(['true'])", "__import__('socket').socket()", "os.environ.update(A='b')")
+    deeds = (
+        "open('f', 'w')",
+        "__import__('subprocess').run(['true'])",
+        "__import__('socket').socket()",
+        "os.environ.update(A='b')",
+    )
     watching = QUIET.partition("touched = []")[2].partition("before = state()")[0]
     tried = "".join(f"\nbefore = len(touched)\n{deed}\nassert len(touched) > before, {deed!r}" for deed in deeds)
     program = "import os, sys\ntouched = []" + watching.partition("def state")[0] + "sys.addaudithook(watch)" + tried
@@ -106,7 +113,9 @@ def test_every_file_of_the_package_is_in_the_wheel() -> None:
     packed = {file for pattern in patterns for file in PACKAGE.glob(pattern)}
     data = {file for file in PACKAGE.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
     assert data == packed
-    assert all((file.parent / "__init__.py").exists() for file in PACKAGE.rglob("*.py")), "a folder without __init__.py is left out"
+    assert all((file.parent / "__init__.py").exists() for file in PACKAGE.rglob("*.py")), (
+        "a folder without __init__.py is left out"
+    )
 
 
 def test_a_new_folder_is_ours_to_write_and_an_open_one_is_closed(tmp_path: Path) -> None:
@@ -119,7 +128,10 @@ def test_a_new_folder_is_ours_to_write_and_an_open_one_is_closed(tmp_path: Path)
     tmp_path.joinpath("a", "b").chmod(0o775)
     assert private_folder(tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o755
     tmp_path.joinpath("a").chmod(0o777)
-    with pytest.raises(PermissionError, match=r"a is writable for everybody, who could put a library there; expected a folder of one user"):
+    with pytest.raises(
+        PermissionError,
+        match=r"a is writable for everybody, who could put a library there; expected a folder of one user",
+    ):
         private_folder(tmp_path / "a" / "b")
     tmp_path.joinpath("a").chmod(0o1777)  # as /tmp: nobody removes what is another's
     private_folder(tmp_path / "a" / "b")
@@ -144,5 +156,7 @@ def test_folders_and_libraries_of_other_users_are_refused(tmp_path: Path) -> Non
     os.chown(file, 12345, -1)
     assert not only_ours(file)
     os.chown(tmp_path, 12345, -1)
-    with pytest.raises(PermissionError, match=r"belongs to user 12345, who could put a library there; expected your own"):
+    with pytest.raises(
+        PermissionError, match=r"belongs to user 12345, who could put a library there; expected your own"
+    ):
         private_folder(tmp_path / "moe_fn")

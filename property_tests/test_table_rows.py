@@ -24,7 +24,7 @@ if importlib.util.find_spec("safetensors") is None:
     pytest.skip("safetensors is not installed", allow_module_level=True)
 
 import safetensors
-from quantised_files import FORMATS, E, Format, X, save, write
+from quantized_files import FORMATS, E, Format, X, save, write
 from safetensors.torch import load_file, save_file
 
 from moe_fn.checkpoint import LAYOUTS, load_lora, load_moe_layer, load_moe_weights, save_moe_weights
@@ -54,15 +54,25 @@ def test_numbers_of_every_dtype_have_the_bytes_that_safetensors_says(dtype: str,
 
 @pytest.mark.parametrize("dtype", INTEGERS.values(), ids=str)
 def test_tables_of_ids_may_be_of_every_integer_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    layout = next(layout for layout in LAYOUTS if layout.savable and any(e.weight[-1] == "expert_ids_of_token" for e in layout.entries))
+    layout = next(
+        layout
+        for layout in LAYOUTS
+        if layout.savable and any(e.weight[-1] == "expert_ids_of_token" for e in layout.entries)
+    )
     config = MoEConfig(
-        num_experts=3, top_k=2, hidden_size=4, intermediate_size=2, router=moe_fn.RouterConfig(scoring="sigmoid", selection="hash")
+        num_experts=3,
+        top_k=2,
+        hidden_size=4,
+        intermediate_size=2,
+        router=moe_fn.RouterConfig(scoring="sigmoid", selection="hash"),
     )
     weights = weights_for(config, bias=False, scales=False)
     prefix = f"layers.0.{layout.block}"
     save_moe_weights(tmp_path, prefix, config, weights, layout=layout)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({n: t if t.is_floating_point() else t.to(dtype) for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {n: t if t.is_floating_point() else t.to(dtype) for n, t in tensors.items()}, tmp_path / "model.safetensors"
+    )
     loaded = load_moe_weights(tmp_path, prefix, config, layout=layout)
     assert loaded.router is not None and weights.router is not None
     assert torch.equal(loaded.router.expert_ids_of_token, weights.router.expert_ids_of_token)  # type: ignore[arg-type]
@@ -71,7 +81,11 @@ def test_tables_of_ids_may_be_of_every_integer_dtype(dtype: torch.dtype, tmp_pat
 @pytest.mark.parametrize("name", _DTYPES)
 @pytest.mark.parametrize("word", ["dtype", "torch_dtype"])
 def test_every_dtype_of_a_model_is_known(name: str, word: str) -> None:
-    assert dtype_of_floats({word: name}) == dtype_of_floats({"text_config": {word: f"torch.{name}"}}) == getattr(torch, name)
+    assert (
+        dtype_of_floats({word: name})
+        == dtype_of_floats({"text_config": {word: f"torch.{name}"}})
+        == getattr(torch, name)
+    )
 
 
 @pytest.mark.parametrize("part", _PARTS)
@@ -97,7 +111,11 @@ def test_every_method_has_a_file_that_says_it(method: str, tmp_path: Path) -> No
     if method == "mxfp4":
         return
     wanted = "modelopt" if method == "modelopt_fp4" else method
-    name, made = next((n, f) for n, f in FORMATS.items() if f.words.get("quant_method") == wanted and method in (wanted, f"{wanted}_fp4"))
+    name, made = next(
+        (n, f)
+        for n, f in FORMATS.items()
+        if f.words.get("quant_method") == wanted and method in (wanted, f"{wanted}_fp4")
+    )
     written = write(tmp_path, made, quant_method=method)
     config, weights = load_moe_layer(tmp_path, 1)
     assert config.quant == made.quant, name
@@ -105,7 +123,7 @@ def test_every_method_has_a_file_that_says_it(method: str, tmp_path: Path) -> No
     assert torch.equal(floats.gate_up, written.gate_up) and torch.equal(floats.down, written.down)
 
 
-def test_projections_of_a_latent_space_may_be_quantised(tmp_path: Path) -> None:
+def test_projections_of_a_latent_space_may_be_quantized(tmp_path: Path) -> None:
     made: Format = FORMATS["ct fp8 weight-only"]
     random, inner, prefix = np.random.default_rng(0), 32, "backbone.layers.1.mixer"
     sizes = {"fc1_latent_proj": (inner, X), "fc2_latent_proj": (X, inner)}
@@ -113,11 +131,18 @@ def test_projections_of_a_latent_space_may_be_quantised(tmp_path: Path) -> None:
         width = inner if "." in module else X
         sizes |= {f"{module}.up_proj": (16, width), f"{module}.down_proj": (width, 16)}
     modules = {name: made.lay(random, *size) for name, size in sizes.items()}
-    tensors = {f"{prefix}.{name}{suffix}": t for name, matrix in modules.items() for suffix, t in matrix.tensors.items()}
-    save(tmp_path, tensors | {f"{prefix}.gate.weight": torch.ones(E, X), f"{prefix}.gate.e_score_correction_bias": torch.zeros(E)})
+    tensors = {
+        f"{prefix}.{name}{suffix}": t for name, matrix in modules.items() for suffix, t in matrix.tensors.items()
+    }
+    save(
+        tmp_path,
+        tensors | {f"{prefix}.gate.weight": torch.ones(E, X), f"{prefix}.gate.e_score_correction_bias": torch.zeros(E)},
+    )
     words = {
-        "model_type": "nemotron_h", "n_routed_experts": E, "num_experts_per_tok": 1, "hidden_size": X, "moe_intermediate_size": 16,
-        "moe_latent_size": inner, "moe_shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1, "dtype": "float32",
+        "model_type": "nemotron_h", "n_routed_experts": E, "num_experts_per_tok": 1, "hidden_size": X,
+        "moe_intermediate_size": 16,
+        "moe_latent_size": inner, "moe_shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
+        "dtype": "float32",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(words | {"quantization_config": made.words}))
     latent = load_moe_layer(tmp_path, 1)[1].latent
@@ -172,4 +197,6 @@ def test_every_activation_of_transformers_is_the_function_that_its_row_says() ->
         module, _, name = path.rpartition(".")
         theirs = getattr(importlib.import_module(module), name)
         theirs = theirs() if isinstance(theirs, type) else theirs
-        assert_matches(theirs(g), gate_function(ActivationConfig(function=function, alpha=alpha), g), tolerance=1e-6, name=path)
+        assert_matches(
+            theirs(g), gate_function(ActivationConfig(function=function, alpha=alpha), g), tolerance=1e-6, name=path
+        )

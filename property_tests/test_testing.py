@@ -38,7 +38,12 @@ from moe_fn.torch_compat import mark_tokens
 
 # Draws that are the same every time; what is asserted is about all of them together.
 _DRAWS = settings(
-    max_examples=1600, derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=1600,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 _QUICK = settings(_DRAWS, max_examples=150)
 
@@ -55,7 +60,8 @@ def drawn(strategy: st.SearchStrategy[Any], how: settings = _DRAWS) -> list[Any]
     return values
 
 
-# ---- assert_matches ----------------------------------------------------------------------------------------------------------
+# ---- assert_matches
+# ----------------------------------------------------------------------------------------------------------
 
 
 def some(rows: int = 64, columns: int = 16, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -105,7 +111,9 @@ def test_wrong_values_are_caught(case: str) -> None:
         assert_matches(actual, expected, name="y")
 
 
-@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1 + 1e-2), (torch.bfloat16, 0.6), (torch.float64, 1 + 1e-8)])
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 1 + 1e-2), (torch.bfloat16, 0.6), (torch.float64, 1 + 1e-8)]
+)
 def test_one_bad_row_among_many_is_caught(dtype: torch.dtype, factor: float) -> None:
     y = some(rows=100_000)
     wrong = y.clone()
@@ -145,7 +153,8 @@ def test_relative_rms() -> None:
     assert relative_rms(torch.zeros(0), torch.zeros(0)) == 0.0
 
 
-# ---- assert_one_graph --------------------------------------------------------------------------------------------------------
+# ---- assert_one_graph
+# --------------------------------------------------------------------------------------------------------
 
 
 def linear_args(count: int) -> tuple[Tensor, Tensor]:
@@ -281,7 +290,9 @@ def test_records_and_configs_are_arguments() -> None:
     def layer(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor | None) -> Tensor:
         return x @ weights.gate_up.sum(0).T * config.top_k
 
-    assert_one_graph(layer, lambda count: (config, weights, torch.ones(count, 2), None), backward=True, backend="aot_eager")
+    assert_one_graph(
+        layer, lambda count: (config, weights, torch.ones(count, 2), None), backward=True, backend="aot_eager"
+    )
 
 
 def test_count_graphs() -> None:
@@ -301,7 +312,8 @@ def test_mark_tokens() -> None:
         mark_tokens(3)  # type: ignore[arg-type]
 
 
-# ---- configs -----------------------------------------------------------------------------------------------------------------
+# ---- configs
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +383,9 @@ def test_drawn_configs_hit_every_option(some_configs: list[MoEConfig]) -> None:
     kinds = ("groups", "zero_experts", "shared", "latent", "expert_norm")
     missing = {name: set(values) - seen[name] for name, values in LITERALS.items()}
     missing |= {name: {None, "a config"} - seen[name] for name in kinds}
-    missing |= {name: set(values) - seen[name] for name, values in OPTIONS.items() if name not in (*kinds, "activation")}
+    missing |= {
+        name: set(values) - seen[name] for name, values in OPTIONS.items() if name not in (*kinds, "activation")
+    }
     assert {name: values for name, values in missing.items() if values} == {}
 
 
@@ -393,10 +407,15 @@ PAIRS = [
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_whatever_pair_is_valid_can_be_fixed(pair: tuple[str, str]) -> None:
-    """Fixed fields never lead to an invalid config: the rest is drawn around them, or a ValueError says that they contradict each other."""
+    """Fixed fields never lead to an invalid config: the rest is drawn around them, or a ValueError says that they
+    contradict each other.
+    """
     values: dict[str, tuple[Any, ...]] = {
         **OPTIONS,
-        "shared": (None, *(SharedExpertsConfig(intermediate_size=2, gate=gate) for gate in ("none", "sigmoid", "router"))),
+        "shared": (
+            None,
+            *(SharedExpertsConfig(intermediate_size=2, gate=gate) for gate in ("none", "sigmoid", "router")),
+        ),
         "zero_experts": (None, ZeroExpertsConfig(count=2)),
         "groups": (None, GroupConfig(count=3, top_k=2, score="top2_sum"), GroupConfig(count=2, top_k=2, limit="each")),
     }
@@ -419,10 +438,14 @@ def test_whatever_pair_is_valid_can_be_fixed(pair: tuple[str, str]) -> None:
     "fixed",
     [
         {"num_experts": 1}, {"num_experts": 5, "top_k": 5}, {"top_k": 7}, {"top_k": 11}, {"gate_input": "transformed"},
-        {"gate_input": "transformed", "latent": None}, {"gate_up_layout": "interleaved"}, {"activation": "relu_no_mul"}, {"opaque": True},
-        {"renormalize_order": 2.0}, {"sparsemixer_epsilon": 0.07}, {"groups": GroupConfig(count=5, top_k=5, limit="each")},
-        {"router": RouterConfig(scoring="sigmoid", groups=GroupConfig(count=4, top_k=2))}, {"weight_on": "input", "num_experts": 2},
-        {"chunk_tokens": st.integers(1, 4)}, {"zero_experts": ZeroExpertsConfig(count=5)}, {"hidden_size": 64, "intermediate_size": 32},
+        {"gate_input": "transformed", "latent": None}, {"gate_up_layout": "interleaved"}, {"activation": "relu_no_mul"},
+        {"opaque": True},
+        {"renormalize_order": 2.0}, {"sparsemixer_epsilon": 0.07},
+        {"groups": GroupConfig(count=5, top_k=5, limit="each")},
+        {"router": RouterConfig(scoring="sigmoid", groups=GroupConfig(count=4, top_k=2))},
+        {"weight_on": "input", "num_experts": 2},
+        {"chunk_tokens": st.integers(1, 4)}, {"zero_experts": ZeroExpertsConfig(count=5)},
+        {"hidden_size": 64, "intermediate_size": 32},
         {"routed_scaling_factor": 0.0}, {"latent": None, "hidden_padding": 0}, {"num_experts": 16, "top_k": 2},
     ],
     ids=str,
@@ -437,7 +460,10 @@ def test_fixed_fields_are_kept(fixed: dict[str, Any]) -> None:
 def test_unknown_and_contradicting_fields_raise() -> None:
     with pytest.raises(TypeError, match="unknown fields \\['topk'\\]"):
         configs(topk=1)
-    for fixed in ({"selection": "hash", "correction_bias": "scores"}, {"num_experts": 2, "zero_experts": None, "top_k": 3}):
+    for fixed in (
+        {"selection": "hash", "correction_bias": "scores"},
+        {"num_experts": 2, "zero_experts": None, "top_k": 3},
+    ):
         with pytest.raises(ValueError, match="fixed"):
             drawn(configs(**fixed), settings(_DRAWS, max_examples=2))
 
@@ -446,11 +472,14 @@ def test_configs_shrink_to_the_simplest() -> None:
     how = settings(max_examples=200, derandomize=True, database=None)
     config = find(configs(), lambda config: True, settings=how)
     assert config == MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1)
-    config = find(configs(), lambda config: config.router.groups is not None and config.router.groups.count > 1, settings=how)
+    config = find(
+        configs(), lambda config: config.router.groups is not None and config.router.groups.count > 1, settings=how
+    )
     assert config.num_choices <= 4 and config.latent is None and config.shared is None
 
 
-# ---- weights, problems, routings ---------------------------------------------------------------------------------------------
+# ---- weights, problems, routings
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -462,7 +491,10 @@ def test_weights_fit_their_config(some_configs: list[MoEConfig], dtype: torch.dt
         full = weights_for(config, 1, dtype=dtype, requires_grad=True)
         check_weights("here", config, full, torch.zeros(1, config.hidden_size, dtype=dtype))
         check_weights(
-            "here", config, weights_for(config, 1, dtype=dtype, bias=False, scales=False), torch.zeros(1, config.hidden_size, dtype=dtype)
+            "here",
+            config,
+            weights_for(config, 1, dtype=dtype, bias=False, scales=False),
+            torch.zeros(1, config.hidden_size, dtype=dtype),
         )
         given = sum(leaf is not None for leaf in leaves_of_weights(full))
         assert given == len(expected_shapes(config)), "with all flags on, every tensor that the config can use is there"
@@ -472,7 +504,9 @@ def test_weights_fit_their_config(some_configs: list[MoEConfig], dtype: torch.dt
 
 
 def test_weights_come_from_the_seed() -> None:
-    config = MoEConfig(num_experts=4, top_k=2, hidden_size=256, intermediate_size=512, router=RouterConfig(selection="hash"))
+    config = MoEConfig(
+        num_experts=4, top_k=2, hidden_size=256, intermediate_size=512, router=RouterConfig(selection="hash")
+    )
     first, same, other = weights_for(config, 1), weights_for(config, 1), weights_for(config, 2)
     assert_matches(first, same, tolerance=0.0)
     with pytest.raises(AssertionError):
@@ -570,7 +604,9 @@ def test_gates_inside_are_exact() -> None:
         assert router is not None and router.gate is not None and router.gate.dtype == torch.float32
         x = problem.x if problem.token_mask is None else problem.x[problem.token_mask]
         logits = x.float() @ router.gate.T
-        assert (logits.double() == x.double() @ router.gate.double().T).all() and (logits * 32 == (logits * 32).round()).all()
+        assert (logits.double() == x.double() @ router.gate.double().T).all() and (
+            logits * 32 == (logits * 32).round()
+        ).all()
 
 
 def test_problems_of_a_kind() -> None:
@@ -599,7 +635,9 @@ def test_routings_are_what_somebody_elses_router_may_make() -> None:
     seen = collections.Counter[str]()
     for routing in drawn(routings(config)):
         ids, weights = routing.expert_ids, routing.weights
-        assert ids.dtype == torch.int64 and ids.shape == weights.shape and ids.shape[1] == 3 and weights.isfinite().all()
+        assert (
+            ids.dtype == torch.int64 and ids.shape == weights.shape and ids.shape[1] == 3 and weights.isfinite().all()
+        )
         assert routing.shared_weights is not None and routing.shared_weights.shape == (len(ids), 2)
         assert ((ids >= -1) & (ids < 5)).all()
         rows = ids.tolist()
@@ -617,7 +655,9 @@ def test_routings_are_what_somebody_elses_router_may_make() -> None:
 
 
 def test_call_and_replace() -> None:
-    problem = find(problems(tokens=st.just(2)), lambda problem: problem.token_ids is not None and problem.token_mask is not None)
+    problem = find(
+        problems(tokens=st.just(2)), lambda problem: problem.token_ids is not None and problem.token_mask is not None
+    )
     got = problem.call(lambda *args, **kwargs: (args, kwargs))
     assert got == (
         (problem.config, problem.weights, problem.x, problem.logits),

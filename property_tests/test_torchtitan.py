@@ -1,4 +1,6 @@
-"""moe_fn.integrations.torchtitan against the published interface of torchtitan 0.3.0, stated and (where it is installed) real."""
+"""moe_fn.integrations.torchtitan against the published interface of torchtitan 0.3.0, stated and (where it is
+installed) real.
+"""
 
 import copy
 import dataclasses
@@ -40,7 +42,9 @@ def assert_same(ours: Any, theirs: Any, bound: float = CLOSE) -> None:
     slack=st.integers(0, 3),
     sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)),
 )
-def test_experts_equal_theirs_and_so_do_all_gradients(kind: Any, counts: list[int], slack: int, sizes: tuple[int, int]) -> None:
+def test_experts_equal_theirs_and_so_do_all_gradients(
+    kind: Any, counts: list[int], slack: int, sizes: tuple[int, int]
+) -> None:
     torch.manual_seed(sum(counts))
     theirs = kind.Config(dim=sizes[0], hidden_dim=sizes[1], num_experts=len(counts)).build().double()
     theirs.compute_dtype = None
@@ -74,7 +78,10 @@ def test_dispatch_and_combine_equal_theirs(tokens: int, experts: int, seed: int,
     results = []
     for dispatcher in (ours, theirs):
         x, scores = torch.randn(tokens, 3).double(), torch.rand(tokens, top_k).double()
-        x.copy_(torch.arange(x.numel()).view_as(x)), scores.copy_(torch.linspace(0.1, 1, scores.numel()).view_as(scores))
+        (
+            x.copy_(torch.arange(x.numel()).view_as(x)),
+            scores.copy_(torch.linspace(0.1, 1, scores.numel()).view_as(scores)),
+        )
         x.requires_grad_(), scores.requires_grad_()
         rows, back, metadata = dispatcher.dispatch(x, scores, ids, counts)
         assert back is counts
@@ -120,14 +127,16 @@ def test_the_rows_dtype_is_computed_in_unless_another_is_asked_for() -> None:
 
 ROUTERS = st.fixed_dictionaries(
     {
-        "score_func": st.sampled_from(["sigmoid", "softmax"]), "route_norm": st.booleans(), "route_scale": st.sampled_from([1.0, 2.5]),
+        "score_func": st.sampled_from(["sigmoid", "softmax"]), "route_norm": st.booleans(),
+        "route_scale": st.sampled_from([1.0, 2.5]),
         "num_expert_groups": st.sampled_from([None, 2, 4]), "bias": st.booleans(),
     }
 )  # fmt: skip
 
 
 @given(
-    router=ROUTERS, kind=st.sampled_from([stated.GroupedExperts, stated.GptOssGroupedExperts]), expert_bias=st.booleans(),
+    router=ROUTERS, kind=st.sampled_from([stated.GroupedExperts, stated.GptOssGroupedExperts]),
+    expert_bias=st.booleans(),
     shared=st.sampled_from([None, stated.FeedForward, stated.SigmoidGatedFeedForward]),
 )  # fmt: skip
 def test_the_whole_layer_is_moe_forward(router: dict[str, Any], kind: Any, expert_bias: bool, shared: Any) -> None:
@@ -151,7 +160,12 @@ def test_the_fused_class_saves_what_the_plain_one_loads() -> None:
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(1, 6, stated.SIZES.dim)
     assert relative_rms(fused(x), plain(x)) <= CLOSE
-    assert relative_rms(moe_fn.moe_forward(titan.config_of_moe(plain), titan.weights_of_state(fused.state_dict()), x), plain(x)) <= CLOSE
+    assert (
+        relative_rms(
+            moe_fn.moe_forward(titan.config_of_moe(plain), titan.weights_of_state(fused.state_dict()), x), plain(x)
+        )
+        <= CLOSE
+    )
 
 
 def test_other_dispatchers_and_wrapped_experts_stay_and_the_report_says_why() -> None:
@@ -208,7 +222,9 @@ def test_a_bias_under_tensor_parallelism_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*CPU autocast.*")
 def test_the_real_layer_swapped_and_as_moe_forward() -> None:
     theirs = stated.real_built(
-        stated.real_moe(score_func="sigmoid", route_norm=True, route_scale=2.5, num_expert_groups=4, num_limited_groups=2)
+        stated.real_moe(
+            score_func="sigmoid", route_norm=True, route_scale=2.5, num_expert_groups=4, num_limited_groups=2
+        )
     )
     ours, narrow = copy.deepcopy(theirs), copy.deepcopy(theirs)
     assert len(titan.replace_grouped_experts(ours).dispatchers) == 1
@@ -217,7 +233,9 @@ def test_the_real_layer_swapped_and_as_moe_forward() -> None:
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 9, stated.SIZES.dim, requires_grad=True)
     pure = moe_fn.moe_forward(titan.config_of_moe(theirs), titan.weights_of_state(theirs.state_dict()), x)
-    (y, grads), (y_theirs, grads_theirs), (y_narrow, grads_narrow) = (gradients_of(moe, x) for moe in (ours, theirs, narrow))
+    (y, grads), (y_theirs, grads_theirs), (y_narrow, grads_narrow) = (
+        gradients_of(moe, x) for moe in (ours, theirs, narrow)
+    )
     assert relative_rms(pure, y) <= CLOSE
     assert_same([y_narrow, *grads_narrow], [y_theirs, *grads_theirs], 1e-2)
     assert_same([y, *grads], [y_theirs, *grads_theirs], 2e-2)
@@ -246,9 +264,12 @@ def test_the_statement_has_the_signatures_of_the_real_classes() -> None:
     from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
     pairs = [
-        (moe.GroupedExperts.forward, stated.GroupedExperts.forward), (moe.GroupedExperts._grouped_mm, stated.GroupedExperts._grouped_mm),
-        (GptOssGroupedExperts.forward, stated.GptOssGroupedExperts.forward), (moe.RoutedExperts.forward, stated.RoutedExperts.forward),
-        (moe.TokenChoiceTopKRouter.forward, stated.TokenChoiceTopKRouter.forward), (moe.MoE.forward, stated.MoE.forward),
+        (moe.GroupedExperts.forward, stated.GroupedExperts.forward),
+        (moe.GroupedExperts._grouped_mm, stated.GroupedExperts._grouped_mm),
+        (GptOssGroupedExperts.forward, stated.GptOssGroupedExperts.forward),
+        (moe.RoutedExperts.forward, stated.RoutedExperts.forward),
+        (moe.TokenChoiceTopKRouter.forward, stated.TokenChoiceTopKRouter.forward),
+        (moe.MoE.forward, stated.MoE.forward),
         (token_dispatcher.LocalTokenDispatcher.dispatch, stated.LocalTokenDispatcher.dispatch),
         (token_dispatcher.LocalTokenDispatcher.combine, stated.LocalTokenDispatcher.combine),
         (token_dispatcher.LocalTokenDispatcher.wire_meshes, stated.LocalTokenDispatcher.wire_meshes),
@@ -283,7 +304,9 @@ def test_sharded_parameters_give_the_same_numbers(kind: Any, how: str, one_rank_
         fully_shard(experts, mesh=one_rank_mesh)
     else:
         for name, parameter in list(experts.named_parameters()):
-            experts.register_parameter(name, nn.Parameter(DTensor.from_local(parameter.detach(), one_rank_mesh, [Shard(0)])))
+            experts.register_parameter(
+                name, nn.Parameter(DTensor.from_local(parameter.detach(), one_rank_mesh, [Shard(0)]))
+            )
     x = torch.randn(2, 7, stated.SIZES.dim)
     y, y_plain = moe(x), plain(x)
     assert torch.equal(y, y_plain)

@@ -21,7 +21,9 @@ from moe_fn.testing.matching import relative_rms
 
 # No token-choice mixture of feed-forward experts; and transformers' nllb_moe, whose own routing is not what it says.
 REFUSED = ("jetmoe-attention", "nllb_moe-capacity", "doge-not-normalised", "doge-normalised", "vitpose_backbone-heads")
-TWO_BANKS = tuple(row for row in ROWS if row.takes == "modality" or (row.block == "Ernie4_5_VLMoeMoeBlock" and not row.path))
+TWO_BANKS = tuple(
+    row for row in ROWS if row.takes == "modality" or (row.block == "Ernie4_5_VLMoeMoeBlock" and not row.path)
+)
 KNOWN = tuple(row for row in ROWS if row.name not in REFUSED)
 WHOLE = tuple(row for row in KNOWN if row not in TWO_BANKS)
 TOLERANCE = 1e-5
@@ -43,7 +45,9 @@ def compared(row: BlockRow, seed: int) -> tuple[float, bool]:
         y = moe_fn.moe_forward(config, weights, x, logits, token_ids=result.token_ids)
         routing = moe_fn.moe_route(config, weights, x, logits, token_ids=result.token_ids)[1]
     expected = result.y if result.after_norm is None else result.after_norm
-    return relative_rms(y, expected), result.expert_ids is None or same_experts(row, routing.expert_ids.flatten(0, -2), result)
+    return relative_rms(y, expected), result.expert_ids is None or same_experts(
+        row, routing.expert_ids.flatten(0, -2), result
+    )
 
 
 def same_experts(row: BlockRow, ids: Tensor, result: BlockResult) -> bool:
@@ -96,7 +100,9 @@ def test_two_banks_are_named_and_their_banks_replaced() -> None:
 
 
 def test_a_module_of_no_family_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Linear is not the block of a family that is known; expected one of .*MixtralSparseMoeBlock"):
+    with pytest.raises(
+        ValueError, match=r"Linear is not the block of a family that is known; expected one of .*MixtralSparseMoeBlock"
+    ):
         from_block(nn.Linear(2, 2))
 
 
@@ -116,12 +122,20 @@ def test_gradients_of_a_replaced_block_are_its_own(row: BlockRow) -> None:
 
 
 @law(st.sampled_from(ONE_OF_A_KIND), st.integers(0, 2**20), st.sampled_from(sorted(WAYS)), st.booleans())
-def test_what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name(row: BlockRow, n: int, way: str, first: bool) -> None:
-    """Values and gradients of the block as it is, with the same thing on the same module; refused only where the block was ours before."""
+def test_what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name(
+    row: BlockRow, n: int, way: str, first: bool
+) -> None:
+    """Values and gradients of the block as it is, with the same thing on the same module; refused only where the block
+    was ours before.
+    """
     quiet, x = dataclasses.replace(row, routing="none"), make_input(row, 4)
     theirs = make_block(row, 3)
     read = ("router.", "experts.", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")  # of a Gemma-4 layer
-    paths = [name for name, _ in theirs.named_modules() if name and (row.takes != "gemma_layer" or f"{name}.".startswith(read))]
+    paths = [
+        name
+        for name, _ in theirs.named_modules()
+        if name and (row.takes != "gemma_layer" or f"{name}.".startswith(read))
+    ]
     paths = [name for name in paths if way not in OF_PARAMETERS or names_of(theirs.get_submodule(name))]
     path, ours = paths[n % len(paths)], copy.deepcopy(theirs)
     names = (path, type(ours.get_submodule(path)).__name__, *names_of(ours.get_submodule(path)))

@@ -1,4 +1,6 @@
-"""Whole models of transformers, tiny and random, blocks replaced: the same logits, tokens, and configs as their files say."""
+"""Whole models of transformers, tiny and random, blocks replaced: the same logits, tokens, and configs as their files
+say.
+"""
 
 import json
 import re
@@ -42,7 +44,17 @@ def test_a_config_file_says_what_the_blocks_say(name: str) -> None:
         assert config_of_layer(words, int(layer.group(1))) == block.config, block.name
 
 
-WITH_ROUTER_LOGITS = ("mixtral", "qwen3_moe", "gpt_oss", "jamba", "ernie4_5_moe", "granitemoe", "phimoe", "dbrx", "olmoe")
+WITH_ROUTER_LOGITS = (
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "jamba",
+    "ernie4_5_moe",
+    "granitemoe",
+    "phimoe",
+    "dbrx",
+    "olmoe",
+)
 
 
 @pytest.mark.parametrize("name", WITH_ROUTER_LOGITS)

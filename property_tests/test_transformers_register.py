@@ -1,4 +1,6 @@
-"""register(): experts modules of transformers compute on moe_fn what their own code computes, sentinels and gradients included."""
+"""register(): experts modules of transformers compute on moe_fn what their own code computes, sentinels and gradients
+included.
+"""
 
 import copy
 import importlib
@@ -39,7 +41,8 @@ from moe_fn.testing import assert_matches  # noqa: E402
 
 register()
 
-# One rounding of each dtype on either side: transformers rounds after every step, and some of its classes compute in float32 only.
+# One rounding of each dtype on either side: transformers rounds after every step, and some of its classes compute in
+# float32 only.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 4e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -49,16 +52,24 @@ def run(module: Any, implementation: str, given: Tokens, direction: Tensor | Non
     module.config._experts_implementation = implementation
     inputs = [given.x.detach().clone().requires_grad_(), given.w.detach().clone().requires_grad_()]
     y = module(inputs[0], given.ids, inputs[1])
-    direction = torch.arange(1, y.numel() + 1, dtype=torch.float64).cos().view(y.shape) if direction is None else direction
+    direction = (
+        torch.arange(1, y.numel() + 1, dtype=torch.float64).cos().view(y.shape) if direction is None else direction
+    )
     wanted = [*inputs, *module.parameters()]
     found = torch.autograd.grad((y.to(torch.float64) * direction).sum(), wanted, allow_unused=True)
     return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))]
 
 
 def theirs(module: Any, given: Tokens, implementation: str = "eager") -> list[Tensor]:
-    """What their code computes, where slots of no expert are slots of expert 0 with weight 0: so it need not know sentinels."""
+    """What their code computes, where slots of no expert are slots of expert 0 with weight 0: so it need not know
+    sentinels.
+    """
     real = (given.ids >= 0) & (given.ids < module.num_experts)
-    out = run(module, implementation, Tokens(given.x, torch.where(real, given.ids, 0).to(torch.int64), torch.where(real, given.w, 0)))
+    out = run(
+        module,
+        implementation,
+        Tokens(given.x, torch.where(real, given.ids, 0).to(torch.int64), torch.where(real, given.w, 0)),
+    )
     out[2] = torch.where(real, out[2], 0)
     return out
 
@@ -112,7 +123,8 @@ def test_numbers_of_a_gate_are_read_from_the_module_at_every_call() -> None:
         assert_equal(run(module, "moe_fn", given), run(module, "eager", given), module)
 
 
-# --- classes of somebody's own -------------------------------------------------------------------------------------------------------
+# --- classes of somebody's own
+# -------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=400)
@@ -145,12 +157,18 @@ def test_any_experts_module_computes_what_its_own_code_does(data: st.DataObject)
 
 def test_only_code_that_is_known_is_taken_for_known() -> None:
     def places(gate: str, act: str) -> Any:
-        module = own_class(gate, act, has_bias=False, is_transposed=False, has_gate=True, norm=False)(settings_of_experts())
+        module = own_class(gate, act, has_bias=False, is_transposed=False, has_gate=True, norm=False)(
+            settings_of_experts()
+        )
         return places_of_numbers(True, experts._gate_of(module), experts._act_of(module))
 
     assert places("deepseek", "silu") == ("limit", None, None, None), "comments are not code"
     assert places("nearly", "silu") is None and places("power", "silu") is None
-    assert places("default", "mish") is None and places("default", "lambda") is None and places("default", "partial") is None
+    assert (
+        places("default", "mish") is None
+        and places("default", "lambda") is None
+        and places("default", "partial") is None
+    )
     assert all(places("default", name) == (None,) * 4 for name in ("silu", "gelu_new", "quick_gelu", "F.silu"))
     for path in ACTIVATIONS:
         module, _, name = path.rpartition(".")
@@ -172,7 +190,11 @@ def test_a_gate_or_a_hook_of_one_module_alone_is_called() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_what_hangs_on_an_activation_counts(way: str) -> None:
     """On the activation itself and on what it is made of: in the output, in every gradient."""
-    for name, path in (("MixtralExperts", "act_fn"), ("Inkling2Experts", "act_fn"), ("Inkling2Experts", "act_fn.gate_softcap")):
+    for name, path in (
+        ("MixtralExperts", "act_fn"),
+        ("Inkling2Experts", "act_fn"),
+        ("Inkling2Experts", "act_fn.gate_softcap"),
+    ):
         module = module_of(name)
         given, plain = tokens_of(module), run(module, "moe_fn", tokens_of(module))
         hang(module, path, way)
@@ -184,10 +206,19 @@ def test_what_hangs_on_an_activation_counts(way: str) -> None:
 
 def test_rows_of_no_expert_never_reach_anybody() -> None:
     flags = {"has_bias": True, "is_transposed": False, "has_gate": True, "epsilon": 0.0}
-    own = [randomised(own_class("power", "silu", norm=norm, **flags)(settings_of_experts()), torch.float32) for norm in (False, True)]
-    for module in (*own, module_of("GptOssExperts"), module_of("NemotronHExperts", torch.float64), module_of("MuseSparkExperts")):
+    own = [
+        randomised(own_class("power", "silu", norm=norm, **flags)(settings_of_experts()), torch.float32)
+        for norm in (False, True)
+    ]
+    for module in (
+        *own,
+        module_of("GptOssExperts"),
+        module_of("NemotronHExperts", torch.float64),
+        module_of("MuseSparkExperts"),
+    ):
         given = tokens_of(module, dtype=module.down_proj.dtype, strangers=(6, 9, -1))
-        given.x[2], given.ids[2], given.w[2] = torch.nan, 6, 0.0  # a token of other ranks alone, and nobody knows what it holds
+        # a token of other ranks alone, and nobody knows what it holds
+        given.x[2], given.ids[2], given.w[2] = torch.nan, 6, 0.0
         y, dx, dw, *rest = run(module, "moe_fn", given)
         assert all(t.isfinite().all() for t in (y, dx, dw, *rest))
         assert not y[2].any() and not dx[2].any() and not dw[given.ids == 6].any()
@@ -235,7 +266,8 @@ def test_a_rank_with_nothing_to_do_runs_one_row_of_zeros() -> None:
 
 def test_autocast_and_mixed_dtypes_compute_as_theirs() -> None:
     for name in ("MixtralExperts", "GptOssExperts", "MuseSparkExperts"):
-        module = module_of(name, intermediate_size=24, moe_intermediate_size=24)  # their grouped_mm wants rows of 16 bytes
+        # their grouped_mm wants rows of 16 bytes
+        module = module_of(name, intermediate_size=24, moe_intermediate_size=24)
         given = tokens_of(module)
         with torch.autocast("cpu", torch.bfloat16):
             ours, eager = run(module, "moe_fn", given)[0], run(module, "eager", given)[0]
@@ -259,7 +291,8 @@ def test_weights_may_be_made_by_a_parametrization() -> None:
     assert_equal(run(module, "moe_fn", given), run(module, "eager", given), module)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------------------
+# --- what is refused
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def call(module: Any) -> Tensor:
@@ -269,11 +302,13 @@ def call(module: Any) -> Tensor:
     return y
 
 
-def test_quantised_distributed_and_misfitting_weights_are_refused() -> None:
+def test_quantized_distributed_and_misfitting_weights_are_refused() -> None:
     module = module_of("MixtralExperts")
     whole = module.gate_up_proj.data
     module.gate_up_proj = nn.Parameter(whole.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ValueError, match=r"MixtralExperts: gate_up_proj is torch.float8_e4m3fn; expected .* not quantised"):
+    with pytest.raises(
+        ValueError, match=r"MixtralExperts: gate_up_proj is torch.float8_e4m3fn; expected .* not quantized"
+    ):
         call(module)
     module.gate_up_proj = nn.Parameter(TwoTensor(whole, whole.clone()))
     with pytest.raises(ValueError, match="gate_up_proj is a TwoTensor; expected a plain tensor"):
@@ -291,7 +326,9 @@ def test_quantised_distributed_and_misfitting_weights_are_refused() -> None:
     module.gate_up_proj = nn.Parameter(whole)
     with pytest.raises(ValueError, match="hidden_states has 3 dims"):
         module(given.x.unsqueeze(0), given.ids, given.w)
-    own = own_class("power", "silu", has_bias=False, is_transposed=False, has_gate=True, norm=False)(settings_of_experts())
+    own = own_class("power", "silu", has_bias=False, is_transposed=False, has_gate=True, norm=False)(
+        settings_of_experts()
+    )
     own._apply_gate = lambda gate_up: gate_up
     with pytest.raises(ValueError, match="its gate gives 24 columns; expected 12"):
         call(randomised(own, torch.float32))
@@ -300,12 +337,15 @@ def test_quantised_distributed_and_misfitting_weights_are_refused() -> None:
 def test_float8_experts_say_what_is_wrong() -> None:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 
-    class Quantised(FP8Experts):
+    class Quantized(FP8Experts):
         pass
 
-    cls = use_experts_implementation(Quantised, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
-    module = cls(settings_of_experts(swiglu_alpha=None, mlp_gate_softcap=None, _experts_implementation="moe_fn"), block_size=(4, 4))
-    with pytest.raises(ValueError, match=r"Quantised: gate_up_proj is torch.float8_e4m3fn; expected .* not quantised"):
+    cls = use_experts_implementation(Quantized, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+    module = cls(
+        settings_of_experts(swiglu_alpha=None, mlp_gate_softcap=None, _experts_implementation="moe_fn"),
+        block_size=(4, 4),
+    )
+    with pytest.raises(ValueError, match=r"Quantized: gate_up_proj is torch.float8_e4m3fn; expected .* not quantized"):
         module(torch.zeros(2, 16), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2))
 
 
@@ -331,11 +371,14 @@ def test_modules_are_as_they_were() -> None:
     torch.save(module, buffer)
     buffer.seek(0)
     for twin in (copy.deepcopy(module), torch.load(buffer, weights_only=False)):
-        assert twin.state_dict().keys() == state.keys() and all(torch.equal(t, state[name]) for name, t in twin.state_dict().items())
+        assert twin.state_dict().keys() == state.keys() and all(
+            torch.equal(t, state[name]) for name, t in twin.state_dict().items()
+        )
         assert all(torch.equal(a, b) for a, b in zip(run(twin, "moe_fn", given), expected, strict=True))
 
 
-# --- whole models --------------------------------------------------------------------------------------------------------------------
+# --- whole models
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def of_model(model: Any, ids: Tensor) -> dict[str, Tensor]:

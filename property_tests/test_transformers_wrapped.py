@@ -1,4 +1,6 @@
-"""Replaced blocks in people's own models: hooks, adapters, offloading, shards, subclasses, options; imitated, and with the real tools."""
+"""Replaced blocks in people's own models: hooks, adapters, offloading, shards, subclasses, options; imitated, and with
+the real tools.
+"""
 
 import copy
 import dataclasses
@@ -48,7 +50,9 @@ def test_a_hook_is_called_and_without_it_the_block_is_read_again() -> None:
     expected, seen = block(x), []
     replace_moe_blocks(block)
     assert is_read(block)
-    handles = [m.register_forward_hook(lambda m, args, out: seen.append(type(m).__name__)) for m in (block.experts, block.gate)]
+    handles = [
+        m.register_forward_hook(lambda m, args, out: seen.append(type(m).__name__)) for m in (block.experts, block.gate)
+    ]
     assert relative_rms(block(x), expected) <= TOLERANCE
     assert sorted(seen) == ["Qwen3MoeExperts", "Qwen3MoeTopKRouter"] and not is_read(block)
     for handle in handles:
@@ -64,14 +68,18 @@ def test_recorded_router_logits_leave_the_block_read() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4"])
-def test_experts_called_by_the_models_own_code_run_as_configure_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_called_by_the_models_own_code_run_as_configure_says(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     row = row_of(name)
     block, x = make_block(row, 3), make_input(row, 4)
     hang(block, "experts", "forward hook")
     quiet = dataclasses.replace(row, routing="none")
     expected, asked = run_block(quiet, block, x).y, []
     theirs = experts.moe_forward_routed
-    monkeypatch.setattr(experts, "moe_forward_routed", lambda config, *rest: asked.append(config.chunk_tokens) or theirs(config, *rest))
+    monkeypatch.setattr(
+        experts, "moe_forward_routed", lambda config, *rest: asked.append(config.chunk_tokens) or theirs(config, *rest)
+    )
     assert replace_moe_blocks(block, lambda config: dataclasses.replace(config, chunk_tokens=3)).replaced
     assert relative_rms(run_block(quiet, block, x).y, expected) <= TOLERANCE and asked == [3]
 
@@ -82,7 +90,9 @@ def test_what_configure_changed_and_nobody_would_do_is_refused() -> None:
         replace_moe_blocks(block, lambda config, of={change: value}: dataclasses.replace(config, **of))  # type: ignore[misc]
         block(x)
         hang(block, "gate", "forward hook")
-        with pytest.raises(ValueError, match=f"configure changed {change}, and its own forward runs, for gate has hooks"):
+        with pytest.raises(
+            ValueError, match=f"configure changed {change}, and its own forward runs, for gate has hooks"
+        ):
             block(x)
         with pytest.raises(ValueError, match=f"configure changed {change}"):
             replace_moe_blocks(block, lambda config, of={change: value}: dataclasses.replace(config, **of))  # type: ignore[misc]
@@ -92,7 +102,9 @@ def test_what_configure_changed_and_nobody_would_do_is_refused() -> None:
     muse, x = block_of("muse_spark")
     replace_moe_blocks(muse, lambda config: dataclasses.replace(config, chunk_tokens=3))
     hang(muse, "gate", "forward hook")
-    with pytest.raises(ValueError, match="MuseSparkExperts: experts with a gate or norm of their own run without options"):
+    with pytest.raises(
+        ValueError, match="MuseSparkExperts: experts with a gate or norm of their own run without options"
+    ):
         muse(x)
 
 
@@ -141,7 +153,7 @@ def test_a_wrapper_of_a_replaced_block_is_not_named_as_left() -> None:
     assert relative_rms(logits(model), expected) <= TOLERANCE
 
 
-def test_quantised_experts_are_left() -> None:
+def test_quantized_experts_are_left() -> None:
     for name in ("qwen3_moe", "gemma4"):
         block, _ = block_of(name)
         hang(block, "experts", "coded parameters")
@@ -151,14 +163,18 @@ def test_quantised_experts_are_left() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_from_block_refuses_what_is_not_its_parameters(way: str) -> None:
-    paths = ("gate", "experts", "shared_experts.up_proj") if way in OF_PARAMETERS else ("gate", "experts", "experts.act_fn")
+    paths = (
+        ("gate", "experts", "shared_experts.up_proj") if way in OF_PARAMETERS else ("gate", "experts", "experts.act_fn")
+    )
     for path in paths:
         block, x = block_of("deepseek_v3")
         hang(block, path, way)
         if way == "parametrization":
             assert relative_rms(moe_fn.moe_forward(*from_block(block), x), block(x)) <= TOLERANCE
             continue
-        with pytest.raises(ValueError, match=f"from_block: DeepseekV3MoE: {path} .*merge adapters and remove hooks first"):
+        with pytest.raises(
+            ValueError, match=f"from_block: DeepseekV3MoE: {path} .*merge adapters and remove hooks first"
+        ):
             from_block(block)
 
 
@@ -188,11 +204,14 @@ def test_dropout_that_is_on_is_refused_where_the_experts_cannot_be_called() -> N
         block.train()(x)
 
 
-# --- offloading ----------------------------------------------------------------------------------------------------------------------
+# --- offloading
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def offload(module: Any) -> None:
-    """As accelerate.hooks.add_hook_to_module with an AlignDevicesHook: its parameters are there while its forward runs."""
+    """As accelerate.hooks.add_hook_to_module with an AlignDevicesHook: its parameters are there while its
+    forward runs.
+    """
     kept = dict(module._parameters)
     for name, tensor in kept.items():
         module._parameters[name] = None if tensor is None else nn.Parameter(tensor.to("meta"))
@@ -215,7 +234,10 @@ def test_offloaded_modules_load_their_parameters(name: str, first: bool) -> None
     row = dataclasses.replace(row_of(name), routing="none")
     block, x = make_block(row, 3), make_input(row, 4)
     expected = run_block(row, block, x).y
-    steps = [lambda: [offload(module) for module in list(block.modules()) if module._parameters], lambda: replace_moe_blocks(block)]
+    steps = [
+        lambda: [offload(module) for module in list(block.modules()) if module._parameters],
+        lambda: replace_moe_blocks(block),
+    ]
     for step in steps if first else reversed(steps):
         step()
     with torch.no_grad():
@@ -240,11 +262,15 @@ def test_real_offloading(tmp_path: Any) -> None:
                 assert relative_rms(logits(model), expected) <= TOLERANCE
 
 
-# --- adapters and quantised modules --------------------------------------------------------------------------------------------------
+# --- adapters and quantized modules
+# --------------------------------------------------------------------------------------------------
 
 TARGETS: dict[str, tuple[dict[str, Any], ...]] = {
     "nemotron_h": ({"target_modules": ["fc1_latent_proj", "fc2_latent_proj"]}, {"target_modules": ["up_proj"]}),
-    "axk1": ({"target_modules": ["down_proj", "gate_proj"]}, {"target_modules": [], "target_parameters": ["gate.weight"]}),
+    "axk1": (
+        {"target_modules": ["down_proj", "gate_proj"]},
+        {"target_modules": [], "target_parameters": ["gate.weight"]},
+    ),
     "qwen2_moe": (
         {"target_modules": ["shared_expert_gate"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
@@ -277,7 +303,9 @@ def test_real_adapters_are_seen_or_refused(name: str) -> None:
         replace_moe_blocks(model)
         after = adapted(model, **targets)
         if name == "jetmoe":
-            with pytest.raises(ValueError, match=r"JetMoeMoE: router.layer is a peft.*Linear, where .* restore_moe_blocks"):
+            with pytest.raises(
+                ValueError, match=r"JetMoeMoE: router.layer is a peft.*Linear, where .* restore_moe_blocks"
+            ):
                 logits(after)
             continue
         assert relative_rms(logits(after), expected) <= TOLERANCE
@@ -288,7 +316,7 @@ def test_real_adapters_are_seen_or_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["", "autocast"])
-def test_real_quantised_modules(amp: bool) -> None:
+def test_real_quantized_modules(amp: bool) -> None:
     quantization = pytest.importorskip("torchao.quantization")
 
     def in_a_block(module: nn.Module, path: str) -> bool:
@@ -307,7 +335,8 @@ def test_real_quantised_modules(amp: bool) -> None:
                 assert relative_rms(logits(ours).float(), logits(theirs).float()) <= (2e-2 if amp else TOLERANCE)
 
 
-# --- shards --------------------------------------------------------------------------------------------------------------------------
+# --- shards
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -374,7 +403,9 @@ def test_shards_that_nobody_gathers_are_refused_by_name(one_rank_mesh: Any) -> N
     expected = block(x, scores)
     fully_shard(block.experts, mesh=one_rank_mesh)
     for call in (block, torch.compile(block, backend="eager")):
-        with pytest.raises(ValueError, match=r"moe_forward: weights.gate_up is a DTensor, .* wrap \(fully_shard\) the module whose"):
+        with pytest.raises(
+            ValueError, match=r"moe_forward: weights.gate_up is a DTensor, .* wrap \(fully_shard\) the module whose"
+        ):
             call(x, scores)
     fully_shard(whole := Apart(), mesh=one_rank_mesh)
     whole.load_state_dict(block.state_dict())

@@ -1,4 +1,6 @@
-"""The zoo is the oracle of the integration's tests: its blocks are what they say, all of them matter, and no family is missing."""
+"""The zoo is the oracle of the integration's tests: its blocks are what they say, all of them matter, and no family is
+missing.
+"""
 
 import ast
 import copy
@@ -36,11 +38,15 @@ def ran(row: BlockRow, seed: int = 0) -> tuple[Any, torch.Tensor, BlockResult]:
 
 
 def parts_of(row: BlockRow, block: Any) -> dict[str, torch.Tensor]:
-    """The block's tensors that its Mixture-of-Experts output may depend on: of a gemma4 layer, not the attention nor the dense MLP."""
+    """The block's tensors that its Mixture-of-Experts output may depend on: of a gemma4 layer, not the attention nor
+    the dense MLP.
+    """
     tensors = dict(itertools.chain(block.named_parameters(), block.named_buffers()))
     if row.takes == "gemma_layer":
         return {
-            name: tensor for name, tensor in tensors.items() if name.startswith(("router.", "experts.", "pre_feedforward_layernorm_2."))
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.startswith(("router.", "experts.", "pre_feedforward_layernorm_2."))
         }
     return tensors
 
@@ -49,7 +55,9 @@ def parts_of(row: BlockRow, block: Any) -> dict[str, torch.Tensor]:
 def test_a_row_builds_and_runs(row: BlockRow) -> None:
     block, x, result = ran(row)
     assert not block.training
-    assert {name for name, _ in block.named_buffers()} <= set(block.state_dict()), "a buffer that is not saved is not random either"
+    assert {name for name, _ in block.named_buffers()} <= set(block.state_dict()), (
+        "a buffer that is not saved is not random either"
+    )
     assert all(tensor.dtype == torch.float32 for tensor in block.state_dict().values() if tensor.is_floating_point())
     assert result.y.shape == x.shape and result.y.dtype == torch.float32
     assert result.y.isfinite().all() and result.y.std() > 1e-3
@@ -62,7 +70,11 @@ def test_a_router_gives_ids_and_weights(row: BlockRow) -> None:
     assert result.expert_ids is not None and result.weights is not None
     assert result.expert_ids.shape == result.weights.shape and len(result.expert_ids) == x[..., 0].numel()
     assert result.expert_ids.dtype == torch.int64 and result.weights.dtype == torch.float32
-    assert (result.weights >= 0).all() and result.weights.isfinite().all() and (result.weights > 0).any(dim=-1).float().mean() > 0.5
+    assert (
+        (result.weights >= 0).all()
+        and result.weights.isfinite().all()
+        and (result.weights > 0).any(dim=-1).float().mean() > 0.5
+    )
     for ids in result.expert_ids:
         assert ids.unique().numel() == ids.numel(), "a token chose an expert twice"
     assert result.expert_ids.unique().numel() >= 4, "too few experts are used for a test to mean much"
@@ -91,7 +103,11 @@ def test_every_tensor_of_a_block_matters(row: BlockRow) -> None:
             continue
         before = tensor.clone()
         with torch.no_grad():
-            tensor.copy_(before.flip(-1) if not tensor.is_floating_point() else before + 0.5 * torch.randn(before.shape).to(before))
+            tensor.copy_(
+                before.flip(-1)
+                if not tensor.is_floating_point()
+                else before + 0.5 * torch.randn(before.shape).to(before)
+            )
             assert not torch.equal(run_block(row, block, x).y, result.y), f"{name} does not matter"
             tensor.copy_(before)
 
@@ -122,7 +138,8 @@ def test_an_expert_matters_to_the_tokens_that_chose_it_and_to_no_other(row: Bloc
             if row.routing == "two_banks":
                 chose &= result.modality.flatten() == banks[name.partition(".")[0]]
             if name.startswith(row.idle or " ") or (row.family == "longcat_flash" and expert >= 8):
-                chose = torch.zeros_like(chose)  # zero experts have gate and up weights in the checkpoint, and never use them
+                # zero experts have gate and up weights in the checkpoint, and never use them
+                chose = torch.zeros_like(chose)
             before = tensor[expert].clone()
             with torch.no_grad():
                 tensor[expert] += 0.5
@@ -134,7 +151,8 @@ def test_an_expert_matters_to_the_tokens_that_chose_it_and_to_no_other(row: Bloc
 PAIRS = [
     (a, b)
     for a, b in itertools.combinations(ROWS, 2)
-    if (a.family, a.block, a.path, a.takes, a.args) == (b.family, b.block, b.path, b.takes, b.args) and a.sizes == b.sizes
+    if (a.family, a.block, a.path, a.takes, a.args) == (b.family, b.block, b.path, b.takes, b.args)
+    and a.sizes == b.sizes
 ]
 
 
@@ -154,20 +172,28 @@ def test_a_row_speaks_its_configs_words(row: BlockRow) -> None:
     """A word that the config does not know would be kept and never read."""
     config = type(make_config(row))
     words = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
-    unknown = {word for word in (*row.sizes, *row.options) if word not in words and (row.family, word) not in EXTRA_WORDS}
+    unknown = {
+        word for word in (*row.sizes, *row.options) if word not in words and (row.family, word) not in EXTRA_WORDS
+    }
     assert not unknown
 
 
 @functools.cache
 def classes_in_sources() -> dict[tuple[str, str], bool]:
-    """(family, class) of every class of a modeling file that is an MoE class by its name or decorator; True where decorated."""
+    """(family, class) of every class of a modeling file that is an MoE class by its name or decorator; True where
+    decorated.
+    """
     found = {}
-    by_name = re.compile(r"(Experts|ParallelExperts|SparseMLP|SparseMoeBlock|SparseMoEBlock|MoE|Moe|CDMoE|MoA|MoELayer|NaiveMoe)$")
+    by_name = re.compile(
+        r"(Experts|ParallelExperts|SparseMLP|SparseMoeBlock|SparseMoEBlock|MoE|Moe|CDMoE|MoA|MoELayer|NaiveMoe)$"
+    )
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         text = path.read_text()
         for node in ast.parse(text).body if re.search("[Ee]xperts|Moe|MoE|MoA", text) else ():
             if isinstance(node, ast.ClassDef):
-                decorated = any("use_experts_implementation" in ast.unparse(decorator) for decorator in node.decorator_list)
+                decorated = any(
+                    "use_experts_implementation" in ast.unparse(decorator) for decorator in node.decorator_list
+                )
                 if decorated or by_name.search(node.name):
                     found[path.parent.name, node.name] = decorated
     return found
@@ -186,7 +212,13 @@ def test_every_family_of_transformers_is_met() -> None:
 def test_rows_are_told_apart_and_say_where_they_stand() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS)
     assert {row.table for row in ROWS} == set("ABCDE")
-    assert {row.family for row in ROWS if row.refused} == {"jetmoe", "switch_transformers", "nllb_moe", "doge", "vitpose_backbone"}
+    assert {row.family for row in ROWS if row.refused} == {
+        "jetmoe",
+        "switch_transformers",
+        "nllb_moe",
+        "doge",
+        "vitpose_backbone",
+    }
     assert all(row.same_numbers_as in {"", *(r.variant for r in ROWS if r.family == row.family)} for row in ROWS)
 
 
@@ -200,12 +232,16 @@ class _NoAttention(torch.nn.Module):
 
 @GEMMAS
 def test_the_branch_of_a_gemma_layer_is_what_its_forward_computes(row: BlockRow) -> None:
-    """The layer's own forward, attention aside: what its router read is x, what the norm behind the experts read is y."""
+    """The layer's own forward, attention aside: what its router read is x, what the norm behind the experts
+    read is y.
+    """
     layer = make_block(row, 0)
     layer.self_attn = _NoAttention()
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name in ("router", "experts", "post_feedforward_layernorm_2"):
-        layer.get_submodule(name).register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+        layer.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
     with torch.no_grad():
         layer(make_input(row, 1))
         theirs = dict(seen)
@@ -240,5 +276,9 @@ def test_models_speak_their_configs_words_and_hold_experts() -> None:
         words = {field.name for field in dataclasses.fields(model.config)} | set(model.config.attribute_map)
         assert set(row.arguments) <= words, f"{name} does not know {set(row.arguments) - words}"
         modules = {type(module).__name__ for module in model.modules()}
-        assert any(row.block in modules for row in TOKEN_CHOICE if row.family == name), f"{name} has no Mixture of Experts"
-        assert row.registered == any(is_decorated for (family, _), is_decorated in classes_in_sources().items() if family == name)
+        assert any(row.block in modules for row in TOKEN_CHOICE if row.family == name), (
+            f"{name} has no Mixture of Experts"
+        )
+        assert row.registered == any(
+            is_decorated for (family, _), is_decorated in classes_in_sources().items() if family == name
+        )

@@ -26,17 +26,31 @@ EXAMPLES = settings(max_examples=100)
 @given(routings(), SIZES, SIZES, st.sampled_from(ACTIVATIONS), DTYPES, TILES, *[st.booleans()] * 5)
 @EXAMPLES
 def test_down_backward_is_the_gradient_of_the_weighted_down_projection(
-    r: Rows, hidden: int, inner: int, activation: ActivationConfig, dtype: Any, tile: Tile, out_in: bool, interleaved: bool, biased: bool,
+    r: Rows, hidden: int, inner: int, activation: ActivationConfig, dtype: Any, tile: Tile, out_in: bool,
+    interleaved: bool, biased: bool,
     weighted: bool, store: bool,
 ) -> None:  # fmt: skip
     make, live, num_rows = r.tensors(dtype), slice(0, r.live), r.ids.numel()
-    down, bias = r.by_expert(make(r.num_experts, inner, hidden, scale=hidden**-0.5)), r.by_expert(make(r.num_experts, hidden))
+    down, bias = (
+        r.by_expert(make(r.num_experts, inner, hidden, scale=hidden**-0.5)),
+        r.by_expert(make(r.num_experts, hidden)),
+    )
     pre = r.by_row(make(num_rows, 2 * inner if activation.gated else inner))
     gradient = r.by_token(make(r.ids.shape[0], hidden))
     weights = r.by_slot(make(*r.ids.shape).float().abs()) if weighted else None
     given_bias = bias if biased else None
     d_pre, stored, d_weights = down_backward(
-        gradient, in_layout(down, out_in), given_bias, pre, weights, r.slots, r.tile_map(tile.rows), activation, interleaved, tile, store
+        gradient,
+        in_layout(down, out_in),
+        given_bias,
+        pre,
+        weights,
+        r.slots,
+        r.tile_map(tile.rows),
+        activation,
+        interleaved,
+        tile,
+        store,
     )
     assert d_pre.dtype == stored.dtype == dtype and d_pre.shape == pre.shape
     assert stored.shape == ((num_rows, inner) if store else (0,))
@@ -71,7 +85,8 @@ def test_grouped_outer_sums_over_the_rows_of_each_group(
 
     left, right = side("left", left_width), side("right", right_width)
     found = grouped_outer(
-        left, right, r.slots.starts[:-1], r.slots.starts[1:], tile, None if gathered == "neither" else r.slots.slot_of_row, r.slots.top_k,
+        left, right, r.slots.starts[:-1], r.slots.starts[1:], tile,
+        None if gathered == "neither" else r.slots.slot_of_row, r.slots.top_k,
         gather_left=gathered == "left", gather_right=gathered == "right", dtype=torch.float32 if wide else None,
     )  # fmt: skip
     assert found.dtype == (torch.float32 if wide else dtype)
@@ -85,14 +100,18 @@ def test_grouped_outer_sums_over_the_rows_of_each_group(
 
 @given(routings(), st.sampled_from([1, 7, 16, 33, 200]), DTYPES, st.booleans(), st.booleans())
 @EXAMPLES
-def test_segment_sums_add_up_the_rows_of_each_group(r: Rows, width: int, dtype: Any, gather: bool, weighted: bool) -> None:
+def test_segment_sums_add_up_the_rows_of_each_group(
+    r: Rows, width: int, dtype: Any, gather: bool, weighted: bool
+) -> None:
     make = r.tensors(dtype)
     rows = r.by_token(make(r.ids.shape[0], width)) if gather else r.by_row(make(r.ids.numel(), width))
     weights = r.by_slot(make(*r.ids.shape).float())
     of_row = weights.flatten()[r.slots.slot_of_row.long()]
     given_weights = (weights if gather else of_row) if weighted else None
     starts, ends = r.slots.starts[:-1], r.slots.starts[1:]
-    found = segment_sums(rows, starts, ends, given_weights, r.slots.slot_of_row if gather else None, r.slots.top_k if gather else 1)
+    found = segment_sums(
+        rows, starts, ends, given_weights, r.slots.slot_of_row if gather else None, r.slots.top_k if gather else 1
+    )
     assert found.dtype == torch.float32
     of_row = of_row.double() if weighted else torch.ones(r.ids.numel(), dtype=torch.float64)
     terms = (rows[r.token_of_row] if gather else rows).double() * of_row[:, None]

@@ -1,4 +1,6 @@
-"""The whole layer on the Triton back-end, under Triton's interpreter where there is no GPU: the laws of the layer, on its kernels."""
+"""The whole layer on the Triton back-end, under Triton's interpreter where there is no GPU: the laws of the layer, on
+its kernels.
+"""
 
 import dataclasses
 import importlib.util
@@ -23,7 +25,8 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = settings(max_examples=10)
 FLOATS = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 as integers
-pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # for real where there is a GPU, and `make test-gpu` takes them along
+# for real where there is a GPU, and `make test-gpu` takes them along
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
 def on_triton(dtype: torch.dtype, **fixed: Any) -> Any:
@@ -38,7 +41,11 @@ def test_the_layer_equals_the_reference(problem: MoEProblem) -> None:
 
 
 @settings(max_examples=6)
-@given(on_triton(torch.float32, lora=st.sampled_from([LoRAConfig(num_adapters=3, rank=3), LoRAConfig(rank=1, experts="shared")])))
+@given(
+    on_triton(
+        torch.float32, lora=st.sampled_from([LoRAConfig(num_adapters=3, rank=3), LoRAConfig(rank=1, experts="shared")])
+    )
+)
 def test_adapters_equal_the_reference(problem: MoEProblem) -> None:
     assert_matches(problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward), scale=0.1)
 
@@ -55,12 +62,19 @@ def test_gradients_equal_the_reference(problem: MoEProblem, recompute: bool) -> 
         assert_matches(a[finite], e[finite].to(a.dtype), tolerance=1e-5, scale=0.1)
 
 
-def plain_problem(tokens: int, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor]:
+def plain_problem(
+    tokens: int, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor]:
     sizes: dict[str, Any] = {"num_experts": 5, "top_k": 2, "hidden_size": 40, "intermediate_size": 24} | changes
     config = MoEConfig(backend="triton", **sizes)
     torch.manual_seed(tokens)
     weights = torch.utils._pytree.tree_map(lambda t: t.to(DEVICE, dtype), weights_for(config))
-    return config, weights, torch.randn(tokens, 40, device=DEVICE, dtype=dtype), torch.randn(tokens, config.num_logits, device=DEVICE)
+    return (
+        config,
+        weights,
+        torch.randn(tokens, 40, device=DEVICE, dtype=dtype),
+        torch.randn(tokens, config.num_logits, device=DEVICE),
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 40])
@@ -71,14 +85,18 @@ def test_kernels_equal_the_stages(tokens: int, num_experts: int) -> None:
     routing = Routing(expert_ids=routing.expert_ids.where(routing.weights > 0.3, -1), weights=routing.weights)
     assert_matches(
         moe_fn.fused.routed_experts.routed_experts(config, weights, x, routing),
-        moe_fn.fused.routed_experts.by_stages(config, weights, x, routing),
+        moe_fn.fused.routed_experts.dispatch_experts_combine(config, weights, x, routing),
         scale=1.0,
     )
 
 
 def test_an_expert_norm_runs_by_stages() -> None:
     config, weights, x, logits = plain_problem(7, expert_norm=ExpertNormConfig())
-    assert_matches(moe_fn.moe_forward(config, weights, x, logits), moe_fn.reference.moe_forward(config, weights, x, logits), scale=1.0)
+    assert_matches(
+        moe_fn.moe_forward(config, weights, x, logits),
+        moe_fn.reference.moe_forward(config, weights, x, logits),
+        scale=1.0,
+    )
 
 
 def test_transforms_of_torch_func() -> None:
@@ -93,7 +111,9 @@ def test_transforms_of_torch_func() -> None:
         of_samples = torch.func.vmap(torch.func.grad(lambda x: loss(config, x, weights.gate_up)))(torch.stack([x, -x]))
         tangent = torch.func.jvp(lambda x: loss(config, x, weights.gate_up), (x,), (torch.ones_like(x),))[1]
         second = torch.func.grad(lambda x: first(x).square().sum())(x)
-        of_weights = torch.func.vmap(torch.func.grad(lambda w: loss(config, x, w)))(torch.stack([weights.gate_up, -weights.gate_up]))
+        of_weights = torch.func.vmap(torch.func.grad(lambda w: loss(config, x, w)))(
+            torch.stack([weights.gate_up, -weights.gate_up])
+        )
         return [first(x), of_samples, tangent, second, of_weights]
 
     for actual, expected in zip(everything(config), everything(plain), strict=True):
@@ -105,7 +125,9 @@ def test_gradients_of_gradients() -> None:
 
     def second(config: MoEConfig) -> Tensor:
         at = x.clone().requires_grad_()
-        (first,) = torch.autograd.grad(moe_fn.moe_forward(config, weights, at, logits).square().sum(), at, create_graph=True)
+        (first,) = torch.autograd.grad(
+            moe_fn.moe_forward(config, weights, at, logits).square().sum(), at, create_graph=True
+        )
         return torch.autograd.grad(first.square().sum(), at)[0]
 
     expected = second(dataclasses.replace(config, backend="torch"))
@@ -144,7 +166,8 @@ def test_the_same_inputs_give_the_same_bits() -> None:
 
 
 def _dot_in_order(builder: Any, a: Any, b: Any, total: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """a @ b + total, each row of a alike: numpy's BLAS, which the interpreter takes, adds up the rows of a tile in several orders.
+    """a @ b + total, each row of a alike: numpy's BLAS, which the interpreter takes, adds up the rows of a tile in
+    several orders.
 
     As numpy does, it adds up a tile before it adds the total, so that the sizes of tiles are seen in the bits.
     """
@@ -164,7 +187,8 @@ def test_batch_invariant_tokens_have_the_same_bits_in_any_batch(in_out: bool, mo
 
     def run(index: torch.Tensor) -> tuple[torch.Tensor, ...]:
         one = x[index].clone().requires_grad_()
-        alone = moe_fn.moe_forward(config, weights, one.detach(), logits[index])  # without gradients few rows are decoded
+        # without gradients few rows are decoded
+        alone = moe_fn.moe_forward(config, weights, one.detach(), logits[index])
         y = moe_fn.moe_forward(config, weights, one, logits[index])
         return alone, y.detach(), torch.autograd.grad(y.square().sum(), one)[0]
 

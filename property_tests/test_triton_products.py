@@ -1,4 +1,6 @@
-"""The up-projection, grouped products, and the activations inside the kernels, interpreted on the CPU, against float64 in plain torch."""
+"""The up-projection, grouped products, and the activations inside the kernels, interpreted on the CPU, against float64
+in plain torch.
+"""
 
 from typing import Any
 
@@ -28,13 +30,16 @@ EXAMPLES = settings(max_examples=100)
 
 @triton.jit
 def _act_kernel(
-    gate, up, d, value, d_gate, d_up, FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr,
+    gate, up, d, value, d_gate, d_up, FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
+    LIMIT_OUTPUT: tl.constexpr,
     ALPHA: tl.constexpr, UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr, N: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     i = tl.arange(0, N)
     g, u = tl.load(gate + i), tl.load(up + i)
     tl.store(value + i, act(g, u, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP))
-    dg, du = act_backward(tl.load(d + i), g, u, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
+    dg, du = act_backward(
+        tl.load(d + i), g, u, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP
+    )
     tl.store(d_gate + i, dg)
     tl.store(d_up + i, du)
 
@@ -51,7 +56,8 @@ def test_activations_and_their_derivatives_are_those_of_torch(activation: Activa
     generator = torch.Generator().manual_seed(0)
     special = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 7.0, -7.0, 30.0, -30.0, 90.0, -90.0])
     gate, up = (
-        torch.cat([2 * torch.randn(368, generator=generator), s.flatten()]) for s in torch.meshgrid(special, special, indexing="ij")
+        torch.cat([2 * torch.randn(368, generator=generator), s.flatten()])
+        for s in torch.meshgrid(special, special, indexing="ij")
     )
     d = torch.randn(512, generator=generator)
     value, d_gate, d_up = (torch.full_like(d, NAN) for _ in range(3))
@@ -74,7 +80,9 @@ def test_tanh_is_exact_near_zero_and_keeps_infinities_and_nan() -> None:
     torch.testing.assert_close(out.double(), x.double().tanh(), rtol=5e-7, atol=0.0, equal_nan=True)
 
 
-def product_in_float64(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_of_row: torch.Tensor) -> torch.Tensor:
+def product_in_float64(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group_of_row: torch.Tensor
+) -> torch.Tensor:
     rows, weight, bias = double(rows, weight, bias)
     out = torch.einsum("rk,rkn->rn", rows, weight[group_of_row])
     return out if bias is None else out + bias[group_of_row]
@@ -83,12 +91,16 @@ def product_in_float64(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
 @given(routings(), SIZES, SIZES, st.sampled_from(ACTIVATIONS), DTYPES, TILES, *[st.booleans()] * 4)
 @EXAMPLES
 def test_up_gathers_multiplies_and_activates(
-    r: Rows, hidden: int, inner: int, activation: ActivationConfig, dtype: Any, tile: Tile, out_in: bool, interleaved: bool, biased: bool,
+    r: Rows, hidden: int, inner: int, activation: ActivationConfig, dtype: Any, tile: Tile, out_in: bool,
+    interleaved: bool, biased: bool,
     keep: bool,
 ) -> None:  # fmt: skip
     make, columns = r.tensors(dtype), 2 * inner if activation.gated else inner
     x = r.by_token(make(r.ids.shape[0], hidden))
-    weight, bias = r.by_expert(make(r.num_experts, hidden, columns, scale=hidden**-0.5)), r.by_expert(make(r.num_experts, columns))
+    weight, bias = (
+        r.by_expert(make(r.num_experts, hidden, columns, scale=hidden**-0.5)),
+        r.by_expert(make(r.num_experts, columns)),
+    )
     given_bias = bias if biased else None
     activated, pre = up(
         x, r.slots, r.tile_map(tile.rows), in_layout(weight, out_in), given_bias, activation, interleaved, keep, tile
@@ -107,7 +119,16 @@ def test_up_gathers_multiplies_and_activates(
 @given(routings(), SIZES, SIZES, DTYPES, TILES, *[st.booleans()] * 5)
 @EXAMPLES
 def test_grouped_products_multiply_each_row_by_its_group(
-    r: Rows, inner: int, columns: int, dtype: Any, tile: Tile, out_in: bool, biased: bool, gather: bool, shared: bool, zero_rest: bool
+    r: Rows,
+    inner: int,
+    columns: int,
+    dtype: Any,
+    tile: Tile,
+    out_in: bool,
+    biased: bool,
+    gather: bool,
+    shared: bool,
+    zero_rest: bool,
 ) -> None:
     make, live = r.tensors(dtype), slice(0, r.live)
     weight, bias = make(r.num_experts, inner, columns, scale=inner**-0.5), make(r.num_experts, columns)
@@ -131,7 +152,9 @@ def test_groups_may_lie_anywhere() -> None:
     """Given by ends and a map alone: gaps between the groups are left alone, in float64-exact whole numbers."""
     rows, weight = torch.arange(40.0).reshape(10, 4), torch.ones(2, 4, 3)
     tile_map = TileMap(torch.tensor([0, 1, -1], dtype=torch.int32), torch.tensor([1, 6, -1], dtype=torch.int32), 16)
-    out = grouped_product(rows, weight, torch.tensor([3, 9], dtype=torch.int32), tile_map, Tile(16, 16, 16, 1, 1), zero_rest=True)
+    out = grouped_product(
+        rows, weight, torch.tensor([3, 9], dtype=torch.int32), tile_map, Tile(16, 16, 16, 1, 1), zero_rest=True
+    )
     inside = torch.tensor([0, 1, 1, 0, 0, 0, 1, 1, 1, 0])[:, None]
     torch.testing.assert_close(out, rows @ weight[0] * inside)
 
@@ -146,6 +169,11 @@ def test_a_wide_tile_is_stored_in_pieces() -> None:
     for activation in (ACTIVATIONS[0], ActivationConfig(gated=False)):
         for interleaved in (False, True):
             weight = torch.randn(1, 24, 300, generator=generator) * 0.2
-            activated, pre = up(x, slots, tile_map, weight, None, activation, interleaved, True, Tile(16, 256, 16, 1, 1))
+            activated, pre = up(
+                x, slots, tile_map, weight, None, activation, interleaved, True, Tile(16, 256, 16, 1, 1)
+            )
             assert_matches(pre, x.double() @ weight[0].double())
-            assert_matches(activated, activate(activation, x.double() @ weight[0].double(), "interleaved" if interleaved else "packed"))
+            assert_matches(
+                activated,
+                activate(activation, x.double() @ weight[0].double(), "interleaved" if interleaved else "packed"),
+            )

@@ -22,15 +22,15 @@ from moe_fn.config import ActivationConfig, ActivationQuantConfig, QuantConfig
 from moe_fn.config.activation import PRESETS
 from moe_fn.kernels.triton.quant import codes
 from moe_fn.kernels.triton.quant.inputs import Rows as Left
-from moe_fn.kernels.triton.quant.inputs import quantise_by_expert, quantise_rows
+from moe_fn.kernels.triton.quant.inputs import quantize_by_expert, quantize_rows
 from moe_fn.kernels.triton.quant.layer import QuantProblem, forward
 from moe_fn.kernels.triton.quant.matrix import QuantMatrix, matrix_of
-from moe_fn.kernels.triton.quant.products import quantised_product
+from moe_fn.kernels.triton.quant.products import quantized_product
 from moe_fn.kernels.triton.quant.support import problem
 from moe_fn.kernels.triton.quant.tiles import TABLES, coded_tile, rows_of_coded
 from moe_fn.kernels.triton.slots import SortedSlots
 from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Tile
-from moe_fn.ops.quantized_matmul import quantised_matmul
+from moe_fn.ops.quantized_matmul import quantized_matmul
 from moe_fn.quant.codes import Codes, decoded, encoded
 from moe_fn.quant.inputs import rounded_rows
 from moe_fn.quant.numbers import decode_e2m1, decode_e8m0
@@ -70,7 +70,9 @@ SIZES = st.sampled_from([8, 24, 32, 40, 70])
 
 @pytest.fixture(autouse=True, scope="module")
 def casts_to_fp8_that_round() -> Any:
-    """The interpreter halves values whose rounding carries into the exponent (1.94 becomes 1.0): torch casts in its place."""
+    """The interpreter halves values whose rounding carries into the exponent (1.94 becomes 1.0): torch casts in its
+    place.
+    """
     original = interpreter.InterpreterBuilder.create_fp_to_fp
 
     def cast(self: Any, source: Any, target: Any, rounding: Any) -> Any:
@@ -94,7 +96,9 @@ def _decode_kernel(q, values, scales, N: tl.constexpr, SCHEME: tl.constexpr, FOR
 
 def decoded_by_kernel(scheme: str, form: str = "float", zero: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     values, scales = torch.empty(256), torch.empty(256)
-    _decode_kernel[(1,)](torch.arange(256, dtype=torch.uint8), values, scales, N=256, SCHEME=scheme, FORM=form, ZERO=zero)
+    _decode_kernel[(1,)](
+        torch.arange(256, dtype=torch.uint8), values, scales, N=256, SCHEME=scheme, FORM=form, ZERO=zero
+    )
     return values, scales
 
 
@@ -128,11 +132,14 @@ def routing(tokens: int) -> Rows:
     return Rows(ids, 3, SortedSlots(order.int(), torch.where(flat < 3, inverse, -1).int(), starts.int(), 2), 0)
 
 
-@given(routings(), SIZES, SIZES, st.sampled_from(ACTIVATIONS), st.sampled_from(WEIGHT_ONLY), DTYPES, *[st.booleans()] * 3)
+@given(
+    routings(), SIZES, SIZES, st.sampled_from(ACTIVATIONS), st.sampled_from(WEIGHT_ONLY), DTYPES, *[st.booleans()] * 3
+)
 @example(routing(6), 40, 24, ACTIVATIONS[0], NVFP4, torch.float32, False, True, True)  # a global scale each
 @FEW
 def test_weights_alone_in_codes(
-    r: Rows, hidden: int, inner: int, activation: ActivationConfig, quant: QuantConfig, dtype: Any, interleaved: bool, biased: bool,
+    r: Rows, hidden: int, inner: int, activation: ActivationConfig, quant: QuantConfig, dtype: Any, interleaved: bool,
+    biased: bool,
     keep: bool,
 ) -> None:  # fmt: skip
     make, columns = r.tensors(dtype), 2 * inner if activation.gated else inner
@@ -155,13 +162,19 @@ def test_weights_alone_in_codes(
     rows = torch.einsum("rk,rnk->rn", activated, wide_down[e])
     rows = rows if down_bias is None else rows + down_bias[e].double()
     slots = r.slots.slot_of_row[live].long()
-    summed = torch.zeros(x.shape, dtype=torch.float64).index_add_(0, slots // r.slots.top_k, rows * w.flatten()[slots, None].double())
+    summed = torch.zeros(x.shape, dtype=torch.float64).index_add_(
+        0, slots // r.slots.top_k, rows * w.flatten()[slots, None].double()
+    )
     assert_matches(y, summed, scale=0.3)
 
 
-def in_codes(a: ActivationQuantConfig, r: Rows, rows: torch.Tensor, static: torch.Tensor | None) -> tuple[Left, torch.Tensor]:
-    """Rows as torch quantises them: for the kernels, and in float64."""
-    per_row = None if static is None else static[r.expert_of_row.clamp(0, r.num_experts - 1)][: rows.shape[0]].unsqueeze(1)
+def in_codes(
+    a: ActivationQuantConfig, r: Rows, rows: torch.Tensor, static: torch.Tensor | None
+) -> tuple[Left, torch.Tensor]:
+    """Rows as torch quantizes them: for the kernels, and in float64."""
+    per_row = (
+        None if static is None else static[r.expert_of_row.clamp(0, r.num_experts - 1)][: rows.shape[0]].unsqueeze(1)
+    )
     rounded = rounded_rows(a, rows, torch.ones(rows.shape[0], 1, dtype=torch.bool), per_row)
     form: Any = {"token": "row", "group": "group", "tensor": "expert"}[a.granularity]
     scale = rounded.scale.contiguous() if static is None else static
@@ -186,15 +199,20 @@ def test_codes_times_codes_are_exact(quant: QuantConfig, tile: Tile) -> None:
     assert a is not None
     stored, wide, _ = matrix(quant, r.tensors(torch.float32)(r.num_experts, 40, 70), 1)
     left, floats = in_codes(a, r, r.tensors(torch.float32)(r.ids.numel(), 70), static_of(a, r))
-    out = quantised_product(left, stored, r.slots.ends, r.tile_map(tile.rows), tile, torch.float32)
+    out = quantized_product(left, stored, r.slots.ends, r.tile_map(tile.rows), tile, torch.float32)
     expected = torch.einsum("rk,rnk->rn", floats[: r.live], wide[r.expert_of_row[: r.live]])
     assert_matches(out[: r.live], expected, scale=float(expected.abs().mean()), tolerance=2e-6)
 
 
 @each_of_both
-@pytest.mark.parametrize(("activation", "keep"), [("silu", False), ("swigluoai", False), ("relu2_no_mul", False), ("silu", True)])
-def test_the_layer_quantises_both_inputs(quant: QuantConfig, activation: str, keep: bool) -> None:
-    """As torch does, step by step: its codes, products in float64, rows rounded to float16 between. Tiles hold one group, or none."""
+@pytest.mark.parametrize(
+    ("activation", "keep"), [("silu", False), ("swigluoai", False), ("relu2_no_mul", False), ("silu", True)]
+)
+def test_the_layer_quantizes_both_inputs(quant: QuantConfig, activation: str, keep: bool) -> None:
+    """As torch does, step by step: its codes, products in float64, rows rounded to float16 between.
+
+    Tiles hold one group, or none.
+    """
     r, a, config = routing(9), quant.activations, PRESETS[activation]
     assert a is not None
     interleaved, make, columns = activation == "swigluoai", r.tensors(torch.float16), 80 if config.gated else 40
@@ -202,7 +220,8 @@ def test_the_layer_quantises_both_inputs(quant: QuantConfig, activation: str, ke
     down, wide_down, _ = matrix(quant, make(3, 70, 40, scale=0.2), 1)
     x, first, second = make(r.ids.shape[0], 70), static_of(a, r), static_of(a, r)
     layer = QuantProblem(
-        x=x, expert_ids=r.ids, expert_weights=torch.ones(r.ids.shape), gate_up=gate_up, down=down, gate_up_bias=None, down_bias=None,
+        x=x, expert_ids=r.ids, expert_weights=torch.ones(r.ids.shape), gate_up=gate_up, down=down, gate_up_bias=None,
+        down_bias=None,
         activation=config, interleaved=interleaved, rounding=a, gate_up_input_scale=first, down_input_scale=second,
     )  # fmt: skip
     y, pre = forward(layer, keep)
@@ -220,7 +239,8 @@ def test_the_layer_quantises_both_inputs(quant: QuantConfig, activation: str, ke
 def rows_with_corners(columns: int) -> torch.Tensor:
     rows = torch.randn(12, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 5, 12).unsqueeze(1)
     rows[0] = 0
-    rows[1, 0], rows[3] = 448.0, torch.nextafter(torch.tensor(448.0), torch.tensor(500.0))  # a scale of 1, and of the next number
+    # a scale of 1, and of the next number
+    rows[1, 0], rows[3] = 448.0, torch.nextafter(torch.tensor(448.0), torch.tensor(500.0))
     rows[2] = torch.arange(columns) % 17 - 8
     return rows
 
@@ -237,9 +257,9 @@ def rows_with_corners(columns: int) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_rows_are_quantised_to_the_codes_of_torch(a: ActivationQuantConfig, columns: int) -> None:
+def test_rows_are_quantized_to_the_codes_of_torch(a: ActivationQuantConfig, columns: int) -> None:
     rows, dtype = rows_with_corners(columns), torch.int8 if a.scheme == "int8" else torch.float8_e4m3fn
-    found = quantise_rows(rows, dtype, a.group_size, a.power_of_two_scales)
+    found = quantize_rows(rows, dtype, a.group_size, a.power_of_two_scales)
     expected = rounded_rows(a, rows, torch.ones(12, 1, dtype=torch.bool), None)
     assert found.scale is not None
     assert torch.equal(found.scale, expected.scale)
@@ -247,10 +267,10 @@ def test_rows_are_quantised_to_the_codes_of_torch(a: ActivationQuantConfig, colu
 
 
 @pytest.mark.parametrize("sorted_rows", [False, True])
-def test_rows_are_quantised_by_the_scales_of_their_experts(sorted_rows: bool) -> None:
+def test_rows_are_quantized_by_the_scales_of_their_experts(sorted_rows: bool) -> None:
     r = routing(6)
     static, x = torch.tensor([0.01, torch.nan, 0.5]), torch.randn(12 if sorted_rows else 6, 40)
-    found = quantise_by_expert(x, torch.int8, static, r.slots.slot_of_row, r.ids, sorted_rows)
+    found = quantize_by_expert(x, torch.int8, static, r.slots.slot_of_row, r.ids, sorted_rows)
     rows = (x if sorted_rows else x[r.token_of_row])[: r.live]
     expected = (rows / static[r.expert_of_row[: r.live], None]).round().clamp(-128, 127)
     assert torch.equal(found.values[: r.live].float(), expected)
@@ -265,15 +285,22 @@ def test_the_stages_decode_in_the_product(quant: QuantConfig) -> None:
     r = routing(5)
     weight = r.tensors(torch.float32)(3, 24, 70)
     rows, stored = r.by_row(r.tensors(torch.float32)(10, 70)), encoded(quant, weight, 2)
-    out = quantised_matmul("triton", rows, stored, r.slots.ends, quant, 2)
-    expected = torch.einsum("rk,rnk->rn", rows[: r.live].double(), decoded(quant, stored, 2, torch.float64)[r.expert_of_row[: r.live]])
+    out = quantized_matmul("triton", rows, stored, r.slots.ends, quant, 2)
+    expected = torch.einsum(
+        "rk,rnk->rn", rows[: r.live].double(), decoded(quant, stored, 2, torch.float64)[r.expert_of_row[: r.live]]
+    )
     assert_matches(out[: r.live], expected, scale=1.0)
     assert not out[r.live :].any()
 
 
 def on_triton(quant: QuantConfig) -> st.SearchStrategy[MoEProblem]:
     even = st.sampled_from((8, 20, 40))
-    fixed: dict[str, Any] = {"hidden_size": even, "intermediate_size": even, "hidden_padding": st.sampled_from((0, 2)), "latent": None}
+    fixed: dict[str, Any] = {
+        "hidden_size": even,
+        "intermediate_size": even,
+        "hidden_padding": st.sampled_from((0, 2)),
+        "latent": None,
+    }
     fixed |= {"weight_layout": "out_in", "chunk_tokens": None, "recompute": False, "backend": "triton", "opaque": False}
     fixed |= {"gate_dtype": "float32", "score_dtype": "float32"}
     return problems(configs(quant=quant, **fixed), dtype=torch.float32, tokens=st.integers(0, 9))
@@ -285,7 +312,9 @@ def test_layers_equal_the_reference(example: MoEProblem) -> None:
     quant = example.config.quant
     assert quant is not None
     tolerance = None if quant.activations is None else 3e-2  # a number on the other side of a tie is a step away
-    assert_matches(example.call(moe_fn.moe_forward), example.call(moe_fn.reference.moe_forward), scale=0.1, tolerance=tolerance)
+    assert_matches(
+        example.call(moe_fn.moe_forward), example.call(moe_fn.reference.moe_forward), scale=0.1, tolerance=tolerance
+    )
 
 
 @given(st.sampled_from(WEIGHT_ONLY).flatmap(on_triton))
@@ -322,9 +351,12 @@ def test_every_row_of_the_tables_gives_tiles_for_every_size() -> None:
         (QuantConfig(scheme="int4", granularity="group", group_size=12), "sm_90", "powers of two"),
         (QuantConfig(scheme="int4", granularity="group", group_size=8), "sm_90", "powers of two from 16 on"),
         (QuantConfig(scheme="int4", granularity="group", group_size=100), "sm_90", None),  # no matrix has more inputs
-        (QuantConfig(scheme="int4", granularity="channel", activations=INT8_TOKEN), "sm_90", "int8 activations with int4"),
-        (QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=INT8_TOKEN), "sm_90", "with zero points"),
-        (QuantConfig(scheme="int8", granularity="group", group_size=16, activations=INT8_TOKEN), "sm_90", "multiples of 32"),
+        (QuantConfig(scheme="int4", granularity="channel", activations=INT8_TOKEN), "sm_90",
+        "int8 activations with int4"),
+        (QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=INT8_TOKEN), "sm_90",
+        "with zero points"),
+        (QuantConfig(scheme="int8", granularity="group", group_size=16, activations=INT8_TOKEN), "sm_90",
+        "multiples of 32"),
         (
             QuantConfig(
                 scheme="mxfp8", granularity="group", group_size=32,
@@ -334,7 +366,8 @@ def test_every_row_of_the_tables_gives_tiles_for_every_size() -> None:
             "mxfp8 activations",
         ),
         (
-            QuantConfig(scheme=FP8, granularity="tensor", activations=ActivationQuantConfig(scheme=FP8, granularity="tensor")),
+            QuantConfig(scheme=FP8, granularity="tensor",
+            activations=ActivationQuantConfig(scheme=FP8, granularity="tensor")),
             "sm_90",
             "all activations of a call",
         ),

@@ -1,4 +1,6 @@
-"""The kernels around the grouped products, under Triton's interpreter: sorting slots, summing a token's rows, and few slots at once."""
+"""The kernels around the grouped products, under Triton's interpreter: sorting slots, summing a token's rows, and few
+slots at once.
+"""
 
 import pytest
 import torch
@@ -39,7 +41,9 @@ def expert_ids(draw: DrawFn, most_tokens: int = 12, most_experts: int = 70) -> t
     return torch.tensor(rows, dtype=dtype).reshape(len(rows), top_k), num_experts
 
 
-def sorted_in_torch(ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]) -> tuple[SortedSlots, tuple[TileMap, ...]]:
+def sorted_in_torch(
+    ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]
+) -> tuple[SortedSlots, tuple[TileMap, ...]]:
     """What sort_slots must give."""
     flat = ids.flatten().to(torch.int64)
     key = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
@@ -59,7 +63,9 @@ def sorted_in_torch(ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]) -
     return slots, tuple(maps)
 
 
-def assert_same_order(actual: tuple[SortedSlots, tuple[TileMap, ...]], expected: tuple[SortedSlots, tuple[TileMap, ...]]) -> None:
+def assert_same_order(
+    actual: tuple[SortedSlots, tuple[TileMap, ...]], expected: tuple[SortedSlots, tuple[TileMap, ...]]
+) -> None:
     for name in ("slot_of_row", "row_of_slot", "starts"):
         assert_matches(getattr(actual[0], name), getattr(expected[0], name), name=name)
     assert actual[0].top_k == expected[0].top_k and len(actual[1]) == len(expected[1])
@@ -95,13 +101,18 @@ def test_the_scan_goes_on_from_chunk_to_chunk() -> None:
 def test_tiles_of_groups_are_the_groups_cut_in_tiles(groups: list[tuple[int, int]], tile_rows: int) -> None:
     """Groups with rows of nobody's between them."""
     ends = torch.tensor([0] + [size + gap for size, gap in groups]).cumsum(0)
-    starts, ends = ends[:-1].to(torch.int32), (ends[:-1] + torch.tensor([size for size, _ in groups], dtype=torch.int64)).to(torch.int32)
+    starts, ends = (
+        ends[:-1].to(torch.int32),
+        (ends[:-1] + torch.tensor([size for size, _ in groups], dtype=torch.int64)).to(torch.int32),
+    )
     total = sum(size for size, _ in groups)
     tile_map = tiles_of_groups(starts, ends, total, tile_rows)
     expected = [(g, first) for g in range(len(groups)) for first in range(int(starts[g]), int(ends[g]), tile_rows)]
     expected += [(-1, -1)] * (max_tiles(total, len(groups), tile_rows) - len(expected))
     assert list(zip(tile_map.expert_of_tile.tolist(), tile_map.first_row_of_tile.tolist(), strict=True)) == expected
-    assert tile_map.expert_of_tile.dtype == tile_map.first_row_of_tile.dtype == torch.int32 and tile_map.rows == tile_rows
+    assert (
+        tile_map.expert_of_tile.dtype == tile_map.first_row_of_tile.dtype == torch.int32 and tile_map.rows == tile_rows
+    )
 
 
 @given(expert_ids(), st.integers(1, 40), st.sampled_from([None, 1000, 1040]), DTYPES, st.booleans(), SEEDS)
@@ -124,7 +135,10 @@ def check_gather_sum(ids: Tensor, num_experts: int, hidden: int, dtype: torch.dt
     row = slots.row_of_slot.reshape(ids.shape).to(torch.int64)
     rows = torch.randn(ids.numel(), hidden, generator=generator).to(dtype)
     weights = torch.randn(ids.shape, generator=generator)
-    expected = (rows.double()[row.clamp(min=0)] * torch.where(row >= 0, weights if weighted else 1.0, 0.0).double().unsqueeze(-1)).sum(1)
+    expected = (
+        rows.double()[row.clamp(min=0)]
+        * torch.where(row >= 0, weights if weighted else 1.0, 0.0).double().unsqueeze(-1)
+    ).sum(1)
     rows[int(slots.starts[-1]) :] = torch.nan  # nobody's rows and weights are not read
     weights = torch.where(row < 0, torch.nan, weights)
     actual = gather_sum(rows, slots.row_of_slot, weights if weighted else None, ids.shape[1], dtype)
@@ -132,9 +146,17 @@ def check_gather_sum(ids: Tensor, num_experts: int, hidden: int, dtype: torch.dt
 
 
 def decode_problem(
-    case: tuple[Tensor, int], inner: int, columns: int, dtype: torch.dtype, transposed: bool, bias: bool, generator: torch.Generator
+    case: tuple[Tensor, int],
+    inner: int,
+    columns: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    bias: bool,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Weights [E, inner, columns] by strides and their bias, NaN for experts that no slot has; both in float64 for each slot's expert."""
+    """Weights [E, inner, columns] by strides and their bias, NaN for experts that no slot has; both in float64 for each
+    slot's expert.
+    """
     ids, num_experts = case
     flat = ids.flatten().to(torch.int64)
     expert = torch.where(flat < num_experts, flat, 0).clamp(min=0)
@@ -181,10 +203,24 @@ def test_up_of_slots_is_the_up_projection(
     assert_matches(actual[valid], expected[valid].to(dtype), name="activated")
 
 
-@given(expert_ids(3, 9), st.integers(1, 50), st.integers(1, 40), DTYPES, st.tuples(st.booleans(), st.booleans()), TILES, SEEDS)
+@given(
+    expert_ids(3, 9),
+    st.integers(1, 50),
+    st.integers(1, 40),
+    DTYPES,
+    st.tuples(st.booleans(), st.booleans()),
+    TILES,
+    SEEDS,
+)
 @settings(max_examples=25)
 def test_down_of_slots_is_the_down_projection_and_the_sum(
-    case: tuple[Tensor, int], intermediate: int, hidden: int, dtype: torch.dtype, options: tuple[bool, bool], tile: Tile, seed: int
+    case: tuple[Tensor, int],
+    intermediate: int,
+    hidden: int,
+    dtype: torch.dtype,
+    options: tuple[bool, bool],
+    tile: Tile,
+    seed: int,
 ) -> None:
     ids, num_experts = case
     generator = torch.Generator().manual_seed(seed)
@@ -192,7 +228,9 @@ def test_down_of_slots_is_the_down_projection_and_the_sum(
     activated = torch.randn(ids.numel(), intermediate, generator=generator).to(dtype)
     weights = torch.randn(ids.shape, generator=generator)
     weight, biases, own, own_bias = decode_problem(case, intermediate, hidden, dtype, *options, generator)
-    y = (torch.einsum("si,sih->sh", activated.double(), own) + own_bias) * torch.where(valid, weights, 0.0).double().reshape(-1, 1)
+    y = (torch.einsum("si,sih->sh", activated.double(), own) + own_bias) * torch.where(
+        valid, weights, 0.0
+    ).double().reshape(-1, 1)
     expected = y.reshape(*ids.shape, hidden).sum(1)
     activated[~valid.flatten()] = torch.nan
     weights = torch.where(valid, weights, torch.nan)

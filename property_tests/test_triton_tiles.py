@@ -1,4 +1,6 @@
-"""The tile heuristics: legal, within the device, pure; and every tile they give is one that is compiled ahead of time."""
+"""The tile heuristics: legal, within the device, pure; and every tile they give is one that is compiled
+ahead of time.
+"""
 
 import dataclasses
 import math
@@ -93,7 +95,9 @@ def test_more_rows_an_expert_never_make_fewer_rows_a_tile(rows: int, experts: in
 
 
 def test_the_tables_are_whole_and_in_order() -> None:
-    """Each architecture has its rows for both sizes of elements, by rising rows per expert, and the last row is for all that is left."""
+    """Each architecture has its rows for both sizes of elements, by rising rows per expert, and the last row is for all
+    that is left.
+    """
     for kind in TABLES:
         for arch in ARCHITECTURES:
             for dtype_bytes in (2, 4):
@@ -107,7 +111,13 @@ def test_a_step_divides_the_sum_where_half_of_it_does() -> None:
     assert product_tile(512, 128, 2048, 2880, 2, "sm_90").inner == 128
 
 
-@given(top_k=st.integers(1, 64), inner=st.integers(1, 1 << 16), columns=st.integers(1, 1 << 16), dtype_bytes=BYTES, arch=ARCHS)
+@given(
+    top_k=st.integers(1, 64),
+    inner=st.integers(1, 1 << 16),
+    columns=st.integers(1, 1 << 16),
+    dtype_bytes=BYTES,
+    arch=ARCHS,
+)
 def test_decode_tiles_are_powers_of_two_and_no_larger_than_the_matrices(
     top_k: int, inner: int, columns: int, dtype_bytes: int, arch: str
 ) -> None:
@@ -140,13 +150,20 @@ def test_architectures() -> None:
 
 
 @given(kind=st.sampled_from(sorted(TABLES)), dtype_bytes=BYTES, arch=st.sampled_from(TARGETS), data=st.data())
-def test_candidates_of_the_sweep_fit_and_are_neighbours(kind: str, dtype_bytes: int, arch: str, data: st.DataObject) -> None:
+def test_candidates_of_the_sweep_fit_and_are_neighbours(
+    kind: str, dtype_bytes: int, arch: str, data: st.DataObject
+) -> None:
     chosen = data.draw(st.sampled_from([tile for _, tile in rows_of(kind, dtype_bytes, arch)]))
     found = candidates(kind, chosen, dtype_bytes, arch)
     assert found[0] == chosen and len(set(found)) == len(found) > 5
     for tile in found[1:]:
-        assert 1 <= sum(a != b for a, b in zip(dataclasses.astuple(tile), dataclasses.astuple(chosen), strict=True)) <= 2
-        assert all(power_of_two(number) for number in (tile.rows, tile.columns, tile.inner, tile.warps)) and tile.stages >= 1
+        assert (
+            1 <= sum(a != b for a, b in zip(dataclasses.astuple(tile), dataclasses.astuple(chosen), strict=True)) <= 2
+        )
+        assert (
+            all(power_of_two(number) for number in (tile.rows, tile.columns, tile.inner, tile.warps))
+            and tile.stages >= 1
+        )
         assert kind.startswith("decode") or shared_memory(tile, dtype_bytes, arch) <= ARCHITECTURES[arch].shared_memory
 
 
@@ -160,7 +177,9 @@ def test_a_tile_replaces_the_tables_only_if_it_clearly_wins_everywhere_together(
     assert best((1.0, 0.9)) == NEW
     assert best((1.0, 0.98)) == OLD, "within the noise"
     assert best((1.0, 0.8), (1.0, 1.3)) == OLD
-    assert best_tile([Measured("up", 32.0, OLD, {OLD: 1.0}), Measured("up", 32.0, OLD, {OLD: 1.0, NEW: 0.5})]) == OLD, "not timed twice"
+    assert best_tile([Measured("up", 32.0, OLD, {OLD: 1.0}), Measured("up", 32.0, OLD, {OLD: 1.0, NEW: 0.5})]) == OLD, (
+        "not timed twice"
+    )
 
 
 def test_the_sweep_prints_rows_of_the_tables() -> None:
@@ -182,7 +201,11 @@ def test_the_sweep_prints_rows_of_the_tables() -> None:
 def test_the_sweep_refuses_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    for arguments, words in (([], "torch sees none"), (["--model", "gpt"], "--model gpt: expected some of"), (["--tokens", "a"], "'a'")):
+    for arguments, words in (
+        ([], "torch sees none"),
+        (["--model", "gpt"], "--model gpt: expected some of"),
+        (["--tokens", "a"], "'a'"),
+    ):
         with pytest.raises(SystemExit):
             sweep.main(arguments)
         assert words in capsys.readouterr().err
@@ -193,10 +216,17 @@ def test_the_sweep_runs_every_kernel_in_the_interpreter(monkeypatch: pytest.Monk
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("start pytest with TRITON_INTERPRET=1")
-    monkeypatch.setattr(sweep, "candidates", lambda kind, chosen, *about: (chosen, dataclasses.replace(chosen, columns=16)))
+    monkeypatch.setattr(
+        sweep, "candidates", lambda kind, chosen, *about: (chosen, dataclasses.replace(chosen, columns=16))
+    )
     times = iter(range(1, 10_000))
     measured = sweep.measure(
-        model_of_shape("16,1,32,16"), 4, torch.float32, torch.device("cpu"), lambda run: (run(), float(next(times)))[1], 0.0
+        model_of_shape("16,1,32,16"),
+        4,
+        torch.float32,
+        torch.device("cpu"),
+        lambda run: (run(), float(next(times)))[1],
+        0.0,
     )
     kinds = [one.kind for one in measured]
     assert kinds == ["up", "product", "down_backward", "outer", "decode_up", "decode_down"]

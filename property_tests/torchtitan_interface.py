@@ -1,7 +1,9 @@
-"""The published interface of torchtitan 0.3.0, stated: models/common/{moe,token_dispatcher,feed_forward}.py, models/gpt_oss/moe.py,
-overrides/fused_swiglu.py. Names, signatures, parameters and numbers are theirs; sharding, initialisation and configs of parts are not here.
+"""The published interface of torchtitan 0.3.0, stated: models/common/{moe,token_dispatcher,feed_forward}.py,
+models/gpt_oss/moe.py, overrides/fused_swiglu.py. Names, signatures, parameters and numbers are theirs; sharding,
+initialisation and configs of parts are not here.
 
-One thing is added: `compute_dtype`, bfloat16 as theirs is, can be set to None for experts that compute in the dtype of their rows.
+One thing is added: `compute_dtype`, bfloat16 as theirs is, can be set to None for experts that compute in the dtype of
+their rows.
 """
 
 import itertools
@@ -52,7 +54,9 @@ class GroupedExperts(nn.Module, Configurable):
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         offs = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
-        h_RF = F.silu(self._grouped_mm(A=x_RD, B_t=self.w1_EFD, offs=offs)) * self._grouped_mm(A=x_RD, B_t=self.w3_EFD, offs=offs)
+        h_RF = F.silu(self._grouped_mm(A=x_RD, B_t=self.w1_EFD, offs=offs)) * self._grouped_mm(
+            A=x_RD, B_t=self.w3_EFD, offs=offs
+        )
         return self._grouped_mm(A=h_RF, B_t=self.w2_EDF, offs=offs).type_as(x_RD)
 
     def _grouped_mm(self, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
@@ -104,16 +108,22 @@ class GptOssGroupedExperts(GroupedExperts):
 
     def shapes(self, E: int, F_: int, D: int) -> dict[str, tuple[int, ...]]:
         return {
-            "mlp1_weight_EGD": (E, 2 * F_, D), "mlp1_bias_EG": (E, 2 * F_), "mlp2_weight_EDF": (E, D, F_), "mlp2_bias_ED": (E, D),
+            "mlp1_weight_EGD": (E, 2 * F_, D), "mlp1_bias_EG": (E, 2 * F_), "mlp2_weight_EDF": (E, D, F_),
+            "mlp2_bias_ED": (E, D),
         }  # fmt: skip
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         offs = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
         tail = x_RD.shape[0] - offs[-1:]
-        spread = lambda b: torch.cat([b, b.new_zeros(1, b.shape[1])]).repeat_interleave(torch.cat([num_tokens_per_expert_E, tail]), dim=0)
+        spread = lambda b: torch.cat([b, b.new_zeros(1, b.shape[1])]).repeat_interleave(
+            torch.cat([num_tokens_per_expert_E, tail]), dim=0
+        )
         h_RG = self._grouped_mm(A=x_RD, B_t=self.mlp1_weight_EGD, offs=offs)
         h_RG = h_RG + spread(self.mlp1_bias_EG).to(h_RG.dtype)
-        glu, linear = h_RG[..., ::2].clamp(max=self.swiglu_limit), h_RG[..., 1::2].clamp(-self.swiglu_limit, self.swiglu_limit)
+        glu, linear = (
+            h_RG[..., ::2].clamp(max=self.swiglu_limit),
+            h_RG[..., 1::2].clamp(-self.swiglu_limit, self.swiglu_limit),
+        )
         h_RD = self._grouped_mm(A=glu * torch.sigmoid(1.702 * glu) * (linear + 1), B_t=self.mlp2_weight_EDF, offs=offs)
         return h_RD + spread(self.mlp2_bias_ED).to(h_RD.dtype)
 
@@ -141,7 +151,8 @@ class LocalTokenDispatcher(Configurable):
     ) -> tuple[Tensor, Tensor, Any]:
         order = torch.argsort(topk_expert_ids_TK.view(-1), stable=True)
         metadata = LocalDispatchMetadata(
-            token_indices_experts_sorted_N=order // self.top_k, topk_scores_experts_sorted_N=topk_scores_TK.view(-1)[order]
+            token_indices_experts_sorted_N=order // self.top_k,
+            topk_scores_experts_sorted_N=topk_scores_TK.view(-1)[order],
         )
         return x_TD[order // self.top_k], num_local_tokens_per_expert_E, metadata
 
@@ -162,7 +173,9 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.inner_experts, self.token_dispatcher = inner_experts, token_dispatcher
 
-    def forward(self, x_BLD: Tensor, topk_scores_BLK: Tensor, topk_expert_ids_BLK: Tensor, num_local_tokens_per_expert_E: Tensor) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, topk_scores_BLK: Tensor, topk_expert_ids_BLK: Tensor, num_local_tokens_per_expert_E: Tensor
+    ) -> Tensor:
         B, L, D = x_BLD.shape
         x_TD, K = x_BLD.view(B * L, D), topk_scores_BLK.size(-1)
         rows, counts, metadata = self.token_dispatcher.dispatch(
@@ -176,7 +189,8 @@ class TokenChoiceTopKRouter(nn.Module):
         super().__init__()
         self.gate, self.num_experts = nn.Linear(dim, num_experts, bias=bias), num_experts
         defaults = {
-            "num_expert_groups": None, "num_limited_groups": None, "top_k": 1, "score_func": "sigmoid", "route_norm": False,
+            "num_expert_groups": None, "num_limited_groups": None, "top_k": 1, "score_func": "sigmoid",
+            "route_norm": False,
             "route_scale": 1.0, "_debug_force_load_balance": False,
         }  # fmt: skip
         for name, value in (defaults | options).items():
@@ -202,7 +216,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.w1, self.w2, self.w3 = (
-            nn.Linear(dim, hidden_dim, bias=False), nn.Linear(hidden_dim, dim, bias=False), nn.Linear(dim, hidden_dim, bias=False),
+            nn.Linear(dim, hidden_dim, bias=False), nn.Linear(hidden_dim, dim, bias=False),
+            nn.Linear(dim, hidden_dim, bias=False),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,7 +234,9 @@ class SigmoidGatedFeedForward(FeedForward):
 
 
 class MoE(nn.Module):
-    def __init__(self, router: nn.Module, routed_experts: nn.Module, shared_experts: nn.Module | None, bias: bool) -> None:
+    def __init__(
+        self, router: nn.Module, routed_experts: nn.Module, shared_experts: nn.Module | None, bias: bool
+    ) -> None:
         super().__init__()
         self.routed_experts, self.router, self.shared_experts = routed_experts, router, shared_experts
         if bias:
@@ -243,7 +260,11 @@ SIZES = SimpleNamespace(experts=8, top_k=2, dim=16, hidden=24)
 
 
 def build_moe(
-    kind: Any = GroupedExperts, shared: Any = None, bias: bool = False, dispatcher: Any = LocalTokenDispatcher, **router: Any
+    kind: Any = GroupedExperts,
+    shared: Any = None,
+    bias: bool = False,
+    dispatcher: Any = LocalTokenDispatcher,
+    **router: Any,
 ) -> MoE:
     """A layer of SIZES with random weights, whose experts compute in the dtype of their rows."""
     torch.manual_seed(0)
@@ -275,7 +296,9 @@ def real_moe(shared: bool = True, **router: Any) -> Any:
     return MoE.Config(
         num_experts=s.experts,
         routed_experts=RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher),
-        router=TokenChoiceTopKRouter.Config(num_experts=s.experts, gate=linear(s.dim, s.experts), top_k=s.top_k, **router),
+        router=TokenChoiceTopKRouter.Config(
+            num_experts=s.experts, gate=linear(s.dim, s.experts), top_k=s.top_k, **router
+        ),
         shared_experts=dense if shared else None,
     )
 

@@ -1,4 +1,6 @@
-"""Experts modules of transformers, tiny and random: every class that its decorator decorates, and classes as a user would write them."""
+"""Experts modules of transformers, tiny and random: every class that its decorator decorates, and classes as a user
+would write them.
+"""
 
 import importlib
 import math
@@ -27,8 +29,16 @@ def settings_of_experts(**changes: Any) -> SimpleNamespace:
     words |= dict.fromkeys(("hidden_size", "moe_hidden_size"), 16)
     words |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 12)
     acts = dict.fromkeys(("hidden_act", "hidden_activation"), "silu") | {"mlp_hidden_act": "relu2"}
-    numbers = {"swiglu_limit": 0.7, "swiglu_alpha": 1.3, "mlp_gate_softcap": 0.9, "mlp_up_softcap": 1.1, "post_norm_eps": 1e-5}
-    return SimpleNamespace(**(words | acts | numbers | {"moe_latent_size": None, "_experts_implementation": "eager"} | changes))
+    numbers = {
+        "swiglu_limit": 0.7,
+        "swiglu_alpha": 1.3,
+        "mlp_gate_softcap": 0.9,
+        "mlp_up_softcap": 1.1,
+        "post_norm_eps": 1e-5,
+    }
+    return SimpleNamespace(
+        **(words | acts | numbers | {"moe_latent_size": None, "_experts_implementation": "eager"} | changes)
+    )
 
 
 def decorated() -> dict[str, tuple[Path, str]]:
@@ -69,7 +79,12 @@ class Tokens:
 
 
 def tokens_of(
-    module: Any, tokens: int = 9, top_k: int = 3, dtype: torch.dtype = torch.float32, seed: int = 1, strangers: tuple[int, ...] = ()
+    module: Any,
+    tokens: int = 9,
+    top_k: int = 3,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    strangers: tuple[int, ...] = (),
 ) -> Tokens:
     """Distinct experts for each token; a third of the ids are `strangers`, which are no expert's, if there are any."""
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +145,8 @@ GATES: dict[str, Callable[..., Any] | None] = {
     "nearly": gate_nearly_of_deepseek,
 }
 NAMED_ACTS = (
-    "silu", "swish", "quick_gelu", "gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_new", "gelu_accurate", "gelu_fast", "relu", "relu2",
+    "silu", "swish", "quick_gelu", "gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_new", "gelu_accurate", "gelu_fast",
+    "relu", "relu2",
     "mish", "leaky_relu", "prelu",
 )  # fmt: skip
 ACTS: dict[str, Callable[[], Any]] = {
@@ -181,4 +197,6 @@ def own_class(
 
     if GATES[gate] is not None:
         Own._apply_gate = GATES[gate]  # type: ignore[attr-defined]
-    return use_experts_implementation(Own, is_transposed=is_transposed, has_bias=has_bias, has_gate=has_gate, has_post_expert_norm=norm)  # type: ignore[no-any-return]
+    return use_experts_implementation(
+        Own, is_transposed=is_transposed, has_bias=has_bias, has_gate=has_gate, has_post_expert_norm=norm
+    )  # type: ignore[no-any-return]

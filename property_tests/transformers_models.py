@@ -11,7 +11,9 @@ __all__ = ["MODELS", "ModelRow", "make_model", "make_token_ids"]
 
 
 def make_model(name: str, seed: int, experts_implementation: str = "eager") -> Any:
-    """The model of a row in float32 and eval mode, every parameter and saved buffer random; equal seeds give equal numbers."""
+    """The model of a row in float32 and eval mode, every parameter and saved buffer random; equal seeds give equal
+    numbers.
+    """
     row = MODELS[name]
     config_class = getattr(importlib.import_module(f"transformers.models.{name}.configuration_{name}"), row.config)
     model_class = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), row.model)

@@ -1,4 +1,6 @@
-"""Sorted slots for the tests of the Triton kernels, built by plain torch: nothing here comes from the kernels under test."""
+"""Sorted slots for the tests of the Triton kernels, built by plain torch: nothing here comes from the kernels under
+test.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -90,16 +92,24 @@ class Rows:
 @st.composite
 def routings(draw: st.DrawFn) -> Rows:
     """Any routing: no tokens, ids of no expert, experts without rows, one that takes all."""
-    num_experts, top_k, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from([0, 1, 2, 5, 9, 21]))
+    num_experts, top_k, tokens = (
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([0, 1, 2, 5, 9, 21])),
+    )
     seed = draw(st.integers(0, 9999))
     generator = torch.Generator().manual_seed(seed)
-    low, high = draw(st.sampled_from([(-1, num_experts), (0, num_experts), (0, 1), (num_experts - 1, num_experts + 2), (-2, 0)]))
+    low, high = draw(
+        st.sampled_from([(-1, num_experts), (0, num_experts), (0, 1), (num_experts - 1, num_experts + 2), (-2, 0)])
+    )
     ids = torch.randint(low, high, (tokens, top_k), generator=generator)
     flat = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).flatten()
     slot_of_row = flat.argsort(stable=True)
     row_of_slot = torch.empty_like(slot_of_row).scatter_(0, slot_of_row, torch.arange(flat.numel()))
     row_of_slot = torch.where(flat < num_experts, row_of_slot, -1)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(flat, minlength=num_experts + 1)[:num_experts].cumsum(0)])
+    starts = torch.cat(
+        [torch.zeros(1, dtype=torch.int64), torch.bincount(flat, minlength=num_experts + 1)[:num_experts].cumsum(0)]
+    )
     return Rows(ids, num_experts, SortedSlots(slot_of_row.int(), row_of_slot.int(), starts.int(), top_k), seed)
 
 

@@ -1,8 +1,9 @@
-"""The published interface of vLLM 0.32.0's modular experts, stated: vllm/model_executor/layers/fused_moe/{modular_kernel,activation,
-topk_weight_and_reduce}.py. Names, signatures and who is abstract are theirs (0.33.0 has the same and asks for no more).
+"""The published interface of vLLM 0.32.0's modular experts, stated:
+vllm/model_executor/layers/fused_moe/{modular_kernel,activation, topk_weight_and_reduce}.py. Names, signatures and who
+is abstract are theirs (0.33.0 has the same and asks for no more).
 
-`FusedMoEKernel` does what FusedMoEKernelModularImpl.apply does on one rank without quantization; `apply_moe_activation` says in torch
-what their compiled operators compute.
+`FusedMoEKernel` does what FusedMoEKernelModularImpl.apply does on one rank without quantization; `apply_moe_activation`
+says in torch what their compiled operators compute.
 """
 
 import itertools
@@ -43,7 +44,9 @@ class MoEActivation(Enum):
 
 
 class FusedMoEExperts(ABC):
-    def __init__(self, moe_config: Any, quant_config: Any, max_num_tokens: int | None = None, num_dispatchers: int | None = None) -> None:
+    def __init__(
+        self, moe_config: Any, quant_config: Any, max_num_tokens: int | None = None, num_dispatchers: int | None = None
+    ) -> None:
         batched = self.activation_format() == FusedMoEActivationFormat.BatchedExperts
         if batched != (max_num_tokens is not None) or batched != (num_dispatchers is not None):
             raise ValueError("max_num_tokens and num_dispatchers belong to BatchedExperts")
@@ -75,8 +78,12 @@ class FusedMoEExperts(ABC):
             "current device": not cls._supports_current_device(),
             "no act_and_mul MLP layer": not (moe_config.is_act_and_mul or cls._supports_no_act_and_mul()),
             f"{moe_config.activation} activation": not cls._supports_activation(moe_config.activation),
-            f"quantization scheme {weight_key}x{activation_key}": not cls._supports_quant_scheme(weight_key, activation_key),
-            f"parallel config {moe_config.moe_parallel_config}": not cls._supports_parallel_config(moe_config.moe_parallel_config),
+            f"quantization scheme {weight_key}x{activation_key}": not cls._supports_quant_scheme(
+                weight_key, activation_key
+            ),
+            f"parallel config {moe_config.moe_parallel_config}": not cls._supports_parallel_config(
+                moe_config.moe_parallel_config
+            ),
             f"{activation_format.value} activation format": activation_format != cls.activation_format(),
             "LoRA": moe_config.is_lora_enabled and not cls.supports_lora(),
         }
@@ -137,7 +144,15 @@ class FusedMoEExpertsModular(FusedMoEExperts):
 
     @abstractmethod
     def workspace_shapes(
-        self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int, expert_tokens_meta: Any, activation: Any
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: Any,
+        activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]: ...
 
     @abstractmethod
@@ -145,8 +160,10 @@ class FusedMoEExpertsModular(FusedMoEExperts):
 
     @abstractmethod
     def apply(
-        self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, activation: Any,
-        global_num_experts: int, expert_map: Tensor | None, a1q_scale: Tensor | None, a2_scale: Tensor | None, workspace13: Tensor,
+        self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        activation: Any,
+        global_num_experts: int, expert_map: Tensor | None, a1q_scale: Tensor | None, a2_scale: Tensor | None,
+        workspace13: Tensor,
         workspace2: Tensor, expert_tokens_meta: Any, apply_router_weight_on_input: bool,
     ) -> Any: ...  # fmt: skip
 
@@ -177,12 +194,18 @@ HOST = Host(
 )
 
 
-def moe_config(activation: MoEActivation = MoEActivation.SILU, sizes: tuple[int, ...] = (8, 2, 16, 32), **options: Any) -> SimpleNamespace:
+def moe_config(
+    activation: MoEActivation = MoEActivation.SILU, sizes: tuple[int, ...] = (8, 2, 16, 32), **options: Any
+) -> SimpleNamespace:
     """A FusedMoEConfig, as far as experts read it; sizes: experts here, experts of a token, hidden, intermediate."""
-    no_parallel = SimpleNamespace(use_all2all_kernels=False, use_passthrough_all2all=False, use_batched_activation_format=False)
+    no_parallel = SimpleNamespace(
+        use_all2all_kernels=False, use_passthrough_all2all=False, use_batched_activation_format=False
+    )
     defaults = {
-        "activation": activation, "is_act_and_mul": activation.is_gated, "is_lora_enabled": False, "moe_parallel_config": no_parallel,
-        "moe_backend": "auto", "swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None, "activation_situ_beta": None,
+        "activation": activation, "is_act_and_mul": activation.is_gated, "is_lora_enabled": False,
+        "moe_parallel_config": no_parallel,
+        "moe_backend": "auto", "swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None,
+        "activation_situ_beta": None,
         "activation_situ_linear_beta": None,
     }  # fmt: skip
     names = ("num_local_experts", "experts_per_token", "hidden_dim", "intermediate_size_per_partition")
@@ -194,7 +217,8 @@ def quant_config(w1_bias: Tensor | None = None, w2_bias: Tensor | None = None) -
 
 
 def run_kernel(
-    experts: Any, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, activation: Any,
+    experts: Any, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    activation: Any,
     global_num_experts: int = -1, expert_map: Tensor | None = None, apply_router_weight_on_input: bool = False,
 ) -> Tensor:  # fmt: skip
     """prepare, experts with buffers full of NaN, finalize: as the kernel does on a CPU."""
@@ -203,7 +227,9 @@ def run_kernel(
     if M == 0:
         return torch.empty_like(a1)
     shapes = experts.workspace_shapes(M, N, K, topk, global_num_experts, E, None, activation)
-    workspace13, workspace2, fused_out = (a1.new_full(shape, torch.nan, dtype=experts.workspace_dtype(a1.dtype)) for shape in shapes)
+    workspace13, workspace2, fused_out = (
+        a1.new_full(shape, torch.nan, dtype=experts.workspace_dtype(a1.dtype)) for shape in shapes
+    )
     experts.apply(
         output=fused_out,
         hidden_states=a1,
@@ -227,8 +253,15 @@ def run_kernel(
 
 
 def apply_moe_activation(name: str, h: Tensor, c: Any) -> Tensor:
-    """What vLLM's operator of this name computes: silu_and_mul, silu_and_mul_with_clamp, swigluoai_and_mul, situ_and_mul, ..."""
-    plain = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu2": lambda x: F.relu(x) ** 2}
+    """What vLLM's operator of this name computes: silu_and_mul, silu_and_mul_with_clamp, swigluoai_and_mul,
+    situ_and_mul, ...
+    """
+    plain = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "relu2": lambda x: F.relu(x) ** 2,
+    }
     if name.endswith("_no_mul"):
         return plain[name.removesuffix("_no_mul")](h)
     if name == "swigluoai":
@@ -249,7 +282,14 @@ def apply_moe_activation(name: str, h: Tensor, c: Any) -> Tensor:
 
 
 def reference(
-    experts: Any, x: Tensor, w1: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, activation: Any, expert_map: Any = None
+    experts: Any,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: Any,
+    expert_map: Any = None,
 ) -> Tensor:
     """A loop over tokens and choices."""
     w1_bias, w2_bias = experts.quant_config.w1_bias, experts.quant_config.w2_bias
@@ -260,6 +300,8 @@ def reference(
         if e < 0:
             continue
         h = w1[e] @ x[t] + (0 if w1_bias is None else w1_bias[e])
-        out = w2[e] @ apply_moe_activation(activation.value, h, experts.activation_config) + (0 if w2_bias is None else w2_bias[e])
+        out = w2[e] @ apply_moe_activation(activation.value, h, experts.activation_config) + (
+            0 if w2_bias is None else w2_bias[e]
+        )
         y[t] += weights[t, j] * out
     return y

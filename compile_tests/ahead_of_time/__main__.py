@@ -1,8 +1,9 @@
 """python -m compile_tests.ahead_of_time --arch sm_90: what each kernel takes of a GPU, on a machine without one.
 
-Compiles every case of compile_tests.ahead_of_time.cases for the architecture and reads registers, spills, shared memory and the matrix
-instructions from the result. Exits with 1 if a case does not compile, spills, needs more shared memory than there is, or computes
-without the matrix unit that it should use. Needs nothing but the triton wheel, which brings assembler and disassembler.
+Compiles every case of compile_tests.ahead_of_time.cases for the architecture and reads registers, spills, shared memory
+and the matrix instructions from the result. Exits with 1 if a case does not compile, spills, needs more shared memory
+than there is, or computes without the matrix unit that it should use. Needs nothing but the triton wheel, which brings
+assembler and disassembler.
 """
 
 import argparse
@@ -27,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="cases whose names hold this text")
     parser.add_argument("--part", default="1/1", help="2/3: every third case, from the second on")
     parser.add_argument("--planted", action="store_true", help="compile tiles that are known to be bad instead")
-    parser.add_argument("--thorough", action="store_true", help="every form of quantised weights in every tile: some minutes more")
+    parser.add_argument(
+        "--thorough", action="store_true", help="every form of quantized weights in every tile: some minutes more"
+    )
     parser.add_argument("--json", type=Path, help="write everything to this file")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
@@ -40,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
             rows[case.name] = _row(case, options.arch)
             print(_line(case.name, rows[case.name]), flush=True)
     if options.json is not None:
-        report = {"triton": triton.__version__, "arch": options.arch, "names": [case.name for case in cases], "cases": rows}
+        report = {
+            "triton": triton.__version__,
+            "arch": options.arch,
+            "names": [case.name for case in cases],
+            "cases": rows,
+        }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(any(row["faults"] for row in rows.values()))
 
@@ -60,7 +68,9 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
         return f"{name:58} {'; '.join(row['faults'])}"
     units = " ".join(f"{unit} {count}" for unit, count in row["instructions"].items())
     wrong = "".join(f"  ! {fault}" for fault in row["faults"])
-    return f"{name:58} registers {row['registers']:3} shared {row['shared']:6} {units:22} {row['seconds']:5.1f} s{wrong}"
+    return (
+        f"{name:58} registers {row['registers']:3} shared {row['shared']:6} {units:22} {row['seconds']:5.1f} s{wrong}"
+    )
 
 
 if __name__ == "__main__":

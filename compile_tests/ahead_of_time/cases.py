@@ -1,4 +1,6 @@
-"""The cases that ahead_of_time compiles: every kernel, every tile that the heuristics can give, and the options that change code."""
+"""The cases that ahead_of_time compiles: every kernel, every tile that the heuristics can give, and the options that
+change code.
+"""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +12,15 @@ from compile_tests.ahead_of_time.signatures import GROUPED, ODD_VARIANTS, ROWS, 
 from moe_fn.config.activation import PRESETS
 from moe_fn.kernels.triton import down_backward, up
 from moe_fn.kernels.triton.tile_tables import Tile, rows_of
-from moe_fn.kernels.triton.tiles import divisible, down_backward_tile, outer_tile, product_tile, shared_memory, tiles_of, up_tile
+from moe_fn.kernels.triton.tiles import (
+    divisible,
+    down_backward_tile,
+    outer_tile,
+    product_tile,
+    shared_memory,
+    tiles_of,
+    up_tile,
+)
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEURISTICS = {"up": up_tile, "product": product_tile, "down_backward": down_backward_tile, "outer": outer_tile}
@@ -18,7 +28,7 @@ FLAGS = ("BIAS", "KEEP", "INTERLEAVED", "GATHER", "INDIRECT", "GATHER_LEFT", "GA
 
 
 def cases_of(arch: str, planted: bool = False, thorough: bool = False) -> Iterator[Case]:
-    """All cases for an architecture; thorough: quantised weights in all tiles.
+    """All cases for an architecture; thorough: quantized weights in all tiles.
 
     planted: tiles that are known to be bad, to see that the check sees it.
     """
@@ -28,7 +38,8 @@ def cases_of(arch: str, planted: bool = False, thorough: bool = False) -> Iterat
         return
     for kind, variants in VARIANTS.items():
         rows = [tile for _, tile in rows_of(kind, 2, arch)]
-        heaviest = {tile.warps: tile for tile in rows}.values()  # the last row of four and of eight warps: options matter most there
+        # the last row of four and of eight warps: options matter most there
+        heaviest = {tile.warps: tile for tile in rows}.values()
         for tile in _in_order(tiles_of(kind, 2, arch)):
             for options in variants if tile in heaviest else variants[:1]:
                 yield grouped_case(kind, arch, tile, "bf16", options)
@@ -61,7 +72,9 @@ def _small_cases(arch: str, count: int = 12) -> Iterator[Case]:
         rows = experts * draw.choice((1, 6, 12, 40, 90, 1000))
         tile = HEURISTICS[kind](rows, experts, inner, columns, BYTES[dtype], arch)
         odd: Options = {} if divisible(inner, columns) else {"odd": True}
-        yield grouped_case(kind, arch, tile, dtype, {**odd, "small": number, **({"KEEP": True} if kind == "up" else {})})
+        yield grouped_case(
+            kind, arch, tile, dtype, {**odd, "small": number, **({"KEEP": True} if kind == "up" else {})}
+        )
 
 
 def _row_cases() -> Iterator[Case]:
@@ -87,7 +100,9 @@ def grouped_case(kind: str, arch: str, tile: Tile, dtype: str, options: Options)
     types = signature.types(dtype) | ({"out": f"*{options['out']}"} if "out" in options else {})
     fixed: dict[str, Any] = {}
     if "stride_in" in signature.kernel.arg_names:
-        contiguous, other = ("stride_out", "stride_in") if options.get("in_out", "in_out" in kind) else ("stride_in", "stride_out")
+        contiguous, other = (
+            ("stride_out", "stride_in") if options.get("in_out", "in_out" in kind) else ("stride_in", "stride_out")
+        )
         types, fixed = {**types, other: "i32"}, {contiguous: 1}
     config = PRESETS[options.get("activation", "silu")]
     possible = {**dict.fromkeys(FLAGS, False), **up.activation_arguments(config)}
@@ -102,7 +117,9 @@ def grouped_case(kind: str, arch: str, tile: Tile, dtype: str, options: Options)
         name=" ".join((kind, dtype, f"{tile.rows}x{tile.columns}x{tile.inner} w{tile.warps} s{tile.stages}", *words)),
         kernel=signature.kernel,
         types=types,
-        constants={name: value for name, value in possible.items() if name in names} | dict(signature.constants) | fixed,
+        constants={name: value for name, value in possible.items() if name in names}
+        | dict(signature.constants)
+        | fixed,
         warps=tile.warps,
         stages=tile.stages if matrix_unit else 3,
         tile=tile,
@@ -117,4 +134,11 @@ def _of_tile(kind: str, tile: Tile, gated: bool, interleaved: bool) -> dict[str,
     """The tile as the kernels' constants name it."""
     pieces = up.pieces_of(tile, gated) if kind == "up" else down_backward.pieces_of(tile, interleaved)
     grouped = {"BM": tile.rows, "BN": tile.columns, "BK": tile.inner, "PIECES": pieces}
-    return {**grouped, "COLUMNS": tile.columns, "INNER": tile.inner, "STAGES": tile.stages, "CHOICES": tile.rows, "TOP_K": tile.rows}
+    return {
+        **grouped,
+        "COLUMNS": tile.columns,
+        "INNER": tile.inner,
+        "STAGES": tile.stages,
+        "CHOICES": tile.rows,
+        "TOP_K": tile.rows,
+    }

@@ -1,4 +1,6 @@
-"""Cases of ahead_of_time for weights in codes: each place of a scale, each way to decode, each form of activations, in every tile."""
+"""Cases of ahead_of_time for weights in codes: each place of a scale, each way to decode, each form of activations, in
+every tile.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -39,9 +41,15 @@ class Form:
     @property
     def name(self) -> str:
         """In words."""
-        words = [self.scheme, "outer" if self.inputs is None else str(self.inputs), "" if self.left is None else f"x {self.left}"]
+        words = [
+            self.scheme,
+            "outer" if self.inputs is None else str(self.inputs),
+            "" if self.left is None else f"x {self.left}",
+        ]
         return " ".join(
-            word for word in (*words, "zero" if self.zero else "", "" if self.even else "masked", "odd" if self.odd else "") if word
+            word
+            for word in (*words, "zero" if self.zero else "", "" if self.even else "masked", "odd" if self.odd else "")
+            if word
         )
 
 
@@ -63,7 +71,9 @@ CODED = (
 
 
 def quant_cases(arch: str, thorough: bool = False) -> Iterator[Case]:
-    """All cases for an architecture; thorough: every form in every tile, and in half of its columns, which takes some minutes."""
+    """All cases for an architecture; thorough: every form in every tile, and in half of its columns, which takes some
+    minutes.
+    """
     for family, forms in (("decoded", DECODED), ("coded", CODED)):
         for form in forms:
             if form.left is not None and form.scheme == "fp8_e4m3" and arch in NO_E4M3:
@@ -74,12 +84,20 @@ def quant_cases(arch: str, thorough: bool = False) -> Iterator[Case]:
                 yield from _in_tiles("product", arch, form, f"{family}_product", False, thorough)
     for form in DECODED if thorough else DECODED[1:2]:
         yield from (quant_case("up", arch, form, tile, "fp32") for _, tile in rows_of_coded("decoded_up", 4, arch)[-1:])
-    yield quant_case("up", arch, DECODED[0], rows_of_coded("decoded_up", 2, arch)[-1][1], keep=True, activation="swigluoai")
-    yield from (quantise_case(form, code) for form, code in (("row", "i8"), ("group", "fp8e4nv")) if code == "i8" or arch not in NO_E4M3)
+    yield quant_case(
+        "up", arch, DECODED[0], rows_of_coded("decoded_up", 2, arch)[-1][1], keep=True, activation="swigluoai"
+    )
+    yield from (
+        quantize_case(form, code)
+        for form, code in (("row", "i8"), ("group", "fp8e4nv"))
+        if code == "i8" or arch not in NO_E4M3
+    )
 
 
 def _in_tiles(kind: str, arch: str, form: Form, table: str, both: bool, thorough: bool) -> Iterator[Case]:
-    """A form in all tiles of a table, in the last one of four and of eight warps, or in the last, the one for most rows."""
+    """A form in all tiles of a table, in the last one of four and of eight warps, or in the last, the one for most
+    rows.
+    """
     tiles = [tile for _, tile in rows_of_coded(table, 1 if form.left else 2, arch)]
     heaviest = list({tile.warps: tile for tile in tiles}.values())
     for tile in tiles if thorough else heaviest if both else tiles[-1:]:
@@ -88,7 +106,9 @@ def _in_tiles(kind: str, arch: str, form: Form, table: str, both: bool, thorough
             yield quant_case(kind, arch, form, replace(tile, columns=tile.columns // 2))
 
 
-def quant_case(kind: str, arch: str, form: Form, tile: Tile, dtype: str = "bf16", keep: bool = False, activation: str = "silu") -> Case:
+def quant_case(
+    kind: str, arch: str, form: Form, tile: Tile, dtype: str = "bf16", keep: bool = False, activation: str = "silu"
+) -> Case:
     """One of the two products in a form and a tile; a tile of 256 columns stores its groups of codes by itself."""
     kernel: Any = quant_up._up_kernel if kind == "up" else products._product_kernel
     codes = {"fp8_e4m3": "*fp8e4nv", "int8": "*i8"}.get(form.scheme, "*u8")
@@ -102,7 +122,8 @@ def quant_case(kind: str, arch: str, form: Form, tile: Tile, dtype: str = "bf16"
     swap = swaps(tile, 1 if form.left else width)
     config = PRESETS[activation]
     types = {
-        **dict.fromkeys(("rows", "x"), left), **dict.fromkeys(("bias", "out", "pre"), f"*{dtype}"), **dict.fromkeys(MAPS, "*i32"),
+        **dict.fromkeys(("rows", "x"), left), **dict.fromkeys(("bias", "out", "pre"), f"*{dtype}"),
+        **dict.fromkeys(MAPS, "*i32"),
         **dict.fromkeys(FLOATS, "*fp32"), **dict.fromkeys((*COUNTS, *SIZES), "i32"), "payload": payload, "zero": "*u8",
         "scale": "*fp32" if form.scale == "float" else "*u8", "activated": codes if stored else f"*{dtype}",
     }  # fmt: skip
@@ -111,7 +132,8 @@ def quant_case(kind: str, arch: str, form: Form, tile: Tile, dtype: str = "bf16"
         "GLOBAL": form.above, "LEFT": form.left, "LEFT_GROUP": form.inputs or 1, "SWAP": swap,
         "TOP_K": 8, "BIAS": keep, "KEEP": keep, "EVEN": form.even, "INTERLEAVED": keep, "GROUP": 8, "OUT_FORM": stored,
         "POWER_OF_TWO": False, "MOST": 448.0, "AS": quant_up.ELEMENTS[DTYPES[dtype]], **up.activation_arguments(config),
-        "BM": tile.rows, "BN": tile.columns, "BK": tile.inner, "PIECES": 1 if stored else up.pieces_of(tile, config.gated), "VECTOR": 16,
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.inner,
+        "PIECES": 1 if stored else up.pieces_of(tile, config.gated), "VECTOR": 16,
     }  # fmt: skip
     names = set(kernel.arg_names)
     sizes = f"{tile.rows}x{tile.columns}x{tile.inner} w{tile.warps} s{tile.stages}"
@@ -124,20 +146,29 @@ def quant_case(kind: str, arch: str, form: Form, tile: Tile, dtype: str = "bf16"
         stages=tile.stages,
         tile=replace(tile, rows=tile.columns) if swap else tile,  # what the matrix unit has 64 of
         dtype=dtype,
-        product=not (form.scheme == "int8" and form.left and arch == "sm_100"),  # Triton has mma.sync alone for int8 there
+        # Triton has mma.sync alone for int8 there
+        product=not (form.scheme == "int8" and form.left and arch == "sm_100"),
         unaligned=frozenset((*COUNTS, *(SIZES if form.odd else ()), "ends")) & names,
     )
 
 
-def quantise_case(form: str, code: str) -> Case:
+def quantize_case(form: str, code: str) -> Case:
     """Rows to codes, 4096 values each, by row or by groups of 128."""
     constants = {
-        "FORM": form, "SPAN": 4096 if form == "row" else 128, "SPANS": 1 if form == "row" else 32, "POWER_OF_TWO": form == "group",
-        "TOP_K": 1, "MOST": 127.0 if code == "i8" else 448.0, "LINES": 1 if form == "row" else 8, "WIDTH": 1024 if form == "row" else 128,
+        "FORM": form, "SPAN": 4096 if form == "row" else 128, "SPANS": 1 if form == "row" else 32,
+        "POWER_OF_TWO": form == "group",
+        "TOP_K": 1, "MOST": 127.0 if code == "i8" else 448.0, "LINES": 1 if form == "row" else 8,
+        "WIDTH": 1024 if form == "row" else 128,
         "slot_of_row": None, "expert_ids": None,
     }  # fmt: skip
-    types = {"x": "*bf16", "out": f"*{code}", "scale": "*fp32", **dict.fromkeys(("lines", "K", "num_experts", "stride_x"), "i32")}
+    types = {
+        "x": "*bf16",
+        "out": f"*{code}",
+        "scale": "*fp32",
+        **dict.fromkeys(("lines", "K", "num_experts", "stride_x"), "i32"),
+    }
     return Case(
-        name=f"quantise {form} {code}", kernel=inputs._quantise_kernel, types=types, constants=constants, warps=4, stages=3,
+        name=f"quantize {form} {code}", kernel=inputs._quantize_kernel, types=types, constants=constants, warps=4,
+        stages=3,
         unaligned=frozenset(("lines", "num_experts")),
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""What a compiled kernel takes of a GPU: registers, spills, shared memory and matrix instructions, read from the result."""
+"""What a compiled kernel takes of a GPU: registers, spills, shared memory and matrix instructions, read from the
+result.
+"""
 
 import re
 import subprocess
@@ -19,7 +21,12 @@ TARGETS: dict[str, GPUTarget] = {
     **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (75, 80, 89, 90, 100)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-INSTRUCTIONS: dict[str, str] = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"\bmma\.sync", "mfma": r"\bv_mfma"}
+INSTRUCTIONS: dict[str, str] = {
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "mma": r"\bmma\.sync",
+    "mfma": r"\bv_mfma",
+}
 
 
 @dataclass(frozen=True)
@@ -38,27 +45,37 @@ def compiled(case: Case, arch: str) -> Resources:
     names = case.kernel.arg_names
     given = set(case.types) | set(case.constants)
     if given != set(names):
-        raise ValueError(f"{case.name}: arguments missing: {sorted(set(names) - given)}, unknown: {sorted(given - set(names))}")
+        raise ValueError(
+            f"{case.name}: arguments missing: {sorted(set(names) - given)}, unknown: {sorted(given - set(names))}"
+        )
     source = ASTSource(
         fn=case.kernel,
         signature={name: case.types.get(name, "constexpr") for name in names},
         constexprs=dict(case.constants),
         attrs={
-            (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in case.types and name not in case.unaligned
+            (place,): [["tt.divisibility", 16]]
+            for place, name in enumerate(names)
+            if name in case.types and name not in case.unaligned
         },
     )
     start = time.perf_counter()
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": case.fusion}
     kernel = triton.compile(source, target=TARGETS[arch], options=options)
     seconds = round(time.perf_counter() - start, 2)
-    registers, spilled, static = _of_amd(kernel.asm["amdgcn"]) if arch.startswith("gfx") else _of_nvidia(kernel.asm["cubin"])
+    registers, spilled, static = (
+        _of_amd(kernel.asm["amdgcn"]) if arch.startswith("gfx") else _of_nvidia(kernel.asm["cubin"])
+    )
     text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     counts = {name: len(re.findall(pattern, text)) for name, pattern in INSTRUCTIONS.items()}
-    return Resources(registers, spilled, static + kernel.metadata.shared, {name: n for name, n in counts.items() if n}, seconds)
+    return Resources(
+        registers, spilled, static + kernel.metadata.shared, {name: n for name, n in counts.items() if n}, seconds
+    )
 
 
 def _of_nvidia(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, spilled bytes and static shared memory; without its line the kernel is not known, and that is an error."""
+    """Registers, spilled bytes and static shared memory; without its line the kernel is not known, and that is an
+    error.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -74,11 +91,14 @@ def _of_nvidia(cubin: bytes) -> tuple[int, int, int]:
         registers, stack, static, local = (int(number) for number in found.groups())
         # ptxas may leave a frame of 8 bytes that no instruction touches (the router with groups).
         spilled = stack + local if stack + local and re.search(r"\b(?:STL|LDL)\b", dumped("-sass")) else 0
-    return registers, spilled, static % 1024  # sm_90 and later report the 1024 bytes that the system has beside the limit
+    # sm_90 and later report the 1024 bytes that the system has beside the limit
+    return registers, spilled, static % 1024
 
 
 def _of_amd(assembly: str) -> tuple[int, int, int]:
-    """As of NVIDIA, from the metadata in the assembly; scratch counts as spilled (static shared memory is in Triton's own number)."""
+    """As of NVIDIA, from the metadata in the assembly; scratch counts as spilled (static shared memory is in Triton's
+    own number).
+    """
     number = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
     spilled = 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]) + number["private_segment_fixed_size"]
     return number["vgpr_count"], spilled, 0
@@ -92,7 +112,10 @@ def faults(case: Case, found: Resources, arch: str) -> tuple[str, ...]:
     checks = (
         (found.spilled > 0, f"spills {found.spilled} bytes"),
         (found.shared > limit, f"takes {found.shared} bytes of shared memory; {arch} has {limit}"),
-        (found.shared > case.bound, f"takes {found.shared} bytes of shared memory; tiles.shared_memory expects at most {case.bound}"),
+        (
+            found.shared > case.bound,
+            f"takes {found.shared} bytes of shared memory; tiles.shared_memory expects at most {case.bound}",
+        ),
         (unit is not None and unit not in found.instructions, f"computes without {unit}"),
         (rounds, f"computes float32 with {', '.join(found.instructions)}, which round it"),
     )

@@ -12,7 +12,9 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """Names of a kernel's arguments by type; constants: those that no option changes; unaligned: what need not be a multiple of 16."""
+    """Names of a kernel's arguments by type; constants: those that no option changes; unaligned: what need not be a
+    multiple of 16.
+    """
 
     kernel: Any
     data: str = ""  # pointers to elements of the case's dtype
@@ -94,8 +96,9 @@ GROUPED: dict[str, Signature] = {
     "decode_down_in_out": _DECODE_DOWN,
 }
 
-# What changes the code of a kind; the first is the usual form. Names in capitals are constants of the kernels; activation is a preset;
-# in_out: columns of the weights are neighbours; odd: sizes that 16 does not divide; out: the dtype of the result.
+# What changes the code of a kind; the first is the usual form. Names in capitals are constants of the kernels;
+# activation is a preset; in_out: columns of the weights are neighbours; odd: sizes that 16 does not divide; out: the
+# dtype of the result.
 VARIANTS: dict[str, tuple[Options, ...]] = {
     "up": (
         {},
@@ -112,7 +115,11 @@ VARIANTS: dict[str, tuple[Options, ...]] = {
     ),
     "outer": ({}, {"GATHER_LEFT": True}, {"GATHER_RIGHT": True}, {"out": "fp32"}),
     "decode_up": ({}, {"BIAS": True, "activation": "swigluoai"}, {"activation": "relu2_no_mul"}),
-    "decode_up_in_out": ({}, {"BIAS": True, "INTERLEAVED": True, "activation": "swigluoai"}, {"activation": "relu2_no_mul"}),
+    "decode_up_in_out": (
+        {},
+        {"BIAS": True, "INTERLEAVED": True, "activation": "swigluoai"},
+        {"activation": "relu2_no_mul"},
+    ),
     "decode_down": ({}, {"BIAS": True}),
     "decode_down_in_out": ({}, {"BIAS": True}),
 }
@@ -137,7 +144,8 @@ def _sort(**constants: Any) -> Signature:
 
 def _place(**constants: Any) -> Signature:
     return Signature(
-        kernel=metadata._place_kernel, indices=f"before totals {_SORTED}", ids="ids", sizes="R E blocks", unaligned="E blocks",
+        kernel=metadata._place_kernel, indices=f"before totals {_SORTED}", ids="ids", sizes="R E blocks",
+        unaligned="E blocks",
         constants={"BLOCK": 1024, **constants}, warps=8,
     )  # fmt: skip
 
@@ -146,9 +154,16 @@ def _route(groups: int, side: int, best: int, router: RouterConfig) -> Signature
     """128 experts, or 256 in eight groups."""
     config = MoEConfig(num_experts=groups * side, top_k=best, hidden_size=64, intermediate_size=64, router=router)
     biased = router.correction_bias != "none"
-    constants = {**top_k._constants(config), "ROWS": max(1, 1024 // (groups * side)), "GROUPS": groups, "SIDE": side, "BEST": best}
+    constants = {
+        **top_k._constants(config),
+        "ROWS": max(1, 1024 // (groups * side)),
+        "GROUPS": groups,
+        "SIDE": side,
+        "BEST": best,
+    }
     return Signature(
-        kernel=top_k._route_kernel, data="logits", ids="ids", floats="bias weights" if biased else "weights", sizes="T stride",
+        kernel=top_k._route_kernel, data="logits", ids="ids", floats="bias weights" if biased else "weights",
+        sizes="T stride",
         unaligned="T", constants=constants if biased else {"bias": None, **constants},
     )  # fmt: skip
 
@@ -158,7 +173,8 @@ ROWS: dict[str, Signature] = {
     "sort": _sort(**_BINS),
     "sort 1024 experts": _sort(**{**_BINS, "EXPERTS": 2048, "CHUNK": 16}),
     "count": Signature(
-        kernel=metadata._count_kernel, indices="counts", ids="ids", sizes="R E", unaligned="E", constants={"BLOCK": 1024, "EXPERTS": 256}
+        kernel=metadata._count_kernel, indices="counts", ids="ids", sizes="R E", unaligned="E",
+        constants={"BLOCK": 1024, "EXPERTS": 256}
     ),
     "scan": Signature(
         kernel=metadata._scan_kernel, indices="counts before totals", sizes="blocks E", unaligned="blocks E",
@@ -167,27 +183,33 @@ ROWS: dict[str, Signature] = {
     "place": _place(**_BINS),
     "place 1024 experts": _place(**{**_BINS, "EXPERTS": 2048, "CHUNK": 16}),
     "combine": Signature(
-        kernel=combine._gather_sum_kernel, data="rows out", indices="row_of_slot", floats="weights", sizes="T H stride_row", unaligned="T",
+        kernel=combine._gather_sum_kernel, data="rows out", indices="row_of_slot", floats="weights",
+        sizes="T H stride_row", unaligned="T",
         constants=_COMBINE,
     ),
     "combine without weights, 32 choices": Signature(
-        kernel=combine._gather_sum_kernel, data="rows out", indices="row_of_slot", sizes="T H stride_row", unaligned="T",
+        kernel=combine._gather_sum_kernel, data="rows out", indices="row_of_slot", sizes="T H stride_row",
+        unaligned="T",
         constants={**_COMBINE, "weights": None, "WEIGHTED": False, "TOP_K": 32, "UNROLL": False},
     ),
     "bias dots": Signature(
         kernel=down_backward._bias_dots_kernel, data="gradient bias", indices=_MAPS, floats="partials",
-        sizes="H stride_gradient num_partials", unaligned="num_partials", constants={"TOP_K": 8, "BM": 128, "BK": 64}, warps=8,
+        sizes="H stride_gradient num_partials", unaligned="num_partials", constants={"TOP_K": 8, "BM": 128, "BK": 64},
+        warps=8,
     ),
     "sum of partials": Signature(
-        kernel=down_backward._sum_partials_kernel, indices="row_of_slot", floats="partials out", sizes="num_slots num_partials",
+        kernel=down_backward._sum_partials_kernel, indices="row_of_slot", floats="partials out",
+        sizes="num_slots num_partials",
         unaligned="num_slots num_partials", constants={"BLOCK": 256, "WIDTH": 16},
     ),
     "segment sums": Signature(
-        kernel=outer._segment_sums_kernel, data="rows", indices="slot_of_row starts ends", floats="weights out", sizes="N stride_rows",
+        kernel=outer._segment_sums_kernel, data="rows", indices="slot_of_row starts ends", floats="weights out",
+        sizes="N stride_rows",
         unaligned="ends", constants={"TOP_K": 8, "GATHER": True, "WEIGHTED": True, "BM": 32, "BN": 128},
     ),
     "route softmax": _route(1, 128, 8, RouterConfig()),
     "route sigmoid of groups": _route(
-        8, 32, 8, RouterConfig(scoring="sigmoid", correction_bias="scores", groups=GroupConfig(count=8, top_k=4, score="top2_sum"))
+        8, 32, 8, RouterConfig(scoring="sigmoid", correction_bias="scores", groups=GroupConfig(count=8, top_k=4,
+        score="top2_sum"))
     ),
 }  # fmt: skip

@@ -5,15 +5,18 @@ placement  placing, slots: which expert lies in which slot of which GPU; physica
 window     loads of the last steps, summed
 moves      moving: what has to go where when the placement changes, and how it gets there
 
-In a layer whose experts lie on several GPUs (ParallelConfig.num_physical), every so many steps; stats.expert_load is of this rank's tokens:
+In a layer whose experts lie on several GPUs (ParallelConfig.num_physical), every so many steps; stats.expert_load is of
+this rank's tokens:
 
-    window = push(window, stats.expert_load.narrow(0, 0, num_experts))                # each step, in the graph; zero experts lie nowhere
-    load = load_over_ranks(total(window), group)                                      # now and then, on the host: the same on every rank
+    window = push(window, stats.expert_load.narrow(0, 0, num_experts))                # each step, in the graph; zero
+                                                                                      experts lie nowhere
+    load = load_over_ranks(total(window), group)                                      # now and then, on the host: the
+                                                                                      same on every rank
     new = place_experts(load, num_physical, groups, nodes, gpus, previous=placement)
     weights, placement = move_experts(weights, placement, new, group), new
 
-and the router's weights get the new placement's tensors. A layer of your own on physical slots, with physical_ids before it, counts slots:
-there it is logical_load(placement, expert_load(physical, num_physical)).
+and the router's weights get the new placement's tensors. A layer of your own on physical slots, with physical_ids
+before it, counts slots: there it is logical_load(placement, expert_load(physical, num_physical)).
 """
 
 from moe_fn.balance.losses import (
@@ -33,8 +36,11 @@ from moe_fn.balance.slots import placement_of_slots
 from moe_fn.balance.window import LoadWindow, load_window, push, total
 
 __all__ = [
-    "LoadWindow", "Move", "Moves", "Placement", "balanced_senders", "balancedness", "expert_load", "gpu_load", "load_balancing_loss",
-    "load_over_ranks", "load_window", "logical_load", "move_experts", "pack", "physical_ids", "physical_weights", "place_experts",
-    "placement_at", "placement_of_slots", "push", "replicate", "router_z_loss", "sends_per_gpu", "sequence_balancing_loss",
+    "LoadWindow", "Move", "Moves", "Placement", "balanced_senders", "balancedness", "expert_load", "gpu_load",
+    "load_balancing_loss",
+    "load_over_ranks", "load_window", "logical_load", "move_experts", "pack", "physical_ids", "physical_weights",
+    "place_experts",
+    "placement_at", "placement_of_slots", "push", "replicate", "router_z_loss", "sends_per_gpu",
+    "sequence_balancing_loss",
     "start_moving", "stats_of_routing", "total", "transfers", "update_correction_bias",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """Load of experts, losses that even it out, and the update of the correction bias: pure functions, values in and out.
 
-Whatever the dtype of what comes in, tokens and slots are counted in int64, scores are summed in float32 (float64 for float64), and losses
-and biases are float32 (float64): in float16 65,504 is the largest number, and in bfloat16 257 is 256.
+Whatever the dtype of what comes in, tokens and slots are counted in int64, scores are summed in float32 (float64 for
+float64), and losses and biases are float32 (float64): in float16 65,504 is the largest number, and in bfloat16 257 is
+256.
 
 Laws
     Losses equal the reference.
@@ -57,10 +58,11 @@ def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
 
 
 def load_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """E * sum over experts of (slots of e / tokens) * (mean score of e): Switch (arXiv 2101.03961) and Mixtral in transformers.
+    """E * sum over experts of (slots of e / tokens) * (mean score of e): Switch (arXiv 2101.03961) and Mixtral in
+    transformers.
 
-    scores [tokens, E] of any float dtype (softmax probabilities, usually), expert_ids [tokens, top_k] integers -> [] float32 (float64 for
-    float64); top_k when perfectly even.
+    scores [tokens, E] of any float dtype (softmax probabilities, usually), expert_ids [tokens, top_k] integers -> []
+    float32 (float64 for float64); top_k when perfectly even.
 
     >>> load_balancing_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]])).item()
     1.0
@@ -75,10 +77,11 @@ def load_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor |
 
 
 def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """mean over sequences of sum over experts of f_e * P_e, f_e = E / (top_k S) * slots of e, P_e = mean of the scores of e, normalised.
+    """mean over sequences of sum over experts of f_e * P_e, f_e = E / (top_k S) * slots of e, P_e = mean of the scores
+    of e, normalised.
 
-    scores [B, S, E] of any float dtype, expert_ids [B, S, top_k] integers, token_mask [B, S] -> [] float32 (float64 for float64); 1 when
-    perfectly even. DeepSeek-V3 (arXiv 2412.19437, eq. 17-20).
+    scores [B, S, E] of any float dtype, expert_ids [B, S, top_k] integers, token_mask [B, S] -> [] float32 (float64 for
+    float64); 1 when perfectly even. DeepSeek-V3 (arXiv 2412.19437, eq. 17-20).
 
     >>> sequence_balancing_loss(torch.full((1, 2, 2), 0.5), torch.tensor([[[0], [1]]])).item()
     1.0
@@ -96,19 +99,23 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
 
 
 def load_over_ranks(load: Tensor, group: "dist.ProcessGroup | RankGroup | None" = None) -> Tensor:
-    """The load of all ranks of a group, the same on each: the sum of theirs. What an update of a bias, and placing experts, want.
+    """The load of all ranks of a group, the same on each: the sum of theirs. What an update of a bias, and placing
+    experts, want.
 
-    load [...] integers or floats, one rank's own, as stats.expert_load is or a window's total -> [...] int64, float32 or float64. group: of
-    torch.distributed, or of the config (config.parallel.ep); None: all ranks, and without torch.distributed the load as it is. Every rank
-    of the group must call it. Ranks with the same tokens (of tp, of sp, of ep where it is replicated) count them as often as they are: a
-    factor that all experts have. No look at values; a RankGroup works in a graph too.
+    load [...] integers or floats, one rank's own, as stats.expert_load is or a window's total -> [...] int64, float32
+    or float64. group: of torch.distributed, or of the config (config.parallel.ep); None: all ranks, and without
+    torch.distributed the load as it is. Every rank of the group must call it. Ranks with the same tokens (of tp, of sp,
+    of ep where it is replicated) count them as often as they are: a factor that all experts have. No look at values; a
+    RankGroup works in a graph too.
 
     >>> load_over_ranks(torch.tensor([3, 1], dtype=torch.int32))
     tensor([3, 1])
     """
     load = checked_load("load_over_ranks", "load", load)
     if not (group is None or isinstance(group, RankGroup) or hasattr(group, "group_name")):
-        raise ValueError(f"load_over_ranks: group is a {type(group).__name__}; expected a ProcessGroup of this rank, or a RankGroup")
+        raise ValueError(
+            f"load_over_ranks: group is a {type(group).__name__}; expected a ProcessGroup of this rank, or a RankGroup"
+        )
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return load
     own = default_group() if group is None else group
@@ -118,10 +125,10 @@ def load_over_ranks(load: Tensor, group: "dist.ProcessGroup | RankGroup | None" 
 def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """One step of loss-free balancing: bias + rate * sign(mean load - load). Overloaded experts sink, idle ones rise.
 
-    correction_bias [..., E] of any float dtype, load [..., E] integers or floats -> [..., E] float32 (float64 for float64), a new tensor;
-    leading dimensions may be layers. Keep it in float32: in bfloat16 a bias of 1 plus a rate of 1e-3 is 1. Integer loads are compared as
-    they are, while E of them fit in int64. Over ranks: of `load_over_ranks`, so that every rank has the same bias.
-    Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
+    correction_bias [..., E] of any float dtype, load [..., E] integers or floats -> [..., E] float32 (float64 for
+    float64), a new tensor; leading dimensions may be layers. Keep it in float32: in bfloat16 a bias of 1 plus a rate of
+    1e-3 is 1. Integer loads are compared as they are, while E of them fit in int64. Over ranks: of `load_over_ranks`,
+    so that every rank has the same bias. Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
 
     >>> update_correction_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
     [-0.5, 0.0, 0.5]
@@ -130,13 +137,21 @@ def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -
     check_kind("update_correction_bias", "load", load, Tensor)
     check_float("update_correction_bias: rate", rate)
     if load.shape != correction_bias.shape or load.ndim == 0:
-        wanted = "[..., E]" if load.ndim == correction_bias.ndim == 0 else f"that of correction_bias, {list(correction_bias.shape)}"
+        wanted = (
+            "[..., E]"
+            if load.ndim == correction_bias.ndim == 0
+            else f"that of correction_bias, {list(correction_bias.shape)}"
+        )
         raise ValueError(f"update_correction_bias: load is {list(load.shape)}; expected {wanted}")
     if load.device != correction_bias.device:
-        raise ValueError(f"update_correction_bias: load is on {load.device}; expected that of correction_bias, {correction_bias.device}")
+        raise ValueError(
+            f"update_correction_bias: load is on {load.device}; expected that of correction_bias, "
+            f"{correction_bias.device}"
+        )
     load = checked_load("update_correction_bias", "load", load)
     load = load.to(torch.float64) if load.is_floating_point() else load
-    above = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load)  # of mean - load, without a division that rounds
+    # of mean - load, without a division that rounds
+    above = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load)
     wide = accumulation_dtype(correction_bias.dtype)
     return correction_bias.to(wide) + rate * above.to(wide)
 
@@ -144,7 +159,10 @@ def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -
 def stats_of_routing(
     config: MoEConfig, logits: Tensor, routing: Routing, token_mask: Tensor | None, leading: tuple[int, ...]
 ) -> RoutingStats:
-    """All of the above of one call. leading: the dimensions of the tokens before they were laid flat; the last is the sequence."""
+    """All of the above of one call.
+
+    leading: the dimensions of the tokens before they were laid flat; the last is the sequence.
+    """
     ids = routing.expert_ids
     logits = logits if token_mask is None else torch.where(token_mask.unsqueeze(-1), logits, 0)
     scores = scores_of_logits(config, logits)
@@ -168,9 +186,13 @@ def _check_scores(where: str, scores: Tensor, expert_ids: Tensor, token_mask: Te
     """Scores and a mask that fit, and ids beside them, as int64."""
     check_dtype(where, "scores", scores, "float")
     if scores.ndim != dims:
-        raise ValueError(f"{where}: scores is {list(scores.shape)}; expected {'[tokens, E]' if dims == 2 else '[B, S, E]'}")
+        raise ValueError(
+            f"{where}: scores is {list(scores.shape)}; expected {'[tokens, E]' if dims == 2 else '[B, S, E]'}"
+        )
     check_kind(where, "expert_ids", expert_ids, Tensor)
-    expert_ids = checked_ids(where, "expert_ids", expert_ids, scores, ("top_k", expert_ids.shape[-1] if expert_ids.ndim else 1))
+    expert_ids = checked_ids(
+        where, "expert_ids", expert_ids, scores, ("top_k", expert_ids.shape[-1] if expert_ids.ndim else 1)
+    )
     _check_mask(where, scores, token_mask)
     return expert_ids
 
@@ -181,7 +203,10 @@ def _check_mask(where: str, scores: Tensor, token_mask: Tensor | None) -> None:
 
 
 def _load_of_rows(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """expert_load of each row: [..., slots] -> [..., num_experts]. Nobody's slots fall into one more bin, which is cut off."""
+    """expert_load of each row: [..., slots] -> [..., num_experts].
+
+    Nobody's slots fall into one more bin, which is cut off.
+    """
     bins = torch.where((expert_ids >= 0) & (expert_ids < num_experts), expert_ids, num_experts)
     counts = torch.zeros(*bins.shape[:-1], num_experts + 1, dtype=torch.int64, device=bins.device)
     return counts.scatter_add(-1, bins, torch.ones_like(bins)).narrow(-1, 0, num_experts)

@@ -20,7 +20,10 @@ def words_of_ranks(ranks: Sequence[int]) -> str:
     >>> words_of_ranks([2]), words_of_ranks([0, 1, 4, 5, 6, 7])
     ('rank 2', 'ranks 0, 1, 4-7')
     """
-    runs = [[r for _, r in run] for _, run in itertools.groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])]
+    runs = [
+        [r for _, r in run]
+        for _, run in itertools.groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
+    ]
     parts = [part for run in runs for part in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(parts)}"
 
@@ -46,10 +49,14 @@ def differing_fields(fields_of_rank: dict[int, dict[str, Any]]) -> list[str]:
 def meet(ranks: Sequence[int], mine: int, text: str, timeout_s: float, compare: Compare) -> str:
     """The answer to all ranks' texts: the same words on every rank that came, "" where there is nothing to say.
 
-    The first of `ranks` reads all texts, so the store moves two texts a rank, not a square of them. Who has waited in vain for timeout_s
-    decides instead; the first decision is everybody's, also of ranks that come too late.
+    The first of `ranks` reads all texts, so the store moves two texts a rank, not a square of them. Who has waited in
+    vain for timeout_s decides instead; the first decision is everybody's, also of ranks that come too late.
     """
-    base = f"moe_fn/meeting/{'-'.join(map(str, ranks))}" if len(ranks) < 9 else f"moe_fn/meeting/{ranks[0]}-{ranks[-1]}-{len(ranks)}"
+    base = (
+        f"moe_fn/meeting/{'-'.join(map(str, ranks))}"
+        if len(ranks) < 9
+        else f"moe_fn/meeting/{ranks[0]}-{ranks[-1]}-{len(ranks)}"
+    )
     try:
         number = default_store(base).add(f"calls/{mine}", 1)  # the count lives in the store: this module has no state
         return _meet(default_store(f"{base}/{number}"), ranks, mine, text, timeout_s, compare)
@@ -64,7 +71,9 @@ def _meet(store: Any, ranks: Sequence[int], mine: int, text: str, timeout_s: flo
     keys = {rank: f"text/{rank}" for rank in ranks}
 
     def absent() -> list[int]:
-        return [] if store.check(list(keys.values())) else [rank for rank, key in keys.items() if not store.check([key])]
+        return (
+            [] if store.check(list(keys.values())) else [rank for rank, key in keys.items() if not store.check([key])]
+        )
 
     leads = mine == ranks[0]
     patience = timeout_s if leads else timeout_s + _GRACE_S / 2
@@ -74,9 +83,15 @@ def _meet(store: Any, ranks: Sequence[int], mine: int, text: str, timeout_s: flo
         came = [rank for rank in ranks if rank not in missing]
         found = compare({rank: store.get(keys[rank]).decode() for rank in came}) if leads else []
         if missing:
-            found = [f"{words_of_ranks(missing)} did not come within {timeout_s:g} s, {words_of_ranks(came)} did", *found]
+            found = [
+                f"{words_of_ranks(missing)} did not come within {timeout_s:g} s, {words_of_ranks(came)} did",
+                *found,
+            ]
         elif not decided:
-            found = [f"{words_of_ranks(ranks[:1])} came, and gave no answer within {timeout_s:g} s: it is dead or hangs", *found]
+            found = [
+                f"{words_of_ranks(ranks[:1])} came, and gave no answer within {timeout_s:g} s: it is dead or hangs",
+                *found,
+            ]
         if store.add("decisions", 1) == 1:
             store.set("answer", "=" + "; ".join(found))  # a store may take an empty value for none
     if not _wait(lambda: store.check(["answer"]), time.monotonic() + _GRACE_S):

@@ -1,4 +1,7 @@
-"""move_experts: carries out a new placement over a process group. The layer answers with the old weights until the new ones are there."""
+"""move_experts: carries out a new placement over a process group.
+
+The layer answers with the old weights until the new ones are there.
+"""
 
 import dataclasses
 import json
@@ -22,7 +25,8 @@ _LORA = "lora"  # adapters have the experts second
 
 
 def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
-    """The experts of each slot: every tensor [E, ...] becomes [P, ...]; a GPU's part is a stretch of it. Other tensors are as they were.
+    """The experts of each slot: every tensor [E, ...] becomes [P, ...]; a GPU's part is a stretch of it. Other tensors
+    are as they were.
 
     placement of one layer. Prepared weights stay prepared. Raises ValueError for another number of experts.
 
@@ -38,29 +42,38 @@ def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
     slots, num_experts = placement.logical_of_physical, placement.num_replicas.shape[-1]
     tensors = _expert_tensors("physical_weights", weights, num_experts)
     if slots.ndim != 1:
-        raise ValueError(f"physical_weights: placement.logical_of_physical is {list(slots.shape)}; expected [P], one layer")
+        raise ValueError(
+            f"physical_weights: placement.logical_of_physical is {list(slots.shape)}; expected [P], one layer"
+        )
     return _with_tensors(weights, {name: t.index_select(0, slots.to(t.device)) for name, t in tensors.items()})
 
 
 def move_experts(
-    weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None" = None, timeout_s: float = 60
+    weights: MoEWeights,
+    previous: Placement,
+    new: Placement,
+    group: "dist.ProcessGroup | None" = None,
+    timeout_s: float = 60,
 ) -> MoEWeights:
-    """This rank's weights under the new placement; `weights` are its weights under the previous one, and stay as they are.
+    """This rank's weights under the new placement; `weights` are its weights under the previous one, and stay as they
+    are.
 
-    weights   gate_up, down and, where there are any, biases, expert_norm, scales, [P / ranks, ...] of one layer; prepared ones too
+    weights   gate_up, down and, where there are any, biases, expert_norm, scales, [P / ranks, ...] of one layer;
+              prepared ones too
     previous, new   placements of one layer, the same on every rank; GPU g is rank g of the group
     group     None: all ranks
     timeout_s   how long a rank waits for the others to say what they hold
 
-    First the ranks compare what they hold, in the store of torch.distributed as check_ranks_agree does: the placements, slot by slot, and
-    which tensors of what shapes and dtypes. Then one all-to-all of bytes, of sizes that the placements tell: no look at tensors. Every
-    rank of the group must call it, also those that neither send nor get; where nobody needs anything, no tensor travels. Bit for bit;
-    without gradients. A GPU gets an expert once, however many of its slots it fills. Needs room for the new weights beside the old, and
-    for what travels.
+    First the ranks compare what they hold, in the store of torch.distributed as check_ranks_agree does: the placements,
+    slot by slot, and which tensors of what shapes and dtypes. Then one all-to-all of bytes, of sizes that the
+    placements tell: no look at tensors. Every rank of the group must call it, also those that neither send nor get;
+    where nobody needs anything, no tensor travels. Bit for bit; without gradients. A GPU gets an expert once, however
+    many of its slots it fills. Needs room for the new weights beside the old, and for what travels.
 
-    Raises ValueError on every rank that came, with the same words, before anything is sent: for placements of several layers, of different
-    shapes, or that do not fit the group or a rank's weights; where ranks hold different placements (each has placed by its own tokens:
-    `load_over_ranks` is what all of them place by) or different tensors; and for a rank that does not come within timeout_s.
+    Raises ValueError on every rank that came, with the same words, before anything is sent: for placements of several
+    layers, of different shapes, or that do not fit the group or a rank's weights; where ranks hold different placements
+    (each has placed by its own tokens: `load_over_ranks` is what all of them place by) or different tensors; and for a
+    rank that does not come within timeout_s.
 
     Laws
         Moved weights are the weights of the new placement.
@@ -69,9 +82,14 @@ def move_experts(
 
 
 def start_moving(
-    weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None" = None, timeout_s: float = 60
+    weights: MoEWeights,
+    previous: Placement,
+    new: Placement,
+    group: "dist.ProcessGroup | None" = None,
+    timeout_s: float = 60,
 ) -> Callable[[], MoEWeights]:
-    """move_experts in two steps: starts the transfers, once all ranks have come; what it returns waits for them and makes the new weights.
+    """move_experts in two steps: starts the transfers, once all ranks have come; what it returns waits for them and
+    makes the new weights.
 
     In between, the layer goes on with the old weights, which must not be written to.
     """
@@ -80,7 +98,7 @@ def start_moving(
         raise ValueError("move_experts: this process is not in the group; expected one of its ranks")
     moves = _agreed_moves(weights, previous, new, group, timeout_s)
     if not moves.transfers:
-        return lambda: arrived(weights, moves, rank, [])
+        return lambda: weights_after_moves(weights, moves, rank, [])
     outgoing = departing(weights, moves, rank)
     lengths = [_bytes_of_expert(weights, moves.num_physical // ranks) * count for count in _counts_from(moves, rank)]
     sent = torch.cat(outgoing)
@@ -89,13 +107,15 @@ def start_moving(
 
     def finish(sent: Tensor = sent) -> MoEWeights:  # what is sent must live until it is
         work.wait()
-        return arrived(weights, moves, rank, list(received.split(lengths)))
+        return weights_after_moves(weights, moves, rank, list(received.split(lengths)))
 
     return finish
 
 
 def departing(weights: MoEWeights, moves: Moves, rank: int) -> list[Tensor]:
-    """What this rank sends to each rank: bytes, expert after expert in the order of moves.transfers, each all of its tensors."""
+    """What this rank sends to each rank: bytes, expert after expert in the order of moves.transfers, each all of its
+    tensors.
+    """
     per_gpu = moves.num_physical // moves.num_gpus
     tensors = _expert_tensors("move_experts", weights, per_gpu)
     parts: list[list[Tensor]] = [[tensors[("gate_up",)].new_empty(0, dtype=torch.uint8)] for _ in range(moves.num_gpus)]
@@ -105,8 +125,10 @@ def departing(weights: MoEWeights, moves: Moves, rank: int) -> list[Tensor]:
     return [torch.cat(part) for part in parts]
 
 
-def arrived(weights: MoEWeights, moves: Moves, rank: int, received: Sequence[Tensor]) -> MoEWeights:
-    """The new weights of this rank: slots that stay, copies on this rank, and what each rank has sent (as `departing` laid it)."""
+def weights_after_moves(weights: MoEWeights, moves: Moves, rank: int, received: Sequence[Tensor]) -> MoEWeights:
+    """The new weights of this rank: slots that stay, copies on this rank, and what each rank has sent (as `departing`
+    laid it).
+    """
     per_gpu = moves.num_physical // moves.num_gpus
     tensors = _expert_tensors("move_experts", weights, per_gpu)
     source = list(range(per_gpu))
@@ -133,8 +155,12 @@ def arrived(weights: MoEWeights, moves: Moves, rank: int, received: Sequence[Ten
     return _with_tensors(weights, moved)
 
 
-def _agreed_moves(weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None", timeout_s: float) -> Moves:
-    """The moves, which are the same on every rank: ValueError on every one of them where they are not, or where one has none."""
+def _agreed_moves(
+    weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None", timeout_s: float
+) -> Moves:
+    """The moves, which are the same on every rank: ValueError on every one of them where they are not, or where one has
+    none.
+    """
     ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
     problems: list[str] = []
     fields: dict[str, str | int] = {}
@@ -144,7 +170,9 @@ def _agreed_moves(weights: MoEWeights, previous: Placement, new: Placement, grou
         moves = _moves_of_layer(previous, new, len(ranks))
         tensors = _expert_tensors("move_experts", weights, moves.num_physical // len(ranks))
         fields = {f"weights.{'.'.join(path)}": f"{t.dtype} {list(t.shape)}" for path, t in tensors.items()}
-        fields |= fields_of_slots("previous", previous.logical_of_physical) | fields_of_slots("new", new.logical_of_physical)
+        fields |= fields_of_slots("previous", previous.logical_of_physical) | fields_of_slots(
+            "new", new.logical_of_physical
+        )
     except ValueError as error:  # said, not raised: the other ranks wait
         problems = [str(error).removeprefix("move_experts: ")]
     answer = meet(ranks, dist.get_rank(), json.dumps({"problems": problems, "fields": fields}), timeout_s, _differences)
@@ -172,7 +200,9 @@ def _moves_of_layer(previous: Placement, new: Placement, ranks: int) -> Moves:
     check_kind("move_experts", "previous", previous, Placement)
     check_kind("move_experts", "new", new, Placement)
     if new.logical_of_physical.ndim != 1:
-        raise ValueError(f"move_experts: new.logical_of_physical is {list(new.logical_of_physical.shape)}; expected [P], one layer")
+        raise ValueError(
+            f"move_experts: new.logical_of_physical is {list(new.logical_of_physical.shape)}; expected [P], one layer"
+        )
     return transfers(previous, new, ranks)
 
 
@@ -181,13 +211,19 @@ def _expert_tensors(where: str, weights: MoEWeights, experts: int) -> dict[Path,
     tensors = {path: leaf for path, leaf in leaves if path in EXPERT_PATHS and leaf is not None}
     for path, tensor in tensors.items():
         if tensor.shape[0] != experts:
-            raise ValueError(f"{where}: weights.{'.'.join(path)} is {list(tensor.shape)}; expected {experts} experts first")
+            raise ValueError(
+                f"{where}: weights.{'.'.join(path)} is {list(tensor.shape)}; expected {experts} experts first"
+            )
     return tensors | _adapters(weights, experts)
 
 
 def _adapters(weights: MoEWeights, experts: int) -> dict[Path, Tensor]:
     """LoRA tensors [L, E, ...] as [E, L, ...], but for those that all experts share."""
-    lora = {} if weights.lora is None else {f.name: getattr(weights.lora, f.name) for f in dataclasses.fields(weights.lora)}
+    lora = (
+        {}
+        if weights.lora is None
+        else {f.name: getattr(weights.lora, f.name) for f in dataclasses.fields(weights.lora)}
+    )
     return {(_LORA, name): t.transpose(0, 1) for name, t in lora.items() if t is not None and t.shape[1] == experts}
 
 

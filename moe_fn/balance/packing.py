@@ -1,4 +1,7 @@
-"""place_experts: which expert lies where, from the load that was seen. Runs on the host, between steps; plain Python on a few numbers."""
+"""place_experts: which expert lies where, from the load that was seen.
+
+Runs on the host, between steps; plain Python on a few numbers.
+"""
 
 import heapq
 import math
@@ -16,31 +19,36 @@ ROUNDING = 1e-12
 def place_experts(
     load: Tensor, num_physical: int, num_groups: int, num_nodes: int, num_gpus: int, previous: Placement | None = None
 ) -> Placement:
-    """Copies of experts on GPUs so that the fullest GPU has little to do; replicas share the load of their expert evenly.
+    """Copies of experts on GPUs so that the fullest GPU has little to do; replicas share the load of their expert
+    evenly.
 
         1. groups of experts are packed on nodes        (skipped where num_nodes does not divide num_groups: "global")
         2. in each node, slot by slot, the expert with the largest load per replica gets one more
         3. in each node, replicas are packed on its GPUs
         4. on each GPU, experts that `previous` had there keep their slots
-        pack: heaviest first, each on the lightest pack with room; all packs take equally many; ties go to the lowest number
+        pack: heaviest first, each on the lightest pack with room; all packs take equally many; ties go to the lowest
+        number
 
-    load [E] or [layers, E], integers or floats >= 0, on any device; layers are placed one by one. num_physical slots P, dealt to GPUs in
-    order. Returns a Placement on the CPU with the leading dimensions of load. A layer whose fullest GPU would not get less than with
-    `previous` (under the new load) keeps it, and nothing of it needs to move.
+    load [E] or [layers, E], integers or floats >= 0, on any device; layers are placed one by one. num_physical slots P,
+    dealt to GPUs in order. Returns a Placement on the CPU with the leading dimensions of load. A layer whose fullest
+    GPU would not get less than with `previous` (under the new load) keeps it, and nothing of it needs to move.
 
-    With G GPUs, total load T and s the largest load per replica, which step 2 makes as small as it can be, at most T / (P - E + 1):
+    With G GPUs, total load T and s the largest load per replica, which step 2 makes as small as it can be, at most T /
+    (P - E + 1):
 
         packing    any two packs differ by the heaviest item at most, so  max <= mean + (1 - 1/packs) * heaviest item
-        global     fullest GPU <= T/G + (1 - 1/G) s <= (2 - 1/G) of the best possible, which is at least T/G and at least s
+        global     fullest GPU <= T/G + (1 - 1/G) s <= (2 - 1/G) of the best possible, which is at least T/G and at
+                   least s
         hierarchical   the same inside each node, whose load is at most T/nodes + (1 - 1/nodes) * heaviest group
 
-    Why packs differ by the heaviest item w at most: say Q is full before P, and let f(Q) = sum of (item - b) over the items of Q, b the
-    size of the item at hand. f(P) - f(Q) grows, as b sinks, only while P has more items than Q; but then it is load(P) - load(Q) less a
-    few b, and load(P) - load(Q) <= w while both have room, for each took its last item as the lightest. So f(P) - f(Q) <= w when Q is
-    full; what P gets from then on is at most b each. The other way round load(Q) <= load(P) + its last item.
+    Why packs differ by the heaviest item w at most: say Q is full before P, and let f(Q) = sum of (item - b) over the
+    items of Q, b the size of the item at hand. f(P) - f(Q) grows, as b sinks, only while P has more items than Q; but
+    then it is load(P) - load(Q) less a few b, and load(P) - load(Q) <= w while both have room, for each took its last
+    item as the lightest. So f(P) - f(Q) <= w when Q is full; what P gets from then on is at most b each. The other way
+    round load(Q) <= load(P) + its last item.
 
-    Raises ValueError for sizes that do not divide, fewer slots than experts, a load that is negative, infinite or NaN, and a previous
-    placement of other shapes.
+    Raises ValueError for sizes that do not divide, fewer slots than experts, a load that is negative, infinite or NaN,
+    and a previous placement of other shapes.
 
     Laws
         Every expert is placed.
@@ -67,17 +75,22 @@ def place_experts(
     placed = [_place_layer(row, num_physical, num_groups, num_nodes, num_gpus) for row in rows]
     if previous is not None:
         shape = (*load.shape[:-1], num_physical)
-        olds = checked_slots("place_experts: previous.logical_of_physical", previous.logical_of_physical, shape, num_experts)
+        olds = checked_slots(
+            "place_experts: previous.logical_of_physical", previous.logical_of_physical, shape, num_experts
+        )
         per_gpu = num_physical // num_gpus
         placed = [
-            _keep_slots(new, old, per_gpu) if _fullest(new, row, per_gpu) < _fullest(old, row, per_gpu) * (1 - ROUNDING) else old
+            _keep_slots(new, old, per_gpu)
+            if _fullest(new, row, per_gpu) < _fullest(old, row, per_gpu) * (1 - ROUNDING)
+            else old
             for new, old, row in zip(placed, olds, rows, strict=True)
         ]
     return tables_of_slots(placed, num_experts, (*load.shape[:-1], num_physical))
 
 
 def pack(weights: Sequence[float], num_packs: int) -> list[list[int]]:
-    """Items of each pack, all packs equally long: heaviest first, each into the lightest pack with room, ties to the lowest number.
+    """Items of each pack, all packs equally long: heaviest first, each into the lightest pack with room, ties to the
+    lowest number.
 
     With one item a pack, item i is in pack i. Raises ValueError where the packs do not divide the items.
 
@@ -105,10 +118,12 @@ def pack(weights: Sequence[float], num_packs: int) -> list[list[int]]:
 
 
 def replicate(load: Sequence[float], num_slots: int) -> Slots:
-    """Expert of each slot: every expert once, then slot by slot the one with the largest load per replica, ties to the lowest number.
+    """Expert of each slot: every expert once, then slot by slot the one with the largest load per replica, ties to the
+    lowest number.
 
-    The largest load per replica that this leaves is the smallest there is: had another division a smaller one, some expert would have
-    fewer replicas there than here, so at least what it had here before its last one, when its share was the largest.
+    The largest load per replica that this leaves is the smallest there is: had another division a smaller one, some
+    expert would have fewer replicas there than here, so at least what it had here before its last one, when its share
+    was the largest.
 
     >>> replicate([8, 3, 1], 5)
     [0, 1, 2, 0, 0]
@@ -174,13 +189,17 @@ def _checked_load(load: Tensor) -> tuple[list[list[float]], int]:
     for layer, row in enumerate(rows):
         for expert, value in enumerate(row):
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"place_experts: load of expert {expert} in row {layer} is {value}; expected a finite number >= 0")
+                raise ValueError(
+                    f"place_experts: load of expert {expert} in row {layer} is {value}; expected a finite number >= 0"
+                )
     return rows, load.shape[-1]
 
 
 def _check_sizes(num_experts: int, num_physical: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
     if num_physical < num_experts:
-        raise ValueError(f"place_experts: num_physical={num_physical}; expected at least one slot for each of {num_experts} experts")
+        raise ValueError(
+            f"place_experts: num_physical={num_physical}; expected at least one slot for each of {num_experts} experts"
+        )
     for name, value, divisor_name, divisor in (
         ("the number of experts", num_experts, "num_groups", num_groups),
         ("num_gpus", num_gpus, "num_nodes", num_nodes),

@@ -1,4 +1,6 @@
-"""Where copies of experts lie: the record, the map of ids that a router's choices go through, and loads seen from both sides."""
+"""Where copies of experts lie: the record, the map of ids that a router's choices go through, and loads seen from both
+sides.
+"""
 
 from dataclasses import dataclass
 
@@ -12,9 +14,11 @@ from moe_fn.torch_compat import check_same_size
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which logical expert each physical slot holds. GPUs hold equally many slots, in order: the first GPU the first ones.
+    """Which logical expert each physical slot holds. GPUs hold equally many slots, in order: the first GPU the first
+    ones.
 
-    A pytree. Leading dimensions are those of the load that it was made for: none, or layers. All int64, or other integers.
+    A pytree. Leading dimensions are those of the load that it was made for: none, or layers. All int64, or other
+    integers.
     """
 
     logical_of_physical: Tensor  # [..., P]
@@ -46,7 +50,8 @@ def checked_load(where: str, name: str, load: Tensor) -> Tensor:
 
 
 def placement_at(placement: Placement, layer: int) -> Placement:
-    """The placement of one layer of a placement of layers: [L, ...] -> [...]. Raises ValueError for a layer that is not there.
+    """The placement of one layer of a placement of layers: [L, ...] -> [...]. Raises ValueError for a layer that is not
+    there.
 
     >>> from moe_fn.balance import place_experts
     >>> both = place_experts(torch.tensor([[3, 1], [1, 3]]), num_physical=3, num_groups=1, num_nodes=1, num_gpus=1)
@@ -55,7 +60,9 @@ def placement_at(placement: Placement, layer: int) -> Placement:
     """
     check_kind("placement_at", "placement", placement, Placement)
     if placement.logical_of_physical.ndim != 2:
-        raise ValueError(f"placement_at: logical_of_physical is {_sizes(placement.logical_of_physical)}; expected [layers, P]")
+        raise ValueError(
+            f"placement_at: logical_of_physical is {_sizes(placement.logical_of_physical)}; expected [layers, P]"
+        )
     if not -(layers := placement.logical_of_physical.shape[0]) <= layer < layers:
         raise ValueError(f"placement_at: layer={layer}; expected one of its {layers} layers")
     return Placement(
@@ -70,11 +77,12 @@ def physical_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor |
 
         physical[t, j] = slots of expert ids[t, j] [ token_index[t] mod number of its replicas ]
 
-    placement of one layer; expert_ids [..., top_k] integers; token_index [...] integers, None: the position among all tokens. Returns
-    [..., top_k] int64, or int32 for int32. Ids of -1 stay -1; zero expert number i, E + i, becomes P + i, which is zero expert number i
-    of a config with P experts. In the graph: no look at values, no randomness, so ranks and reruns agree. Neighbouring tokens take turns,
-    so a run of tokens loads the replicas of an expert evenly to within one; where each call has one token (decoding), let token_index
-    count on across calls and ranks, or every call would take the first replica.
+    placement of one layer; expert_ids [..., top_k] integers; token_index [...] integers, None: the position among all
+    tokens. Returns [..., top_k] int64, or int32 for int32. Ids of -1 stay -1; zero expert number i, E + i, becomes P +
+    i, which is zero expert number i of a config with P experts. In the graph: no look at values, no randomness, so
+    ranks and reruns agree. Neighbouring tokens take turns, so a run of tokens loads the replicas of an expert evenly to
+    within one; where each call has one token (decoding), let token_index count on across calls and ranks, or every call
+    would take the first replica.
 
     Raises ValueError for a placement of several layers, ids that are no integers, and a token_index of another shape.
 
@@ -100,7 +108,11 @@ def physical_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor |
     expert = torch.where(real, ids, 0).flatten()
     replicas = placement.num_replicas.index_select(0, expert).view(ids.shape)
     replica = torch.remainder(index.unsqueeze(-1), replicas)
-    slots = placement.physical_of_logical.flatten().index_select(0, expert * max_replicas + replica.flatten()).view(ids.shape)
+    slots = (
+        placement.physical_of_logical.flatten()
+        .index_select(0, expert * max_replicas + replica.flatten())
+        .view(ids.shape)
+    )
     other = torch.where(ids < 0, ids, ids + (num_physical - num_experts))
     physical = torch.where(real, slots, other).to(torch.int32 if expert_ids.dtype == torch.int32 else torch.int64)
     return physical if expert_ids.ndim == 2 else physical.view(expert_ids.shape)
@@ -109,8 +121,9 @@ def physical_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor |
 def logical_load(placement: Placement, load_of_physical: Tensor) -> Tensor:
     """Load per expert from load per slot: [..., P] integers or floats -> [..., E] int64, float32 or float64.
 
-    For a layer of your own on physical slots, whose stats count slots: P experts, and physical_ids before it. A layer with
-    ParallelConfig.num_physical counts experts, and its stats.expert_load is what place_experts wants. Raises ValueError for another shape.
+    For a layer of your own on physical slots, whose stats count slots: P experts, and physical_ids before it. A layer
+    with ParallelConfig.num_physical counts experts, and its stats.expert_load is what place_experts wants. Raises
+    ValueError for another shape.
 
     Laws
         Loads keep their totals.
@@ -119,11 +132,16 @@ def logical_load(placement: Placement, load_of_physical: Tensor) -> Tensor:
     >>> logical_load(placement_of_slots(torch.tensor([0, 1, 0]), num_experts=2), torch.tensor([5, 2, 4])).tolist()
     [9, 2]
     """
-    placement, load = checked_placement("logical_load", placement), checked_load("logical_load", "load_of_physical", load_of_physical)
+    placement, load = (
+        checked_placement("logical_load", placement),
+        checked_load("logical_load", "load_of_physical", load_of_physical),
+    )
     slots = placement.logical_of_physical
     if load.shape != slots.shape:
         counts = ", the load per expert already" if load.shape == placement.num_replicas.shape else ""
-        raise ValueError(f"logical_load: load_of_physical is {_sizes(load)}{counts}; expected {_sizes(slots)}, the placement's slots")
+        raise ValueError(
+            f"logical_load: load_of_physical is {_sizes(load)}{counts}; expected {_sizes(slots)}, the placement's slots"
+        )
     return load.new_zeros(placement.num_replicas.shape).scatter_add(-1, slots, load)
 
 
@@ -136,15 +154,20 @@ def gpu_load(placement: Placement, load: Tensor, num_gpus: int) -> Tensor:
         Loads keep their totals.
 
     >>> from moe_fn.balance import placement_of_slots
-    >>> gpu_load(placement_of_slots(torch.tensor([0, 1, 0, 2]), num_experts=3), torch.tensor([6, 1, 2]), num_gpus=2).tolist()
+    >>> gpu_load(placement_of_slots(torch.tensor([0, 1, 0, 2]), num_experts=3), torch.tensor([6, 1, 2]),
+    ...     num_gpus=2).tolist()
     [4.0, 5.0]
     """
     placement, load = checked_placement("gpu_load", placement), checked_load("gpu_load", "load", load)
     slots = placement.logical_of_physical
     if load.shape != placement.num_replicas.shape:
-        raise ValueError(f"gpu_load: load is {_sizes(load)}; expected {_sizes(placement.num_replicas)}, the placement's experts")
+        raise ValueError(
+            f"gpu_load: load is {_sizes(load)}; expected {_sizes(placement.num_replicas)}, the placement's experts"
+        )
     if num_gpus < 1 or slots.shape[-1] % num_gpus:
-        raise ValueError(f"gpu_load: num_gpus={num_gpus} does not divide the {slots.shape[-1]} slots; expected a divisor")
+        raise ValueError(
+            f"gpu_load: num_gpus={num_gpus} does not divide the {slots.shape[-1]} slots; expected a divisor"
+        )
     share = (load.to(torch.float64) / placement.num_replicas).gather(-1, slots)
     per_gpu: Tensor = share.unflatten(-1, (num_gpus, -1))
     return per_gpu.sum(-1)
@@ -166,21 +189,28 @@ def balancedness(load_per_gpu: Tensor) -> Tensor:
     return torch.where(largest > 0, load.mean(-1) / torch.where(largest > 0, largest, 1), 1)
 
 
-def _checked_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor | None) -> tuple[Placement, Tensor, Tensor | None]:
+def _checked_ids(
+    placement: Placement, expert_ids: Tensor, token_index: Tensor | None
+) -> tuple[Placement, Tensor, Tensor | None]:
     """What physical_ids reads, as int64."""
     placement = checked_placement("physical_ids", placement)
     slots = placement.logical_of_physical
     if slots.ndim != 1:
-        raise ValueError(f"physical_ids: placement.logical_of_physical is {_sizes(slots)}; expected [P], one layer: see placement_at")
+        raise ValueError(
+            f"physical_ids: placement.logical_of_physical is {_sizes(slots)}; expected [P], one layer: see placement_at"
+        )
     expert_ids = checked_integers("physical_ids", "expert_ids", expert_ids)
     if expert_ids.ndim < 2:
-        raise ValueError(f"physical_ids: expert_ids is {_sizes(expert_ids)}; expected [..., top_k] with at least 2 dims")
+        raise ValueError(
+            f"physical_ids: expert_ids is {_sizes(expert_ids)}; expected [..., top_k] with at least 2 dims"
+        )
     if token_index is None:
         return placement, expert_ids, None
     token_index = checked_integers("physical_ids", "token_index", token_index)
     if token_index.ndim != expert_ids.ndim - 1:
         raise ValueError(
-            f"physical_ids: token_index is {_sizes(token_index)}; expected the leading dims of expert_ids, {_sizes(expert_ids)}"
+            f"physical_ids: token_index is {_sizes(token_index)}; expected the leading dims of expert_ids, "
+            f"{_sizes(expert_ids)}"
         )
     for dim in range(token_index.ndim):
         if torch.compiler.is_compiling():

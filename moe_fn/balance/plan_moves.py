@@ -1,4 +1,7 @@
-"""transfers: the fewest copies that turn one placement into another, and who sends them. Runs on the host; plain data in and out."""
+"""transfers: the fewest copies that turn one placement into another, and who sends them.
+
+Runs on the host; plain data in and out.
+"""
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -10,7 +13,9 @@ from moe_fn.balance.slots import Slots, checked_slots
 
 @dataclass(frozen=True)
 class Move:
-    """The weights of one expert of one layer, from slot `source` to slot `target` (physical slots; layer is 0 where there is one)."""
+    """The weights of one expert of one layer, from slot `source` to slot `target` (physical slots; layer is 0 where
+    there is one).
+    """
 
     layer: int
     source: int
@@ -38,10 +43,12 @@ class Moves:
 
 
 def transfers(previous: Placement, new: Placement, num_gpus: int) -> Moves:
-    """The fewest transfers that turn `previous` into `new`: one for each GPU and expert that it gets and did not have, and no more.
+    """The fewest transfers that turn `previous` into `new`: one for each GPU and expert that it gets and did not have,
+    and no more.
 
-    Placements of one layer or of as many layers. In each layer the senders are chosen so that the GPU that sends most sends as little as
-    it can: each transfer is given to the least busy GPU that it can reach by handing others on (Harvey et al. 2006, semi-matchings).
+    Placements of one layer or of as many layers. In each layer the senders are chosen so that the GPU that sends most
+    sends as little as it can: each transfer is given to the least busy GPU that it can reach by handing others on
+    (Harvey et al. 2006, semi-matchings).
 
     Raises ValueError for placements of different shapes and for slots that the GPUs do not divide.
 
@@ -53,7 +60,8 @@ def transfers(previous: Placement, new: Placement, num_gpus: int) -> Moves:
     >>> import torch
     >>> from moe_fn.balance import placement_of_slots
     >>> slots = torch.tensor([[0, 1, 2, 0], [1, 1, 2, 0]])  # slot 0 gets expert 1, which is on its GPU
-    >>> moves = transfers(placement_of_slots(slots[0], num_experts=3), placement_of_slots(slots[1], num_experts=3), num_gpus=2)
+    >>> moves = transfers(placement_of_slots(slots[0], num_experts=3), placement_of_slots(slots[1], num_experts=3),
+    ...     num_gpus=2)
     >>> moves.copies, moves.transfers
     ((Move(layer=0, source=1, target=0),), ())
     """
@@ -80,17 +88,23 @@ def transfers(previous: Placement, new: Placement, num_gpus: int) -> Moves:
                 repeats.append(Move(layer, first_target[start, expert], target))
             else:
                 first_target[start, expert] = target
-        of_layer = _with_senders(layer, old, [(expert, slot) for (_, expert), slot in first_target.items()], per_gpu, busy)
+        of_layer = _with_senders(
+            layer, old, [(expert, slot) for (_, expert), slot in first_target.items()], per_gpu, busy
+        )
         busy.update(move.source // per_gpu for move in of_layer)
         sent += of_layer
-    return Moves(num_gpus=num_gpus, num_physical=shape[-1], copies=tuple(copies), transfers=tuple(sent), repeats=tuple(repeats))
+    return Moves(
+        num_gpus=num_gpus, num_physical=shape[-1], copies=tuple(copies), transfers=tuple(sent), repeats=tuple(repeats)
+    )
 
 
 def balanced_senders(choices: Sequence[Sequence[int]], sent_before: Mapping[int, int] | None = None) -> list[int]:
-    """For each transfer one of its possible senders, so that the busiest sender sends as few as can be; ties to who sent less before.
+    """For each transfer one of its possible senders, so that the busiest sender sends as few as can be; ties to who
+    sent less before.
 
-    Each transfer in turn goes to the least busy GPU at the end of a chain: a GPU that can send it, or one that can take over something
-    which a GPU before it in the chain sends. Busy counts then never admit a better chain, which is optimal (Harvey et al. 2006).
+    Each transfer in turn goes to the least busy GPU at the end of a chain: a GPU that can send it, or one that can take
+    over something which a GPU before it in the chain sends. Busy counts then never admit a better chain, which is
+    optimal (Harvey et al. 2006).
 
     >>> balanced_senders([[0, 1], [0], [1]])
     [0, 0, 1]
@@ -101,7 +115,8 @@ def balanced_senders(choices: Sequence[Sequence[int]], sent_before: Mapping[int,
     before = sent_before or {}
     sends: dict[int, list[int]] = {gpu: [] for gpus in choices for gpu in gpus}
     for new, gpus in enumerate(choices):
-        came: dict[int, tuple[int, int | None]] = dict.fromkeys(gpus, (new, None))  # GPU -> (what it would take over, from whom)
+        # GPU -> (what it would take over, from whom)
+        came: dict[int, tuple[int, int | None]] = dict.fromkeys(gpus, (new, None))
         line = deque(gpus)
         while line:
             gpu = line.popleft()
@@ -122,7 +137,9 @@ def balanced_senders(choices: Sequence[Sequence[int]], sent_before: Mapping[int,
     return sender
 
 
-def _with_senders(layer: int, old: Slots, wanted: list[tuple[int, int]], per_gpu: int, busy: Mapping[int, int]) -> list[Move]:
+def _with_senders(
+    layer: int, old: Slots, wanted: list[tuple[int, int]], per_gpu: int, busy: Mapping[int, int]
+) -> list[Move]:
     holders: dict[int, dict[int, int]] = {}  # expert -> GPU -> its first slot there
     for slot, expert in enumerate(old):
         holders.setdefault(expert, {}).setdefault(slot // per_gpu, slot)

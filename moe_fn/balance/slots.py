@@ -14,8 +14,8 @@ Slots = list[int]  # logical expert of each physical slot
 def placement_of_slots(logical_of_physical: Tensor, num_experts: int) -> Placement:
     """The placement that lays these experts in these slots: a policy of your own, or [0 .. E-1] for no replicas.
 
-    logical_of_physical [P] or [layers, P] integers, on any device; the result is on the CPU. Raises ValueError for ids out of range and for
-    experts without a slot.
+    logical_of_physical [P] or [layers, P] integers, on any device; the result is on the CPU. Raises ValueError for ids
+    out of range and for experts without a slot.
 
     >>> placement_of_slots(torch.tensor([1, 0, 1]), num_experts=2).physical_of_logical.tolist()
     [[1, -1], [0, 2]]
@@ -24,14 +24,20 @@ def placement_of_slots(logical_of_physical: Tensor, num_experts: int) -> Placeme
     shape = tuple(logical_of_physical.shape)
     if len(shape) not in (1, 2) or logical_of_physical.dtype not in INTEGERS or num_experts < 1:
         came = f"{logical_of_physical.dtype} {list(shape)} and num_experts={num_experts}"
-        raise ValueError(f"placement_of_slots: logical_of_physical is {came}; expected integers [P] or [layers, P], num_experts >= 1")
+        raise ValueError(
+            f"placement_of_slots: logical_of_physical is {came}; expected integers [P] or [layers, P], num_experts >= 1"
+        )
     return tables_of_slots(
-        checked_slots("placement_of_slots: logical_of_physical", logical_of_physical, shape, num_experts), num_experts, shape
+        checked_slots("placement_of_slots: logical_of_physical", logical_of_physical, shape, num_experts),
+        num_experts,
+        shape,
     )
 
 
 def checked_slots(where: str, logical_of_physical: Tensor, shape: tuple[int, ...], num_experts: int) -> list[Slots]:
-    """The slots of each layer as Python ints: the shape that is expected, ids in range, every expert somewhere; else ValueError."""
+    """The slots of each layer as Python ints: the shape that is expected, ids in range, every expert somewhere; else
+    ValueError.
+    """
     if tuple(logical_of_physical.shape) != shape:
         raise ValueError(f"{where} is {list(logical_of_physical.shape)}; expected {list(shape)}")
     rows: list[Slots] = logical_of_physical.view(-1, shape[-1]).tolist()
@@ -40,13 +46,16 @@ def checked_slots(where: str, logical_of_physical: Tensor, shape: tuple[int, ...
         if set(slots) != every:
             wrong = sorted(set(slots) ^ every)[:8]
             raise ValueError(
-                f"{where}: row {layer} has no slot for, or does not know, experts {wrong}; expected 0 .. {num_experts - 1}, each"
+                f"{where}: row {layer} has no slot for, or does not know, experts {wrong}; "
+                f"expected 0 .. {num_experts - 1}, each"
             )
     return rows
 
 
 def fields_of_slots(name: str, logical_of_physical: Tensor) -> dict[str, int]:
-    """The expert of each slot by the name that an error gives the slot: what ranks compare; none where a meta tensor has no values yet."""
+    """The expert of each slot by the name that an error gives the slot: what ranks compare; none where a meta tensor
+    has no values yet.
+    """
     if logical_of_physical.is_meta:
         return {}
     return {f"slot {slot} of {name}": expert for slot, expert in enumerate(logical_of_physical.flatten().tolist())}

@@ -19,7 +19,9 @@ class LoadWindow:
 torch.export.register_dataclass(LoadWindow, serialized_type_name="moe_fn.LoadWindow")
 
 
-def load_window(size: int, *shape: int, dtype: torch.dtype = torch.int64, device: torch.device | str = "cpu") -> LoadWindow:
+def load_window(
+    size: int, *shape: int, dtype: torch.dtype = torch.int64, device: torch.device | str = "cpu"
+) -> LoadWindow:
     """An empty window of `size` steps for loads of this shape: (E,) or (layers, E).
 
     Raises ValueError for a size below 1 and for a dtype that is no integer of 32 or 64 bits.
@@ -34,7 +36,8 @@ def load_window(size: int, *shape: int, dtype: torch.dtype = torch.int64, device
 
 
 def push(window: LoadWindow, load: Tensor) -> LoadWindow:
-    """The window one step later: load [..., E] takes the place of the oldest. A new value; in the graph, no look at the step.
+    """The window one step later: load [..., E] takes the place of the oldest. A new value; in the graph, no look at the
+    step.
 
     Raises ValueError for a load of another shape or one that is not of integers.
 
@@ -50,7 +53,9 @@ def push(window: LoadWindow, load: Tensor) -> LoadWindow:
     check_kind("push", "window", window, LoadWindow)
     check_kind("push", "load", load, Tensor)
     if load.shape != window.ring.shape[1:] or load.dtype not in INTEGERS:
-        raise ValueError(f"push: load is {load.dtype} {list(load.shape)}; expected integers {list(window.ring.shape[1:])}")
+        raise ValueError(
+            f"push: load is {load.dtype} {list(load.shape)}; expected integers {list(window.ring.shape[1:])}"
+        )
     size = window.ring.shape[0]
     newest = torch.arange(size, device=window.step.device) == torch.remainder(window.step, size)
     place = newest.view(size, *(1 for _ in load.shape))

@@ -1,6 +1,7 @@
 """Times the layer beside everything else that computes one, on your own machine: `python -m moe_fn.bench --list`.
 
-In one run, contestants taking turns: how long each takes, whether its answer is right, and how near the machine's floor it is.
+In one run, contestants taking turns: how long each takes, whether its answer is right, and how near the machine's floor
+it is.
 
     models        the real shapes of published families        problem      random weights and inputs of one of them
     contestants   who can be timed, one row each                checking     their answers against `moe_fn.reference`

@@ -1,8 +1,9 @@
 """python -m moe_fn.bench: who computes a Mixture-of-Experts layer how fast on this machine, and how fast it could be.
 
-For each model, dtype and number of threads: every contestant is held to the reference, then they take turns, with inputs (so the
-routing) that change from call to call. Prints medians, the share of the machine's floor, and the best other contestant over moe_fn.
-On a GPU (--device cuda) they are replays of CUDA graphs with a cold cache; who cannot be captured is marked with a *.
+For each model, dtype and number of threads: every contestant is held to the reference, then they take turns, with
+inputs (so the routing) that change from call to call. Prints medians, the share of the machine's floor, and the best
+other contestant over moe_fn. On a GPU (--device cuda) they are replays of CUDA graphs with a cold cache; who cannot be
+captured is marked with a *.
 """
 
 import argparse
@@ -65,7 +66,9 @@ def main(arguments: list[str] | None = None, table: tuple[Contestant, ...] = CON
         from moe_fn.bench.plot import plot
 
         plot(results, rows, options.plot)
-    wrong = any(outcome.status == "wrong" for result in results for cell in result.cells for outcome in cell.outcomes.values())
+    wrong = any(
+        outcome.status == "wrong" for result in results for cell in result.cells for outcome in cell.outcomes.values()
+    )
     return int(wrong or any(result.failure is not None for result in results))
 
 
@@ -74,16 +77,31 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m moe_fn.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=None, help="names from --list, comma-separated; default qwen3-30b-a3b")
-    parser.add_argument("--shape", action="append", default=[], help="E,k,H,I: experts, top_k, hidden_size, intermediate_size; repeatable")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        help="E,k,H,I: experts, top_k, hidden_size, intermediate_size; repeatable",
+    )
     parser.add_argument("--tokens", default="1,4,16,64,256,1024", help="numbers of tokens, comma-separated")
     parser.add_argument("--dtype", default="bf16", help=f"some of {','.join(DTYPES)}")
     parser.add_argument("--quant", default="none", help=f"how experts are stored, some of {','.join(QUANTS)}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", default=str(torch.get_num_threads()), help="numbers of threads, comma-separated; default: torch's")
-    parser.add_argument("--contestants", default="all", help='names from --list, comma-separated, or a first word ("transformers"), or all')
-    parser.add_argument("--part", default="experts", choices=("experts", "layer"), help="ids and weights given, or router included")
+    parser.add_argument(
+        "--threads", default=str(torch.get_num_threads()), help="numbers of threads, comma-separated; default: torch's"
+    )
+    parser.add_argument(
+        "--contestants",
+        default="all",
+        help='names from --list, comma-separated, or a first word ("transformers"), or all',
+    )
+    parser.add_argument(
+        "--part", default="experts", choices=("experts", "layer"), help="ids and weights given, or router included"
+    )
     parser.add_argument("--backward", action="store_true", help="forward, and gradients of x and of all weights")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each number of tokens, all together; at least 5 turns")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="for each number of tokens, all together; at least 5 turns"
+    )
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--plot", type=Path, help="draw time over tokens to this .png (needs matplotlib)")
     parser.add_argument("--list", action="store_true", help="print models and contestants, and stop")
@@ -92,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _combinations(options: argparse.Namespace) -> tuple[Combination, ...]:
     names = options.model.split(",") if options.model else ([] if options.shape else ["qwen3-30b-a3b"])
-    models: list[Model] = [model_of_name(name.strip()) for name in names] + [model_of_shape(text) for text in options.shape]
+    models: list[Model] = [model_of_name(name.strip()) for name in names] + [
+        model_of_shape(text) for text in options.shape
+    ]
     tokens = _parts("--tokens", options.tokens, _count)
     return tuple(
         Combination(
@@ -154,7 +174,7 @@ def _results(combinations: tuple[Combination, ...], rows: tuple[Contestant, ...]
         progress = Progress(total=len(combinations), done=done, label=label)
         needed, available = needed_bytes(combination), available_bytes(torch.device(combination.device))
         if available is not None and needed > available:
-            more = " and gradients" if combination.backward else "" if combination.quant == "none" else ", quantised,"
+            more = " and gradients" if combination.backward else "" if combination.quant == "none" else ", quantized,"
             failure = f"left out: the weights{more} take {needed / 1e9:.1f} GB"
             failure += f"; {available / 1e9:.1f} GB of memory are free"
             results.append(_failure(combination, failure))
@@ -164,14 +184,18 @@ def _results(combinations: tuple[Combination, ...], rows: tuple[Contestant, ...]
 
 
 def _result(combination: Combination, rows: tuple[Contestant, ...], progress: Progress, alone: bool) -> Result:
-    """The combination, in a fresh process if there are several: some libraries know weights by their address, and keep what they know."""
+    """The combination, in a fresh process if there are several: some libraries know weights by their address, and keep
+    what they know.
+    """
     try:
         if alone:
             return run_combination(combination, rows, progress.say)
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
             return pool.submit(run_combination, combination, rows, progress.say).result()
-    except Exception as error:  # a process that was ended, memory, a contestant that breaks while it is timed: the others' times stand
+    except (
+        Exception
+    ) as error:  # a process that was ended, memory, a contestant that breaks while it is timed: the others' times stand
         traceback.print_exception(error)
         return _failure(combination, f"failed: {type(error).__name__}: {error}")
 

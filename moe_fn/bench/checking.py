@@ -15,14 +15,15 @@ TOKENS = 4  # that are checked; the reference is slow
 TOKENS_OF_CODES = 2  # slower still, there
 # Relative error of the median token. The median, because a tie among rounded logits may go either way.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
-# Where inputs are rounded, by what to. Rounding alone moves y by 1 to 2 % (int8, a scale for each token) and 4 % (e4m3), and contestants
-# share scales among other numbers than the reference does, or do not round.
+# Where inputs are rounded, by what to. Rounding alone moves y by 1 to 2 % (int8, a scale for each token) and 4 %
+# (e4m3), and contestants share scales among other numbers than the reference does, or do not round.
 TOLERANCE_OF_ROUNDED = {"int8": 4e-2, "fp8_e4m3": 8e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the reference says of the first TOKENS tokens: y and, where gradients are timed, x_grad; both [<= TOKENS, H] float64.
+    """What the reference says of the first TOKENS tokens: y and, where gradients are timed, x_grad; both [<= TOKENS, H]
+    float64.
 
     worst: whether the worst token has to be within the tolerance, not the median one.
     """
@@ -33,7 +34,9 @@ class Expected:
 
 
 def expected_of(problem: Problem, token_input: TokenInput) -> Expected:
-    """The reference, one token at a time and with that token's experts only: a whole layer in float64 may not fit in memory."""
+    """The reference, one token at a time and with that token's experts only: a whole layer in float64 may not fit in
+    memory.
+    """
     outputs: list[Tensor] = []
     grads: list[Tensor] = []
     for token in range(min(TOKENS if problem.config.quant is None else TOKENS_OF_CODES, len(token_input.x))):
@@ -47,7 +50,9 @@ def expected_of(problem: Problem, token_input: TokenInput) -> Expected:
 
 
 def relative_error(actual: Tensor, expected: Tensor, worst: bool = False) -> float:
-    """|actual - expected| / |expected| of the median (or worst) token; more tokens than expected has are not looked at."""
+    """|actual - expected| / |expected| of the median (or worst) token; more tokens than expected has are
+    not looked at.
+    """
     difference = actual[: len(expected)].detach().to(expected) - expected
     errors = difference.norm(dim=-1) / expected.norm(dim=-1)
     return float(errors.max() if worst else errors.median())
@@ -65,7 +70,9 @@ def _token_output(problem: Problem, token_input: TokenInput, x: Tensor, token: i
     config, ids = problem.config, routing.expert_ids[0]
     slots = torch.arange(config.top_k).unsqueeze(0)
     routing = Routing(expert_ids=slots, weights=routing.weights)
-    return moe_fn.reference.moe_forward_routed(_config_of_slots(config), _weights_of_slots(problem.weights, ids), x, routing)
+    return moe_fn.reference.moe_forward_routed(
+        _config_of_slots(config), _weights_of_slots(problem.weights, ids), x, routing
+    )
 
 
 def _routing_of_layer(problem: Problem, x: Tensor) -> Routing:

@@ -13,7 +13,8 @@ How = Literal["wall", "graph", "events"]
 class Ready:
     """A contestant's calls, one for each input, as the clock will time them.
 
-    how      "wall": as they are, with the host's clock; "graph": replays of CUDA graphs; "events": as they are, between CUDA events
+    how      "wall": as they are, with the host's clock; "graph": replays of CUDA graphs; "events": as they are, between
+             CUDA events
     reason   why they are not graphs, where the clock would have liked that
     outputs  what a graph of the first input writes when it is replayed
     """

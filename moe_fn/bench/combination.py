@@ -1,4 +1,6 @@
-"""One model in one dtype with one number of threads: every contestant built, checked and timed at every number of tokens."""
+"""One model in one dtype with one number of threads: every contestant built, checked and timed at every number of
+tokens.
+"""
 
 import dataclasses
 import math
@@ -41,8 +43,12 @@ def run_combination(combination: Combination, rows: tuple[Contestant, ...], say:
     rows = tuple(row for row in rows if takes_part(row, quant))
     dtype, device = DTYPES[combination.dtype], torch.device(combination.device)
     say("weights")
-    problem = problem_of_model(combination.model, dtype, device, combination.threads, combination.part, combination.backward, quant)
-    reader = reader_of_device(device, int(read_bytes(problem.config, problem.config.num_experts, dtype, problem.backward)))
+    problem = problem_of_model(
+        combination.model, dtype, device, combination.threads, combination.part, combination.backward, quant
+    )
+    reader = reader_of_device(
+        device, int(read_bytes(problem.config, problem.config.num_experts, dtype, problem.backward))
+    )
     layers: dict[str, Layer | Outcome] = {}
     rates: dict[str, list[float]] = {}
     left_out: dict[int, str] = {}
@@ -85,10 +91,15 @@ def _no_room(problem: Problem, tokens: int) -> str | None:
 
 def _built(row: Contestant, problem: Problem) -> Layer | Outcome:
     floats = dataclasses.replace(problem.config, quant=None)
-    needed = row.copies * weight_bytes(problem.config, problem.dtype) + row.copies_of_floats * weight_bytes(floats, problem.dtype)
+    needed = row.copies * weight_bytes(problem.config, problem.dtype) + row.copies_of_floats * weight_bytes(
+        floats, problem.dtype
+    )
     available = available_bytes(problem.device)
     if available is not None and needed > available - SPARE_BYTES:
-        return Outcome(status="refused", reason=f"would take {needed / 1e9:.1f} GB for its weights; {available / 1e9:.1f} GB are free")
+        return Outcome(
+            status="refused",
+            reason=f"would take {needed / 1e9:.1f} GB for its weights; {available / 1e9:.1f} GB are free",
+        )
     try:
         return row.build(problem)
     except ImportError as error:  # it is there, and something that it needs is not
@@ -184,7 +195,9 @@ def _step(layer: Layer, token_input: TokenInput) -> Callable[[], tuple[Tensor, .
 def _checked(
     layer: Layer, inputs: tuple[TokenInput, ...], expected: Expected, tolerance: float, clock: Clock
 ) -> tuple[Outcome, tuple[Run, ...]]:
-    """What its answers are worth, as it is called and as it will be timed, and the calls to time: none if they are not right."""
+    """What its answers are worth, as it is called and as it will be timed, and the calls to time: none if they are not
+    right.
+    """
     try:
         steps = tuple(_step(layer, token_input) for token_input in inputs)
         outcome = _judged(steps[0](), expected, tolerance)

@@ -1,9 +1,9 @@
 """The floor: no layer can be faster than its weights can be read, or its products computed, on this machine.
 
-    floor(T) = max(distinct experts x bytes / read bandwidth,  T k x 2 m H I / GEMM rate)        m = 3 matrices, 2 if not gated
+    floor(T) = max(distinct experts x bytes / read bandwidth,  T k x 2 m H I / GEMM rate) m = 3 matrices, 2 if not gated
 
-Bytes of an expert: of its m H I numbers or, where they are quantised, of its codes and scales. The GEMM rate is that of the dtype of x;
-where inputs are rounded to int8, that of products of int8 too, if it is higher.
+Bytes of an expert: of its m H I numbers or, where they are quantized, of its codes and scales. The GEMM rate is that of
+the dtype of x; where inputs are rounded to int8, that of products of int8 too, if it is higher.
 
 Both rates are measured in the run that they judge: memory gets faster and slower with what the neighbours do.
 """
@@ -27,7 +27,10 @@ _INT8_SIZE = 3072  # torch._int_mm packs in every call: at 1536 it is no faster 
 
 
 def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
-    """The fastest way to read that there is: the native loop on a CPU, else torch.sum. num_bytes: what a turn will read at most."""
+    """The fastest way to read that there is: the native loop on a CPU, else torch.sum.
+
+    num_bytes: what a turn will read at most.
+    """
     if device.type == "cuda":
         from moe_fn.bench.floor_cuda import reader_on_cuda
 
@@ -56,7 +59,9 @@ def gemm_rates(dtype: torch.dtype, device: torch.device, quant: QuantConfig | No
 
 
 def read_bytes(config: MoEConfig, distinct: float, dtype: torch.dtype, backward: bool) -> float:
-    """Bytes of weights to move: those of the experts hit; with gradients those twice, and a gradient for every expert."""
+    """Bytes of weights to move: those of the experts hit; with gradients those twice, and a gradient for
+    every expert.
+    """
     return (2 * distinct + config.num_experts if backward else distinct) * expert_bytes(config, dtype)
 
 

@@ -17,8 +17,8 @@ Reduction = Callable[[Tensor], Tensor]
 def reader_on_cuda(device: torch.device) -> Reader:
     """The fastest of a few reductions of a gigabyte, or of a quarter of what is free.
 
-    A turn reads all of it, and its time is scaled to the bytes that are asked for: a GPU that is asked for the 75 MB of eight experts
-    spends half of the time on beginning and ending, and the floor would forgive everybody as much.
+    A turn reads all of it, and its time is scaled to the bytes that are asked for: a GPU that is asked for the 75 MB of
+    eight experts spends half of the time on beginning and ending, and the floor would forgive everybody as much.
     """
     size = min(BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 4) // (4 * _ROW) * (4 * _ROW)
     buffer = torch.ones(size // 4, device=device)
@@ -34,7 +34,9 @@ def reader_on_cuda(device: torch.device) -> Reader:
 
 
 def gemm_rates_on_cuda(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """GFLOP/s of torch.mm with random values (ones draw less power and run at a higher clock), second matrix as it is or transposed."""
+    """GFLOP/s of torch.mm with random values (ones draw less power and run at a higher clock), second matrix as it is
+    or transposed.
+    """
     size = gemm_size(torch.cuda.mem_get_info(device)[0], dtype.itemsize)
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.empty(size, size, dtype=dtype, device=device).normal_(generator=generator) for _ in range(2))

@@ -81,13 +81,22 @@ def _gpu_facts(device: torch.device) -> Facts:
 
 def driver_facts(uuid: str) -> dict[str, str] | None:
     """Driver and clocks of the GPU with that id, as nvidia-smi says them; None where it says nothing."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_DRIVER_FACTS)}", "--format=csv,noheader", *([f"--id=GPU-{uuid}"] if uuid else [])]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(_DRIVER_FACTS)}",
+        "--format=csv,noheader",
+        *([f"--id=GPU-{uuid}"] if uuid else []),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.strip().splitlines()
-    return dict(zip(_DRIVER_FACTS, (part.strip() for part in lines[0].split(",")), strict=False)) if not done.returncode and lines else None
+    return (
+        dict(zip(_DRIVER_FACTS, (part.strip() for part in lines[0].split(",")), strict=False))
+        if not done.returncode and lines
+        else None
+    )
 
 
 def _cpu_model() -> str:

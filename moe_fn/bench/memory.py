@@ -11,7 +11,11 @@ from moe_fn.config import MoEConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes. kept: x, and what the forward pass leaves for the backward pass; peak: the most that both took beside weights and input."""
+    """Bytes.
+
+    kept: x, and what the forward pass leaves for the backward pass; peak: the most that both took beside weights and
+    input.
+    """
 
     kept: int
     peak: int

@@ -1,4 +1,6 @@
-"""The shapes of published layers: the routed experts and their router, without shared experts (which are a dense MLP)."""
+"""The shapes of published layers: the routed experts and their router, without shared experts (which are a
+dense MLP).
+"""
 
 from dataclasses import dataclass
 
@@ -24,7 +26,8 @@ def model_of_shape(text: str) -> Model:
         experts, top_k, hidden, inner = (int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(
-            f"--shape {text}: expected four integers E,k,H,I (experts, top_k, hidden_size, intermediate_size), as in 128,8,2048,768"
+            f"--shape {text}: expected four integers E,k,H,I (experts, top_k, hidden_size, intermediate_size), as in "
+            "128,8,2048,768"
         ) from None
     return _model(f"E{experts}-k{top_k}-H{hidden}-I{inner}", experts, top_k, hidden, inner)
 
@@ -53,10 +56,17 @@ def _sigmoid(scale: float = 1.0, groups: GroupConfig | None = None) -> RouterCon
 
 
 def _model(
-    name: str, experts: int, top_k: int, hidden: int, inner: int, router: RouterConfig = _SOFTMAX, activation: ActivationName = "silu"
+    name: str,
+    experts: int,
+    top_k: int,
+    hidden: int,
+    inner: int,
+    router: RouterConfig = _SOFTMAX,
+    activation: ActivationName = "silu",
 ) -> Model:
     config = MoEConfig(
-        num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, router=router, activation=activation
+        num_experts=experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner, router=router,
+        activation=activation
     )  # fmt: skip
     return Model(name=name, config=config)
 
@@ -75,11 +85,15 @@ def _gpt_oss(name: str, experts: int, width: int) -> Model:
     return Model(name=name, config=config, biases=True)
 
 
-_DEEPSEEK_V2 = RouterConfig(renormalize=False, routed_scaling_factor=16.0, groups=GroupConfig(count=8, top_k=3, fill="zero"))
+_DEEPSEEK_V2 = RouterConfig(
+    renormalize=False, routed_scaling_factor=16.0, groups=GroupConfig(count=8, top_k=3, fill="zero")
+)
 _DEEPSEEK_V3 = _sigmoid(2.5, GroupConfig(count=8, top_k=4, score="top2_sum"))
 _DEEPSEEK_V4 = RouterConfig(scoring="sqrtsoftplus", correction_bias="scores", routed_scaling_factor=1.5)
 _ERNIE = RouterConfig(correction_bias="scores")
-_LLAMA_4 = RouterConfig(gate_dtype="input", scoring="sigmoid", scoring_order="after_top_k", renormalize=False, weight_on="input")
+_LLAMA_4 = RouterConfig(
+    gate_dtype="input", scoring="sigmoid", scoring_order="after_top_k", renormalize=False, weight_on="input"
+)
 _PHI = RouterConfig(gate_dtype="input", selection="sparsemixer", renormalize=False)
 
 # name, experts, top_k, hidden_size, intermediate_size, router, activation: as published in the models' configs.

@@ -36,9 +36,17 @@ def _draw(panel: Any, result: Result, rate: float, rows: tuple[Contestant, ...])
     tokens = [cell.tokens for cell in result.cells]
     for place, row in enumerate(rows):
         outcomes = [(cell.tokens, cell.outcomes.get(row.name)) for cell in result.cells]
-        points = [(count, outcome.median_ms) for count, outcome in outcomes if outcome is not None and outcome.median_ms is not None]
+        points = [
+            (count, outcome.median_ms)
+            for count, outcome in outcomes
+            if outcome is not None and outcome.median_ms is not None
+        ]
         if points:
-            style = {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "-.", "linewidth": 2 if row.ours else 1}
+            style = {
+                "color": f"C{place % 10}",
+                "linestyle": "-" if place < 10 else "-.",
+                "linewidth": 2 if row.ours else 1,
+            }
             panel.plot(*zip(*points, strict=True), label=row.name, marker="o", markersize=3, **style)
     floors = [floor_ms(cell.read_ms, cell.flops, rate) for cell in result.cells]
     panel.plot(tokens, floors, label="floor", color="black", linestyle="--")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn.bench.models import Model, matrices
-from moe_fn.bench.quants import expert_bytes, quantised_config
+from moe_fn.bench.quants import expert_bytes, quantized_config
 from moe_fn.config import MoEConfig, QuantConfig, RouterConfig
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, RouterWeights, Routing, leaves_of_weights, weights_of_leaves
 from moe_fn.stages.route import router_logits
@@ -39,7 +39,9 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInput:
-    """x [T, H], the gate's logits [T, E] and the routing they give; grad [T, H] is dloss/dy where gradients are timed."""
+    """x [T, H], the gate's logits [T, E] and the routing they give; grad [T, H] is dloss/dy where gradients
+    are timed.
+    """
 
     x: Tensor
     logits: Tensor
@@ -48,20 +50,32 @@ class TokenInput:
 
 
 def problem_of_model(
-    model: Model, dtype: torch.dtype, device: torch.device, threads: int, part: Part, backward: bool, quant: QuantConfig | None = None
+    model: Model,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: int,
+    part: Part,
+    backward: bool,
+    quant: QuantConfig | None = None,
 ) -> Problem:
-    """The model's layer with random weights of variance 1 / fan_in, the same ones in every run, then quantised where that is asked for."""
-    config, weights = quantised_config(model.config, quant), _random_weights(model, quant, dtype, device)
+    """The model's layer with random weights of variance 1 / fan_in, the same ones in every run, then quantized where
+    that is asked for.
+    """
+    config, weights = quantized_config(model.config, quant), _random_weights(model, quant, dtype, device)
     for leaf in leaves_of_weights(weights):
         if leaf is not None and backward:
             leaf.requires_grad_()
-    return Problem(config=config, weights=weights, dtype=dtype, device=device, threads=threads, part=part, backward=backward)
+    return Problem(
+        config=config, weights=weights, dtype=dtype, device=device, threads=threads, part=part, backward=backward
+    )
 
 
 def weights_of_experts(weights: MoEWeights, which: slice | Tensor) -> MoEWeights:
     """All that belongs to those experts, and nothing else."""
     leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
-    return weights_of_leaves([None if leaf is None or path not in EXPERT_PATHS else leaf[which] for path, leaf in leaves])
+    return weights_of_leaves(
+        [None if leaf is None or path not in EXPERT_PATHS else leaf[which] for path, leaf in leaves]
+    )
 
 
 def config_of_one(config: MoEConfig) -> MoEConfig:
@@ -74,7 +88,11 @@ def token_inputs(problem: Problem, tokens: int) -> tuple[TokenInput, ...]:
     generator = torch.Generator(problem.device).manual_seed(tokens)
 
     def normal() -> Tensor:
-        return torch.empty(tokens, problem.config.hidden_size, device=problem.device).normal_(generator=generator).to(problem.dtype)
+        return (
+            torch.empty(tokens, problem.config.hidden_size, device=problem.device)
+            .normal_(generator=generator)
+            .to(problem.dtype)
+        )
 
     inputs = []
     with torch.no_grad():
@@ -97,7 +115,9 @@ def weight_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
 
 
 def step_bytes(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool) -> int:
-    """Roughly what so many tokens take beside the weights: the inputs, and rows copied, gate_up, activated and down, forward or both."""
+    """Roughly what so many tokens take beside the weights: the inputs, and rows copied, gate_up, activated and down,
+    forward or both.
+    """
     inputs = INPUTS * tokens * config.hidden_size * (2 if backward else 1)
     rows = tokens * config.top_k * (2 * config.hidden_size + 3 * config.intermediate_size)
     return (inputs + rows * (3 if backward else 1)) * dtype.itemsize
@@ -138,7 +158,9 @@ def _floats(config: MoEConfig, noise: Tensor, gate_up: tuple[int, int], down: tu
     return MoEWeights(gate_up=normal(gate_up), down=normal(down))
 
 
-def _codes(config: MoEConfig, quant: QuantConfig, noise: Tensor, gate_up: tuple[int, int], down: tuple[int, int]) -> MoEWeights:
+def _codes(
+    config: MoEConfig, quant: QuantConfig, noise: Tensor, gate_up: tuple[int, int], down: tuple[int, int]
+) -> MoEWeights:
     """The codes of those floats, made one expert at a time: all of them in float32 may not fit in memory."""
     plain = dataclasses.replace(config_of_one(config), weight_layout="out_in", quant=None)
     made = []
@@ -149,5 +171,7 @@ def _codes(config: MoEConfig, quant: QuantConfig, noise: Tensor, gate_up: tuple[
 
 
 def _window(noise: Tensor, expert: int, shape: tuple[int, int]) -> Tensor:
-    """Each expert is a shifted window of the same noise: drawing a gigabyte of normal numbers takes longer than timing it."""
+    """Each expert is a shifted window of the same noise: drawing a gigabyte of normal numbers takes longer than timing
+    it.
+    """
     return noise[977 * expert : 977 * expert + shape[0] * shape[1]].view(shape)

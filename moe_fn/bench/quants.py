@@ -1,4 +1,4 @@
-"""Ways to quantise experts that can be timed, by name, and the bytes that an expert then takes."""
+"""Ways to quantize experts that can be timed, by name, and the bytes that an expert then takes."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def check_quant(name: str) -> str:
     return name
 
 
-def quantised_config(config: MoEConfig, quant: QuantConfig | None) -> MoEConfig:
+def quantized_config(config: MoEConfig, quant: QuantConfig | None) -> MoEConfig:
     """The config of the layer with its experts in that form; codes lie [E, out, in]."""
     return config if quant is None else dataclasses.replace(config, quant=quant, weight_layout="out_in")
 
@@ -48,7 +48,7 @@ def expert_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
     >>> config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=32)
     >>> expert_bytes(config, torch.bfloat16) == 3 * 64 * 32 * 2
     True
-    >>> expert_bytes(quantised_config(config, QUANTS["mxfp4"]), torch.bfloat16) == 3 * (64 * 32 // 2 + 64 * 32 // 32)
+    >>> expert_bytes(quantized_config(config, QUANTS["mxfp4"]), torch.bfloat16) == 3 * (64 * 32 // 2 + 64 * 32 // 32)
     True
     """
     read = [expected for expected in expected_weights(config) if expected.path[0] in ("gate_up", "down", "quant")]

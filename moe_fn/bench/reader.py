@@ -25,7 +25,10 @@ class Reader:
         return num_bytes / (self.buffer.numel() * self.buffer.itemsize) if self.whole else 1.0
 
     def run_of_turn(self, turn: int, num_bytes: int) -> Callable[[], None]:
-        """The call that reads so many bytes. Turns follow one another through the buffer, and begin again at its end."""
+        """The call that reads so many bytes.
+
+        Turns follow one another through the buffer, and begin again at its end.
+        """
         size = self.buffer.numel() * self.buffer.itemsize
         if self.whole:
             turn, num_bytes = 0, size

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant
+from moe_fn.bench.contestants.entry import UNQUANTIZED, Contestant
 from moe_fn.bench.floor import floor_ms
 from moe_fn.bench.memory import sonic_bytes
 from moe_fn.bench.problem import DTYPES
@@ -34,18 +34,26 @@ def title(result: Result) -> str:
 def gemm_rate(result: Result, results: tuple[Result, ...]) -> float:
     """GFLOP/s: the best that any of the result's probes saw in this run, for the result's dtype, device and threads."""
     same = (result.combination.dtype, result.combination.device, result.combination.threads)
-    alike = [other for other in results if (other.combination.dtype, other.combination.device, other.combination.threads) == same]
-    return max((rate for other in alike for name in result.gemm_gflops for rate in other.gemm_gflops.get(name, ())), default=math.inf)
+    alike = [
+        other
+        for other in results
+        if (other.combination.dtype, other.combination.device, other.combination.threads) == same
+    ]
+    return max(
+        (rate for other in alike for name in result.gemm_gflops for rate in other.gemm_gflops.get(name, ())),
+        default=math.inf,
+    )
 
 
 def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, Any]:
     """The cell's floor in ms, our time's share of it, TFLOP/s, and other times over ours; None where there is none.
 
-    best_other_over_ours: of the best other contestant; unquantised_over_ours: our own with the floats that codes stand for.
+    best_other_over_ours: of the best other contestant; unquantized_over_ours: our own with the floats that codes stand
+    for.
     """
     floor = floor_ms(cell.read_ms, cell.flops, rate)
     times = {name: outcome.median_ms for name, outcome in cell.outcomes.items() if outcome.median_ms is not None}
-    mine = next((times[row.name] for row in rows if row.ours and row.name != UNQUANTISED and row.name in times), None)
+    mine = next((times[row.name] for row in rows if row.ours and row.name != UNQUANTIZED and row.name in times), None)
     others = {row.name: times[row.name] for row in rows if not row.ours and row.name in times}
     best = min(others, key=lambda name: others[name], default=None)
     return {
@@ -54,7 +62,7 @@ def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, 
         "tflops": None if mine is None else cell.flops / mine / 1e9,
         "best_other": best,
         "best_other_over_ours": None if mine is None or best is None else others[best] / mine,
-        "unquantised_over_ours": None if mine is None or UNQUANTISED not in times else times[UNQUANTISED] / mine,
+        "unquantized_over_ours": None if mine is None or UNQUANTIZED not in times else times[UNQUANTIZED] / mine,
     }
 
 
@@ -74,7 +82,9 @@ def markdown(results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: 
     summaries = [summary(cell, gemm_rate(result, results), rows) for result in results for cell in result.cells]
     if len(results) > 1:
         share, ratio = (geomean([one[key] for one in summaries]) for key in ("share_of_floor", "best_other_over_ours"))
-        blocks.append(f"All cells, geometric means: share of floor {_number(share, 2)}, best other / ours {_number(ratio, 2)}")
+        blocks.append(
+            f"All cells, geometric means: share of floor {_number(share, 2)}, best other / ours {_number(ratio, 2)}"
+        )
     if any(result.combination.quant != "none" for result in results):
         blocks.append(_overview(results, rows))
     blocks += ["\n".join(f"{name} is left out: {reason}" for name, reason in absent.items())] if absent else []
@@ -82,7 +92,11 @@ def markdown(results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: 
 
 
 def as_json(
-    results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: dict[str, str], about: dict[str, Any], options: dict[str, Any]
+    results: tuple[Result, ...],
+    rows: tuple[Contestant, ...],
+    absent: dict[str, str],
+    about: dict[str, Any],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything, as plain values."""
     values = []
@@ -114,12 +128,19 @@ def _table(result: Result, rate: float, rows: tuple[Contestant, ...]) -> str:
         lines.append([str(cell.tokens), _number(one["floor_ms"], style.digits), *times, *ratios])
     means = [_number(geomean([one[key] for one in summaries]), 2) for key in ("share_of_floor", "best_other_over_ours")]
     lines.append(["geomean", "", *("" for _ in rows), means[0], *("" for _ in speed), means[1]])
-    parts = (f"### {title(result)}", _rows(lines), _measured(result, rate), _memory(result, rows), _notes(result), left_out)
+    parts = (
+        f"### {title(result)}",
+        _rows(lines),
+        _measured(result, rate),
+        _memory(result, rows),
+        _notes(result),
+        left_out,
+    )
     return "\n\n".join(part for part in parts if part)
 
 
 def _overview(results: tuple[Result, ...], rows: tuple[Contestant, ...]) -> str:
-    """One line for each way to quantise."""
+    """One line for each way to quantize."""
     tokens = sorted({cell.tokens for result in results for cell in result.cells})
     lines = [["model", "x", "quant", *(f"T={count}" for count in tokens)], ["--"] * (3 + len(tokens))]
     for result in results:
@@ -127,10 +148,12 @@ def _overview(results: tuple[Result, ...], rows: tuple[Contestant, ...]) -> str:
         ratios = {}
         for cell in result.cells:
             one = summary(cell, rate, rows)
-            shown = (one[key] for key in ("share_of_floor", "best_other_over_ours", "unquantised_over_ours"))
+            shown = (one[key] for key in ("share_of_floor", "best_other_over_ours", "unquantized_over_ours"))
             ratios[cell.tokens] = " / ".join(_number(value, 2) for value in shown)
         lines.append([done.model.name, done.dtype, done.quant, *(ratios.get(count, "-") for count in tokens)])
-    return f"Share of floor / best other's time over ours / our time with floats over that with codes:\n\n{_rows(lines)}"
+    return (
+        f"Share of floor / best other's time over ours / our time with floats over that with codes:\n\n{_rows(lines)}"
+    )
 
 
 def _rows(lines: list[list[str]]) -> str:
@@ -156,8 +179,17 @@ def _memory(result: Result, rows: tuple[Contestant, ...]) -> str:
     for cell in result.cells:
         formula = sonic_bytes(done.model.config, cell.tokens, DTYPES[done.dtype].itemsize)
         counts = [cell.outcomes[name].memory for name in named]
-        lines.append([str(cell.tokens), f"{formula / 1e6:.1f}", *(f"{m.kept / 1e6:.1f}, {m.peak / 1e6:.1f}" if m else "-" for m in counts)])
-    return f"Activation memory in MB: kept for the backward pass, and the peak of both passes with all gradients.\n\n{_rows(lines)}"
+        lines.append(
+            [
+                str(cell.tokens),
+                f"{formula / 1e6:.1f}",
+                *(f"{m.kept / 1e6:.1f}, {m.peak / 1e6:.1f}" if m else "-" for m in counts),
+            ]
+        )
+    return (
+        "Activation memory in MB: kept for the backward pass, and the peak of both passes with all "
+        f"gradients.\n\n{_rows(lines)}"
+    )
 
 
 def _entry(cell: Cell, row: Contestant, style: Style) -> str:

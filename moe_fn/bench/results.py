@@ -8,7 +8,7 @@ from moe_fn.bench.clock import How
 from moe_fn.bench.memory import Memory
 from moe_fn.bench.models import Model
 from moe_fn.bench.problem import Part
-from moe_fn.bench.quants import QUANTS, quantised_config
+from moe_fn.bench.quants import QUANTS, quantized_config
 from moe_fn.config import MoEConfig
 
 
@@ -28,15 +28,17 @@ class Combination:
 
     @property
     def config(self) -> MoEConfig:
-        """The model's, its experts quantised as asked for."""
-        return quantised_config(self.model.config, QUANTS[self.quant])
+        """The model's, its experts quantized as asked for."""
+        return quantized_config(self.model.config, QUANTS[self.quant])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a contestant at one number of tokens. Milliseconds if timed; error is relative, and of y or x's gradient.
+    """What came of a contestant at one number of tokens. Milliseconds if timed; error is relative, and of y or x's
+    gradient.
 
-    how, why: the way it was timed, and why not as a graph, where that is the device's way; memory: of a training step, where counted.
+    how, why: the way it was timed, and why not as a graph, where that is the device's way; memory: of a training step,
+    where counted.
     """
 
     status: Literal["timed", "wrong", "failed", "refused"]
@@ -54,7 +56,8 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One number of tokens. read_ms: median time to read bytes; both of the experts that the inputs visit, distinct_experts on average.
+    """One number of tokens. read_ms: median time to read bytes; both of the experts that the inputs visit,
+    distinct_experts on average.
 
     launch_ms: the least that can be timed, a graph of one kernel of one value; None where that is nothing.
     """
@@ -70,7 +73,8 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A combination's cells. gemm_gflops: what each probe of the GEMM rate said, one number a cell; read_with: what read memory.
+    """A combination's cells. gemm_gflops: what each probe of the GEMM rate said, one number a cell; read_with: what
+    read memory.
 
     left_out: why there is no cell, by number of tokens.
     """
@@ -89,4 +93,8 @@ def result_as_json(result: Result) -> dict[str, Any]:
     values: dict[str, Any] = dataclasses.asdict(result)
     combination: dict[str, Any] = values.pop("combination")
     model = result.combination.model
-    return combination | {"model": model.name, "config": result.combination.config.to_dict(), "biases": model.biases} | values
+    return (
+        combination
+        | {"model": model.name, "config": result.combination.config.to_dict(), "biases": model.biases}
+        | values
+    )

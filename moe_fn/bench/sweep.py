@@ -1,7 +1,9 @@
-"""python -m moe_fn.bench.sweep --model qwen3-30b-a3b: which tiles are fastest on this GPU, as rows for moe_fn.kernels.triton.tile_tables.
+"""python -m moe_fn.bench.sweep --model qwen3-30b-a3b: which tiles are fastest on this GPU, as rows for
+moe_fn.kernels.triton.tile_tables.
 
-For each kernel and number of tokens, the table's tile and its neighbours take turns, each with a cold L2; a neighbour replaces it where
-it is faster by more than MARGIN. Nothing is written: paste the rows, then compile them ahead of time, which tells spills and budgets.
+For each kernel and number of tokens, the table's tile and its neighbours take turns, each with a cold L2; a neighbour
+replaces it where it is faster by more than MARGIN. Nothing is written: paste the rows, then compile them ahead of time,
+which tells spills and budgets.
 """
 
 import argparse
@@ -40,7 +42,9 @@ class Measured:
 
 
 def candidates(kind: str, chosen: Tile, dtype_bytes: int, arch: str) -> tuple[Tile, ...]:
-    """The tile and those that differ from it in one or two fields, each halved or doubled, as far as they can be good."""
+    """The tile and those that differ from it in one or two fields, each halved or doubled, as far as they
+    can be good.
+    """
     found = [chosen]
     for steps in itertools.product(*[(-1, 0, 1)] * 4, (-1, 0, 1, 2)):
         if 1 <= sum(step != 0 for step in steps) <= 2:
@@ -68,14 +72,18 @@ def best_tile(problems: Sequence[Measured]) -> Tile:
     everywhere = set.intersection(*(set(problem.times) for problem in problems)) | {chosen}
 
     def ratio(tile: Tile) -> float:
-        return statistics.geometric_mean(problem.times.get(tile, math.inf) / problem.times[problem.chosen] for problem in problems)
+        return statistics.geometric_mean(
+            problem.times.get(tile, math.inf) / problem.times[problem.chosen] for problem in problems
+        )
 
     fastest = min(sorted(everywhere - {chosen}, key=str), key=ratio, default=chosen)
     return fastest if fastest != chosen and ratio(fastest) < 1 - MARGIN else chosen
 
 
 def table_rows(measured: Iterable[Measured], arch: str, dtype_bytes: int) -> str:
-    """Rows of tile_tables for what was measured: neighbours with the same tile are one row, borders are geometric means."""
+    """Rows of tile_tables for what was measured: neighbours with the same tile are one row, borders are geometric
+    means.
+    """
     lines = []
     of_kind: dict[str, dict[float, list[Measured]]] = {}
     for one in measured:
@@ -124,11 +132,17 @@ def launches(model: Model, tokens: int, dtype: torch.dtype, device: torch.device
         ),
         "down_backward": (
             tile(tiles.down_backward_tile, hidden, inner),
-            lambda t: lambda: down_backward(x, down, None, pre, weights, slots, map_of[t.rows], activation, interleaved, t),
+            lambda t: (
+                lambda: down_backward(x, down, None, pre, weights, slots, map_of[t.rows], activation, interleaved, t)
+            ),
         ),
         "outer": (
             tile(tiles.outer_tile, columns, hidden),
-            lambda t: lambda: grouped_outer(pre, x, slots.begins, slots.ends, t, slots.slot_of_row, slots.top_k, gather_right=True),
+            lambda t: (
+                lambda: grouped_outer(
+                    pre, x, slots.begins, slots.ends, t, slots.slot_of_row, slots.top_k, gather_right=True
+                )
+            ),
         ),
     }
     return found | (_decode_launches(model, x, gate_up, down, ids, weights) if rows * 4 <= config.num_experts else {})
@@ -171,7 +185,9 @@ def _matrices(model: Model, tokens: int, dtype: torch.dtype, device: torch.devic
     return torch.randn(tokens, hidden, device=device, dtype=dtype), weight(hidden, columns), weight(inner, hidden)
 
 
-def measure(model: Model, tokens: int, dtype: torch.dtype, device: torch.device, timer: Timer, seconds: float) -> list[Measured]:
+def measure(
+    model: Model, tokens: int, dtype: torch.dtype, device: torch.device, timer: Timer, seconds: float
+) -> list[Measured]:
     """Every kind of kernel of the layer, with every candidate that compiles; seconds for each kind."""
     found = []
     for kind, (chosen, launch) in launches(model, tokens, dtype, device).items():
@@ -189,7 +205,9 @@ def measure(model: Model, tokens: int, dtype: torch.dtype, device: torch.device,
             runs[str(tile)], named[str(tile)] = (lambda turn, run=run: run), tile  # type: ignore[misc]
         times = take_turns(runs, timer, seconds, inputs=1)
         medians = {tile: statistics.median(times[name]) for name, tile in named.items()}
-        number = model.config.top_k if kind.startswith("decode") else tokens * model.config.top_k / model.config.num_experts
+        number = (
+            model.config.top_k if kind.startswith("decode") else tokens * model.config.top_k / model.config.num_experts
+        )
         found.append(Measured(kind, number, chosen, medians))
         print(report(found[-1], model, tokens), flush=True)
     return found
@@ -215,7 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each kernel and number of tokens")
     options = parser.parse_args(arguments)
     try:
-        models = [model_of_name(name) for name in options.model.split(",")] + [model_of_shape(text) for text in options.shape]
+        models = [model_of_name(name) for name in options.model.split(",")] + [
+            model_of_shape(text) for text in options.shape
+        ]
         tokens = [int(number) for number in options.tokens.split(",")]
     except ValueError as error:
         parser.error(str(error))

@@ -14,8 +14,9 @@ WARM_UP_SECONDS = 1.0  # at most, but for one call, for each contestant
 # By type of device, in words.
 METHODS = {
     "cpu": "the host's clock around a call",
-    "cuda": "a CUDA graph for each input, replayed between two events on a stream that is busy until then; before each replay a buffer of "
-    "several times the L2 cache is written and read, untimed; contestants that cannot be captured are called between the events",
+    "cuda": "a CUDA graph for each input, replayed between two events on a stream that is busy until then; before each "
+    "replay a buffer of several times the L2 cache is written and read, untimed; contestants that cannot be captured "
+    "are called between the events",
 }
 
 
@@ -28,11 +29,13 @@ def clock_of_device(device: torch.device) -> Clock:
     return Clock(time=_time_on_cpu, ready=lambda runs: Ready(runs=runs, how="wall"))
 
 
-def take_turns(runs: Mapping[str, Callable[[int], Run]], timer: Timer, seconds: float, inputs: int) -> dict[str, tuple[float, ...]]:
+def take_turns(
+    runs: Mapping[str, Callable[[int], Run]], timer: Timer, seconds: float, inputs: int
+) -> dict[str, tuple[float, ...]]:
     """Milliseconds of every turn by name. runs[name](turn) makes ready, untimed, what that turn calls.
 
-    Everybody runs once a turn, for a shared machine is fast in one second and slow in the next; the order rotates, for the one
-    before leaves its traces in the cache. Until so many seconds are over, but at least TURNS turns.
+    Everybody runs once a turn, for a shared machine is fast in one second and slow in the next; the order rotates, for
+    the one before leaves its traces in the cache. Until so many seconds are over, but at least TURNS turns.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -62,7 +65,9 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def _warm_up(run_of_turn: Callable[[int], Run], inputs: int) -> None:
-    """Every input once, as far as the time goes: some libraries lay an expert's weights out when it is first visited."""
+    """Every input once, as far as the time goes: some libraries lay an expert's weights out when it is
+    first visited.
+    """
     end = time.perf_counter() + WARM_UP_SECONDS
     for turn in range(inputs):
         run_of_turn(turn)()

@@ -1,9 +1,9 @@
 """The clock of a GPU: replays of CUDA graphs between events, with nothing of the layer left in the L2 cache.
 
-Every input of a contestant is captured as a graph of its own, so the routing changes from turn to turn and no copy into static
-buffers is timed or waited for. A contestant that waits for the device (`.item()`, `nonzero`) cannot be captured: it is found by
-torch's sync debug mode before a capture is tried, because a capture that broke leaves the allocator in a worse state, and it is timed
-call by call, which is what its users pay.
+Every input of a contestant is captured as a graph of its own, so the routing changes from turn to turn and no copy into
+static buffers is timed or waited for. A contestant that waits for the device (`.item()`, `nonzero`) cannot be captured:
+it is found by torch's sync debug mode before a capture is tried, because a capture that broke leaves the allocator in a
+worse state, and it is timed call by call, which is what its users pay.
 """
 
 import functools
@@ -64,7 +64,9 @@ def _ready(pool: Any, stream: torch.cuda.Stream, runs: tuple[Run, ...]) -> Ready
     if reason is None:
         try:
             first, outputs = _capture(pool, stream, runs[0])
-            return Ready(runs=(first, *(_capture(pool, stream, run)[0] for run in runs[1:])), how="graph", outputs=outputs)
+            return Ready(
+                runs=(first, *(_capture(pool, stream, run)[0] for run in runs[1:])), how="graph", outputs=outputs
+            )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -1,7 +1,8 @@
-"""Checkpoints as they are published: folders of safetensors, whatever the family calls its tensors, to MoEWeights and back.
+"""Checkpoints as they are published: folders of safetensors, whatever the family calls its tensors, to MoEWeights and
+back.
 
-Names and axes are data (`moe_fn.checkpoint.layout_table`), and so are formats of quantised ones (`moe_fn.checkpoint.quantized.formats`).
-Needs `pip install moe_fn[checkpoint]`.
+Names and axes are data (`moe_fn.checkpoint.layout_table`), and so are formats of quantized ones
+(`moe_fn.checkpoint.quantized.formats`). Needs `pip install moe_fn[checkpoint]`.
 """
 
 from moe_fn.checkpoint.layers import MoELayer, load_moe_layer, load_moe_layers, moe_layers
@@ -12,6 +13,7 @@ from moe_fn.checkpoint.peft import load_lora
 from moe_fn.checkpoint.saving import save_moe_weights
 
 __all__ = [
-    "LAYOUTS", "Entry", "Layout", "MoELayer", "load_lora", "load_moe_layer", "load_moe_layers", "load_moe_weights", "moe_layers",
+    "LAYOUTS", "Entry", "Layout", "MoELayer", "load_lora", "load_moe_layer", "load_moe_layers", "load_moe_weights",
+    "moe_layers",
     "save_moe_weights",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
-"""python -m moe_fn.checkpoint inspect PATH: the Mixture-of-Experts layers of a checkpoint, from config.json and the headers of its files.
+"""python -m moe_fn.checkpoint inspect PATH: the Mixture-of-Experts layers of a checkpoint, from config.json and the
+headers of its files.
 
-Layers in a row that are alike share a line. The exit status is 1 if a layer could not be loaded, 2 if there is no checkpoint to read, or
-one whose names are not known.
+Layers in a row that are alike share a line. The exit status is 1 if a layer could not be loaded, 2 if there is no
+checkpoint to read, or one whose names are not known.
 """
 
 import argparse
@@ -43,7 +44,10 @@ def as_json(layer: MoELayer) -> dict[str, Any]:
     """A layer as plain values; options are those fields of its config that differ from the defaults."""
     values = dataclasses.asdict(dataclasses.replace(layer, config=None))
     config = layer.config
-    return values | {"config": None if config is None else config.to_dict(), "options": {} if config is None else options_of(config)}
+    return values | {
+        "config": None if config is None else config.to_dict(),
+        "options": {} if config is None else options_of(config),
+    }
 
 
 def options_of(config: MoEConfig) -> dict[str, Any]:
@@ -52,7 +56,9 @@ def options_of(config: MoEConfig) -> dict[str, Any]:
     >>> options_of(MoEConfig(num_experts=8, top_k=2, hidden_size=4, intermediate_size=4, weight_layout="in_out"))
     {'weight_layout': 'in_out'}
     """
-    options = (_differing(field.name, getattr(config, field.name), field.default) for field in dataclasses.fields(config))
+    options = (
+        _differing(field.name, getattr(config, field.name), field.default) for field in dataclasses.fields(config)
+    )
     return {name: value for found in options for name, value in found.items() if name not in _SIZES}
 
 
@@ -65,7 +71,9 @@ def _differing(name: str, value: Any, default: Any) -> dict[str, Any]:
         return {} if value == default else {name: value}
     plain = {field.name: getattr(default, field.name, field.default) for field in dataclasses.fields(value)}
     return {
-        key: leaf for part, of_part in plain.items() for key, leaf in _differing(f"{name}.{part}", getattr(value, part), of_part).items()
+        key: leaf
+        for part, of_part in plain.items()
+        for key, leaf in _differing(f"{name}.{part}", getattr(value, part), of_part).items()
     }
 
 
@@ -79,13 +87,20 @@ def table(layers: list[MoELayer]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(layer.bytes for layer in layers)
     return "\n".join(
-        [*lines, "", f"{len(layers)} layer{'s' * (len(layers) > 1)}, {_bytes(total)}", *itertools.chain.from_iterable(map(_notes, groups))]
+        [
+            *lines,
+            "",
+            f"{len(layers)} layer{'s' * (len(layers) > 1)}, {_bytes(total)}",
+            *itertools.chain.from_iterable(map(_notes, groups)),
+        ]
     )
 
 
 def _alike(layer: MoELayer) -> tuple[Any, ...]:
     """Layers of one stack that differ in their indices only."""
-    return dataclasses.replace(layer, index=0, prefix=_stack(layer), problem=(layer.problem or "").replace(layer.prefix, "")), layer.config
+    return dataclasses.replace(
+        layer, index=0, prefix=_stack(layer), problem=(layer.problem or "").replace(layer.prefix, "")
+    ), layer.config
 
 
 def _stack(layer: MoELayer) -> str:
@@ -108,7 +123,13 @@ def _quant(quant: QuantConfig) -> str:
     >>> _quant(QuantConfig(scheme="int4", granularity="group", group_size=128, zero_points=True))
     'int4 group 128, zero points'
     """
-    size = f" {quant.group_size}" if quant.group_size else "" if quant.block_shape is None else " {}x{}".format(*quant.block_shape)
+    size = (
+        f" {quant.group_size}"
+        if quant.group_size
+        else ""
+        if quant.block_shape is None
+        else " {}x{}".format(*quant.block_shape)
+    )
     return f"{quant.scheme} {quant.granularity}{size}{', zero points' * quant.zero_points}"
 
 

@@ -1,4 +1,6 @@
-"""Which modules of a block an adapter is of: by the names in its file, held to the config's sizes and the adapter's ranks."""
+"""Which modules of a block an adapter is of: by the names in its file, held to the config's sizes and the adapter's
+ranks.
+"""
 
 import dataclasses
 import re
@@ -14,9 +16,20 @@ from moe_fn.checkpoint.safetensors_files import FLOATS, TensorInfo
 from moe_fn.config import MoEConfig
 
 _BEFORE = "base_model.model."
-_PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down", "gate_up_proj": "gate_up"}
-_NAME = re.compile(rf"(?:moe\.)?experts\.(?:(0|[1-9]\d{{0,8}})\.({'|'.join(_PARTS)})\.|(base_layer\.)?)lora_([AB])\.weight")
-# A block without a name of its own lies beside attention and the rest of its layer; these are what of the layer belongs to it.
+_PARTS = {
+    "gate_proj": "gate",
+    "w1": "gate",
+    "up_proj": "up",
+    "w3": "up",
+    "down_proj": "down",
+    "w2": "down",
+    "gate_up_proj": "gate_up",
+}
+_NAME = re.compile(
+    rf"(?:moe\.)?experts\.(?:(0|[1-9]\d{{0,8}})\.({'|'.join(_PARTS)})\.|(base_layer\.)?)lora_([AB])\.weight"
+)
+# A block without a name of its own lies beside attention and the rest of its layer; these are what of the layer belongs
+# to it.
 _OF_NAMELESS_BLOCKS = tuple({beginning for layout in LAYOUTS if not layout.block for beginning in layout.owned})
 GateUpLayout = Literal["packed", "interleaved"]
 WeightLayout = Literal["out_in", "in_out"]
@@ -54,18 +67,29 @@ def modules_of_block(
         a, b = header[sides["A"]], header[sides["B"]]
         for name, info in ((sides["A"], a), (sides["B"], b)):
             if len(info.shape) != 2 or info.dtype not in FLOATS:
-                raise ValueError(f"{folder}: {name} is {info.dtype} {list(info.shape)}; expected a matrix of {', '.join(FLOATS)}")
+                raise ValueError(
+                    f"{folder}: {name} is {info.dtype} {list(info.shape)}; expected a matrix of {', '.join(FLOATS)}"
+                )
         if expert is None:
             module = _parameter(folder, prefix, part, len(found), (a.shape, b.shape), config, adapter)
             size, out = _sizes(config, module.part)
             (modules if size != out else unclear)[module] = sides["A"], sides["B"]
         else:
-            modules[_single(folder, prefix, int(expert), part, (a.shape, b.shape), config, adapter)] = sides["A"], sides["B"]
+            modules[_single(folder, prefix, int(expert), part, (a.shape, b.shape), config, adapter)] = (
+                sides["A"],
+                sides["B"],
+            )
     for module, names in unclear.items():
-        modules[dataclasses.replace(module, turned=_is_turned(folder, module, set(modules), config, adapter, kept))] = names
+        modules[dataclasses.replace(module, turned=_is_turned(folder, module, set(modules), config, adapter, kept))] = (
+            names
+        )
     parts = {module.part for module in modules}
-    if len({(module.expert, module.part) for module in modules}) < len(found) or ("gate_up" in parts and parts & {"gate", "up"}):
-        raise ValueError(f"{folder}: below {prefix}.experts a product has two adapters; expected gates and ups apart, or in one")
+    if len({(module.expert, module.part) for module in modules}) < len(found) or (
+        "gate_up" in parts and parts & {"gate", "up"}
+    ):
+        raise ValueError(
+            f"{folder}: below {prefix}.experts a product has two adapters; expected gates and ups apart, or in one"
+        )
     return modules
 
 
@@ -79,26 +103,40 @@ def _names(folder: Path, prefix: str, header: Mapping[str, TensorInfo]) -> dict[
             continue
         match = _NAME.fullmatch(below.removeprefix(prefix + "."))
         if match is None:
-            raise ValueError(f"{folder}: the adapter has {name}; expected only adapters of the block's experts, for others have none here")
+            raise ValueError(
+                f"{folder}: the adapter has {name}; expected only adapters of the block's experts, for others have "
+                "none here"
+            )
         expert, part, inner, side = match.groups()
         found.setdefault((expert, part or inner or ""), {})[side] = name
     if not found:
         raise ValueError(f"{folder} has no adapter below {prefix}.experts; expected one, as PEFT names them")
     if len({expert is None for expert, _ in found}) > 1:
-        raise ValueError(f"{folder}: below {prefix}.experts are adapters of single experts and of parameters of all; expected one form")
+        raise ValueError(
+            f"{folder}: below {prefix}.experts are adapters of single experts and of parameters of all; "
+            "expected one form"
+        )
     return found
 
 
-def _is_turned(folder: Path, module: Module, others: set[Module], config: MoEConfig, adapter: AdapterConfig, kept: Kept) -> bool:
-    """Of a product with as many inputs as outputs: as the other parameter of the same experts, or as its peft did it."""
+def _is_turned(
+    folder: Path, module: Module, others: set[Module], config: MoEConfig, adapter: AdapterConfig, kept: Kept
+) -> bool:
+    """Of a product with as many inputs as outputs: as the other parameter of the same experts, or as its
+    peft did it.
+    """
     turned = next((other.turned for other in others), None)
     if turned is None:
         turned = is_of_outputs(adapter.version, config, kept.weight_layout, kept.gate_up_layout)
     if turned is None:
-        layout = kept.weight_layout or (config.weight_layout if config.quant is None else "unknown, for it is quantised")
+        layout = kept.weight_layout or (
+            config.weight_layout if config.quant is None else "unknown, for it is quantized"
+        )
         raise ValueError(
-            f"{folder}: {module.name} has as many inputs as outputs, and which of them A is of is not known of peft_version "
-            f"{adapter.version!r} with weight_layout {layout}; expected the model's weight_layout=, or an adapter of both products"
+            f"{folder}: {module.name} has as many inputs as outputs, and which of them A is of is not known of "
+            "peft_version "
+            f"{adapter.version!r} with weight_layout {layout}; expected the model's weight_layout=, or an adapter of "
+            "both products"
         )
     return turned
 
@@ -109,24 +147,36 @@ def _sizes(config: MoEConfig, part: str) -> tuple[int, int]:
     return {"down": (inner, hidden), "gate_up": (hidden, config.gate_up_size)}.get(part, (hidden, inner))
 
 
-def _single(folder: Path, prefix: str, expert: int, part: str, shapes: Shapes, config: MoEConfig, adapter: AdapterConfig) -> Module:
+def _single(
+    folder: Path, prefix: str, expert: int, part: str, shapes: Shapes, config: MoEConfig, adapter: AdapterConfig
+) -> Module:
     gated = config.gate_up_parts == 2
     if not gated and part in ("gate_proj", "w3"):
-        raise ValueError(f"{folder}: the adapter is of {part}; expected up_proj or w1 alone, for the activation is not gated")
-    module = Module(expert, _PARTS[part] if gated or _PARTS[part] == "down" else "gate_up", f"{prefix}.experts.{expert}.{part}")
+        raise ValueError(
+            f"{folder}: the adapter is of {part}; expected up_proj or w1 alone, for the activation is not gated"
+        )
+    module = Module(
+        expert, _PARTS[part] if gated or _PARTS[part] == "down" else "gate_up", f"{prefix}.experts.{expert}.{part}"
+    )
     if expert >= config.num_experts:
         raise ValueError(f"{folder}: the adapter is of {module.name}; expected experts 0..{config.num_experts - 1}")
     (size, out), rank = _sizes(config, module.part), adapter.rank_of(module.name)
     if shapes != ((rank, size), (out, rank)):
-        raise ValueError(f"{folder}: A and B of {module.name} are {_words(shapes)}; expected {_words(((rank, size), (out, rank)))}")
+        raise ValueError(
+            f"{folder}: A and B of {module.name} are {_words(shapes)}; expected {_words(((rank, size), (out, rank)))}"
+        )
     return module
 
 
-def _parameter(folder: Path, prefix: str, inner: str, count: int, shapes: Shapes, config: MoEConfig, adapter: AdapterConfig) -> Module:
+def _parameter(
+    folder: Path, prefix: str, inner: str, count: int, shapes: Shapes, config: MoEConfig, adapter: AdapterConfig
+) -> Module:
     """Which parameter it is that all experts' adapters are of; the outer one of two is down_proj."""
     targets = [name.rpartition(".") for name in adapter.parameters]
     here = f".{prefix}.experts"
-    names = [name for path, _, name in targets if not path or here.endswith(f".{path}")] or [name for *_, name in targets]
+    names = [name for path, _, name in targets if not path or here.endswith(f".{path}")] or [
+        name for *_, name in targets
+    ]
     if count == 2:
         of_nesting = ("gate_up_proj", "up_proj") if inner else ("down_proj",)
         names = [name for name in of_nesting if name in names] or [*of_nesting]
@@ -143,7 +193,8 @@ def _parameter(folder: Path, prefix: str, inner: str, count: int, shapes: Shapes
     if fits:
         expected = [f"target_parameters to name one for {prefix}.experts, not {' and '.join(dict.fromkeys(names))}"]
     raise ValueError(
-        f"{folder}: A and B of {prefix}.experts are {_words(shapes)}; expected {' or '.join(expected) or 'target_parameters to name one'}"
+        f"{folder}: A and B of {prefix}.experts are {_words(shapes)}; expected "
+        f"{' or '.join(expected) or 'target_parameters to name one'}"
     )
 
 

@@ -1,8 +1,9 @@
-"""Where an element lies: a tensor in a file and one in memory have patterns of the same axes (`moe_fn.weights.spec` lists them).
+"""Where an element lies: a tensor in a file and one in memory have patterns of the same axes (`moe_fn.weights.spec`
+lists them).
 
-Files have more: 2 two, T banks of experts (text, vision), P bytes of a block (gpt-oss). "E (G I) X" is [E, G * I, X] with all gates before
-all ups, "E (I G) X" has them alternate, "(E I) X" is flat: as in einops.
-A copy from one pattern to another needs no code of its own: both sides are brought into the order of the axes of one of them.
+Files have more: 2 two, T banks of experts (text, vision), P bytes of a block (gpt-oss). "E (G I) X" is [E, G * I, X]
+with all gates before all ups, "E (I G) X" has them alternate, "(E I) X" is flat: as in einops. A copy from one pattern
+to another needs no code of its own: both sides are brought into the order of the axes of one of them.
 """
 
 import itertools
@@ -17,7 +18,8 @@ from moe_fn.weights.axes import axes_of, dims_of, pattern_of
 from moe_fn.weights.spec import WEIGHTS, axis_sizes, dims_of_weight
 
 Ranges = Mapping[str, tuple[int, int]]  # start and stop along axes; all of an axis that is not in it
-Units = tuple[tuple[str, int | None], ...]  # places along an axis that one element is for; None: all of them; 1 where it is not said
+# places along an axis that one element is for; None: all of them; 1 where it is not said
+Units = tuple[tuple[str, int | None], ...]
 
 
 def in_units(sizes: Mapping[str, int], units: Units) -> dict[str, int]:
@@ -36,7 +38,9 @@ def ranges_in_units(ranges: Ranges, units: Units) -> dict[str, tuple[int, int]]:
     {'X': (0, 2), 'I': (0, 1)}
     """
     scaled = {
-        axis: (0, 1) if unit is None else (ranges[axis][0] // unit, -(-ranges[axis][1] // unit)) for axis, unit in units if axis in ranges
+        axis: (0, 1) if unit is None else (ranges[axis][0] // unit, -(-ranges[axis][1] // unit))
+        for axis, unit in units
+        if axis in ranges
     }
     return dict(ranges) | scaled
 
@@ -69,7 +73,9 @@ def of_axes(t: Tensor, order: Sequence[str], pattern: str) -> Tensor:
     axes = axes_of(pattern)
     order = [*order, *(axis for axis in axes if axis not in order)]
     t = t.reshape([*t.shape, *[1] * (len(order) - t.ndim)])
-    t = t.permute([order.index(axis) for axis in axes] + [place for place, axis in enumerate(order) if axis not in axes])
+    t = t.permute(
+        [order.index(axis) for axis in axes] + [place for place, axis in enumerate(order) if axis not in axes]
+    )
     shape, at = [], 0
     for dim in dims_of(pattern):
         shape.append(math.prod(t.shape[at : at + len(dim)]))
@@ -78,7 +84,8 @@ def of_axes(t: Tensor, order: Sequence[str], pattern: str) -> Tensor:
 
 
 def spans(pattern: str, sizes: Mapping[str, int], ranges: Ranges) -> tuple[slice, ...]:
-    """Where the ranges lie along each dim; of a dim of several axes, those before one that is cut must be a single place.
+    """Where the ranges lie along each dim; of a dim of several axes, those before one that is cut must be a single
+    place.
 
     >>> spans("E (G I) X", {"E": 8, "G": 2, "I": 6, "X": 4}, {"E": (3, 4), "G": (1, 2), "I": (2, 5)})
     (slice(3, 4, None), slice(8, 11, None), slice(0, 4, None))
@@ -94,7 +101,9 @@ def spans(pattern: str, sizes: Mapping[str, int], ranges: Ranges) -> tuple[slice
 
 
 def rectangles(pattern: str, sizes: Mapping[str, int], ranges: Ranges) -> Iterator[dict[str, tuple[int, int]]]:
-    """The ranges, split until each part is one rectangle of the tensor: "E (G I) X" cut along I is two, for gates and for ups."""
+    """The ranges, split until each part is one rectangle of the tensor: "E (G I) X" cut along I is two, for gates and
+    for ups.
+    """
     cut = {axis for axis, (start, stop) in ranges.items() if (start, stop) != (0, sizes[axis])}
     outer = [axis for dim in dims_of(pattern) for place, axis in enumerate(dim) if cut & set(dim[place + 1 :])]
     whole = {axis: ranges.get(axis, (0, sizes[axis])) for axis in axes_of(pattern)}

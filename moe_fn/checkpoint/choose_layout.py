@@ -3,12 +3,21 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from moe_fn.checkpoint.folder import Checkpoint, Headers, dtype_of_floats, full_name, model_types, quant_words, read_headers, tensors_below
+from moe_fn.checkpoint.folder import (
+    Checkpoint,
+    Headers,
+    dtype_of_floats,
+    full_name,
+    model_types,
+    quant_words,
+    read_headers,
+    tensors_below,
+)
 from moe_fn.checkpoint.layout import Layout, of_first_expert
 from moe_fn.checkpoint.layout_table import LAYOUTS
-from moe_fn.checkpoint.match import Plan, beginnings_of, match, quantised, strangers
+from moe_fn.checkpoint.match import Plan, beginnings_of, match, quantized, strangers
 from moe_fn.checkpoint.quantized.formats import CODES_SUFFIXES, FUSED_SUFFIXES, Words
-from moe_fn.checkpoint.quantized.layout import EXPERTS, quantised_layout
+from moe_fn.checkpoint.quantized.layout import EXPERTS, quantized_layout
 from moe_fn.checkpoint.safetensors_files import TensorInfo
 from moe_fn.config import MoEConfig, QuantConfig
 
@@ -36,13 +45,18 @@ def layouts_of_family(types: Iterable[str]) -> tuple[Layout, ...]:
 def headers_of_block(checkpoint: Checkpoint, prefix: str) -> Headers:
     """Headers of all files that hold a tensor of the block, in whatever layout."""
     beginnings = tuple({beginning for layout in LAYOUTS for beginning in beginnings_of(layout, prefix)})
-    return read_headers(checkpoint, sorted({file for name, file in checkpoint.file_of_tensor.items() if name.startswith(beginnings)}))
+    return read_headers(
+        checkpoint, sorted({file for name, file in checkpoint.file_of_tensor.items() if name.startswith(beginnings)})
+    )
 
 
-def plan_of_block(checkpoint: Checkpoint, headers: Headers, prefix: str, config: MoEConfig, layout: Layout | str | None) -> Plan:
+def plan_of_block(
+    checkpoint: Checkpoint, headers: Headers, prefix: str, config: MoEConfig, layout: Layout | str | None
+) -> Plan:
     """What to read for a block.
 
-    Raises ValueError naming every tensor that is missing, surplus, mis-shaped or of a wrong dtype, with what was expected.
+    Raises ValueError naming every tensor that is missing, surplus, mis-shaped or of a wrong dtype, with what was
+    expected.
     """
     where = f"{checkpoint.folder}: {prefix}"
     rows = rows_of_block(checkpoint, prefix, layout)
@@ -51,34 +65,38 @@ def plan_of_block(checkpoint: Checkpoint, headers: Headers, prefix: str, config:
         raise ValueError(f"{where} is not the beginning of any name; expected the tensors of a block below it")
     words = quant_words(checkpoint)
     if words is not None:
-        rows = _quantised_rows(where, rows, prefix, words, config, tensors)
-    elif names := quantised(prefix, LAYOUTS, tensors):
+        rows = _quantized_rows(where, rows, prefix, words, config, tensors)
+    elif names := quantized(prefix, LAYOUTS, tensors):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        raise ValueError(f"{where} looks quantised, but config.json has no quantization_config; expected one beside {shown}")
+        raise ValueError(
+            f"{where} looks quantized, but config.json has no quantization_config; expected one beside {shown}"
+        )
     elif config.quant is not None:
-        raise ValueError(f"{where} is not quantised, but config.quant is {config.quant!r}; expected None")
+        raise ValueError(f"{where} is not quantized, but config.quant is {config.quant!r}; expected None")
     plan = _only_fit(where, rows, prefix, config, tensors)
     decoded = {path: dtype_of_floats(checkpoint.config) for path, _ in plan.layout.methods if path not in EXPERTS}
     return dataclasses.replace(plan, dtypes={**plan.dtypes, **decoded})
 
 
 def rows_of_block(checkpoint: Checkpoint, prefix: str, layout: Layout | str | None) -> tuple[Layout, ...]:
-    """The rows that a block may be in, of a checkpoint that is not quantised."""
+    """The rows that a block may be in, of a checkpoint that is not quantized."""
     if layout is None:
         return _rows_here(layouts_of_family(model_types(checkpoint.config)), checkpoint, prefix)
     return (layout_of_name(layout) if isinstance(layout, str) else layout,)
 
 
 def quant_of_block(checkpoint: Checkpoint, prefix: str, rows: Sequence[Layout], num_experts: int) -> QuantConfig | None:
-    """How a block's experts are quantised, as the words say it and the headers bear out; None where they are not."""
+    """How a block's experts are quantized, as the words say it and the headers bear out; None where they are not."""
     words = quant_words(checkpoint)
     if words is None:
         return None
     tensors = _tensors_of_rows(checkpoint, headers_of_block(checkpoint, prefix), prefix, rows)
-    return _quant_of_experts(quantised_layout(rows[0], prefix, words, num_experts, tensors))
+    return _quant_of_experts(quantized_layout(rows[0], prefix, words, num_experts, tensors))
 
 
-def _tensors_of_rows(checkpoint: Checkpoint, headers: Headers, prefix: str, rows: Sequence[Layout]) -> dict[str, TensorInfo]:
+def _tensors_of_rows(
+    checkpoint: Checkpoint, headers: Headers, prefix: str, rows: Sequence[Layout]
+) -> dict[str, TensorInfo]:
     return tensors_below(checkpoint, headers, {beginning for row in rows for beginning in beginnings_of(row, prefix)})
 
 
@@ -86,14 +104,14 @@ def _quant_of_experts(row: Layout) -> QuantConfig | None:
     return next((method.quant for path, method in row.methods if path == ("down",)), None)
 
 
-def _quantised_rows(
+def _quantized_rows(
     where: str, rows: Sequence[Layout], prefix: str, words: Words, config: MoEConfig, tensors: Mapping[str, TensorInfo]
 ) -> tuple[Layout, ...]:
-    """The rows as the checkpoint has them, those that it may have so: quantised as the config says it."""
+    """The rows as the checkpoint has them, those that it may have so: quantized as the config says it."""
     made, errors = list[Layout](), list[ValueError]()
     for row in rows:
         try:
-            made.append(quantised_layout(row, prefix, words, config.num_experts, tensors))
+            made.append(quantized_layout(row, prefix, words, config.num_experts, tensors))
         except ValueError as error:
             errors.append(error)
     if not made:
@@ -101,7 +119,9 @@ def _quantised_rows(
     for row in made:
         found = _quant_of_experts(row)
         if _without_activations(found) != _without_activations(config.quant):
-            raise ValueError(f"{where}: config.quant is {config.quant!r}; expected {found!r}, which quantization_config says")
+            raise ValueError(
+                f"{where}: config.quant is {config.quant!r}; expected {found!r}, which quantization_config says"
+            )
     return tuple(made)
 
 
@@ -111,9 +131,16 @@ def _without_activations(quant: QuantConfig | None) -> QuantConfig | None:
 
 
 def anchors_of(row: Layout) -> tuple[str, ...]:
-    """The names that the tensors of the last product may have, quantised ones too."""
+    """The names that the tensors of the last product may have, quantized ones too."""
     stem = row.anchor.removesuffix(".weight")
-    return (row.anchor, *(stem + suffix for suffix in (FUSED_SUFFIXES if stem == row.anchor else CODES_SUFFIXES) if suffix != ".weight"))
+    return (
+        row.anchor,
+        *(
+            stem + suffix
+            for suffix in (FUSED_SUFFIXES if stem == row.anchor else CODES_SUFFIXES)
+            if suffix != ".weight"
+        ),
+    )
 
 
 def _rows_here(rows: Sequence[Layout], checkpoint: Checkpoint, prefix: str) -> tuple[Layout, ...]:
@@ -129,7 +156,9 @@ def _is_there(checkpoint: Checkpoint, prefix: str, name: str) -> bool:
     return full_name(prefix, of_first_expert(name)) in checkpoint.file_of_tensor
 
 
-def _only_fit(where: str, rows: Sequence[Layout], prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]) -> Plan:
+def _only_fit(
+    where: str, rows: Sequence[Layout], prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]
+) -> Plan:
     found = [match(row, prefix, config, tensors) for row in rows]
     plans = [plan for plan in found if isinstance(plan, Plan)]
     if not plans:
@@ -139,7 +168,9 @@ def _only_fit(where: str, rows: Sequence[Layout], prefix: str, config: MoEConfig
             if isinstance(problems, list)
         ]
         *_, place, problems = min(failures)
-        shown = "\n  ".join(problems[:_SHOWN]) + (f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+        shown = "\n  ".join(problems[:_SHOWN]) + (
+            f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        )
         raise ValueError(f"{where} does not fit the layout {rows[place].name!r} and the config:\n  {shown}")
     if any(plan.parts != plans[0].parts for plan in plans):
         names = ", ".join(repr(plan.layout.name) for plan in plans)

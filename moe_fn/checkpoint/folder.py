@@ -17,7 +17,9 @@ Headers = Mapping[str, Mapping[str, TensorInfo]]  # tensors of a file
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """folder, the parsed config.json if there is one, the file of every tensor, and the parsed hf_quant_config.json if there is one."""
+    """folder, the parsed config.json if there is one, the file of every tensor, and the parsed hf_quant_config.json if
+    there is one.
+    """
 
     folder: Path
     config: Mapping[str, Any] | None
@@ -29,7 +31,8 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at a path: a folder, or one .safetensors file. Reads the index, or the header of the only file.
 
-    Raises ValueError for a path without safetensors, and for an index that is no JSON or names files outside of the folder.
+    Raises ValueError for a path without safetensors, and for an index that is no JSON or names files outside of the
+    folder.
     """
     path = Path(path)
     if not path.exists():
@@ -50,14 +53,18 @@ def read_headers(checkpoint: Checkpoint, files: Iterable[str]) -> Headers:
     headers = {file: read_header(checkpoint.folder / file) for file in dict.fromkeys(files)}
     for name, file in checkpoint.file_of_tensor.items():
         if file in headers and name not in headers[file]:
-            raise ValueError(f"{checkpoint.folder / INDEX} says that {name} is in {file}; expected it there, but the file does not have it")
+            raise ValueError(
+                f"{checkpoint.folder / INDEX} says that {name} is in {file}; expected it there, but the file does not "
+                "have it"
+            )
     return headers
 
 
 def tensors_below(checkpoint: Checkpoint, headers: Headers, beginnings: Iterable[str]) -> dict[str, TensorInfo]:
     """All tensors of these files whose names begin so.
 
-    Raises ValueError for one that a file has and the index does not list there: it would be loaded from somewhere else, or not at all.
+    Raises ValueError for one that a file has and the index does not list there: it would be loaded from somewhere else,
+    or not at all.
     """
     beginnings = tuple(beginnings)
     found = {}
@@ -68,7 +75,9 @@ def tensors_below(checkpoint: Checkpoint, headers: Headers, beginnings: Iterable
             if checkpoint.file_of_tensor.get(name) != file:
                 listed = checkpoint.file_of_tensor.get(name)
                 there = "does not list it" if listed is None else f"lists it in {listed}"
-                raise ValueError(f"{checkpoint.folder / file} has {name}, but the index {there}; expected every tensor in one place")
+                raise ValueError(
+                    f"{checkpoint.folder / file} has {name}, but the index {there}; expected every tensor in one place"
+                )
             found[name] = tensor
     return found
 
@@ -93,10 +102,11 @@ def model_types(config: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def quant_words(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """What the checkpoint says of its quantisation: quantization_config in config.json, or in a config nested there, and ModelOpt's file.
+    """What the checkpoint says of its quantization: quantization_config in config.json, or in a config nested there,
+    and ModelOpt's file.
 
-    An expert_dtype that config.json has outside of it counts (DeepSeek-V4). Where config.json says fp8 and ModelOpt's file is there, some
-    modules of an fp8 model were quantised anew: the words are those of both.
+    An expert_dtype that config.json has outside of it counts (DeepSeek-V4). Where config.json says fp8 and ModelOpt's
+    file is there, some modules of an fp8 model were quantized anew: the words are those of both.
 
     Raises ValueError where two of them contradict one another.
     """
@@ -111,7 +121,9 @@ def quant_words(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     for words in found[1:]:
         for name in ("quant_method", "quant_algo"):
             if name in words and name in found[0] and words[name] != found[0][name]:
-                raise ValueError(f"{checkpoint.folder} says {name} {found[0][name]!r} and {words[name]!r}; expected one")
+                raise ValueError(
+                    f"{checkpoint.folder} says {name} {found[0][name]!r} and {words[name]!r}; expected one"
+                )
     if not found:
         return None
     of_experts = [part["expert_dtype"] for part in (found[0], *_parts(config)) if part.get("expert_dtype") is not None]
@@ -129,7 +141,11 @@ def _quant_words(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
         if words is not None and not isinstance(words, Mapping):
             raise ValueError(f"{name} in config.json is {words!r:.80}; expected a JSON object")
         if words:
-            yield words if "quant_method" in words or name == "quantization_config" else {"quant_method": "compressed-tensors", **words}
+            yield (
+                words
+                if "quant_method" in words or name == "quantization_config"
+                else {"quant_method": "compressed-tensors", **words}
+            )
     for value in config.values():
         if isinstance(value, Mapping) and "model_type" in value:
             yield from _quant_words(value)
@@ -149,7 +165,9 @@ def _only_file(folder: Path) -> Path:
         return folder / SINGLE
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf") for file in folder.glob(pattern))
+        others = sorted(
+            file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf") for file in folder.glob(pattern)
+        )
         pickles = f" ({', '.join(others[:3])}: only safetensors are read, no pickles)" if others else ""
         found = ", ".join(file.name for file in files[:3]) or f"no .safetensors{pickles}"
         raise ValueError(f"{folder} has {found}; expected {SINGLE}, or shards with {INDEX}")
@@ -164,5 +182,7 @@ def _files_of_index(path: Path) -> dict[str, str]:
         if not isinstance(file, str) or Path(file).name != file or file in (".", "..") or "\\" in file or "\0" in file:
             raise ValueError(f"{path}: {name} is in {file!r:.120}; expected the name of a file in the same folder")
         if not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: {name} is in {file!r:.120}; expected a .safetensors file, for pickles are not read")
+            raise ValueError(
+                f"{path}: {name} is in {file!r:.120}; expected a .safetensors file, for pickles are not read"
+            )
     return dict(files)

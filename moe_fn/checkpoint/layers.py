@@ -1,4 +1,6 @@
-"""Which layers of a checkpoint are mixtures of experts: by the names of their tensors; what they compute, by config.json."""
+"""Which layers of a checkpoint are mixtures of experts: by the names of their tensors; what they compute, by
+config.json.
+"""
 
 import contextlib
 import dataclasses
@@ -48,16 +50,20 @@ class MoELayer:
 def moe_layers(path: str | Path) -> list[MoELayer]:
     """The Mixture-of-Experts layers of a checkpoint, in order; headers are read and checked, tensors are not.
 
-    Raises ValueError for a folder without safetensors, for headers that lie, and where there are experts under names that are not known:
-    names say so, or config.json does. What is wrong with one layer is in its `problem`. A model without experts has no layers.
+    Raises ValueError for a folder without safetensors, for headers that lie, and where there are experts under names
+    that are not known: names say so, or config.json does. What is wrong with one layer is in its `problem`. A model
+    without experts has no layers.
 
     >>> import json, tempfile
     >>> from moe_fn import RouterWeights
     >>> from moe_fn.checkpoint import save_moe_weights
-    >>> words = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 3, "intermediate_size": 4}
-    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 3), down=torch.randn(2, 3, 4), router=RouterWeights(gate=torch.randn(2, 3)))
+    >>> words = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 3,
+    ...     "intermediate_size": 4}
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 3), down=torch.randn(2, 3, 4),
+    ...     router=RouterWeights(gate=torch.randn(2, 3)))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_moe_weights(folder, "model.layers.0.block_sparse_moe", config_of_layer(words, 0), weights, layout="mixtral")
+    ...     save_moe_weights(folder, "model.layers.0.block_sparse_moe", config_of_layer(words, 0), weights,
+    ...         layout="mixtral")
     ...     _ = (Path(folder) / "config.json").write_text(json.dumps(words))
     ...     (layer,) = moe_layers(folder)
     ...     config, loaded = load_moe_layer(folder, layer.index)
@@ -82,13 +88,15 @@ def load_moe_layer(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[MoEConfig, MoEWeights]:
-    """The config and the weights of a layer: by its index, or by its prefix where two stacks of layers have the same indices.
+    """The config and the weights of a layer: by its index, or by its prefix where two stacks of layers have the same
+    indices.
 
-    parallel says which ranks share the layer, and which this one is: it is in the config, and the weights are this rank's. The other
-    arguments are those of load_moe_weights; sizes of the config are those of the whole layer, whatever the slices.
+    parallel says which ranks share the layer, and which this one is: it is in the config, and the weights are this
+    rank's. The other arguments are those of load_moe_weights; sizes of the config are those of the whole layer,
+    whatever the slices.
 
-    Raises ValueError as load_moe_weights and `moe_fn.families.config_of_layer` do, for a layer that is no mixture of experts, and for one
-    that parallel does not divide.
+    Raises ValueError as load_moe_weights and `moe_fn.families.config_of_layer` do, for a layer that is no mixture of
+    experts, and for one that parallel does not divide.
     """
     checkpoint = open_checkpoint(path)
     prefix, index = _find(checkpoint, layer)
@@ -106,17 +114,20 @@ def load_moe_layers(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, MoEConfig, MoEWeights]]:
-    """Layer after layer, as (prefix, config, weights); None: all of them. Only the layer that is being made is held here.
+    """Layer after layer, as (prefix, config, weights); None: all of them. Only the layer that is being made is held
+    here.
 
-    parallel, as for load_moe_layer, is every layer's; copies of experts (num_physical) are each layer's own, and load_moe_layer's matter.
-    progress shows on stderr which layer is read, as a bar on a terminal, as lines elsewhere.
+    parallel, as for load_moe_layer, is every layer's; copies of experts (num_physical) are each layer's own, and
+    load_moe_layer's matter. progress shows on stderr which layer is read, as a bar on a terminal, as lines elsewhere.
 
     Raises ValueError as load_moe_layer does; all layers that are asked for are found before the first is loaded.
     """
     checkpoint = open_checkpoint(path)
     wanted = list(_prefixes(checkpoint).items()) if layers is None else [_find(checkpoint, layer) for layer in layers]
     if parallel is not None and parallel.num_physical is not None:
-        raise ValueError("load_moe_layers: parallel.num_physical is given; expected load_moe_layer, with the placement of each layer")
+        raise ValueError(
+            "load_moe_layers: parallel.num_physical is given; expected load_moe_layer, with the placement of each layer"
+        )
     configs = [dataclasses.replace(_config(checkpoint, prefix, index), parallel=parallel) for prefix, index in wanted]
     try:
         for done, ((prefix, _), config) in enumerate(zip(wanted, configs, strict=True)):
@@ -143,11 +154,18 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, int]:
             break
     if not found:
         _refuse_unknown_names(checkpoint, rows)
-    return dict(sorted(found.items(), key=lambda item: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])]))
+    return dict(
+        sorted(
+            found.items(),
+            key=lambda item: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", item[0])],
+        )
+    )
 
 
 def _refuse_unknown_names(checkpoint: Checkpoint, rows: Sequence[Layout]) -> None:
-    """ValueError for a checkpoint whose names, or whose config.json, say that there are experts, though no row has their names."""
+    """ValueError for a checkpoint whose names, or whose config.json, say that there are experts, though no row has
+    their names.
+    """
     named = [name for name in checkpoint.file_of_tensor if re.search(r"(?:^|[._])experts(?:[._]|$)", name)]
     some = named or (_names_without_experts(checkpoint, rows) if checkpoint.is_whole else [])
     if not some:
@@ -155,16 +173,20 @@ def _refuse_unknown_names(checkpoint: Checkpoint, rows: Sequence[Layout]) -> Non
     family = (model_types(checkpoint.config) or ("?",))[0]
     expected = list(dict.fromkeys(".".join(filter(None, ("layers.N", row.block, row.anchor))) for row in rows))
     raise ValueError(
-        f"{checkpoint.folder} has experts ({'by its tensors' if named else 'by its config.json'}), but not under names that are known of "
+        f"{checkpoint.folder} has experts ({'by its tensors' if named else 'by its config.json'}), but not under names "
+        "that are known of "
         f"model_type {family!r}: it has {', '.join(some[:3])}; expected one such as {', '.join(expected[:4])}"
     )
 
 
 def _names_without_experts(checkpoint: Checkpoint, rows: Sequence[Layout]) -> list[str]:
-    """Names of a layer of which config.json makes a mixture of two experts or more, with nothing known in the mixture's place."""
+    """Names of a layer of which config.json makes a mixture of two experts or more, with nothing known in the mixture's
+    place.
+    """
     names: dict[tuple[int, str], list[str]] = {}
     filled = set[str]()
-    beside = not all(row.block for row in rows)  # a dense feed-forward network lies beside the mixture, and is not in its place
+    # a dense feed-forward network lies beside the mixture, and is not in its place
+    beside = not all(row.block for row in rows)
     for name in checkpoint.file_of_tensor:
         match = re.match(_LAYER, name)
         if match is not None and len(match["index"]) < 10:
@@ -173,7 +195,11 @@ def _names_without_experts(checkpoint: Checkpoint, rows: Sequence[Layout]) -> li
                 filled.add(match["layer"])
     for index, layer in sorted(names):
         with contextlib.suppress(ValueError):
-            if layer not in filled and checkpoint.config is not None and config_of_layer(checkpoint.config, index).num_experts > 1:
+            if (
+                layer not in filled
+                and checkpoint.config is not None
+                and config_of_layer(checkpoint.config, index).num_experts > 1
+            ):
                 return names[index, layer]
     return []
 
@@ -189,7 +215,8 @@ def _find(checkpoint: Checkpoint, layer: int | str) -> tuple[str, int]:
     if len(found) != 1:
         if found:
             raise ValueError(
-                f"{checkpoint.folder} has {len(found)} layers {layer!r}; expected one of the prefixes {', '.join(p for p, _ in found)}"
+                f"{checkpoint.folder} has {len(found)} layers {layer!r}; expected one of the prefixes "
+                f"{', '.join(p for p, _ in found)}"
             )
         indices = ", ".join(map(str, dict.fromkeys(there.values()))) or "none at all"
         raise ValueError(f"{checkpoint.folder} has no mixture of experts in layer {layer!r}; expected one of {indices}")
@@ -215,6 +242,8 @@ def _describe(checkpoint: Checkpoint, headers: Headers, prefix: str, index: int)
         plan = plan_of_block(checkpoint, headers, prefix, config, None)
     except ValueError as error:
         return MoELayer(index, prefix, family, None, config, dtype, size, str(error))
-    parts: Mapping[str, int] = {part.name: part.info.stop - part.info.start for found in plan.parts.values() for part in found}
+    parts: Mapping[str, int] = {
+        part.name: part.info.stop - part.info.start for found in plan.parts.values() for part in found
+    }
     dtype = plan.parts[("down",)][0].info.dtype
     return MoELayer(index, prefix, family, plan.layout.name, config, dtype, sum(parts.values()), None)

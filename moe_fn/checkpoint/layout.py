@@ -1,4 +1,6 @@
-"""What a row of the layout table is made of: which tensor of a file holds what of MoEWeights, under which name, with which axes."""
+"""What a row of the layout table is made of: which tensor of a file holds what of MoEWeights, under which name, with
+which axes.
+"""
 
 from dataclasses import dataclass
 
@@ -12,13 +14,17 @@ class Entry:
     """One name, or one for each expert, and what the tensor of that name holds.
 
     weight    the tensor of MoEWeights that it is, or is a part of
-    name      below the block's prefix; {e} is an expert, {second} an expert of a second bank; "../" steps out of the block
+    name      below the block's prefix; {e} is an expert, {second} an expert of a second bank; "../" steps out of the
+              block
     axes      its pattern (`moe_fn.checkpoint.axes`)
-    pins      places on axes that the pattern lacks, or has of which one is wanted: ("G", 0) is the gate, ("G", 1) the up
+    pins      places on axes that the pattern lacks, or has of which one is wanted: ("G", 0) is the gate, ("G", 1) the
+              up
     optional  a file need not have it
-    offset    the file holds the values less this (norms that multiply by 1 + weight); such a tensor is float32 in memory
-    scales    it multiplies what the entries before it made, divided by the root of its length (the norm of Gemma-4's gate)
-    coding    of a tensor that is part of a quantised matrix: a row of `moe_fn.checkpoint.quantized.codings.CODINGS`
+    offset    the file holds the values less this (norms that multiply by 1 + weight); such a tensor is float32 in
+              memory
+    scales    it multiplies what the entries before it made, divided by the root of its length (the norm of Gemma-4's
+              gate)
+    coding    of a tensor that is part of a quantized matrix: a row of `moe_fn.checkpoint.quantized.codings.CODINGS`
     units     places along axes that one of its elements is for: eight in a word, 128 that share a scale
     """
 
@@ -43,7 +49,8 @@ class Layout:
     entries   its tensors
     others    names below the prefix that are no part of MoEWeights ("gate.*": all that begin so); {z} is a zero expert
     owned     beginnings of names below the prefix where anything unknown is an error
-    methods   how matrices of this block are quantised, by their paths; only in rows that `checkpoint.quantized.layout` made of others
+    methods   how matrices of this block are quantized, by their paths; only in rows that `checkpoint.quantized.layout`
+              made of others
     """
 
     name: str
@@ -89,7 +96,10 @@ def ungated(up: str, down: str, experts: str = "experts.{e}.", bias: bool = Fals
         Entry(("gate_up",), f"{experts}{up}.weight", "I X", (("G", 0),)),
         Entry(("down",), f"{experts}{down}.weight", "X I"),
     )
-    biases = (Entry(("gate_up_bias",), f"{experts}{up}.bias", "I", (("G", 0),)), Entry(("down_bias",), f"{experts}{down}.bias", "X"))
+    biases = (
+        Entry(("gate_up_bias",), f"{experts}{up}.bias", "I", (("G", 0),)),
+        Entry(("down_bias",), f"{experts}{down}.bias", "X"),
+    )
     return matrices + biases if bias else matrices
 
 
@@ -101,7 +111,9 @@ def fused(gate_up: str, down: str, rows: str = "G I", transposed: bool = False) 
     )
 
 
-def router(gate: str, correction: str | None = None, *, bias: str | None = None, ids: str | None = None) -> tuple[Entry, ...]:
+def router(
+    gate: str, correction: str | None = None, *, bias: str | None = None, ids: str | None = None
+) -> tuple[Entry, ...]:
     """The gate, and by name the selection bias, the bias of the logits, and the table of hash routing."""
     found = (
         (("router", "gate"), gate, "C W"),
@@ -113,7 +125,12 @@ def router(gate: str, correction: str | None = None, *, bias: str | None = None,
 
 
 def shared(
-    module: str = "shared_experts", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", *, sigmoid: str | None = None
+    module: str = "shared_experts",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    *,
+    sigmoid: str | None = None,
 ) -> tuple[Entry, ...]:
     """A dense gated MLP, with optional biases, and the vector of a sigmoid gate."""
     matrices = (
@@ -145,4 +162,8 @@ def latent(down: str, up: str, input_norm: str | None = None, offset: float = 0.
         Entry(("latent", "input_bias"), f"{down}.bias", "L", optional=True),
         Entry(("latent", "output_bias"), f"{up}.bias", "H", optional=True),
     )
-    return found if input_norm is None else (*found, Entry(("latent", "input_norm"), f"{input_norm}.weight", "L", offset=offset))
+    return (
+        found
+        if input_norm is None
+        else (*found, Entry(("latent", "input_norm"), f"{input_norm}.weight", "L", offset=offset))
+    )

@@ -1,4 +1,6 @@
-"""Which tensors of a file are which of a block: checked for the whole block, from headers alone, before anything is allocated."""
+"""Which tensors of a file are which of a block: checked for the whole block, from headers alone, before anything is
+allocated.
+"""
 
 import dataclasses
 import itertools
@@ -21,12 +23,16 @@ from moe_fn.weights.axes import ANY, dims_of, shape_of
 from moe_fn.weights.shapes import expected_shapes
 from moe_fn.weights.spec import WEIGHTS
 
-_QUANTISED = re.compile(r"(_blocks|_scales?|_scale_inv|_scale_2|\.qweight|\.qzeros|\.scales|\.g_idx|_packed|\.absmax|\.quant_map)$")
+_QUANTIZED = re.compile(
+    r"(_blocks|_scales?|_scale_inv|_scale_2|\.qweight|\.qzeros|\.scales|\.g_idx|_packed|\.absmax|\.quant_map)$"
+)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor in a file that is, or is a part of, one of MoEWeights; expert is the one that its name says, None without one."""
+    """A tensor in a file that is, or is a part of, one of MoEWeights; expert is the one that its name says, None
+    without one.
+    """
 
     entry: Entry
     expert: int | None
@@ -36,9 +42,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to read: the parts of each tensor of MoEWeights, its place and dtype, the sizes of the axes. Parts of a weight hold all of it.
+    """What to read: the parts of each tensor of MoEWeights, its place and dtype, the sizes of the axes. Parts of a
+    weight hold all of it.
 
-    Of a quantised matrix that is no expert, what it is decoded from: paths one longer than its own. `checks` are looked at, no more.
+    Of a quantized matrix that is no expert, what it is decoded from: paths one longer than its own. `checks` are looked
+    at, no more.
     """
 
     layout: Layout
@@ -67,7 +75,9 @@ def names_of(entry: Entry, config: MoEConfig, most: int | None = None) -> Iterat
 
 
 def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]) -> Plan | list[str]:
-    """The plan for a block, or what is wrong with it: every missing, surplus and mis-shaped tensor, and every wrong dtype."""
+    """The plan for a block, or what is wrong with it: every missing, surplus and mis-shaped tensor, and every wrong
+    dtype.
+    """
     allowed, problems = expected_shapes(config), list[str]()
     sizes, others, parts = sizes_of(config), set(_others(layout, prefix, config, tensors)), dict[Path, list[Part]]()
     known = set(others)
@@ -79,9 +89,15 @@ def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, 
             surplus = [name for _, name in named if name in tensors and name not in others]
             problems += [f"{name} is there; expected none, for the config has no use for it" for name in surplus]
             continue
-        found = [Part(_as_it_lies(entry, sizes, tensors[name]), expert, name, tensors[name]) for expert, name in named if name in tensors]
+        found = [
+            Part(_as_it_lies(entry, sizes, tensors[name]), expert, name, tensors[name])
+            for expert, name in named
+            if name in tensors
+        ]
         if found or not entry.optional:
-            problems += [f"{name} is missing; expected {_words(entry, sizes)}" for _, name in named if name not in tensors]
+            problems += [
+                f"{name} is missing; expected {_words(entry, sizes)}" for _, name in named if name not in tensors
+            ]
         parts.setdefault(entry.weight, []).extend(found)
     problems += _halves(layout, prefix, parts) + _gates(layout, sizes, parts)
     owned = tuple(full_name(prefix, name) for name in layout.owned)
@@ -104,13 +120,17 @@ def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, 
 
 
 def _as_it_lies(entry: Entry, sizes: Mapping[str, int], info: TensorInfo) -> Entry:
-    """Single numbers, and columns of them, lie with as many dims of one as their writers liked: the axes follow the file."""
+    """Single numbers, and columns of them, lie with as many dims of one as their writers liked: the axes follow the
+    file.
+    """
     shape = shape_of(entry.axes, in_units(sizes, entry.units)) if entry.coding else info.shape
     if shape == info.shape or [size for size in shape if size != 1] != [size for size in info.shape if size != 1]:
         return entry
     dims = ["(" + " ".join(dim) + ")" for dim, size in zip(dims_of(entry.axes), shape, strict=True) if size != 1]
     axes = " ".join("1" if size == 1 else dims.pop(0) for size in info.shape)
-    return dataclasses.replace(entry, axes=axes, units=tuple((axis, unit) for axis, unit in entry.units if axis in axes))
+    return dataclasses.replace(
+        entry, axes=axes, units=tuple((axis, unit) for axis, unit in entry.units if axis in axes)
+    )
 
 
 def _others(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -126,7 +146,9 @@ def _others(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str
             continue
         before, _, after = name.partition(placeholder)
         numbered = (found for found in tensors if found.startswith(before) and found.endswith(after))
-        yield from (found for found in numbered if _is_in(found[len(before) : len(found) - len(after)], *ranges[placeholder]))
+        yield from (
+            found for found in numbered if _is_in(found[len(before) : len(found) - len(after)], *ranges[placeholder])
+        )
 
 
 def _is_in(number: str, first: int, stop: int) -> bool:
@@ -147,10 +169,14 @@ def _gates(layout: Layout, sizes: Mapping[str, int], parts: Mapping[Path, Sequen
     """Tensors of which the layout has other parts than the config: gates and ups, or one of both."""
     problems = []
     for path, axis in itertools.product(parts, "GB"):
-        pinned = {dict(entry.pins)[axis] for entry in layout.entries if entry.weight == path and axis in dict(entry.pins)}
+        pinned = {
+            dict(entry.pins)[axis] for entry in layout.entries if entry.weight == path and axis in dict(entry.pins)
+        }
         if pinned and pinned != set(range(sizes[axis])):
             gated = "gates and ups" if len(pinned) == 2 else "no gates"
-            problems.append(f"weights.{'.'.join(path)} has {gated} in the layout {layout.name!r}; expected an activation to match")
+            problems.append(
+                f"weights.{'.'.join(path)} has {gated} in the layout {layout.name!r}; expected an activation to match"
+            )
     return problems
 
 
@@ -170,21 +196,33 @@ def _straddling(part: Part, sizes: Mapping[str, int]) -> list[str]:
     """Elements for places of two gates, ups or shared experts at once, which no slice can have."""
     units = dict(part.entry.units)
     return [
-        f"{part.name} has elements for {units[dim[-1]]} places along {' '.join(dim)}; expected {sizes[dim[-1]]} to be a multiple"
+        f"{part.name} has elements for {units[dim[-1]]} places along {' '.join(dim)}; "
+        f"expected {sizes[dim[-1]]} to be a multiple"
         for dim in dims_of(part.entry.axes)
-        if (units.get(dim[-1]) or 1) > 1 and sizes[dim[-1]] % (units[dim[-1]] or 1) and math.prod(sizes[axis] for axis in dim[:-1]) > 1
+        if (units.get(dim[-1]) or 1) > 1
+        and sizes[dim[-1]] % (units[dim[-1]] or 1)
+        and math.prod(sizes[axis] for axis in dim[:-1]) > 1
     ]
 
 
 def _dtypes(parts: Mapping[Path, Sequence[Part]]) -> tuple[dict[Path, torch.dtype], list[str]]:
-    """The dtype of each tensor in memory. The parts of a tensor have one dtype, and so have all matrices of the block."""
+    """The dtype of each tensor in memory.
+
+    The parts of a tensor have one dtype, and so have all matrices of the block.
+    """
     dtypes: dict[Path, torch.dtype] = {}
     problems = []
     matrices = [part for path in MATRICES for part in parts.get(path, ()) if not part.entry.coding]
     for path, found in parts.items():
         for part in found:
             coding = part.entry.coding
-            choices = CODINGS[coding].dtypes if coding else INTEGERS if path in WEIGHTS and WEIGHTS[path].kind == "integer" else FLOATS
+            choices = (
+                CODINGS[coding].dtypes
+                if coding
+                else INTEGERS
+                if path in WEIGHTS and WEIGHTS[path].kind == "integer"
+                else FLOATS
+            )
             first = matrices[0] if path in MATRICES and not coding else found[0]
             if part.info.dtype not in choices:
                 problems.append(f"{part.name} is {part.info.dtype}; expected one of {', '.join(choices)}")
@@ -195,19 +233,25 @@ def _dtypes(parts: Mapping[Path, Sequence[Part]]) -> tuple[dict[Path, torch.dtyp
     return dtypes, problems
 
 
-def quantised(prefix: str, layouts: Sequence[Layout], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of tensors below the prefix that only a quantised checkpoint has."""
+def quantized(prefix: str, layouts: Sequence[Layout], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of tensors below the prefix that only a quantized checkpoint has."""
     names = [name for layout in layouts for name in (*layout.others, *(entry.name for entry in layout.entries))]
     known = {full_name(prefix, name) for name in names}
     below = {name: info for name, info in tensors.items() if name.startswith(prefix + ".") and name not in known}
-    named = [name for name in below if _QUANTISED.search(name)]
-    return named + [name for name, info in tensors.items() if info.dtype.startswith(("F8", "F6", "F4")) and name not in named]
+    named = [name for name in below if _QUANTIZED.search(name)]
+    return named + [
+        name for name, info in tensors.items() if info.dtype.startswith(("F8", "F6", "F4")) and name not in named
+    ]
 
 
 def strangers(layout: Layout, prefix: str, tensors: Mapping[str, TensorInfo]) -> int:
     """How many tensors below the prefix have a name that is none of the layout's, whatever the config."""
     names = [entry.name for entry in layout.entries] + list(layout.others)
-    known = re.compile("|".join(re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(full_name(prefix, name))).replace(r"\*", ".*") for name in names))
+    known = re.compile(
+        "|".join(
+            re.sub(r"\\\{\w+\\\}", r"\\d+", re.escape(full_name(prefix, name))).replace(r"\*", ".*") for name in names
+        )
+    )
     return sum(name.startswith(prefix + ".") and known.fullmatch(name) is None for name in tensors)
 
 

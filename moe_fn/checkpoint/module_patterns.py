@@ -33,12 +33,14 @@ class ListRule:
 def is_listed(module: str, entries: Iterable[str], rule: ListRule) -> bool:
     """Whether a list has a module.
 
-    Raises ValueError for what is no regular expression, and for those that could take very long: nobody vouches for a model's config.
+    Raises ValueError for what is no regular expression, and for those that could take very long: nobody vouches for a
+    model's config.
 
     Laws
         A list leaves out what its tool leaves out.
 
-    >>> is_listed("model.layers.1.mlp.experts.0.gate_proj", ["lm_head", "model.layers.1.mlp.experts"], COMPRESSED_TENSORS)
+    >>> is_listed("model.layers.1.mlp.experts.0.gate_proj", ["lm_head", "model.layers.1.mlp.experts"],
+    ...     COMPRESSED_TENSORS)
     False
     >>> is_listed("model.layers.1.mlp.experts.0.gate_proj", ["lm_head", "model.layers.1.mlp.experts"], TRANSFORMERS)
     True
@@ -48,17 +50,20 @@ def is_listed(module: str, entries: Iterable[str], rule: ListRule) -> bool:
     names = [module, container] if rule.containers and (container := container_of(module)) else [module]
     if sum(steps_of(expression, module) for expression in expressions) > _MOST_STEPS:
         raise ValueError(
-            f"a list of modules in quantization_config, {', '.join(map(repr, entries))!r:.200}, could take very long to look through; "
+            f"a list of modules in quantization_config, {', '.join(map(repr, entries))!r:.200}, could take very long "
+            "to look through; "
             "expected regular expressions without repeated groups, with few repeats and alternatives"
         )
     return any(
-        any(rule.text(name, entry) for entry in entries) or any(matches_from_start(expression, name) for expression in expressions)
+        any(rule.text(name, entry) for entry in entries)
+        or any(matches_from_start(expression, name) for expression in expressions)
         for name in names
     )
 
 
 def target_of(module: str, targets: Iterable[str]) -> str | None:
-    """The target that a linear module has, of compressed-tensors': its name before an expression, and that before its class.
+    """The target that a linear module has, of compressed-tensors': its name before an expression, and that before its
+    class.
 
     >>> target_of("mlp.experts.0.up_proj", ["Linear", "re:.*self_attn.*", "re:.*experts.*"])
     're:.*experts.*'
@@ -81,7 +86,9 @@ def container_of(module: str) -> str:
 def matches_from_start(expression: str, text: str) -> bool:
     """re.match. ValueError for what is no regular expression, and for one that could take very long."""
     if steps_of(expression, text) > _MOST_STEPS:
-        raise ValueError(f"{expression!r:.200} could take very long to match; expected an expression with fewer repeats")
+        raise ValueError(
+            f"{expression!r:.200} could take very long to match; expected an expression with fewer repeats"
+        )
     try:
         return re.match(expression, text) is not None
     except (re.error, OverflowError, RecursionError):
@@ -91,9 +98,11 @@ def matches_from_start(expression: str, text: str) -> bool:
 
 
 def steps_of(expression: str, text: str) -> float:
-    """No fewer steps than a backtracking match takes: ways to share the text out among the repeats, times ways through the alternatives.
+    """No fewer steps than a backtracking match takes: ways to share the text out among the repeats, times ways through
+    the alternatives.
 
-    >>> steps_of("model.layers.3", "x" * 9), steps_of(".*", "x" * 9), steps_of(".*a.*", "x" * 9), steps_of("(.*)*", "x" * 9)
+    >>> steps_of("model.layers.3", "x" * 9), steps_of(".*", "x" * 9), steps_of(".*a.*", "x" * 9), steps_of("(.*)*",
+    ...     "x" * 9)
     (1.0, 10.0, 55.0, inf)
     """
     plain = _GROUP.sub("(", _ONE_CHARACTER.sub("a", expression))
@@ -119,7 +128,9 @@ def _after_re(entry: str) -> str | None:
 
 
 def _up_to_the_end_of_a_part(entry: str) -> str | None:
-    """transformers': any entry is an expression; names alone are compared as text, which is faster, and so is what is none."""
+    """transformers': any entry is an expression; names alone are compared as text, which is faster, and so is what is
+    none.
+    """
     if not _OF_EXPRESSIONS & set(entry):
         return None
     expression = rf"(?:{entry})(?:(?<=\.)|(?=\.|$))"
@@ -140,9 +151,12 @@ def _begins_or_ends(name: str, entry: str) -> bool:
     return all(sign in (other, ".") for sign, other in zip(entry, name, strict=False))
 
 
-# Each as its tool has it: compressed-tensors 0.20 (`match_name`), transformers 5.23 (`should_convert_module`), AutoAWQ 0.2.7
-# (`exclude_layers_to_not_quantize`: parts of names. vLLM looks up the container, transformers whole parts), ModelOpt 0.47 (fnmatch).
+# Each as its tool has it: compressed-tensors 0.20 (`match_name`), transformers 5.23 (`should_convert_module`), AutoAWQ
+# 0.2.7 (`exclude_layers_to_not_quantize`: parts of names. vLLM looks up the container, transformers whole parts),
+# ModelOpt 0.47 (fnmatch).
 COMPRESSED_TENSORS = ListRule(("ignore",), operator.eq, _after_re)
-TRANSFORMERS = ListRule(("modules_to_not_convert", "ignored_layers"), _begins_or_ends, _up_to_the_end_of_a_part, containers=True)
+TRANSFORMERS = ListRule(
+    ("modules_to_not_convert", "ignored_layers"), _begins_or_ends, _up_to_the_end_of_a_part, containers=True
+)
 AUTOAWQ = ListRule(("modules_to_not_convert",), operator.contains)
 MODELOPT = ListRule(("exclude_modules", "ignore"), fnmatch.fnmatchcase, containers=True)

@@ -1,14 +1,17 @@
 """LoRA adapters as PEFT saves them: a folder with adapter_config.json and adapter_model.safetensors, to LoRAWeights.
 
-PEFT has two forms for experts, and both are read (names below the block's prefix; PEFT puts "base_model.model." before it):
+PEFT has two forms for experts, and both are read (names below the block's prefix; PEFT puts "base_model.model." before
+it):
 
     a module for each expert    experts.{e}.{gate_proj,up_proj,down_proj}.lora_A.weight [r, in], .lora_B.weight [out, r]
                                 (or w1, w3, w2 for gate, up and down)
-    a parameter of all experts  experts[.base_layer].lora_A.weight [E r, in], row e r + j;  .lora_B.weight [out, r E], column j E + e
+    a parameter of all experts  experts[.base_layer].lora_A.weight [E r, in], row e r + j; .lora_B.weight [out, r E],
+                                column j E + e
     (target_parameters)         of both products, base_layer's is gate_up_proj; of one, adapter_config.json says which
 
-Up to peft 0.18 `in` and `out` of the second form are exchanged for models that keep [E, out, in]: such are turned over. Shapes tell, of
-the parameter or of the other one of the same experts; where they do not, peft's version does (`moe_fn.checkpoint.peft_versions`).
+Up to peft 0.18 `in` and `out` of the second form are exchanged for models that keep [E, out, in]: such are turned over.
+Shapes tell, of the parameter or of the other one of the same experts; where they do not, peft's version does
+(`moe_fn.checkpoint.peft_versions`).
 """
 
 import functools
@@ -40,26 +43,31 @@ def load_lora(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> LoRAWeights:
-    """The adapter of a block in a PEFT folder, ready for `moe_fn.add_lora`; alpha / rank (or alpha / sqrt(rank)) is folded into B.
+    """The adapter of a block in a PEFT folder, ready for `moe_fn.add_lora`; alpha / rank (or alpha / sqrt(rank)) is
+    folded into B.
 
     path            the folder that save_pretrained wrote
     prefix          what the names of the block begin with, in the file: "model.layers.3.mlp"
     config          of the whole block; its gate_up_layout is that of the result
     gate_up_layout  of the model's gate_up_proj, where the adapter is of that; None: the config's
-    weight_layout   of the model's parameters of all experts, which matters where shapes do not tell inputs from outputs; None: the config's
+    weight_layout   of the model's parameters of all experts, which matters where shapes do not tell inputs from
+                    outputs; None: the config's
     dtype           of the result; None: as in the file
 
-    Ranks and alphas may differ (rank_pattern, alpha_pattern): smaller ranks are padded with zeros, and experts that the adapter leaves
-    out get zeros. Separate adapters of gate and up become one of both ranks together, block-diagonal in B.
+    Ranks and alphas may differ (rank_pattern, alpha_pattern): smaller ranks are padded with zeros, and experts that the
+    adapter leaves out get zeros. Separate adapters of gate and up become one of both ranks together, block-diagonal in
+    B.
 
-    Raises ValueError before any tensor is read: for a folder without an adapter of this block, shapes or ranks that do not fit, adapters
-    of the block's router or shared experts (which have none here), and for what plain LoRA is not: DoRA, biases, a beginning that changes
-    the base weights (pissa, olora, ...). Nothing in the folder is trusted; patterns are matched only in forms that cannot take long.
+    Raises ValueError before any tensor is read: for a folder without an adapter of this block, shapes or ranks that do
+    not fit, adapters of the block's router or shared experts (which have none here), and for what plain LoRA is not:
+    DoRA, biases, a beginning that changes the base weights (pissa, olora, ...). Nothing in the folder is trusted;
+    patterns are matched only in forms that cannot take long.
 
     Laws
         An adapter of PEFT is loaded as it was saved.
 
-    Source: peft 0.21.2 (ParamWrapper, transformers_weight_conversion); the tests compare with what peft itself computes.
+    Source: peft 0.21.2 (ParamWrapper, transformers_weight_conversion); the tests compare with what peft itself
+    computes.
     """
     folder = Path(path)
     adapter = read_adapter_config(folder)
@@ -72,13 +80,18 @@ def load_lora(
     experts = config.num_experts
     down, fused = (_of_experts(factors, part, experts) for part in ("down", "gate_up"))
     if fused is None:
-        gate_up, found = _gate_and_up(_of_experts(factors, "gate", experts), _of_experts(factors, "up", experts)), "packed"
+        gate_up, found = (
+            _gate_and_up(_of_experts(factors, "gate", experts), _of_experts(factors, "up", experts)),
+            "packed",
+        )
     else:
         gate_up, found = fused, found_layout
     if gate_up is not None and config.gate_up_parts == 2:
         gate_up = gate_up[0], _in_layout(gate_up[1], found, config.gate_up_layout)
     tensors = {"gate_up": gate_up, "down": down}
-    return LoRAWeights(**{f"{n}_{side}": t[0 if side == "a" else 1].unsqueeze(0) for n, t in tensors.items() if t for side in "ab"})
+    return LoRAWeights(
+        **{f"{n}_{side}": t[0 if side == "a" else 1].unsqueeze(0) for n, t in tensors.items() if t for side in "ab"}
+    )
 
 
 def _read(
@@ -101,7 +114,9 @@ def _read(
             a, b = (b.transpose(1, 2), a.transpose(1, 2)) if module.turned else (a, b)
             factors[module] = a, b.to(accumulation_dtype(b.dtype)) * adapter.scaling_of(module.name)
     kept = dtype or functools.reduce(torch.promote_types, dtypes)
-    return {module: (a.to(device, kept).contiguous(), b.to(device, kept).contiguous()) for module, (a, b) in factors.items()}
+    return {
+        module: (a.to(device, kept).contiguous(), b.to(device, kept).contiguous()) for module, (a, b) in factors.items()
+    }
 
 
 def _of_experts(factors: Mapping[Module, Factors], part: str, experts: int) -> Factors | None:

@@ -13,10 +13,12 @@ from moe_fn.layer.lora import scaling_of
 CONFIG = "adapter_config.json"
 # What changes the function and is not plain LoRA; each is there under its name and false, null or empty in plain ones.
 _OTHERS = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "kasa_config",
     "velora_config", "monteclora_config", "megatron_config", "layer_replication",
 )  # fmt: skip
-# Ways to begin that leave the base weights as they were; the others (pissa, olora, corda, loftq, lora_ga) take something out of them.
+# Ways to begin that leave the base weights as they were; the others (pissa, olora, corda, loftq, lora_ga) take
+# something out of them.
 _BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 _MOST_PATTERNS, _LONGEST_PATTERN, _MOST_REPEATS = 100_000, 300, 4
 _PLAIN = re.compile(r"[\w.\\*+^$|-]*")  # no groups, no braces: repeats do not nest, so that no match takes long
@@ -41,7 +43,9 @@ class AdapterConfig:
 
     def scaling_of(self, module: str) -> float:
         """What B A is multiplied by, for a module by its name in the model."""
-        return scaling_of(float(_first_match(self.alpha_pattern, module, self.alpha)), self.rank_of(module), self.rank_stabilised)
+        return scaling_of(
+            float(_first_match(self.alpha_pattern, module, self.alpha)), self.rank_of(module), self.rank_stabilised
+        )
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -60,7 +64,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     beginning = values.get("init_lora_weights", True)
     if not isinstance(beginning, bool | str) or beginning not in _BEGINNINGS:
         raise ValueError(
-            f"{where}: init_lora_weights is {beginning!r:.80}, which changes the base weights; expected one of {_BEGINNINGS}, or an "
+            f"{where}: init_lora_weights is {beginning!r:.80}, which changes the base weights; "
+            f"expected one of {_BEGINNINGS}, or an "
             "adapter converted to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     stabilised = values.get("use_rslora", False)
@@ -74,7 +79,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         rank=_rank(where, "r", values.get("r")),
         alpha=_number(where, "lora_alpha", values.get("lora_alpha")),
         rank_pattern={k: _rank(where, "rank_pattern", v) for k, v in _pattern(where, "rank_pattern", values).items()},
-        alpha_pattern={k: _number(where, "alpha_pattern", v) for k, v in _pattern(where, "alpha_pattern", values).items()},
+        alpha_pattern={
+            k: _number(where, "alpha_pattern", v) for k, v in _pattern(where, "alpha_pattern", values).items()
+        },
         rank_stabilised=stabilised,
         parameters=tuple(parameters),
         version=_version(where, values.get("peft_version")),
@@ -110,7 +117,9 @@ def _pattern(where: str, name: str, values: Mapping[str, Any]) -> Mapping[str, A
         raise ValueError(f"{where}: {name} is {found!r:.80}; expected values by names of modules")
     for key in found:
         if not _is_quick(key):
-            raise ValueError(f"{where}: {name} has the pattern {key!r:.120}; expected names, or patterns without groups and braces")
+            raise ValueError(
+                f"{where}: {name} has the pattern {key!r:.120}; expected names, or patterns without groups and braces"
+            )
     return found
 
 
@@ -126,7 +135,9 @@ def _is_quick(pattern: str) -> bool:
 
 
 def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that is the end of the name, from a dot on; only a name itself is looked up by itself."""
+    """PEFT's rule: the first pattern that is the end of the name, from a dot on; only a name itself is looked up by
+    itself.
+    """
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

@@ -1,14 +1,18 @@
-"""Which side of a product A is of, in adapters of parameters that hold all experts, where shapes do not tell: by peft's version.
+"""Which side of a product A is of, in adapters of parameters that hold all experts, where shapes do not tell: by peft's
+version.
 
-PEFT takes the last dims of a parameter [E, m, n] for (inputs, outputs) or for (outputs, inputs), whatever the model means by them. A is of
+PEFT takes the last dims of a parameter [E, m, n] for (inputs, outputs) or for (outputs, inputs), whatever the model
+means by them. A is of
 
-    peft            model keeps [E, out, in]    keeps [E, in, out], is_transposed    keeps [E, in, out], does not say so (Llama-4)
+    peft            model keeps [E, out, in] keeps [E, in, out], is_transposed keeps [E, in, out], does not say so
+                    (Llama-4)
     up to 0.18      outputs                     inputs                               inputs
     0.19.0          outputs                     outputs                              inputs
     from 0.19.1     inputs                      inputs                               outputs
 
-Source: ParamWrapper in peft 0.17.1, 0.18.0, 0.18.1, 0.19.0, 0.19.1, 0.20.0, 0.21.0, 0.21.1 and 0.21.2. Up to 0.17 adapters do not say
-their version; the models of that time that kept all experts in one parameter kept them as [E, in, out].
+Source: ParamWrapper in peft 0.17.1, 0.18.0, 0.18.1, 0.19.0, 0.19.1, 0.20.0, 0.21.0, 0.21.1 and 0.21.2. Up to 0.17
+adapters do not say their version; the models of that time that kept all experts in one parameter kept them as [E, in,
+out].
 """
 
 import re
@@ -28,10 +32,13 @@ _UNVERSIONED: _Release = (0, 17, 0)
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?(?P<rest>.*)", re.DOTALL)
 
 
-def is_of_outputs(version: str | None, config: MoEConfig, weight_layout: str | None, gate_up_layout: str) -> bool | None:
+def is_of_outputs(
+    version: str | None, config: MoEConfig, weight_layout: str | None, gate_up_layout: str
+) -> bool | None:
     """Whether A is of the outputs in an adapter of this peft; None where that cannot be known.
 
-    weight_layout and gate_up_layout are the model's; None: the config's, but not a quantised one's, which lie otherwise than its floats.
+    weight_layout and gate_up_layout are the model's; None: the config's, but not a quantized one's, which lie otherwise
+    than its floats.
 
     >>> config = MoEConfig(num_experts=4, top_k=1, hidden_size=8, intermediate_size=4)
     >>> is_of_outputs("0.18.1", config, None, "packed"), is_of_outputs("0.21.2", config, None, "packed")
@@ -49,7 +56,7 @@ def is_of_outputs(version: str | None, config: MoEConfig, weight_layout: str | N
 
 
 def _models(config: MoEConfig, weight_layout: str | None, gate_up_layout: str) -> tuple[int, ...]:
-    """The columns that a model may be in. Quantised ones are not taken for a Llama-4."""
+    """The columns that a model may be in. Quantized ones are not taken for a Llama-4."""
     if gate_up_layout == "interleaved" and weight_layout != "out_in":
         return (_IN_OUT,)  # gpt-oss: no other model of transformers has gates and ups by turns
     if weight_layout is None and config.quant is not None:
@@ -58,11 +65,17 @@ def _models(config: MoEConfig, weight_layout: str | None, gate_up_layout: str) -
 
 
 def _releases(version: str) -> list[_Release]:
-    """The release that a version is, or those that one in between may be like: what goes by 0.18.1.dev0 became 0.19.0."""
+    """The release that a version is, or those that one in between may be like: what goes by 0.18.1.dev0
+    became 0.19.0.
+    """
     match = _VERSION.fullmatch(version)
     if match is None:
         return []
     release = (int(match[1]), int(match[2]), int(match[3] or 0))
     if not match["rest"] or match["rest"].startswith((".post", "+")):
         return [release]
-    return [max((since for since, _ in _OF_OUTPUTS if since < release), default=release), release, (release[0], release[1] + 1, 0)]
+    return [
+        max((since for since, _ in _OF_OUTPUTS if since < release), default=release),
+        release,
+        (release[0], release[1] + 1, 0),
+    ]

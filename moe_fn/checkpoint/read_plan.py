@@ -1,4 +1,6 @@
-"""Doing what a plan says: every tensor is allocated once, and pieces of the mapped files are copied into their places."""
+"""Doing what a plan says: every tensor is allocated once, and pieces of the mapped files are copied into
+their places.
+"""
 
 import dataclasses
 import itertools
@@ -20,7 +22,8 @@ from moe_fn.checkpoint.slices import Slices, is_added_here
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, weights_of_leaves
 from moe_fn.weights.axes import axes_of, shape_of
 
-# Pages of a mapped file count as this process' memory until the mapping goes: it is made anew after a piece, or this many bytes of them.
+# Pages of a mapped file count as this process' memory until the mapping goes: it is made anew after a piece, or this
+# many bytes of them.
 _WINDOW = 16 * 2**20
 
 
@@ -35,7 +38,9 @@ class Piece:
 
 def read_weights(folder: FilePath, plan: Plan, slices: Slices, dtype: torch.dtype | None, device: Any) -> MoEWeights:
     """The weights that a plan describes, those slices of them."""
-    plan = dataclasses.replace(plan, parts={path: parts for path, parts in plan.parts.items() if is_added_here(slices, path)})
+    plan = dataclasses.replace(
+        plan, parts={path: parts for path, parts in plan.parts.items() if is_added_here(slices, path)}
+    )
     _check_tiles(plan, slices)
     check_parts(folder, plan, slices.experts)
     read = {path: _whole_tiles(plan, slices) if base_of(path) != path else slices for path in plan.parts}
@@ -49,7 +54,12 @@ def read_weights(folder: FilePath, plan: Plan, slices: Slices, dtype: torch.dtyp
     }
     for path in INPUT_SCALES & weights.keys():
         weights[path].zero_()
-    pieces = [(path, piece) for path, parts in plan.parts.items() for part in parts for piece in _pieces(part, plan, read[path])]
+    pieces = [
+        (path, piece)
+        for path, parts in plan.parts.items()
+        for part in parts
+        for piece in _pieces(part, plan, read[path])
+    ]
     pieces.sort(key=_turn)
     for (_, file), found in itertools.groupby(pieces, lambda piece: _turn(piece)[:2]):
         _copy_pieces(folder / file, list(found), weights, plan, read)
@@ -63,14 +73,20 @@ def _check_tiles(plan: Plan, slices: Slices) -> None:
     for path in plan.parts:
         unit = dict(plan.places[path].units).get("I") or 1
         if start % unit or (stop % unit and stop != plan.sizes["I"]):
-            raise ValueError(f"intermediate is {start}..{stop}; expected multiples of {unit}, which share a scale or a byte")
+            raise ValueError(
+                f"intermediate is {start}..{stop}; expected multiples of {unit}, which share a scale or a byte"
+            )
 
 
 def _whole_tiles(plan: Plan, slices: Slices) -> Slices:
-    """The slices, with what shares a scale or a byte with the shared experts' places: those are decoded, and cut afterwards."""
+    """The slices, with what shares a scale or a byte with the shared experts' places: those are decoded, and cut
+    afterwards.
+    """
     units = [dict(plan.places[path].units).get("M") or 1 for path in plan.parts if base_of(path) != path]
     unit, (start, stop) = math.lcm(*units), slices.shared_intermediate
-    return dataclasses.replace(slices, shared_intermediate=(start // unit * unit, min(-(-stop // unit) * unit, plan.sizes["M"])))
+    return dataclasses.replace(
+        slices, shared_intermediate=(start // unit * unit, min(-(-stop // unit) * unit, plan.sizes["M"]))
+    )
 
 
 def _turn(found: tuple[Path, Piece]) -> tuple[bool, str, int]:
@@ -80,7 +96,10 @@ def _turn(found: tuple[Path, Piece]) -> tuple[bool, str, int]:
 
 
 def _keeps(path: Path, plan: Plan) -> bool:
-    """The router stays as it is in the file: a correction bias of bfloat16 could not be balanced. So do codes and their scales."""
+    """The router stays as it is in the file: a correction bias of bfloat16 could not be balanced.
+
+    So do codes and their scales.
+    """
     return path[0] == "router" or any(part.entry.coding for part in plan.parts[path])
 
 
@@ -102,7 +121,11 @@ def _pieces(part: Part, plan: Plan, slices: Slices) -> Iterator[Piece]:
 
 
 def _copy_pieces(
-    file: FilePath, pieces: Sequence[tuple[Path, Piece]], weights: Mapping[Path, Tensor], plan: Plan, read: Mapping[Path, Slices]
+    file: FilePath,
+    pieces: Sequence[tuple[Path, Piece]],
+    weights: Mapping[Path, Tensor],
+    plan: Plan,
+    read: Mapping[Path, Slices],
 ) -> None:
     regions = [_region(piece, plan.sizes) for _, piece in pieces]
     extents = [_extent(piece.part.info, region) for (_, piece), region in zip(pieces, regions, strict=True)]
@@ -134,12 +157,19 @@ def _extent(info: TensorInfo, region: Sequence[slice]) -> int:
 
 
 def _copy_piece(
-    piece: Piece, source: Tensor, target: Tensor, place: Place, slices: Slices, sizes: Mapping[str, int], scratch: Tensor
+    piece: Piece,
+    source: Tensor,
+    target: Tensor,
+    place: Place,
+    slices: Slices,
+    sizes: Mapping[str, int],
+    scratch: Tensor,
 ) -> None:
     entry, units = piece.part.entry, place.units
     local, ranges = in_units(slices.sizes(sizes), units), ranges_in_units(piece.ranges, units)
     starts = ranges_in_units(slices.ranges, units)
-    order = sorted(axes_of(place.pattern), key=lambda axis: axis not in "EGNB")  # what is left is a matrix, in its own order
+    # what is left is a matrix, in its own order
+    order = sorted(axes_of(place.pattern), key=lambda axis: axis not in "EGNB")
     target = by_axes(target, place.pattern, local, order)
     pins = dict(entry.pins) | ({} if piece.place is None else {"E": piece.place})
     for dim, axis in enumerate(order):
@@ -151,7 +181,9 @@ def _copy_piece(
     if entry.coding:
         source = to_codes(entry, source, piece.ranges, units, order)
     else:
-        source = by_axes(source, entry.axes, {axis: stop - start for axis, (start, stop) in piece.ranges.items()}, order)
+        source = by_axes(
+            source, entry.axes, {axis: stop - start for axis, (start, stop) in piece.ranges.items()}, order
+        )
     if entry.scales:
         target.mul_(source.to(target.device)).mul_(source.numel() ** -0.5)
         return
@@ -165,7 +197,11 @@ def _copy_piece(
 def _in_rows(t: Tensor, scratch: Tensor) -> Tensor:
     """A transposed piece, laid in rows: torch transposes into a whole matrix far faster than into a part of one."""
     flat = t.squeeze()
-    if flat.ndim not in (2, 3) or flat.stride(-1) <= flat.stride(-2) or flat.numel() * flat.element_size() > scratch.numel():
+    if (
+        flat.ndim not in (2, 3)
+        or flat.stride(-1) <= flat.stride(-2)
+        or flat.numel() * flat.element_size() > scratch.numel()
+    ):
         return t
     rows: Tensor = scratch[: flat.numel() * flat.element_size()].view(flat.dtype).view(flat.shape)
     for place in (...,) if flat.ndim == 2 else range(len(flat)):

@@ -1,6 +1,7 @@
 """Headers of safetensors files: read, and checked so that nothing behind them has to be trusted.
 
-A file is 8 bytes of length, little-endian, that many bytes of JSON, and the tensors: one after the other, no byte unused.
+A file is 8 bytes of length, little-endian, that many bytes of JSON, and the tensors: one after the other, no byte
+unused.
 """
 
 import contextlib
@@ -16,8 +17,10 @@ import torch
 
 # Bits of an element.
 BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8,
-    "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8,
+    "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6,
+    "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 # What weights, and tables of ids, may be.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -40,8 +43,9 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file, in its order.
 
-    Raises ValueError for a file that is missing, cut short or longer than its header says, and for a header that is no JSON, names a
-    tensor twice, or whose offsets overlap, leave gaps or run past the end: which file, what came, what was expected.
+    Raises ValueError for a file that is missing, cut short or longer than its header says, and for a header that is no
+    JSON, names a tensor twice, or whose offsets overlap, leave gaps or run past the end: which file, what came, what
+    was expected.
     """
     where, size = str(path), size_of_file(path)
     with path.open("rb") as file:
@@ -62,7 +66,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """safetensors' handle on a file whose header has been read. ValueError for what its parser refuses and ours does not."""
+    """safetensors' handle on a file whose header has been read.
+
+    ValueError for what its parser refuses and ours does not.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -131,24 +138,34 @@ def _tensor(where: str, file: str, name: str, said: Any) -> TensorInfo:
         raise ValueError(f"{where}: {name} has dtype {dtype!r:.40}; expected one of {', '.join(BITS)}")
     bits, taken = math.prod(shape) * BITS[dtype], offsets[1] - offsets[0]
     if bits != 8 * taken:
-        raise ValueError(f"{where}: {name} lies in {taken} bytes; expected {-(-bits // 8)}, for it is {dtype} {list(shape)}")
+        raise ValueError(
+            f"{where}: {name} lies in {taken} bytes; expected {-(-bits // 8)}, for it is {dtype} {list(shape)}"
+        )
     return TensorInfo(file, dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _are_counts(values: Any) -> bool:
     """A short list of whole numbers that an address can hold, so that no product of them takes long."""
-    return isinstance(values, list) and len(values) <= 64 and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= 64
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
 def _check_places(where: str, tensors: Mapping[str, TensorInfo], size: int) -> None:
     last = max(tensors, key=lambda name: tensors[name].stop, default=None)
     if last is not None and tensors[last].stop > size:
-        raise ValueError(f"{where} is cut short: {last} ends at byte {tensors[last].stop} after the header; expected at most {size}")
+        raise ValueError(
+            f"{where} is cut short: {last} ends at byte {tensors[last].stop} after the header; expected at most {size}"
+        )
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:
             problem = "overlaps the tensor before it" if tensor.start < end else "leaves a gap"
-            raise ValueError(f"{where}: {name} begins at byte {tensor.start} after the header and {problem}; expected byte {end}")
+            raise ValueError(
+                f"{where}: {name} begins at byte {tensor.start} after the header and {problem}; expected byte {end}"
+            )
         end = tensor.stop
     if end != size:
         raise ValueError(f"{where} has {size - end} bytes behind its last tensor; expected none")

@@ -33,13 +33,15 @@ def save_moe_weights(
     layout: Layout | str,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes the tensors of a block below a prefix, as the layout has them: model.safetensors, or shards with an index over that size.
+    """Writes the tensors of a block below a prefix, as the layout has them: model.safetensors, or shards with an index
+    over that size.
 
-    path is a folder. Blocks that it has already stay, and the index is made or widened. config.json is the caller's. A file or an index
-    is there whole or not at all. Beside the weights one shard's worth of memory is taken, where the layout lies otherwise than they do.
+    path is a folder. Blocks that it has already stay, and the index is made or widened. config.json is the caller's. A
+    file or an index is there whole or not at all. Beside the weights one shard's worth of memory is taken, where the
+    layout lies otherwise than they do.
 
-    Raises ValueError for weights that do not fit the config, that the layout has no name for, that are codes (config.quant), or that the
-    folder has already.
+    Raises ValueError for weights that do not fit the config, that the layout has no name for, that are codes
+    (config.quant), or that the folder has already.
 
     Laws
         Saving undoes loading.
@@ -48,7 +50,8 @@ def save_moe_weights(
     >>> from moe_fn import RouterWeights
     >>> from moe_fn.checkpoint import load_moe_weights
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=3, intermediate_size=4)
-    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 3), down=torch.randn(2, 3, 4), router=RouterWeights(gate=torch.randn(2, 3)))
+    >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 3), down=torch.randn(2, 3, 4),
+    ...     router=RouterWeights(gate=torch.randn(2, 3)))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_moe_weights(folder, "model.layers.0.block_sparse_moe", config, weights, layout="mixtral")
     ...     loaded = load_moe_weights(folder, "model.layers.0.block_sparse_moe", config)
@@ -80,9 +83,15 @@ class _Outgoing:
 
 def _check(layout: Layout, config: MoEConfig, leaves: Mapping[Path, Tensor]) -> None:
     if config.quant is not None:
-        raise ValueError("save_moe_weights: config.quant is not None; expected floats (dequantize_weights), for codes are not written")
+        raise ValueError(
+            "save_moe_weights: config.quant is not None; expected floats (dequantize_weights), for codes are not "
+            "written"
+        )
     if not layout.savable:
-        raise ValueError(f"save_moe_weights: the layout {layout.name!r} has tensors that hold more than a block; expected another one")
+        raise ValueError(
+            f"save_moe_weights: the layout {layout.name!r} has tensors that hold more than a block; "
+            "expected another one"
+        )
     whole = dataclasses.replace(config, parallel=None)  # a rank's part has other shapes, and is refused by them
     allowed, patterns, sizes = expected_shapes(whole), patterns_of(config), sizes_of(config)
     named = {entry.weight for entry in layout.entries}
@@ -92,7 +101,9 @@ def _check(layout: Layout, config: MoEConfig, leaves: Mapping[Path, Tensor]) -> 
         if path not in allowed or path not in named:
             reader = "the config" if path not in allowed else f"the layout {layout.name!r}"
             raise ValueError(f"{where} is {list(leaf.shape)}; expected None, for {reader} has no place for it")
-        if leaf.ndim != len(shape) or any(size not in (ANY, found) for size, found in zip(shape, leaf.shape, strict=True)):
+        if leaf.ndim != len(shape) or any(
+            size not in (ANY, found) for size, found in zip(shape, leaf.shape, strict=True)
+        ):
             raise ValueError(f"{where} is {list(leaf.shape)}; expected {list(shape)} (plain, not prepared)")
     for entry in layout.entries:
         where = f"save_moe_weights: weights.{'.'.join(entry.weight)}"
@@ -113,7 +124,9 @@ def _outgoing(layout: Layout, prefix: str, config: MoEConfig, leaves: Mapping[Pa
             yield _Outgoing(full_name(prefix, name), math.prod(shape_of(entry.axes, known)) * dtype.itemsize, make)
 
 
-def _tensor(entry: Entry, expert: int | None, leaf: Tensor, pattern: str, sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
+def _tensor(
+    entry: Entry, expert: int | None, leaf: Tensor, pattern: str, sizes: Mapping[str, int], dtype: torch.dtype
+) -> Tensor:
     """What a file has under an entry's name."""
     order = axes_of(pattern)
     t = by_axes(leaf, pattern, sizes, order)
@@ -122,7 +135,10 @@ def _tensor(entry: Entry, expert: int | None, leaf: Tensor, pattern: str, sizes:
     for axis in set(order) - set(axes_of(entry.axes)) - {"1"}:
         first = t.narrow(order.index(axis), 0, 1)
         if not torch.equal(first.expand_as(t), t):
-            raise ValueError(f"save_moe_weights: weights.{'.'.join(entry.weight)} differs between experts; expected one, for {entry.name}")
+            raise ValueError(
+                f"save_moe_weights: weights.{'.'.join(entry.weight)} differs between experts; "
+                f"expected one, for {entry.name}"
+            )
         t = first
     t = t - entry.offset if entry.offset else t
     return of_axes(t, order, entry.axes).to("cpu", dtype)
@@ -144,7 +160,8 @@ def _write(folder: FilePath, there: dict[str, str], shards: Iterable[list[_Outgo
         _write_file(folder / SINGLE, shards[0])
         return
     numbers = (number for number in itertools.count(1) if not (folder / _shard_name(number)).exists())
-    if SINGLE in there.values():  # beside an index, a file of this name would be taken for the whole checkpoint by others
+    # beside an index, a file of this name would be taken for the whole checkpoint by others
+    if SINGLE in there.values():
         moved = _shard_name(next(numbers))
         (folder / SINGLE).replace(folder / moved)
         there = {name: moved if file == SINGLE else file for name, file in there.items()}
@@ -152,7 +169,9 @@ def _write(folder: FilePath, there: dict[str, str], shards: Iterable[list[_Outgo
         file = _shard_name(next(numbers))
         _write_file(folder / file, shard)
         there |= {tensor.name: file for tensor in shard}
-    total = sum(tensor.stop - tensor.start for file in set(there.values()) for tensor in read_header(folder / file).values())
+    total = sum(
+        tensor.stop - tensor.start for file in set(there.values()) for tensor in read_header(folder / file).values()
+    )
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": there}, indent=2) + "\n"
     _whole_or_not(folder / INDEX, lambda part: part.write_text(text))
 

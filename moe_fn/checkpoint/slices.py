@@ -31,7 +31,9 @@ class Slices:
 
     def sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The sizes of what the rank gets, of those of the whole."""
-        return dict(sizes) | {"E": len(self.experts)} | {axis: stop - start for axis, (start, stop) in self.ranges.items()}
+        return (
+            dict(sizes) | {"E": len(self.experts)} | {axis: stop - start for axis, (start, stop) in self.ranges.items()}
+        )
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
@@ -54,7 +56,10 @@ def slices_of(config: MoEConfig, wanted: Wanted) -> Slices:
         return _slices_by_hand(config, wanted)
     for name in ("experts", "intermediate", "shared_intermediate"):
         if getattr(wanted, name) is not None:
-            raise ValueError(f"{name} is {getattr(wanted, name)!r:.80} with config.parallel; expected None, for that says this rank's part")
+            raise ValueError(
+                f"{name} is {getattr(wanted, name)!r:.80} with config.parallel; "
+                "expected None, for that says this rank's part"
+            )
     (slices, number), (slices_of_shared, shared) = config.parallel.slices, config.parallel.slices_of_shared
     width = config.intermediate_size // slices
     shared_width = config.shared.intermediate_size // slices_of_shared if config.shared else 0
@@ -69,7 +74,8 @@ def _slices_by_hand(config: MoEConfig, wanted: Wanted) -> Slices:
     experts = wanted.experts
     if wanted.placement is not None:
         raise ValueError("placement would have no effect; expected None, or a config with parallel.num_physical")
-    chosen = range(config.num_experts) if experts is None else tuple(experts)  # a range, for a config may say any number
+    # a range, for a config may say any number
+    chosen = range(config.num_experts) if experts is None else tuple(experts)
     if experts is not None and not (chosen and all(type(e) is int and 0 <= e < config.num_experts for e in chosen)):
         raise ValueError(f"experts is {experts!r:.80}; expected ids in 0..{config.num_experts - 1}, at least one")
     width = config.shared.intermediate_size if config.shared else 0
@@ -85,7 +91,9 @@ def _bounds(name: str, wanted: slice | None, size: int) -> tuple[int, int]:
         return 0, size
     start, stop = 0 if wanted.start is None else wanted.start, size if wanted.stop is None else wanted.stop
     if type(start) is not int or type(stop) is not int or wanted.step not in (None, 1) or not 0 <= start < stop <= size:
-        raise ValueError(f"{name} is {wanted!r}; expected a slice without a step, of at least one of the {size} places there are")
+        raise ValueError(
+            f"{name} is {wanted!r}; expected a slice without a step, of at least one of the {size} places there are"
+        )
     return start, stop
 
 
@@ -95,7 +103,10 @@ def _experts_of_rank(config: MoEConfig, placement: Placement | None) -> tuple[in
     if parallel is None or (parallel.num_physical is None) != (placement is None):
         num_physical = None if parallel is None else parallel.num_physical
         there = "None" if placement is None else "given"
-        raise ValueError(f"placement is {there} with parallel.num_physical={num_physical}; expected both or neither: which expert is where")
+        raise ValueError(
+            f"placement is {there} with parallel.num_physical={num_physical}; expected both or neither: "
+            "which expert is where"
+        )
     mine = experts_of_rank(config, parallel)
     if placement is None:
         return mine
@@ -114,5 +125,7 @@ def with_placement(weights: MoEWeights, placement: Placement | None) -> MoEWeigh
     """The weights with the tensors that say where copies are, beside the router."""
     if placement is None:
         return weights
-    tensors = {field.name: getattr(placement, field.name).to(weights.down.device) for field in dataclasses.fields(placement)}
+    tensors = {
+        field.name: getattr(placement, field.name).to(weights.down.device) for field in dataclasses.fields(placement)
+    }
     return dataclasses.replace(weights, router=dataclasses.replace(weights.router or RouterWeights(), **tensors))

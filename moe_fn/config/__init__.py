@@ -15,8 +15,10 @@ from moe_fn.config.quant import ActivationQuantConfig, QuantConfig
 from moe_fn.config.router import GroupConfig, RouterConfig
 
 __all__ = [
-    "ActivationConfig", "ActivationName", "ActivationQuantConfig", "ExpertNormConfig", "GroupConfig", "LatentConfig", "LoRAConfig",
-    "MoEConfig", "NormsConfig", "ParallelConfig", "QuantConfig", "RankGroup", "RouterConfig", "SharedExpertsConfig", "ZeroExpertsConfig",
+    "ActivationConfig", "ActivationName", "ActivationQuantConfig", "ExpertNormConfig", "GroupConfig", "LatentConfig",
+    "LoRAConfig",
+    "MoEConfig", "NormsConfig", "ParallelConfig", "QuantConfig", "RankGroup", "RouterConfig", "SharedExpertsConfig",
+    "ZeroExpertsConfig",
     "as_activation", "config_of_json",
 ]  # fmt: skip
 

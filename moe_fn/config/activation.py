@@ -17,7 +17,7 @@ ActivationName = Literal[
 class ActivationConfig:
     """Parameters of `moe_fn.stages._activation.activate`.
 
-        g' = min(g, limit), u' = clamp(u, -limit, limit)     limit_at="input"; at="output": min(f(g), limit) instead of g'
+        g' = min(g, limit), u' = clamp(u, -limit, limit)     limit_at="input"; "output": min(f(g), limit)
         gated:      f(g') * (u' + up_offset)                 with u' = up_cap * tanh(u' / up_cap) if up_cap
         not gated:  f(h)
 
@@ -46,13 +46,19 @@ class ActivationConfig:
         if self.limit is None and self.limit_at == "output":
             raise ValueError("ActivationConfig.limit_at='output' would have no effect: expected a limit")
         if self.alpha != 1.0 and self.function != "silu":
-            raise ValueError(f"ActivationConfig.alpha={self.alpha} would have no effect: expected function='silu', got {self.function!r}")
+            raise ValueError(
+                f"ActivationConfig.alpha={self.alpha} would have no effect: expected function='silu', got "
+                f"{self.function!r}"
+            )
         if (self.gate_cap is None) == (self.function == "situ"):
             raise ValueError(
-                f"ActivationConfig.gate_cap={self.gate_cap} with function={self.function!r}: expected it with 'situ', and only there"
+                f"ActivationConfig.gate_cap={self.gate_cap} with function={self.function!r}: "
+                "expected it with 'situ', and only there"
             )
         if not self.gated and (self.up_offset != 0.0 or self.up_cap is not None or self.limit is not None):
-            raise ValueError("ActivationConfig.up_offset, up_cap and limit belong to gated activations: expected gated=True")
+            raise ValueError(
+                "ActivationConfig.up_offset, up_cap and limit belong to gated activations: expected gated=True"
+            )
 
     @property
     def gate_up_parts(self) -> int:

@@ -3,22 +3,24 @@
 from typing import Any
 
 from moe_fn.config.parallel import ParallelConfig
-from moe_fn.config.parts import nobody
+from moe_fn.config.parts import padding_experts
 
 
 def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
-    """Fields of the MoEConfig of a rank's own routed experts, on what they see: no latent space, no shared experts, a default router.
+    """Fields of the MoEConfig of a rank's own routed experts, on what they see: no latent space, no shared experts, a
+    default router.
 
     Raises ValueError for what cannot be shared so.
     """
     _check(config, parallel)
     experts = _own_experts(config, parallel)
-    by_slot = parallel.dispatch.startswith("all_to_all") or config.router.weight_on == "input"  # each slot is a row of its own
+    # each slot is a row of its own
+    by_slot = parallel.dispatch.startswith("all_to_all") or config.router.weight_on == "input"
     top_k = 1 if by_slot else config.top_k
     return {
         "num_experts": experts,
         "top_k": top_k,
-        "zero_experts": nobody(experts, top_k),
+        "zero_experts": padding_experts(experts, top_k),
         "hidden_size": config.expert_hidden_size,
         "intermediate_size": config.intermediate_size // parallel.slices[0],
         **{name: getattr(config, name) for name in _SAME},
@@ -30,7 +32,9 @@ def _own_experts(config: Any, parallel: ParallelConfig) -> int:
     experts, ranks = parallel.num_physical or config.num_experts, parallel.ep.size if parallel.ep else 1
     used = len(set(parallel.placement)) if isinstance(parallel.placement, tuple) else min(experts, ranks)
     if used < ranks:
-        raise ValueError(f"MoEConfig.parallel leaves {ranks - used} of {ranks} ranks of ep without an expert; expected one on each")
+        raise ValueError(
+            f"MoEConfig.parallel leaves {ranks - used} of {ranks} ranks of ep without an expert; expected one on each"
+        )
     rank = parallel.ep.rank if parallel.ep else 0
     if isinstance(parallel.placement, tuple):
         return parallel.placement.count(rank)
@@ -43,25 +47,42 @@ _SAME = ("activation", "gate_up_layout", "weight_layout", "expert_norm", "quant"
 def _check(config: Any, parallel: ParallelConfig) -> None:
     slices, _ = parallel.slices
     if config.chunk_tokens is not None or config.opaque:
-        raise ValueError("MoEConfig.parallel with chunk_tokens or opaque: expected neither, ranks must meet in every collective")
+        raise ValueError(
+            "MoEConfig.parallel with chunk_tokens or opaque: expected neither, ranks must meet in every collective"
+        )
     if config.intermediate_size % slices:
-        raise ValueError(f"MoEConfig.intermediate_size={config.intermediate_size}; expected a multiple of the {slices} slices of parallel")
+        raise ValueError(
+            f"MoEConfig.intermediate_size={config.intermediate_size}; expected a multiple of the {slices} slices of "
+            "parallel"
+        )
     if config.expert_norm is not None and slices > 1:
-        raise ValueError("MoEConfig.expert_norm with slices of experts: expected ep, for a norm wants the whole output of an expert")
+        raise ValueError(
+            "MoEConfig.expert_norm with slices of experts: expected ep, for a norm wants the whole output of an expert"
+        )
     _check_tiles(config, slices)
     if isinstance(parallel.placement, tuple) and len(parallel.placement) != config.num_experts:
         raise ValueError(
-            f"ParallelConfig.placement has {len(parallel.placement)} ranks; expected one for each of {config.num_experts} experts"
+            f"ParallelConfig.placement has {len(parallel.placement)} ranks; expected one for each of "
+            f"{config.num_experts} experts"
         )
     if parallel.gather == "logits" and config.router.selection == "hash":
-        raise ValueError("ParallelConfig.gather='logits' with router.selection='hash': expected 'routing', for token ids do not travel")
+        raise ValueError(
+            "ParallelConfig.gather='logits' with router.selection='hash': expected 'routing', for token ids do not "
+            "travel"
+        )
     if parallel.num_physical is not None and parallel.num_physical < config.num_experts:
-        raise ValueError(f"ParallelConfig.num_physical={parallel.num_physical}; expected at least the {config.num_experts} experts")
+        raise ValueError(
+            f"ParallelConfig.num_physical={parallel.num_physical}; expected at least the {config.num_experts} experts"
+        )
     if parallel.gather == "logits" and config.router.capacity is not None:
-        raise ValueError("ParallelConfig.gather='logits' with router.capacity: expected 'routing', it counts a rank's own tokens")
+        raise ValueError(
+            "ParallelConfig.gather='logits' with router.capacity: expected 'routing', it counts a rank's own tokens"
+        )
     tp, shared = parallel.tp, config.shared
     if shared is not None and tp is not None and parallel.shared == "sharded" and shared.intermediate_size % tp.size:
-        raise ValueError(f"SharedExpertsConfig.intermediate_size={shared.intermediate_size}; expected a multiple of tp's {tp.size}")
+        raise ValueError(
+            f"SharedExpertsConfig.intermediate_size={shared.intermediate_size}; expected a multiple of tp's {tp.size}"
+        )
 
 
 def _check_tiles(config: Any, slices: int) -> None:
@@ -70,10 +91,15 @@ def _check_tiles(config: Any, slices: int) -> None:
         return
     width = config.intermediate_size // slices
     outputs, inputs = config.quant.tile
-    for size, what in ((outputs, "outputs of gate_up"), (inputs, "inputs of down"), (config.quant.per_byte, "numbers in a byte")):
+    for size, what in (
+        (outputs, "outputs of gate_up"),
+        (inputs, "inputs of down"),
+        (config.quant.per_byte, "numbers in a byte"),
+    ):
         if size is not None and width % size:
             raise ValueError(
-                f"MoEConfig.intermediate_size={config.intermediate_size} in {slices} slices of {width}, with {size} {what} that share a "
+                f"MoEConfig.intermediate_size={config.intermediate_size} in {slices} slices of {width}, with {size} "
+                f"{what} that share a "
                 f"scale or a byte: expected slices of whole ones, or ep"
             )
 

@@ -10,12 +10,14 @@ LoRAExperts = Literal["each", "shared", "outer_shared"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Adapters that tokens choose among: expert e of a token with adapter l computes with W[e] + B[l, e] A[l, e] in the place of W[e].
+    """Adapters that tokens choose among: expert e of a token with adapter l computes with W[e] + B[l, e] A[l, e] in the
+    place of W[e].
 
     num_adapters  how many there are; a token's id is 0 .. num_adapters - 1, any other id is no adapter
     rank          the largest rank among them; smaller ones are padded with zeros
-    experts       "each" expert has matrices of its own; "shared": all experts of a layer have the same; "outer_shared": they share what
-                  faces the model's width (gate_up's A and down's B), and have what faces the intermediates for their own
+    experts       "each" expert has matrices of its own; "shared": all experts of a layer have the same; "outer_shared":
+                  they share what faces the model's width (gate_up's A and down's B), and have what faces the
+                  intermediates for their own
 
     The factor alpha / rank is in B (`moe_fn.make_lora` puts it there). Shared and zero experts have no adapters.
 

@@ -26,15 +26,19 @@ class MoEConfig:
     gate_up_layout   columns of gate_up's product: gate then up ("packed"), or alternating ("interleaved", gpt-oss)
     weight_layout    weights are [E, out, in], or [E, in, out] ("in_out": Llama-4, gpt-oss)
     norms            root-mean-square norms before the gate, before the routed experts, after everything
-    quant            how gate_up and down are stored in few bits (`moe_fn.quantize_weights`), and what their inputs are rounded to
+    quant            how gate_up and down are stored in few bits (`moe_fn.quantize_weights`), and what their inputs are
+                     rounded to
     lora             low-rank adapters on the experts, and how many there are to choose among
-    parallel         which ranks share the layer; sizes above stay those of the whole, weights are this rank's (`moe_fn.shard_weights`)
+    parallel         which ranks share the layer; sizes above stay those of the whole, weights are this rank's
+                     (`moe_fn.shard_weights`)
     hidden_padding   zeros appended to the routed input, and cut off its output: the experts are wider than the model
     chunk_tokens     tokens worked on at a time, which bounds peak memory in forward and backward; None: all
-    recompute        gradients compute the first product again (2 of 9 parts of all products) instead of keeping rows x 2I for it
-    batch_invariant  a token's bits, and those of its gradient, depend neither on the other tokens nor on how many there are. The layer is
-                     then one node in the graph, for the code that a compiler makes of a row depends on the shapes; a back-end that cannot
-                     promise it raises. Over more than two ranks sums want RankGroup.ordered
+    recompute        gradients compute the first product again (2 of 9 parts of all products) instead of keeping rows x
+                     2I for it
+    batch_invariant  a token's bits, and those of its gradient, depend neither on the other tokens nor on how many there
+                     are. The layer is then one node in the graph, for the code that a compiler makes of a row depends
+                     on the shapes; a back-end that cannot promise it raises. Over more than two ranks sums want
+                     RankGroup.ordered
     backend          what computes the experts; `moe_fn.backends()` says what there is
     opaque           the whole layer is one node in the graph, for hosts that want it
 
@@ -91,7 +95,14 @@ class MoEConfig:
             check_batch_invariant(self.router, self.quant, self.parallel)
         # Not a field: what the whole-layer op takes, ready before any tracing (json does not trace).
         object.__setattr__(self, "_json", json.dumps(self.to_dict(), sort_keys=True))
-        object.__setattr__(self, "_own", None if self.parallel is None else MoEConfig(**own_fields(self, self.parallel)))
+        object.__setattr__(
+            self, "_own", None if self.parallel is None else MoEConfig(**own_fields(self, self.parallel))
+        )
+
+    @property
+    def json(self) -> str:
+        """The config as JSON, with sorted keys: what ops take, and what tables of shapes are cached by."""
+        return self._json  # type: ignore[attr-defined, no-any-return]
 
     def __eq__(self, other: object) -> bool:
         # Itself first: torch.compile guards on a config by comparing it in every call, nearly always with itself.
@@ -102,23 +113,34 @@ class MoEConfig:
     def _check_routing(self) -> None:
         choices, router, groups = self.num_choices, self.router, self.router.groups
         if self.top_k > choices:
-            raise ValueError(f"MoEConfig.top_k={self.top_k}; expected at most the {choices} experts there are to choose from")
+            raise ValueError(
+                f"MoEConfig.top_k={self.top_k}; expected at most the {choices} experts there are to choose from"
+            )
         if router.selection == "sparsemixer" and self.top_k != 2:
             raise ValueError(f"MoEConfig.top_k={self.top_k} with router.selection='sparsemixer': expected 2")
         if self.zero_experts is not None and (router.scale_on != "weights" or router.weight_on == "input"):
             raise ValueError(
-                "MoEConfig.zero_experts: expected router.scale_on='weights' and router.weight_on='output', for they bypass the experts"
+                "MoEConfig.zero_experts: expected router.scale_on='weights' and router.weight_on='output', for they "
+                "bypass the experts"
             )
         if self.shared is not None and self.shared.gate == "router" and router.selection == "sparsemixer":
-            raise ValueError("MoEConfig.shared.gate='router' with router.selection='sparsemixer': expected scores that can be shared")
+            raise ValueError(
+                "MoEConfig.shared.gate='router' with router.selection='sparsemixer': expected scores that can be shared"
+            )
         if self.shared is not None and self.shared.gate == "router" and router.scoring == "softmax":
             raise ValueError(
-                "MoEConfig.shared.gate='router' with router.scoring='softmax': expected a score of one logit alone, such as 'sigmoid'"
+                "MoEConfig.shared.gate='router' with router.scoring='softmax': "
+                "expected a score of one logit alone, such as 'sigmoid'"
             )
         if router.gate_input == "transformed" and self.norms is not None and self.norms.gate:
-            raise ValueError("MoEConfig.norms.gate=True with router.gate_input='transformed': expected a gate that sees the original input")
+            raise ValueError(
+                "MoEConfig.norms.gate=True with router.gate_input='transformed': "
+                "expected a gate that sees the original input"
+            )
         if router.gate_input == "transformed" and self.latent is None and self.hidden_padding == 0:
-            raise ValueError("MoEConfig.router.gate_input='transformed' would have no effect: expected latent or hidden_padding")
+            raise ValueError(
+                "MoEConfig.router.gate_input='transformed' would have no effect: expected latent or hidden_padding"
+            )
         if groups is not None:
             self._check_groups(groups)
 
@@ -128,14 +150,18 @@ class MoEConfig:
             return
         if self.weight_layout != "out_in":
             raise ValueError(
-                f"MoEConfig.weight_layout={self.weight_layout!r} with quant: expected 'out_in', for scales go along the inputs"
+                f"MoEConfig.weight_layout={self.weight_layout!r} with quant: expected 'out_in', for scales go along "
+                "the inputs"
             )
         for name in ("expert_hidden_size", "intermediate_size"):
             if getattr(self, name) % quant.per_byte:
-                raise ValueError(f"MoEConfig.{name}={getattr(self, name)} with quant.scheme={quant.scheme!r}: expected an even one")
+                raise ValueError(
+                    f"MoEConfig.{name}={getattr(self, name)} with quant.scheme={quant.scheme!r}: expected an even one"
+                )
         if quant.rounds_by_call and (self.chunk_tokens is not None or self.parallel is not None):
             raise ValueError(
-                "MoEConfig.quant.activations of granularity 'tensor', not static, with chunk_tokens or parallel: expected 'token', for a "
+                "MoEConfig.quant.activations of granularity 'tensor', not static, with chunk_tokens or parallel: "
+                "expected 'token', for a "
                 "scale of all rows is not that of a part of them"
             )
 
@@ -143,17 +169,26 @@ class MoEConfig:
         size, rest = divmod(self.num_choices, groups.count)
         if rest or (groups.score == "top2_sum" and size < 2):
             raise ValueError(
-                f"MoEConfig.router.groups: {self.num_choices} experts do not split into {groups.count} equal groups with a {groups.score}; "
+                f"MoEConfig.router.groups: {self.num_choices} experts do not split into {groups.count} equal groups "
+                f"with a {groups.score}; "
                 f"expected a multiple of {groups.count}, {2 if groups.score == 'top2_sum' else 1} in a group at least"
             )
         if self.top_k > groups.top_k * size:
-            raise ValueError(f"MoEConfig.top_k={self.top_k}; expected at most the {groups.top_k * size} experts of {groups.top_k} groups")
+            raise ValueError(
+                f"MoEConfig.top_k={self.top_k}; expected at most the {groups.top_k * size} experts of {groups.top_k} "
+                "groups"
+            )
         if groups.limit == "each" and self.top_k % groups.count:
-            raise ValueError(f"MoEConfig.top_k={self.top_k} with groups.limit='each': expected a multiple of groups.count={groups.count}")
+            raise ValueError(
+                f"MoEConfig.top_k={self.top_k} with groups.limit='each': expected a multiple of "
+                f"groups.count={groups.count}"
+            )
 
     @property
     def own(self) -> "MoEConfig":
-        """The layer of this rank's experts alone, with the sizes of its weights; the config itself without `parallel`."""
+        """The layer of this rank's experts alone, with the sizes of its weights; the config itself without
+        `parallel`.
+        """
         return self._own or self  # type: ignore[attr-defined, no-any-return]
 
     @property
@@ -240,7 +275,11 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{cls.__name__}.from_dict: {missing} missing; expected them among {list(values)}")
-    nested = {n: _from_dict(_DATACLASS_OF_FIELD[n], v) for n, v in values.items() if n in _DATACLASS_OF_FIELD and isinstance(v, dict)}
+    nested = {
+        n: _from_dict(_DATACLASS_OF_FIELD[n], v)
+        for n, v in values.items()
+        if n in _DATACLASS_OF_FIELD and isinstance(v, dict)
+    }
     return cls(**(values | nested))
 
 

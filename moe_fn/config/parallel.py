@@ -11,11 +11,12 @@ Placement = Literal["linear", "round_robin"] | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class RankGroup:
-    """A process group as this rank sees it: its name in torch.distributed, how many ranks it has, and which one this is.
+    """A process group as this rank sees it: its name in torch.distributed, how many ranks it has, and which one this
+    is.
 
-    ordered  sums over the ranks are added up here, in the order of the ranks, in float32 or wider, rounded once: the same bits wherever in
-             a tensor a number stands, which a library's collective does not promise from three ranks on. As many bytes travel, but no
-             work of the layer's goes on meanwhile
+    ordered  sums over the ranks are added up here, in the order of the ranks, in float32 or wider, rounded once: the
+             same bits wherever in a tensor a number stands, which a library's collective does not promise from three
+             ranks on. As many bytes travel, but no work of the layer's goes on meanwhile
     """
 
     name: str
@@ -37,22 +38,28 @@ class ParallelConfig:
 
     tp          ranks with the same tokens, each with a slice of every expert's intermediate size; one sum over them
     ep          ranks with experts of their own
-    dp          ranks with other tokens and the same weights, which need nothing of each other in forward (but see all_gather)
-    sp          sequence parallel: ranks that come and go with the same tokens, and work on a part of the rows each; they are among ep's
-    dispatch    "replicated": ep's ranks have the same tokens, each does its experts' part, one sum. With other tokens on each rank of ep:
-                "all_gather": everybody works on everybody's tokens with its own experts, and sums are scattered back. Without ep the
-                tokens of dp's ranks are gathered, and weights are sliced over dp x tp; "all_to_all": each choice of each token travels to
-                its expert's rank and back, with split sizes from the data (one host sync); "all_to_all_static": the same in blocks of
-                `capacity` slots for each pair of ranks, no sync
-    gather      what travels with the tokens of all_gather: their "routing" (ids and weights), or their "logits", routed by everybody
-    placement   which rank of ep has an expert: "linear" (the first ranks have one more where they do not divide), "round_robin", or
-                a rank for each expert
-    num_physical  slots for experts over all ranks of ep, as many on each, with copies of experts where the load is: which, the tensors of
+    dp          ranks with other tokens and the same weights, which need nothing of each other in forward (but see
+                all_gather)
+    sp          sequence parallel: ranks that come and go with the same tokens, and work on a part of the rows each;
+                they are among ep's
+    dispatch    "replicated": ep's ranks have the same tokens, each does its experts' part, one sum. With other tokens
+                on each rank of ep: "all_gather": everybody works on everybody's tokens with its own experts, and sums
+                are scattered back. Without ep the tokens of dp's ranks are gathered, and weights are sliced over dp x
+                tp; "all_to_all": each choice of each token travels to its expert's rank and back, with split sizes from
+                the data (one host sync); "all_to_all_static": the same in blocks of `capacity` slots for each pair of
+                ranks, no sync
+    gather      what travels with the tokens of all_gather: their "routing" (ids and weights), or their "logits", routed
+                by everybody
+    placement   which rank of ep has an expert: "linear" (the first ranks have one more where they do not divide),
+                "round_robin", or a rank for each expert
+    num_physical  slots for experts over all ranks of ep, as many on each, with copies of experts where the load is:
+                  which, the tensors of
                 a `moe_fn.balance.Placement` in weights.router say. None: one slot for each expert
-    max_tokens  most tokens that a rank brings, for all_gather and all_to_all_static; None: asked of the others in every call (a host
-                sync), and not possible for all_to_all_static
-    capacity    slots that one rank can send another in all_to_all_static; None: max_tokens * top_k, all that there can be. With fewer,
-                slots that do not fit are dropped, and `moe_forward_with_stats` counts them; moe_forward refuses
+    max_tokens  most tokens that a rank brings, for all_gather and all_to_all_static; None: asked of the others in every
+                call (a host sync), and not possible for all_to_all_static
+    capacity    slots that one rank can send another in all_to_all_static; None: max_tokens * top_k, all that there can
+                be. With fewer, slots that do not fit are dropped, and `moe_forward_with_stats` counts them; moe_forward
+                refuses
     shared      shared experts are "sharded" over tp like the routed ones, or "replicated" on every rank
 
     >>> tp = RankGroup(name="0", size=2, rank=1)
@@ -93,25 +100,46 @@ class ParallelConfig:
 
     def _check_together(self) -> None:
         if self.dispatch.startswith("all_to_all") and self.ep is None:
-            raise ValueError(f"ParallelConfig.dispatch={self.dispatch!r}: expected ep, the ranks that tokens travel between")
+            raise ValueError(
+                f"ParallelConfig.dispatch={self.dispatch!r}: expected ep, the ranks that tokens travel between"
+            )
         if self.dispatch == "all_gather" and self.ep is None and self.dp is None:
-            raise ValueError("ParallelConfig.dispatch='all_gather': expected ep or dp, the ranks whose tokens are gathered")
+            raise ValueError(
+                "ParallelConfig.dispatch='all_gather': expected ep or dp, the ranks whose tokens are gathered"
+            )
         if self.dispatch == "all_to_all_static" and self.max_tokens is None:
             raise ValueError("ParallelConfig.max_tokens is None with dispatch='all_to_all_static': expected a number")
         if self.max_tokens is not None and self.dispatch not in ("all_gather", "all_to_all_static"):
-            raise ValueError(f"ParallelConfig.max_tokens would have no effect with dispatch={self.dispatch!r}: expected None")
+            raise ValueError(
+                f"ParallelConfig.max_tokens would have no effect with dispatch={self.dispatch!r}: expected None"
+            )
         if self.capacity is not None and self.dispatch != "all_to_all_static":
-            raise ValueError(f"ParallelConfig.capacity would have no effect with dispatch={self.dispatch!r}: expected None")
+            raise ValueError(
+                f"ParallelConfig.capacity would have no effect with dispatch={self.dispatch!r}: expected None"
+            )
         if self.gather != "routing" and self.dispatch != "all_gather":
-            raise ValueError(f"ParallelConfig.gather='logits' would have no effect with dispatch={self.dispatch!r}: expected 'routing'")
-        if self.num_physical is not None and (self.ep is None or self.placement != "linear" or self.num_physical % self.ep.size):
-            raise ValueError(f"ParallelConfig.num_physical={self.num_physical}: expected ep, a multiple of its size, placement 'linear'")
+            raise ValueError(
+                f"ParallelConfig.gather='logits' would have no effect with dispatch={self.dispatch!r}: "
+                "expected 'routing'"
+            )
+        if self.num_physical is not None and (
+            self.ep is None or self.placement != "linear" or self.num_physical % self.ep.size
+        ):
+            raise ValueError(
+                f"ParallelConfig.num_physical={self.num_physical}: expected ep, a multiple of its size, placement "
+                "'linear'"
+            )
         if self.placement != "linear" and self.ep is None:
             raise ValueError("ParallelConfig.placement would have no effect without ep: expected 'linear'")
         if self.sp is not None and (self.tp is not None or self.ep is None or self.dispatch == "replicated"):
-            raise ValueError("ParallelConfig.sp: expected no tp, an ep that has sp's ranks in it, and a dispatch other than 'replicated'")
+            raise ValueError(
+                "ParallelConfig.sp: expected no tp, an ep that has sp's ranks in it, and a dispatch other than "
+                "'replicated'"
+            )
         if self.sp is not None and self.shared == "sharded":
-            raise ValueError("ParallelConfig.shared='sharded' with sp: expected 'replicated', each rank has rows of its own")
+            raise ValueError(
+                "ParallelConfig.shared='sharded' with sp: expected 'replicated', each rank has rows of its own"
+            )
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -146,9 +174,9 @@ class ParallelConfig:
     ) -> Self:
         """The config of this rank in a torch.distributed.device_mesh.DeviceMesh, whose dimensions are named.
 
-        sequence_parallel: the ranks of `tp` divide rows and experts instead of slices; ep is then (ep x) tp. Defaults: dispatch
-        "all_to_all" with ep, else "replicated"; shared "sharded", "replicated" with sequence_parallel. Dimensions of one rank are left out.
-        ordered_sums: RankGroup.ordered of every group.
+        sequence_parallel: the ranks of `tp` divide rows and experts instead of slices; ep is then (ep x) tp. Defaults:
+        dispatch "all_to_all" with ep, else "replicated"; shared "sharded", "replicated" with sequence_parallel.
+        Dimensions of one rank are left out. ordered_sums: RankGroup.ordered of every group.
         Raises ValueError for names that the mesh does not have, or that come twice.
         """
         if not hasattr(mesh, "mesh_dim_names"):
@@ -157,19 +185,28 @@ class ParallelConfig:
         names = tuple(mesh.mesh_dim_names or ())
         for word, name in (("tp", tp), ("ep", ep), ("dp", dp)):
             if name is not None and name not in names:
-                raise ValueError(f"ParallelConfig.from_mesh: {word}={name!r}; expected one of the mesh's dimensions, {names}")
+                raise ValueError(
+                    f"ParallelConfig.from_mesh: {word}={name!r}; expected one of the mesh's dimensions, {names}"
+                )
         for word, name, other, same in (("tp", tp, "ep", ep), ("tp", tp, "dp", dp), ("ep", ep, "dp", dp)):
             if name is not None and name == same:
-                raise ValueError(f"ParallelConfig.from_mesh: {word} and {other} are both {name!r}; expected dimensions of their own")
+                raise ValueError(
+                    f"ParallelConfig.from_mesh: {word} and {other} are both {name!r}; expected dimensions of their own"
+                )
         if sequence_parallel and tp is None:
-            raise ValueError("ParallelConfig.from_mesh: sequence_parallel=True without tp: expected the ranks that divide the sequence")
+            raise ValueError(
+                "ParallelConfig.from_mesh: sequence_parallel=True without tp: expected the ranks that divide the "
+                "sequence"
+            )
         check_bool("ParallelConfig.from_mesh: ordered_sums", ordered_sums)
         groups = {word: _group(mesh, name, ordered_sums) for word, name in (("tp", tp), ("ep", ep), ("dp", dp))}
         sp = None
         if sequence_parallel and groups["tp"] is not None:
             sp, groups["tp"] = groups["tp"], None
             both = tuple(name for name in names if name in (ep, tp))
-            groups["ep"] = sp if groups["ep"] is None else _group_of_mesh(mesh[both]._flatten("_".join(both)), ordered_sums)
+            groups["ep"] = (
+                sp if groups["ep"] is None else _group_of_mesh(mesh[both]._flatten("_".join(both)), ordered_sums)
+            )
         default = "all_to_all" if groups["ep"] is not None else "replicated"
         return cls(
             **groups,

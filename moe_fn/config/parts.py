@@ -51,10 +51,11 @@ class ZeroExpertsConfig:
         check_choice("ZeroExpertsConfig.kind", self.kind, ("identity", "zero", "constant"))
 
 
-def nobody(num_experts: int, top_k: int) -> ZeroExpertsConfig | None:
-    """Choices that add nothing, where a token has more slots than a rank has experts: the other slots go to other ranks.
+def padding_experts(num_experts: int, top_k: int) -> ZeroExpertsConfig | None:
+    """Choices that add nothing, where a token has more slots than a rank has experts: the other slots go to other
+    ranks.
 
-    >>> nobody(num_experts=2, top_k=3)
+    >>> padding_experts(num_experts=2, top_k=3)
     ZeroExpertsConfig(count=1, kind='zero')
     """
     return ZeroExpertsConfig(count=top_k - num_experts, kind="zero") if top_k > num_experts else None

@@ -50,8 +50,10 @@ ACTIVATION_SCHEMES: dict[str, tuple[tuple[str, ...], int | None]] = {
 class ActivationQuantConfig:
     """What the inputs of both products are rounded to, before they are multiplied; gradients pass as if they were not.
 
-    granularity  inputs that share a scale: all rows of a call ("tensor"), a row ("token"), `group_size` numbers of a row ("group")
-    static       the scale is a weight, one for each expert (nvfp4: the one above those of groups); otherwise each call computes it
+    granularity  inputs that share a scale: all rows of a call ("tensor"), a row ("token"), `group_size` numbers of a
+                 row ("group")
+    static       the scale is a weight, one for each expert (nvfp4: the one above those of groups); otherwise each call
+                 computes it
     power_of_two_scales  scales are rounded up to powers of two (fp8 groups: DeepSeek's ue8m0)
 
     >>> ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32).group_size
@@ -73,9 +75,14 @@ class ActivationQuantConfig:
         for name in ("static", "power_of_two_scales"):
             check_bool(f"{where}.{name}", getattr(self, name))
         if self.static and self.granularity != "tensor" and self.scheme != "nvfp4":
-            raise ValueError(f"{where}.static=True with granularity={self.granularity!r}; expected granularity='tensor', or nvfp4")
+            raise ValueError(
+                f"{where}.static=True with granularity={self.granularity!r}; expected granularity='tensor', or nvfp4"
+            )
         if self.power_of_two_scales and (self.scheme != "fp8_e4m3" or self.granularity != "group"):
-            raise ValueError(f"{where}.power_of_two_scales=True with {self.scheme!r}, {self.granularity!r}; expected groups of fp8_e4m3")
+            raise ValueError(
+                f"{where}.power_of_two_scales=True with {self.scheme!r}, {self.granularity!r}; "
+                "expected groups of fp8_e4m3"
+            )
 
     @property
     def is_of_call(self) -> bool:
@@ -85,11 +92,13 @@ class ActivationQuantConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How gate_up and down are stored: W[e, n, k] = (q - zero) * scale, a scale for each tile of a matrix (`QuantWeights` has shapes).
+    """How gate_up and down are stored: W[e, n, k] = (q - zero) * scale, a scale for each tile of a matrix
+    (`QuantWeights` has shapes).
 
-    scheme       fp8_e4m3, int8, int4; mxfp4 and mxfp8 (OCP: a power of two for 32 inputs); nvfp4 (fp8 scale for 16, and one above)
-    granularity  the tile: all outputs and inputs ("tensor", of gate and up apart), one output ("channel"), `group_size` inputs of one
-                 output ("group"), `block_shape` = (outputs, inputs) ("block")
+    scheme       fp8_e4m3, int8, int4; mxfp4 and mxfp8 (OCP: a power of two for 32 inputs); nvfp4 (fp8 scale for 16, and
+                 one above)
+    granularity  the tile: all outputs and inputs ("tensor", of gate and up apart), one output ("channel"), `group_size`
+                 inputs of one output ("group"), `block_shape` = (outputs, inputs) ("block")
     zero_points  int4 and int8 may have one beside each scale; codes are then unsigned
     activations  what inputs are rounded to; None: they are not ("weight-only", w8a16, w4a16)
 
@@ -121,15 +130,24 @@ class QuantConfig:
             raise ValueError(f"QuantConfig.zero_points=True with scheme={self.scheme!r}; expected int4 or int8")
         if self.activations is not None:
             if not isinstance(self.activations, ActivationQuantConfig):
-                raise ValueError(f"QuantConfig.activations is {self.activations!r}; expected an ActivationQuantConfig or None")
-            check_choice(f"QuantConfig.activations.scheme, with scheme={self.scheme!r},", self.activations.scheme, row.activations)
+                raise ValueError(
+                    f"QuantConfig.activations is {self.activations!r}; expected an ActivationQuantConfig or None"
+                )
+            check_choice(
+                f"QuantConfig.activations.scheme, with scheme={self.scheme!r},",
+                self.activations.scheme,
+                row.activations,
+            )
         # Not a field: what ops take, ready before any tracing (json does not trace).
         object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self), sort_keys=True))
 
     def _check_block(self) -> None:
         block = self.block_shape
         if (self.granularity == "block") != (block is not None):
-            raise ValueError(f"QuantConfig.block_shape is {block!r} with granularity={self.granularity!r}; expected one with 'block' alone")
+            raise ValueError(
+                f"QuantConfig.block_shape is {block!r} with granularity={self.granularity!r}; "
+                "expected one with 'block' alone"
+            )
         if block is not None:
             if not isinstance(block, tuple) or len(block) != 2:
                 raise ValueError(f"QuantConfig.block_shape is {block!r}; expected (outputs, inputs)")
@@ -137,13 +155,15 @@ class QuantConfig:
                 check_int("QuantConfig.block_shape", size, 1)
 
     @property
-    def text(self) -> str:
-        """The config as JSON; `quant_of_text` is the inverse."""
+    def json(self) -> str:
+        """The config as JSON; `quant_of_json` is the inverse."""
         return self._json  # type: ignore[attr-defined, no-any-return]
 
     @property
     def rounds_by_call(self) -> bool:
-        """Whether activations share a scale that is computed from all rows of a call, so that tokens act on one another."""
+        """Whether activations share a scale that is computed from all rows of a call, so that tokens act on one
+        another.
+        """
         return self.activations is not None and self.activations.is_of_call
 
     @property
@@ -176,7 +196,7 @@ def check_group_size(where: str, granularity: str, size: object, fixed: int | No
 
 
 @functools.lru_cache
-def quant_of_text(text: str) -> QuantConfig:
+def quant_of_json(text: str) -> QuantConfig:
     """The config that an op's string argument stands for."""
     values = json.loads(text)
     activations = values.pop("activations")

@@ -17,21 +17,34 @@ from moe_fn.config import (
 from moe_fn.families.row import Family, Shared
 from moe_fn.families.words import Look, resolve
 
-_NESTED = {"latent": LatentConfig, "zero_experts": ZeroExpertsConfig, "expert_norm": ExpertNormConfig, "norms": NormsConfig}
+_NESTED = {
+    "latent": LatentConfig,
+    "zero_experts": ZeroExpertsConfig,
+    "expert_norm": ExpertNormConfig,
+    "norms": NormsConfig,
+}
 _WITH_RENORMALIZE = ("renormalize_epsilon", "renormalize_minimum", "renormalize_order")
 
 
 def build_config(
-    family: Family, look: Look, *, sizes: Mapping[str, int], shared_width: int | None = None, shared_look: Look | None = None
+    family: Family,
+    look: Look,
+    *,
+    sizes: Mapping[str, int],
+    shared_width: int | None = None,
+    shared_look: Look | None = None,
 ) -> MoEConfig:
-    """The config that a row stands for; sizes (and the width of shared experts, 0: none) where they are known better than by words.
+    """The config that a row stands for; sizes (and the width of shared experts, 0: none) where they are known better
+    than by words.
 
     Raises ValueError for a refused family, a missing word, and a value that this version does not know.
     """
     if family.refused:
         raise ValueError(f"{family.names[0]}: {family.refused}")
     by_words = {name: getattr(family, name) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
-    of_layer: dict[str, Any] = {name: sizes[name] if name in sizes else _size(name, value, look) for name, value in by_words.items()}
+    of_layer: dict[str, Any] = {
+        name: sizes[name] if name in sizes else _size(name, value, look) for name, value in by_words.items()
+    }
     activation = build_activation(family.activation, look)
     return MoEConfig(
         **of_layer,

@@ -1,4 +1,6 @@
-"""From a config.json to the words that transformers' config class makes of it: its defaults, other names, older words, one layer's own."""
+"""From a config.json to the words that transformers' config class makes of it: its defaults, other names, older words,
+one layer's own.
+"""
 
 import math
 from collections import ChainMap
@@ -9,7 +11,8 @@ from typing import Any
 from moe_fn.families.words import MISSING, NULL
 
 Words = Mapping[str, Any]
-_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # JSON has none of them: transformers writes {"__float__": name}
+# JSON has none of them: transformers writes {"__float__": name}
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def as_written(words: Words, layer: int) -> Words:
@@ -21,8 +24,8 @@ def as_written(words: Words, layer: int) -> Words:
 class ConfigClass:
     """What a config class of transformers knows of a Mixture-of-Experts layer: only words that a family's row reads.
 
-    defaults  of every word, in the order of the class's fields, for a later one overwrites an earlier one of the same meaning;
-              MISSING where a config.json has to say it
+    defaults  of every word, in the order of the class's fields, for a later one overwrites an earlier one of the same
+              meaning; MISSING where a config.json has to say it
     renamed   other names of words, by the names that the rows read
     nullable  words that may be null; of any other, null is an error
     older     what words of older files change, defaults filled in: (words, layer) -> words
@@ -35,11 +38,12 @@ class ConfigClass:
 
 
 def words_of_layer(config_class: ConfigClass, model_config: Words, layer: int) -> Words:
-    """Every word of a class for one layer: what the file says, else the default. Words that the class does not know are left out.
+    """Every word of a class for one layer: what the file says, else the default. Words that the class does not know are
+    left out.
 
-    As transformers has it: fields first, then other names, which therefore win, then what per_layer_config says of the layer. Of a list
-    the layer's own entry is taken. Raises ValueError for a list that is too short, for a per_layer_config that is no mapping, and for
-    null beside another name of the same word.
+    As transformers has it: fields first, then other names, which therefore win, then what per_layer_config says of the
+    layer. Of a list the layer's own entry is taken. Raises ValueError for a list that is too short, for a
+    per_layer_config that is no mapping, and for null beside another name of the same word.
     """
     fields, renamed = config_class.defaults, config_class.renamed
     other_names = {*renamed, *renamed.values()} - {*fields}
@@ -65,7 +69,9 @@ def _own_words(words: Words, layer: int) -> Words:
     all_layers: Any = {} if said is None else said
     is_numbered = isinstance(all_layers, Mapping) and all(str(key).isdecimal() for key in all_layers)
     if not is_numbered or not all(isinstance(value, Mapping) for value in all_layers.values()):
-        raise ValueError(f"per_layer_config is {said!r:.80} in the model's config; expected the words of layers, by their numbers")
+        raise ValueError(
+            f"per_layer_config is {said!r:.80} in the model's config; expected the words of layers, by their numbers"
+        )
     return next((own for key, own in all_layers.items() if int(key) == layer), {})
 
 

@@ -1,4 +1,6 @@
-"""Which part of a config.json holds a layer's words: a model of many parts nests a config for each, and names its tensors by the part."""
+"""Which part of a config.json holds a layer's words: a model of many parts nests a config for each, and names its
+tensors by the part.
+"""
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,8 +71,8 @@ PARTS: Mapping[str, tuple[Part, ...]] = {
 def part_of_layer(model_config: Words, known: Container[str], prefix: str | None = None) -> tuple[str, Words]:
     """The model_type and the words of the part that holds a layer, by what the names of its tensors begin with.
 
-    Without a prefix it is the language model. A model that is not listed is searched for nested configs of a known model_type.
-    Where there is none, the model_type is what the file says instead.
+    Without a prefix it is the language model. A model that is not listed is searched for nested configs of a known
+    model_type. Where there is none, the model_type is what the file says instead.
     Raises ValueError for a prefix that belongs to none of a model's parts.
     """
     outer = model_config.get("model_type")
@@ -86,7 +88,9 @@ def part_of_layer(model_config: Words, known: Container[str], prefix: str | None
         types = ([repr(outer)] if outer is not None else []) + [repr(name) for name in _types(model_config)]
         return " or ".join(types) or "missing", {}
     names = (prefix or "").split(".")
-    path_and_words = next((entry for entry in found if any(key.removesuffix("_config") in names for key in entry[0])), found[0])
+    path_and_words = next(
+        (entry for entry in found if any(key.removesuffix("_config") in names for key in entry[0])), found[0]
+    )
     return part_of_layer(path_and_words[1], known, prefix)
 
 
@@ -94,10 +98,14 @@ def _named(parts: tuple[Part, ...], prefix: str | None) -> Part:
     if prefix is None:
         return parts[0]
     names = prefix.split(".")
-    found = [part for part in parts if any(name in names for name in part.named)] or [part for part in parts if not part.named]
+    found = [part for part in parts if any(name in names for name in part.named)] or [
+        part for part in parts if not part.named
+    ]
     if not found:
         wanted = " or ".join(repr(name) for part in parts for name in part.named)
-        raise ValueError(f"the model has {len(parts)} parts with experts, and {prefix!r} does not say which; expected {wanted} in it")
+        raise ValueError(
+            f"the model has {len(parts)} parts with experts, and {prefix!r} does not say which; expected {wanted} in it"
+        )
     return found[0]
 
 
@@ -106,7 +114,9 @@ def _nested(model_config: Words, path: tuple[str, ...]) -> Words:
     words: Any = model_config
     for name in path:
         names = _TEXT_CONFIGS[:3] if path == ("text_config",) else (name,)
-        inner = next((words[key] for key in names if words.get(key) is not None), model_config if len(names) > 1 else {})
+        inner = next(
+            (words[key] for key in names if words.get(key) is not None), model_config if len(names) > 1 else {}
+        )
         if not isinstance(inner, Mapping):
             raise ValueError(f"{name} is {inner!r:.80} in the model's config; expected a JSON object")
         words = inner
@@ -115,7 +125,9 @@ def _nested(model_config: Words, path: tuple[str, ...]) -> Words:
 
 def _inside(model_config: Words, known: Container[str], depth: int = _DEPTH) -> Iterator[tuple[tuple[str, ...], Words]]:
     """The nested configs of a known model_type with the paths to them, language models first."""
-    order = sorted(model_config, key=lambda name: _TEXT_CONFIGS.index(name) if name in _TEXT_CONFIGS else len(_TEXT_CONFIGS))
+    order = sorted(
+        model_config, key=lambda name: _TEXT_CONFIGS.index(name) if name in _TEXT_CONFIGS else len(_TEXT_CONFIGS)
+    )
     for name in order:
         inner = model_config[name]
         if isinstance(inner, Mapping):

@@ -59,15 +59,21 @@ def limits_or_none(words: Words, layer: int) -> Words:
 
 
 def no_shared_of_width_0(words: Words, layer: int) -> Words:
-    """Hy3 and Nemotron-H: of no width, shared experts are as wide as a dense layer in transformers, and none in other tools."""
+    """Hy3 and Nemotron-H: of no width, shared experts are as wide as a dense layer in transformers, and none in other
+    tools.
+    """
     for name in ("num_shared_experts", "moe_shared_expert_intermediate_size"):
         if words.get(name) == 0:
-            raise ValueError(f"{name} is 0 in the model's config; expected at least 1, for tools do not agree on what 0 is")
+            raise ValueError(
+                f"{name} is 0 in the model's config; expected at least 1, for tools do not agree on what 0 is"
+            )
     return {}
 
 
 def pyramid(words: Words, layer: int) -> Words:
-    """dots3_note's images: pyramid_num_routed holds the number of experts of each layer, of which at most so many can be chosen."""
+    """dots3_note's images: pyramid_num_routed holds the number of experts of each layer, of which at most so many can
+    be chosen.
+    """
     counts = words.get("pyramid_num_routed")
     counts = _PYRAMID if counts is None and words.get("mlp_layer_types") is None else counts
     top_k, scale = words["num_experts_per_tok"], words["router_scaling_factor"]
@@ -79,9 +85,15 @@ def pyramid(words: Words, layer: int) -> Words:
     if counts is None or "per_layer_config" in words:
         return made
     if not isinstance(counts, list) or not 0 <= layer < len(counts) or type(counts[layer]) is not int:
-        raise ValueError(f"pyramid_num_routed is {counts!r:.80} in the model's config; expected the number of experts of layer {layer}")
+        raise ValueError(
+            f"pyramid_num_routed is {counts!r:.80} in the model's config; expected the number of experts of layer "
+            f"{layer}"
+        )
     if counts[layer] > 0 and type(made["num_experts_per_tok"]) is int:
-        made |= {"num_local_experts": counts[layer], "num_experts_per_tok": min(made["num_experts_per_tok"], counts[layer])}
+        made |= {
+            "num_local_experts": counts[layer],
+            "num_experts_per_tok": min(made["num_experts_per_tok"], counts[layer]),
+        }
     return made
 
 
@@ -108,7 +120,9 @@ def groups_or_none(words: Words, layer: int) -> Words:
 def one_expert(words: Words, layer: int) -> Words:
     """Zaya: a token goes to one expert."""
     if words["num_experts_per_tok"] != 1:
-        raise ValueError(f"num_experts_per_tok is {words['num_experts_per_tok']!r:.80} in the model's config; expected 1")
+        raise ValueError(
+            f"num_experts_per_tok is {words['num_experts_per_tok']!r:.80} in the model's config; expected 1"
+        )
     return {}
 
 

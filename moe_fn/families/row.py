@@ -25,7 +25,9 @@ ACTIVATIONS: dict[str, dict[str, Any]] = {
 SCORINGS = {"sigmoid": "sigmoid", "sqrtsoftplus": "sqrtsoftplus"}
 
 NUM_EXPERTS = word("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-TOP_K = word(".top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+TOP_K = word(
+    ".top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"
+)
 HIDDEN = word("hidden_size", "d_model")
 INTERMEDIATE = word("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size")
 WIDTH = word("intermediate_size")  # where experts are as wide as a dense layer
@@ -33,7 +35,8 @@ WIDTH_OF_SHARED = word("intermediate_size", kind="whole")
 NUM_SHARED = word("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", kind="whole")
 NORM_TOP_K = word(".norm_topk_prob", "norm_topk_prob", "moe_renormalize", kind="flag")
 SCALE = word(
-    ".routed_scaling_factor", ".route_scale", ".router_scaling_factor", "routed_scaling_factor", "route_scale", "router_scaling_factor",
+    ".routed_scaling_factor", ".route_scale", ".router_scaling_factor", "routed_scaling_factor", "route_scale",
+    "router_scaling_factor",
     "moe_routed_scaling_factor", "moe_router_scaling_factor", kind="number",
 )  # fmt: skip
 ACT = word(
@@ -66,7 +69,8 @@ class Shared:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of models: how its config becomes a MoEConfig. Values are constants or words (`moe_fn.families.words`).
+    """One family of models: how its config becomes a MoEConfig. Values are constants or words
+    (`moe_fn.families.words`).
 
     names       values of model_type in config.json, with those of nested text configs
     blocks      class names of its layers in transformers

@@ -28,7 +28,12 @@ _GROUPS = {
 }
 _BIASED = {"scoring": "sigmoid", "correction_bias": "scores"}
 # DeepSeek-V3: sigmoid, bias for the choice, groups by their two best, renormalised, scaled.
-_V3 = _BIASED | {"groups": _GROUPS, "renormalize": NORM_TOP_K, "renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE}
+_V3 = _BIASED | {
+    "groups": _GROUPS,
+    "renormalize": NORM_TOP_K,
+    "renormalize_epsilon": 1e-20,
+    "routed_scaling_factor": SCALE,
+}
 
 _RMS_EPSILON = word("rms_norm_eps", kind="number")
 _LATENT_SIZE = word("moe_latent_size", kind="whole")
@@ -74,7 +79,12 @@ WITH_GROUPS: tuple[Family, ...] = (
         shared=Shared(width=Times(word("shared_experts_intermediate_size", kind="whole"), NUM_SHARED)),
     ),
     Family(("axk1",), ("AXK1MoE",), _V3, shared=Shared(), layer={"norms": {"epsilon": _RMS_EPSILON, "output": True}}),
-    Family(("axk2",), ("AXK2MoE",), _V3 | {"groups": Given(_GROUP_COUNT, _GROUPS | {"fill": "zero"}, None)}, shared=Shared()),
+    Family(
+        ("axk2",),
+        ("AXK2MoE",),
+        _V3 | {"groups": Given(_GROUP_COUNT, _GROUPS | {"fill": "zero"}, None)},
+        shared=Shared(),
+    ),
     Family(("beam",), ("BeamMoE",), _V3 | {"scale_on": "output"}),
     Family(("glm5_next_text",), ("Glm5NextTextMoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=CLAMPED)),
     Family(("hy_v4",), ("HYV4MoE",), _V3, _SILU_CLAMPED, shared=Shared(activation=PLAIN)),
@@ -119,7 +129,9 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         _ALWAYS
         | {
             "gate_dtype": "input",
-            "logit_softcap": Limit(word(".router_logit_softcapping", "moe_router_logit_softcapping", kind="number"), zero_is_none=True),
+            "logit_softcap": Limit(
+                word(".router_logit_softcapping", "moe_router_logit_softcapping", kind="number"), zero_is_none=True
+            ),
             "routed_scaling_factor": SCALE,
             "scale_on": "output",
         },
@@ -131,13 +143,23 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         _ALWAYS | {"renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE, "gate_dtype": "input"},
         shared=Shared(),
     ),
-    Family(("hy_v3",), ("HYV3MoE",), _ALWAYS | {"renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE}, shared=Shared()),
+    Family(
+        ("hy_v3",),
+        ("HYV3MoE",),
+        _ALWAYS | {"renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE},
+        shared=Shared(),
+    ),
     Family(
         ("dots3_note_vision_encoder",),
         ("Dots3NoteVisionMoE",),
         _ALWAYS | {"renormalize_epsilon": 1e-20, "routed_scaling_factor": SCALE},
     ),
-    Family(("flint",), ("FlintSparseMoeBlock",), {"scoring": "sigmoid", "renormalize": NORM_TOP_K}, shared=Shared(width=SHARED_BY_SIZE)),
+    Family(
+        ("flint",),
+        ("FlintSparseMoeBlock",),
+        {"scoring": "sigmoid", "renormalize": NORM_TOP_K},
+        shared=Shared(width=SHARED_BY_SIZE),
+    ),
     Family(
         ("kolibri1",),
         ("Kolibri1SparseMoeBlock",),
@@ -182,12 +204,22 @@ WITHOUT_GROUPS: tuple[Family, ...] = (
         ("inkling2_text",),
         ("Inkling2SparseMoeBlock",),
         _INKLING_MOE | {"scoring": word("scoring_func", values=SCORINGS), "renormalize_epsilon": 1e-20},
-        {"function": "situ", "gate_cap": word("mlp_gate_softcap", kind="number"), "up_cap": word("mlp_up_softcap", kind="number")},
+        {
+            "function": "situ",
+            "gate_cap": word("mlp_gate_softcap", kind="number"),
+            "up_cap": word("mlp_up_softcap", kind="number"),
+        },
     ),
     Family(
         ("llama4_text",),
         ("Llama4TextMoe",),
-        {"scoring": "sigmoid", "scoring_order": "after_top_k", "renormalize": False, "weight_on": "input", "gate_dtype": "input"},
+        {
+            "scoring": "sigmoid",
+            "scoring_order": "after_top_k",
+            "renormalize": False,
+            "weight_on": "input",
+            "gate_dtype": "input",
+        },
         shared=Shared(width=WIDTH_OF_SHARED),
         layer={"weight_layout": "in_out"},
         hidden_size=HIDDEN,

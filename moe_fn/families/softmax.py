@@ -73,13 +73,22 @@ BEFORE_TOP_K: tuple[Family, ...] = (
     ),
     Family(("qwen3_5_moe_text",), ("Qwen3_5MoeSparseMoeBlock",), _ALWAYS, shared=_GATED),
     Family(("jamba",), ("JambaSparseMoeBlock",), _NEVER),
-    Family(("hunyuan_v1_moe",), ("HunYuanMoEV1Moe",), {"renormalize": True}, shared=Shared(width=WIDTH_OF_SHARED), intermediate_size=WIDTH),
+    Family(
+        ("hunyuan_v1_moe",),
+        ("HunYuanMoEV1Moe",),
+        {"renormalize": True},
+        shared=Shared(width=WIDTH_OF_SHARED),
+        intermediate_size=WIDTH,
+    ),
     Family(("ernie4_5_moe",), ("Ernie4_5_MoeSparseMoeBlock",), _ERNIE, shared=Shared()),
     Family(("ernie4_5_vl_moe_bank",), ("Ernie4_5_VLMoeSparseMoeBlock",), _ERNIE),
     Family(
         ("ernie4_5_vl_moe_text",),
         ("Ernie4_5_VLMoeMoeBlock",),
-        refused="two banks of experts, of different sizes, one for text and one for images: take its text_moe and its vision_moe",
+        refused=(
+            "two banks of experts, of different sizes, one for text and one for images: "
+            "take its text_moe and its vision_moe"
+        ),
     ),
     Family(
         ("gemma4_text", "diffusion_gemma_text"),
@@ -154,9 +163,13 @@ AFTER_TOP_K: tuple[Family, ...] = (
         ("cohere2_moe",),
         ("Cohere2MoeSparseMoeBlock",),
         {
-            "scoring": word(".expert_selection_fn", "expert_selection_fn", values={"softmax": "softmax", "sigmoid": "sigmoid"}),
+            "scoring": word(
+                ".expert_selection_fn", "expert_selection_fn", values={"softmax": "softmax", "sigmoid": "sigmoid"}
+            ),
             "scoring_order": "after_top_k",
-            "renormalize": word(".expert_selection_fn", "expert_selection_fn", values={"softmax": False, "sigmoid": NORM_TOP_K}),
+            "renormalize": word(
+                ".expert_selection_fn", "expert_selection_fn", values={"softmax": False, "sigmoid": NORM_TOP_K}
+            ),
             "gate_dtype": "input",
         },
         shared=Shared(combine=word("shared_expert_combination_strategy", values={"average": "average", "sum": "sum"})),

@@ -1,4 +1,7 @@
-"""Where a family's options stand: words of a model's config, or attributes of a live block. A row holds words; `resolve` reads them."""
+"""Where a family's options stand: words of a model's config, or attributes of a live block.
+
+A row holds words; `resolve` reads them.
+"""
 
 import dataclasses
 import math
@@ -23,7 +26,8 @@ class _Null:
         return "None"
 
 
-NULL = _Null()  # null where the model's class wants a value: no kind of word takes it, so that it is never read as "none" or False
+# null where the model's class wants a value: no kind of word takes it, so that it is never read as "none" or False
+NULL = _Null()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Word:
     """An option that the model says: the first of `names` that is there, else `default`.
 
     A name with a dot in front is an attribute of a block's own modules, which a config.json does not have.
-    `values` translates what is found (a value that is not in it is an error); a Word among its values is resolved in turn.
-    `kind` is a row of KINDS: what a value must be, where it is a number or a flag.
+    `values` translates what is found (a value that is not in it is an error); a Word among its values is resolved in
+    turn. `kind` is a row of KINDS: what a value must be, where it is a number or a flag.
     """
 
     names: tuple[str, ...]
@@ -81,8 +85,8 @@ def _whole(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-# What a word may be: a reader that gives None for anything else, and what it expects. Flags and numbers are as Python has them in
-# transformers' blocks: null is false, 1 is true, and a whole number is a number.
+# What a word may be: a reader that gives None for anything else, and what it expects. Flags and numbers are as Python
+# has them in transformers' blocks: null is false, 1 is true, and a whole number is a number.
 KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "any": (lambda value: value, ""),
     "flag": (_flag, "true or false"),
@@ -101,7 +105,10 @@ def word(*names: str, default: Any = MISSING, values: Mapping[Any, Any] | None =
 
 
 def resolve(value: Any, look: Look) -> Any:
-    """What a row's entry stands for: words are looked up, everything else is itself. Raises ValueError naming what is missing."""
+    """What a row's entry stands for: words are looked up, everything else is itself.
+
+    Raises ValueError naming what is missing.
+    """
     if isinstance(value, Mapping):
         return {key: resolve(entry, look) for key, entry in value.items()}
     if isinstance(value, Word):
@@ -128,7 +135,10 @@ def _resolve_word(value: Word, look: Look) -> Any:
     found = find(value, look)
     if value.values is not None:
         if not isinstance(found, Hashable) or found not in value.values:
-            raise ValueError(f"{value!r} is {found!r:.80} in the model's config; expected one of {', '.join(map(repr, value.values))}")
+            raise ValueError(
+                f"{value!r} is {found!r:.80} in the model's config; expected one of "
+                f"{', '.join(map(repr, value.values))}"
+            )
         return resolve(value.values[found], look)
     read, expected = KINDS[value.kind]
     made = read(found)

@@ -1,8 +1,9 @@
 """Dispatch, experts, combine: one after the other, or as the one op of a back-end that has a kernel for all three.
 
-Why an op: the loop over experts is ragged, and what is fused here (copies of tokens, the activation, the weighted sum) stays in the
-cache instead of going through memory as rows x hidden buffers, which cost as much as the products from 256 tokens on. What would
-remove it: an Inductor that generates grouped products with a gather in front and a weighted scatter behind.
+Why an op: the loop over experts is ragged, and what is fused here (copies of tokens, the activation, the weighted sum)
+stays in the cache instead of going through memory as rows x hidden buffers, which cost as much as the products from 256
+tokens on. What would remove it: an Inductor that generates grouped products with a gather in front and a weighted
+scatter behind.
 """
 
 import functools
@@ -29,7 +30,7 @@ from moe_fn.stages.combine import _combine
 from moe_fn.stages.dispatch import _dispatch, weighted
 from moe_fn.stages.experts import _experts
 from moe_fn.torch_compat import check_draft_export, in_forward_mode, transforms_active
-from moe_fn.weights.prepare import _restore_weights, lay_down, lay_gate_up
+from moe_fn.weights.prepare import _restore_weights, down_to_panels, gate_up_to_panels
 from moe_fn.weights.quantize import dequantize_weights
 from moe_fn.weights.shapes import is_prepared
 
@@ -45,15 +46,17 @@ def routed_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
         The fused kernel equals the stages.
     """
     backend = backend_of(config, x)
-    by_stages_alone = _why_by_stages(config, weights, x, routing, backend)
-    if by_stages_alone is None:
+    problem = _why_unfused(config, weights, x, routing, backend)
+    if problem is None:
         return BY_OP[backend](config, weights, x, routing)
     if config.recompute:
-        raise ValueError(f"MoEConfig.recompute=True with {by_stages_alone}: expected False, and torch.utils.checkpoint around the layer")
-    return by_stages(config, weights, x, routing)
+        raise ValueError(
+            f"MoEConfig.recompute=True with {problem}: expected False, and torch.utils.checkpoint around the layer"
+        )
+    return dispatch_experts_combine(config, weights, x, routing)
 
 
-def by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+def dispatch_experts_combine(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     """The three stages of the contract, whose arguments the layer has checked."""
     dispatched = _dispatch(config, x, routing)
     rows = _experts(config, weights, dispatched)
@@ -66,15 +69,21 @@ def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
 
 
 def by_triton_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    """One op of 4 kernels, 2 where nearly every slot has an expert of its own: nothing waits for the device between them."""
+    """One op of 4 kernels, 2 where nearly every slot has an expert of its own: nothing waits for the device between
+    them.
+    """
     return _by_op(triton_op, config, _restore_weights(config, weights), x, routing)
 
 
-BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}  # the back-ends that have an op for all three
+# the back-ends that have an op for all three
+BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}
 
 
-def _why_by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, backend: str) -> str | None:
-    """Why no op does all of it, in words. Gradients through rounded activations are what the stages say that they are."""
+def _why_unfused(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, backend: str) -> str | None:
+    """Why no op does all of it, in words.
+
+    Gradients through rounded activations are what the stages say that they are.
+    """
     if config.expert_norm is not None:  # it needs whole rows before the sum
         return "an expert_norm"
     if config.lora is not None:  # adapters need another order of rows
@@ -87,10 +96,15 @@ def _why_by_stages(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
         return None
     if config.quant.activations is not None and _differentiates(weights, x, routing.weights):
         return "gradients through activations that are rounded"
-    return QUANT_PROBLEMS[backend](config.quant.text, config.expert_hidden_size, config.intermediate_size, x.device.type)
+    return QUANT_PROBLEMS[backend](
+        config.quant.json, config.expert_hidden_size, config.intermediate_size, x.device.type
+    )
 
 
-QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {"native": native.quant_problem, "triton": gpu.quant_problem}
+QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {
+    "native": native.quant_problem,
+    "triton": gpu.quant_problem,
+}
 
 
 def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
@@ -98,15 +112,19 @@ def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     return launch(x, routing) if config.router.weight_on == "output" else weighted_slots(config, x, routing, launch)
 
 
-def weighted_slots(config: MoEConfig, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
-    """Weights on the input: each slot is a token of its own, w * x, with one expert; the sum over a token's slots comes after."""
+def weighted_slots(
+    config: MoEConfig, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]
+) -> Tensor:
+    """Weights on the input: each slot is a token of its own, w * x, with one expert; the sum over a token's slots comes
+    after.
+    """
     ids, w, adapters = routing.expert_ids, routing.weights, routing.adapter_ids
     slots = weighted(config, x.unsqueeze(1), w.unsqueeze(-1)).flatten(0, 1)
     adapters = None if adapters is None else adapters.unsqueeze(1).expand(ids.shape).flatten()
     one = Routing(expert_ids=ids.reshape(-1, 1), weights=torch.ones_like(w).reshape(-1, 1), adapter_ids=adapters)
     y = experts(slots, one)
     wide = y.unflatten(0, (-1, config.top_k)).to(accumulation_dtype(y.dtype))
-    return y if config.top_k == 1 else ARITHMETIC[config.batch_invariant].added(wide, 1).to(y.dtype)
+    return y if config.top_k == 1 else ARITHMETIC[config.batch_invariant].sum_dim(wide, 1).to(y.dtype)
 
 
 def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
@@ -130,11 +148,15 @@ def _differentiates(weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
 
 
 def _in_torch(*args: Any) -> tuple[Tensor, Tensor]:
-    return by_stages(*unpacked(args[:-1])), args[0].new_empty(0)
+    return dispatch_experts_combine(*unpacked(args[:-1])), args[0].new_empty(0)
 
 
-def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], pre: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that batch."""
+def _backward(
+    backend: str, op: Kernel, args: list[Any], needed: list[bool], pre: Tensor, gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that
+    batch.
+    """
     wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
     config, weights, *_ = unpacked(args[:-1])
     plain = _restore_weights(config, weights)
@@ -144,15 +166,16 @@ def _backward(backend: str, op: Kernel, args: list[Any], needed: list[bool], pre
     found = _gradients(backend, gradient, wanted, *plain_args) if transformed else op(gradient, wanted, *plain_args)
     d_x, d_w, d_gate_up, d_down, *d_biases = (g if want else None for g, want in zip(found, wanted, strict=True))
     if is_prepared(weights.gate_up):
-        d_gate_up = None if d_gate_up is None else lay_gate_up(config, d_gate_up)
-        d_down = None if d_down is None else lay_down(config, d_down)
+        d_gate_up = None if d_gate_up is None else gate_up_to_panels(config, d_gate_up)
+        d_down = None if d_down is None else down_to_panels(config, d_down)
     return d_x, None, d_w, d_gate_up, d_down, *d_biases, *(None,) * (len(args) - NUM_FLOATS)
 
 
 def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """What routed_experts_backward computes, in the grouped ops of a back-end: the first product always again, for pre has no derivative.
+    """What routed_experts_backward computes, in the grouped ops of a back-end: the first product always again, for pre
+    has no derivative.
 
-    d a = down[e].T @ g;  d w = a . d a + down_bias . g;  d h = activation'(h) * w * d a;  d x = sum of gate_up[e].T @ d h
+    d a = down[e].T @ g;  d w = a . d a + down_bias . g; d h = activation'(h) * w * d a; d x = sum of gate_up[e].T @ d h
     """
     config, weights, x, routing = unpacked(args)
     ops, wide, transposed = GROUPED[backend], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
@@ -166,7 +189,9 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
 
     hidden = product(rows, weights.gate_up, ends, transposed).to(wide)
     hidden = hidden if weights.gate_up_bias is None else hidden + spread(weights.gate_up_bias)
-    activation = functools.partial(activate, as_activation(config.activation), layout=config.gate_up_layout, arithmetic=arithmetic)
+    activation = functools.partial(
+        activate, as_activation(config.activation), layout=config.gate_up_layout, arithmetic=arithmetic
+    )
     a, pull = vjp(activation, hidden)[:2]
     g = gather_rows(gradient, d.slot_of_row, d.row_of_slot, config.top_k)
     d_a = product(g, weights.down, ends, not transposed).to(wide)
@@ -174,19 +199,20 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
     present = has_expert(rows.shape[0], ends)
     w = gather_rows(routing.weights.reshape(-1, 1), d.slot_of_row, d.row_of_slot, 1)
     w = torch.where(present, w, 0).to(wide)
-    d_w = arithmetic.total(d_a * a)
-    d_w = d_w if weights.down_bias is None else d_w + arithmetic.total(g.to(wide) * spread(weights.down_bias))
+    d_w = arithmetic.row_sum(d_a * a)
+    d_w = d_w if weights.down_bias is None else d_w + arithmetic.row_sum(g.to(wide) * spread(weights.down_bias))
     d_w = gather_rows(torch.where(present, d_w, 0), d.row_of_slot, d.slot_of_row, 1).view_as(routing.weights)
     d_hidden = pull(d_a * w)[0].to(x.dtype)
 
     def of_x() -> Tensor:
         d_slots = gather_rows(product(d_hidden, weights.gate_up, ends, not transposed), d.row_of_slot, d.slot_of_row, 1)
-        return arithmetic.added(d_slots.unflatten(0, (-1, config.top_k)).to(wide), 1).to(x.dtype)
+        return arithmetic.sum_dim(d_slots.unflatten(0, (-1, config.top_k)).to(wide), 1).to(x.dtype)
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
         return ops.outer(left, right, ends) if transposed else ops.outer(right, left, ends)
 
-    def sums(rows: Tensor, w: Tensor, like: Tensor | None) -> Tensor:  # of w * rows over each expert's rows, in fixed order
+    # of w * rows over each expert's rows, in fixed order
+    def sums(rows: Tensor, w: Tensor, like: Tensor | None) -> Tensor:
         of_expert = ops.outer(w.to(rows.dtype), rows, ends).squeeze(1)
         return of_expert if like is None else of_expert.to(like.dtype)
 
@@ -203,7 +229,9 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
     )
 
 
-def _second_backward(backend: str, inputs: list[Any], needed: list[bool], *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+def _second_backward(
+    backend: str, inputs: list[Any], needed: list[bool], *cotangents: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """Gradients of the gradients, through the grouped ops."""
     wanted = inputs[1]
     moving = [i for i in (0, *(3 + argument for argument in DIFFERENTIABLE)) if needed[i] and inputs[i] is not None]
@@ -235,7 +263,9 @@ native_op = define_routed_experts(
     backward=lambda *args: _backward("native", native_backward_op, *args),
 )
 triton_backward_op = define_routed_experts_backward(
-    "triton", kernel=functools.partial(gpu.run, "routed_experts_backward"), backward=functools.partial(_second_backward, "triton")
+    "triton",
+    kernel=functools.partial(gpu.run, "routed_experts_backward"),
+    backward=functools.partial(_second_backward, "triton"),
 )
 triton_op = define_routed_experts(
     "triton",

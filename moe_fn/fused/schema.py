@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.activation import activation_of_scalars
-from moe_fn.config.parts import nobody
-from moe_fn.config.quant import quant_of_text
+from moe_fn.config.parts import padding_experts
+from moe_fn.config.quant import quant_of_json
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.routed import NUM_TENSORS
 from moe_fn.records import MoEWeights, QuantWeights, Routing
@@ -25,8 +25,10 @@ def packed(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Te
     return (
         x, ids, w, weights.gate_up, weights.down, _readable(weights.gate_up_bias, x), _readable(weights.down_bias, x),
         *(None if quant is None else getattr(quant, name) for name in QUANT_FIELDS),
-        config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated, config.gate_up_layout == "interleaved",
-        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap, "" if config.quant is None else config.quant.text,
+        config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated,
+        config.gate_up_layout == "interleaved",
+        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap,
+        "" if config.quant is None else config.quant.json,
         config.batch_invariant,
     )  # fmt: skip
 
@@ -55,20 +57,22 @@ def unpacked(args: Sequence[Any]) -> tuple[MoEConfig, MoEWeights, Tensor, Routin
 
 @functools.lru_cache
 def _config_of(
-    num_experts: int, top_k: int, hidden: int, intermediate: int, transposed: bool, function: Any, gated: bool, interleaved: bool,
-    alpha: float, up_offset: float, limit: float | None, limit_output: bool, gate_cap: float | None, up_cap: float | None, quant: str,
+    num_experts: int, top_k: int, hidden: int, intermediate: int, transposed: bool, function: Any, gated: bool,
+    interleaved: bool,
+    alpha: float, up_offset: float, limit: float | None, limit_output: bool, gate_cap: float | None,
+    up_cap: float | None, quant: str,
     invariant: bool,
 ) -> MoEConfig:  # fmt: skip
     """The config, as far as the op is told it."""
     return MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
-        zero_experts=nobody(num_experts, top_k),
+        zero_experts=padding_experts(num_experts, top_k),
         hidden_size=hidden,
         intermediate_size=intermediate,
         activation=activation_of_scalars(function, gated, alpha, up_offset, limit, limit_output, gate_cap, up_cap),
         gate_up_layout="interleaved" if interleaved else "packed",
         weight_layout="out_in" if transposed else "in_out",
-        quant=quant_of_text(quant) if quant else None,
+        quant=quant_of_json(quant) if quant else None,
         batch_invariant=invariant,
     )

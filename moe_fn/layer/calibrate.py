@@ -1,4 +1,6 @@
-"""calibrate: what the experts of a layer see of some tokens, for a better rounding of their weights and static scales of their inputs."""
+"""calibrate: what the experts of a layer see of some tokens, for a better rounding of their weights and static scales
+of their inputs.
+"""
 
 import torch
 from torch import Tensor
@@ -19,12 +21,15 @@ from moe_fn.weights.prepare import restore_weights
 
 @torch.no_grad()
 def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor | None = None) -> Calibration:
-    """Mean squares and largest magnitudes of what gate_up and down of each expert are multiplied with, over the tokens of x.
+    """Mean squares and largest magnitudes of what gate_up and down of each expert are multiplied with, over the tokens
+    of x.
 
-        gate_up_mean_square[e, k] = mean over rows r of expert e of  rows[r, k]^2;   an expert without rows has the mean of all rows
+        gate_up_mean_square[e, k] = mean over rows r of expert e of  rows[r, k]^2
 
-    x [T, H] floats as the layer gets them, logits as in moe_forward; weights are floats. For `quantize_weights`: errors of weights that are
-    multiplied with large inputs then count more, and static scales of inputs cover what was seen.
+    An expert without rows has the mean of all rows.
+
+    x [T, H] floats as the layer gets them, logits as in moe_forward; weights are floats. For `quantize_weights`: errors
+    of weights that are multiplied with large inputs then count more, and static scales of inputs cover what was seen.
 
     Raises ValueError for weights that are codes, and for no tokens.
 
@@ -62,6 +67,8 @@ def _seen(experts: int, rows: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.zeros(spare, device=rows.device).index_add(0, expert, torch.ones_like(expert, dtype=torch.float32))
     sums = torch.zeros(spare, rows.shape[1], device=rows.device).index_add(0, expert, wide.square())
     everybody = sums[:experts].sum(0) / counts[:experts].sum().clamp(min=1)
-    means = torch.where(counts[:experts].unsqueeze(1) > 0, sums[:experts] / counts[:experts].unsqueeze(1).clamp(min=1), everybody)
+    means = torch.where(
+        counts[:experts].unsqueeze(1) > 0, sums[:experts] / counts[:experts].unsqueeze(1).clamp(min=1), everybody
+    )
     largest = torch.zeros(spare, device=rows.device).index_reduce(0, expert, wide.abs().amax(1), "amax")[:experts]
     return means, torch.where(counts[:experts] > 0, largest, largest.amax())

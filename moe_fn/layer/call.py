@@ -1,4 +1,6 @@
-"""Around a call of the layer: checks, tokens laid flat, autocast decided once; and the way back to the caller's shape and dtype."""
+"""Around a call of the layer: checks, tokens laid flat, autocast decided once; and the way back to the caller's shape
+and dtype.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ class Call:
     where: str = "moe_forward"
 
 
-def enter(
+def check_and_flatten(
     where: str,
     config: MoEConfig,
     weights: MoEWeights,
@@ -49,7 +51,10 @@ def enter(
     routed: bool = False,
     runs_experts: bool = True,
 ) -> Call:
-    """The call, checked: ValueError for what does not fit. routed: by the caller; runs_experts: the call does not end at the router."""
+    """The call, checked: ValueError for what does not fit.
+
+    routed: by the caller; runs_experts: the call does not end at the router.
+    """
     check_x(where, config, x)
     if not config.as_op:  # one op, whatever the sizes
         check_untraced(where, x.shape[0])
@@ -73,12 +78,14 @@ def enter(
     if adapter_ids is not None:
         adapter_ids = adapter_ids.flatten()
     computed = without_padding(computed, token_mask)
-    unrounded = low not in (None, x.dtype) and config.router.gate_dtype == "float32" and config.router.gate_input == "original"
+    unrounded = (
+        low not in (None, x.dtype) and config.router.gate_dtype == "float32" and config.router.gate_input == "original"
+    )
     gate_x = without_padding(given, token_mask) if unrounded and logits is None and not routed else computed
     return Call(weights, computed, gate_x, logits, token_ids, token_mask, leading, x.dtype, adapter_ids, where)
 
 
-def leave(call: Call, y: Tensor) -> Tensor:
+def restore_shape(call: Call, y: Tensor) -> Tensor:
     """The result in the shape and dtype of the caller's x."""
     y = without_padding(y, call.token_mask).to(call.dtype)
     return y if len(call.leading) == 1 else y.view(*call.leading, y.shape[-1])
@@ -88,26 +95,39 @@ def flat_routing(routing: Routing, call: Call) -> Routing:
     """A caller's routing, flat, with padding sent nowhere."""
     ids, weights, shared = routing.expert_ids, routing.weights, routing.shared_weights
     if ids.ndim > 2:
-        ids, weights, shared = ids.flatten(0, -2), weights.flatten(0, -2), None if shared is None else shared.flatten(0, -2)
+        ids, weights, shared = (
+            ids.flatten(0, -2),
+            weights.flatten(0, -2),
+            None if shared is None else shared.flatten(0, -2),
+        )
     routing = Routing(expert_ids=ids, weights=weights, shared_weights=shared, adapter_ids=call.adapter_ids)
     return routing if call.token_mask is None else routing_without_padding(routing, call.token_mask)
 
 
 def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast is decided once, in enter: left on, it would reach eager matmuls but not those inside compiled ops."""
+    """Autocast is decided once, in check_and_flatten: left on, it would reach eager matmuls but not those inside
+    compiled ops.
+    """
     device = x.device.type
     if not _autocasts(x):
         return contextlib.nullcontext()
-    if torch.compiler.is_compiling() and not exporting() and autocast_around_graph(device) and traces_switching_autocast():
+    if (
+        torch.compiler.is_compiling()
+        and not exporting()
+        and autocast_around_graph(device)
+        and traces_switching_autocast()
+    ):
         return _switched_off(device)
     return torch.autocast(device, enabled=False)
 
 
 @contextlib.contextmanager
 def _switched_off(device: str) -> Iterator[None]:
-    """What torch.autocast does, in calls that AOTAutograd's cache takes: its own enter and exit keep the whole graph out of the cache.
+    """What torch.autocast does, in calls that AOTAutograd's cache takes: its own enter and exit keep the whole graph
+    out of the cache.
 
-    Where torch.autocast stands in the compiled function itself, they do so already, and Dynamo (2.13) would undo these calls out of order.
+    Where torch.autocast stands in the compiled function itself, they do so already, and Dynamo (2.13) would undo these
+    calls out of order.
     """
     torch.set_autocast_enabled(device, False)
     try:
@@ -122,14 +142,17 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast asks to compute in; None without it, and for float64, which it leaves alone as everywhere in torch."""
+    """What autocast asks to compute in; None without it, and for float64, which it leaves alone as
+    everywhere in torch.
+    """
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else None
 
 
 def _in_autocast(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype, runs_experts: bool) -> MoEWeights:
     """The weights that the call reads in autocast's dtype.
 
-    The router's stay: a correction bias of bfloat16 could not be balanced. Codes and what stands beside them are no numbers to round.
+    The router's stay: a correction bias of bfloat16 could not be balanced. Codes and what stands beside them are no
+    numbers to round.
     """
     if not runs_experts and config.router.gate_input == "original":
         return weights

@@ -1,11 +1,13 @@
 """chunk_tokens as a scan in the graph: tokens are worked on a few at a time, in forward and in backward.
 
-Peak memory is that of one chunk (and of the gradients of the weights), because the backward recomputes each chunk from the saved
-inputs and sums weight gradients in the scan's carry. In eager it is a loop in Python, in exported programs a scan, which needs no Python.
+Peak memory is that of one chunk (and of the gradients of the weights), because the backward recomputes each chunk from
+the saved inputs and sums weight gradients in the scan's carry. In eager it is a loop in Python, in exported programs a
+scan, which needs no Python.
 
-Compiled functions get the whole-layer op, whose kernel loops: a scan (torch 2.11 to 2.13) keeps the whole graph that it stands in out of
-AOTAutograd's and Inductor's caches, so that every process would compile the model anew; and it compiles under fullgraph alone, and not
-below func.grad or torch.utils.checkpoint. What would change that: `cacheable=True` in torch's ScanOp.
+Compiled functions get the whole-layer op, whose kernel loops: a scan (torch 2.11 to 2.13) keeps the whole graph that it
+stands in out of AOTAutograd's and Inductor's caches, so that every process would compile the model anew; and it
+compiles under fullgraph alone, and not below func.grad or torch.utils.checkpoint. What would change that:
+`cacheable=True` in torch's ScanOp.
 """
 
 import dataclasses
@@ -27,26 +29,33 @@ from moe_fn.torch_compat import exporting, in_forward_mode, scan, transforms_act
 _PER_TOKEN = 5  # x, expert_ids, weights, shared_weights, adapter_ids stand before the weights' leaves
 
 
-def layer_in_chunks(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool) -> tuple[Tensor, ...]:
+def layer_in_chunks(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool
+) -> tuple[Tensor, ...]:
     """(y,) of layer_of_tokens, or (shared, routed) of parts_of_tokens, chunk_tokens tokens at a time."""
-    # Without the router's weights, which are not read here: Inductor (2.13) gives a carry that a scan hands on unchanged away twice,
-    # and their gradients, zero here, came out wrong.
+    # Without the router's weights, which are not read here: Inductor (2.13) gives a carry that a scan hands on
+    # unchanged away twice, and their gradients, zero here, came out wrong.
     leaves = leaves_of_weights(dataclasses.replace(weights, router=None))
     args = [x, routing.expert_ids, routing.weights, routing.shared_weights, routing.adapter_ids, *leaves]
     if torch.compiler.is_compiling():
         # Dynamo (2.13) takes func.grad's own inputs for constants and would drop the backward; of a view it asks anew.
         args = [None if a is None else a.view_as(a) for a in args]
         if not (torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args)):
-            # Nothing to differentiate; and Dynamo would take a Function.forward with *args for the old style, with a context.
+            # Nothing to differentiate; and Dynamo would take a Function.forward with *args for the old style, with a
+            # context.
             return _forward(config, with_shared, *args)
-    elif in_forward_mode():  # the loop is torch's own ops, tangents go through it; a Function with a rule for them does not compile
+    elif (
+        in_forward_mode()
+    ):  # the loop is torch's own ops, tangents go through it; a Function with a rule for them does not compile
         return _forward(config, with_shared, *args)
     out: tuple[Tensor, ...] = _Chunked.apply(config, with_shared, *args)
     return out
 
 
 def loop_is_visible() -> bool:
-    """Whether the loop runs in eager or goes into the graph: for exported programs, and there not below torch.func's transforms."""
+    """Whether the loop runs in eager or goes into the graph: for exported programs, and there not below torch.func's
+    transforms.
+    """
     if not torch.compiler.is_compiling():
         return True
     return exporting() and not transforms_active()
@@ -100,13 +109,18 @@ class _Chunked(torch.autograd.Function):
 
             pull = vjp(function, *(chunk[i] for i in wanted))[1]
             parts = dict(zip(wanted, pull(tuple(_pick(padded, rows))), strict=True))
-            return tuple(c + parts[i] for c, i in zip(carry, of_weights, strict=True)), tuple(parts[i] for i in per_token)
+            return tuple(c + parts[i] for c, i in zip(carry, of_weights, strict=True)), tuple(
+                parts[i] for i in per_token
+            )
 
-        def zeros() -> tuple[Tensor, ...]:  # without a name, or they would live as long as the sums that take their place
+        # without a name, or they would live as long as the sums that take their place
+        def zeros() -> tuple[Tensor, ...]:
             return tuple(torch.zeros_like(args[i], dtype=accumulation_dtype(args[i].dtype)) for i in of_weights)
 
         sums, pieces = _scan(ctx.config, step, zeros(), args[0])
-        found = {i: g.to(args[i].dtype) for i, g in zip(of_weights, sums, strict=True)} | dict(zip(per_token, pieces, strict=True))
+        found = {i: g.to(args[i].dtype) for i, g in zip(of_weights, sums, strict=True)} | dict(
+            zip(per_token, pieces, strict=True)
+        )
         return None, None, *(found.get(i) for i in range(len(args)))
 
 
@@ -127,7 +141,8 @@ def _pick(tensors: list[Tensor | None], rows: Tensor) -> list[Any]:
 def _scan(config: MoEConfig, step: Callable[[Any, Tensor], Any], carry: Any, x: Tensor) -> tuple[Any, Any]:
     """carry, pieces = step(carry, rows of the chunk) for every chunk; pieces are laid end to end.
 
-    In a scan all chunks have chunk_tokens rows, those past the end row `tokens`; in eager the last one has what is left, as in the op.
+    In a scan all chunks have chunk_tokens rows, those past the end row `tokens`; in eager the last one has what is
+    left, as in the op.
     """
     tokens, size, device = x.shape[0], config.chunk_tokens or 1, x.device
 

@@ -1,7 +1,7 @@
 """The layer on flat tokens, of one rank and of many: the stages in the order of the contract, and who sums what.
 
-The picture is in `moe_fn.stages`. `moe_fn.parallel.dispatch` has the middle, one function for each way in which tokens find their experts;
-`moe_fn.forward` puts the public shape around it.
+The picture is in `moe_fn.stages`. `moe_fn.parallel.dispatch` has the middle, one function for each way in which tokens
+find their experts; `moe_fn.forward` puts the public shape around it.
 """
 
 import dataclasses
@@ -45,8 +45,13 @@ def route_tokens(
     return logits, _route(config, weights, logits, token_ids, token_mask, leading)
 
 
-def layer_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None) -> Tensor:
-    """Everything behind the router, for this rank's tokens. With logits they travel between ranks, and every rank routes by them."""
+def layer_of_tokens(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None
+) -> Tensor:
+    """Everything behind the router, for this rank's tokens.
+
+    With logits they travel between ranks, and every rank routes by them.
+    """
     return layer_with_overflow(config, weights, x, routing, logits)[0]
 
 
@@ -58,17 +63,19 @@ def layer_with_overflow(
     Who sums what, and when:
 
         dispatch              over ep                       over tp
-        None (one rank)       nobody                        nobody
+        None (one rank)       -                             -
         replicated            right after the experts       late: once, of routed + shared
         all_gather            scattered, with the tokens    late
         all_gather without ep, over dp: scattered           late
         all_to_all (static)   at the token's own rank       late
-        any, with a latent space or replicated shared       early: the routed part alone, before its output transform (which need not be
-        experts                                             linear, and whose bias counts once); sharded shared experts by themselves
+        any, with a latent space or replicated              early: the routed part alone, before its output transform
+        shared experts                                      (which need not be linear, and whose bias counts once);
+                                                            sharded shared experts by themselves
         any, with sp          as above                      rows are joined at the end, nothing is summed
 
-    Zero experts and the norm of the output come after every sum, once. Gradients of weights that all ranks of tp (of sp) have are
-    complete on each of them; of those that ranks with other tokens have (ep, dp) each has its tokens' part, as in data parallelism.
+    Zero experts and the norm of the output come after every sum, once. Gradients of weights that all ranks of tp (of
+    sp) have are complete on each of them; of those that ranks with other tokens have (ep, dp) each has its tokens'
+    part, as in data parallelism.
 
     Laws
         Sharded equals unsharded.
@@ -80,14 +87,18 @@ def layer_with_overflow(
         return _layer(config, weights, x, routing, logits)
     tokens = x.shape[0]
     rows = -(-tokens // sp.size) * sp.size
-    x, routing, logits = (tree_map(functools.partial(_own_rows, sp, rows), part) for part in (x, _no_expert_as_zero(routing), logits))
+    x, routing, logits = (
+        tree_map(functools.partial(_own_rows, sp, rows), part) for part in (x, _no_expert_as_zero(routing), logits)
+    )
     y, overflow = _layer(config, _used_by_each(sp, weights), x, _no_expert_as_zero(routing, -1), logits)
     if overflow is not None and can_drop_slots(config):  # of this rank's rows; the tokens are everybody's
         overflow = collectives.reduced_over_ranks(overflow, "sum", sp.name)
     return collectives.join_rows(y, sp).narrow(0, 0, tokens), overflow
 
 
-def _layer(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None) -> tuple[Tensor, Overflow]:
+def _layer(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None
+) -> tuple[Tensor, Overflow]:
     routed, shared, overflow = routed_and_shared(config, weights, x, routing, logits)
     y = reduce_and_trunc(join(routed, shared), group=_tp(config) if _sums_late(config) else None)
     return norm_output(config, weights, zero_experts(config, weights, x, routing, y)), overflow
@@ -96,10 +107,14 @@ def _layer(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, 
 def routed_and_shared(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Overflow]:
-    """The two addends of the layer (shared: None without shared experts), still to be summed over tp where that is done late; overflow."""
+    """The two addends of the layer (shared: None without shared experts), still to be summed over tp where that is done
+    late; overflow.
+    """
     tp, dispatch = _tp(config), None if config.parallel is None else config.parallel.dispatch
     v = collectives.copy_to_ranks(transform_input(config, weights, x), tp)
-    sent = routing if tp is None else dataclasses.replace(routing, weights=collectives.copy_to_ranks(routing.weights, tp))
+    sent = (
+        routing if tp is None else dataclasses.replace(routing, weights=collectives.copy_to_ranks(routing.weights, tp))
+    )
     logits = None if logits is None else collectives.copy_to_ranks(logits, tp)
     shared_fn = functools.partial(_shared, config, weights, x, routing)
     routed, shared, overflow = FORMATS[dispatch](config, weights, v, sent, logits, shared_fn)
@@ -120,7 +135,11 @@ def outputs_of_tokens(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool, logits: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """(y,) of layer_of_tokens, or with_shared (shared, routed) of parts_of_tokens."""
-    return parts_of_tokens(config, weights, x, routing) if with_shared else (layer_of_tokens(config, weights, x, routing, logits),)
+    return (
+        parts_of_tokens(config, weights, x, routing)
+        if with_shared
+        else (layer_of_tokens(config, weights, x, routing, logits),)
+    )
 
 
 def without_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -146,7 +165,9 @@ def _shared(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing)
     """The shared experts, or this rank's slice of them, a part of a sum over tp."""
     tp, dense = _tp_of_shared(config), weights.shared
     if tp is not None and dense is not None:
-        gate, by_router = (None if t is None else collectives.copy_to_ranks(t, tp) for t in (dense.gate, routing.shared_weights))
+        gate, by_router = (
+            None if t is None else collectives.copy_to_ranks(t, tp) for t in (dense.gate, routing.shared_weights)
+        )
         weights = dataclasses.replace(weights, shared=dataclasses.replace(dense, gate=gate))
         x, routing = collectives.copy_to_ranks(x, tp), dataclasses.replace(routing, shared_weights=by_router)
     return shared_experts(config, weights, x, routing)
@@ -164,7 +185,9 @@ def _used_by_each(sp: RankGroup, weights: MoEWeights) -> MoEWeights:
 def _no_expert_as_zero(routing: Routing, more: int = 1) -> Routing:
     """Ids one higher, so that padding with zeros is padding with -1; or lower again."""
     adapters = routing.adapter_ids
-    return dataclasses.replace(routing, expert_ids=routing.expert_ids + more, adapter_ids=None if adapters is None else adapters + more)
+    return dataclasses.replace(
+        routing, expert_ids=routing.expert_ids + more, adapter_ids=None if adapters is None else adapters + more
+    )
 
 
 def _own_rows(sp: RankGroup, rows: int, t: Tensor | None) -> Tensor | None:

@@ -24,10 +24,14 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Pair = tuple[Tensor, Tensor]  # A [E or 1, rank, in], B [E or 1, out, rank]
 
 
-def make_lora(*, gate_up: Pair | None = None, down: Pair | None = None, alpha: float, rank_stabilised: bool = False) -> LoRAWeights:
-    """One adapter from the matrices (A, B) of its products, the factor alpha / rank (or alpha / sqrt(rank)) folded into B.
+def make_lora(
+    *, gate_up: Pair | None = None, down: Pair | None = None, alpha: float, rank_stabilised: bool = False
+) -> LoRAWeights:
+    """One adapter from the matrices (A, B) of its products, the factor alpha / rank (or alpha / sqrt(rank)) folded into
+    B.
 
-    A [E or 1, rank, in] and B [E or 1, out, rank]; each product has its own rank. In gate_up's B are gates, then ups (or interleaved).
+    A [E or 1, rank, in] and B [E or 1, out, rank]; each product has its own rank. In gate_up's B are gates, then ups
+    (or interleaved).
 
     >>> lora = make_lora(down=(torch.ones(4, 2, 6), torch.ones(4, 8, 2)), alpha=6.0)
     >>> lora.down_b.shape, lora.down_b[0, 0, 0].tolist()
@@ -41,10 +45,14 @@ def make_lora(*, gate_up: Pair | None = None, down: Pair | None = None, alpha: f
         a, b = pair
         if a.ndim != 3 or b.ndim != 3 or a.shape[1] != b.shape[2] or a.shape[1] == 0:
             raise ValueError(
-                f"make_lora: {name} is {list(a.shape)} and {list(b.shape)}; expected [E or 1, rank, in] and [E or 1, out, rank]"
+                f"make_lora: {name} is {list(a.shape)} and {list(b.shape)}; expected [E or 1, rank, in] and [E or 1, "
+                "out, rank]"
             )
         factor = scaling_of(alpha, a.shape[1], rank_stabilised)
-        tensors |= {f"{name}_a": a.unsqueeze(0), f"{name}_b": (b.to(accumulation_dtype(b.dtype)) * factor).to(b.dtype).unsqueeze(0)}
+        tensors |= {
+            f"{name}_a": a.unsqueeze(0),
+            f"{name}_b": (b.to(accumulation_dtype(b.dtype)) * factor).to(b.dtype).unsqueeze(0),
+        }
     if not tensors:
         raise ValueError("make_lora: gate_up and down are None; expected the matrices of one of them at least")
     return LoRAWeights(**tensors)
@@ -58,9 +66,10 @@ def scaling_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
 def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeights]) -> tuple[MoEConfig, MoEWeights]:
     """The layer with these adapters: the first one's are adapter 0 and on. Ranks are padded with zeros to the largest.
 
-    A product that some have and others have not is zeros for those; where some adapters' experts share a matrix and others' do not, each
-    gets its own. Their dtype is to be that of x when the layer is called. With config.parallel the weights are this rank's, the adapters
-    those of all experts, whole: each rank gets its part, as shard_weights would cut them.
+    A product that some have and others have not is zeros for those; where some adapters' experts share a matrix and
+    others' do not, each gets its own. Their dtype is to be that of x when the layer is called. With config.parallel the
+    weights are this rank's, the adapters those of all experts, whole: each rank gets its part, as shard_weights would
+    cut them.
     Raises ValueError for a layer that has adapters, and for shapes that do not fit.
 
     Laws
@@ -76,9 +85,14 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
     check_layer("add_lora", config, weights)
     if config.lora is not None or weights.lora is not None:
         raise ValueError("add_lora: the layer has adapters; expected none, and all of them in one call")
-    if not isinstance(adapters, Sequence) or not adapters or not all(isinstance(lora, LoRAWeights) and _tensors(lora) for lora in adapters):
+    if (
+        not isinstance(adapters, Sequence)
+        or not adapters
+        or not all(isinstance(lora, LoRAWeights) and _tensors(lora) for lora in adapters)
+    ):
         raise ValueError(
-            "add_lora: adapters is empty, no sequence, or one has no tensors; expected a LoRAWeights of one adapter or several for each"
+            "add_lora: adapters is empty, no sequence, or one has no tensors; "
+            "expected a LoRAWeights of one adapter or several for each"
         )
     every = [_with_both_products(lora, adapters) for lora in adapters]
     ranks = [t.shape[2 if name.endswith("a") else 3] for lora in every for name, t in _tensors(lora).items()]
@@ -108,25 +122,31 @@ def _of_rank(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights) -> LoRAW
     if parallel.num_physical is not None:
         experts = placement_of_weights(weights).logical_of_physical
         tensors = _tensors(lora).items()
-        copied = {name: t if lora_config.shares(name) else t.index_select(1, experts.to(t.device)) for name, t in tensors}
+        copied = {
+            name: t if lora_config.shares(name) else t.index_select(1, experts.to(t.device)) for name, t in tensors
+        }
         lora = LoRAWeights(**copied)
-    return shard_adapters(config, lora, torch.tensor(experts_of_rank(config, parallel), device=next(iter(_tensors(lora).values())).device))
+    return shard_adapters(
+        config, lora, torch.tensor(experts_of_rank(config, parallel), device=next(iter(_tensors(lora).values())).device)
+    )
 
 
 def merge_lora(config: MoEConfig, weights: MoEWeights, adapter: int = 0) -> tuple[MoEConfig, MoEWeights]:
     """The layer without adapters whose weights have one of them in: W + B A, added in float32 and rounded once.
 
-    It computes what the layer computes for tokens with that adapter, at no cost; the others are gone. It differentiates. Of a rank's
-    part (config.parallel) it makes the rank's part. Prepared weights come back plain: prepare them anew.
-    Raises ValueError for a layer without adapters, an adapter that there is not, and for quantised weights: dequantise them first, for
-    quantised ones could not hold the sum.
+    It computes what the layer computes for tokens with that adapter, at no cost; the others are gone. It
+    differentiates. Of a rank's part (config.parallel) it makes the rank's part. Prepared weights come back plain:
+    prepare them anew.
+    Raises ValueError for a layer without adapters, an adapter that there is not, and for quantized weights: dequantize
+    them first, for quantized ones could not hold the sum.
 
     Laws
         Merged equals applied.
 
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1)
     >>> weights = MoEWeights(gate_up=torch.zeros(1, 2, 1), down=torch.ones(1, 1, 1))
-    >>> config, weights = add_lora(config, weights, [make_lora(down=(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 3.0)), alpha=1.0)])
+    >>> config, weights = add_lora(config, weights,
+    ...     [make_lora(down=(torch.full((1, 1, 1), 2.0), torch.full((1, 1, 1), 3.0)), alpha=1.0)])
     >>> config, merged = merge_lora(config, weights)
     >>> merged.down.item(), merged.lora, config.lora
     (7.0, None, None)
@@ -138,8 +158,11 @@ def merge_lora(config: MoEConfig, weights: MoEWeights, adapter: int = 0) -> tupl
     return dataclasses.replace(config, lora=None), dataclasses.replace(merged, lora=None)
 
 
-def unmerge_lora(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adapter: int = 0) -> tuple[MoEConfig, MoEWeights]:
-    """The inverse of merge_lora, but for rounding: the layer with the adapters `lora`, one of which was in the weights: W - B A.
+def unmerge_lora(
+    config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adapter: int = 0
+) -> tuple[MoEConfig, MoEWeights]:
+    """The inverse of merge_lora, but for rounding: the layer with the adapters `lora`, one of which was in the weights:
+    W - B A.
 
     Keep the weights from before where every bit counts. Errors of merge_lora and add_lora.
 
@@ -151,12 +174,16 @@ def unmerge_lora(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adap
     return config, _with_product_added("unmerge_lora", config, weights, weights.lora or lora, adapter, -1.0)
 
 
-def _with_product_added(where: str, config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adapter: int, sign: float) -> MoEWeights:
+def _with_product_added(
+    where: str, config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adapter: int, sign: float
+) -> MoEWeights:
     check_int(f"{where}: adapter", adapter, 0, _count(lora) - 1)
     for name in ("gate_up", "down"):
         if getattr(weights, name).dtype not in _FLOATS:
-            words = f"weights.{name} is {getattr(weights, name).dtype}, quantised"
-            raise ValueError(f"{where}: {words}; expected float weights: dequantise first, for codes cannot hold the sum")
+            words = f"weights.{name} is {getattr(weights, name).dtype}, quantized"
+            raise ValueError(
+                f"{where}: {words}; expected float weights: dequantize first, for codes cannot hold the sum"
+            )
     weights = restore_weights(config, weights)
     check_shapes(where, config, weights)
 
@@ -168,7 +195,10 @@ def _with_product_added(where: str, config: MoEConfig, weights: MoEWeights, lora
         product = product if config.weight_layout == "out_in" else product.transpose(1, 2)
         return (weight.to(wide) + sign * product).to(weight.dtype)
 
-    gate_up, down = total(weights.gate_up, lora.gate_up_a, lora.gate_up_b), total(weights.down, lora.down_a, lora.down_b)
+    gate_up, down = (
+        total(weights.gate_up, lora.gate_up_a, lora.gate_up_b),
+        total(weights.down, lora.down_a, lora.down_b),
+    )
     return dataclasses.replace(weights, gate_up=gate_up, down=down)
 
 
@@ -193,7 +223,9 @@ def _with_both_products(lora: LoRAWeights, others: Sequence[LoRAWeights]) -> LoR
     for other in others:
         for name, t in _tensors(other).items():
             if name not in own and name not in zeros:
-                zeros[name] = t.new_zeros(_count(lora), 1, *((1, t.shape[3]) if name.endswith("a") else (t.shape[2], 1)))
+                zeros[name] = t.new_zeros(
+                    _count(lora), 1, *((1, t.shape[3]) if name.endswith("a") else (t.shape[2], 1))
+                )
     return dataclasses.replace(lora, **zeros)
 
 

@@ -1,9 +1,11 @@
-"""The layer as one opaque op, without and with a separate shared output: `moe_fn::moe_forward` and `moe_fn::moe_forward_shared`.
+"""The layer as one opaque op, without and with a separate shared output: `moe_fn::moe_forward` and
+`moe_fn::moe_forward_shared`.
 
-Why ops: hosts that want one node per layer (piecewise CUDA graphs, partitioners), chunking where scan does not compile, and ranks that
-read sizes where torch.compile may not (`moe_fn.parallel.sizes`), whose backward then goes through the collectives anew. Why two:
-an op's schema cannot return "a Tensor or a tuple". What would remove them: union returns, and scan below func.grad and plain compile.
-The config travels by value, as its JSON; every weight is an argument. First order only: their backward has none, and says so.
+Why ops: hosts that want one node per layer (piecewise CUDA graphs, partitioners), chunking where scan does not compile,
+and ranks that read sizes where torch.compile may not (`moe_fn.parallel.sizes`), whose backward then goes through the
+collectives anew. Why two: an op's schema cannot return "a Tensor or a tuple". What would remove them: union returns,
+and scan below func.grad and plain compile. The config travels by value, as its JSON; every weight is an argument. First
+order only: their backward has none, and says so.
 """
 
 from dataclasses import replace
@@ -23,7 +25,17 @@ from moe_fn.torch_compat import check_draft_export
 
 # x, then routing's input or routing itself: with expert_ids given there is nothing left to route.
 # gate_x: what the gate sees, where it is not x.
-_TOKEN_ARGS = ("x", "logits", "token_ids", "token_mask", "expert_ids", "expert_weights", "shared_weights", "adapter_ids", "gate_x")
+_TOKEN_ARGS = (
+    "x",
+    "logits",
+    "token_ids",
+    "token_mask",
+    "expert_ids",
+    "expert_weights",
+    "shared_weights",
+    "adapter_ids",
+    "gate_x",
+)
 _LEAVES = tuple("_".join(path) for path in WEIGHT_PATHS)
 _REQUIRED = {"x", "gate_up", "down"}
 _SCHEMA = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in _TOKEN_ARGS + _LEAVES)
@@ -48,7 +60,7 @@ def layer_as_op(
     check_draft_export("moe_forward")
     given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
     per_token = (x, logits, token_ids, token_mask, *given, adapter_ids, gate_x)
-    args = (config._json, *per_token, *leaves_of_weights(weights))  # type: ignore[attr-defined]
+    args = (config.json, *per_token, *leaves_of_weights(weights))
     out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
     return tuple(out)
 
@@ -59,7 +71,10 @@ def _rows(args: list[Any], chunk: slice) -> list[Any]:
 
 def _chunk(config: MoEConfig, with_shared: bool, args: list[Any]) -> tuple[Tensor, ...]:
     x, logits, token_ids, token_mask, ids, w, shared_w, adapter_ids, gate_x, *leaves = args
-    weights, routing = weights_of_leaves(leaves), Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)
+    weights, routing = (
+        weights_of_leaves(leaves),
+        Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids),
+    )
     if ids is None:
         _, chosen = route_tokens(config, weights, x if gate_x is None else gate_x, logits, token_ids, token_mask)
         routing = replace(chosen, adapter_ids=adapter_ids)
@@ -84,7 +99,9 @@ def _forward_kernel(with_shared: bool, text: str, *args: Any) -> tuple[Tensor, .
     return tuple(outs)
 
 
-def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:
+def _backward_kernel(
+    grad_shared: Tensor | None, grad: Tensor, needed: list[bool], text: str, *args: Any
+) -> tuple[Tensor, ...]:
     config, wanted = config_of_json(text), [i for i, need in enumerate(needed) if need]
     chunks = _chunks(config, args[0])
     if len(chunks) == 1:
@@ -94,7 +111,9 @@ def _backward_kernel(grad_shared: Tensor | None, grad: Tensor, needed: list[bool
         for rows in chunks:
             _add(found, rows, _of_chunk(config, grad_shared, grad, wanted, args, rows))
     # Contiguous, as the fake says.
-    return tuple(found[i].to(args[i].dtype).contiguous() if i in found else args[0].new_empty(0) for i in range(len(args)))
+    return tuple(
+        found[i].to(args[i].dtype).contiguous() if i in found else args[0].new_empty(0) for i in range(len(args))
+    )
 
 
 def _add(found: dict[int, Tensor], rows: slice, of_chunk: dict[int, Tensor]) -> None:
@@ -105,7 +124,12 @@ def _add(found: dict[int, Tensor], rows: slice, of_chunk: dict[int, Tensor]) -> 
 
 
 def _of_chunk(
-    config: MoEConfig, grad_shared: Tensor | None, grad: Tensor, wanted: list[int], args: tuple[Any, ...], rows: slice | None
+    config: MoEConfig,
+    grad_shared: Tensor | None,
+    grad: Tensor,
+    wanted: list[int],
+    args: tuple[Any, ...],
+    rows: slice | None,
 ) -> dict[int, Tensor]:
     """Gradients of the arguments `wanted`, from some tokens; rows None: from all."""
     with_shared, per_token = grad_shared is not None, len(_TOKEN_ARGS)
@@ -116,7 +140,8 @@ def _of_chunk(
     leaves = {i: chunk[i].detach().requires_grad_() for i in wanted}
     with torch.enable_grad():
         outs = _chunk(config, with_shared, [leaves.get(i, a) for i, a in enumerate(chunk)])
-    pairs = [(out, g) for out, g in zip(outs, given, strict=True) if out.requires_grad]  # without shared experts their part is a constant
+    # without shared experts their part is a constant
+    pairs = [(out, g) for out, g in zip(outs, given, strict=True) if out.requires_grad]
     if not pairs:
         return {i: torch.zeros_like(leaf) for i, leaf in leaves.items()}
     moved, directions = zip(*pairs, strict=True)

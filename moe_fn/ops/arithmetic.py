@@ -1,8 +1,10 @@
-"""The functions that mix or bend numbers, in two ways: torch's, and those whose result for a row depends on that row alone.
+"""The functions that mix or bend numbers, in two ways: torch's, and those whose result for a row depends on that row
+alone.
 
-A row's bits depend on the batch where a library chooses its code by sizes, or by where in a tensor a number lies: products, sums of a
-row, exp and its like. Sums, differences, products and quotients of single numbers, and roots, are rounded as IEEE 754 says, so what is
-made of these alone has one result. `ARITHMETIC[config.batch_invariant]` is how a layer computes.
+A row's bits depend on the batch where a library chooses its code by sizes, or by where in a tensor a number lies:
+products, sums of a row, exp and its like. Sums, differences, products and quotients of single numbers, and roots, are
+rounded as IEEE 754 says, so what is made of these alone has one result. `ARITHMETIC[config.batch_invariant]` is how a
+layer computes.
 """
 
 import functools
@@ -22,7 +24,9 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """total: of the last dimension, which stays as 1; spread: [..., 1] to stand beside rows [..., n]; added: sum over a short dimension."""
+    """row_sum: of the last dimension, which stays as 1; expand_rows: [..., 1] to stand beside rows [..., n]; sum_dim:
+    sum over a short dimension.
+    """
 
     sigmoid: Function
     tanh: Function
@@ -31,9 +35,9 @@ class Arithmetic:
     gelu: Function
     gelu_tanh: Function
     softmax: Function
-    total: Function
-    spread: Callable[[Tensor, int], Tensor]
-    added: Callable[[Tensor, int], Tensor]
+    row_sum: Function
+    expand_rows: Callable[[Tensor, int], Tensor]
+    sum_dim: Callable[[Tensor, int], Tensor]
 
 
 def _total(x: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def _total(x: Tensor) -> Tensor:
     return x.to(dtype)
 
 
-def _spread(x: Tensor, count: int) -> Tensor:
+def _expand_rows(x: Tensor, count: int) -> Tensor:
     """By doubling, so that its gradient is such a tree too."""
     while x.shape[-1] < count:
         x = torch.cat([x, x], -1)
@@ -56,7 +60,7 @@ def _spread(x: Tensor, count: int) -> Tensor:
 def _softmax(z: Tensor) -> Tensor:
     wide = z.to(accumulation_dtype(z.dtype))
     e = elementwise.exp(wide - wide.detach().amax(-1, keepdim=True))
-    return (e / _spread(_total(e), e.shape[-1])).to(z.dtype)
+    return (e / _expand_rows(_total(e), e.shape[-1])).to(z.dtype)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -71,9 +75,9 @@ _PLAIN = Arithmetic(
     gelu=F.gelu,
     gelu_tanh=functools.partial(F.gelu, approximate="tanh"),
     softmax=functools.partial(torch.softmax, dim=-1),
-    total=lambda x: x.sum(-1, keepdim=True),
-    spread=lambda x, count: x,  # broadcasting
-    added=lambda x, dim: x.sum(dim),
+    row_sum=lambda x: x.sum(-1, keepdim=True),
+    expand_rows=lambda x, count: x,  # broadcasting
+    sum_dim=lambda x, dim: x.sum(dim),
 )
 _INVARIANT = Arithmetic(
     sigmoid=elementwise.sigmoid,
@@ -83,20 +87,23 @@ _INVARIANT = Arithmetic(
     gelu=lambda x: 0.5 * x * (1 + elementwise.erf(0.7071067811865476 * x)),
     gelu_tanh=_gelu_tanh,
     softmax=_softmax,
-    total=_total,
-    spread=_spread,
-    added=lambda x, dim: functools.reduce(torch.add, x.unbind(dim)),
+    row_sum=_total,
+    expand_rows=_expand_rows,
+    sum_dim=lambda x, dim: functools.reduce(torch.add, x.unbind(dim)),
 )
 ARITHMETIC: dict[bool, Arithmetic] = {False: _PLAIN, True: _INVARIANT}
 
 
 def rms_norm(config: MoEConfig, x: Tensor, scale: Tensor | None, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * scale over the last dimension, in float32 or wider, rounded once to the dtype of x.
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last dimension, in float32 or wider, rounded once to the dtype of
+    x.
 
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1)
     >>> rms_norm(config, torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]), 0.0)
     tensor([0.8485, 2.2627])
     """
     arithmetic, wide = ARITHMETIC[config.batch_invariant], x.to(accumulation_dtype(x.dtype))
-    y = wide * arithmetic.spread(torch.rsqrt(arithmetic.total(wide.square()) / x.shape[-1] + epsilon), x.shape[-1])
+    y = wide * arithmetic.expand_rows(
+        torch.rsqrt(arithmetic.row_sum(wide.square()) / x.shape[-1] + epsilon), x.shape[-1]
+    )
     return (y if scale is None else y * scale).to(x.dtype)

@@ -1,11 +1,13 @@
-"""Collectives as ops with gradients of ours: in the graph they are torch's functional collectives, which Inductor schedules.
+"""Collectives as ops with gradients of ours: in the graph they are torch's functional collectives, which Inductor
+schedules.
 
-Why ops: torch's own gradients add up over ranks whatever the ranks mean. Where ranks hold the same tokens (tensor and sequence parallel)
-the loss is the same on each of them, and adding it up would count it once a rank. What would remove them: collectives in torch that say
-whether their input is replicated. Each is linear, so each one's gradient is another of them:
+Why ops: torch's own gradients add up over ranks whatever the ranks mean. Where ranks hold the same tokens (tensor and
+sequence parallel) the loss is the same on each of them, and adding it up would count it once a rank. What would remove
+them: collectives in torch that say whether their input is replicated. Each is linear, so each one's gradient is another
+of them:
 
-    sum_over_ranks   x -> sum over ranks, the same everywhere        gradient: itself       (each rank has a part of a sum)
-    copy_to_ranks    x -> x, the same everywhere                     gradient: its sum      (each rank uses it for a part)
+    sum_over_ranks   x -> sum over ranks, the same everywhere gradient: itself (each rank has a part of a sum)
+    copy_to_ranks    x -> x, the same everywhere gradient: its sum (each rank uses it for a part)
     gather_ranks     rows of every rank end to end                   gradient: scatter_ranks
     scatter_ranks    sum over ranks, this rank's block of rows       gradient: gather_ranks
     own_rows         x, the same everywhere -> this rank's block     gradient: join_rows
@@ -13,8 +15,8 @@ whether their input is replicated. Each is linear, so each one's gradient is ano
     exchange_ranks   block r of mine <-> my block of rank r          gradient: itself
     exchange_splits  the same, of blocks of given sizes              gradient: itself, sizes swapped
 
-Each is two ops, one that begins and one that waits (`arrived`), so that work can stand between them: begin_gather(x, group), anything that
-does not read its result, arrived(...). The others do both at once. Nobody reads what has not arrived.
+Each is two ops, one that begins and one that waits (`wait`), so that work can stand between them: start_gather(x,
+group), anything that does not read its result, wait(...). The others do both at once. Nobody reads what has not wait.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,12 +34,20 @@ from moe_fn.ops.define import Kernel, define_op
 
 def _no_vmap(name: str) -> Kernel:
     def rule(*args: Any) -> Any:
-        raise ValueError(f"moe_fn::{name} has no batching rule: vmap of a layer that is shared by ranks; expected parallel=None")
+        raise ValueError(
+            f"moe_fn::{name} has no batching rule: vmap of a layer that is shared by ranks; expected parallel=None"
+        )
 
     return rule
 
 
-def _op(schema: str, kernel: Kernel, fake: Kernel, backward: Callable[[list[Any], Tensor], Tensor], again: Callable[..., Tensor]) -> Any:
+def _op(
+    schema: str,
+    kernel: Kernel,
+    fake: Kernel,
+    backward: Callable[[list[Any], Tensor], Tensor],
+    again: Callable[..., Tensor],
+) -> Any:
     """An op that is linear in its first argument. again: the op itself, for tangents."""
     name = schema[: schema.index("(")]
     return define_op(
@@ -51,18 +61,19 @@ def _op(schema: str, kernel: Kernel, fake: Kernel, backward: Callable[[list[Any]
     )
 
 
-# torch's functional collectives by the names of their ops: the Python functions around them change from version to version.
+# torch's functional collectives by the names of their ops: the Python functions around them change from version to
+# version.
 _functional: Any = torch.ops._c10d_functional
 
 
-def _wait(x: Tensor) -> Tensor:
+def _wait_tensor(x: Tensor) -> Tensor:
     y: Tensor = _functional.wait_tensor(x)
     return y
 
 
 def _waited(x: Tensor) -> Tensor:
     """A tensor object of its own, for autograd saves the input."""
-    y: Tensor = torch.ops.aten.alias(_wait(x))
+    y: Tensor = torch.ops.aten.alias(_wait_tensor(x))
     return y
 
 
@@ -72,7 +83,7 @@ def _all_reduce(x: Tensor, group: str, size: int, ordered: bool) -> Tensor:
         return y
     count = x.numel()
     own = _reduce_scatter(pad(x.reshape(-1), (0, -count % size)), group, size, ordered)
-    return _wait(_all_gather(own, group, size)).narrow(0, 0, count).view(x.shape).clone()
+    return _wait_tensor(_all_gather(own, group, size)).narrow(0, 0, count).view(x.shape).clone()
 
 
 def _all_gather(x: Tensor, group: str, size: int, *_: Any) -> Tensor:
@@ -84,7 +95,7 @@ def _reduce_scatter(x: Tensor, group: str, size: int, ordered: bool) -> Tensor:
     if not ordered:
         y: Tensor = _functional.reduce_scatter_tensor(x.contiguous(), "sum", size, group)
         return y
-    blocks: Tensor = _wait(_all_to_all(x, group, size)).unflatten(0, (size, x.shape[0] // size))
+    blocks: Tensor = _wait_tensor(_all_to_all(x, group, size)).unflatten(0, (size, x.shape[0] // size))
     total = blocks[0].to(accumulation_dtype(x.dtype))
     for block in blocks[1:]:
         total = total + block
@@ -115,36 +126,40 @@ def _like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_arrived: Any = _op("arrived(Tensor x) -> Tensor", _waited, _like, lambda i, g: g, lambda *a: _arrived(*a))
+_wait: Any = _op("wait(Tensor x) -> Tensor", _waited, _like, lambda i, g: g, lambda *a: _wait(*a))
 _sum: Any = _op(
-    "sum_over_ranks(Tensor x, str group, int size, bool ordered) -> Tensor", _all_reduce, _like, lambda i, g: g.clone(), lambda *a: _sum(*a)
+    "sum_over_ranks(Tensor x, str group, int size, bool ordered) -> Tensor",
+    _all_reduce,
+    _like,
+    lambda i, g: g.clone(),
+    lambda *a: _sum(*a),
 )
 _copy: Any = _op(
     "copy_to_ranks(Tensor x, str group, int size, bool ordered) -> Tensor",
     lambda x, *_: x.clone(),
     _like,
-    lambda i, g: _arrived(_sum(g, *i[1:])),
+    lambda i, g: _wait(_sum(g, *i[1:])),
     lambda *a: _copy(*a),
 )
 _gather: Any = _op(
     "gather_ranks(Tensor x, str group, int size, bool ordered) -> Tensor",
     _all_gather,
     lambda x, group, size, ordered: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    lambda i, g: _arrived(_scatter(g, *i[1:])),
+    lambda i, g: _wait(_scatter(g, *i[1:])),
     lambda *a: _gather(*a),
 )
 _scatter: Any = _op(
     "scatter_ranks(Tensor x, str group, int size, bool ordered) -> Tensor",
     _reduce_scatter,
     lambda x, group, size, ordered: x.new_empty(x.shape[0] // size, *x.shape[1:]),
-    lambda i, g: _arrived(_gather(g, *i[1:])),
+    lambda i, g: _wait(_gather(g, *i[1:])),
     lambda *a: _scatter(*a),
 )
 _own: Any = _op(
     "own_rows(Tensor x, str group, int size, int rank) -> Tensor",
     _block,
     lambda x, group, size, rank: x.new_empty(x.shape[0] // size, *x.shape[1:]),
-    lambda i, g: _arrived(_join(g, i[1], i[2], i[3])),
+    lambda i, g: _wait(_join(g, i[1], i[2], i[3])),
     lambda *a: _own(*a),
 )
 _join: Any = _op(
@@ -158,14 +173,14 @@ _exchange: Any = _op(
     "exchange_ranks(Tensor x, str group, int size) -> Tensor",
     _all_to_all,
     _like,
-    lambda i, g: _arrived(_exchange(g, i[1], i[2])),
+    lambda i, g: _wait(_exchange(g, i[1], i[2])),
     lambda *a: _exchange(*a),
 )
 _exchange_splits: Any = _op(
     "exchange_splits(Tensor x, SymInt[] sent, SymInt[] received, str group) -> Tensor",
     _all_to_all_splits,
     lambda x, sent, received, group: x.new_empty(sum(received), *x.shape[1:]),
-    lambda i, g: _arrived(_exchange_splits(g, i[2], i[1], i[3])),
+    lambda i, g: _wait(_exchange_splits(g, i[2], i[1], i[3])),
     lambda *a: _exchange_splits(*a),
 )
 
@@ -175,18 +190,18 @@ def _places(group: RankGroup) -> tuple[str, int, bool]:
     return group.name, group.size, group.ordered
 
 
-def arrived(x: Tensor) -> Tensor:
+def wait(x: Tensor) -> Tensor:
     """What a collective that was begun brought."""
-    y: Tensor = _arrived(x)
+    y: Tensor = _wait(x)
     return y
 
 
 def sum_over_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
     """The sum over the group's ranks, x as it is without one; its gradient is the same on each rank already."""
-    return x if group is None else arrived(begin_sum(x, group))
+    return x if group is None else wait(start_sum(x, group))
 
 
-def begin_sum(x: Tensor, group: RankGroup) -> Tensor:
+def start_sum(x: Tensor, group: RankGroup) -> Tensor:
     """sum_over_ranks, on its way."""
     y: Tensor = _sum(x, *_places(group))
     return y
@@ -197,7 +212,7 @@ def copy_to_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
     return x if group is None else _copy(x, *_places(group))  # type: ignore[no-any-return]
 
 
-def begin_gather(x: Tensor, group: RankGroup) -> Tensor:
+def start_gather(x: Tensor, group: RankGroup) -> Tensor:
     """Rows of every rank, end to end; as many on each. On their way."""
     y: Tensor = _gather(x, *_places(group))
     return y
@@ -205,12 +220,12 @@ def begin_gather(x: Tensor, group: RankGroup) -> Tensor:
 
 def gather_ranks(x: Tensor, group: RankGroup) -> Tensor:
     """Rows of every rank, end to end; as many on each."""
-    return arrived(begin_gather(x, group))
+    return wait(start_gather(x, group))
 
 
 def scatter_ranks(x: Tensor, group: RankGroup) -> Tensor:
     """The sum over ranks of this rank's block of rows."""
-    return arrived(_scatter(x, *_places(group)))
+    return wait(_scatter(x, *_places(group)))
 
 
 def own_rows(x: Tensor, group: RankGroup) -> Tensor:
@@ -221,20 +236,20 @@ def own_rows(x: Tensor, group: RankGroup) -> Tensor:
 
 def join_rows(x: Tensor, group: RankGroup) -> Tensor:
     """All blocks of rows, on each rank."""
-    return arrived(_join(x, group.name, group.size, group.rank))
+    return wait(_join(x, group.name, group.size, group.rank))
 
 
-def begin_exchange(x: Tensor, group: RankGroup) -> Tensor:
+def start_exchange(x: Tensor, group: RankGroup) -> Tensor:
     """exchange_ranks, on its way."""
     return _exchange(x, group.name, group.size)  # type: ignore[no-any-return]
 
 
 def exchange_ranks(x: Tensor, group: RankGroup) -> Tensor:
     """Block r of my rows goes to rank r, and mine of its rows comes: [size * n, ...] -> [size * n, ...]."""
-    return arrived(begin_exchange(x, group))
+    return wait(start_exchange(x, group))
 
 
-def begin_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
+def start_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
     """exchange_splits, on its way."""
     y: Tensor = _exchange_splits(x, sent, received, group.name)
     return y
@@ -242,9 +257,9 @@ def begin_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group:
 
 def exchange_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
     """exchange_ranks of sent[r] rows to rank r and received[r] rows from it."""
-    return arrived(begin_splits(x, sent, received, group))
+    return wait(start_splits(x, sent, received, group))
 
 
 def reduced_over_ranks(x: Tensor, how: str, group_name: str) -> Tensor:
     """The largest ("max") of the ranks' numbers, or their "sum", in the dtype of x, without gradient."""
-    return _wait(_functional.all_reduce(x.contiguous(), how, group_name))
+    return _wait_tensor(_functional.all_reduce(x.contiguous(), how, group_name))

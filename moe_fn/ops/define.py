@@ -47,10 +47,11 @@ def define_op(
     keeps     which output has no gradient and is handed to backward, between the inputs and the gradients
     flops     (*inputs, out_val=result) -> operations of its products, for torch.utils.flop_counter; None: it has none
 
-    Why not torch.library.register_autograd: it fails below torch.func. Why not an autograd.Function around the op: below
-    compile(func.grad) Dynamo drops its backward (zero gradients, no error), it fails below compile(vmap(grad)), and it
-    keeps the whole model out of AOTAutograd's cache. An Autograd kernel made of a single-level function, which functorch
-    itself makes of every autograd.Function, has none of these faults. Remove this when register_autograd survives torch.func.
+    Why not torch.library.register_autograd: it fails below torch.func. Why not an autograd.Function around the op:
+    below compile(func.grad) Dynamo drops its backward (zero gradients, no error), it fails below compile(vmap(grad)),
+    and it keeps the whole model out of AOTAutograd's cache. An Autograd kernel made of a single-level function, which
+    functorch itself makes of every autograd.Function, has none of these faults. Remove this when register_autograd
+    survives torch.func.
     """
     name = schema[: schema.index("(")]
     if "=" in schema:
@@ -87,7 +88,9 @@ def _at_rest(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_tangents() -> AbstractContextManager[None]:
-    """forward_ad's tangents lie on the tensors themselves, past the dispatcher's keys; the function knows the result's."""
+    """forward_ad's tangents lie on the tensors themselves, past the dispatcher's keys; the function knows
+    the result's.
+    """
     return _set_fwd_grad_enabled(False) if forward_ad._current_level >= 0 else nullcontext()
 
 
@@ -108,7 +111,9 @@ def _trace_as(name: str, visible: Kernel) -> None:
     torch.library.register_torch_dispatch(f"moe_fn::{name}", ProxyTorchDispatchMode, rule, lib=_library)
 
 
-def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel | None, visible: Kernel | None, keeps: int | None) -> Any:
+def _single_level_function(
+    name: str, op: Any, backward: Gradients, jvp: Kernel | None, visible: Kernel | None, keeps: int | None
+) -> Any:
     def forward(keyset: Any, *args: Any) -> Any:
         # enable_grad and forward grad: for the levels below this one; without them grad(grad) is zero, silently.
         with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
@@ -149,9 +154,11 @@ def _single_level_function(name: str, op: Any, backward: Gradients, jvp: Kernel 
 
 
 def asked_for(ctx: Any, is_tensor: Sequence[bool]) -> list[bool]:
-    """In a Function's backward: for each argument of its forward, whether autograd takes its gradient anywhere in this run.
+    """In a Function's backward: for each argument of its forward, whether autograd takes its gradient anywhere in this
+    run.
 
-    ctx.needs_input_grad says which arguments require a gradient: with autograd.grad of x alone that is true of the weights as well.
+    ctx.needs_input_grad says which arguments require a gradient: with autograd.grad of x alone that is true of the
+    weights as well.
     """
     needed = list(ctx.needs_input_grad)
     if torch.compiler.is_compiling():  # a graph holds them all, and its compiler drops those that nobody takes
@@ -165,12 +172,16 @@ def asked_for(ctx: Any, is_tensor: Sequence[bool]) -> list[bool]:
 def _runs(node: Any) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # a leaf whose gradient autograd.grad was asked for; or nobody's run, but a call of the node by hand
+    except (
+        RuntimeError
+    ):  # a leaf whose gradient autograd.grad was asked for; or nobody's run, but a call of the node by hand
         return True
 
 
 def vjp(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Callable[..., Any]]:
-    """torch.func.vjp, for backward rules: also below hooks on saved tensors (save_on_cpu around a whole step), where torch's refuses."""
+    """torch.func.vjp, for backward rules: also below hooks on saved tensors (save_on_cpu around a whole step), where
+    torch's refuses.
+    """
     if torch.compiler.is_compiling():
         return torch.func.vjp(function, *inputs)  # type: ignore[return-value]
     hidden = []

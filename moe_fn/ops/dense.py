@@ -22,7 +22,9 @@ def dense_product(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _loses_digits(x: Tensor) -> bool:
-    """A compiled product in float32 under autocast: AOTAutograd would trace its gradient, though not itself, in autocast's dtype."""
+    """A compiled product in float32 under autocast: AOTAutograd would trace its gradient, though not itself, in
+    autocast's dtype.
+    """
     return torch.compiler.is_compiling() and x.dtype == torch.float32 and autocast_around_graph(x.device.type)
 
 

@@ -1,7 +1,8 @@
 """exp and its like, each number by itself: the same bits wherever in a tensor it lies.
 
-Why an op: torch's own functions on a CPU have vectors, and other code for the numbers that are left at the end of a tensor or of a
-thread's part of it, so that a token's bits depend on how many tokens there are. What would remove it: torch functions that do not.
+Why an op: torch's own functions on a CPU have vectors, and other code for the numbers that are left at the end of a
+tensor or of a thread's part of it, so that a token's bits depend on how many tokens there are. What would remove it:
+torch functions that do not.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,10 @@ def _kernel(x: Tensor, function: str) -> Tensor:
         return _TABLE[function][0](x)
     problem = native.active().problem
     if problem is not None:
-        raise ValueError(f"MoEConfig.batch_invariant=True: {problem}; expected the native kernels, whose functions take numbers one by one")
+        raise ValueError(
+            f"MoEConfig.batch_invariant=True: {problem}; expected the native kernels, whose functions take numbers one "
+            "by one"
+        )
     y: Tensor = native.active().ops.elementwise(x.to(accumulation_dtype(x.dtype)), function)  # type: ignore[attr-defined]
     return y.to(x.dtype)
 

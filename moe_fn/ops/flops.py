@@ -1,6 +1,7 @@
-"""Floating-point operations of the ops, as torch.utils.flop_counter counts: 2 * M * K * N for a product [M, K] by [K, N], and nothing else.
+"""Floating-point operations of the ops, as torch.utils.flop_counter counts: 2 * M * K * N for a product [M, K] by [K,
+N], and nothing else.
 
-    grouped_matmul, quantised_matmul     2 * rows * K * N
+    grouped_matmul, quantized_matmul     2 * rows * K * N
     grouped_outer                        2 * rows * M * N
     routed_experts                       2 * slots * H * (C + I),  C = 2 * I, or I where the activation is not gated
     routed_experts_backward              2 * slots * H * I, for what the activation gave; and where it is asked for
@@ -8,13 +9,15 @@
                                          2 * slots * H * C where the first product was not kept
     moe_forward, moe_backward            those of the products inside
 
-`rows` and `slots` are those that have an expert, which the values of ids say: on a GPU counting waits for them. Tensors without values
-(fake, meta) count them all, and so do the last two ops; where these read from values how many rows come from other ranks, they count none.
-Decoding quantised weights is no product; adapters are grouped products of their rank; biases spread over rows are some with K = 1.
+`rows` and `slots` are those that have an expert, which the values of ids say: on a GPU counting waits for them. Tensors
+without values (fake, meta) count them all, and so do the last two ops; where these read from values how many rows come
+from other ranks, they count none. Decoding quantized weights is no product; adapters are grouped products of their
+rank; biases spread over rows are some with K = 1.
 
-The formulas reach FlopCounterMode, Inductor's estimates and the partitioner's through torch's own table of them. The table's module imports
-Triton, which takes time and settles for the whole process whether Triton interprets its kernels, so moe_fn does not import it: where it
-is imported already, the formulas are added at once, otherwise when it is imported.
+The formulas reach FlopCounterMode, Inductor's estimates and the partitioner's through torch's own table of them. The
+table's module imports Triton, which takes time and settles for the whole process whether Triton interprets its kernels,
+so moe_fn does not import it: where it is imported already, the formulas are added at once, otherwise when it is
+imported.
 """
 
 import importlib
@@ -52,12 +55,16 @@ def _add_formulas(table: Any) -> None:
 
 
 class _FinderOfTable(MetaPathFinder):
-    """Finds the table's module as the finders after this one do, with a loader that adds the formulas; finds no other module.
+    """Finds the table's module as the finders after this one do, with a loader that adds the formulas; finds no other
+    module.
 
-    It is never removed: that would make an import in another thread skip a finder, and a table that is loaded again needs them again.
+    It is never removed: that would make an import in another thread skip a finder, and a table that is loaded again
+    needs them again.
     """
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != _TABLE or self not in sys.meta_path:
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
@@ -70,7 +77,9 @@ class _FinderOfTable(MetaPathFinder):
 
 
 class _LoaderOfTable(Loader):
-    """Another loader, which is the module's again as soon as it is loaded: it may be one that loads other modules too."""
+    """Another loader, which is the module's again as soon as it is loaded: it may be one that loads other
+    modules too.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader

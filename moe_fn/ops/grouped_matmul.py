@@ -1,14 +1,15 @@
 """Products of sorted rows with the weight of their expert, as ops: the loop over experts cannot be in the graph.
 
-Group g = (segment s, expert e) = divmod(g, experts) owns rows [start, ends[g]) where start is ends[g - 1], or the first row of
-its segment for e = 0. Segments (one, but for vmap) split the rows evenly; segments / weight_sets of them in a row share a
-weight: so a batch of problems is one call instead of a loop. Rows past their segment's last end belong to nobody: they give 0,
-and are never read, so NaN there goes nowhere.
+Group g = (segment s, expert e) = divmod(g, experts) owns rows [start, ends[g]) where start is ends[g - 1], or the first
+row of its segment for e = 0. Segments (one, but for vmap) split the rows evenly; segments / weight_sets of them in a
+row share a weight: so a batch of problems is one call instead of a loop. Rows past their segment's last end belong to
+nobody: they give 0, and are never read, so NaN there goes nowhere.
 
 Each back-end has a pair of ops of its own: a graph says what runs, and a gradient runs where its product ran.
 
-Why ops: the loop over experts is ragged, and torch's own grouped product traces in bfloat16 only (torch 2.13) and leaves
-rows past the last end uninitialised. What would remove them: torch.nn.functional.grouped_mm with float32 and float16 fakes.
+Why ops: the loop over experts is ragged, and torch's own grouped product traces in bfloat16 only (torch 2.13) and
+leaves rows past the last end uninitialised. What would remove them: torch.nn.functional.grouped_mm with float32 and
+float16 fakes.
 """
 
 from dataclasses import dataclass
@@ -34,12 +35,19 @@ class GroupedOps:
     dtypes: tuple[torch.dtype, ...] | None = None  # None: all
 
     def matmul(
-        self, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int = 1, weight_sets: int = 1, invariant: bool = False
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        ends: Tensor,
+        transposed: bool,
+        segments: int = 1,
+        weight_sets: int = 1,
+        invariant: bool = False,
     ) -> Tensor:
         """rows[r] @ weight[e] (weight[e].T if transposed) for the expert e of row r.
 
-        rows [R, K], weight [E, K, N] (transposed: [E, N, K]), ends [E] int32 -> [R, N]. invariant: a row's bits are the same whatever other
-        rows there are.
+        rows [R, K], weight [E, K, N] (transposed: [E, N, K]), ends [E] int32 -> [R, N]. invariant: a row's bits are the
+        same whatever other rows there are.
         """
         out: Tensor = self.matmul_op(rows, weight, ends, transposed, segments, weight_sets, invariant)
         return out
@@ -61,7 +69,9 @@ def _outer_fake(left: Tensor, right: Tensor, ends: Tensor, segments: int, weight
     return left.new_empty(weight_sets * (ends.shape[0] // segments), left.shape[1], right.shape[1])
 
 
-def _matmul_backward(backend: str, inputs: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _matmul_backward(
+    backend: str, inputs: list[Any], needed: list[bool], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
     ops = GROUPED[backend]
     rows, weight, ends, transposed, segments, weight_sets, invariant = inputs
     d_rows = ops.matmul(gradient, weight, ends, not transposed, segments, weight_sets, invariant) if needed[0] else None
@@ -70,7 +80,9 @@ def _matmul_backward(backend: str, inputs: list[Any], needed: list[bool], gradie
     return d_rows, d_weight, *(None,) * (len(inputs) - 2)
 
 
-def _matmul_jvp(backend: str, inputs: list[Any], rows_tangent: Tensor | None, weight_tangent: Tensor | None, *_: Any) -> Any:
+def _matmul_jvp(
+    backend: str, inputs: list[Any], rows_tangent: Tensor | None, weight_tangent: Tensor | None, *_: Any
+) -> Any:
     ops = GROUPED[backend]
     rows, weight, *rest = inputs
     parts = [] if rows_tangent is None else [ops.matmul(rows_tangent, weight, *rest)]
@@ -78,7 +90,8 @@ def _matmul_jvp(backend: str, inputs: list[Any], rows_tangent: Tensor | None, we
 
 
 def _matmul_vmap(
-    backend: str, info: Any, in_dims: Any, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int,
+    backend: str, info: Any, in_dims: Any, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int,
+    weight_sets: int,
     invariant: bool,
 ) -> tuple[Tensor, int]:  # fmt: skip
     ops = GROUPED[backend]
@@ -99,7 +112,9 @@ def _outer_backward(backend: str, inputs: list[Any], needed: list[bool], gradien
     return d_left, d_right, None, None, None
 
 
-def _outer_jvp(backend: str, inputs: list[Any], left_tangent: Tensor | None, right_tangent: Tensor | None, *_: Any) -> Any:
+def _outer_jvp(
+    backend: str, inputs: list[Any], left_tangent: Tensor | None, right_tangent: Tensor | None, *_: Any
+) -> Any:
     ops = GROUPED[backend]
     left, right, *rest = inputs
     parts = [] if left_tangent is None else [ops.outer(left_tangent, right, *rest)]
@@ -113,12 +128,15 @@ def _outer_vmap(
     batch = info.batch_size
     left, right = batch_to_front(left, in_dims[0], batch), batch_to_front(right, in_dims[1], batch)
     ends = batch_end_to_end(ends, in_dims[2], batch, left.shape[1])
-    # A sum over segments that shared a weight must now be kept apart by sample: as many weight sets as samples, times those there were.
+    # A sum over segments that shared a weight must now be kept apart by sample: as many weight sets as samples, times
+    # those there were.
     out = ops.outer(left.flatten(0, 1), right.flatten(0, 1), ends, segments * batch, weight_sets * batch)
     return out.unflatten(0, (batch, -1)), 0
 
 
-def _matmul_flops(rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, *_: Any, out_val: Tensor) -> int:
+def _matmul_flops(
+    rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, *_: Any, out_val: Tensor
+) -> int:
     return 2 * rows_with_expert(ends, rows.shape[0], segments) * rows.shape[1] * out_val.shape[1]
 
 
@@ -129,7 +147,8 @@ def _outer_flops(left: Tensor, right: Tensor, ends: Tensor, segments: int, weigh
 def _define(backend: str, suffix: str, matmul: Kernel, outer: Kernel) -> tuple[Kernel, Kernel]:
     """The ops `grouped_matmul{suffix}` and `grouped_outer{suffix}`, whose gradients are made of one another."""
     return define_op(
-        f"grouped_matmul{suffix}(Tensor rows, Tensor weight, Tensor ends, bool transposed, SymInt segments, SymInt weight_sets, "
+        f"grouped_matmul{suffix}(Tensor rows, Tensor weight, Tensor ends, bool transposed, SymInt segments, SymInt "
+        "weight_sets, "
         "bool invariant) -> Tensor",
         kernel=matmul,
         fake=_matmul_fake,
@@ -156,7 +175,9 @@ native_matmul, native_outer = _define(
     partial(native.run, "grouped_outer", grouped.grouped_outer),
 )
 
-triton_matmul, triton_outer = _define("triton", "_triton", partial(gpu.run, "grouped_matmul"), partial(gpu.run, "grouped_outer"))
+triton_matmul, triton_outer = _define(
+    "triton", "_triton", partial(gpu.run, "grouped_matmul"), partial(gpu.run, "grouped_outer")
+)
 
 GROUPED: dict[str, GroupedOps] = {
     "torch": GroupedOps(torch_matmul, torch_outer),

@@ -1,8 +1,8 @@
 """The grouped product with weights that are codes: an expert's weight is decoded when it multiplies with it.
 
-Why an op: in the graph the decoded weights would be a value of their own, all experts as floats, and be kept for the backward, where the
-codes are enough. What would remove it: an autograd that recomputes what is cheap to make from what is kept.
-The codes have no gradient.
+Why an op: in the graph the decoded weights would be a value of their own, all experts as floats, and be kept for the
+backward, where the codes are enough. What would remove it: an autograd that recomputes what is cheap to make from what
+is kept. The codes have no gradient.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import QuantConfig
-from moe_fn.config.quant import quant_of_text
+from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.torch import quantized
 from moe_fn.kernels.triton import call as gpu
 from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
@@ -22,13 +22,14 @@ from moe_fn.quant.codes import Codes
 from moe_fn.torch_compat import check_draft_export
 
 _SCHEMA = (
-    "quantised_matmul{}(Tensor rows, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? global_scale, Tensor ends, str quant, "
+    "quantized_matmul{}(Tensor rows, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? global_scale, Tensor "
+    "ends, str quant, "
     "int halves, bool transposed, SymInt segments, SymInt weight_sets, bool invariant) -> Tensor"
 )
 _WEIGHTS = slice(1, 5)  # of the arguments
 
 
-def quantised_matmul(
+def quantized_matmul(
     backend: str,
     rows: Tensor,
     stored: Codes,
@@ -38,35 +39,50 @@ def quantised_matmul(
     transposed: bool = True,
     invariant: bool = False,
 ) -> Tensor:
-    """rows[r] @ W[e].T for the expert e of row r (W[e] without transposed), W what the codes stand for, rounded to the dtype of rows.
+    """rows[r] @ W[e].T for the expert e of row r (W[e] without transposed), W what the codes stand for, rounded to the
+    dtype of rows.
 
     rows [R, K] -> [R, N], in the grouped product of `backend`; rows of no expert give 0.
     invariant: a row's bits are the same whatever other rows there are.
     """
     parts = stored.codes, stored.scale, stored.zero_point, stored.global_scale
-    check_draft_export("quantised_matmul")
-    out: Tensor = OPS[backend](rows, *parts, ends, quant.text, halves, transposed, 1, 1, invariant)
+    check_draft_export("quantized_matmul")
+    out: Tensor = OPS[backend](rows, *parts, ends, quant.json, halves, transposed, 1, 1, invariant)
     return out
 
 
 def _fake(
-    rows: Tensor, weight: Tensor, scale: Tensor, zero: Any, above: Any, ends: Tensor, quant: str, halves: int, transposed: bool, *sets: Any
+    rows: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Any,
+    above: Any,
+    ends: Tensor,
+    quant: str,
+    halves: int,
+    transposed: bool,
+    *sets: Any,
 ) -> Tensor:
-    return rows.new_empty(rows.shape[0], weight.shape[1] if transposed else weight.shape[2] * quant_of_text(quant).per_byte)
+    return rows.new_empty(
+        rows.shape[0], weight.shape[1] if transposed else weight.shape[2] * quant_of_json(quant).per_byte
+    )
 
 
 def _kernel(
-    backend: str, rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, ends: Tensor,
+    backend: str, rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None,
+    ends: Tensor,
     quant: str, halves: int, transposed: bool, segments: int, weight_sets: int, invariant: bool,
 ) -> Tensor:  # fmt: skip
     one_set = transposed and segments == 1 and weight_sets == 1
-    if backend == "triton" and one_set and gpu.decodes(quant, weight.shape[2] * quant_of_text(quant).per_byte):
+    if backend == "triton" and one_set and gpu.decodes(quant, weight.shape[2] * quant_of_json(quant).per_byte):
         parts = weight, scale, zero_point, global_scale
-        product: Tensor = gpu.run("quantised_matmul", rows, *parts, ends, quant_of_text(quant), halves, invariant)
+        product: Tensor = gpu.run("quantized_matmul", rows, *parts, ends, quant_of_json(quant), halves, invariant)
         return product
     stored = Codes(codes=weight, scale=scale, zero_point=zero_point, global_scale=global_scale)
     of_expert = partial(_product, backend, invariant)
-    return quantized.quantised_matmul(rows, stored, ends, quant_of_text(quant), halves, transposed, segments, weight_sets, of_expert)
+    return quantized.quantized_matmul(
+        rows, stored, ends, quant_of_json(quant), halves, transposed, segments, weight_sets, of_expert
+    )
 
 
 def _product(backend: str, invariant: bool, rows: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +96,9 @@ def _product(backend: str, invariant: bool, rows: Tensor, weight: Tensor) -> Ten
 def _backward(backend: str, inputs: list[Any], needed: list[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
     _, *weights_and_ends, quant, halves, transposed, segments, weight_sets, invariant = inputs
     d_rows = (
-        OPS[backend](gradient, *weights_and_ends, quant, halves, not transposed, segments, weight_sets, invariant) if needed[0] else None
+        OPS[backend](gradient, *weights_and_ends, quant, halves, not transposed, segments, weight_sets, invariant)
+        if needed[0]
+        else None
     )
     return d_rows, *(None,) * (len(inputs) - 1)
 
@@ -96,7 +114,8 @@ def _vmap(backend: str, info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, in
     rows = batch_to_front(rows, in_dims[0], batch)
     if any(d is not None for d in in_dims[_WEIGHTS]) or weight_sets > 1:
         weights = [
-            None if w is None else batch_to_front(w, d, batch).flatten(0, 1) for w, d in zip(weights, in_dims[_WEIGHTS], strict=True)
+            None if w is None else batch_to_front(w, d, batch).flatten(0, 1)
+            for w, d in zip(weights, in_dims[_WEIGHTS], strict=True)
         ]
         weight_sets = weight_sets * batch
     ends = batch_end_to_end(ends, in_dims[_WEIGHTS.stop], batch, rows.shape[1])

@@ -1,7 +1,7 @@
 """What arrived in another form, codes and scales, with the gradient of the collective that took it there.
 
-Why ops: codes are bytes, which have no gradient, so autograd cannot go back through the collective that carried them. What would remove
-them: functional collectives in torch that take a dtype to travel in.
+Why ops: codes are bytes, which have no gradient, so autograd cannot go back through the collective that carried them.
+What would remove them: functional collectives in torch that take a dtype to travel in.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +14,15 @@ from moe_fn.ops import collectives
 
 
 def _as(schema: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Any:
-    """An op (x, received, *places) -> received; forward and backward are the collective and its gradient, begun, of (t, *places)."""
+    """An op (x, received, *places) -> received; forward and backward are the collective and its gradient, begun, of (t,
+    *places).
+    """
     return collectives._op(
         schema,
         lambda x, received, *places: received.clone(),
         lambda x, received, *places: received.new_empty(received.shape),
-        lambda inputs, gradient: collectives._arrived(backward(gradient, *inputs[2:])),
-        lambda tangent, received, *places: collectives._arrived(forward(tangent, *places)),
+        lambda inputs, gradient: collectives._wait(backward(gradient, *inputs[2:])),
+        lambda tangent, received, *places: collectives._wait(forward(tangent, *places)),
     )
 
 
@@ -53,7 +55,9 @@ def as_exchanged(x: Tensor, received: Tensor, group: RankGroup) -> Tensor:
     return y
 
 
-def as_split(x: Tensor, received: Tensor, sent: Sequence[int], received_sizes: Sequence[int], group: RankGroup) -> Tensor:
+def as_split(
+    x: Tensor, received: Tensor, sent: Sequence[int], received_sizes: Sequence[int], group: RankGroup
+) -> Tensor:
     """`received`, which is exchange_splits(x) but for rounding: its gradient is that of exchange_splits."""
     y: Tensor = _as_split(x, received, sent, received_sizes, group.name)
     return y

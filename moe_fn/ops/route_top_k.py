@@ -1,7 +1,8 @@
 """The router as one op, where one kernel scores, chooses and weighs.
 
-Why an op: a choice is a sort, which Inductor cannot write; composed of torch's ops the router is a dozen launches, as long as a
-layer's products at 1 token. What would remove it: an Inductor that generates a top-k with a prologue and an epilogue.
+Why an op: a choice is a sort, which Inductor cannot write; composed of torch's ops the router is a dozen launches, as
+long as a layer's products at 1 token. What would remove it: an Inductor that generates a top-k with a prologue and an
+epilogue.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,8 @@ def _fake(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[
 def define_route_top_k(weights_of_ids: WeightsOfIds) -> Kernel:
     """The op: logits [T, E], correction_bias [E] or None, config as JSON -> weights float32 [T, k], ids int64 [T, k].
 
-    `weights_of_ids` is the same in torch once the ids are known: its gradient is the op's. No forward mode: torch's own ops have it.
+    `weights_of_ids` is the same in torch once the ids are known: its gradient is the op's. No forward mode: torch's own
+    ops have it.
     """
 
     def backward(args: list[Any], needed: list[bool], ids: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:

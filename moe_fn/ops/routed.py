@@ -1,8 +1,8 @@
 """Dispatch, experts and combine as one op, where one kernel does all three, and its gradients as another.
 
-`moe_fn::routed_experts_<backend>` keeps for its gradients its arguments and, if asked to, what the activations got (`pre`: rows x 2I);
-without that `moe_fn::routed_experts_backward_<backend>` computes the first product again. Each back-end with such kernels has a pair of
-ops of its own, as in `moe_fn.ops.grouped_matmul`.
+`moe_fn::routed_experts_<backend>` keeps for its gradients its arguments and, if asked to, what the activations got
+(`pre`: rows x 2I); without that `moe_fn::routed_experts_backward_<backend>` computes the first product again. Each
+back-end with such kernels has a pair of ops of its own, as in `moe_fn.ops.grouped_matmul`.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,13 @@ from moe_fn.ops.define import Gradients, Kernel, batch_to_front, define_op
 from moe_fn.ops.flops import slots_with_expert
 
 _ARGUMENTS = (
-    "Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias, "
-    "Tensor? gate_up_scale, Tensor? down_scale, Tensor? gate_up_zero_point, Tensor? down_zero_point, Tensor? gate_up_global_scale, "
+    "Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? "
+    "down_bias, "
+    "Tensor? gate_up_scale, Tensor? down_scale, Tensor? gate_up_zero_point, Tensor? down_zero_point, Tensor? "
+    "gate_up_global_scale, "
     "Tensor? down_global_scale, Tensor? gate_up_input_scale, Tensor? down_input_scale, "
-    "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, float? limit, "
+    "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, "
+    "float? limit, "
     "bool limit_output, float? gate_cap, float? up_cap, str quant, bool invariant"
 )
 _RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
@@ -27,12 +30,13 @@ DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)  # which of them have gradients
 
 
 def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
-    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared, keep -> y [T, H], pre.
+    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared, keep -> y
+    [T, H], pre.
 
-    quant is "" or a QuantConfig's text; the eight tensors before intermediate_size are then the leaves of QuantWeights, in their order.
-    invariant: no bit of a token's result depends on the other tokens.
-    pre [T * k, columns of gate_up], slots sorted by expert, is without gradient, for the backward; empty unless kept. There is no forward
-    mode: a rule of an op cannot itself start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
+    quant is "" or a QuantConfig's text; the eight tensors before intermediate_size are then the leaves of QuantWeights,
+    in their order. invariant: no bit of a token's result depends on the other tokens. pre [T * k, columns of gate_up],
+    slots sorted by expert, is without gradient, for the backward; empty unless kept. There is no forward mode: a rule
+    of an op cannot itself start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
     """
     op = define_op(
         f"routed_experts_{backend}({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)",
@@ -47,9 +51,11 @@ def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> 
 
 
 def define_routed_experts_backward(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
-    """The op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), pre, the arguments -> their gradients, empty where not needed.
+    """The op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), pre, the arguments -> their gradients,
+    empty where not needed.
 
-    Weights are plain floats. Below transforms of torch.func the grouped ops stand in its place, so it has no batching rule of its own.
+    Weights are plain floats. Below transforms of torch.func the grouped ops stand in its place, so it has no batching
+    rule of its own.
     """
     return define_op(
         f"routed_experts_backward_{backend}(Tensor gradient, bool[] needed, Tensor pre, {_ARGUMENTS}) -> ({_RESULTS})",
@@ -90,11 +96,18 @@ def _backward_flops(gradient: Tensor, needed: list[bool], pre: Tensor, *args: An
 
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise ValueError("moe_fn::routed_experts_backward_* has no batching rule; below torch.func the grouped ops stand in its place")
+    raise ValueError(
+        "moe_fn::routed_experts_backward_* has no batching rule; below torch.func the grouped ops stand in its place"
+    )
 
 
-def _vmap(op: Kernel, batch: int, in_dims: Any, args: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
-    """A batch of tokens is more tokens; a batch of weights is more experts. Nothing is kept: below transforms gradients start anew."""
+def _vmap(
+    op: Kernel, batch: int, in_dims: Any, args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """A batch of tokens is more tokens; a batch of weights is more experts.
+
+    Nothing is kept: below transforms gradients start anew.
+    """
     x, ids, weights = (batch_to_front(a, d, batch) for a, d in zip(args[:3], in_dims[:3], strict=True))
     leaves, dims = args[3:NUM_TENSORS], in_dims[3:NUM_TENSORS]
     if any(d is not None for d in dims):

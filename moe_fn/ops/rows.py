@@ -1,7 +1,7 @@
 """Rows sorted by a key, and a gather whose gradient is a gather too: no atomics, so the same bits every run.
 
-The gradient of torch's own index_select is a scatter with atomic adds under Inductor (measured: two runs differ in the last
-bit for top_k > 2).
+The gradient of torch's own index_select is a scatter with atomic adds under Inductor (measured: two runs differ in the
+last bit for top_k > 2).
 """
 
 from typing import Any
@@ -22,7 +22,11 @@ def _gather_backward(inputs: list[Any], needed: list[bool], gradient: Tensor) ->
     _, index, inverse, repeat = inputs
     gradient = gather_rows(gradient, inverse, index, 1)
     if repeat > 1:
-        gradient = gradient.view(-1, repeat, gradient.shape[1]).sum(1, dtype=accumulation_dtype(gradient.dtype)).to(gradient.dtype)
+        gradient = (
+            gradient.view(-1, repeat, gradient.shape[1])
+            .sum(1, dtype=accumulation_dtype(gradient.dtype))
+            .to(gradient.dtype)
+        )
     return gradient, None, None, None
 
 
@@ -48,15 +52,17 @@ _gather_op = define_op(
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, repeat: int) -> Tensor:
     """x[index // repeat], where index is a permutation of range(len(x) * repeat) and inverse undoes it.
 
-    x [T, H], index and inverse [T * repeat] -> [T * repeat, H]. Its gradient is a gather by `inverse` and a sum over `repeat`.
-    Why an op: only so can the gradient know that index is a permutation; the graph gets an aten index_select, which Inductor fuses.
+    x [T, H], index and inverse [T * repeat] -> [T * repeat, H]. Its gradient is a gather by `inverse` and a sum over
+    `repeat`. Why an op: only so can the gradient know that index is a permutation; the graph gets an aten index_select,
+    which Inductor fuses.
     """
     rows: Tensor = _gather_op(x, index, inverse, repeat)
     return rows
 
 
 def sort_slots(key_of_slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(key_of_row, slot_of_row, row_of_slot): slots in the order of their keys, equal ones in the order that they have. [S] int64 each.
+    """(key_of_row, slot_of_row, row_of_slot): slots in the order of their keys, equal ones in the order that they have.
+    [S] int64 each.
 
     >>> key_of_row, slot_of_row, row_of_slot = sort_slots(torch.tensor([2, 0, 2, 1]))
     >>> key_of_row.tolist(), slot_of_row.tolist(), row_of_slot.tolist()
@@ -84,7 +90,8 @@ def count_up_to(ascending: Tensor, values: Tensor) -> Tensor:
     [1, 3]
     """
     if transforms_active():
-        values = values + ascending.new_zeros(1)  # a copy for every sample: of a view that vmap makes searchsorted warns
+        # a copy for every sample: of a view that vmap makes searchsorted warns
+        values = values + ascending.new_zeros(1)
     return torch.searchsorted(ascending, values, right=True)
 
 

@@ -1,6 +1,8 @@
-"""A layer that ranks of torch.distributed share: sharding of weights, formats of dispatch, and what is summed when, what it sends.
+"""A layer that ranks of torch.distributed share: sharding of weights, formats of dispatch, and what is summed when,
+what it sends.
 
-The config says how (`moe_fn.ParallelConfig`), the weights are this rank's (`shard_weights`), and moe_forward is called as ever.
+The config says how (`moe_fn.ParallelConfig`), the weights are this rank's (`shard_weights`), and moe_forward is called
+as ever.
 """
 
 from moe_fn.parallel.agreement import check_ranks_agree

@@ -20,7 +20,8 @@ from moe_fn.records import LoRAWeights
 from moe_fn.weights.axes import axes_of
 from moe_fn.weights.spec import WEIGHTS
 
-_WHOLE = tuple(path[1] for path, row in WEIGHTS.items() if path[0] == "lora" and "I" not in axes_of(row.axes))  # on every rank of tp
+# on every rank of tp
+_WHOLE = tuple(path[1] for path, row in WEIGHTS.items() if path[0] == "lora" and "I" not in axes_of(row.axes))
 
 
 def shard_adapters(config: MoEConfig, lora: LoRAWeights | None, experts: Tensor) -> LoRAWeights | None:
@@ -45,7 +46,9 @@ def adapters_of_each(config: MoEConfig, lora: LoRAWeights | None) -> LoRAWeights
 
 
 def summed_over(config: MoEConfig, parallel: ParallelConfig, name: str) -> list[str]:
-    """The groups of ranks that have the same tokens and this tensor, and use it each for its slice, or its own experts."""
+    """The groups of ranks that have the same tokens and this tensor, and use it each for its slice, or its
+    own experts.
+    """
     found = ["tp"] if parallel.tp is not None and name in _WHOLE else []
     if config.lora is None or not config.lora.shares(name):
         return found

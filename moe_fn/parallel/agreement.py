@@ -1,4 +1,6 @@
-"""check_ranks_agree: ranks that are set up differently find out before the first forward, not by a wrong answer or a hang in it."""
+"""check_ranks_agree: ranks that are set up differently find out before the first forward, not by a wrong answer or a
+hang in it.
+"""
 
 import dataclasses
 import json
@@ -20,45 +22,49 @@ from moe_fn.weights.spec import FIRST_SLICE_ONLY, fields_without
 _ROLES = ("tp", "ep", "dp", "sp")
 _ON_EVERY_RANK = fields_without("E", "I", "M")
 
-Record = dict[str, Any]  # of one rank, plain JSON: fields {name: value}, members and coordinates {role: ...}, problems [words]
+# of one rank, plain JSON: fields {name: value}, members and coordinates {role: ...}, problems [words]
+Record = dict[str, Any]
 
 
 def check_ranks_agree(
     config: MoEConfig, weights: MoEWeights | None = None, group: dist.ProcessGroup | None = None, timeout_s: float = 60
 ) -> None:
-    """Compare config, weights and groups of all ranks, once, at set-up: every rank returns, or every rank raises the same words.
+    """Compare config, weights and groups of all ranks, once, at set-up: every rank returns, or every rank raises the
+    same words.
 
-    What must be the same: every field of the config but a rank's own coordinates (names and places in groups; their sizes, and whether
-    sums are ordered, must be the same), the version of moe_fn, torch's major.minor, which weights there are, their dtypes and device
-    type, the shapes of those that every rank has, and which expert lies in which slot. What must fit on each rank: weights to the
-    config's shapes for this rank; the groups that the config names to torch.distributed's groups of those names (a config of another
-    run does not), and to what the groups' other ranks say.
+    What must be the same: every field of the config but a rank's own coordinates (names and places in groups; their
+    sizes, and whether sums are ordered, must be the same), the version of moe_fn, torch's major.minor, which weights
+    there are, their dtypes and device type, the shapes of those that every rank has, and which expert lies in which
+    slot. What must fit on each rank: weights to the config's shapes for this rank; the groups that the config names to
+    torch.distributed's groups of those names (a config of another run does not), and to what the groups' other ranks
+    say.
 
     group      whose ranks compare: those that run this layer, for instance one stage of a pipeline; None: all ranks
     timeout_s  how long a rank waits for the others, from its own call
 
-    Ranks meet in the store of torch.distributed, not in a collective: the same for gloo and NCCL, nothing waits for a device, and ranks
-    of any disagreement can still talk. It is called as often on each rank; nothing in forward calls it. Without torch.distributed it
-    checks weights against the config alone.
+    Ranks meet in the store of torch.distributed, not in a collective: the same for gloo and NCCL, nothing waits for a
+    device, and ranks of any disagreement can still talk. It is called as often on each rank; nothing in forward calls
+    it. Without torch.distributed it checks weights against the config alone.
 
-    Raises ValueError on every rank that came: which fields differ, with the values and ranks ("num_experts is 8 on ranks 0, 1 and 6 on
-    rank 2"), what does not fit on which rank, and which ranks did not come within timeout_s.
+    Raises ValueError on every rank that came: which fields differ, with the values and ranks ("num_experts is 8 on
+    ranks 0, 1 and 6 on rank 2"), what does not fit on which rank, and which ranks did not come within timeout_s.
 
-    Afterwards, in forward and backward, torch.distributed watches. A rank that dies in the middle of either: the others' collectives
-    with it raise. gloo: RuntimeError ("Connection closed by peer" or "Connection reset by peer") within 0.4 s, measured.
-    A rank that hangs: RuntimeError ("Timed out waiting 3000ms for send operation to complete") after the timeout of the group, measured
-    with 3 s: 3.2 to 3.6 s, in backward as in forward. NCCL has no such errors in Python: its watchdog ends the process after the timeout
-    (torch's documentation; not measured). The timeout of all ranks' group is that of `init_process_group(timeout=timedelta(...))`; if
-    nothing is said, 30 minutes for gloo and 10 for NCCL. Groups of a DeviceMesh of several dimensions do NOT take it over: they have the
-    30 minutes (measured, torch 2.13). Make such groups with `new_group(ranks, timeout=...)` and the mesh with `DeviceMesh.from_group`.
-    After such an error the groups are unusable; end the process and let torchrun start all ranks again.
+    Afterwards, in forward and backward, torch.distributed watches. A rank that dies in the middle of either: the
+    others' collectives with it raise. gloo: RuntimeError ("Connection closed by peer" or "Connection reset by peer")
+    within 0.4 s, measured. A rank that hangs: RuntimeError ("Timed out waiting 3000ms for send operation to complete")
+    after the timeout of the group, measured with 3 s: 3.2 to 3.6 s, in backward as in forward. NCCL has no such errors
+    in Python: its watchdog ends the process after the timeout (torch's documentation; not measured). The timeout of all
+    ranks' group is that of `init_process_group(timeout=timedelta(...))`; if nothing is said, 30 minutes for gloo and 10
+    for NCCL. Groups of a DeviceMesh of several dimensions do NOT take it over: they have the 30 minutes (measured,
+    torch 2.13). Make such groups with `new_group(ranks, timeout=...)` and the mesh with `DeviceMesh.from_group`. After
+    such an error the groups are unusable; end the process and let torchrun start all ranks again.
 
     >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8)
     >>> check_ranks_agree(config)
     >>> check_ranks_agree(config, MoEWeights(gate_up=torch.zeros(4, 16, 8), down=torch.zeros(3, 8, 8)))
     Traceback (most recent call last):
     ValueError: check_ranks_agree: weights.down is (3, 8, 8); expected (num_experts, expert_hidden_size, intermediate_size) = (4, 8, 8)
-    """
+    """  # noqa: E501
     if not isinstance(config, MoEConfig):
         # Not published: a rank that cannot say what it runs does not come, and the others name it.
         raise ValueError(f"check_ranks_agree: config is a {type(config).__name__}; expected MoEConfig")
@@ -67,14 +73,20 @@ def check_ranks_agree(
     problems = _problems_of_weights(config, weights)
     if not dist.is_available() or not dist.is_initialized():
         if config.parallel is not None:
-            problems.append("config.parallel is given, and torch.distributed has no process group: expected init_process_group before")
+            problems.append(
+                "config.parallel is given, and torch.distributed has no process group: "
+                "expected init_process_group before"
+            )
         if problems:
             raise ValueError(f"check_ranks_agree: {'; '.join(problems)}")
         return
     ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
     mine = dist.get_rank()
     if mine not in ranks:
-        raise ValueError(f"check_ranks_agree: rank {mine} called with a group of {words_of_ranks(ranks)}; expected a group that it is in")
+        raise ValueError(
+            f"check_ranks_agree: rank {mine} called with a group of {words_of_ranks(ranks)}; "
+            "expected a group that it is in"
+        )
     members, problems_of_groups = _groups(config, ranks)
     record = {
         "fields": _fields(config, weights),
@@ -82,7 +94,13 @@ def check_ranks_agree(
         "coordinates": {role: _group_of_role(config, role).rank for role in members},
         "problems": problems + problems_of_groups,
     }
-    answer = meet(ranks, mine, json.dumps(record), timeout_s, lambda texts: differences({r: json.loads(t) for r, t in texts.items()}))
+    answer = meet(
+        ranks,
+        mine,
+        json.dumps(record),
+        timeout_s,
+        lambda texts: differences({r: json.loads(t) for r, t in texts.items()}),
+    )
     if answer:
         raise ValueError(f"check_ranks_agree: {answer}")
 
@@ -148,23 +166,32 @@ def _groups(config: MoEConfig, compared: Sequence[int]) -> tuple[dict[str, list[
         try:
             found = group_of_name(group.name)
         except (RuntimeError, ValueError, KeyError):
-            problems.append(f"{name} is a group named {group.name!r}, of which torch.distributed knows nothing: a config of another run?")
+            problems.append(
+                f"{name} is a group named {group.name!r}, of which torch.distributed knows nothing: "
+                "a config of another run?"
+            )
             continue
         if (group.size, group.rank) != (found.size(), found.rank()):
             problems.append(
-                f"{name} says rank {group.rank} of {group.size}, and torch.distributed's group {group.name!r} says rank {found.rank()} of "
+                f"{name} says rank {group.rank} of {group.size}, and torch.distributed's group {group.name!r} says "
+                f"rank {found.rank()} of "
                 f"{found.size()}: a config of another rank or run?"
             )
             continue
         members[role] = dist.get_process_group_ranks(found)
         outside = [rank for rank in members[role] if rank not in compared]
         if outside:
-            problems.append(f"{name} has {words_of_ranks(outside)}, not among the {len(compared)} that compare: expected a group with all")
+            problems.append(
+                f"{name} has {words_of_ranks(outside)}, not among the {len(compared)} that compare: "
+                "expected a group with all"
+            )
     return members, problems + _overlaps(members)
 
 
 def _overlaps(members: dict[str, list[int]]) -> list[str]:
-    """Slices of an expert and whole experts, or slices and other tokens, cannot be on the same ranks; sp's are among ep's."""
+    """Slices of an expert and whole experts, or slices and other tokens, cannot be on the same ranks; sp's are among
+    ep's.
+    """
     problems = [
         f"ParallelConfig.tp and .{role} have {words_of_ranks(both)} in common: expected no more than the rank itself"
         for role in ("ep", "dp")
@@ -177,21 +204,31 @@ def _overlaps(members: dict[str, list[int]]) -> list[str]:
 
 def differences(records: dict[int, Record]) -> list[str]:
     """What the ranks' records disagree in, in words; none: nothing."""
-    found = [f"{words_of_ranks([rank])}: {problem}" for rank, record in records.items() for problem in record["problems"]]
+    found = [
+        f"{words_of_ranks([rank])}: {problem}" for rank, record in records.items() for problem in record["problems"]
+    ]
     found += differing_fields({rank: record["fields"] for rank, record in records.items()})
     return found + [words for role in _ROLES for words in _of_role(records, role)]
 
 
 def _of_role(records: dict[int, Record], role: str) -> list[str]:
-    """The first pair of ranks of a group that see it otherwise; or that cannot work in it, for one has another slice, one other experts."""
+    """The first pair of ranks of a group that see it otherwise; or that cannot work in it, for one has another slice,
+    one other experts.
+    """
     across = {"tp": "ep", "ep": "tp"}.get(role)
     for rank, record in records.items():
         ranks = record["members"].get(role, [])
         for other in filter(records.__contains__, ranks):
             theirs = records[other]["members"].get(role, ranks)
             if theirs != ranks:
-                return [f"ParallelConfig.{role} is {words_of_ranks(ranks)} on rank {rank} and {words_of_ranks(theirs)} on rank {other}"]
+                return [
+                    f"ParallelConfig.{role} is {words_of_ranks(ranks)} on rank {rank} and {words_of_ranks(theirs)} on "
+                    f"rank {other}"
+                ]
             places = [records[r]["coordinates"].get(across) for r in (rank, other)]
             if None not in places and places[0] != places[1]:
-                return [f"ParallelConfig.{role} joins ranks {rank} and {other}, which are {places[0]} and {places[1]} in {across}"]
+                return [
+                    f"ParallelConfig.{role} joins ranks {rank} and {other}, which are {places[0]} and {places[1]} in "
+                    f"{across}"
+                ]
     return []

@@ -11,7 +11,10 @@ from moe_fn.weights.spec import cut_of, dims_of_weight, slices_of_axes
 
 
 def own_part(config: MoEConfig, path: Path, t: Tensor, experts: Tensor) -> Tensor:
-    """This rank's part of a weight: these experts, where it has experts, and its slice of each. A part that is all is the same tensor."""
+    """This rank's part of a weight: these experts, where it has experts, and its slice of each.
+
+    A part that is all is the same tensor.
+    """
     dim = _dim_of_experts(config, path)
     own = t if dim is None or len(experts) == t.shape[dim] else t.index_select(dim, experts)
     for axis, (slices, number) in slices_of_axes(config.parallel).items():
@@ -21,8 +24,15 @@ def own_part(config: MoEConfig, path: Path, t: Tensor, experts: Tensor) -> Tenso
 
 
 def whole_of(config: MoEConfig, path: Path, piece_of: Callable[[int, int], Tensor], places: Tensor) -> Tensor:
-    """The inverse of own_part. piece_of(rank of ep, slice); places[e]: where expert e is when all ranks' lie end to end."""
-    cuts = [(cut, n) for axis, (n, _) in slices_of_axes(config.parallel).items() if (cut := cut_of(config, path, axis)) is not None]
+    """The inverse of own_part.
+
+    piece_of(rank of ep, slice); places[e]: where expert e is when all ranks' lie end to end.
+    """
+    cuts = [
+        (cut, n)
+        for axis, (n, _) in slices_of_axes(config.parallel).items()
+        if (cut := cut_of(config, path, axis)) is not None
+    ]
 
     def of_rank(rank: int) -> Tensor:
         for cut, slices in cuts:  # one at most
@@ -30,7 +40,11 @@ def whole_of(config: MoEConfig, path: Path, piece_of: Callable[[int, int], Tenso
         return piece_of(rank, 0)
 
     dim, ranks = _dim_of_experts(config, path), config.parallel.ep.size if config.parallel and config.parallel.ep else 1
-    return of_rank(0) if dim is None else torch.cat([of_rank(rank) for rank in range(ranks)], dim).index_select(dim, places)
+    return (
+        of_rank(0)
+        if dim is None
+        else torch.cat([of_rank(rank) for rank in range(ranks)], dim).index_select(dim, places)
+    )
 
 
 def _dim_of_experts(config: MoEConfig, path: Path) -> int | None:

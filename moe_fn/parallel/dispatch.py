@@ -1,7 +1,8 @@
 """Tokens through experts that other ranks have, and back: one function a format, a table of them.
 
-Where the experts round their inputs, rows travel as codes and scales (`moe_fn.quant.wire`); what comes back are sums, as they are.
-Each calls `shared_fn` once, between the beginning and the end of a collective: what it computes can go on while tokens travel.
+Where the experts round their inputs, rows travel as codes and scales (`moe_fn.quant.wire`); what comes back are sums,
+as they are. Each calls `shared_fn` once, between the beginning and the end of a collective: what it computes can go on
+while tokens travel.
 """
 
 import functools
@@ -18,7 +19,7 @@ from moe_fn.ops import collectives, rounded_collectives
 from moe_fn.ops.rows import ends_of_keys, gather_rows, sort_slots
 from moe_fn.parallel.expert_ranks import places_of_experts
 from moe_fn.parallel.gathering import check_room, padded, room_of_ranks, token_group
-from moe_fn.parallel.sizes import numbers
+from moe_fn.parallel.sizes import sizes_on_host
 from moe_fn.quant.wire import packed, travelling, unpacked
 from moe_fn.records import Dispatched, MoEWeights, Routing
 from moe_fn.stages.combine import _combine
@@ -38,7 +39,9 @@ def _own_ids(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> Tensor:
     return torch.where(rank == mine, own, -1)
 
 
-def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor, adapter_ids: Tensor | None) -> Tensor:
+def _compute(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor, adapter_ids: Tensor | None
+) -> Tensor:
     """This rank's part of y for tokens x [T, Hx], own ids and weights [T, K], adapters [T] -> [T, Hx]."""
     routing = Routing(expert_ids=ids, weights=w, adapter_ids=adapter_ids)
     if config.router.weight_on == "output":
@@ -46,27 +49,37 @@ def _compute(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: 
     return weighted_slots(config, x, routing, functools.partial(routed_experts, config.own, weights))
 
 
-def one_rank(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn) -> Result:
+def one_rank(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
+) -> Result:
     """All experts are here, and nothing travels."""
     return routed_experts(config, weights, x, routing), shared_fn(), None
 
 
-def replicated(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn) -> Result:
-    """Every rank of ep has the tokens: own experts on all of them, and a sum. Bytes sent: 2 (n-1)/n T X (letters: `traffic`)."""
+def replicated(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
+) -> Result:
+    """Every rank of ep has the tokens: own experts on all of them, and a sum.
+
+    Bytes sent: 2 (n-1)/n T X (letters: `traffic`).
+    """
     ep = config.parallel.ep if config.parallel else None
     x, w = collectives.copy_to_ranks(x, ep), collectives.copy_to_ranks(routing.weights, ep)
     y = _compute(config, weights, x, _own_ids(config, weights, routing.expert_ids), w, routing.adapter_ids)
     if ep is None:
         return y, shared_fn(), None
-    total = collectives.begin_sum(y, ep)
+    total = collectives.start_sum(y, ep)
     shared = shared_fn()
-    return collectives.arrived(total), shared, None
+    return collectives.wait(total), shared, None
 
 
-def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn) -> Result:
+def all_gather(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
+) -> Result:
     """Everybody's tokens to everybody, own experts on all of them, sums scattered back.
 
-    Bytes sent: (n-1) M (X + K w + 8 K) there, or (n-1) M (X + E b + 8) with logits, and (n-1) M X back (letters: `traffic`).
+    Bytes sent: (n-1) M (X + K w + 8 K) there, or (n-1) M (X + E b + 8) with logits, and (n-1) M X back (letters:
+    `traffic`).
     """
     group = token_group(config)
     tokens = x.shape[0]
@@ -76,9 +89,9 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     ids = ids if routing.adapter_ids is None else torch.cat([ids, routing.adapter_ids.unsqueeze(1) + 1], 1)
     codes, x = travelling(config, x.dtype, weighted=False), padded(x, room)
     sent = (packed(codes, x), padded(routing.weights if logits is None else logits, room), padded(ids, room))
-    begun = [collectives.begin_gather(t, group) for t in sent]
+    begun = [collectives.start_gather(t, group) for t in sent]
     shared = shared_fn()
-    rows, w, ids = (collectives.arrived(t) for t in begun)
+    rows, w, ids = (collectives.wait(t) for t in begun)
     rows = unpacked(codes, rows, x, lambda rows, received: rounded_collectives.as_gathered(rows, received, group))
     ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
     if logits is not None:
@@ -88,7 +101,9 @@ def all_gather(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), shared, None
 
 
-def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn) -> Result:
+def all_to_all(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
+) -> Result:
     """Each choice of each token to its expert's rank and back; sizes from the data, so one wait for the device.
 
     Bytes sent, of S slots that leave this rank: 8 (n-1) of counts, S (X + 8) there and S X back (letters: `traffic`).
@@ -97,15 +112,17 @@ def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
     sorted_ = _by_rank(config, weights, x, routing, group)
     counts = _counts(sorted_.rank_of_row, group.size)
     both = torch.stack([counts, collectives.exchange_ranks(counts, group)])
-    sizes = numbers(both)
+    sizes = sizes_on_host(both)
     total = sum(sizes[0])
     torch._check(total <= sorted_.rows.shape[0])
     codes, out = travelling(config, x.dtype, weighted=True), sorted_.rows.narrow(0, 0, total)
     sent = (packed(codes, out), sorted_.ids_of_row.narrow(0, 0, total))
-    begun = [collectives.begin_splits(t, sizes[0], sizes[1], group) for t in sent]
+    begun = [collectives.start_splits(t, sizes[0], sizes[1], group) for t in sent]
     shared = shared_fn()
-    rows, ids = (collectives.arrived(t) for t in begun)
-    rows = unpacked(codes, rows, out, lambda rows, received: rounded_collectives.as_split(rows, received, sizes[0], sizes[1], group))
+    rows, ids = (collectives.wait(t) for t in begun)
+    rows = unpacked(
+        codes, rows, out, lambda rows, received: rounded_collectives.as_split(rows, received, sizes[0], sizes[1], group)
+    )
     y = _of_slots(config, weights, rows, ids)
     back = collectives.exchange_splits(y, sizes[1], sizes[0], group)
     rows = torch.cat([back, back.new_zeros(sorted_.rows.shape[0] - total, back.shape[1])])
@@ -115,12 +132,12 @@ def all_to_all(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routi
 def all_to_all_static(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
 ) -> Result:
-    """The same in blocks of C slots for each pair of ranks, empty places without an expert: no sizes from the data, no wait.
+    """The same in blocks of C slots for each pair of ranks, empty places without an expert: no sizes from the data, no
+    wait.
 
-    Bytes sent: (n-1) C (X + 8) there, (n-1) C X back (letters: `traffic`). Slots beyond C of a pair are dropped, and counted in the
-    last result.
-    Why not a block for each expert: it would hold num_experts * max_tokens rows where this holds n * max_tokens * top_k, and rows of no
-    expert cost the kernels nothing.
+    Bytes sent: (n-1) C (X + 8) there, (n-1) C X back (letters: `traffic`). Slots beyond C of a pair are dropped, and
+    counted in the last result. Why not a block for each expert: it would hold num_experts * max_tokens rows where this
+    holds n * max_tokens * top_k, and rows of no expert cost the kernels nothing.
     """
     group, capacity = _ep(config), _capacity(config)
     check_room(x.shape[0], config.parallel.max_tokens if config.parallel and config.parallel.max_tokens else x.shape[0])
@@ -135,9 +152,9 @@ def all_to_all_static(
     rows = _with_spare(sorted_.rows).index_select(0, row_of_place)
     ids = torch.where(taken.unsqueeze(1), _with_spare(sorted_.ids_of_row).index_select(0, row_of_place), -1)
     codes = travelling(config, x.dtype, weighted=True)
-    begun = [collectives.begin_exchange(t, group) for t in (packed(codes, rows), ids)]
+    begun = [collectives.start_exchange(t, group) for t in (packed(codes, rows), ids)]
     shared = shared_fn()
-    data, ids = (collectives.arrived(t) for t in begun)
+    data, ids = (collectives.wait(t) for t in begun)
     came = unpacked(codes, data, rows, lambda rows, received: rounded_collectives.as_exchanged(rows, received, group))
     y = collectives.exchange_ranks(_of_slots(config, weights, came, ids), group)
     place_of_row, dropped = _places_in_blocks(sorted_.rank_of_row, starts, capacity)
@@ -166,7 +183,9 @@ def _by_rank(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing
     if routing.adapter_ids is not None:
         ids.append(routing.adapter_ids.unsqueeze(1).expand(routing.expert_ids.shape).reshape(-1, 1))
     ids_of_row = torch.cat(ids, 1).index_select(0, slot_of_row)
-    return SortedByRank(rows=rows, ids_of_row=ids_of_row, rank_of_row=rank_of_row, slot_of_row=slot_of_row, row_of_slot=row_of_slot)
+    return SortedByRank(
+        rows=rows, ids_of_row=ids_of_row, rank_of_row=rank_of_row, slot_of_row=slot_of_row, row_of_slot=row_of_slot
+    )
 
 
 def _of_slots(config: MoEConfig, weights: MoEWeights, rows: Tensor, ids_of_row: Tensor) -> Tensor:
@@ -183,7 +202,9 @@ def _ids_and_adapters(ids: Tensor, columns: int) -> tuple[Tensor, Tensor | None]
 
 def _combined(config: MoEConfig, rows: Tensor, sorted_: SortedByRank, routing: Routing) -> Tensor:
     """The weighted sum over a token's slots, at its own rank."""
-    d = Dispatched(rows=rows, expert_ends=sorted_.rank_of_row, slot_of_row=sorted_.slot_of_row, row_of_slot=sorted_.row_of_slot)
+    d = Dispatched(
+        rows=rows, expert_ends=sorted_.rank_of_row, slot_of_row=sorted_.slot_of_row, row_of_slot=sorted_.row_of_slot
+    )
     return _combine(config, rows, d, routing)
 
 
@@ -194,10 +215,13 @@ def _counts(sorted_ranks: Tensor, ranks: int) -> Tensor:
 
 
 def _places_in_blocks(rank_of_row: Tensor, starts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Where the result of each row stands among blocks of `capacity` places a rank, behind all of them where it was not sent; and how many
+    """Where the result of each row stands among blocks of `capacity` places a rank, behind all of them where it was not
+    sent; and how many
     had a rank to go to and found no room."""
     ranks = starts.shape[0]
-    own_place = torch.arange(rank_of_row.shape[0], device=rank_of_row.device) - _with_spare(starts).index_select(0, rank_of_row)
+    own_place = torch.arange(rank_of_row.shape[0], device=rank_of_row.device) - _with_spare(starts).index_select(
+        0, rank_of_row
+    )
     goes = rank_of_row < ranks
     fits = goes & (own_place < capacity)
     return torch.where(fits, rank_of_row * capacity + own_place, ranks * capacity), (goes & ~fits).sum()
@@ -217,7 +241,11 @@ def _capacity(config: MoEConfig) -> int:
 def can_drop_slots(config: MoEConfig) -> bool:
     """Whether the capacity can drop slots."""
     parallel = config.parallel
-    return parallel is not None and parallel.capacity is not None and parallel.capacity < (parallel.max_tokens or 0) * config.top_k
+    return (
+        parallel is not None
+        and parallel.capacity is not None
+        and parallel.capacity < (parallel.max_tokens or 0) * config.top_k
+    )
 
 
 def _ep(config: MoEConfig) -> RankGroup:

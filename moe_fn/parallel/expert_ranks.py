@@ -18,8 +18,15 @@ WEIGHTS_OF_EACH = tuple(field for field in fields_without("E") if field != "rout
 def placement_of_weights(weights: MoEWeights) -> Placement:
     """Where copies of experts are, from the tensors beside the router."""
     router = weights.router
-    if router is None or router.logical_of_physical is None or router.physical_of_logical is None or router.num_replicas is None:
-        raise ValueError("weights.router has no placement; expected logical_of_physical, physical_of_logical and num_replicas")
+    if (
+        router is None
+        or router.logical_of_physical is None
+        or router.physical_of_logical is None
+        or router.num_replicas is None
+    ):
+        raise ValueError(
+            "weights.router has no placement; expected logical_of_physical, physical_of_logical and num_replicas"
+        )
     return Placement(
         logical_of_physical=router.logical_of_physical,
         physical_of_logical=router.physical_of_logical,
@@ -36,9 +43,11 @@ def without_placement(weights: MoEWeights) -> MoEWeights:
 
 
 def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(rank, number among that rank's own) of the expert of each id [T, K], (ep's size, -1) for ids of no expert with weights.
+    """(rank, number among that rank's own) of the expert of each id [T, K], (ep's size, -1) for ids of no expert with
+    weights.
 
-    Where an expert has copies a token takes the one that its number among the tokens says, so that neighbours take turns.
+    Where an expert has copies a token takes the one that its number among the tokens says, so that neighbours take
+    turns.
     """
     parallel, num_experts = config.parallel, config.num_experts
     if parallel is not None and parallel.num_physical is not None:
@@ -51,7 +60,8 @@ def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tu
     elif parallel is not None and parallel.placement == "round_robin":
         rank, own = ids % ranks, ids // ranks
     else:
-        each, more = num_experts // ranks, num_experts % ranks  # divmod does not trace where a config's number is symbolic
+        # divmod does not trace where a config's number is symbolic
+        each, more = num_experts // ranks, num_experts % ranks
         first_small = more * (each + 1)  # experts on the ranks that have one more
         rank = torch.where(ids < first_small, ids // (each + 1), more + (ids - first_small) // max(each, 1))
         own = ids - rank * each - rank.clamp(max=more)
@@ -59,7 +69,9 @@ def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tu
 
 
 def _by_table(config: MoEConfig, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """A table of the config's numbers: a constant of a compiled graph; in eager it is copied to the device in each call."""
+    """A table of the config's numbers: a constant of a compiled graph; in eager it is copied to the device in each
+    call.
+    """
     parallel = config.parallel
     ranks = ranks_of_experts(config, parallel) if parallel is not None else ()
     numbers = [ranks[:expert].count(rank) for expert, rank in enumerate(ranks)]

@@ -11,10 +11,12 @@ from moe_fn.weights.check import check_config
 
 
 def gather_tokens(config: MoEConfig, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors that belong to tokens, of every rank, in the order in which all_gather has their tokens: [T, ...] -> [n M, ...].
+    """Tensors that belong to tokens, of every rank, in the order in which all_gather has their tokens: [T, ...] -> [n
+    M, ...].
 
-    For what travels with tokens and is not the layer's: a quantised payload and its scales, ids of adapters. Any dtype; rows of padding
-    are zeros. M is max_tokens, or the most that a rank has (a host sync). Gradients are summed over ranks, back at their tokens.
+    For what travels with tokens and is not the layer's: a quantized payload and its scales, ids of adapters. Any dtype;
+    rows of padding are zeros. M is max_tokens, or the most that a rank has (a host sync). Gradients are summed over
+    ranks, back at their tokens.
     Raises ValueError for a config without ep or dp, tensors of other lengths, and more tokens than max_tokens.
     """
     check_config("gather_tokens", config)
@@ -25,8 +27,8 @@ def gather_tokens(config: MoEConfig, *tensors: Tensor) -> tuple[Tensor, ...]:
     if any(t.shape[0] != tokens for t in tensors):
         raise ValueError(f"gather_tokens: tensors of {[t.shape[0] for t in tensors]} tokens; expected as many in each")
     room = room_of_ranks(config, tokens, group, torch.zeros((), dtype=torch.int64, device=tensors[0].device))
-    begun = [collectives.begin_gather(_as_sent(padded(t, room)), group) for t in tensors]
-    return tuple(_as_given(collectives.arrived(sent), t) for sent, t in zip(begun, tensors, strict=True))
+    begun = [collectives.start_gather(_as_sent(padded(t, room)), group) for t in tensors]
+    return tuple(_as_given(collectives.wait(sent), t) for sent, t in zip(begun, tensors, strict=True))
 
 
 _WITH_GRADIENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,10 +62,13 @@ def padded(rows: Tensor, room: int) -> Tensor:
 
 
 def check_room(tokens: int, max_tokens: int) -> None:
-    """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not known yet."""
+    """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not
+    known yet.
+    """
     if guard_or_false(tokens > max_tokens):
         raise ValueError(f"ParallelConfig.max_tokens={max_tokens} with {tokens} tokens on this rank; expected no more")
-    torch._check(tokens <= max_tokens)  # without words: a graph that holds their lambda cannot be pickled into AOTAutograd's cache
+    # without words: a graph that holds their lambda cannot be pickled into AOTAutograd's cache
+    torch._check(tokens <= max_tokens)
 
 
 def token_group(config: MoEConfig) -> RankGroup:

@@ -17,15 +17,16 @@ from moe_fn.weights.spec import added_by_others
 
 
 def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
-    """This rank's part of a layer's weights, by config.parallel: its experts, its slice of each, its slice of the shared experts.
+    """This rank's part of a layer's weights, by config.parallel: its experts, its slice of each, its slice of the
+    shared experts.
 
         gate_up [E, gate_up, Hx] -> [own E, gate_up / slices, Hx];  down [E, Hx, I] -> [own E, Hx, I / slices]
 
-    Scales and zero points go with the codes that they scale. Biases of down (and of shared.down) are on the first slice alone: the others'
-    would be added once a rank. Everything else every rank has. Of LoRA adapters it has its experts and slices too
-    (`moe_fn.parallel.adapters` says of which). With num_physical the placement beside the router says which experts are copied to which
-    slots (for inference: a copy's gradient is its own). Slices of a packed gate_up are of both halves. Tensors that are cut are copies, the
-    rest are the same tensors.
+    Scales and zero points go with the codes that they scale. Biases of down (and of shared.down) are on the first slice
+    alone: the others' would be added once a rank. Everything else every rank has. Of LoRA adapters it has its experts
+    and slices too (`moe_fn.parallel.adapters` says of which). With num_physical the placement beside the router says
+    which experts are copied to which slots (for inference: a copy's gradient is its own). Slices of a packed gate_up
+    are of both halves. Tensors that are cut are copies, the rest are the same tensors.
     Raises ValueError where the config has no `parallel`, and for weights that do not fit it.
 
     Laws
@@ -55,7 +56,8 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
 
 
 def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> MoEWeights:
-    """All weights again, from the shards of every rank that has a part of its own, in any order: the inverse of shard_weights.
+    """All weights again, from the shards of every rank that has a part of its own, in any order: the inverse of
+    shard_weights.
 
     configs and shards are of the same ranks. Ranks that have the same part (dp) may be left out.
     Raises ValueError where parts are missing, do not fit their configs, or are of different layers.
@@ -77,8 +79,12 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
     if missing:
         raise ValueError(f"join_weights: no shard of (rank of ep, slice) {missing}; expected {ranks} x {slices}")
     owners = ranks_of_experts(first, parallel)
-    order = torch.tensor(sorted(range(first.num_experts), key=lambda expert: (owners[expert], expert)), device=shards[0].gate_up.device)
-    leaves = {place: dict(zip(WEIGHT_PATHS, leaves_of_weights(shard), strict=True)) for place, (_, shard) in found.items()}
+    order = torch.tensor(
+        sorted(range(first.num_experts), key=lambda expert: (owners[expert], expert)), device=shards[0].gate_up.device
+    )
+    leaves = {
+        place: dict(zip(WEIGHT_PATHS, leaves_of_weights(shard), strict=True)) for place, (_, shard) in found.items()
+    }
 
     def whole(path: Path) -> Tensor | None:
         if leaves[(0, 0)][path] is None:
@@ -98,13 +104,17 @@ def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) ->
     for number, (config, shard) in enumerate(zip(configs, shards, strict=True)):
         check_shapes(f"join_weights, shard {number}", config, shard)
         if _cut(config) != _cut(configs[0]):
-            raise ValueError(f"join_weights: configs 0 and {number} are of different layers, or cut them in different ways")
+            raise ValueError(
+                f"join_weights: configs 0 and {number} are of different layers, or cut them in different ways"
+            )
         for path, leaf in zip(WEIGHT_PATHS, leaves_of_weights(shard), strict=True):
             if path in added_by_others(config):
                 continue
             other, there = seen.setdefault(path, (number, leaf is not None))
             if there != (leaf is not None):
-                raise ValueError(f"join_weights: shards {other} and {number} differ in whether they have {'.'.join(path)}")
+                raise ValueError(
+                    f"join_weights: shards {other} and {number} differ in whether they have {'.'.join(path)}"
+                )
 
 
 def _cut(config: MoEConfig) -> tuple[object, ...]:
@@ -112,5 +122,7 @@ def _cut(config: MoEConfig) -> tuple[object, ...]:
     parallel = config.parallel
     whole = dataclasses.replace(config, parallel=None)
     return (
-        (whole,) if parallel is None else (whole, parallel.ep and parallel.ep.size, parallel.slices[0], parallel.placement, parallel.shared)
+        (whole,)
+        if parallel is None
+        else (whole, parallel.ep and parallel.ep.size, parallel.slices[0], parallel.placement, parallel.shared)
     )

@@ -1,4 +1,6 @@
-"""Sizes that ranks must tell each other: the only place where a layer waits for the device, and only in formats whose sizes are data."""
+"""Sizes that ranks must tell each other: the only place where a layer waits for the device, and only in formats whose
+sizes are data.
+"""
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ def longest_of_ranks(rows: int, group: RankGroup, like: Tensor) -> int:
     return int(reduced_over_ranks(like.new_full((1,), rows), "max", group.name).item())
 
 
-def numbers(counts: Tensor) -> list[list[int]]:
+def sizes_on_host(counts: Tensor) -> list[list[int]]:
     """The numbers of a matrix, none of them negative."""
     rows: list[list[int]] = counts.tolist()
     for row in rows:

@@ -24,7 +24,9 @@ _MOST_TOKENS = "the most tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One collective: what travels, over which of the config's groups ("tp", "ep", "dp", "sp"), and the bytes that this rank puts in."""
+    """One collective: what travels, over which of the config's groups ("tp", "ep", "dp", "sp"), and the bytes that this
+    rank puts in.
+    """
 
     what: str
     collective: str  # "all_reduce", "all_gather", "reduce_scatter" or "all_to_all"
@@ -34,7 +36,9 @@ class Message:
 
     @property
     def sent(self) -> float:
-        """Bytes that leave this rank, of a payload P among n: all_gather (n-1) P, all_reduce 2 (n-1)/n P, the others (n-1)/n P."""
+        """Bytes that leave this rank, of a payload P among n: all_gather (n-1) P, all_reduce 2 (n-1)/n P, the others
+        (n-1)/n P.
+        """
         others = (self.ranks - 1) * self.payload
         return {"all_gather": others, "all_reduce": 2 * others / self.ranks}.get(self.collective, others / self.ranks)
 
@@ -59,12 +63,15 @@ class Traffic:
         return found
 
 
-def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool = False, weights: MoEWeights | None = None) -> Traffic:
+def traffic(
+    config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool = False, weights: MoEWeights | None = None
+) -> Traffic:
     """What this rank sends when it brings `tokens` tokens of `dtype`; with `backward`, of the backward pass alone.
 
-    T tokens (its rows, ceil(T / sp), with sequence parallel), n ranks of a group, K = top_k, R = T K slots; b bytes of dtype; w = 4 bytes
-    of a routing weight (8 for float64); X = expert_hidden_size b, H = hidden_size b; M = max_tokens, else T, which is then taken for the
-    longest; C = capacity, at most M K. A ring's bytes: all_gather (n-1) P of a payload P, all_reduce 2 (n-1)/n P, others (n-1)/n P.
+    T tokens (its rows, ceil(T / sp), with sequence parallel), n ranks of a group, K = top_k, R = T K slots; b bytes of
+    dtype; w = 4 bytes of a routing weight (8 for float64); X = expert_hidden_size b, H = hidden_size b; M = max_tokens,
+    else T, which is then taken for the longest; C = capacity, at most M K. A ring's bytes: all_gather (n-1) P of a
+    payload P, all_reduce 2 (n-1)/n P, others (n-1)/n P.
 
         dispatch            forward                                          backward
         replicated, ep      2 (n-1)/n T X                                    2 (n-1)/n T (X + K w)
@@ -73,18 +80,19 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
           asks for sizes    16 (n-1)/n more
         all_to_all          8 (n-1) + (n-1)/n R (X + 8) + (n-1)/n R X        2 (n-1)/n R X
         all_to_all_static   (n-1) C (X + 8) + (n-1) C X                      2 (n-1) C X
-        tp (late)           2 (n-1)/n T H                                    2 (n-1)/n T (X + K w [+ H with sharded shared experts])
+        tp (late)           2 (n-1)/n T H 2 (n-1)/n T (X + K w [+ H with sharded shared experts])
         tp (early)          2 (n-1)/n T X' [+ 2 (n-1)/n T H of shared]       the same; X' without hidden_padding
-        sp                  (n-1) T H                                        (n-1) T (H + K w) + 2 (n-1)/n of the weights that each has
+        sp                  (n-1) T H (n-1) T (H + K w) + 2 (n-1)/n of the weights that each has
 
-    Where quant.activations round the experts' inputs, rows go there (not back) as codes and scales, but those of float64: the first X of a
-    line is then fewer. Without ep, dp's ranks are all_gather's n. gather="logits" has E b for K w in the rows of tp and sp too, and
-    router-weighted shared experts add w for each. Where there are several LoRA adapters 8 bytes more travel with the ids of each token
-    (all_to_all: each slot). Sums of groups with `ordered` are other collectives of as many bytes (the padding of a sum to a multiple of n
-    numbers is not counted, nor are the 8 bytes with which sp's ranks add up the slots that a capacity drops).
-    all_to_all is of slots spread evenly over the ranks; the others do not depend on the routing. backward is of everything that can have
-    a gradient; `weights`, this rank's, are needed for those whose gradients are summed (over sp, LoRA's, and the gate of sharded shared
-    experts), else these are not counted. Without `parallel` nothing is sent.
+    Where quant.activations round the experts' inputs, rows go there (not back) as codes and scales, but those of
+    float64: the first X of a line is then fewer. Without ep, dp's ranks are all_gather's n. gather="logits" has E b for
+    K w in the rows of tp and sp too, and router-weighted shared experts add w for each. Where there are several LoRA
+    adapters 8 bytes more travel with the ids of each token (all_to_all: each slot). Sums of groups with `ordered` are
+    other collectives of as many bytes (the padding of a sum to a multiple of n numbers is not counted, nor are the 8
+    bytes with which sp's ranks add up the slots that a capacity drops). all_to_all is of slots spread evenly over the
+    ranks; the others do not depend on the routing. backward is of everything that can have a gradient; `weights`, this
+    rank's, are needed for those whose gradients are summed (over sp, LoRA's, and the gate of sharded shared experts),
+    else these are not counted. Without `parallel` nothing is sent.
 
     >>> from moe_fn.config import ParallelConfig, RankGroup
     >>> ranks = ParallelConfig(ep=RankGroup(name="0", size=4, rank=1), dispatch="all_to_all_static", max_tokens=8)
@@ -101,12 +109,16 @@ def traffic(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool =
     rows = -(-tokens // parallel.sp.size) if parallel.sp else tokens
     sizes = _Sizes(config=config, parallel=parallel, rows=rows, dtype=dtype, w=w)
     pieces = (_dispatched_backward, _sums_backward) if backward else (_dispatched, _sums)
-    found = [m for piece in pieces for m in piece(sizes)] + (list(_of_weights(config, parallel, weights)) if backward and weights else [])
+    found = [m for piece in pieces for m in piece(sizes)] + (
+        list(_of_weights(config, parallel, weights)) if backward and weights else []
+    )
     return Traffic(tuple(sent for m in found if m.payload for sent in _as_sent(parallel, m)))
 
 
 def _as_sent(parallel: ParallelConfig, message: Message) -> list[Message]:
-    """The collectives that a message is: sums in the order of the ranks are exchanged, added up by the rank of each block, and gathered."""
+    """The collectives that a message is: sums in the order of the ranks are exchanged, added up by the rank of each
+    block, and gathered.
+    """
     if not getattr(parallel, message.group).ordered or message.what == _MOST_TOKENS:
         return [message]
     exchanged = dataclasses.replace(message, collective="all_to_all")
@@ -172,7 +184,9 @@ def _dispatched(s: _Sizes) -> Iterator[Message]:
     if parallel.dispatch == "all_gather":
         yield s.message("tokens", "all_gather", group, s.room * s.x_there(weighted=False))
         yield s.message("logits" if parallel.gather == "logits" else "weights", "all_gather", group, s.room * s.routing)
-        yield s.message("ids", "all_gather", group, s.room * ID_BYTES * ((1 if parallel.gather == "logits" else k) + s.adapters))
+        yield s.message(
+            "ids", "all_gather", group, s.room * ID_BYTES * ((1 if parallel.gather == "logits" else k) + s.adapters)
+        )
         yield s.message("sums", "reduce_scatter", group, n * s.room * s.x)
     elif parallel.dispatch.startswith("all_to_all"):
         rows = n * _capacity(s.config) if parallel.dispatch.endswith("static") else s.rows * k

@@ -1,1 +1,4 @@
-"""Numbers in few bits: weights as codes and scales, inputs rounded to what a product takes. Pure functions on tensors."""
+"""Numbers in few bits: weights as codes and scales, inputs rounded to what a product takes.
+
+Pure functions on tensors.
+"""

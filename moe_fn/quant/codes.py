@@ -8,8 +8,17 @@ from torch import Tensor
 from moe_fn.config import QuantConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.quant import numbers
-from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero, pack_halves, unpack_halves
-from moe_fn.quant.tiles import WHOLE, Tile, by_tile, spread
+from moe_fn.quant.numbers import (
+    NUMBERS,
+    decode_e8m0,
+    encode_e8m0,
+    log2_ceil,
+    log2_floor,
+    one_if_zero,
+    pack_halves,
+    unpack_halves,
+)
+from moe_fn.quant.tiles import WHOLE, Tile, by_tile, expand_tiles
 from moe_fn.records import MoEWeights
 
 NAMES = ("gate_up", "down")
@@ -46,7 +55,7 @@ def decoded(quant: QuantConfig, stored: Codes, halves: int, dtype: torch.dtype) 
     size = codes.shape[1], codes.shape[2]
 
     def at_all_places(values: Tensor, tile: Tile) -> Tensor:
-        return spread(values, tile, halves, *size)
+        return expand_tiles(values, tile, halves, *size)
 
     if stored.zero_point is None:
         values = NUMBERS[row.element].decode(codes, wide)
@@ -63,12 +72,15 @@ def decode_scale(quant: QuantConfig, scale: Tensor, dtype: torch.dtype) -> Tenso
     return decode_e8m0(scale, dtype) if quant.row.scale == "e8m0" else scale.to(dtype)
 
 
-# Of the least scale that leaves no weight of a tile out of range, those that are tried: few large weights may be cut for many small ones.
+# Of the least scale that leaves no weight of a tile out of range, those that are tried: few large weights may be cut
+# for many small ones.
 FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def encoded(quant: QuantConfig, weight: Tensor, halves: int, importance: Tensor | None = None) -> Codes:
-    """The codes nearest to [E, outputs, inputs] floats, and their scales; with the importance of inputs [E, inputs] the best of FACTORS."""
+    """The codes nearest to [E, outputs, inputs] floats, and their scales; with the importance of inputs [E, inputs] the
+    best of FACTORS.
+    """
     if importance is None:
         return _encoded(quant, weight, halves, 1.0)
     found = [_encoded(quant, weight, halves, factor) for factor in FACTORS]
@@ -77,7 +89,7 @@ def encoded(quant: QuantConfig, weight: Tensor, halves: int, importance: Tensor 
         difference = decoded(quant, codes, halves, torch.float32) - weight.to(torch.float32)
         errors.append(by_tile(difference.square() * importance.unsqueeze(1), quant.tile, halves).sum(-1))
     best = torch.stack(errors).argmin(0)  # of each tile
-    of_weight = spread(best, quant.tile, halves, weight.shape[1], weight.shape[2])
+    of_weight = expand_tiles(best, quant.tile, halves, weight.shape[1], weight.shape[2])
     zero_points = [codes.zero_point for codes in found if codes.zero_point is not None]
     # One by one: the two codes of a byte may lie in two tiles.
     chosen = _chosen([_apart(quant, codes.codes) for codes in found], of_weight)
@@ -107,21 +119,27 @@ def _encoded(quant: QuantConfig, weight: Tensor, halves: int, factor: float) -> 
     if quant.zero_points:
         scale, zero_point = _scale_and_zero(tiles, 2**row.bits - 1)
     elif row.scale == "e4m3":
-        scale, global_scale = _scales_of_nvfp4(wide, tiles, halves)  # the one above is of all weights, whatever the factor
+        # the one above is of all weights, whatever the factor
+        scale, global_scale = _scales_of_nvfp4(wide, tiles, halves)
     else:
         scale = _SCALES[row.element, row.scale](tiles)
     if row.scale == "float" and quant.granularity == "group" and weight.dtype in (torch.bfloat16, torch.float16):
         scale = scale.to(weight.dtype)
-    step = spread(decode_scale(quant, scale, torch.float32), quant.tile, halves, *weight.shape[1:])
+    step = expand_tiles(decode_scale(quant, scale, torch.float32), quant.tile, halves, *weight.shape[1:])
     if global_scale is not None:
-        step = step * spread(global_scale, WHOLE, halves, *weight.shape[1:])
+        step = step * expand_tiles(global_scale, WHOLE, halves, *weight.shape[1:])
     units = torch.where(step == 0, 0, wide / step)
     if zero_point is None:
         codes = NUMBERS[row.element].encode(units)
     else:
-        zeros = spread(zero_point.to(torch.float32), quant.tile, halves, *weight.shape[1:])
+        zeros = expand_tiles(zero_point.to(torch.float32), quant.tile, halves, *weight.shape[1:])
         codes = numbers.codes_around(zeros, units, 2**row.bits - 1)
-    return Codes(codes=pack_halves(codes) if row.bits == 4 else codes, scale=scale, zero_point=zero_point, global_scale=global_scale)
+    return Codes(
+        codes=pack_halves(codes) if row.bits == 4 else codes,
+        scale=scale,
+        zero_point=zero_point,
+        global_scale=global_scale,
+    )
 
 
 def _amax(tiles: Tensor) -> Tensor:
@@ -138,7 +156,8 @@ _SCALES = {
     ("int8", "float"): lambda tiles: one_if_zero(_amax(tiles) / 127),
     ("int4", "float"): _scale_of_int4,
     ("e4m3", "e8m0"): lambda tiles: encode_e8m0(log2_ceil(_amax(tiles) / 448)),
-    ("e2m1", "e8m0"): lambda tiles: encode_e8m0(log2_floor(_amax(tiles)) - 2),  # 2^2 is the largest power of two in e2m1
+    # 2^2 is the largest power of two in e2m1
+    ("e2m1", "e8m0"): lambda tiles: encode_e8m0(log2_floor(_amax(tiles)) - 2),
 }
 
 
@@ -151,5 +170,5 @@ def _scale_and_zero(tiles: Tensor, top: int) -> tuple[Tensor, Tensor]:
 def _scales_of_nvfp4(wide: Tensor, tiles: Tensor, halves: int) -> tuple[Tensor, Tensor]:
     """Scales of the groups in e4m3, the largest of them 448, above them one of each half in float32."""
     global_scale = one_if_zero(_amax(by_tile(wide, WHOLE, halves)) / (448 * 6))
-    above = spread(global_scale, WHOLE, halves, tiles.shape[1], tiles.shape[2])
+    above = expand_tiles(global_scale, WHOLE, halves, tiles.shape[1], tiles.shape[2])
     return (_amax(tiles) / 6 / above).clamp(max=448).to(torch.float8_e4m3fn), global_scale

@@ -25,12 +25,16 @@ class RoundedRows:
         return self.codes * _spread(self.scale, self.group_size, self.codes.shape[-1])
 
 
-def rounded_rows(config: ActivationQuantConfig, rows: Tensor, present: Tensor, static_scale: Tensor | None) -> RoundedRows:
-    """Rows [R, K] as codes and scales. present [R, 1] bool: rows that count in a scale of all; static_scale [R, 1], or None.
+def rounded_rows(
+    config: ActivationQuantConfig, rows: Tensor, present: Tensor, static_scale: Tensor | None
+) -> RoundedRows:
+    """Rows [R, K] as codes and scales. present [R, 1] bool: rows that count in a scale of all; static_scale [R, 1], or
+    None.
 
         scale = f(the largest magnitude of what shares it);  codes = round(row / scale), saturating
 
-    In float32, or in float64 for float64 rows. Source: semantics of vLLM 0.33, OCP microscaling formats 1.0, compressed-tensors (nvfp4).
+    In float32, or in float64 for float64 rows. Source: semantics of vLLM 0.33, OCP microscaling formats 1.0,
+    compressed-tensors (nvfp4).
     """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     size = config.group_size or rows.shape[-1]

@@ -1,4 +1,6 @@
-"""Number formats of few bits: the nearest code of a float, ties to even, and the float of a code; exact, bit for bit."""
+"""Number formats of few bits: the nearest code of a float, ties to even, and the float of a code; exact,
+bit for bit.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of the codes 0..7;
 
 @dataclass(frozen=True)
 class Number:
-    """A format: its largest magnitude, the floats that codes stand for, and the codes nearest to floats (`round` saturates)."""
+    """A format: its largest magnitude, the floats that codes stand for, and the codes nearest to floats (`round`
+    saturates).
+    """
 
     largest: float
     decode: Callable[[Tensor, torch.dtype], Tensor]
@@ -46,17 +50,25 @@ def encode_e4m3(values: Tensor) -> Tensor:
 
 NUMBERS: dict[str, Number] = {
     "e4m3": Number(448.0, lambda codes, dtype: codes.to(dtype), encode_e4m3),
-    "int8": Number(127.0, lambda codes, dtype: codes.to(dtype), lambda values: values.round().clamp(-128, 127).to(torch.int8)),
-    "int4": Number(8.0, lambda codes, dtype: codes.to(dtype) - 8, lambda values: (values.round().clamp(-8, 7) + 8).to(torch.uint8)),
+    "int8": Number(
+        127.0, lambda codes, dtype: codes.to(dtype), lambda values: values.round().clamp(-128, 127).to(torch.int8)
+    ),
+    "int4": Number(
+        8.0, lambda codes, dtype: codes.to(dtype) - 8, lambda values: (values.round().clamp(-8, 7) + 8).to(torch.uint8)
+    ),
     "e2m1": Number(6.0, decode_e2m1, encode_e2m1),
 }
 
 
-ELEMENTS = {"fp8_e4m3": "e4m3", "int8": "int8", "mxfp8": "e4m3", "mxfp4": "e2m1", "nvfp4": "e2m1"}  # of the schemes of activations
+# of the schemes of activations
+ELEMENTS = {"fp8_e4m3": "e4m3", "int8": "int8", "mxfp8": "e4m3", "mxfp4": "e2m1", "nvfp4": "e2m1"}
 
 
 def decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^(S - 127); NaN for S = 255. By a table: exponent bits alone would make S = 0 a zero, and exp2 is not exact everywhere."""
+    """2^(S - 127); NaN for S = 255.
+
+    By a table: exponent bits alone would make S = 0 a zero, and exp2 is not exact everywhere.
+    """
     return _of_table((*(2.0 ** (code - 127) for code in range(255)), torch.nan), codes, dtype)
 
 
@@ -106,7 +118,8 @@ def unpack_halves(packed: Tensor) -> Tensor:
 def codes_around(zeros: Tensor, units: Tensor, top: int) -> Tensor:
     """uint8 in 0..top of weights in steps of their scale, with zero points.
 
-    Where a weight and its zero point both lie halfway between two codes, both may be rounded up: to one beyond the last.
+    Where a weight and its zero point both lie halfway between two codes, both may be rounded up: to one beyond the
+    last.
 
     >>> codes_around(torch.tensor(4.0), torch.tensor([-4.0, 0.6, 11.5]), 15).tolist()
     [0, 5, 15]

@@ -10,7 +10,9 @@ WHOLE: Tile = (None, None)
 
 
 def halves_of(config: MoEConfig, name: str) -> int:
-    """Parts of a matrix's outputs that are tiled apart: gate and up of a packed gate_up, which checkpoints bring one by one."""
+    """Parts of a matrix's outputs that are tiled apart: gate and up of a packed gate_up, which checkpoints bring one by
+    one.
+    """
     return config.gate_up_parts if name == "gate_up" and config.gate_up_layout == "packed" else 1
 
 
@@ -24,10 +26,10 @@ def scale_shape(tile: Tile, halves: int, outputs: int, inputs: int) -> tuple[int
     return halves * -(-of_half // (tile[0] or of_half)), -(-inputs // (tile[1] or inputs))
 
 
-def spread(scale: Tensor, tile: Tile, halves: int, outputs: int, inputs: int) -> Tensor:
+def expand_tiles(scale: Tensor, tile: Tile, halves: int, outputs: int, inputs: int) -> Tensor:
     """Each tile's number at all its places: [E, tiles, tiles] -> [E, outputs, inputs].
 
-    >>> spread(torch.tensor([[[1, 2]]]), (1, 2), 1, 1, 3).tolist()
+    >>> expand_tiles(torch.tensor([[[1, 2]]]), (1, 2), 1, 1, 3).tolist()
     [[[1, 1, 2]]]
     """
     of_half = outputs // halves
@@ -45,7 +47,9 @@ def _repeated(t: Tensor, dim: int, times: int) -> Tensor:
 
 
 def by_tile(weight: Tensor, tile: Tile, halves: int) -> Tensor:
-    """The numbers of each tile, zeros where it reaches past the matrix: [E, outputs, inputs] -> [E, tiles, tiles, numbers]."""
+    """The numbers of each tile, zeros where it reaches past the matrix: [E, outputs, inputs] -> [E, tiles, tiles,
+    numbers].
+    """
     of_half, inputs = weight.shape[1] // halves, weight.shape[2]
     out, inner = tile[0] or of_half, tile[1] or inputs
     by_half: Tensor = weight.unflatten(1, (halves, of_half))

@@ -1,4 +1,6 @@
-"""Rows on their way between ranks: codes and scales in one row of bytes, where the experts would round them to codes anyway."""
+"""Rows on their way between ranks: codes and scales in one row of bytes, where the experts would round them to codes
+anyway.
+"""
 
 from collections.abc import Callable
 
@@ -15,8 +17,9 @@ _BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # exponents; the others are float32
 def travelling(config: MoEConfig, dtype: torch.dtype, weighted: bool) -> ActivationQuantConfig | None:
     """How rows of a dtype travel: rounded as the first product will round them, or as they are (None).
 
-    As they are where a scale is an expert's own (static), where weights are still to be multiplied with what arrives, where there are
-    adapters, which see inputs that are not rounded, and in float64, whose scales have more digits than those that travel.
+    As they are where a scale is an expert's own (static), where weights are still to be multiplied with what arrives,
+    where there are adapters, which see inputs that are not rounded, and in float64, whose scales have more digits than
+    those that travel.
 
     Laws
         Rows arrive as the experts round them.
@@ -52,14 +55,19 @@ def from_bytes(a: ActivationQuantConfig, data: Tensor, width: int, dtype: torch.
     """The rows that to_bytes(a, rows) stands for: [R, width]."""
     size = -(-width // 2) if _packed(a) else width
     codes, scale = data.narrow(1, 0, size), _laid_out(data.narrow(1, size, data.shape[1] - size))
-    values = unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[ELEMENTS[a.scheme]])
+    values = (
+        unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[ELEMENTS[a.scheme]])
+    )
     numbers = NUMBERS[ELEMENTS[a.scheme]].decode(values, torch.float32)
     scales = decode_e8m0(scale, torch.float32) if a.scheme in _BYTES_OF_SCALE else scale.view(torch.float32)
     return RoundedRows(numbers, scales, a.group_size or width).floats().to(dtype)
 
 
 def _laid_out(t: Tensor) -> Tensor:
-    """A copy that may be viewed as another dtype. contiguous() leaves no row and one row as they are, with any stride at any offset."""
+    """A copy that may be viewed as another dtype.
+
+    contiguous() leaves no row and one row as they are, with any stride at any offset.
+    """
     return t.clone(memory_format=torch.contiguous_format)
 
 
@@ -75,6 +83,8 @@ def packed(a: ActivationQuantConfig | None, rows: Tensor) -> Tensor:
     return rows if a is None else to_bytes(a, rows.detach())
 
 
-def unpacked(a: ActivationQuantConfig | None, data: Tensor, rows: Tensor, arrived_as: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def unpacked(
+    a: ActivationQuantConfig | None, data: Tensor, rows: Tensor, arrived_as: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """What arrived, as rows like those that were sent; arrived_as(rows, received) gives it their gradient."""
     return data if a is None else arrived_as(rows, from_bytes(a, data, rows.shape[1], rows.dtype))

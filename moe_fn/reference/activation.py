@@ -12,9 +12,10 @@ from moe_fn.config import ActivationConfig
 def activate(activation: ActivationConfig, h: Tensor, layout: Literal["packed", "interleaved"] = "packed") -> Tensor:
     """The activation of the gate-and-up product h.
 
-        gated: f(min(g, limit)) * (clamp(u, -limit, limit) + up_offset), or min(f(g), limit) for the first factor;  not gated: f(h)
+        gated:      f(min(g, limit)) * (clamp(u, -limit, limit) + up_offset), or min(f(g), limit) for the first factor
+        not gated:  f(h)
 
-    h [2 I] float64 (g and u: halves, or even and odd entries) -> [I]; not gated: h [I] -> [I]. Source: semantics.md 3.2.
+    h [2 I] float64 (g and u: halves, or even and odd entries) -> [I]; not gated: h [I] -> [I].
 
     >>> activate(ActivationConfig(function="relu"), torch.tensor([2.0, -1.0, 10.0, -10.0]))
     tensor([20., -0.])

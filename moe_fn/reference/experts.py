@@ -40,7 +40,8 @@ def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
     quant = weights.quant or QuantWeights()
     columns = zip(
         matrices("gate_up"), matrices("down"), one_by_one(weights.gate_up_bias), one_by_one(weights.down_bias),
-        one_by_one(weights.expert_norm), one_by_one(quant.gate_up_input_scale), one_by_one(quant.down_input_scale), strict=True,
+        one_by_one(weights.expert_norm), one_by_one(quant.gate_up_input_scale), one_by_one(quant.down_input_scale),
+        strict=True,
     )  # fmt: skip
     return [
         Expert(gate_up=a, down=b, gate_up_bias=c, down_bias=d, norm=e, gate_up_input_scale=f, down_input_scale=g)
@@ -50,7 +51,9 @@ def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """What rounding of inputs needs to know of a call: largest inputs of gate_up and of down, where one scale serves all rows."""
+    """What rounding of inputs needs to know of a call: largest inputs of gate_up and of down, where one scale serves
+    all rows.
+    """
 
     gate_up_amax: float | None = None
     down_amax: float | None = None
@@ -73,7 +76,9 @@ def rounded_input(config: MoEConfig, expert: Expert, name: str, v: Tensor, round
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The low-rank matrices of one adapter for one expert: a [rank, in], b [out, rank] of each product, None where it has none."""
+    """The low-rank matrices of one adapter for one expert: a [rank, in], b [out, rank] of each product, None where it
+    has none.
+    """
 
     gate_up_a: Tensor | None
     gate_up_b: Tensor | None
@@ -105,7 +110,9 @@ def low_rank(a: Tensor | None, b: Tensor | None, v: Tensor) -> Tensor | float:
     return 0.0 if a is None or b is None else b @ (a @ v)
 
 
-def hidden_of_expert(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None, rounding: Rounding | None = None) -> Tensor:
+def hidden_of_expert(
+    config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None, rounding: Rounding | None = None
+) -> Tensor:
     """What the second product of an expert gets, before it is rounded: v [Hx] -> [I]."""
     h = linear(expert.gate_up, rounded_input(config, expert, "gate_up", v, rounding or Rounding()), expert.gate_up_bias)
     if adapter is not None:
@@ -113,7 +120,9 @@ def hidden_of_expert(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adap
     return activate(as_activation(config.activation), h, config.gate_up_layout)
 
 
-def expert_output(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None = None, rounding: Rounding | None = None) -> Tensor:
+def expert_output(
+    config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None = None, rounding: Rounding | None = None
+) -> Tensor:
     """One expert on one vector.
 
         o = down @ activation(gate_up @ v + gate_up_bias) + down_bias, then the expert norm if there is one
@@ -123,7 +132,8 @@ def expert_output(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter
     v [Hx] float64 -> [Hx] float64. Source: semantics.md 3.1; the norm: Muse-Spark.
 
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1, activation="relu")
-    >>> expert = Expert(gate_up=torch.tensor([[1.0], [5.0]]), down=torch.tensor([[2.0]]), gate_up_bias=None, down_bias=None, norm=None)
+    >>> expert = Expert(gate_up=torch.tensor([[1.0], [5.0]]), down=torch.tensor([[2.0]]), gate_up_bias=None,
+    ...     down_bias=None, norm=None)
     >>> expert_output(config, expert, torch.tensor([3.0]))
     tensor([90.])
     """
@@ -139,10 +149,13 @@ def expert_output(config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter
     return rms_norm(o, config.expert_norm.epsilon) * norm
 
 
-def shared_output(shared: SharedExpertsConfig, weights: SharedWeights, x: Tensor, shared_weights: Tensor | None) -> Tensor:
+def shared_output(
+    shared: SharedExpertsConfig, weights: SharedWeights, x: Tensor, shared_weights: Tensor | None
+) -> Tensor:
     """The shared experts on one token: a dense MLP of the original x.
 
-        down @ (activation(gate_up @ x + gate_up_bias) * weight of each column) + down_bias, times sigmoid(x . gate) if gated so
+        down @ (activation(gate_up @ x + gate_up_bias) * weight of each column) + down_bias, times sigmoid(x . gate) if
+        gated so
 
     x [H], shared_weights [count] (where the router weighs them) -> [H]. Source: semantics.md 5.1 (Qwen2-MoE), Inkling.
     """

@@ -38,8 +38,8 @@ def moe_forward(
         y_t = sum over slots (e, w) of w * expert_e(x_t)  + shared experts + zero experts
 
     x [..., H] and logits [..., num_logits] of any float dtype (without logits: x @ router.gate.T + router.bias),
-    token_ids [...] ints for hash routing, token_mask [...] bool, False for padding, whose result is 0, adapter_ids [...] ints, the LoRA
-    adapter of each token (None: 0) -> [..., H] float64.
+    token_ids [...] ints for hash routing, token_mask [...] bool, False for padding, whose result is 0, adapter_ids
+    [...] ints, the LoRA adapter of each token (None: 0) -> [..., H] float64.
     Source: semantics.md 5; Shazeer et al. 2017 (arXiv 1701.06538).
 
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1, activation="relu_no_mul")
@@ -54,12 +54,17 @@ def moe_forward(
         logits_dtype = logits.dtype
     routing = route_comparing_in(logits_dtype, config, weights, logits, token_ids, token_mask)
     routing = Routing(
-        expert_ids=routing.expert_ids, weights=routing.weights, shared_weights=routing.shared_weights, adapter_ids=adapter_ids
+        expert_ids=routing.expert_ids,
+        weights=routing.weights,
+        shared_weights=routing.shared_weights,
+        adapter_ids=adapter_ids,
     )
     return moe_forward_routed(config, weights, x, routing, token_mask=token_mask)
 
 
-def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None) -> Tensor:
+def moe_forward_routed(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None
+) -> Tensor:
     """The layer after routing: `moe_forward` for a routing that somebody else made.
 
         y_t = sum over slots (e, w) of w * expert_e(x_t)  + shared experts + zero experts
@@ -79,12 +84,20 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
     slots = slots_of_tokens(config, routing)
     real_of_token = is_real(token_mask, len(rows))
     rounding = rounding_of_call(
-        config, weights64, experts, [p for p, real in zip(zip(rows, slots, strict=True), real_of_token, strict=True) if real], x.dtype
+        config,
+        weights64,
+        experts,
+        [p for p, real in zip(zip(rows, slots, strict=True), real_of_token, strict=True) if real],
+        x.dtype,
     )
     outputs = []
     for row, slots_of_row, real in zip(rows, slots, real_of_token, strict=True):
         if real:
-            outputs.append(token_output(config, weights64, experts, row, slots_of_row, rounding, is_float16=x.dtype == torch.float16))
+            outputs.append(
+                token_output(
+                    config, weights64, experts, row, slots_of_row, rounding, is_float16=x.dtype == torch.float16
+                )
+            )
         else:  # the row is not read: it may hold anything
             outputs.append(row.new_zeros(config.hidden_size))
     zero = zero_of(x, routing.weights, routing.shared_weights, *leaves_of_weights(weights))
@@ -93,7 +106,9 @@ def moe_forward_routed(config: MoEConfig, weights: MoEWeights, x: Tensor, routin
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """The routing of one token: ids (top_k of them), weights [top_k], shared_weights [shared experts], all float64; its adapter."""
+    """The routing of one token: ids (top_k of them), weights [top_k], shared_weights [shared experts], all float64; its
+    adapter.
+    """
 
     ids: list[int]
     weights: Tensor
@@ -114,7 +129,10 @@ def slots_of_tokens(config: MoEConfig, routing: Routing) -> list[Slots]:
 
 
 def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """The router's logits gate @ v + bias, v the original x or the routed input. x [..., H] -> [T, num_logits] float64."""
+    """The router's logits gate @ v + bias, v the original x or the routed input.
+
+    x [..., H] -> [T, num_logits] float64.
+    """
     router = weights.router or RouterWeights()
     gate = needed(router.gate, "weights.router.gate")
     rows = x.to(torch.float64).reshape(-1, config.hidden_size).unbind(0)
@@ -132,15 +150,25 @@ def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: T
 
 
 def rounding_of_call(
-    config: MoEConfig, weights: MoEWeights, experts: list[Expert], tokens: list[tuple[Tensor, Slots]], dtype: torch.dtype
+    config: MoEConfig,
+    weights: MoEWeights,
+    experts: list[Expert],
+    tokens: list[tuple[Tensor, Slots]],
+    dtype: torch.dtype,
 ) -> Rounding:
     """Largest inputs of both products over all rows, where activations are rounded with one scale for a call."""
     single = dtype != torch.float64
     activations = None if config.quant is None else config.quant.activations
     if activations is None or activations.granularity != "tensor" or activations.static:
         return Rounding(single=single)
-    every = [visit for x, slots in tokens for visit in visits(config, weights, experts, routed_input(config, weights, x), slots)]
-    first = Rounding(gate_up_amax=max((float(visit.v.detach().abs().max()) for visit in every), default=0.0), single=single)
+    every = [
+        visit
+        for x, slots in tokens
+        for visit in visits(config, weights, experts, routed_input(config, weights, x), slots)
+    ]
+    first = Rounding(
+        gate_up_amax=max((float(visit.v.detach().abs().max()) for visit in every), default=0.0), single=single
+    )
     hidden = [hidden_of_expert(config, visit.expert, visit.v, visit.adapter, first) for visit in every]
     return dataclasses.replace(first, down_amax=max((float(a.detach().abs().max()) for a in hidden), default=0.0))
 
@@ -156,7 +184,9 @@ class Visit:
 
 
 def visits(config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Tensor, slots: Slots) -> list[Visit]:
-    """The slots (e, w) of one token: expert_e sees v and counts w, or sees w * v and counts 1 with weight_on="input"."""
+    """The slots (e, w) of one token: expert_e sees v and counts w, or sees w * v and counts 1 with
+    weight_on="input".
+    """
     found = []
     for expert_id, weight in zip(slots.ids, slots.weights.unbind(0), strict=True):
         if not 0 <= expert_id < config.num_experts:
@@ -169,11 +199,19 @@ def visits(config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Ten
 
 
 def token_output(
-    config: MoEConfig, weights: MoEWeights, experts: list[Expert], x: Tensor, slots: Slots, rounding: Rounding, *, is_float16: bool
+    config: MoEConfig,
+    weights: MoEWeights,
+    experts: list[Expert],
+    x: Tensor,
+    slots: Slots,
+    rounding: Rounding,
+    *,
+    is_float16: bool,
 ) -> Tensor:
     """The layer on one token: x [H] -> [H]."""
     v = routed_input(config, weights, x)
-    y = routed_sum(config, weights, experts, v, slots, rounding)[: config.routed_size]  # what hidden_padding appended is cut off
+    # what hidden_padding appended is cut off
+    y = routed_sum(config, weights, experts, v, slots, rounding)[: config.routed_size]
     factor, scale_on = config.router.routed_scaling_factor, config.router.scale_on
     scale_shared = scale_on == "output_float16_safe" and is_float16 and config.shared is not None
     if scale_on != "weights" and not scale_shared:
@@ -205,7 +243,9 @@ def routed_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
     return torch.cat([v, v.new_zeros(config.hidden_padding)])
 
 
-def routed_sum(config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Tensor, slots: Slots, rounding: Rounding) -> Tensor:
+def routed_sum(
+    config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Tensor, slots: Slots, rounding: Rounding
+) -> Tensor:
     """sum over slots of weight * expert(what it sees). v [Hx] -> [Hx]."""
     total = torch.zeros_like(v)
     for visit in visits(config, weights, experts, v, slots):
@@ -224,7 +264,10 @@ def routed_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
 
 
 def zero_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, slots: Slots) -> Tensor:
-    """sum over the slots of zero experts: w * x, nothing, or w * constant. x [H] -> [H]. Source: semantics.md 1.6, 1.7."""
+    """sum over the slots of zero experts: w * x, nothing, or w * constant. x [H] -> [H].
+
+    Source: semantics.md 1.6, 1.7.
+    """
     total = torch.zeros_like(x)
     if config.zero_experts is None:
         return total

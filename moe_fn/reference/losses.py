@@ -11,7 +11,8 @@ def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor
 
         mean over tokens of log(sum_e exp(z_e))^2
 
-    logits [..., logits] of any float dtype, token_mask [...] bool -> [] float64, 0 without tokens. Source: ST-MoE, arXiv 2202.08906.
+    logits [..., logits] of any float dtype, token_mask [...] bool -> [] float64, 0 without tokens. Source: ST-MoE,
+    arXiv 2202.08906.
 
     >>> router_z_loss(torch.tensor([[2.0, -torch.inf], [0.0, -torch.inf]]))
     tensor(2., dtype=torch.float64)
@@ -23,13 +24,15 @@ def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor
     return total / max(len(rows), 1)
 
 
-def load_balancing_loss(scores: Tensor, expert_ids: Tensor, num_experts: int, *, token_mask: Tensor | None = None) -> Tensor:
+def load_balancing_loss(
+    scores: Tensor, expert_ids: Tensor, num_experts: int, *, token_mask: Tensor | None = None
+) -> Tensor:
     """How far the experts are from equal shares; top_k when they are balanced.
 
         E * sum_e (slots of e / T) * (mean over tokens of scores_e)
 
-    scores [..., E] of any float dtype, expert_ids [..., top_k] ints (-1 counts for nobody), token_mask [...] bool -> [] float64,
-    0 without tokens. Source: Switch, arXiv 2101.03961 eq. 4-6; over all slots as Mixtral in transformers.
+    scores [..., E] of any float dtype, expert_ids [..., top_k] ints (-1 counts for nobody), token_mask [...] bool -> []
+    float64, 0 without tokens. Source: Switch, arXiv 2101.03961 eq. 4-6; over all slots as Mixtral in transformers.
 
     >>> load_balancing_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]]), 2)
     tensor(1., dtype=torch.float64)
@@ -43,13 +46,16 @@ def load_balancing_loss(scores: Tensor, expert_ids: Tensor, num_experts: int, *,
     return num_experts * total / max(len(rows), 1) ** 2
 
 
-def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, num_experts: int, *, token_mask: Tensor | None = None) -> Tensor:
+def sequence_balancing_loss(
+    scores: Tensor, expert_ids: Tensor, num_experts: int, *, token_mask: Tensor | None = None
+) -> Tensor:
     """How far the experts are from equal shares inside each sequence; 1 when they are balanced.
 
-        mean over sequences of sum_e f_e P_e,  f_e = E / (k S) * slots of e,  P_e = mean over tokens of scores_e / sum(scores)
+        mean over sequences of sum_e f_e P_e,  f_e = E / (k S) * slots of e, P_e = mean over tokens of scores_e /
+                                               sum(scores)
 
-    scores [B, S, E] of any float dtype, expert_ids [B, S, k] ints (-1 counts for nobody), token_mask [B, S] bool -> [] float64;
-    a sequence without tokens is 0. Source: DeepSeek-V3, arXiv 2412.19437 eq. 17-20.
+    scores [B, S, E] of any float dtype, expert_ids [B, S, k] ints (-1 counts for nobody), token_mask [B, S] bool -> []
+    float64; a sequence without tokens is 0. Source: DeepSeek-V3, arXiv 2412.19437 eq. 17-20.
 
     >>> sequence_balancing_loss(torch.ones(1, 2, 2), torch.tensor([[[0], [1]]]), 2)
     tensor(1., dtype=torch.float64)
@@ -75,7 +81,9 @@ def real_rows(values: Tensor, token_mask: Tensor | None) -> list[Tensor]:
 def real_ids(expert_ids: Tensor, token_mask: Tensor | None) -> list[int]:
     """The ids in all slots of tokens that are no padding."""
     rows = expert_ids.reshape(-1, expert_ids.shape[-1]).tolist()
-    return [expert_id for row, real in zip(rows, is_real(token_mask, len(rows)), strict=True) if real for expert_id in row]
+    return [
+        expert_id for row, real in zip(rows, is_real(token_mask, len(rows)), strict=True) if real for expert_id in row
+    ]
 
 
 def count_of(expert: int, ids: list[int]) -> int:

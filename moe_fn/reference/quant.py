@@ -1,4 +1,6 @@
-"""Codes as float64 numbers, one place at a time; and inputs of products rounded by search through all numbers of a format."""
+"""Codes as float64 numbers, one place at a time; and inputs of products rounded by search through all numbers of a
+format.
+"""
 
 import math
 
@@ -22,7 +24,9 @@ def numbers_of(scheme: str) -> list[float]:
         return sorted(set(E2M1))
     if scheme == "int8":
         return [float(i) for i in range(-128, 128)]
-    positive = [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+    positive = [m / 8 * 2.0**-6 for m in range(8)] + [
+        (1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)
+    ]
     return sorted({sign * value for value in positive[:-1] for sign in (1.0, -1.0)})  # the last one is NaN
 
 
@@ -39,7 +43,9 @@ def matrices(config: MoEConfig, weights: MoEWeights, name: str) -> list[Tensor]:
     codes = getattr(weights, name)
     if quant.scheme in ("int4", "mxfp4", "nvfp4"):
         codes = torch.stack([codes % 16, codes // 16], -1).reshape(codes.shape[0], codes.shape[1], -1)
-    halves = 2 if name == "gate_up" and as_activation(config.activation).gated and config.gate_up_layout == "packed" else 1
+    halves = (
+        2 if name == "gate_up" and as_activation(config.activation).gated and config.gate_up_layout == "packed" else 1
+    )
     outputs, inputs = codes.shape[1], codes.shape[2]
     row, column = places(quant, halves, outputs, inputs)
     scale = scales(quant, needed(getattr(stored, f"{name}_scale"), f"weights.quant.{name}_scale"))
@@ -85,11 +91,17 @@ def scales(quant: QuantConfig, scale: Tensor) -> Tensor:
 
 
 def rounded(
-    config: ActivationQuantConfig, v: Tensor, *, static_scale: float | None = None, amax_of_call: float | None = None, single: bool = True
+    config: ActivationQuantConfig,
+    v: Tensor,
+    *,
+    static_scale: float | None = None,
+    amax_of_call: float | None = None,
+    single: bool = True,
 ) -> Tensor:
     """v [K] float64, rounded to codes times scales; the gradient passes through.
 
-    Scales and quotients are rounded to float32 where `single`, as the published kernels compute them. Source: semantics.md 3.4.
+    Scales and quotients are rounded to float32 where `single`, as the published kernels compute them. Source:
+    semantics.md 3.4.
 
     >>> a = ActivationQuantConfig(scheme="int8", granularity="token")
     >>> rounded(a, torch.tensor([1.0, 0.4999, -0.0039], dtype=torch.float64)) * 127
@@ -101,9 +113,19 @@ def rounded(
     for group in v.detach().split(size):
         largest = float(group.abs().max()) if group.numel() else 0.0
         if config.scheme == "nvfp4":
-            above = static_scale if static_scale is not None else _single(float(v.detach().abs().max()) / (448 * 6), single) or 1.0
-            scale = float(nearest(table_of_e4m3(v), torch.tensor([_single(largest / _single(6 * above, single), single)]).to(table))[0])
-            unit = [_single(_single(value / above, single) / scale, single) if scale else 0.0 for value in group.tolist()]
+            above = (
+                static_scale
+                if static_scale is not None
+                else _single(float(v.detach().abs().max()) / (448 * 6), single) or 1.0
+            )
+            scale = float(
+                nearest(
+                    table_of_e4m3(v), torch.tensor([_single(largest / _single(6 * above, single), single)]).to(table)
+                )[0]
+            )
+            unit = [
+                _single(_single(value / above, single) / scale, single) if scale else 0.0 for value in group.tolist()
+            ]
             step = _single(scale * above, single)
         else:
             shared = amax_of_call if amax_of_call is not None else largest
@@ -123,7 +145,8 @@ def scale_of(config: ActivationQuantConfig, largest: float, single: bool) -> flo
     if config.scheme == "mxfp4":
         return 2.0 ** min(max(_log2(largest, math.floor) - 2, -127), 127)
     if config.scheme == "int8":
-        return max(_single(largest / 127, single), _single(1e-10, single)) if config.granularity == "tensor" else _single(
+        return max(_single(largest / 127, single), _single(1e-10,
+        single)) if config.granularity == "tensor" else _single(
             max(largest, _single(1e-10, single)) / 127, single
         )  # fmt: skip
     if config.granularity == "token":

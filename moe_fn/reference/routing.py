@@ -10,7 +10,12 @@ from moe_fn.reference.tensors import float64_weights, is_real, needed, stack_row
 
 
 def route(
-    config: MoEConfig, weights: MoEWeights, logits: Tensor, *, token_ids: Tensor | None = None, token_mask: Tensor | None = None
+    config: MoEConfig,
+    weights: MoEWeights,
+    logits: Tensor,
+    *,
+    token_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> Routing:
     """Choose top_k experts for every token, and their weights.
 
@@ -18,7 +23,8 @@ def route(
         w = w / norm(w) * expert_scale[ids] * routed_scaling_factor
 
     logits [..., num_logits] of any float dtype, token_ids [...] ints, token_mask [...] bool (False: padding) ->
-    expert_ids [T, top_k] int64 (-1 on padding), weights [T, top_k] float64 (0 on padding), shared_weights [T, shared experts].
+    expert_ids [T, top_k] int64 (-1 on padding), weights [T, top_k] float64 (0 on padding), shared_weights [T, shared
+    experts].
     Source: semantics.md 1 (Mixtral, DeepSeek-V2/V3/V4, Phi-3.5-MoE, Llama-4, Gemma-4, Inkling).
 
     >>> config = MoEConfig(num_experts=3, top_k=2, hidden_size=1, intermediate_size=1)
@@ -31,7 +37,12 @@ def route(
 
 
 def route_comparing_in(
-    logits_dtype: torch.dtype, config: MoEConfig, weights: MoEWeights, logits: Tensor, token_ids: Tensor | None, token_mask: Tensor | None
+    logits_dtype: torch.dtype,
+    config: MoEConfig,
+    weights: MoEWeights,
+    logits: Tensor,
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
 ) -> Routing:
     """`route`, where float64 logits may stand for logits of another dtype.
 
@@ -49,12 +60,18 @@ def route_comparing_in(
         if real:
             ids, slot_weights, shared_weights = route_token(config, router, row, ids_of_hash, compare_in)
         else:  # the row is not read: it may hold anything
-            ids, slot_weights, shared_weights = [-1] * config.top_k, row.new_zeros(config.top_k), row.new_zeros(shared_count)
+            ids, slot_weights, shared_weights = (
+                [-1] * config.top_k,
+                row.new_zeros(config.top_k),
+                row.new_zeros(shared_count),
+            )
         all_ids.append(list(ids))  # a copy: tokens of equal token ids share a row of the table
         all_weights.append(slot_weights)
         all_shared.append(shared_weights)
     if config.router.capacity is not None:
-        drop_beyond_capacity(config, config.router.capacity, logits.shape[-2] if logits.ndim > 2 else len(rows), all_ids, all_weights)
+        drop_beyond_capacity(
+            config, config.router.capacity, logits.shape[-2] if logits.ndim > 2 else len(rows), all_ids, all_weights
+        )
     zero = zero_of(logits, router.expert_scale)
     return Routing(
         expert_ids=torch.tensor(all_ids, dtype=torch.int64, device=logits.device).reshape(-1, config.top_k),
@@ -63,7 +80,9 @@ def route_comparing_in(
     )
 
 
-def drop_beyond_capacity(config: MoEConfig, capacity: int, sequence: int, ids: list[list[int]], weights: list[Tensor]) -> None:
+def drop_beyond_capacity(
+    config: MoEConfig, capacity: int, sequence: int, ids: list[list[int]], weights: list[Tensor]
+) -> None:
     """Ids become -1 and weights 0 (in the lists) once an expert has had its capacity of slots in a sequence of tokens.
 
     First choices of all tokens come before second choices. Source: Switch (arXiv 2101.03961), GShard (2006.16668).
@@ -83,7 +102,9 @@ def drop_beyond_capacity(config: MoEConfig, capacity: int, sequence: int, ids: l
                     weights[token] = weights[token] * kept
 
 
-def hashed_ids(config: MoEConfig, router: RouterWeights, token_ids: Tensor | None, tokens: int) -> list[list[int] | None]:
+def hashed_ids(
+    config: MoEConfig, router: RouterWeights, token_ids: Tensor | None, tokens: int
+) -> list[list[int] | None]:
     """For every token the experts that its token id stands for; None where the logits choose."""
     if config.router.selection != "hash":
         return [None] * tokens
@@ -132,7 +153,9 @@ def weights_of_ids(router: RouterConfig, z: Tensor, ids: list[int]) -> Tensor:
 def top_k(config: MoEConfig, weights: RouterWeights, z: Tensor, compare_in: torch.dtype) -> tuple[list[int], Tensor]:
     """The top_k best choices and their scores; correction_bias counts for the choice, not for the scores."""
     router = config.router
-    by_logits = router.correction_bias == "logits" or (router.scoring_order == "after_top_k" and router.correction_bias == "none")
+    by_logits = router.correction_bias == "logits" or (
+        router.scoring_order == "after_top_k" and router.correction_bias == "none"
+    )
     value = z if by_logits else score(router.scoring, z)
     if router.correction_bias != "none":
         value = value + needed(weights.correction_bias, "weights.router.correction_bias")
@@ -152,7 +175,11 @@ def top_k(config: MoEConfig, weights: RouterWeights, z: Tensor, compare_in: torc
 def best_of_each_group(groups: GroupConfig, values: Tensor, count: int) -> list[int]:
     """The best count / groups of every group of consecutive choices, group after group."""
     size = len(values) // groups.count
-    return [g * size + i for g in range(groups.count) for i in best(values[g * size : (g + 1) * size], count // groups.count)]
+    return [
+        g * size + i
+        for g in range(groups.count)
+        for i in best(values[g * size : (g + 1) * size], count // groups.count)
+    ]
 
 
 def in_kept_groups(groups: GroupConfig, values: Tensor) -> Tensor:
@@ -183,7 +210,9 @@ def sparsemixer(router: RouterConfig, z: Tensor, compare_in: torch.dtype) -> tup
     """
     first, second = best(comparable(z, compare_in), 2)
     without_first = torch.where(torch.arange(len(z), device=z.device) == first, -torch.inf, z)
-    return [first, second], torch.stack([weight_among_near(router, z, z, first), weight_among_near(router, z, without_first, second)])
+    return [first, second], torch.stack(
+        [weight_among_near(router, z, z, first), weight_among_near(router, z, without_first, second)]
+    )
 
 
 def weight_among_near(router: RouterConfig, z: Tensor, candidates: Tensor, chosen: int) -> Tensor:

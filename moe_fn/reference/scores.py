@@ -27,7 +27,8 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 def score(name: str, z: Tensor) -> Tensor:
     """The score function of a vector z; a score that is not finite is 0, with gradient 0.
 
-    softmax: exp(z) / sum(exp(z));  sigmoid: 1 / (1 + exp(-z));  sqrtsoftplus: sqrt(log(1 + exp(z)));  identity: z.  Source: semantics.md 1.
+    softmax: exp(z) / sum(exp(z));  sigmoid: 1 / (1 + exp(-z)); sqrtsoftplus: sqrt(log(1 + exp(z))); identity: z.
+                                    Source: semantics.md 1.
 
     >>> score("softmax", torch.tensor([0.0, 0.0])), score("softmax", torch.tensor([0.0, torch.nan]))
     (tensor([0.5000, 0.5000]), tensor([0., 0.]))

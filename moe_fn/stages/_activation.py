@@ -21,7 +21,9 @@ GATE_FUNCTIONS: dict[str, Callable[[Arithmetic, ActivationConfig, Tensor], Tenso
 }
 
 
-def activate(activation: ActivationConfig, h: Tensor, layout: str = "packed", arithmetic: Arithmetic = ARITHMETIC[False]) -> Tensor:
+def activate(
+    activation: ActivationConfig, h: Tensor, layout: str = "packed", arithmetic: Arithmetic = ARITHMETIC[False]
+) -> Tensor:
     """Apply the activation to the first product, `h [..., 2I] -> [..., I]` gated or `[..., I] -> [..., I]` plain.
 
     Computes in the dtype of `h`; callers pass float32 (or wider) and round once afterwards.

@@ -1,7 +1,8 @@
-"""What low-rank adapters add to the products of experts: rows sorted anew by adapter and expert, and two grouped products each.
+"""What low-rank adapters add to the products of experts: rows sorted anew by adapter and expert, and two grouped
+products each.
 
-No loop over adapters and no look at values: the graph is the same whoever has which adapter. With one adapter that everybody has,
-nothing is sorted: rows lie by expert already.
+No loop over adapters and no look at values: the graph is the same whoever has which adapter. With one adapter that
+everybody has, nothing is sorted: rows lie by expert already.
 """
 
 import functools
@@ -42,7 +43,9 @@ def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | No
     num_experts, num_adapters = config.num_experts, config.lora.num_adapters
     if adapters is None:
         if num_adapters > 1:
-            raise ValueError(f"experts: adapter_of_row is None; expected ids, for config.lora has {num_adapters} adapters")
+            raise ValueError(
+                f"experts: adapter_of_row is None; expected ids, for config.lora has {num_adapters} adapters"
+            )
         return ByAdapter(product, ends, ends.narrow(0, num_experts - 1, 1), None, None)
     rows, pairs = torch.arange(adapters.shape[0], device=ends.device), num_adapters * num_experts
     expert_of_row = count_up_to(ends, rows.to(ends.dtype))
@@ -55,10 +58,14 @@ def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | No
     return ByAdapter(product, ends_of_pairs, ends_of_adapters, row_of_place, place_of_row)
 
 
-def add_adapters(by: ByAdapter | None, lora: LoRAWeights | None, product: Literal["gate_up", "down"], rows: Tensor, out: Tensor) -> Tensor:
-    """out + B A rows, each row with the matrices of its adapter and expert: rows [R, in], out [R, out], in float32 or wider.
+def add_adapters(
+    by: ByAdapter | None, lora: LoRAWeights | None, product: Literal["gate_up", "down"], rows: Tensor, out: Tensor
+) -> Tensor:
+    """out + B A rows, each row with the matrices of its adapter and expert: rows [R, in], out [R, out], in float32 or
+    wider.
 
-    Rows without an adapter get nothing. A's result is rounded to the dtype of rows. Without adapters on this product, out as it is.
+    Rows without an adapter get nothing. A's result is rounded to the dtype of rows. Without adapters on this product,
+    out as it is.
     """
     if by is None or lora is None:
         return out

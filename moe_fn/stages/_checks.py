@@ -1,4 +1,6 @@
-"""What the stages read, checked from Python ints, so that it costs no graph node: where, what came, what was expected."""
+"""What the stages read, checked from Python ints, so that it costs no graph node: where, what came, what
+was expected.
+"""
 
 import dataclasses
 import math
@@ -21,7 +23,8 @@ def check_x(where: str, config: MoEConfig, x: Tensor) -> None:
     check_kind(where, "x", x, Tensor)
     if x.ndim < 2 or x.shape[-1] != config.hidden_size:
         raise ValueError(
-            f"{where}: x is {sizes_of(x)}; expected (..., hidden_size) with hidden_size={config.hidden_size} and at least 2 dims"
+            f"{where}: x is {sizes_of(x)}; expected (..., hidden_size) with hidden_size={config.hidden_size} and at "
+            "least 2 dims"
         )
     if not x.dtype.is_floating_point:
         raise ValueError(f"{where}: x is {x.dtype}; expected a floating-point dtype")
@@ -29,8 +32,11 @@ def check_x(where: str, config: MoEConfig, x: Tensor) -> None:
 
 
 def check_slots(where: str, tokens: int, top_k: int) -> None:
-    if not torch.compiler.is_compiling() and isinstance(tokens, int) and tokens * top_k > MOST_SLOTS:  # in a graph it would be a guard
-        raise ValueError(f"{where}: x has {tokens} tokens, {tokens * top_k} slots with top_k={top_k}; expected at most {MOST_SLOTS}")
+    # in a graph it would be a guard
+    if not torch.compiler.is_compiling() and isinstance(tokens, int) and tokens * top_k > MOST_SLOTS:
+        raise ValueError(
+            f"{where}: x has {tokens} tokens, {tokens * top_k} slots with top_k={top_k}; expected at most {MOST_SLOTS}"
+        )
 
 
 def check_routing_inputs(
@@ -40,7 +46,9 @@ def check_routing_inputs(
     check_kind("route", "logits", logits, Tensor)
     check_untraced("route", logits.ndim and logits.shape[0])
     if logits.ndim != 2 or logits.shape[-1] != config.num_logits:
-        raise ValueError(f"route: logits is {sizes_of(logits)}; expected (tokens, num_logits) with num_logits={config.num_logits}")
+        raise ValueError(
+            f"route: logits is {sizes_of(logits)}; expected (tokens, num_logits) with num_logits={config.num_logits}"
+        )
     check_dtype("route", "logits", logits, "float")
     token_ids = check_token_inputs("route", config, logits, token_ids, token_mask)
     _check_router("route", config, router, logits)
@@ -63,23 +71,30 @@ def check_choice_inputs(
     check_config(where, config)
     check_kind(where, "logits", logits, Tensor)
     if logits.ndim < 2 or logits.shape[-1] != config.num_logits:
-        raise ValueError(f"{where}: logits is {sizes_of(logits)}; expected (..., num_logits) with num_logits={config.num_logits}")
+        raise ValueError(
+            f"{where}: logits is {sizes_of(logits)}; expected (..., num_logits) with num_logits={config.num_logits}"
+        )
     check_dtype(where, "logits", logits, "float")
     expert_ids = checked_ids(where, "expert_ids", expert_ids, logits, ("top_k", config.top_k))
     if token_mask is not None:
         check_beside_x(where, "token_mask", token_mask, logits, None, "bool")
     _check_router(where, config, router, logits)
     if config.router.selection == "sparsemixer":
-        raise ValueError(f"{where}: selection='sparsemixer' weighs by softmaxes around its own choice; expected 'top_k' or 'hash'")
+        raise ValueError(
+            f"{where}: selection='sparsemixer' weighs by softmaxes around its own choice; expected 'top_k' or 'hash'"
+        )
     if config.router.capacity is not None and config.router.renormalize:
         raise ValueError(
-            f"{where}: capacity={config.router.capacity} with renormalize=True: slots dropped from the ids are part of the norm; "
+            f"{where}: capacity={config.router.capacity} with renormalize=True: "
+            "slots dropped from the ids are part of the norm; "
             "expected capacity=None or renormalize=False"
         )
     return expert_ids
 
 
-def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None) -> Tensor | None:
+def check_token_inputs(
+    where: str, config: MoEConfig, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None
+) -> Tensor | None:
     """Ids of tokens where hash routing reads them, as int64, and a mask of bools."""
     hashed = config.router.selection == "hash"
     if hashed and token_ids is None:
@@ -94,14 +109,18 @@ def check_token_inputs(where: str, config: MoEConfig, x: Tensor, token_ids: Tens
 
 
 def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Tensor | None) -> Tensor | None:
-    """Ids of adapters where there are adapters to choose among, as int64. Values are not looked at: one that there is not is none."""
+    """Ids of adapters where there are adapters to choose among, as int64.
+
+    Values are not looked at: one that there is not is none.
+    """
     if adapter_ids is not None:
         if config.lora is None:
             raise ValueError(f"{where}: adapter_ids would have no effect; expected None, or MoEConfig.lora")
         return checked_ids(where, "adapter_ids", adapter_ids, x, None)
     if config.lora is not None and config.lora.num_adapters > 1:
         raise ValueError(
-            f"{where}: adapter_ids is None; expected an id of the {config.lora.num_adapters} adapters for each token, -1 for none"
+            f"{where}: adapter_ids is None; expected an id of the {config.lora.num_adapters} adapters for each token, "
+            "-1 for none"
         )
     return None
 
@@ -114,7 +133,10 @@ def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) ->
     check_beside_x(where, "routing.weights", routing.weights, x, top_k, "float")
     weighed = config.shared is not None and config.shared.gate == "router"
     if weighed != (routing.shared_weights is not None):
-        raise ValueError(f"{where}: routing.shared_weights is {'None' if weighed else 'given'}; expected the opposite for this config")
+        raise ValueError(
+            f"{where}: routing.shared_weights is {'None' if weighed else 'given'}; "
+            "expected the opposite for this config"
+        )
     if routing.shared_weights is not None and config.shared is not None:
         count = ("shared.count", config.shared.count)
         check_beside_x(where, "routing.shared_weights", routing.shared_weights, x, count, "float")
@@ -155,7 +177,8 @@ def check_experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched
     check_kind("experts", "dispatched.expert_ends", ends, Tensor)
     if ends.dtype != torch.int32 or tuple(ends.shape) != (count,):
         raise ValueError(
-            f"experts: dispatched.expert_ends is {ends.dtype} {list(ends.shape)}; expected torch.int32 [num_experts] = [{count}]"
+            f"experts: dispatched.expert_ends is {ends.dtype} {list(ends.shape)}; "
+            f"expected torch.int32 [num_experts] = [{count}]"
         )
     check_weights_of_experts("experts", config, weights, dispatched.rows)
 
@@ -174,11 +197,16 @@ def check_combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routi
     _check_rows("combine", "routing.expert_ids", routing.expert_ids, ("top_k", config.top_k))
     ids = checked_ids("combine", "routing.expert_ids", routing.expert_ids, routing.expert_ids, ("top_k", config.top_k))
     if config.router.weight_on == "output":
-        check_beside_x("combine", "routing.weights", routing.weights, routing.expert_ids, ("top_k", config.top_k), "float")
+        check_beside_x(
+            "combine", "routing.weights", routing.weights, routing.expert_ids, ("top_k", config.top_k), "float"
+        )
     sizes = {"rows": rows.shape[0], "routing.expert_ids": routing.expert_ids.shape[0] * config.top_k}
     sizes |= {f"dispatched.{name}": map_.shape[0] for name, map_ in maps.items()}
     if not torch.compiler.is_compiling() and len(set(sizes.values())) > 1:
-        raise ValueError(f"combine: {', '.join(f'{name} has {size} slots' for name, size in sizes.items())}; expected as many in each")
+        raise ValueError(
+            f"combine: {', '.join(f'{name} has {size} slots' for name, size in sizes.items())}; "
+            "expected as many in each"
+        )
     return with_ids(routing, ids)
 
 

@@ -13,20 +13,24 @@ from moe_fn.records import RouterWeights, Routing
 from moe_fn.stages._scores import scores_of, transformed_logits
 
 
-def weigh(
+def routing_weights(
     config: MoEConfig, extra: RouterWeights, logits: Tensor, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids, their weights, and those of shared experts; `choose`: from transformed logits the ids and what they weigh before any norm."""
+    """Ids, their weights, and those of shared experts; `choose`: from transformed logits the ids and what they weigh
+    before any norm.
+    """
     router, arithmetic = config.router, ARITHMETIC[config.batch_invariant]
     z = transformed_logits(config, logits)
-    shared = z.narrow(-1, config.num_choices, z.shape[-1] - config.num_choices) if z.shape[-1] > config.num_choices else None
+    shared = (
+        z.narrow(-1, config.num_choices, z.shape[-1] - config.num_choices) if z.shape[-1] > config.num_choices else None
+    )
     z = z.narrow(-1, 0, config.num_choices) if shared is not None else z
     shared = None if shared is None else scores_of(config, shared)
     ids, chosen = choose(z)
     if router.renormalize:
         total = _norm(config, chosen if shared is None else torch.cat([chosen, shared], -1))
-        chosen = chosen / arithmetic.spread(total, chosen.shape[-1])
-        shared = None if shared is None else shared / arithmetic.spread(total, shared.shape[-1])
+        chosen = chosen / arithmetic.expand_rows(total, chosen.shape[-1])
+        shared = None if shared is None else shared / arithmetic.expand_rows(total, shared.shape[-1])
     if extra.expert_scale is not None:
         scale = extra.expert_scale.to(chosen.dtype)
         # A gather of an expanded row, whose gradient is a sum in fixed order; indexing it would scatter with atomics.
@@ -55,9 +59,9 @@ def _norm(config: MoEConfig, weights: Tensor) -> Tensor:
     router, arithmetic = config.router, ARITHMETIC[config.batch_invariant]
     order = router.renormalize_order
     if order == 1.0:
-        total = arithmetic.total(weights.abs())
+        total = arithmetic.row_sum(weights.abs())
     elif order == 2.0 and config.batch_invariant:
-        total = root(arithmetic.total(weights.square()))
+        total = root(arithmetic.row_sum(weights.square()))
     else:
         total = torch.linalg.vector_norm(weights, order, -1, keepdim=True)
     if router.renormalize_epsilon:

@@ -41,10 +41,11 @@ def finite(scores: Tensor) -> Tensor:
 
 
 def _best(values: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest, descending, ties to the lowest, for which topk promises nothing: so no two keys are alike.
+    """Indices of the `count` largest, descending, ties to the lowest, for which topk promises nothing: so no two keys
+    are alike.
 
-    A key is the number's bits, made to order as integers do, above the index counted from the end. A stable sort (float64, whose bits
-    leave no room) takes five times as long: 2.5 ms for 1024 tokens of 128 experts.
+    A key is the number's bits, made to order as integers do, above the index counted from the end. A stable sort
+    (float64, whose bits leave no room) takes five times as long: 2.5 ms for 1024 tokens of 128 experts.
     """
     if values.dtype == torch.float64 or not _bits_can_be_seen():
         return values.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, count)
@@ -92,17 +93,22 @@ def top_k_weights(config: MoEConfig, extra: RouterWeights, z: Tensor, ids: Tenso
 
 
 def weights_of_choice(config: MoEConfig, z: Tensor, ids: Tensor) -> Tensor:
-    """Weights, before any norm, of experts that somebody else has chosen: whatever this run's groups are, and 0 for ids below 0."""
+    """Weights, before any norm, of experts that somebody else has chosen: whatever this run's groups are, and 0 for ids
+    below 0.
+    """
     none, known = ids < 0, ids.clamp(min=0)
     if config.router.scoring_order == "after_top_k":
-        # Who is not there has no part in a softmax; a row of nobody keeps its numbers, for a softmax of nothing has NaN for a gradient.
+        # Who is not there has no part in a softmax; a row of nobody keeps its numbers, for a softmax of nothing has NaN
+        # for a gradient.
         chosen = torch.where(none & ~none.all(-1, keepdim=True), -torch.inf, z.gather(-1, known))
         return torch.where(none, 0, scores_of(config, chosen))
     return torch.where(none, 0, scores_of(config, z).gather(-1, known))
 
 
 def _weights_of_chosen(config: MoEConfig, z: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
-    return scores_of(config, z.gather(-1, ids)) if config.router.scoring_order == "after_top_k" else scores.gather(-1, ids)
+    return (
+        scores_of(config, z.gather(-1, ids)) if config.router.scoring_order == "after_top_k" else scores.gather(-1, ids)
+    )
 
 
 def _values_and_scores(config: MoEConfig, extra: RouterWeights, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +132,11 @@ def _values_and_scores(config: MoEConfig, extra: RouterWeights, z: Tensor) -> tu
 def _kept_experts(groups: GroupConfig, values: Tensor) -> Tensor:
     """Which experts lie in the best groups: bool, like values."""
     by_group = values.unflatten(-1, (groups.count, -1))
-    worth = by_group.amax(-1) if groups.score == "max" else by_group.sort(-1, descending=True).values.narrow(-1, 0, 2).sum(-1)
+    worth = (
+        by_group.amax(-1)
+        if groups.score == "max"
+        else by_group.sort(-1, descending=True).values.narrow(-1, 0, 2).sum(-1)
+    )
     best = _best(worth, groups.top_k)
     kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, torch.ones_like(best, dtype=torch.bool))
     return kept.unsqueeze(-1).expand(by_group.shape).flatten(-2)
@@ -150,7 +160,9 @@ def _hash(config: MoEConfig, extra: RouterWeights, z: Tensor, token_ids: Tensor 
 
 
 def _sparsemixer(config: MoEConfig, extra: RouterWeights, z: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Two softmaxes, each over the logits near its maximum (arXiv 2409.12136); the deterministic form, as at inference."""
+    """Two softmaxes, each over the logits near its maximum (arXiv 2409.12136); the deterministic form, as
+    at inference.
+    """
     first_id, first = _sparsemixer_choice(config, z, z)
     rest = z.scatter(-1, first_id, -torch.inf)
     second_id, second = _sparsemixer_choice(config, z, rest)
@@ -158,10 +170,16 @@ def _sparsemixer(config: MoEConfig, extra: RouterWeights, z: Tensor, token_ids: 
 
 
 def _sparsemixer_choice(config: MoEConfig, z: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    best = _best(torch.nan_to_num(candidates.detach(), nan=torch.finfo(z.dtype).min, posinf=torch.finfo(z.dtype).min, neginf=-torch.inf), 1)
+    best = _best(
+        torch.nan_to_num(
+            candidates.detach(), nan=torch.finfo(z.dtype).min, posinf=torch.finfo(z.dtype).min, neginf=-torch.inf
+        ),
+        1,
+    )
     largest = candidates.detach().gather(-1, best)
     scale = torch.maximum(z.detach().abs(), largest)
-    far = (largest - z.detach()) / scale > 2 * config.router.sparsemixer_epsilon  # 0 / 0 is not far: such an expert stays
+    # 0 / 0 is not far: such an expert stays
+    far = (largest - z.detach()) / scale > 2 * config.router.sparsemixer_epsilon
     p = ARITHMETIC[config.batch_invariant].softmax(torch.where(far, -torch.inf, candidates))
     return best, finite(p.gather(-1, best))
 

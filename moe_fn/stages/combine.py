@@ -16,8 +16,9 @@ def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Ro
 
         y[t] = sum over j of  weights[t, j] * rows[row_of_slot[t * top_k + j]],  over slots that have an expert
 
-    rows [R, width], routing.weights [tokens, top_k] float32 -> [tokens, width] in the dtype of rows. Multiplies and sums in float32
-    in the order of the slots and rounds once. With weight_on="input" the weights have been used and count as one.
+    rows [R, width], routing.weights [tokens, top_k] float32 -> [tokens, width] in the dtype of rows. Multiplies and
+    sums in float32 in the order of the slots and rounds once. With weight_on="input" the weights have been used and
+    count as one.
 
     Laws
         Combine is linear in the routing weights.
@@ -28,7 +29,8 @@ def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Ro
 
     >>> config = MoEConfig(num_experts=2, top_k=2, hidden_size=1, intermediate_size=1)
     >>> order = torch.tensor([0, 1])
-    >>> d = Dispatched(rows=torch.empty(2, 1), expert_ends=torch.tensor([1, 2], dtype=torch.int32), slot_of_row=order, row_of_slot=order)
+    >>> d = Dispatched(rows=torch.empty(2, 1), expert_ends=torch.tensor([1, 2], dtype=torch.int32), slot_of_row=order,
+    ...     row_of_slot=order)
     >>> routing = Routing(expert_ids=torch.tensor([[0, 1]]), weights=torch.tensor([[0.25, 0.75]]))
     >>> combine(config, torch.tensor([[4.0], [8.0]]), d, routing)
     tensor([[7.]])
@@ -38,10 +40,14 @@ def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Ro
 
 def _combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
     wide, arithmetic = accumulation_dtype(rows.dtype), ARITHMETIC[config.batch_invariant]
-    slots = gather_rows(rows, dispatched.row_of_slot, dispatched.slot_of_row, 1).unflatten(0, (-1, config.top_k)).to(wide)
+    slots = (
+        gather_rows(rows, dispatched.row_of_slot, dispatched.slot_of_row, 1).unflatten(0, (-1, config.top_k)).to(wide)
+    )
     ids = routing.expert_ids
     has_expert = ((ids >= 0) & (ids < config.num_experts)).unsqueeze(-1)
     slots = torch.where(has_expert, slots, 0)  # not a product with 0: an unused row may hold NaN
     if config.router.weight_on == "output":
-        slots = slots * arithmetic.spread(torch.where(has_expert, routing.weights.to(wide).unsqueeze(-1), 0), slots.shape[-1])
-    return arithmetic.added(slots, 1).to(rows.dtype)
+        slots = slots * arithmetic.expand_rows(
+            torch.where(has_expert, routing.weights.to(wide).unsqueeze(-1), 0), slots.shape[-1]
+        )
+    return arithmetic.sum_dim(slots, 1).to(rows.dtype)

@@ -15,8 +15,9 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
 
         rows[r] = x[slot_of_row[r] // top_k]
 
-    x [tokens, width], routing.expert_ids [tokens, top_k] -> rows [tokens * top_k, width]. Ids below 0 or from num_experts on are
-    no expert's: their rows come last, from expert_ends[-1] on. With weight_on="input" rows are w * x, rounded once.
+    x [tokens, width], routing.expert_ids [tokens, top_k] -> rows [tokens * top_k, width]. Ids below 0 or from
+    num_experts on are no expert's: their rows come last, from expert_ends[-1] on. With weight_on="input" rows are w *
+    x, rounded once.
 
     Laws
         slot_of_row is a permutation of the slots.
@@ -57,4 +58,4 @@ def _dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
 
 def weighted(config: MoEConfig, x: Tensor, weights: Tensor) -> Tensor:
     """w * x, rounded once, for weight_on="input": x [..., width], weights [..., 1]."""
-    return (x.to(weights.dtype) * ARITHMETIC[config.batch_invariant].spread(weights, x.shape[-1])).to(x.dtype)
+    return (x.to(weights.dtype) * ARITHMETIC[config.batch_invariant].expand_rows(weights, x.shape[-1])).to(x.dtype)

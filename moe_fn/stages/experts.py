@@ -8,7 +8,7 @@ from moe_fn.config import ActivationQuantConfig, ExpertNormConfig, MoEConfig, as
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.arithmetic import ARITHMETIC, rms_norm
 from moe_fn.ops.grouped_matmul import GROUPED, spread_over_rows
-from moe_fn.ops.quantized_matmul import quantised_matmul
+from moe_fn.ops.quantized_matmul import quantized_matmul
 from moe_fn.ops.rows import has_expert
 from moe_fn.quant.codes import codes_of
 from moe_fn.quant.inputs import rounded_rows, straight_through
@@ -25,11 +25,12 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
 
         rows[r] = down[e] @ activation(gate_up[e] @ rows[r] + gate_up_bias[e]) + down_bias[e],  e the expert of row r
 
-    dispatched.rows [R, Hx] -> [R, Hx] in the same dtype. Products accumulate in float32 and round once; biases and the activation
-    are added and computed in float32. Rows of no expert are never read. With expert_norm the output is normalised.
-    Only `rows`, `expert_ends` and, with config.lora, `adapter_of_row` are read, so somebody else's sorted rows do as well.
-    With config.lora each matrix W[e] is W[e] + B[l, e] A[l, e], l the adapter of row r. With config.quant weights are what their codes
-    stand for, and inputs of both products (not of adapters) are rounded as it says; a gradient passes the rounding as if it were not there.
+    dispatched.rows [R, Hx] -> [R, Hx] in the same dtype. Products accumulate in float32 and round once; biases and the
+    activation are added and computed in float32. Rows of no expert are never read. With expert_norm the output is
+    normalised. Only `rows`, `expert_ends` and, with config.lora, `adapter_of_row` are read, so somebody else's sorted
+    rows do as well. With config.lora each matrix W[e] is W[e] + B[l, e] A[l, e], l the adapter of row r. With
+    config.quant weights are what their codes stand for, and inputs of both products (not of adapters) are rounded as it
+    says; a gradient passes the rounding as if it were not there.
 
     Laws
         A row depends on its own expert alone.
@@ -43,7 +44,8 @@ def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> T
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1, activation="relu_no_mul")
     >>> weights = MoEWeights(gate_up=torch.tensor([[[1.0]], [[2.0]]]), down=torch.ones(2, 1, 1))
     >>> order = torch.tensor([0, 1])
-    >>> rows = Dispatched(rows=torch.ones(2, 1), expert_ends=torch.tensor([1, 2], dtype=torch.int32), slot_of_row=order, row_of_slot=order)
+    >>> rows = Dispatched(rows=torch.ones(2, 1), expert_ends=torch.tensor([1, 2], dtype=torch.int32), slot_of_row=order,
+    ...     row_of_slot=order)
     >>> experts(config, weights, rows).flatten().tolist()
     [1.0, 2.0]
     """
@@ -56,23 +58,32 @@ def _experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> 
     backend, weights = backend_of(config, rows), _restore_weights(config, weights)
     by_adapter = sort_by_adapter(config, dispatched)
     hidden = hidden_rows(config, weights, dispatched, by_adapter)
-    out = add_adapters(by_adapter, weights.lora, "down", hidden, _product(config, weights, "down", hidden, ends, backend))
+    out = add_adapters(
+        by_adapter, weights.lora, "down", hidden, _product(config, weights, "down", hidden, ends, backend)
+    )
     if weights.down_bias is not None:
         out = out.to(accumulation_dtype(rows.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])
     out = out.to(rows.dtype)
     if config.expert_norm is not None and weights.expert_norm is not None:
-        out = _normalise(config, config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0]))
+        out = _normalise(
+            config, config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0])
+        )
     return out
 
 
 def hidden_rows(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched, by_adapter: ByAdapter | None) -> Tensor:
-    """What down is multiplied with: the first half of `experts`, with plain weights. [R, Hx] -> [R, I] in the dtype of the rows."""
+    """What down is multiplied with: the first half of `experts`, with plain weights.
+
+    [R, Hx] -> [R, I] in the dtype of the rows.
+    """
     rows, ends, backend = dispatched.rows, dispatched.expert_ends, backend_of(config, dispatched.rows)
     hidden = _product(config, weights, "gate_up", rows, ends, backend).to(accumulation_dtype(rows.dtype))
     hidden = add_adapters(by_adapter, weights.lora, "gate_up", rows, hidden)
     if weights.gate_up_bias is not None:
         hidden = hidden + spread_over_rows(backend, weights.gate_up_bias, ends, rows.shape[0])
-    return activate(as_activation(config.activation), hidden, config.gate_up_layout, ARITHMETIC[config.batch_invariant]).to(rows.dtype)
+    return activate(
+        as_activation(config.activation), hidden, config.gate_up_layout, ARITHMETIC[config.batch_invariant]
+    ).to(rows.dtype)
 
 
 def _product(config: MoEConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
@@ -84,10 +95,12 @@ def _product(config: MoEConfig, weights: MoEWeights, name: str, rows: Tensor, en
     if config.quant.activations is not None:
         rows = _rounded(config.quant.activations, weights, name, rows, ends, backend)
     halves, invariant = halves_of(config, name), config.batch_invariant
-    return quantised_matmul(backend, rows, codes_of(weights, name), ends, config.quant, halves, invariant=invariant)
+    return quantized_matmul(backend, rows, codes_of(weights, name), ends, config.quant, halves, invariant=invariant)
 
 
-def _rounded(a: ActivationQuantConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
+def _rounded(
+    a: ActivationQuantConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str
+) -> Tensor:
     """Rows as the floats that their codes stand for; the gradient passes through."""
     static = None if weights.quant is None else getattr(weights.quant, f"{name}_input_scale")
     if static is not None:

@@ -14,9 +14,10 @@ def addends(
 ) -> tuple[Tensor, Tensor | None]:
     """The two parts whose sum is the layer: (transform(routed * gamma), shared), both halved where they are averaged.
 
-    routed [tokens, routed_size], shared [tokens, H] -> [tokens, H] twice. gamma is the routed_scaling_factor if it is on the output.
-    With scale_on="output_float16_safe", float16 and shared experts, routed stays and shared is divided by gamma: the layer is then
-    y / gamma, which cannot overflow and which the model compensates in its residual stream (DeepSeek-V2 in vLLM).
+    routed [tokens, routed_size], shared [tokens, H] -> [tokens, H] twice. gamma is the routed_scaling_factor if it is
+    on the output. With scale_on="output_float16_safe", float16 and shared experts, routed stays and shared is divided
+    by gamma: the layer is then y / gamma, which cannot overflow and which the model compensates in its residual stream
+    (DeepSeek-V2 in vLLM).
 
     Laws
         A scale on the output equals a scale on the weights.

@@ -14,7 +14,8 @@ def reduce_and_trunc(y: Tensor, *, group: RankGroup | None = None, width: int | 
         y[t, :width] summed over the group
 
     y [..., columns] -> [..., width]. Which group sums when: the table of `moe_fn.layer.compose`. The result
-    is the same on each rank, and so is its gradient, which is not summed again. Raises ValueError where there are fewer columns than width.
+    is the same on each rank, and so is its gradient, which is not summed again. Raises ValueError where there are fewer
+    columns than width.
 
     Laws
         Without a group nothing but columns is lost.

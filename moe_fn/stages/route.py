@@ -1,4 +1,7 @@
-"""route: logits -> Routing. By torch's ops, or by one op where a kernel knows the router; why an op: `moe_fn.ops.route_top_k`."""
+"""route: logits -> Routing.
+
+By torch's ops, or by one op where a kernel knows the router; why an op: `moe_fn.ops.route_top_k`.
+"""
 
 import dataclasses
 
@@ -13,7 +16,7 @@ from moe_fn.ops.dense import dense_product, product_of_all
 from moe_fn.ops.route_top_k import define_route_top_k
 from moe_fn.records import MoEWeights, RouterWeights, Routing
 from moe_fn.stages._checks import check_routing_inputs
-from moe_fn.stages._routing_weights import weigh, without_padding
+from moe_fn.stages._routing_weights import routing_weights, without_padding
 from moe_fn.stages._scores import SELECTIONS, top_k_weights
 from moe_fn.torch_compat import check_draft_export, in_forward_mode
 from moe_fn.weights.check import check_layer
@@ -32,12 +35,14 @@ def route(
 
         z = f32(logits) * logit_multiplier, soft-capped;   s = score(z), NaN and infinite scores are 0
         ids = the top_k largest of s + correction_bias (in the best groups), ties to the lowest id
-        w = s[ids];   w /= max(sum w + epsilon, minimum) or 1 where that is 0;   w *= expert_scale[ids] * routed_scaling_factor
+        w = s[ids];   w /= max(sum w + epsilon, minimum) or 1 where that is 0; w *= expert_scale[ids] *
+                      routed_scaling_factor
 
-    logits [tokens, config.num_logits], any float dtype; token_ids [tokens] integers, for hash routing; token_mask [tokens] bool,
-    False for padding, which gets ids -1 and weights 0; leading: dims that the tokens had, whose last is a sequence, where a capacity
-    counts (None: all are one). Returns ids int64 [tokens, top_k], weights float32 (float64 for float64).
-    Other forms (scores after the choice, sparsemixer, hash, per-group choice): `RouterConfig`, `GroupConfig`.
+    logits [tokens, config.num_logits], any float dtype; token_ids [tokens] integers, for hash routing; token_mask
+    [tokens] bool, False for padding, which gets ids -1 and weights 0; leading: dims that the tokens had, whose last is
+    a sequence, where a capacity counts (None: all are one). Returns ids int64 [tokens, top_k], weights float32 (float64
+    for float64). Other forms (scores after the choice, sparsemixer, hash, per-group choice): `RouterConfig`,
+    `GroupConfig`.
 
     Raises ValueError for shapes and dtypes that do not fit the config, and for router weights that it would ignore.
 
@@ -55,7 +60,8 @@ def route(
         A capacity keeps the first slots of every expert.
         Hash routing ignores how large the logits are.
 
-    Source: Shazeer et al. 2017 (arXiv 1701.06538); groups and bias DeepSeek-V2/V3 (2405.04434, 2412.19437); the models in `RouterConfig`.
+    Source: Shazeer et al. 2017 (arXiv 1701.06538); groups and bias DeepSeek-V2/V3 (2405.04434, 2412.19437); the models
+    in `RouterConfig`.
 
     >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=1, intermediate_size=1)
     >>> weights = MoEWeights(gate_up=torch.zeros(4, 2, 1), down=torch.zeros(4, 1, 1))
@@ -78,38 +84,59 @@ def _route(
     extra = weights.router or RouterWeights()
     if token_mask is not None:
         logits = torch.where(token_mask.unsqueeze(-1), logits, 0)
-    if runs("triton", config, logits) and extra.expert_scale is None and covers(config, logits.dtype) and not in_forward_mode():
+    if (
+        runs("triton", config, logits)
+        and extra.expert_scale is None
+        and covers(config, logits.dtype)
+        and not in_forward_mode()
+    ):
         check_draft_export("route_top_k")
-        chosen, ids = route_top_k_op(logits, extra.correction_bias, config._json)  # type: ignore[attr-defined]
+        chosen, ids = route_top_k_op(logits, extra.correction_bias, config.json)
         shared = None
     else:
-        ids, chosen, shared = weigh(config, extra, logits, lambda z: SELECTIONS[config.router.selection](config, extra, z, token_ids))
+        ids, chosen, shared = routing_weights(
+            config, extra, logits, lambda z: SELECTIONS[config.router.selection](config, extra, z, token_ids)
+        )
     routing = Routing(expert_ids=ids, weights=chosen, shared_weights=shared)
     routing = routing if token_mask is None else without_padding(routing, token_mask)
-    return routing if config.router.capacity is None else _within_capacity(config, routing, config.router.capacity, leading)
+    return (
+        routing
+        if config.router.capacity is None
+        else _within_capacity(config, routing, config.router.capacity, leading)
+    )
 
 
 def _within_capacity(config: MoEConfig, routing: Routing, capacity: int, leading: tuple[int, ...] | None) -> Routing:
-    """Slots beyond an expert's capacity go nowhere. Counted with comparisons and a running sum: [slots, experts] numbers, no sync."""
+    """Slots beyond an expert's capacity go nowhere.
+
+    Counted with comparisons and a running sum: [slots, experts] numbers, no sync.
+    """
     ids = routing.expert_ids
-    in_order = (ids.unsqueeze(0) if leading is None else ids.view(*leading, ids.shape[-1])).transpose(-1, -2).flatten(-2)
+    in_order = (
+        (ids.unsqueeze(0) if leading is None else ids.view(*leading, ids.shape[-1])).transpose(-1, -2).flatten(-2)
+    )
     taken = in_order.unsqueeze(-1) == torch.arange(config.num_experts, device=ids.device)
-    place = (taken.to(torch.int32).cumsum(-2, dtype=torch.int32) * taken).sum(-1)  # 1, 2, ...; 0 for those who want no expert
+    # 1, 2, ...; 0 for those who want no expert
+    place = (taken.to(torch.int32).cumsum(-2, dtype=torch.int32) * taken).sum(-1)
     fits = (place <= capacity).unflatten(-1, (ids.shape[-1], -1)).transpose(-1, -2).reshape(ids.shape)
-    return dataclasses.replace(routing, expert_ids=torch.where(fits, ids, -1), weights=torch.where(fits, routing.weights, 0))
+    return dataclasses.replace(
+        routing, expert_ids=torch.where(fits, ids, -1), weights=torch.where(fits, routing.weights, 0)
+    )
 
 
 def _weights_of_ids(config: MoEConfig, logits: Tensor, correction_bias: Tensor | None, ids: Tensor) -> Tensor:
     """What the chosen experts weigh, as a function of the logits."""
     extra = RouterWeights(correction_bias=correction_bias)
-    return weigh(config, extra, logits, lambda z: (ids, top_k_weights(config, extra, z, ids)))[1]
+    return routing_weights(config, extra, logits, lambda z: (ids, top_k_weights(config, extra, z, ids)))[1]
 
 
 route_top_k_op = define_route_top_k(_weights_of_ids)
 
 
 def router_logits(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
-    """The gate inside the layer: x @ gate.T + bias, in float32 or in the dtype of x: [tokens, width] -> [tokens, num_logits]."""
+    """The gate inside the layer: x @ gate.T + bias, in float32 or in the dtype of x: [tokens, width] -> [tokens,
+    num_logits].
+    """
     router = weights.router
     if router is None or router.gate is None:
         raise ValueError("moe_forward: logits is None and weights.router.gate too; expected one of them")

@@ -15,8 +15,8 @@ def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
 
         y = down @ (gamma * activation(gate_up @ x + gate_up_bias)) + down_bias;   y *= sigmoid(x . gate)  if gated
 
-    gamma are the router's weights of the shared experts (gate="router"), else absent. x [tokens, H] -> [tokens, H] in x.dtype;
-    None where the config has no shared experts.
+    gamma are the router's weights of the shared experts (gate="router"), else absent. x [tokens, H] -> [tokens, H] in
+    x.dtype; None where the config has no shared experts.
 
     Laws
         Shared experts see the original input.
@@ -44,11 +44,13 @@ def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
     hidden = activate(as_activation(shared.activation), hidden, arithmetic=arithmetic)
     if shared.gate == "router" and routing.shared_weights is not None:
         by_expert = hidden.unflatten(-1, (shared.count, -1))
-        hidden = (by_expert * arithmetic.spread(routing.shared_weights.to(wide).unsqueeze(-1), by_expert.shape[-1])).flatten(-2)
+        hidden = (
+            by_expert * arithmetic.expand_rows(routing.shared_weights.to(wide).unsqueeze(-1), by_expert.shape[-1])
+        ).flatten(-2)
     y = dense_product(config, hidden.to(x.dtype), dense.down)
     if dense.down_bias is not None:
         y = y + dense.down_bias
     if shared.gate == "sigmoid" and dense.gate is not None:
         gate = arithmetic.sigmoid(dense_product(config, x.to(wide), dense.gate.to(wide)))
-        y = (y.to(wide) * arithmetic.spread(gate, y.shape[-1])).to(x.dtype)
+        y = (y.to(wide) * arithmetic.expand_rows(gate, y.shape[-1])).to(x.dtype)
     return y

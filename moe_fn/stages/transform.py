@@ -1,4 +1,6 @@
-"""transform_input, transform_output: to the space that the routed experts work in, and back; norms of the gate's input and of all."""
+"""transform_input, transform_output: to the space that the routed experts work in, and back; norms of the gate's input
+and of all.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +50,11 @@ def transform_output(config: MoEConfig, weights: MoEWeights, routed: Tensor) -> 
     latent = weights.latent
     if config.latent is None or latent is None:
         return routed
-    routed = routed if latent.output_norm is None else rms_norm(config, routed, latent.output_norm, config.latent.norm_epsilon)
+    routed = (
+        routed
+        if latent.output_norm is None
+        else rms_norm(config, routed, latent.output_norm, config.latent.norm_epsilon)
+    )
     y = dense_product(config, routed, latent.output)
     return y if latent.output_bias is None else y + latent.output_bias
 
@@ -63,7 +69,8 @@ def norm_for_gate(config: MoEConfig, x: Tensor) -> Tensor:
 
     >>> import torch
     >>> from moe_fn.config import NormsConfig
-    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1, norms=NormsConfig(epsilon=0.0, gate=True))
+    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1,
+    ...     norms=NormsConfig(epsilon=0.0, gate=True))
     >>> norm_for_gate(config, torch.tensor([[3.0, 4.0]]))
     tensor([[0.8485, 1.1314]])
     """
@@ -71,7 +78,8 @@ def norm_for_gate(config: MoEConfig, x: Tensor) -> Tensor:
 
 
 def norm_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
-    """The layer's norm of everything that it added up; y as it is where the config has none. [tokens, H] -> [tokens, H].
+    """The layer's norm of everything that it added up; y as it is where the config has none. [tokens, H] -> [tokens,
+    H].
 
     Laws
         Norms around the layer equal the reference.
@@ -80,9 +88,15 @@ def norm_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
 
     >>> import torch
     >>> from moe_fn.config import NormsConfig
-    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1, norms=NormsConfig(epsilon=0.0, output=True))
-    >>> weights = MoEWeights(gate_up=torch.zeros(1, 2, 2), down=torch.zeros(1, 2, 1), output_norm=torch.tensor([1.0, 0.5]))
+    >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=2, intermediate_size=1,
+    ...     norms=NormsConfig(epsilon=0.0, output=True))
+    >>> weights = MoEWeights(gate_up=torch.zeros(1, 2, 2), down=torch.zeros(1, 2, 1),
+    ...     output_norm=torch.tensor([1.0, 0.5]))
     >>> norm_output(config, weights, torch.tensor([[3.0, 4.0]]))
     tensor([[0.8485, 0.5657]])
     """
-    return rms_norm(config, y, weights.output_norm, config.norms.epsilon) if config.norms is not None and config.norms.output else y
+    return (
+        rms_norm(config, y, weights.output_norm, config.norms.epsilon)
+        if config.norms is not None and config.norms.output
+        else y
+    )

@@ -1,4 +1,5 @@
-"""Tools to test a layer with: problems drawn by Hypothesis, one table of tolerances, and a check that a function is one graph.
+"""Tools to test a layer with: problems drawn by Hypothesis, one table of tolerances, and a check that a function is one
+graph.
 
 configs, problems, routings, quants   what to try: Hypothesis strategies over every option of the layer
 weights_for                      random weights that fit a config
@@ -10,7 +11,9 @@ assert_one_graph, count_graphs   whether torch.compile makes one graph of it, wi
 try:
     import hypothesis as _hypothesis
 except ModuleNotFoundError as error:
-    raise ImportError("moe_fn.testing needs hypothesis, which is an optional extra: pip install moe_fn[testing]") from error
+    raise ImportError(
+        "moe_fn.testing needs hypothesis, which is an optional extra: pip install moe_fn[testing]"
+    ) from error
 
 from moe_fn.testing.bounds import error_bound
 from moe_fn.testing.config_strategies import configs
@@ -24,6 +27,7 @@ from moe_fn.testing.weights import weights_for
 del _hypothesis
 
 __all__ = [
-    "TOLERANCES", "Counts", "MoEProblem", "assert_matches", "assert_one_graph", "configs", "count_graphs", "error_bound", "problems",
+    "TOLERANCES", "Counts", "MoEProblem", "assert_matches", "assert_one_graph", "configs", "count_graphs",
+    "error_bound", "problems",
     "quants", "relative_rms", "routings", "weights_for",
 ]  # fmt: skip

@@ -29,22 +29,26 @@ _BOOLEANS = st.booleans()
 def configs(**fixed: Any) -> SearchStrategy[MoEConfig]:
     """Configs over the whole option space, small and adversarial, always valid; simple ones first when it shrinks.
 
-    Draws every field of MoEConfig, RouterConfig and the nested configs: num_experts 1 to 8, zero experts 0 to 3, top_k up to all of them,
-    hidden_size 1 to 12, intermediate_size 1 to 8. Only `recompute` (the torch back-end refuses it) stays False.
+    Draws every field of MoEConfig, RouterConfig and the nested configs: num_experts 1 to 8, zero experts 0 to 3, top_k
+    up to all of them, hidden_size 1 to 12, intermediate_size 1 to 8. Only `recompute` (the torch back-end refuses it)
+    stays False.
 
-    Keywords fix fields, by a value or by a strategy: any field of MoEConfig or of RouterConfig, or `router` for all of the latter.
-    The other options are then drawn so that they go with those; fields that contradict each other raise ValueError.
-    A fixed `groups` or `zero_experts` holds its own sizes, and num_experts and top_k follow it.
+    Keywords fix fields, by a value or by a strategy: any field of MoEConfig or of RouterConfig, or `router` for all of
+    the latter. The other options are then drawn so that they go with those; fields that contradict each other raise
+    ValueError. A fixed `groups` or `zero_experts` holds its own sizes, and num_experts and top_k follow it.
 
     >>> from hypothesis import find
-    >>> config = find(configs(chunk_tokens=2, scoring=st.sampled_from(["sigmoid", "identity"])), lambda config: config.top_k > 1)
+    >>> config = find(configs(chunk_tokens=2, scoring=st.sampled_from(["sigmoid", "identity"])),
+    ...     lambda config: config.top_k > 1)
     >>> config.top_k > 1, config.chunk_tokens, config.router.scoring in ("sigmoid", "identity")
     (True, 2, True)
     """
     unknown = sorted(set(fixed) - set(_FIELDS))
     if unknown:
         raise TypeError(f"configs: unknown fields {unknown}; expected fields of MoEConfig or RouterConfig")
-    return _configs({name: value if isinstance(value, SearchStrategy) else st.just(value) for name, value in fixed.items()})
+    return _configs(
+        {name: value if isinstance(value, SearchStrategy) else st.just(value) for name, value in fixed.items()}
+    )
 
 
 @st.composite
@@ -58,8 +62,8 @@ def _configs(draw: DrawFn, fixed: dict[str, SearchStrategy[Any]]) -> MoEConfig:
     _check_given(known)
     for name in OPTIONS:
         if name not in known:
-            # Always one draw of an index, even into a single value: Hypothesis takes fewer draws for simpler, so it would shrink towards
-            # the options that leave the others no choice.
+            # Always one draw of an index, even into a single value: Hypothesis takes fewer draws for simpler, so it
+            # would shrink towards the options that leave the others no choice.
             index = draw(_indices(len(OPTIONS[name])))
             fitting = _fitting(known, name, given)
             known[name] = fitting[index % len(fitting)]
@@ -75,7 +79,9 @@ def _configs(draw: DrawFn, fixed: dict[str, SearchStrategy[Any]]) -> MoEConfig:
 def _check_given(known: Known) -> None:
     wrong = [name for name in known if name in OPTIONS and not goes_with(known, name, known[name])]
     if wrong or not sizes_of(known):
-        raise ValueError(f"configs: the fixed fields {sorted(known)} do not go together{': ' + ', '.join(wrong) if wrong else ''}")
+        raise ValueError(
+            f"configs: the fixed fields {sorted(known)} do not go together{': ' + ', '.join(wrong) if wrong else ''}"
+        )
 
 
 def _fitting(known: Known, name: str, given: frozenset[str]) -> tuple[Any, ...]:

@@ -13,14 +13,16 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 # Dynamo's graph is in Python's words; the tags of aten's operators say the same of the graphs after it.
 _DATA_DEPENDENT_NAMES = {
-    "nonzero", "argwhere", "item", "tolist", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount", "is_nonzero", "equal",
+    "nonzero", "argwhere", "item", "tolist", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount",
+    "is_nonzero", "equal",
     "allclose", "_local_scalar_dense",
 }  # fmt: skip
 _DATA_DEPENDENT_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 def bad_nodes(gm: fx.GraphModule, where: str, forbid: Sequence[str] = ()) -> list[str]:
-    """One line for every node whose work or size depends on values, or whose target starts with a forbidden name; subgraphs too.
+    """One line for every node whose work or size depends on values, or whose target starts with a forbidden name;
+    subgraphs too.
 
     >>> bad_nodes(fx.symbolic_trace(lambda x: x.nonzero()), "a graph")
     ['a graph: nonzero depends on data']
@@ -29,7 +31,8 @@ def bad_nodes(gm: fx.GraphModule, where: str, forbid: Sequence[str] = ()) -> lis
     for name, module in gm.named_modules():
         if isinstance(module, fx.GraphModule):
             place = f"{where}, {name}" if name else where
-            sizes = _new_sizes(module) if not name else iter(())  # the body of a scan has sizes of its own: its loop counter
+            # the body of a scan has sizes of its own: its loop counter
+            sizes = _new_sizes(module) if not name else iter(())
             found += [f"{place}: {reason}" for reason in (*_bad_targets(module, forbid), *sizes)]
     return found
 
@@ -90,11 +93,17 @@ def _new_sizes(gm: fx.GraphModule) -> Iterator[str]:
 def _unbacked_symbols(value: Any) -> set[Any]:
     if isinstance(value, tuple | list):
         return set().union(*map(_unbacked_symbols, value))
-    return set(free_unbacked_symbols(value)) if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool) else set()
+    return (
+        set(free_unbacked_symbols(value))
+        if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool)
+        else set()
+    )
 
 
 def inspecting_backend(backend: str, forbid: Sequence[str], found: list[str]) -> Callable[..., Any]:
-    """A backend of torch.compile that adds to `found` what is bad in its graphs: Dynamo's, and AOTAutograd's forward and backward."""
+    """A backend of torch.compile that adds to `found` what is bad in its graphs: Dynamo's, and AOTAutograd's forward
+    and backward.
+    """
 
     def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         found.extend(bad_nodes(gm, "backward graph" if options.get("is_backward") else "forward graph", forbid))
@@ -112,7 +121,9 @@ def inspecting_backend(backend: str, forbid: Sequence[str], found: list[str]) ->
         if backend == "inductor":
             return compile_fx(gm, inputs, inner_compile=compile_inner)
         if backend == "aot_eager":
-            return aot_autograd(fw_compiler=look_and_run("forward graph"), bw_compiler=look_and_run("backward graph"))(gm, inputs)
+            return aot_autograd(fw_compiler=look_and_run("forward graph"), bw_compiler=look_and_run("backward graph"))(
+                gm, inputs
+            )
         return gm.forward
 
     return compile_graph

@@ -35,9 +35,15 @@ class Counts:
 
 
 def count_graphs(
-    fn: Callable[..., Any], calls: Iterable[Args], *, fullgraph: bool = False, dynamic: bool | None = None, backend: Backend = "eager"
+    fn: Callable[..., Any],
+    calls: Iterable[Args],
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    backend: Backend = "eager",
 ) -> Counts:
-    """Compile fn, call it with each tuple of arguments in turn, and count. Resets torch._dynamo first, nothing is marked.
+    """Compile fn, call it with each tuple of arguments in turn, and count. Resets torch._dynamo first, nothing is
+    marked.
 
     >>> def shout(x):
     ...     print("!")
@@ -66,13 +72,15 @@ def assert_one_graph(
     tolerance: Tolerance = None,
     scale: float = 0.0,
 ) -> None:
-    """Raise AssertionError unless one graph of fn, without breaks or data-dependent work, serves every token count as eager does.
+    """Raise AssertionError unless one graph of fn, without breaks or data-dependent work, serves every token count as
+    eager does.
 
-    fn(*make_args(n)) is compiled once and run at each n of `tokens`. Arguments are pytrees; tensors whose first size is n at every n have
-    it marked (`moe_fn.torch_compat.mark_tokens`). Checked are Dynamo's graph and, but for backend "eager", AOTAutograd's:
+    fn(*make_args(n)) is compiled once and run at each n of `tokens`. Arguments are pytrees; tensors whose first size is
+    n at every n have it marked (`moe_fn.torch_compat.mark_tokens`). Checked are Dynamo's graph and, but for backend
+    "eager", AOTAutograd's:
 
-        exactly one graph; no break; no recompilation; no node that reads values to know a size (nonzero, item, boolean mask, bincount,
-        unique, ...), whatever is allowed under fullgraph; results of eager, and gradients if asked for
+        exactly one graph; no break; no recompilation; no node that reads values to know a size (nonzero, item, boolean
+        mask, bincount, unique, ...), whatever is allowed under fullgraph; results of eager, and gradients if asked for
 
     fullgraph  False compiles as a plain torch.compile(model) does, which captures less: test both
     backward   also the gradients of every tensor that requires one, or of all floating tensors if none does
@@ -81,11 +89,12 @@ def assert_one_graph(
 
     Resets torch._dynamo before and after.
 
-    >>> assert_one_graph(lambda x, w: x @ w, lambda n: (torch.ones(n, 3), torch.ones(3, 2)), backward=True, backend="aot_eager")
+    >>> assert_one_graph(lambda x, w: x @ w, lambda n: (torch.ones(n, 3), torch.ones(3, 2)), backward=True,
+    ...     backend="aot_eager")
     >>> assert_one_graph(lambda x: x[x > 0], lambda n: (torch.ones(n),), backend="aot_eager")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     AssertionError: <lambda>: Dynamo's graph: getitem depends on data; Dynamo's graph: getitem makes the data-dependent size u1; ...
-    """
+    """  # noqa: E501
     name = getattr(fn, "__qualname__", type(fn).__name__).split(".")[-1]
     found: list[str] = []
     calls = {count: make_args(count) for count in tokens}
@@ -122,24 +131,32 @@ def _counts(counter: CompileCounterWithBackend) -> Counts:
 
 def _assert_clean(name: str, counts: Counts, found: list[str]) -> None:
     if counts.breaks:
-        raise AssertionError(f"{name}: {counts.breaks} graph breaks: {'; '.join(_shorten(reason) for reason in counts.break_reasons)}")
+        raise AssertionError(
+            f"{name}: {counts.breaks} graph breaks: {'; '.join(_shorten(reason) for reason in counts.break_reasons)}"
+        )
     if found:
         raise AssertionError(f"{name}: {'; '.join(dict.fromkeys(found))}")
     if counts.graphs != 1:
-        raise AssertionError(f"{name}: {counts.graphs} graphs, expected exactly 1; with fullgraph=True the error may say where it broke")
+        raise AssertionError(
+            f"{name}: {counts.graphs} graphs, expected exactly 1; with fullgraph=True the error may say where it broke"
+        )
 
 
 def _assert_same_results(at: str, actual: Args, expected: Args, tolerance: Tolerance, scale: float) -> None:
     try:
         assert_matches(actual[0], expected[0], tolerance=tolerance, scale=scale, name=f"{at}, result")
         for index, (got, wanted) in enumerate(zip(actual[1], expected[1], strict=True)):
-            assert_matches(got, wanted, tolerance=tolerance, scale=scale, name=f"{at}, gradient of differentiable argument {index}")
+            assert_matches(
+                got, wanted, tolerance=tolerance, scale=scale, name=f"{at}, gradient of differentiable argument {index}"
+            )
     except AssertionError as error:
         raise AssertionError(f"compiled differs from eager: {error}") from None
 
 
 def _token_places(make_args: Callable[[int], Args], calls: dict[int, Args]) -> tuple[int, ...]:
-    """Which leaves of the arguments have tokens first: those whose first size follows the count, so [3, ...] of 3 experts is not one."""
+    """Which leaves of the arguments have tokens first: those whose first size follows the count, so [3, ...] of 3
+    experts is not one.
+    """
     if len(calls) == 1:  # one count alone cannot tell
         calls = calls | {count + 1: make_args(count + 1) for count in calls}
     leaves = {count: tree_leaves(args) for count, args in calls.items()}
@@ -147,7 +164,10 @@ def _token_places(make_args: Callable[[int], Args], calls: dict[int, Args]) -> t
     return tuple(
         place
         for place in range(shortest)
-        if all(isinstance(own[place], Tensor) and own[place].ndim > 0 and own[place].shape[0] == count for count, own in leaves.items())
+        if all(
+            isinstance(own[place], Tensor) and own[place].ndim > 0 and own[place].shape[0] == count
+            for count, own in leaves.items()
+        )
     )
 
 
@@ -173,7 +193,10 @@ def _run(fn: Callable[..., Any], args: Args, backward: bool) -> tuple[Any, list[
     if not inputs or not outputs:
         raise AssertionError("backward=True, but no result depends on a floating tensor among the arguments")
     # No two entries alike, so that a gradient of the wrong row or column shows.
-    seeds = [torch.arange(1, o.numel() + 1, device=o.device, dtype=torch.float64).cos().reshape(o.shape).to(o.dtype) for o in outputs]
+    seeds = [
+        torch.arange(1, o.numel() + 1, device=o.device, dtype=torch.float64).cos().reshape(o.shape).to(o.dtype)
+        for o in outputs
+    ]
     gradients = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
     return result, [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients, strict=True)]
 

@@ -8,14 +8,17 @@ from types import FrameType
 
 
 class TookTooLong(BaseException):
-    """No Exception: Hypothesis would take it for a failure to make smaller, and run the endless loop again and again."""
+    """No Exception: Hypothesis would take it for a failure to make smaller, and run the endless loop again
+    and again.
+    """
 
 
 @contextmanager
 def at_most_cpu_seconds(seconds: float, what: str) -> Iterator[None]:
     """TookTooLong where the code inside uses more of this process's CPU than that; others on the machine do not count.
 
-    Python code alone is interrupted (Triton's interpreter is), in the main thread, where there are timers: not on Windows.
+    Python code alone is interrupted (Triton's interpreter is), in the main thread, where there are timers: not on
+    Windows.
 
     >>> with at_most_cpu_seconds(0.05, "a loop"):
     ...     while True:

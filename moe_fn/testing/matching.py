@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Relative RMS error of honest code against float64, weights scaled by 1/sqrt(fan_in). Measured: float32 2-5e-7, bfloat16 5-6e-3
-# (flat from width 64 to 2048); the nearest wrong activation is 0.17 away, a missing factor of 0.6 is 0.4 away.
-TOLERANCES: dict[torch.dtype, float] = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Relative RMS error of honest code against float64, weights scaled by 1/sqrt(fan_in). Measured: float32 2-5e-7,
+# bfloat16 5-6e-3 (flat from width 64 to 2048); the nearest wrong activation is 0.17 away, a missing factor of 0.6 is
+# 0.4 away.
+TOLERANCES: dict[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
 
 # How much worse than the tolerance one row may be, so that one bad row among many does not hide in the mean.
 ROW_FACTOR = 20.0
@@ -20,7 +26,8 @@ Tolerance = float | Mapping[torch.dtype, float] | None
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """rms(actual - expected) / rms(expected), in float64; where expected is all zeros, 0 if actual is too and else infinite.
+    """rms(actual - expected) / rms(expected), in float64; where expected is all zeros, 0 if actual is too and else
+    infinite.
 
     >>> relative_rms(torch.tensor([3.0, 4.0]) * 0.9, torch.tensor([3.0, 4.0]))  # doctest: +ELLIPSIS
     0.1000000...
@@ -29,23 +36,27 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     return error / size if size else (torch.inf if error else 0.0)
 
 
-def assert_matches(actual: Any, expected: Any, *, tolerance: Tolerance = None, scale: float = 0.0, name: str = "") -> None:
+def assert_matches(
+    actual: Any, expected: Any, *, tolerance: Tolerance = None, scale: float = 0.0, name: str = ""
+) -> None:
     """Raise AssertionError unless `actual` is `expected`, up to the rounding that its dtype excuses.
 
         rms(actual - expected) <= tolerance * max(rms(expected), scale), and no row is worse than 20 times that
 
-    Tensors, None, numbers, and dataclasses, tuples, lists and dicts of them. Shapes are equal; integers and bools are exact; NaN and
-    infinities stand in the same places; zeros are zeros. `expected` is often wider (float64): the dtype of `actual` says the tolerance.
+    Tensors, None, numbers, and dataclasses, tuples, lists and dicts of them. Shapes are equal; integers and bools are
+    exact; NaN and infinities stand in the same places; zeros are zeros. `expected` is often wider (float64): the dtype
+    of `actual` says the tolerance.
 
     tolerance  a number, or a table by dtype; None: TOLERANCES
-    scale      size of the terms that were summed. Terms of size 1 may cancel to 0.01 and honestly keep the error of the terms; in tiny
-               tensors, and in gradients that are zero but for rounding, this happens: say scale=1.0 there (0.0: nothing is excused)
+    scale      size of the terms that were summed. Terms of size 1 may cancel to 0.01 and honestly keep the error of the
+               terms; in tiny tensors, and in gradients that are zero but for rounding, this happens: say scale=1.0
+               there (0.0: nothing is excused)
 
     >>> assert_matches(torch.ones(3) + 1e-7, torch.ones(3, dtype=torch.float64))
     >>> assert_matches(torch.ones(3) * 0.6, torch.ones(3), name="y")
     Traceback (most recent call last):
     AssertionError: y: relative RMS error 0.4 > 2e-06; torch.float32 [3]; worst at [0]: got 0.6000000238418579, expected 1.0
-    """
+    """  # noqa: E501
     place = name or "value"
     if isinstance(expected, Tensor) or isinstance(actual, Tensor):
         if not (isinstance(expected, Tensor) and isinstance(actual, Tensor)):
@@ -54,9 +65,13 @@ def assert_matches(actual: Any, expected: Any, *, tolerance: Tolerance = None, s
     elif dataclasses.is_dataclass(expected) or isinstance(expected, Mapping | tuple | list):
         got, wanted = _parts(actual), _parts(expected)
         if type(actual) is not type(expected) or got.keys() != wanted.keys():
-            raise AssertionError(f"{place}: got {_kind(actual)} of {list(got)}, expected {_kind(expected)} of {list(wanted)}")
+            raise AssertionError(
+                f"{place}: got {_kind(actual)} of {list(got)}, expected {_kind(expected)} of {list(wanted)}"
+            )
         for key in wanted:
-            assert_matches(got[key], wanted[key], tolerance=tolerance, scale=scale, name=f"{name}.{key}" if name else str(key))
+            assert_matches(
+                got[key], wanted[key], tolerance=tolerance, scale=scale, name=f"{name}.{key}" if name else str(key)
+            )
     elif type(actual) is not type(expected) or actual != expected:
         raise AssertionError(f"{place}: got {actual!r}, expected {expected!r}")
 
@@ -64,7 +79,9 @@ def assert_matches(actual: Any, expected: Any, *, tolerance: Tolerance = None, s
 def _parts(value: Any) -> dict[Any, Any]:
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return dict(value) if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, tuple | list) else {}
+    return (
+        dict(value) if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, tuple | list) else {}
+    )
 
 
 def _kind(value: Any) -> str:
@@ -101,14 +118,18 @@ def _assert_exact(name: str, what: str, got: Tensor, wanted: Tensor) -> None:
     wrong = got != wanted
     if wrong.any():
         count = f"{int(wrong.sum())} of {wrong.numel()}"
-        raise AssertionError(f"{name}: {count} entries differ, where all must be equal; {what}; {_worst(wrong, got, wanted)}")
+        raise AssertionError(
+            f"{name}: {count} entries differ, where all must be equal; {what}; {_worst(wrong, got, wanted)}"
+        )
 
 
 def _assert_same_non_finite(name: str, what: str, got: Tensor, wanted: Tensor) -> None:
     different = (got.isnan() != wanted.isnan()) | (got.isinf() != wanted.isinf()) | (got.isinf() & (got != wanted))
     if different.any():
         where = _worst(different, got, wanted)
-        raise AssertionError(f"{name}: NaN or infinity in {int(different.sum())} places where they differ; {what}; {where}")
+        raise AssertionError(
+            f"{name}: NaN or infinity in {int(different.sum())} places where they differ; {what}; {where}"
+        )
 
 
 def _assert_close(name: str, what: str, got: Tensor, wanted: Tensor, limit: float, scale: float) -> None:
@@ -118,7 +139,10 @@ def _assert_close(name: str, what: str, got: Tensor, wanted: Tensor, limit: floa
     if size == 0.0:
         largest = float(difference.abs().max()) if difference.numel() else 0.0
         if largest > limit * ZERO_BOUND:
-            raise AssertionError(f"{name}: zeros expected, but entries are up to {largest:.3g} > {limit * ZERO_BOUND:.3g}; {what}; {worst}")
+            raise AssertionError(
+                f"{name}: zeros expected, but entries are up to {largest:.3g} > {limit * ZERO_BOUND:.3g}; {what}; "
+                f"{worst}"
+            )
         return
     error = _rms(difference) / size
     if error > limit:
@@ -126,7 +150,9 @@ def _assert_close(name: str, what: str, got: Tensor, wanted: Tensor, limit: floa
     rows = difference.reshape(-1, difference.shape[-1]) if difference.ndim > 1 else difference.reshape(-1, 1)
     row_error = float(rows.square().mean(-1).sqrt().max()) / size if rows.numel() else 0.0
     if row_error > limit * ROW_FACTOR:
-        raise AssertionError(f"{name}: relative RMS error of one row {row_error:.3g} > {limit * ROW_FACTOR:.3g}; {what}; {worst}")
+        raise AssertionError(
+            f"{name}: relative RMS error of one row {row_error:.3g} > {limit * ROW_FACTOR:.3g}; {what}; {worst}"
+        )
 
 
 def _worst(badness: Tensor, got: Tensor, wanted: Tensor) -> str:

@@ -1,7 +1,9 @@
-"""Which values of the options go together: the table that `configs()` draws from, so that what it draws is valid by construction.
+"""Which values of the options go together: the table that `configs()` draws from, so that what it draws is valid by
+construction.
 
-Options are drawn one after another, each from the values that go with what is known by then: fields that the caller fixed, and options
-drawn before. Nested configs stand here for their kind ("groups", "latent", the gate of the shared experts, ...) until they are drawn.
+Options are drawn one after another, each from the values that go with what is known by then: fields that the caller
+fixed, and options drawn before. Nested configs stand here for their kind ("groups", "latent", the gate of the shared
+experts, ...) until they are drawn.
 """
 
 import functools
@@ -48,7 +50,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "activation": ("gated", "plain"),
     "gate_up_layout": ("packed", "interleaved"),
     "weight_layout": ("out_in", "in_out"),
-    # Epsilons are large: small ones multiply the rounding error of a tiny vector by 1/sqrt(epsilon), and would not show in the numbers.
+    # Epsilons are large: small ones multiply the rounding error of a tiny vector by 1/sqrt(epsilon), and would not show
+    # in the numbers.
     "expert_norm": (None, ExpertNormConfig(epsilon=0.01), ExpertNormConfig(epsilon=0.5, scale="before")),
     "chunk_tokens": (None, None, None, 1, 2, 3, 8),
     "backend": ("auto", "torch"),  # not "native", which refuses float64
@@ -70,7 +73,11 @@ def goes_with(known: Known, name: str, value: Any) -> bool:
     False
     """
     known = {**known, name: value}
-    rules = (rule for names, rule in _RULES if name in names and all(other in known for other in names) and not _holds(rule, names, known))
+    rules = (
+        rule
+        for names, rule in _RULES
+        if name in names and all(other in known for other in names) and not _holds(rule, names, known)
+    )
     return next(rules, None) is None and (name not in _RULES_OF_SIZES or bool(sizes_of(known)))
 
 
@@ -82,7 +89,11 @@ def sizes_of(known: Known) -> tuple[tuple[int, int, int], ...]:
     """
     two = known.get("selection") == "sparsemixer"
     zero = known.get("zero_experts", "unknown")
-    counts = {None: (0,), "unknown": (0, 1, 2, 3)}.get(zero, (1, 2, 3)) if not isinstance(zero, ZeroExpertsConfig) else (zero.count,)
+    counts = (
+        {None: (0,), "unknown": (0, 1, 2, 3)}.get(zero, (1, 2, 3))
+        if not isinstance(zero, ZeroExpertsConfig)
+        else (zero.count,)
+    )
     counts = (0,) if known.get("weight_on") == "input" else counts  # they bypass the experts, and their inputs
     groups = known.get("groups")
     fixed = groups if isinstance(groups, GroupConfig) else None
@@ -126,8 +137,9 @@ def _holds(rule: Callable[..., bool], names: tuple[str, ...], known: Known) -> b
 
 
 _RULES_OF_SIZES = ("selection", "weight_on", "zero_experts")
-# What `RouterConfig` and `MoEConfig` demand, each rule a function of the options that it names. What follows from two rules together has
-# a rule too (no renormalize_order with sparsemixer), so that no draw leaves a later one without a value.
+# What `RouterConfig` and `MoEConfig` demand, each rule a function of the options that it names. What follows from two
+# rules together has a rule too (no renormalize_order with sparsemixer), so that no draw leaves a later one without a
+# value.
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool]], ...] = (
     (("selection", "scoring"), lambda selection, scoring: selection != "sparsemixer" or scoring == "softmax"),
     (("selection", "scoring_order"), lambda selection, order: selection != "sparsemixer" or order == "before_top_k"),
@@ -148,7 +160,10 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool]], ...] = (
     (("zero_experts", "weight_on"), _default_unless("output", None)),
     (("zero_experts", "scale_on"), _default_unless("weights", None)),
     (("scale_on", "routed_scaling_factor"), lambda scale_on, factor: scale_on == "weights" or factor != 0.0),
-    (("gate_input", "latent", "hidden_padding"), lambda seen, latent, pad: seen == "original" or latent is not None or pad > 0),
+    (
+        ("gate_input", "latent", "hidden_padding"),
+        lambda seen, latent, pad: seen == "original" or latent is not None or pad > 0,
+    ),
     (("batch_invariant", "renormalize_order"), lambda invariant, order: not invariant or order in (1.0, 2.0)),
     (("batch_invariant", "capacity"), _default_unless(None, False)),
     (("batch_invariant", "quant"), lambda invariant, quant: not invariant or not _rounds_by_call(quant)),

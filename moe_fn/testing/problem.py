@@ -15,14 +15,16 @@ from moe_fn.records import MoEWeights
 class MoEProblem:
     """A config and tensors that fit it: what `problems()` draws, and what `moe_fn.moe_forward` takes.
 
-    x [..., H]; logits [..., num_logits], or None where the gate is inside the layer; token_ids [...] int64 for hash routing;
-    token_mask [...] bool, False on padding, whose rows of x and logits hold NaN and infinities; adapter_ids [...] int64 for LoRA.
+    x [..., H]; logits [..., num_logits], or None where the gate is inside the layer; token_ids [...] int64 for hash
+    routing; token_mask [...] bool, False on padding, whose rows of x and logits hold NaN and infinities; adapter_ids
+    [...] int64 for LoRA.
 
     >>> import torch
     >>> from moe_fn.testing import weights_for
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=3, intermediate_size=4)
     >>> problem = MoEProblem(config=config, weights=weights_for(config), x=torch.ones(5, 3), logits=torch.ones(5, 2))
-    >>> problem.replace(x=problem.x[:2], logits=problem.logits[:2]).call(lambda config, weights, x, logits, **ids_and_mask: x.shape)
+    >>> problem.replace(x=problem.x[:2], logits=problem.logits[:2]).call(lambda config, weights, x, logits,
+    ...     **ids_and_mask: x.shape)
     torch.Size([2, 3])
     """
 
@@ -55,10 +57,20 @@ class MoEProblem:
     def call(self, fn: Callable[..., Any]) -> Any:
         """fn(config, weights, x, logits, token_ids=..., token_mask=...), and adapter_ids=... where there are any."""
         adapters = {} if self.adapter_ids is None else {"adapter_ids": self.adapter_ids}
-        return fn(self.config, self.weights, self.x, self.logits, token_ids=self.token_ids, token_mask=self.token_mask, **adapters)
+        return fn(
+            self.config,
+            self.weights,
+            self.x,
+            self.logits,
+            token_ids=self.token_ids,
+            token_mask=self.token_mask,
+            **adapters,
+        )
 
     def __repr__(self) -> str:
-        """Short enough to read in a failing test: what differs from the defaults, and tensors by shape unless they are small."""
+        """Short enough to read in a failing test: what differs from the defaults, and tensors by shape unless they are
+        small.
+        """
         parts = [f"config={_changes(self.config)}", f"weights={_contents(self.weights)}"]
         for name in ("x", "logits", "token_ids", "token_mask", "adapter_ids"):
             value = getattr(self, name)

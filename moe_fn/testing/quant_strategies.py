@@ -8,7 +8,8 @@ from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES, ActivationQuantConf
 
 @st.composite
 def quants(draw: DrawFn, activations: bool = True, of_call: bool = True) -> QuantConfig:
-    """Every scheme, granularity, zero point and rounding of activations that go together; small groups and blocks, odd ones too.
+    """Every scheme, granularity, zero point and rounding of activations that go together; small groups and blocks, odd
+    ones too.
 
     activations  False: weights only
     of_call      False: without scales of all rows of a call, which chunks and ranks do not have

@@ -1,4 +1,6 @@
-"""Random codes and scales that fit a config; made as such, not by quantising, so that every code and odd scales are among them."""
+"""Random codes and scales that fit a config; made as such, not by quantizing, so that every code and odd scales are
+among them.
+"""
 
 import math
 
@@ -11,7 +13,9 @@ from moe_fn.records import QuantWeights
 Size = tuple[int, int, int]
 
 
-def codes_for(config: MoEConfig, like: dict[str, Tensor], generator: torch.Generator) -> tuple[dict[str, Tensor], QuantWeights]:
+def codes_for(
+    config: MoEConfig, like: dict[str, Tensor], generator: torch.Generator
+) -> tuple[dict[str, Tensor], QuantWeights]:
     """gate_up and down as codes on the device of `like` (their floats, [E, out, in]), and what belongs to them.
 
     Numbers that the codes stand for have about the deviation of 1/sqrt(fan in).
@@ -45,21 +49,30 @@ def _codes(quant: QuantConfig, size: Size, generator: torch.Generator) -> tuple[
     if quant.row.element == "e4m3":
         return (torch.randn(size, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn), 100.0
     low, high = (0, 256) if quant.zero_points else (-128, 128)
-    return torch.randint(low, high, size, generator=generator).to(torch.uint8 if quant.zero_points else torch.int8), 74.0
+    return torch.randint(low, high, size, generator=generator).to(
+        torch.uint8 if quant.zero_points else torch.int8
+    ), 74.0
 
 
-def _beside(quant: QuantConfig, shape: Size, halves: int, unit: float, generator: torch.Generator) -> dict[str, Tensor | None]:
+def _beside(
+    quant: QuantConfig, shape: Size, halves: int, unit: float, generator: torch.Generator
+) -> dict[str, Tensor | None]:
     """Scales near `unit`, zero points near the middle, static scales of activations that reach about 4."""
     factor = torch.rand(shape, generator=generator) + 0.5
     scale, above = unit * factor, None
     if quant.row.scale == "e8m0":
         scale = (127 + math.floor(math.log2(unit)) + torch.randint(-1, 2, shape, generator=generator)).to(torch.uint8)
     elif quant.row.scale == "e4m3":
-        scale, above = (factor * 100).to(torch.float8_e4m3fn), unit / 100 * (torch.rand(shape[0], halves, 1, generator=generator) + 0.5)
+        scale, above = (
+            (factor * 100).to(torch.float8_e4m3fn),
+            unit / 100 * (torch.rand(shape[0], halves, 1, generator=generator) + 0.5),
+        )
     elif quant.scheme == "int4":  # the published formats have positive scales, ours may not be
         scale = scale * torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1)
     middle = 2 ** (quant.row.bits - 1)
-    zero = torch.randint(middle - 3, middle + 4, shape, generator=generator).to(torch.uint8) if quant.zero_points else None
+    zero = (
+        torch.randint(middle - 3, middle + 4, shape, generator=generator).to(torch.uint8) if quant.zero_points else None
+    )
     static = None
     if quant.activations is not None and quant.activations.static:
         largest = {"fp8_e4m3": 448, "int8": 127, "nvfp4": 448 * 6}[quant.activations.scheme]

@@ -12,7 +12,15 @@ from moe_fn.config import MoEConfig
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.testing.config_strategies import configs as configs_strategy
 from moe_fn.testing.problem import MoEProblem
-from moe_fn.testing.values import GRID_KINDS, exact_gate, exact_gate_bias, logits_of_kind, needs_gate_bias, poison, x_of_shape
+from moe_fn.testing.values import (
+    GRID_KINDS,
+    exact_gate,
+    exact_gate_bias,
+    logits_of_kind,
+    needs_gate_bias,
+    poison,
+    x_of_shape,
+)
 from moe_fn.testing.weights import weights_for
 
 Logits = Literal["any", "grid", "gate", "normal"]
@@ -21,7 +29,8 @@ _TOKENS = st.integers(0, 17)
 _SEEDS = st.integers(0, 2**32 - 1)
 _BOOLEANS = st.booleans()
 _EVERY_CONFIG = configs_strategy()
-# In narrow dtypes, scores or a gate in the dtype of the input round so coarsely that the choice of experts is not that of float64.
+# In narrow dtypes, scores or a gate in the dtype of the input round so coarsely that the choice of experts is not that
+# of float64.
 _NARROW_CONFIGS = configs_strategy(score_dtype="float32", gate_dtype="float32")
 _MASKED = st.sampled_from(("none", "none", "some", "some", "all"))
 _VOCABULARY = 16
@@ -38,16 +47,18 @@ def problems(
 
     configs  of the layers; None: `configs()`, for bfloat16 and float16 with gate_dtype and score_dtype "float32"
     tokens   how many, 0 and 1 among them; as [T] or, sometimes, leading dims [B, S]
-    logits   "grid": values that tie exactly or are far apart (`values.py` says how, and why): spread, few, one expert wins
-             all, or all equal; "gate": None, and a gate inside the layer with exact products; "any": either;
-             "normal": continuous, near-ties possible. A gate that sees a latent space (gate_input="transformed") always is
+    logits   "grid": values that tie exactly or are far apart (`values.py` says how, and why): spread, few, one expert
+             wins all, or all equal; "gate": None, and a gate inside the layer with exact products; "any": either;
+             "normal": continuous, near-ties possible. A gate that sees a latent space (gate_input="transformed") always
+             is
 
-    Sometimes there is a token_mask, and padding then holds NaN and infinities in x and logits; hash routing has token_ids.
-    Optional weights come and go; a config with LoRA (fixed, for `configs()` draws none) has adapter_ids. Numbers come from a drawn seed;
-    sizes and options shrink.
+    Sometimes there is a token_mask, and padding then holds NaN and infinities in x and logits; hash routing has
+    token_ids. Optional weights come and go; a config with LoRA (fixed, for `configs()` draws none) has adapter_ids.
+    Numbers come from a drawn seed; sizes and options shrink.
 
     >>> from hypothesis import find
-    >>> find(problems(tokens=st.just(3), logits="grid"), lambda problem: problem.config.num_experts > 1).x[..., 0].numel()
+    >>> find(problems(tokens=st.just(3), logits="grid"), lambda problem: problem.config.num_experts > 1).x[...,
+    ...     0].numel()
     3
     """
     if configs is None:
@@ -57,7 +68,12 @@ def problems(
 
 @st.composite
 def _problems(
-    draw: DrawFn, configs: SearchStrategy[MoEConfig], tokens: SearchStrategy[int], dtype: torch.dtype, logits: Logits, device: torch.device
+    draw: DrawFn,
+    configs: SearchStrategy[MoEConfig],
+    tokens: SearchStrategy[int],
+    dtype: torch.dtype,
+    logits: Logits,
+    device: torch.device,
 ) -> MoEProblem:
     config = draw(configs)
     leading = draw(_leading_dims(draw(tokens)))
@@ -65,13 +81,17 @@ def _problems(
     masked = draw(_MASKED)
     generator = torch.Generator().manual_seed(draw(_SEEDS))
     weights = draw(_weights(config, generator, dtype, kind))
-    token_mask = None if masked == "none" else torch.rand(leading, generator=generator) > {"some": 0.3, "all": 1.0}[masked]
+    token_mask = (
+        None if masked == "none" else torch.rand(leading, generator=generator) > {"some": 0.3, "all": 1.0}[masked]
+    )
     x = x_of_shape((*leading, config.hidden_size), generator).to(dtype)
     own_logits = None if kind == "gate" else logits_of_kind(kind, (*leading, config.num_logits), generator).to(dtype)
     if token_mask is not None:
         x, own_logits = poison(x, token_mask), None if own_logits is None else poison(own_logits, token_mask)
     token_ids = torch.randint(_VOCABULARY, leading, generator=generator) if config.router.selection == "hash" else None
-    problem = MoEProblem(config=config, weights=weights, x=x, logits=own_logits, token_ids=token_ids, token_mask=token_mask)
+    problem = MoEProblem(
+        config=config, weights=weights, x=x, logits=own_logits, token_ids=token_ids, token_mask=token_mask
+    )
     problem = problem if config.lora is None else _with_adapters(draw, config, problem, leading, generator)
     return problem if device.type == "cpu" else _moved(problem, device)
 
@@ -122,16 +142,20 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if dataclasses.is_dataclass(value) and not isinstance(value, MoEConfig | type):
-        return dataclasses.replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in dataclasses.fields(value)})
+        return dataclasses.replace(
+            value, **{f.name: _moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        )
     return value
 
 
 @st.composite
 def routings(draw: DrawFn, config: MoEConfig, tokens: int | None = None, dtype: torch.dtype = torch.float32) -> Routing:
-    """Routings that somebody else's router may make: ids in any order, twice in a row of a token, -1 for none, or all on one expert.
+    """Routings that somebody else's router may make: ids in any order, twice in a row of a token, -1 for none, or all
+    on one expert.
 
-    expert_ids [tokens, top_k] int64 in -1 .. num_choices - 1; weights of `dtype`, some negative, above one or zero; shared_weights where
-    the config has them. tokens=None draws 0 to 17. Ids are drawn as rows, so a failing case shrinks to few tokens; weights from a seed.
+    expert_ids [tokens, top_k] int64 in -1 .. num_choices - 1; weights of `dtype`, some negative, above one or zero;
+    shared_weights where the config has them. tokens=None draws 0 to 17. Ids are drawn as rows, so a failing case
+    shrinks to few tokens; weights from a seed.
 
     >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=3, intermediate_size=5)
     >>> from hypothesis import find

@@ -1,14 +1,16 @@
 """Tensor values of drawn problems, from a seed: chosen so that every dtype makes the same choices of experts.
 
-Scores that differ by less than their rounding error are chosen differently in float32 and in float64, and then outputs differ although
-both are right. So two experts of a token must either tie exactly, in every dtype, or be far apart:
+Scores that differ by less than their rounding error are chosen differently in float32 and in float64, and then outputs
+differ although both are right. So two experts of a token must either tie exactly, in every dtype, or be far apart:
 
-    logits  k/2 + 1/32 for whole k in -8 .. 8: exact in bfloat16, and 17 values only, so exact ties are common. The 1/32 is there because
-            sigmoid(z) + sigmoid(-z) = 1 for all z: on a grid with both z and -z, groups scored "top2_sum" would tie but for rounding;
-            it also keeps the sum of "identity" scores away from 0. Over every scoring, multiplier and softcap that `configs()` draws,
-            scores of one expert, sums of two, and both plus correction biases are equal or more than 3e-6 apart (relative for softmax)
-    x       eighths between -4 and 4, and a gate inside the layer holds quarters between -1/2 and 1/2: logits are exact multiples of 1/32
-            in every dtype, whatever the order of summation. Its bias, where there is one, holds halves plus 1/128
+    logits  k/2 + 1/32 for whole k in -8 .. 8: exact in bfloat16, and 17 values only, so exact ties are common. The 1/32
+            is there because sigmoid(z) + sigmoid(-z) = 1 for all z: on a grid with both z and -z, groups scored
+            "top2_sum" would tie but for rounding; it also keeps the sum of "identity" scores away from 0. Over every
+            scoring, multiplier and softcap that `configs()` draws, scores of one expert, sums of two, and both plus
+            correction biases are equal or more than 3e-6 apart (relative for softmax)
+    x       eighths between -4 and 4, and a gate inside the layer holds quarters between -1/2 and 1/2: logits are exact
+            multiples of 1/32 in every dtype, whatever the order of summation. Its bias, where there is one, holds
+            halves plus 1/128
 """
 
 import torch
@@ -53,7 +55,9 @@ def exact_gate_bias(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def needs_gate_bias(router: RouterConfig) -> bool:
-    """Whether logits that are zero or opposite to each other would make a sum of scores zero, or tie but for rounding."""
+    """Whether logits that are zero or opposite to each other would make a sum of scores zero, or tie but
+    for rounding.
+    """
     return router.scoring == "identity" or (router.groups is not None and router.groups.score == "top2_sum")
 
 

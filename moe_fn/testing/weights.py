@@ -11,10 +11,12 @@ from moe_fn.records import LatentWeights, LoRAWeights, MoEWeights, RouterWeights
 from moe_fn.testing.quant_weights import codes_for
 from moe_fn.weights.spec import plain_sizes
 
-# Correction biases are -1, 0 or 1 times this. Together with the grid of logits in `values.py` it keeps sums of scores and biases, of
-# one expert and of two, more than 1e-5 apart or exactly equal, so float32 and float64 choose alike (test_testing.py checks the table).
+# Correction biases are -1, 0 or 1 times this. Together with the grid of logits in `values.py` it keeps sums of scores
+# and biases, of one expert and of two, more than 1e-5 apart or exactly equal, so float32 and float64 choose alike
+# (test_testing.py checks the table).
 BIAS_STEP = 605 / 1024
-# Softmax scores depend on the whole row, and no step suits all rows; with this one, scores (at most 1 in sum) decide inside a level only.
+# Softmax scores depend on the whole row, and no step suits all rows; with this one, scores (at most 1 in sum) decide
+# inside a level only.
 SOFTMAX_BIAS_STEP = 1.5
 
 
@@ -32,7 +34,8 @@ def weights_for(
     """Random weights that fit the config: all that it requires, a router gate, and by flag what is optional.
 
     seed           a number, or a CPU generator (which advances); the numbers do not depend on the device
-    dtype          of the layer; the router's gate, bias, correction_bias and expert_scale are float32 for narrower dtypes
+    dtype          of the layer; the router's gate, bias, correction_bias and expert_scale are float32 for narrower
+                   dtypes
     requires_grad  of every floating tensor but router.correction_bias, which no gradient reaches
     bias           optional biases: of the experts, the shared experts, the latent projections, and the gate
     scales         other optional tensors: router.expert_scale, latent.input_norm, latent.output_norm
@@ -82,7 +85,9 @@ def _router(config: MoEConfig, make: "_Maker", bias: bool, scales: bool, vocabul
         bias=make.normal(gate[0], fan_in=4) if bias else None,
         correction_bias=make.levels(config.num_choices, step=step) if router.correction_bias != "none" else None,
         expert_scale=make.scale(gate[0]) if scales else None,
-        expert_ids_of_token=make.choices(vocabulary, config.top_k, of=config.num_choices) if router.selection == "hash" else None,
+        expert_ids_of_token=make.choices(vocabulary, config.top_k, of=config.num_choices)
+        if router.selection == "hash"
+        else None,
     )
 
 
@@ -124,7 +129,9 @@ def _lora(config: MoEConfig, make: "_Maker") -> LoRAWeights | None:
 class _Maker:
     """Makes tensors on the CPU, where seeds mean the same everywhere, and moves them."""
 
-    def __init__(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device, requires_grad: bool) -> None:
+    def __init__(
+        self, generator: torch.Generator, dtype: torch.dtype, device: torch.device, requires_grad: bool
+    ) -> None:
         self.generator, self.dtype, self.device, self.requires_grad = generator, dtype, device, requires_grad
 
     def at_least_float32(self) -> "_Maker":

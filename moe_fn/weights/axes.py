@@ -1,4 +1,6 @@
-"""Patterns of named axes: "E (G I) X" is [E, G * I, X], each gate before all ups; as in einops, and the same for memory and for files."""
+"""Patterns of named axes: "E (G I) X" is [E, G * I, X], each gate before all ups; as in einops, and the same for memory
+and for files.
+"""
 
 import itertools
 import math

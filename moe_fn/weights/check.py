@@ -21,7 +21,9 @@ def check_config(where: str, config: Any) -> None:
 
 
 def check_layer(where: str, config: Any, weights: Any) -> Leaves:
-    """The tensors in the order of WEIGHT_PATHS; ValueError for anything but a MoEConfig and MoEWeights that hold tensors."""
+    """The tensors in the order of WEIGHT_PATHS; ValueError for anything but a MoEConfig and MoEWeights that hold
+    tensors.
+    """
     check_config(where, config)
     check_kind(where, "weights", weights, MoEWeights)
     for name, kind in NESTED_WEIGHTS.items():
@@ -37,15 +39,21 @@ def check_layer(where: str, config: Any, weights: Any) -> Leaves:
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor, any_dtype: bool = False) -> None:
-    """Every weight has the shape that the config gives it, a float dtype (unless any_dtype that of x for matrices) and the device of x."""
+    """Every weight has the shape that the config gives it, a float dtype (unless any_dtype that of x for matrices) and
+    the device of x.
+    """
     leaves = check_layer(where, config, weights)
     _check_leaves(where, config, weights, leaves, x, "x", any_dtype)
     if weights.router is not None and weights.router.bias is not None and weights.router.gate is None:
-        raise ValueError(f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none")
+        raise ValueError(
+            f"{where}: weights.router.bias without weights.router.gate would have no effect; expected both or none"
+        )
 
 
 def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
-    """Every weight that is there has the shape that the config gives it; what else must be there is known when the layer is called."""
+    """Every weight that is there has the shape that the config gives it; what else must be there is known when the
+    layer is called.
+    """
     leaves = check_layer(where, config, weights)
     _check_added_once(where, config, leaves)
     for expected, leaf in zip(expected_weights(config), leaves, strict=True):
@@ -69,7 +77,10 @@ def _check_leaves(
     any_dtype: bool,
     paths: tuple[Path, ...] | None = None,
 ) -> None:
-    """The weights of these paths, or all, against the dtype and device of a tensor. leaves: all tensors of the weights."""
+    """The weights of these paths, or all, against the dtype and device of a tensor.
+
+    leaves: all tensors of the weights.
+    """
     _check_added_once(where, config, leaves)
     for expected, leaf in zip(expected_weights(config, is_prepared(weights.gate_up)), leaves, strict=True):
         if (leaf is None and not expected.required) or (paths is not None and expected.path not in paths):
@@ -92,7 +103,8 @@ def _check_added_once(where: str, config: MoEConfig, leaves: Leaves) -> None:
     for expected, leaf in zip(expected_weights(config), leaves, strict=True):
         if expected.added_by_others and leaf is not None:
             raise ValueError(
-                f"{where}: {expected.name} is on a rank with another slice than the first; expected None, for the slices' outputs are "
+                f"{where}: {expected.name} is on a rank with another slice than the first; "
+                "expected None, for the slices' outputs are "
                 "summed, and the first slice adds it (shard_weights and load_moe_weights leave it out)"
             )
 
@@ -111,17 +123,24 @@ def check_weight(where: str, expected: Expected, leaf: Tensor | None, device: to
     if expected.dtypes is None:
         check_dtype(where, name, leaf, "integer" if expected.kind == "integer" else "float")
     elif leaf.dtype not in expected.dtypes:
-        raise ValueError(f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, expected.dtypes))}, for config.quant")
+        raise ValueError(
+            f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, expected.dtypes))}, for config.quant"
+        )
     if leaf.device != device:
         raise ValueError(f"{where}: {name} is on {leaf.device}; expected the device of x, {device}")
 
 
 def _fits(leaf: Tensor, shape: Shape) -> bool:
-    return leaf.ndim == len(shape) and all(size in (ANY, actual) for actual, (_, size) in zip(leaf.shape, shape, strict=True))
+    return leaf.ndim == len(shape) and all(
+        size in (ANY, actual) for actual, (_, size) in zip(leaf.shape, shape, strict=True)
+    )
 
 
 def _words(shape: Shape) -> str:
-    names, sizes = ", ".join(name for name, _ in shape), ", ".join("any" if size == ANY else str(size) for _, size in shape)
+    names, sizes = (
+        ", ".join(name for name, _ in shape),
+        ", ".join("any" if size == ANY else str(size) for _, size in shape),
+    )
     return f"({names}) = ({sizes})"
 
 
@@ -134,6 +153,10 @@ def check_adapters(where: str, config: MoEConfig, lora: LoRAWeights | None) -> N
     products = {"gate_up": (lora.gate_up_a, lora.gate_up_b), "down": (lora.down_a, lora.down_b)}
     for name, (a, b) in products.items():
         if (a is None) != (b is None):
-            raise ValueError(f"{where}: one of weights.lora.{name}_a and weights.lora.{name}_b is None; expected both or none")
+            raise ValueError(
+                f"{where}: one of weights.lora.{name}_a and weights.lora.{name}_b is None; expected both or none"
+            )
     if all(a is None for a, _ in products.values()):
-        raise ValueError(f"{where}: weights.lora has no tensors; expected those of gate_up or of down, for the config asks for them")
+        raise ValueError(
+            f"{where}: weights.lora has no tensors; expected those of gate_up or of down, for the config asks for them"
+        )

@@ -1,4 +1,5 @@
-"""The layout of panels: which output lies where, for weights and for what belongs to their outputs. Permutations alone, all invertible.
+"""The layout of panels: which output lies where, for weights and for what belongs to their outputs. Permutations alone,
+all invertible.
 
 A panel has 32 columns, outputs of a matrix; one of a gated gate_up has 16 gates, then the 16 ups that match.
 """
@@ -24,7 +25,7 @@ def num_panels(config: MoEConfig, name: str) -> int:
     return -(-config.intermediate_size // (PANEL // config.gate_up_parts))
 
 
-def lay_weight(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
+def weight_to_panels(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
     """[E, outputs, in] -> [E, panels, steps, 32 * d]; bytes of codes are what they are."""
     per_step = per_step_of(weight.dtype)
     by_panel = _to_panels(config, name, _bytes(weight))
@@ -32,7 +33,7 @@ def lay_weight(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
     return _seen_as(weight.dtype, steps.transpose(2, 3).flatten(3).contiguous())
 
 
-def lift_weight(config: MoEConfig, name: str, panels: Tensor, inputs: int) -> Tensor:
+def weight_from_panels(config: MoEConfig, name: str, panels: Tensor, inputs: int) -> Tensor:
     """The inverse: [E, panels, steps, 32 * d] -> [E, outputs, inputs]; inputs counts elements of the tensor."""
     columns: Tensor = _bytes(panels).unflatten(3, (PANEL, -1))
     columns = columns.transpose(2, 3).flatten(3).flatten(1, 2).narrow(2, 0, inputs)
@@ -40,20 +41,22 @@ def lift_weight(config: MoEConfig, name: str, panels: Tensor, inputs: int) -> Te
 
 
 def convert_panels(panels: Tensor, dtype: torch.dtype, inputs: int) -> Tensor:
-    """[E, panels, steps, 32 * d] of floats in another dtype, with its own d: what lay_weight makes of the plain weight in that dtype."""
+    """[E, panels, steps, 32 * d] of floats in another dtype, with its own d: what weight_to_panels makes of the plain
+    weight in that dtype.
+    """
     per_step = per_step_of(dtype)
     by_input = panels.unflatten(3, (PANEL, -1)).transpose(3, 4).flatten(2, 3).narrow(2, 0, inputs)
     steps: Tensor = _pad(by_input, 2, per_step).unflatten(2, (-1, per_step)).transpose(3, 4)
     return steps.to(dtype, memory_format=torch.contiguous_format).flatten(3)  # one pass
 
 
-def lay_columns(config: MoEConfig, name: str, values: Tensor) -> Tensor:
+def columns_to_panels(config: MoEConfig, name: str, values: Tensor) -> Tensor:
     """Numbers of outputs, [E, outputs, n] -> [E, panels, n, 32]: those of a panel's columns together."""
     by_panel: Tensor = _to_panels(config, name, _bytes(values)).unflatten(1, (-1, PANEL))
     return _seen_as(values.dtype, by_panel.transpose(2, 3).contiguous())
 
 
-def lift_columns(config: MoEConfig, name: str, panels: Tensor) -> Tensor:
+def columns_from_panels(config: MoEConfig, name: str, panels: Tensor) -> Tensor:
     """The inverse: [E, panels, n, 32] -> [E, outputs, n]."""
     return _seen_as(panels.dtype, _from_panels(config, name, _bytes(panels).transpose(2, 3).flatten(1, 2)).contiguous())
 
@@ -63,7 +66,9 @@ def _bytes(t: Tensor) -> Tensor:
 
 
 def _seen_as(dtype: torch.dtype, t: Tensor) -> Tensor:
-    """The same bits as another dtype; as its own it stays what it is, for a view as a dtype has no gradient, not even as the same one."""
+    """The same bits as another dtype; as its own it stays what it is, for a view as a dtype has no gradient, not even
+    as the same one.
+    """
     return t if t.dtype == dtype else t.view(dtype)
 
 
@@ -79,7 +84,9 @@ def _to_panels(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
     if name == "down" or config.gate_up_parts == 1:
         return _pad(weight, 1, PANEL)
     gates_and_ups: Tensor = (
-        weight.unflatten(1, (2, -1)) if config.gate_up_layout == "packed" else weight.unflatten(1, (-1, 2)).transpose(1, 2)
+        weight.unflatten(1, (2, -1))
+        if config.gate_up_layout == "packed"
+        else weight.unflatten(1, (-1, 2)).transpose(1, 2)
     )
     by_panel: Tensor = _pad(gates_and_ups, 2, PANEL // 2).unflatten(2, (-1, PANEL // 2))
     return by_panel.transpose(1, 2).flatten(1, 3)
@@ -93,4 +100,8 @@ def _from_panels(config: MoEConfig, name: str, columns: Tensor) -> Tensor:
     if config.gate_up_parts == 1:
         return columns.narrow(1, 0, inner)
     gates_and_ups: Tensor = columns.unflatten(1, (-1, 2, PANEL // 2)).transpose(1, 2).flatten(2, 3).narrow(2, 0, inner)
-    return gates_and_ups.flatten(1, 2) if config.gate_up_layout == "packed" else gates_and_ups.transpose(1, 2).flatten(1, 2)
+    return (
+        gates_and_ups.flatten(1, 2)
+        if config.gate_up_layout == "packed"
+        else gates_and_ups.transpose(1, 2).flatten(1, 2)
+    )

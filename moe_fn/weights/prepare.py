@@ -9,10 +9,16 @@ from torch import Tensor
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig
 from moe_fn.kernels.native import library as native
-from moe_fn.quant.tiles import halves_of, spread
+from moe_fn.quant.tiles import expand_tiles, halves_of
 from moe_fn.records import MoEWeights, QuantWeights
 from moe_fn.weights.check import check_layer
-from moe_fn.weights.panels import convert_panels, lay_columns, lay_weight, lift_columns, lift_weight
+from moe_fn.weights.panels import (
+    columns_from_panels,
+    columns_to_panels,
+    convert_panels,
+    weight_from_panels,
+    weight_to_panels,
+)
 from moe_fn.weights.shapes import BESIDE, expected_weights, is_prepared, prepared_shapes
 
 NAMES = ("gate_up", "down")
@@ -23,14 +29,14 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
 
         gate_up [E, out, in], down [E, out, in]  ->  [E, panels, steps, 32 * d]:  panel of 32 outputs, step of d inputs
 
-    with d = 1 for float32 and 2 for bfloat16 (32 bits), outputs and inputs padded with zeros; a panel of a gated gate_up holds 16
-    gates and their 16 ups. Codes of 8 and 4 bits are laid by their bytes, 4 of a column together; their scales and zero points become
-    [E, panels, tiles of inputs, 32], one for each column.
-    On other devices, dtypes and back-ends, nothing is to be done and the weights come back as they are.
-    The result goes wherever weights go: compile, export, AOTInductor, `.to` another device, safetensors, gradients.
-    Autocast takes weights that are prepared in its own dtype, and codes, as they are; others it converts in every call.
-    It is for inference: plain weights are laid anew in every call. Prepare after loading, for the copy lies in huge pages, which a tensor
-    read from a file does not: on a virtual machine that reads 10 to 20 % faster. Optimizers work on plain weights.
+    with d = 1 for float32 and 2 for bfloat16 (32 bits), outputs and inputs padded with zeros; a panel of a gated
+    gate_up holds 16 gates and their 16 ups. Codes of 8 and 4 bits are laid by their bytes, 4 of a column together;
+    their scales and zero points become [E, panels, tiles of inputs, 32], one for each column. On other devices, dtypes
+    and back-ends, nothing is to be done and the weights come back as they are. The result goes wherever weights go:
+    compile, export, AOTInductor, `.to` another device, safetensors, gradients. Autocast takes weights that are prepared
+    in its own dtype, and codes, as they are; others it converts in every call. It is for inference: plain weights are
+    laid anew in every call. Prepare after loading, for the copy lies in huge pages, which a tensor read from a file
+    does not: on a virtual machine that reads 10 to 20 % faster. Optimizers work on plain weights.
 
     Raises ValueError for shapes that do not fit the config.
 
@@ -55,11 +61,17 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         return weights  # adapters run by stages, which read plain weights
     quant = weights.quant
     if config.quant is not None:
-        if native.quant_problem(config.quant.text, config.expert_hidden_size, config.intermediate_size, computed.device.type) is not None:
+        if (
+            native.quant_problem(
+                config.quant.json, config.expert_hidden_size, config.intermediate_size, computed.device.type
+            )
+            is not None
+        ):
             return weights
-        quant = None if quant is None else _lay_beside(config, quant)
-    gate_up = _in_huge_pages(lay_gate_up(config, weights.gate_up))  # one after the other: the copy that is laid goes before the next comes
-    down = _in_huge_pages(lay_down(config, weights.down))
+        quant = None if quant is None else _quant_to_panels(config, quant)
+    # one after the other: the copy that is laid goes before the next comes
+    gate_up = _in_huge_pages(gate_up_to_panels(config, weights.gate_up))
+    down = _in_huge_pages(down_to_panels(config, weights.down))
     return dataclasses.replace(weights, gate_up=gate_up, down=down, quant=quant)
 
 
@@ -67,19 +79,19 @@ def _in_huge_pages(laid: Tensor) -> Tensor:
     return laid if torch.compiler.is_compiling() or laid.requires_grad else native.in_huge_pages(laid)
 
 
-def lay_panels(config: MoEConfig, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def to_panels(config: MoEConfig, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Plain gate_up and down as panels, whatever the back-end."""
-    return lay_gate_up(config, gate_up), lay_down(config, down)
+    return gate_up_to_panels(config, gate_up), down_to_panels(config, down)
 
 
-def lay_gate_up(config: MoEConfig, gate_up: Tensor) -> Tensor:
+def gate_up_to_panels(config: MoEConfig, gate_up: Tensor) -> Tensor:
     """Plain gate_up as panels."""
-    return lay_weight(config, "gate_up", _out_in(config, gate_up))
+    return weight_to_panels(config, "gate_up", _out_in(config, gate_up))
 
 
-def lay_down(config: MoEConfig, down: Tensor) -> Tensor:
+def down_to_panels(config: MoEConfig, down: Tensor) -> Tensor:
     """Plain down as panels."""
-    return lay_weight(config, "down", _out_in(config, down))
+    return weight_to_panels(config, "down", _out_in(config, down))
 
 
 def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
@@ -94,14 +106,17 @@ def _restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         return weights
     config = config.own
     per_byte = 1 if config.quant is None else config.quant.per_byte
-    gate_up = lift_weight(config, "gate_up", weights.gate_up, config.expert_hidden_size // per_byte)
-    down = lift_weight(config, "down", weights.down, config.intermediate_size // per_byte)
-    quant = None if weights.quant is None else _lift_beside(config, weights.quant)
-    return dataclasses.replace(weights, gate_up=_out_in(config, gate_up).contiguous(), down=_out_in(config, down).contiguous(), quant=quant)
+    gate_up = weight_from_panels(config, "gate_up", weights.gate_up, config.expert_hidden_size // per_byte)
+    down = weight_from_panels(config, "down", weights.down, config.intermediate_size // per_byte)
+    quant = None if weights.quant is None else _quant_from_panels(config, weights.quant)
+    return dataclasses.replace(
+        weights, gate_up=_out_in(config, gate_up).contiguous(), down=_out_in(config, down).contiguous(), quant=quant
+    )
 
 
 def convert_experts(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
-    """gate_up and down in another dtype, prepared ones as prepare_weights would lay them; as they are in this dtype, and as codes.
+    """gate_up and down in another dtype, prepared ones as prepare_weights would lay them; as they are in this dtype,
+    and as codes.
 
     Laws
         Converting prepared weights is preparing converted ones.
@@ -113,27 +128,29 @@ def convert_experts(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype) 
     if backend_of(config, weights.gate_up.new_empty(0, dtype=dtype)) != "native":
         return convert_experts(config, _restore_weights(config, weights), dtype)
     gate_up = convert_panels(weights.gate_up, dtype, config.expert_hidden_size)
-    return dataclasses.replace(weights, gate_up=gate_up, down=convert_panels(weights.down, dtype, config.own.intermediate_size))
+    return dataclasses.replace(
+        weights, gate_up=gate_up, down=convert_panels(weights.down, dtype, config.own.intermediate_size)
+    )
 
 
-def _lay_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
+def _quant_to_panels(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
     """Scales and zero points, one for each column of a panel."""
     tile = (None if config.quant is None else config.quant.tile[0]), 1
 
     def laid(name: str, values: Tensor) -> Tensor:
         outputs = config.expert_hidden_size if name == "down" else config.gate_up_size
         of_bytes = values.view(torch.uint8) if values.itemsize == 1 else values
-        every = spread(of_bytes, tile, halves_of(config, name), outputs, values.shape[2])
-        return lay_columns(config, name, every.contiguous().view(values.dtype))
+        every = expand_tiles(of_bytes, tile, halves_of(config, name), outputs, values.shape[2])
+        return columns_to_panels(config, name, every.contiguous().view(values.dtype))
 
     return _with_beside(quant, laid)
 
 
-def _lift_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
+def _quant_from_panels(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
     """The inverse: of each tile, what its first column has."""
 
     def lifted(name: str, values: Tensor) -> Tensor:
-        columns = lift_columns(config, name, values)
+        columns = columns_from_panels(config, name, values)
         halves = halves_of(config, name)
         tile = None if config.quant is None else config.quant.tile[0]
         first: Tensor = columns.unflatten(1, (halves, -1))[:, :, :: tile or columns.shape[1] // halves]
@@ -144,7 +161,9 @@ def _lift_beside(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
 
 def _with_beside(quant: QuantWeights, change: Callable[[str, Tensor], Tensor]) -> QuantWeights:
     fields = {f"{name}_{what}": (name, getattr(quant, f"{name}_{what}")) for name in NAMES for what in BESIDE}
-    return dataclasses.replace(quant, **{field: change(name, t) for field, (name, t) in fields.items() if t is not None})
+    return dataclasses.replace(
+        quant, **{field: change(name, t) for field, (name, t) in fields.items() if t is not None}
+    )
 
 
 def _check(where: str, config: MoEConfig, weights: MoEWeights) -> None:

@@ -24,22 +24,24 @@ def quantize_weights(
 
         scale = the least that leaves no weight of a tile out of the codes' range;  q = round(W / scale)
 
-    weights are floats in any layout that the config has; the result's weight_layout is "out_in". quant None: config.quant. Scales that
-    are floats are float32, those of groups in the dtype of the weights. Biases, the router and shared experts stay as they are.
-    int4 without zero points maps the weight of largest magnitude to -8, so a scale may be negative: steps are an eighth smaller than with
-    -7..7.
+    weights are floats in any layout that the config has; the result's weight_layout is "out_in". quant None:
+    config.quant. Scales that are floats are float32, those of groups in the dtype of the weights. Biases, the router
+    and shared experts stay as they are. int4 without zero points maps the weight of largest magnitude to -8, so a scale
+    may be negative: steps are an eighth smaller than with -7..7.
 
-    calibration   what the experts see of some tokens (`moe_fn.calibrate`): of FACTORS times the least scale each tile then takes the one
-                  with the least sum of mean_square * (W - what the code stands for)^2, and static scales of inputs cover what was seen
+    calibration   what the experts see of some tokens (`moe_fn.calibrate`): of FACTORS times the least scale each tile
+                  then takes the one with the least sum of mean_square * (W - what the code stands for)^2, and static
+                  scales of inputs cover what was seen
 
-    Raises ValueError where there is no quant, the weights are codes already, or scales are static and nothing is known of the inputs.
+    Raises ValueError where there is no quant, the weights are codes already, or scales are static and nothing is known
+    of the inputs.
 
     Laws
         Codes are the nearest ones.
-        Quantising what was dequantised changes nothing.
+        Quantizing what was dequantized changes nothing.
         Calibrated rounding errs no more.
-        Quantised layers equal the reference.
-        Quantised layers equal those of the floats that codes stand for.
+        Quantized layers equal the reference.
+        Quantized layers equal those of the floats that codes stand for.
         Gradients pass the rounding of inputs.
 
     Source: OCP microscaling formats 1.0 (mxfp4, mxfp8); compressed-tensors (nvfp4, zero points); ggml (int4's scale).
@@ -61,22 +63,41 @@ def quantize_weights(
     parts = {name: getattr(weights, name) for name in NAMES}
     for name, weight in parts.items():
         if weight.ndim != 3 or not weight.is_floating_point() or weight.itemsize == 1:
-            raise ValueError(f"quantize_weights: weights.{name} is {weight.dtype} with {weight.ndim} dims; expected plain floats with 3")
+            raise ValueError(
+                f"quantize_weights: weights.{name} is {weight.dtype} with {weight.ndim} dims; "
+                "expected plain floats with 3"
+            )
     if config.weight_layout == "in_out":
         parts = {name: weight.transpose(1, 2) for name, weight in parts.items()}
     _check_sizes("quantize_weights", config, parts, 1)
     if calibration is None and quant.activations is not None and quant.activations.static:
-        raise ValueError("quantize_weights: quant.activations.static=True; expected a calibration, which says what inputs there are")
+        raise ValueError(
+            "quantize_weights: quant.activations.static=True; expected a calibration, which says what inputs there are"
+        )
     seen = {name: None if calibration is None else getattr(calibration, f"{name}_mean_square") for name in NAMES}
-    made = {name: encoded(quant, weight.detach(), halves_of(config, name), seen[name]) for name, weight in parts.items()}
-    beside = {f"{name}_{field}": getattr(codes, field) for name, codes in made.items() for field in ("scale", "zero_point", "global_scale")}
+    made = {
+        name: encoded(quant, weight.detach(), halves_of(config, name), seen[name]) for name, weight in parts.items()
+    }
+    beside = {
+        f"{name}_{field}": getattr(codes, field)
+        for name, codes in made.items()
+        for field in ("scale", "zero_point", "global_scale")
+    }
     if calibration is not None and quant.activations is not None and quant.activations.static:
-        beside |= {f"{name}_input_scale": static_scale(quant.activations, getattr(calibration, f"{name}_amax")) for name in NAMES}
-    return result, dataclasses.replace(weights, gate_up=made["gate_up"].codes, down=made["down"].codes, quant=QuantWeights(**beside))
+        beside |= {
+            f"{name}_input_scale": static_scale(quant.activations, getattr(calibration, f"{name}_amax"))
+            for name in NAMES
+        }
+    return result, dataclasses.replace(
+        weights, gate_up=made["gate_up"].codes, down=made["down"].codes, quant=QuantWeights(**beside)
+    )
 
 
-def dequantize_weights(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype = torch.float32) -> tuple[MoEConfig, MoEWeights]:
-    """(config, weights) with the floats that the codes stand for, and no quant; inputs of products are then no longer rounded either.
+def dequantize_weights(
+    config: MoEConfig, weights: MoEWeights, dtype: torch.dtype = torch.float32
+) -> tuple[MoEConfig, MoEWeights]:
+    """(config, weights) with the floats that the codes stand for, and no quant; inputs of products are then no longer
+    rounded either.
 
         W = (q - zero_point) * scale * global_scale, in float32, rounded once to dtype
 
@@ -110,6 +131,8 @@ def _check_sizes(where: str, config: MoEConfig, parts: dict[str, Tensor], per_by
 
 
 def static_scale(activations: ActivationQuantConfig, amax: Tensor) -> Tensor:
-    """Scales of inputs that reach amax: the largest of their codes stands for it (nvfp4: with the largest scale of a group)."""
+    """Scales of inputs that reach amax: the largest of their codes stands for it (nvfp4: with the largest scale of a
+    group).
+    """
     largest = 448 * 6 if activations.scheme == "nvfp4" else NUMBERS[ELEMENTS[activations.scheme]].largest
     return one_if_zero(amax / largest).to(torch.float32)

@@ -1,4 +1,7 @@
-"""The shape and dtype of every weight of a layer by its config: plain or prepared, codes or floats. Derived from the table of weights."""
+"""The shape and dtype of every weight of a layer by its config: plain or prepared, codes or floats.
+
+Derived from the table of weights.
+"""
 
 import functools
 from dataclasses import dataclass, replace
@@ -11,7 +14,15 @@ from moe_fn.records import WEIGHT_PATHS, Path, Shape
 from moe_fn.torch_compat import constant_while_tracing
 from moe_fn.weights.axes import size_of
 from moe_fn.weights.panels import PANEL, num_panels, per_step_of
-from moe_fn.weights.spec import WEIGHTS, Kind, added_by_others, dims_of_weight, own_axis_sizes, parts_and_places, units_of_weight
+from moe_fn.weights.spec import (
+    WEIGHTS,
+    Kind,
+    added_by_others,
+    dims_of_weight,
+    own_axis_sizes,
+    parts_and_places,
+    units_of_weight,
+)
 
 BESIDE = ("scale", "zero_point")  # of codes: what is laid with them
 MATRICES: tuple[Path, Path] = (("gate_up",), ("down",))  # what prepare_weights lays
@@ -19,7 +30,8 @@ MATRICES: tuple[Path, Path] = (("gate_up",), ("down",))  # what prepare_weights 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a weight is to be; shape None: it is not to be there, for another rank adds it or the config has no use for it.
+    """What a weight is to be; shape None: it is not to be there, for another rank adds it or the config has no use for
+    it.
 
     dtypes None: by its kind.
     """
@@ -35,17 +47,22 @@ class Expected:
 
 
 def expected_weights(config: MoEConfig, prepared: bool = False) -> tuple[Expected, ...]:
-    """All weights in the order of WEIGHT_PATHS. prepared: what stands beside codes is that of prepared ones. Derived once a config."""
-    return _expected_weights(config._json, prepared)  # type: ignore[attr-defined]
+    """All weights in the order of WEIGHT_PATHS. prepared: what stands beside codes is that of prepared ones.
+
+    Derived once a config.
+    """
+    return _expected_weights(config.json, prepared)
 
 
 def expected_prepared(config: MoEConfig, dtype: torch.dtype) -> tuple[Expected, Expected]:
     """gate_up and down as prepare_weights lays them in this dtype. Derived once a config."""
-    return _expected_prepared(config._json, dtype)  # type: ignore[attr-defined]
+    return _expected_prepared(config.json, dtype)
 
 
 def expected_shapes(config: MoEConfig) -> dict[Path, tuple[Shape, bool]]:
-    """Shape of every weight that fits the config, and whether it must be there; a weight not in the result must not be."""
+    """Shape of every weight that fits the config, and whether it must be there; a weight not in the result
+    must not be.
+    """
     return {row.path: (row.shape, row.required) for row in expected_weights(config) if row.shape is not None}
 
 
@@ -92,7 +109,11 @@ def _expected(config: MoEConfig, path: Path, shape: Shape | None) -> Expected:
 def _dtypes_of_quant(quant: QuantConfig) -> dict[Kind, tuple[torch.dtype, ...]]:
     """Dtypes that codes, and what stands beside them, may have."""
     codes = {"e4m3": torch.float8_e4m3fn, "int8": torch.uint8 if quant.zero_points else torch.int8}
-    scales = {"float": (torch.float32, torch.bfloat16, torch.float16), "e8m0": (torch.uint8,), "e4m3": (torch.float8_e4m3fn,)}
+    scales = {
+        "float": (torch.float32, torch.bfloat16, torch.float16),
+        "e8m0": (torch.uint8,),
+        "e4m3": (torch.float8_e4m3fn,),
+    }
     return {
         "codes": (codes.get(quant.row.element, torch.uint8),),
         "scale": scales[quant.row.scale],
@@ -103,8 +124,10 @@ def _dtypes_of_quant(quant: QuantConfig) -> dict[Kind, tuple[torch.dtype, ...]]:
 
 
 _NAMES = {
-    "E": "num_experts", "G": "halves", "I": "intermediate_size", "X": "expert_hidden_size", "H": "hidden_size", "L": "latent.size",
-    "C": "num_logits", "D": "num_choices", "Z": "zero_experts.count", "V": "vocabulary", "K": "top_k", "A": "num_adapters", "R": "rank",
+    "E": "num_experts", "G": "halves", "I": "intermediate_size", "X": "expert_hidden_size", "H": "hidden_size",
+    "L": "latent.size",
+    "C": "num_logits", "D": "num_choices", "Z": "zero_experts.count", "V": "vocabulary", "K": "top_k",
+    "A": "num_adapters", "R": "rank",
     "slots": "num_physical", "logical": "num_experts", "replicas": "max replicas", "1": "1", "all": "1 of all experts",
 }  # fmt: skip
 _NAMES_OF_TILES = ("num_experts", "tiles of outputs", "tiles of inputs")
@@ -146,7 +169,9 @@ def is_prepared(weight: Tensor) -> bool:
 
 def prepared_shapes(config: MoEConfig, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of prepared gate_up and down; dtype: theirs, or of codes any of one byte."""
-    per_byte, per_step = (1, per_step_of(dtype)) if config.quant is None else (config.quant.per_byte, per_step_of(torch.uint8))
+    per_byte, per_step = (
+        (1, per_step_of(dtype)) if config.quant is None else (config.quant.per_byte, per_step_of(torch.uint8))
+    )
 
     def shape(name: str, inner: int) -> tuple[int, ...]:
         return config.num_experts, num_panels(config, name), -(-inner // (per_byte * per_step)), PANEL * per_step

@@ -1,4 +1,5 @@
-"""The table of weights: axes, kind and presence of every tensor of MoEWeights. Shapes, dtypes and the parts of ranks derive from it.
+"""The table of weights: axes, kind and presence of every tensor of MoEWeights. Shapes, dtypes and the parts of ranks
+derive from it.
 
 E experts           G gate, up (1 where not gated)           I intermediate    X width of the experts
 N shared experts    B gate, up of the shared experts         M intermediate of a shared expert
@@ -25,12 +26,14 @@ def _always(config: MoEConfig) -> bool:
 class Weight:
     """A row of the table.
 
-    axes         its pattern (`moe_fn.weights.axes`) with weight_layout "out_in", gate_up_layout "packed" and adapters of each expert
-    kind         "compute": floats in the dtype of x; "float": in any; "integer"; "codes": with config.quant, else "compute"; the other four
-                 stand beside codes
+    axes         its pattern (`moe_fn.weights.axes`) with weight_layout "out_in", gate_up_layout "packed" and adapters
+                 of each expert
+    kind         "compute": floats in the dtype of x; "float": in any; "integer"; "codes": with config.quant, else
+                 "compute"; the other four stand beside codes
     there        whether the config has a use for it
     required     whether it must then be there
-    added_after  the axis that its product sums over: of ranks with slices of that axis the first alone has it, for outputs are summed
+    added_after  the axis that its product sums over: of ranks with slices of that axis the first alone has it, for
+                 outputs are summed
     """
 
     axes: str
@@ -104,12 +107,15 @@ _ROWS = {
         for name, axes in _MATRICES.items()
     },
 }
-WEIGHTS: dict[Path, Weight] = {tuple(name.split(".")): row for name, row in _ROWS.items()}  # in the order of records.WEIGHT_PATHS
+# in the order of records.WEIGHT_PATHS
+WEIGHTS: dict[Path, Weight] = {tuple(name.split(".")): row for name, row in _ROWS.items()}
 _DIMS: dict[Path, Dims] = {path: dims_of(row.axes) for path, row in WEIGHTS.items()}
 
-# The dim that counts experts, of those weights that have one; the rest (router, shared experts, constants ...) is the same everywhere.
+# The dim that counts experts, of those weights that have one; the rest (router, shared experts, constants ...) is the
+# same everywhere.
 EXPERT_DIMS: dict[Path, int] = {path: dims.index(("E",)) for path, dims in _DIMS.items() if ("E",) in dims}
-EXPERT_PATHS = tuple(path for path, dim in EXPERT_DIMS.items() if dim == 0)  # those that have it first: all but the adapters
+# those that have it first: all but the adapters
+EXPERT_PATHS = tuple(path for path, dim in EXPERT_DIMS.items() if dim == 0)
 FIRST_SLICE_ONLY = tuple(path for path, row in WEIGHTS.items() if row.added_after is not None)
 
 
@@ -160,7 +166,11 @@ def slices_of_axes(parallel: ParallelConfig | None) -> dict[str, tuple[int, int]
 def own_axis_sizes(config: MoEConfig) -> dict[str, int]:
     """The size of every axis, of this rank's part."""
     sizes = axis_sizes(config)
-    return sizes | {"E": config.own.num_experts} | {axis: sizes[axis] // n for axis, (n, _) in slices_of_axes(config.parallel).items()}
+    return (
+        sizes
+        | {"E": config.own.num_experts}
+        | {axis: sizes[axis] // n for axis, (n, _) in slices_of_axes(config.parallel).items()}
+    )
 
 
 def dims_of_weight(config: MoEConfig, path: Path) -> Dims:
@@ -194,7 +204,9 @@ _UNITS: dict[Kind, Callable[[QuantConfig], tuple[int | None, int | None]]] = {
 
 
 def units_of_weight(config: MoEConfig, path: Path) -> tuple[int | None, ...]:
-    """Numbers of a matrix that one element is for, along each dim; None: all that there are, of gates and of ups apart."""
+    """Numbers of a matrix that one element is for, along each dim; None: all that there are, of gates and
+    of ups apart.
+    """
     units = _UNITS.get(WEIGHTS[path].kind)
     return (1,) * len(_DIMS[path]) if units is None or config.quant is None else (1, *units(config.quant))
 
@@ -222,6 +234,8 @@ def cut_of(config: MoEConfig, path: Path, axis: str) -> tuple[int, int] | None:
 
 
 def added_by_others(config: MoEConfig) -> tuple[Path, ...]:
-    """Biases that the rank with the first slice has, and no other: the slices' outputs are summed, and a bias is to be in it once."""
+    """Biases that the rank with the first slice has, and no other: the slices' outputs are summed, and a bias is to be
+    in it once.
+    """
     later = {axis for axis, (_, number) in slices_of_axes(config.parallel).items() if number > 0}
     return tuple(path for path in FIRST_SLICE_ONLY if WEIGHTS[path].added_after in later)

@@ -2,7 +2,8 @@
 
     PYTHONPATH=property_tests python -m campaign run --problems 20000 --workers 2
 
-drawing     problems as a function of (seed, index); laws: other ways to ask for the same numbers; checking: one line a problem
+drawing     problems as a function of (seed, index); laws: other ways to ask for the same numbers; checking: one line a
+            problem
 
 The bounds are `moe_fn.testing.error_bound`.
 """

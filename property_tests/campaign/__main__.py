@@ -57,20 +57,34 @@ def _report(out: Path, to: Path) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="PYTHONPATH=property_tests python -m campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="PYTHONPATH=property_tests python -m campaign",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="check problems, and go on where the last run stopped")
-    running.add_argument("--problems", type=int, default=20_000, help="how many, indices 0 .. problems - 1; default 20000")
+    running.add_argument(
+        "--problems", type=int, default=20_000, help="how many, indices 0 .. problems - 1; default 20000"
+    )
     running.add_argument("--seed", type=int, default=0)
-    running.add_argument("--out", type=Path, default=Path("out/campaign"), help="folder of the lines; default out/campaign")
+    running.add_argument(
+        "--out", type=Path, default=Path("out/campaign"), help="folder of the lines; default out/campaign"
+    )
     running.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     running.add_argument("--seconds", type=float, default=None, help="stop after so long; the next run goes on")
-    reporting = commands.add_parser("report", help="write campaign.md, campaign.json and numerics.md of a folder's lines")
-    reporting.add_argument("--out", type=Path, default=Path("out/campaign"), help="folder of the lines; default out/campaign")
-    reporting.add_argument("--to", type=Path, default=Path("out/campaign"), help="where the pages go; default out/campaign")
+    reporting = commands.add_parser(
+        "report", help="write campaign.md, campaign.json and numerics.md of a folder's lines"
+    )
+    reporting.add_argument(
+        "--out", type=Path, default=Path("out/campaign"), help="folder of the lines; default out/campaign"
+    )
+    reporting.add_argument(
+        "--to", type=Path, default=Path("out/campaign"), help="where the pages go; default out/campaign"
+    )
     measuring = commands.add_parser("measure", help="errors at the widths of models and over ranks, for numerics.md")
-    measuring.add_argument("--out", type=Path, default=Path("out/campaign"), help="folder of the lines; default out/campaign")
+    measuring.add_argument(
+        "--out", type=Path, default=Path("out/campaign"), help="folder of the lines; default out/campaign"
+    )
     showing = commands.add_parser("show", help="check one problem again, and print it")
     showing.add_argument("--seed", type=int, default=0)
     showing.add_argument("--index", type=int, required=True)

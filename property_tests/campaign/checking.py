@@ -25,7 +25,8 @@ class Line:
     """One problem: how large its errors are, and what failed, in words; failures are empty where all is well.
 
     of_bound   by law, the largest |y - float64| / radius of `error_bound`: at most 1; "the layer" is the layer itself
-    error      rms(y - float64) / rms(float64), and bound the same of the radius; None where nothing, or only zeros, came out
+    error      rms(y - float64) / rms(float64), and bound the same of the radius; None where nothing, or only zeros,
+               came out
     tied       codes of rounded inputs were undecided, and unbounded: a division may be by zero, and nothing can be said
     gradient   largest relative RMS error of a gradient (of size 0.1 at least), None where none was asked for
     """
@@ -78,9 +79,11 @@ def check_problem(problem: MoEProblem, seed: int = 0, index: int = 0) -> Line:
                 failures += (f"{name}: other bits",)
     failures += tuple(f"{name}: {share:.4g} of the bound" for name, share in of_bound.items() if not share <= 1)
     relative = _relative(bound.radius, expected)
-    asked = index % 2 == 0 and judged.decided and not bound.jumps and has_plain_gradients(problem)  # they take as long as all the rest
+    # they take as long as all the rest
+    asked = index % 2 == 0 and judged.decided and not bound.jumps and has_plain_gradients(problem)
     gradient = gradient_error(problem) if asked else None
-    allowed = max(GRADIENT_TOLERANCES[problem.x.dtype], relative or 0.0)  # what amplifies errors forward does so backward
+    # what amplifies errors forward does so backward
+    allowed = max(GRADIENT_TOLERANCES[problem.x.dtype], relative or 0.0)
     if gradient is not None and not gradient <= allowed:
         failures += (f"gradients: relative RMS error {gradient:.3g} > {allowed:.3g}",)
     return Line(
@@ -112,9 +115,10 @@ class _Judged:
 def _judged(problem: MoEProblem) -> _Judged:
     """What is expected, and what is wrong so far.
 
-    A gate that sees normed or transformed inputs has logits off the grid, where rounding may choose another expert, and be right. The layer
-    is judged in two parts there: its logits by their bound, and the rest by what the reference makes of these logits. Other ways to ask for
-    the layer may have other logits, and experts: they are judged where the choice is decided.
+    A gate that sees normed or transformed inputs has logits off the grid, where rounding may choose another expert, and
+    be right. The layer is judged in two parts there: its logits by their bound, and the rest by what the reference
+    makes of these logits. Other ways to ask for the layer may have other logits, and experts: they are judged where the
+    choice is decided.
     """
     bound = error_bound(problem)
     logits, routing = problem.call(moe_fn.moe_route)
@@ -122,7 +126,11 @@ def _judged(problem: MoEProblem) -> _Judged:
     off, decided, open_ = has_logits_off_the_grid(problem), True, torch.zeros(len(ids), dtype=torch.bool)
     if off:
         open_ = undecided(problem, logits, 2 * bound.logits.radius)
-        decided = not bool(open_.any()) and problem.x.dtype in (torch.float64, torch.float32) and torch.equal(ids, bound.expert_ids)
+        decided = (
+            not bool(open_.any())
+            and problem.x.dtype in (torch.float64, torch.float32)
+            and torch.equal(ids, bound.expert_ids)
+        )
         problem, bound = _with_logits(problem, logits)
         if not torch.equal(ids, bound.expert_ids):
             problem, bound = _with_logits(problem, leant(logits, routing.expert_ids))
@@ -138,7 +146,9 @@ def _judged(problem: MoEProblem) -> _Judged:
 
 def _with_logits(problem: MoEProblem, logits: Tensor) -> tuple[MoEProblem, Bound]:
     """The problem with logits from outside, which the gate inside the layer has computed."""
-    return problem.replace(logits=logits), error_bound(problem.replace(logits=logits), logits=logits_again(problem, logits))
+    return problem.replace(logits=logits), error_bound(
+        problem.replace(logits=logits), logits=logits_again(problem, logits)
+    )
 
 
 def _leaning(problem: MoEProblem, expert_ids: Tensor) -> tuple[MoEProblem, Bound]:
@@ -149,17 +159,24 @@ def _leaning(problem: MoEProblem, expert_ids: Tensor) -> tuple[MoEProblem, Bound
     )  # of biased scores near 1
     ball = error_bound(problem.replace(logits=leaning)).logits
     changed = problem.replace(logits=leaning)
-    return changed, error_bound(changed, logits=Ball(ball.value, ball.radius + 2 * (leaning - logits).abs().reshape(ball.value.shape)))
+    return changed, error_bound(
+        changed, logits=Ball(ball.value, ball.radius + 2 * (leaning - logits).abs().reshape(ball.value.shape))
+    )
 
 
 def has_plain_gradients(problem: MoEProblem) -> bool:
-    """Whether gradients can be held to a tolerance: inputs are not rounded to codes, and not so large that sigmoids saturate."""
+    """Whether gradients can be held to a tolerance: inputs are not rounded to codes, and not so large that sigmoids
+    saturate.
+    """
     rounds = problem.config.quant is not None and problem.config.quant.activations is not None
     return not rounds and size_of(problem.x) != "large"
 
 
 def share_of_bound(y: Tensor, expected: Tensor, bound: Bound) -> float:
-    """The largest |y - expected| / radius; infinite for NaN. The reference may itself be off `value`, so what it is off is allowed too."""
+    """The largest |y - expected| / radius; infinite for NaN.
+
+    The reference may itself be off `value`, so what it is off is allowed too.
+    """
     if y.numel() == 0:
         return 0.0
     error, allowed = (y.to(torch.float64) - expected).abs(), bound.radius + (expected - bound.value).abs()
@@ -168,16 +185,26 @@ def share_of_bound(y: Tensor, expected: Tensor, bound: Bound) -> float:
 
 
 def _failures_of_the_bound(bound: Bound, expected: Tensor) -> tuple[str, ...]:
-    """The reference and the bound's own float64 computation are the same, but for codes that are undecided even in float64."""
+    """The reference and the bound's own float64 computation are the same, but for codes that are undecided even in
+    float64.
+    """
     if expected.numel() == 0 or bound.tied:
         return ()
     off, size = (expected - bound.value).abs(), float(expected.abs().max())
     allowed = 1e-10 * max(size, 0.1)
-    return (f"the bound's value is off the reference by {float(off.max()):.3g}",) if not float(off.max()) <= allowed else ()
+    return (
+        (f"the bound's value is off the reference by {float(off.max()):.3g}",)
+        if not float(off.max()) <= allowed
+        else ()
+    )
 
 
 def _failures_of_logits(problem: MoEProblem, logits: Tensor, bound: Bound) -> tuple[str, ...]:
-    real = torch.ones(len(bound.expert_ids), dtype=torch.bool) if problem.token_mask is None else problem.token_mask.flatten()
+    real = (
+        torch.ones(len(bound.expert_ids), dtype=torch.bool)
+        if problem.token_mask is None
+        else problem.token_mask.flatten()
+    )
     off = (logits.reshape(bound.logits.value.shape).to(torch.float64) - bound.logits.value).abs()[real]
     return () if bool((off <= bound.logits.radius[real]).all()) else ("logits of the gate are beyond their bound",)
 

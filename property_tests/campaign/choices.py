@@ -1,4 +1,6 @@
-"""Choices of experts that rounding makes: scores that tie, or nearly so, once logits or sums of scores have been rounded."""
+"""Choices of experts that rounding makes: scores that tie, or nearly so, once logits or sums of scores have been
+rounded.
+"""
 
 import torch
 from torch import Tensor
@@ -12,7 +14,8 @@ _TRIES = 32  # an exact tie goes the same way in all of them once in 2^32
 
 
 def leant(logits: Tensor, expert_ids: Tensor, least: float = 0.0) -> Tensor:
-    """Logits a few roundings away, towards a choice: scores that tie but for rounding are then apart as the choice has it.
+    """Logits a few roundings away, towards a choice: scores that tie but for rounding are then apart as the choice has
+    it.
 
     Roundings of the largest logit of a token, or of `least`.
 
@@ -40,10 +43,11 @@ def sums_may_tie(config: MoEConfig) -> bool:
 
 
 def undecided(problem: MoEProblem, logits: Tensor, radius: Tensor) -> Tensor:
-    """Tokens whose experts, or whether one counts at all, change where logits move within a radius: logits [..., N], radius [T, N] -> [T].
+    """Tokens whose experts, or whether one counts at all, change where logits move within a radius: logits [..., N],
+    radius [T, N] -> [T].
 
-    By trying; weights that move more than 16 times as far as the logits did have jumped. Places that a capacity gives away are all
-    undecided where one is.
+    By trying; weights that move more than 16 times as far as the logits did have jumped. Places that a capacity gives
+    away are all undecided where one is.
     """
     generator = torch.Generator().manual_seed(0)
     ids, weights = _sorted(_routed(problem, logits))

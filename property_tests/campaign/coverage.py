@@ -22,8 +22,12 @@ _KINDS: dict[str, dict[str, Any]] = {
     "hidden_padding": {"0": 0, "some": 1},
 }
 _NORMS = tuple("+".join(names) for n in (1, 2, 3) for names in itertools.combinations(("input", "gate", "output"), n))
-_PLAIN = tuple(name for name, activation in PRESETS.items() if not activation.gated) + tuple(map(name_of, custom_activations()[False]))
-_GATED = tuple(name for name, activation in PRESETS.items() if activation.gated) + tuple(map(name_of, custom_activations()[True]))
+_PLAIN = tuple(name for name, activation in PRESETS.items() if not activation.gated) + tuple(
+    map(name_of, custom_activations()[False])
+)
+_GATED = tuple(name for name, activation in PRESETS.items() if activation.gated) + tuple(
+    map(name_of, custom_activations()[True])
+)
 _BEYOND: dict[str, tuple[str, ...]] = {
     "dtype": ("float64", "float32", "bfloat16", "float16"),
     "tokens": ("0", "1", "2-7", "8-17"),
@@ -57,7 +61,9 @@ def _narrow(dtype: str, where: str) -> bool:
 
 
 def _granularity(quant: str, granularity: str) -> bool:
-    return (quant == "None") == (granularity == "None") and (quant == "None" or granularity in SCHEMES[quant].granularities)
+    return (quant == "None") == (granularity == "None") and (
+        quant == "None" or granularity in SCHEMES[quant].granularities
+    )
 
 
 def _inputs(quant: str, inputs: str) -> bool:
@@ -118,11 +124,17 @@ def allowed(option: str, value: str, other: str, its: str) -> bool:
     if {option, other} == {"quant", "inputs granularity"}:
         return any(_through(value, inputs, its) for inputs in ("None", *ACTIVATION_SCHEMES))
     if {option, other} == {"quant granularity", "inputs granularity"}:
-        return any(_granularity(q, value) and _through(q, i, its) for q in ("None", *SCHEMES) for i in ("None", *ACTIVATION_SCHEMES))
+        return any(
+            _granularity(q, value) and _through(q, i, its)
+            for q in ("None", *SCHEMES)
+            for i in ("None", *ACTIVATION_SCHEMES)
+        )
     if {option, other} == {"zero_points", "inputs granularity"}:
         return value == "False" or its != "group static"
     if option in _DRAWN and other in _DRAWN:
-        return any(_go_together(selection, option, value, other, its) for selection in dict.fromkeys(OPTIONS["selection"]))
+        return any(
+            _go_together(selection, option, value, other, its) for selection in dict.fromkeys(OPTIONS["selection"])
+        )
     return True
 
 
@@ -137,7 +149,9 @@ def _go_together(selection: str, option: str, value: str, other: str, its: str) 
 
 @dataclass(frozen=True)
 class Coverage:
-    """met: how often each pair met; possible and excluded: how many pairs the rules allow and forbid; missing: allowed ones never met."""
+    """met: how often each pair met; possible and excluded: how many pairs the rules allow and forbid; missing: allowed
+    ones never met.
+    """
 
     met: Counter[Pair]
     possible: int
@@ -156,7 +170,10 @@ def coverage_of(problems: Sequence[Features]) -> Coverage:
     """Which pairs have met in these problems."""
     met = Counter(pair for features in problems for pair in pairs_of(features))
     every = [
-        (option, value, other, its) for option, other in itertools.combinations(AXES, 2) for value in AXES[option] for its in AXES[other]
+        (option, value, other, its)
+        for option, other in itertools.combinations(AXES, 2)
+        for value in AXES[option]
+        for its in AXES[other]
     ]
     possible = {pair for pair in every if allowed(*pair)}
     return Coverage(

@@ -30,15 +30,18 @@ _PER_SEED = 2**32
 
 @st.composite
 def every_problem(draw: DrawFn) -> MoEProblem:
-    """Problems of every dtype, with what `configs()` leaves out: norms, LoRA, codes, a capacity, inputs of other sizes. Without ranks.
+    """Problems of every dtype, with what `configs()` leaves out: norms, LoRA, codes, a capacity, inputs of other sizes.
+    Without ranks.
 
-    Logits lie on a grid, or come from an exact gate: choices of experts are then right or wrong, in every dtype. In bfloat16 and float16
-    gates and scores are in float32, for in those dtypes the choice itself would be rounded.
+    Logits lie on a grid, or come from an exact gate: choices of experts are then right or wrong, in every dtype. In
+    bfloat16 and float16 gates and scores are in float32, for in those dtypes the choice itself would be rounded.
 
     >>> problem_of(0, 4).config.to_dict() == problem_of(0, 5).config.to_dict()
     False
     """
-    dtype = draw(st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float64)))
+    dtype = draw(
+        st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float64))
+    )
     fixed: dict[str, Any] = {
         "quant": draw(st.one_of(st.none(), st.none(), _QUANTS)),
         "lora": draw(st.sampled_from((None,) * len(_LORAS) + _LORAS)),
@@ -53,13 +56,17 @@ def every_problem(draw: DrawFn) -> MoEProblem:
         fixed |= draw(_fitting(fixed["quant"]))
     problem = draw(problems(configs(**fixed), dtype=dtype))
     # With a gate inside the layer other inputs would be other logits, off their grid.
-    factor = 1.0 if problem.logits is None else draw(st.sampled_from((1.0, 1.0, 1.0, *_FACTORS[dtype == torch.float16])))
+    factor = (
+        1.0 if problem.logits is None else draw(st.sampled_from((1.0, 1.0, 1.0, *_FACTORS[dtype == torch.float16])))
+    )
     return problem if factor == 1.0 else problem.replace(x=problem.x * factor)
 
 
 @st.composite
 def _fitting(draw: DrawFn, quant: QuantConfig) -> dict[str, Any]:
-    """Options that codes ask for: two of 4 bits in a byte, scales along the inputs, and no chunks where one scale serves all rows."""
+    """Options that codes ask for: two of 4 bits in a byte, scales along the inputs, and no chunks where one scale
+    serves all rows.
+    """
     return {
         "hidden_size": draw(_EVEN),
         "intermediate_size": draw(_EVEN),
@@ -79,7 +86,9 @@ def problem_of(seed: int, index: int) -> MoEProblem:
 
     # Hypothesis' first example is always the simplest one; the second is random.
     @seeded(seed * _PER_SEED + index)
-    @settings(max_examples=2, database=None, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=2, database=None, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck)
+    )
     @given(every_problem())
     def collect(problem: MoEProblem) -> None:
         drawn.append(problem)

@@ -9,8 +9,10 @@ from moe_fn.testing import MoEProblem
 
 Features = dict[str, str]
 _ROUTER = (
-    "selection", "scoring", "scoring_order", "correction_bias", "renormalize", "renormalize_epsilon", "renormalize_minimum",
-    "renormalize_order", "routed_scaling_factor", "scale_on", "logit_multiplier", "logit_softcap", "sparsemixer_epsilon", "weight_on",
+    "selection", "scoring", "scoring_order", "correction_bias", "renormalize", "renormalize_epsilon",
+    "renormalize_minimum",
+    "renormalize_order", "routed_scaling_factor", "scale_on", "logit_multiplier", "logit_softcap",
+    "sparsemixer_epsilon", "weight_on",
     "gate_dtype", "score_dtype", "gate_input",
 )  # fmt: skip
 _LAYER = ("gate_up_layout", "weight_layout", "chunk_tokens", "backend", "opaque", "batch_invariant")
@@ -19,13 +21,19 @@ _LAYER = ("gate_up_layout", "weight_layout", "chunk_tokens", "backend", "opaque"
 def features_of(problem: MoEProblem) -> Features:
     """What a problem has of each option; values that are configs or tensors by their kind."""
     config, tokens = problem.config, problem.x[..., 0].numel()
-    words = {name: str(getattr(config.router, name)) for name in _ROUTER} | {name: str(getattr(config, name)) for name in _LAYER}
+    words = {name: str(getattr(config.router, name)) for name in _ROUTER} | {
+        name: str(getattr(config, name)) for name in _LAYER
+    }
     return (
         {
             "dtype": str(problem.x.dtype).removeprefix("torch."),
             "tokens": "0" if tokens == 0 else "1" if tokens == 1 else "2-7" if tokens < 8 else "8-17",
             "dims": "flat" if problem.x.ndim == 2 else "batch",
-            "padding": "none" if problem.token_mask is None else "all" if not bool(problem.token_mask.any()) else "some",
+            "padding": "none"
+            if problem.token_mask is None
+            else "all"
+            if not bool(problem.token_mask.any())
+            else "some",
             "inputs of size": size_of(problem.x),
             "logits": "gate" if problem.logits is None else "given",
             "biases": str(problem.weights.gate_up_bias is not None),
@@ -61,7 +69,13 @@ def _parts(config: MoEConfig) -> Features:
 
 def _quant(quant: QuantConfig | None) -> Features:
     if quant is None:
-        return {"quant": "None", "quant granularity": "None", "zero_points": "False", "inputs": "None", "inputs granularity": "None"}
+        return {
+            "quant": "None",
+            "quant granularity": "None",
+            "zero_points": "False",
+            "inputs": "None",
+            "inputs granularity": "None",
+        }
     inputs = quant.activations
     return {
         "quant": quant.scheme,
@@ -82,4 +96,6 @@ def name_of(activation: ActivationConfig | ActivationName) -> str:
         return activation
     names = [f.name for f in dataclasses.fields(activation) if f.name not in ("function", "limit_at", "gate_cap")]
     default = ActivationConfig(function=activation.function, gate_cap=activation.gate_cap)
-    return " ".join([activation.function, *(name for name in names if getattr(activation, name) != getattr(default, name))])
+    return " ".join(
+        [activation.function, *(name for name in names if getattr(activation, name) != getattr(default, name))]
+    )

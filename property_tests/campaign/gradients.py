@@ -17,9 +17,13 @@ _LEAST_SIZE = 0.1
 
 
 def gradient_error(problem: MoEProblem) -> float | None:
-    """The largest relative RMS error among the gradients to x, logits and every weight that is no code; None where there is none."""
+    """The largest relative RMS error among the gradients to x, logits and every weight that is no code; None where
+    there is none.
+    """
     direction = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    ours, theirs = (_gradients(problem, function, direction) for function in (moe_fn.moe_forward, moe_fn.reference.moe_forward))
+    ours, theirs = (
+        _gradients(problem, function, direction) for function in (moe_fn.moe_forward, moe_fn.reference.moe_forward)
+    )
     errors = [_error(a, e.to(torch.float64)) for a, e in zip(ours, theirs, strict=True) if a.numel()]
     return max(errors, default=None)
 
@@ -34,7 +38,11 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 def _gradients(problem: MoEProblem, function: Callable[..., Tensor], direction: Tensor) -> list[Tensor]:
     problem = _with_leaves(problem)
-    inputs = [t for t in tree_leaves((problem.weights, problem.x, problem.logits)) if isinstance(t, Tensor) and t.requires_grad]
+    inputs = [
+        t
+        for t in tree_leaves((problem.weights, problem.x, problem.logits))
+        if isinstance(t, Tensor) and t.requires_grad
+    ]
     total = (problem.call(function).to(torch.float64) * direction).sum()
     found = torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else [None] * len(inputs)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]

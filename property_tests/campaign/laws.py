@@ -12,7 +12,9 @@ from moe_fn.testing import MoEProblem
 
 @dataclass(frozen=True)
 class Law:
-    """The output of a problem asked for in another way, when there is such a way, and when it must have the same bits."""
+    """The output of a problem asked for in another way, when there is such a way, and when it must have the
+    same bits.
+    """
 
     output: Callable[[MoEProblem], Tensor]
     applies: Callable[[MoEProblem], bool] = lambda problem: True
@@ -77,7 +79,9 @@ def _in_torch(problem: MoEProblem) -> Tensor:
 
 def _routed(problem: MoEProblem) -> Tensor:
     _, routing = problem.call(moe_fn.moe_route)
-    y: Tensor = moe_fn.moe_forward_routed(problem.config, problem.weights, problem.x, routing, token_mask=problem.token_mask)
+    y: Tensor = moe_fn.moe_forward_routed(
+        problem.config, problem.weights, problem.x, routing, token_mask=problem.token_mask
+    )
     return y
 
 
@@ -100,7 +104,11 @@ def _invariant(problem: MoEProblem) -> bool:
 
 
 def _has_panels(problem: MoEProblem) -> bool:
-    return problem.x.dtype in (torch.float32, torch.bfloat16) and problem.config.backend == "auto" and problem.config.lora is None
+    return (
+        problem.x.dtype in (torch.float32, torch.bfloat16)
+        and problem.config.backend == "auto"
+        and problem.config.lora is None
+    )
 
 
 LAWS: dict[str, Law] = {

@@ -23,7 +23,9 @@ _PROBLEMS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Of some problems: relative RMS errors against float64, the median and the worst, the median of the bounds, the worst share."""
+    """Of some problems: relative RMS errors against float64, the median and the worst, the median of the bounds, the
+    worst share.
+    """
 
     what: str
     dtype: str
@@ -61,7 +63,14 @@ def wide_configs() -> Iterator[tuple[str, MoEConfig]]:
         yield f"width {width}", dataclasses.replace(_BASE, hidden_size=width, intermediate_size=width // 2)
     for name in PRESETS:
         yield f"activation {name}", dataclasses.replace(_BASE, activation=name)  # type: ignore[arg-type]
-    every = (("fp8_e4m3", "fp8_e4m3"), ("int8", "int8"), ("int4", "int8"), ("mxfp4", "mxfp4"), ("mxfp8", "mxfp8"), ("nvfp4", "nvfp4"))
+    every = (
+        ("fp8_e4m3", "fp8_e4m3"),
+        ("int8", "int8"),
+        ("int4", "int8"),
+        ("mxfp4", "mxfp4"),
+        ("mxfp8", "mxfp8"),
+        ("nvfp4", "nvfp4"),
+    )
     for scheme, inputs in every:
         for rounded in (None, inputs):
             words = f"{scheme}, inputs {rounded or 'not rounded'}"
@@ -81,7 +90,13 @@ def measured(what: str, dtype: str, found: list[tuple[float, float, float]]) -> 
     errors, bounds, shares = (sorted(column) for column in zip(*found, strict=True))
     middle = len(errors) // 2
     return Measured(
-        what=what, dtype=dtype, problems=len(errors), median=errors[middle], worst=errors[-1], bound=bounds[middle], share=shares[-1]
+        what=what,
+        dtype=dtype,
+        problems=len(errors),
+        median=errors[middle],
+        worst=errors[-1],
+        bound=bounds[middle],
+        share=shares[-1],
     )
 
 
@@ -93,7 +108,11 @@ def compare(y: Tensor, problem: MoEProblem, ranks: int = 1) -> tuple[float, floa
         return 0.0, 0.0, 0.0
     size = float(bound.value.square().mean().sqrt())
     shares = torch.where(error == 0, 0.0, error.abs() / bound.radius)
-    return float(error.square().mean().sqrt()) / size, float(bound.radius.square().mean().sqrt()) / size, float(shares.max())
+    return (
+        float(error.square().mean().sqrt()) / size,
+        float(bound.radius.square().mean().sqrt()) / size,
+        float(shares.max()),
+    )
 
 
 def measure_wide() -> list[Measured]:

@@ -12,9 +12,10 @@ from campaign.summary import Summary, by, number, summary_of, table
 _THEORY = """\
 ## Where the bound comes from
 
-Every number of the layer is computed twice: once in float64, and once as the farthest that rounding may take it ("running error analysis":
-Wilkinson; Higham, *Accuracy and Stability of Numerical Algorithms*, chapters 2 and 3). With unit roundoff `u` of the layer's dtype, `v` of
-float32 (of float64 for float64 layers), `r_a` the bound of a number `a` so far, and `gamma_n = n v / (1 - n v)`:
+Every number of the layer is computed twice: once in float64, and once as the farthest that rounding may take it
+("running error analysis": Wilkinson; Higham, *Accuracy and Stability of Numerical Algorithms*, chapters 2 and 3). With
+unit roundoff `u` of the layer's dtype, `v` of float32 (of float64 for float64 layers), `r_a` the bound of a number `a`
+so far, and `gamma_n = n v / (1 - n v)`:
 
 | step of the layer | what it adds to the bound |
 | --- | --- |
@@ -30,11 +31,12 @@ float32 (of float64 for float64 layers), `r_a` the bound of a number `a` so far,
 | inputs that are rounded to codes | all codes that `[x - r, x + r]` rounds to, times all scales that the largest input can have |
 | a sum over `n` ranks | `n + 1` roundings more, in the layer's dtype, of `abs(W) abs(x)` |
 
-No step is fitted to measurements. The bound is of one problem: it is large where terms cancel, and where a number lies on a tie between two
-codes it holds both codes, so no tolerance is needed for ties. `moe_fn.testing.error_bound` computes it for any problem, yours too.
-An error is at most its bound ("of bound" <= 1); how much less depends on luck: errors of n terms add up like sqrt(n), bounds like n. In
-bfloat16 and float16 the last rounding alone can come near the bound.
-"""
+No step is fitted to measurements. The bound is of one problem: it is large where terms cancel, and where a number lies
+on a tie between two codes it holds both codes, so no tolerance is needed for ties. `moe_fn.testing.error_bound`
+computes it for any problem, yours too. An error is at most its bound ("of bound" <= 1); how much less depends on luck:
+errors of n terms add up like sqrt(n), bounds like n. In bfloat16 and float16 the last rounding alone can come near the
+bound.
+"""  # noqa: E501
 
 
 def numerics(lines: Sequence[Line], about: dict[str, Any], measured: Sequence[Measured] = ()) -> str:
@@ -42,13 +44,24 @@ def numerics(lines: Sequence[Line], about: dict[str, Any], measured: Sequence[Me
     last = about["runs"][-1]
     head = (
         "# Numerics\n\n"
-        f"Relative RMS error of the layer's output against the float64 reference, and its theoretical bound. {len(lines)} random problems "
-        f"of seed {about['seed']} ({last['date'][:10]}, torch {last['versions']['torch']}, {last['cpu']}), widths 1 to 40; then the "
+        "Relative RMS error of the layer's output against the float64 reference, and its theoretical bound. "
+        f"{len(lines)} random problems "
+        f"of seed {about['seed']} ({last['date'][:10]}, torch {last['versions']['torch']}, {last['cpu']}), widths 1 to "
+        "40; then the "
         "widths of models, and ranks. Made by `PYTHONPATH=property_tests python -m campaign report`.\n\n"
-        "`median` and `worst` are errors, `bound` is the median of the bounds, `of bound` the largest share of its bound that any entry of "
-        "any output used: at most 1. Errors are relative to the output, so they are large where its terms cancel; the bound is too.\n"
+        "`median` and `worst` are errors, `bound` is the median of the bounds, `of bound` the largest share of its "
+        "bound that any entry of "
+        "any output used: at most 1. Errors are relative to the output, so they are large where its terms cancel; "
+        "the bound is too.\n"
     )
-    parts = [head, _THEORY, _dtypes(lines), _by("Activations", "activation", lines), _codes(lines), *_measured(measured)]
+    parts = [
+        head,
+        _THEORY,
+        _dtypes(lines),
+        _by("Activations", "activation", lines),
+        _codes(lines),
+        *_measured(measured),
+    ]
     return "\n".join(parts)
 
 
@@ -59,7 +72,9 @@ def _cells(summary: Summary) -> list[str]:
 def _dtypes(lines: Sequence[Line]) -> str:
     groups = by([line for line in lines if line.features["inputs"] == "None"], lambda line: line.features["dtype"])
     rows = [[dtype, str(len(groups[dtype])), *_cells(summary_of(groups[dtype]))] for dtype in DTYPES if dtype in groups]
-    return "## Dtypes (inputs not rounded to codes)\n\n" + table(["dtype", "problems", "median", "worst", "bound", "of bound"], rows)
+    return "## Dtypes (inputs not rounded to codes)\n\n" + table(
+        ["dtype", "problems", "median", "worst", "bound", "of bound"], rows
+    )
 
 
 def _by(title: str, option: str, lines: Sequence[Line]) -> str:
@@ -85,10 +100,23 @@ def _codes(lines: Sequence[Line]) -> str:
                     summary = summary_of(group)
                     tied = [str(summary.tied), number(summary.worst_tied)]
                     rows.append([quant, inputs, dtype, str(len(group)), *_cells(summary), *tied])
-    head = ["codes", "inputs rounded to", "dtype", "problems", "median", "worst", "bound", "of bound", "with ties", "worst of these"]
+    head = [
+        "codes",
+        "inputs rounded to",
+        "dtype",
+        "problems",
+        "median",
+        "worst",
+        "bound",
+        "of bound",
+        "with ties",
+        "worst of these",
+    ]
     return (
-        "## Codes\n\nAgainst the float64 layer with the same codes: what codes lose against the floats they came from is not in here. "
-        "`with ties`: problems where rounding errors decide between two codes of an input; they are left out of `median`, `worst` and "
+        "## Codes\n\nAgainst the float64 layer with the same codes: what codes lose against the floats they came from "
+        "is not in here. "
+        "`with ties`: problems where rounding errors decide between two codes of an input; "
+        "they are left out of `median`, `worst` and "
         "`bound`, not of `of bound`.\n\n" + table(head, rows)
     )
 
@@ -103,9 +131,15 @@ def _measured(measured: Sequence[Measured]) -> list[str]:
         ("Formats over ranks (width 64, processes on one machine; of every rank's tokens)", "ranks"),
     ):
         rows = [
-            [row.what.removeprefix(kind).strip(), row.dtype, *(number(n) for n in (row.median, row.worst, row.bound, row.share))]
+            [
+                row.what.removeprefix(kind).strip(),
+                row.dtype,
+                *(number(n) for n in (row.median, row.worst, row.bound, row.share)),
+            ]
             for row in measured
             if row.what.startswith(kind + " ")
         ]
-        pages += [f"## {title}\n\n" + table([kind, "dtype", "median", "worst", "bound", "of bound"], rows)] if rows else []
+        pages += (
+            [f"## {title}\n\n" + table([kind, "dtype", "median", "worst", "bound", "of bound"], rows)] if rows else []
+        )
     return pages

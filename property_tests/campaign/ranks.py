@@ -1,4 +1,6 @@
-"""The error over ranks: every format of `moe_fn.ParallelConfig` in processes of this machine (gloo), each rank held to its bound."""
+"""The error over ranks: every format of `moe_fn.ParallelConfig` in processes of this machine (gloo), each rank held to
+its bound.
+"""
 
 import dataclasses
 import itertools
@@ -16,7 +18,9 @@ from campaign.measuring import Measured, compare, measured, problem_for
 from moe_fn.config import ActivationQuantConfig, MoEConfig, ParallelConfig, QuantConfig, SharedExpertsConfig
 
 _INT8 = QuantConfig(
-    scheme="int8", granularity="channel", activations=ActivationQuantConfig(scheme="int8", granularity="group", group_size=16)
+    scheme="int8",
+    granularity="channel",
+    activations=ActivationQuantConfig(scheme="int8", granularity="group", group_size=16),
 )
 _BASE = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=64)
 LAYERS = {
@@ -52,7 +56,10 @@ def _of_world(world: int) -> list[Measured]:
     context: Any = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(rank, world, f"{folder}/store", results), daemon=True) for rank in range(world)]
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, f"{folder}/store", results), daemon=True)
+            for rank in range(world)
+        ]
         for process in ranks:
             process.start()
         try:
@@ -68,7 +75,9 @@ def _of_world(world: int) -> list[Measured]:
 def _rank(rank: int, world: int, store: str, results: Any) -> None:
     torch.set_num_threads(1)
     method = f"file://{Path(store)}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world, timeout=timedelta(seconds=_PATIENCE_S))
+    dist.init_process_group(
+        "gloo", init_method=method, rank=rank, world_size=world, timeout=timedelta(seconds=_PATIENCE_S)
+    )
     found = {}
     for (mesh_of, options), (layer, config) in itertools.product(FORMATS, LAYERS.items()):
         sizes = tuple(mesh_of.values())
@@ -80,12 +89,16 @@ def _rank(rank: int, world: int, store: str, results: Any) -> None:
         number = sum(mesh.get_local_rank(name) * 10 for name in mesh_of if name not in same)
         words = " ".join(["x".join(f"{name}{size}" for name, size in mesh_of.items()), *map(str, options.values())])
         for name, dtype in DTYPES.items():
-            found[f"ranks {words.replace(' True', ' sequence parallel')}: {layer}", name] = _errors(config, parallel, dtype, number, world)
+            found[f"ranks {words.replace(' True', ' sequence parallel')}: {layer}", name] = _errors(
+                config, parallel, dtype, number, world
+            )
     results.put(found)
     dist.destroy_process_group()
 
 
-def _errors(config: MoEConfig, parallel: ParallelConfig, dtype: torch.dtype, number: int, world: int) -> list[tuple[float, float, float]]:
+def _errors(
+    config: MoEConfig, parallel: ParallelConfig, dtype: torch.dtype, number: int, world: int
+) -> list[tuple[float, float, float]]:
     """Of this rank's tokens, for some seeds: weights are everybody's, tokens those of a number."""
     own, found = dataclasses.replace(config, parallel=parallel), []
     for seed in range(_SEEDS):

@@ -34,7 +34,12 @@ def as_json(lines: Sequence[Line], about: dict[str, Any]) -> dict[str, Any]:
         "about": about,
         "problems": len(lines),
         "failures": {str(line.index): line.failures for line in lines if line.failures},
-        "pairs": {"met": _met(coverage), "possible": coverage.possible, "excluded": coverage.excluded, "missing": coverage.missing},
+        "pairs": {
+            "met": _met(coverage),
+            "possible": coverage.possible,
+            "excluded": coverage.excluded,
+            "missing": coverage.missing,
+        },
         "errors": groups,
     }
 
@@ -42,28 +47,41 @@ def as_json(lines: Sequence[Line], about: dict[str, Any]) -> dict[str, Any]:
 def _head(lines: Sequence[Line], about: dict[str, Any]) -> str:
     last = about["runs"][-1]
     commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in about["runs"]))
-    undecided = f"{sum(line.tied for line in lines)} had codes of rounded inputs that float32 and float64 may choose apart"
+    undecided = (
+        f"{sum(line.tied for line in lines)} had codes of rounded inputs that float32 and float64 may choose apart"
+    )
     gradients = sum(line.gradient is not None for line in lines)
     planned = max((line.index + 1 for line in lines), default=0)
-    so_far = "" if planned == len(lines) else f" So far {len(lines)} of {planned}: the run was stopped, and goes on where it was."
+    so_far = (
+        ""
+        if planned == len(lines)
+        else f" So far {len(lines)} of {planned}: the run was stopped, and goes on where it was."
+    )
     return (
         f"# A campaign of {len(lines)} problems\n\n"
-        f"Seed {about['seed']}, {last['date'][:10]}, commit {commits}, torch {last['versions']['torch']}, {last['cpu']}, "
+        f"Seed {about['seed']}, {last['date'][:10]}, commit {commits}, torch {last['versions']['torch']}, "
+        f"{last['cpu']}, "
         f"{last['capability']}.{so_far}\n\n"
         f"    PYTHONPATH=property_tests python -m campaign run --problems {planned} --seed {about['seed']}\n"
-        f"    PYTHONPATH=property_tests python -m campaign show --seed {about['seed']} --index N      # any problem again\n\n"
-        "Every problem is a random config (all options crossed, all dtypes), random weights and inputs; each output is held to the bound "
-        f"of `moe_fn.testing.error_bound` for that very problem, entry by entry. Gradients of {gradients} problems were compared with "
+        f"    PYTHONPATH=property_tests python -m campaign show --seed {about['seed']} --index N      # any problem "
+        "again\n\n"
+        "Every problem is a random config (all options crossed, all dtypes), random weights and inputs; "
+        "each output is held to the bound "
+        f"of `moe_fn.testing.error_bound` for that very problem, entry by entry. Gradients of {gradients} problems "
+        "were compared with "
         f"the reference's. {undecided}: their bound holds both. A gate that sees "
-        "normed or transformed inputs is judged by its logits' bound, and the layer by what the reference makes of these logits; "
-        "other ways to ask for it, whose gate may round otherwise, where moving the logits within their bound changes no choice.\n"
+        "normed or transformed inputs is judged by its logits' bound, and the layer by what the reference makes of "
+        "these logits; "
+        "other ways to ask for it, whose gate may round otherwise, where moving the logits within their bound changes "
+        "no choice.\n"
     )
 
 
 def _failures(lines: Sequence[Line]) -> str:
     bad = [line for line in lines if line.failures]
     rows = [
-        f"- `PYTHONPATH=property_tests python -m campaign show --seed {line.seed} --index {line.index}`: {'; '.join(line.failures)}"
+        f"- `PYTHONPATH=property_tests python -m campaign show --seed {line.seed} --index {line.index}`: "
+        f"{'; '.join(line.failures)}"
         for line in bad
     ]
     return f"## Failures: {len(bad)}\n\n" + "\n".join(rows or ["None."]) + "\n"
@@ -76,9 +94,14 @@ def _laws(lines: Sequence[Line]) -> str:
         rows.append([law, str(len(shares)), number(max(shares, default=None))])
     gradients = by([line for line in lines if line.gradient is not None], lambda line: line.features["dtype"])
     worst = {dtype: max(line.gradient or 0.0 for line in group) for dtype, group in gradients.items()}
-    rows += [[f"gradients, {dtype} (relative RMS)", str(len(gradients[dtype])), number(worst[dtype])] for dtype in DTYPES if dtype in worst]
-    return "## Laws\n\nHow often each was asked, and the worst error as a share of the bound (1 would be the bound).\n\n" + table(
-        ["law", "problems", "worst"], rows
+    rows += [
+        [f"gradients, {dtype} (relative RMS)", str(len(gradients[dtype])), number(worst[dtype])]
+        for dtype in DTYPES
+        if dtype in worst
+    ]
+    return (
+        "## Laws\n\nHow often each was asked, and the worst error as a share of the bound (1 would be the bound).\n\n"
+        + table(["law", "problems", "worst"], rows)
     )
 
 
@@ -116,6 +139,7 @@ def _errors(lines: Sequence[Line]) -> str:
             rows.append([option, value, *cells])
     return (
         "## Worst errors by dtype and option\n\n"
-        "Largest relative RMS error of an output against float64 (problems without ties; where terms cancel it is large, and so is its "
+        "Largest relative RMS error of an output against float64 (problems without ties; "
+        "where terms cancel it is large, and so is its "
         "bound), and the largest share of the bound that an entry used (all problems).\n\n" + table(head, rows)
     )

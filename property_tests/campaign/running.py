@@ -18,7 +18,8 @@ _AT_ONCE = 8  # problems that a worker takes together
 
 
 def run(out: Path, problems: int, seed: int, workers: int = 1, seconds: float | None = None) -> list[Line]:
-    """Check problems 0 .. problems - 1 of a seed, those that `out` has no line of; stop after `seconds`. All lines so far, by index.
+    """Check problems 0 .. problems - 1 of a seed, those that `out` has no line of; stop after `seconds`. All lines so
+    far, by index.
 
     Laws
         A campaign that goes on is one that never stopped.
@@ -38,7 +39,9 @@ def run(out: Path, problems: int, seed: int, workers: int = 1, seconds: float | 
 
 
 def lines_of(out: Path) -> list[Line]:
-    """What a folder holds, by index, each once; a last line that was cut off while being written is as if it was not there."""
+    """What a folder holds, by index, each once; a last line that was cut off while being written is as if it was not
+    there.
+    """
     path = out / LINES
     if not path.exists():
         return []

@@ -10,7 +10,8 @@ from campaign.checking import Line
 
 @dataclass(frozen=True)
 class Summary:
-    """Of problems whose codes and divisions were decided: relative RMS errors against float64, their bounds, and shares of the bound.
+    """Of problems whose codes and divisions were decided: relative RMS errors against float64, their bounds, and shares
+    of the bound.
 
     share is of all problems, ties too: the largest |y - float64| / radius, over every entry and every law.
     """

@@ -11,7 +11,9 @@ def main() -> None:
     parser.add_argument("target", choices=("config", "family", "checkpoint", "adapter"))
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--corpus", default=None, help="a folder where inputs that reach something new are kept from run to run")
+    parser.add_argument(
+        "--corpus", default=None, help="a folder where inputs that reach something new are kept from run to run"
+    )
     parser.add_argument("--found", default="out/fuzz", help="where the input that broke something is written")
     wanted = parser.parse_args()
     import atheris
@@ -21,7 +23,14 @@ def main() -> None:
     corpus = wanted.corpus or tempfile.mkdtemp()
     os.makedirs(corpus, exist_ok=True)
     os.makedirs(wanted.found, exist_ok=True)
-    limits = ["-timeout=10", "-rss_limit_mb=3000", "-malloc_limit_mb=500", "-max_len=64", "-len_control=0", "-print_final_stats=1"]
+    limits = [
+        "-timeout=10",
+        "-rss_limit_mb=3000",
+        "-malloc_limit_mb=500",
+        "-max_len=64",
+        "-len_control=0",
+        "-print_final_stats=1",
+    ]
     run = [f"-max_total_time={wanted.seconds}", f"-seed={wanted.seed}", f"-artifact_prefix={wanted.found}/", corpus]
     target = TARGETS[wanted.target]
 

@@ -13,12 +13,17 @@ for _ in range(400):
 NESTED: Any = {}
 for _ in range(300):
     NESTED = {"text_config": NESTED, "model_type": "x"}
-# What breaks parsers: kinds that were not asked for, edges of integers and floats, names that are paths, patterns that take for ever.
+# What breaks parsers: kinds that were not asked for, edges of integers and floats, names that are paths, patterns that
+# take for ever.
 NASTY: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 16, 32, 255, 2**31 - 1, 2**31, 2**32, 2**63, 2**64, 10**12, 10**30, 10**400, -(10**400), 0.0, -0.0,
-    0.5, 1.5, 1e308, 1e-320, float("nan"), float("inf"), float("-inf"), "", "a", "0", "1", "128", "9" * 5000, "\ud800", "\0", "../x",
-    "/etc/passwd", "x" * 5000, "re:(a+)+$", "re:(.*)*(.*)*(.*)*!", "re:.*.*.*.*.*.*.*.*!", "re:(", "re:a{99999999999}", "re:" + "(" * 3000,
-    ".*(.*.*)*!", "*a" * 50, "\\d" * 100, "-:(.+)+!", "[", "1x", "32x16", "NaN", [], {}, [0], [1, 32], [16, 32], [[]], {"a": 1}, [None],
+    None, True, False, 0, 1, -1, 2, 3, 16, 32, 255, 2**31 - 1, 2**31, 2**32, 2**63, 2**64, 10**12, 10**30, 10**400,
+    -(10**400), 0.0, -0.0,
+    0.5, 1.5, 1e308, 1e-320, float("nan"), float("inf"), float("-inf"), "", "a", "0", "1", "128", "9" * 5000, "\ud800",
+    "\0", "../x",
+    "/etc/passwd", "x" * 5000, "re:(a+)+$", "re:(.*)*(.*)*(.*)*!", "re:.*.*.*.*.*.*.*.*!", "re:(", "re:a{99999999999}",
+    "re:" + "(" * 3000,
+    ".*(.*.*)*!", "*a" * 50, "\\d" * 100, "-:(.+)+!", "[", "1x", "32x16", "NaN", [], {}, [0], [1, 32], [16, 32], [[]],
+    {"a": 1}, [None],
     [1.5, 2], ["Linear"], ["re:.*experts.*"], DEEP, NESTED,
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import quantised_files
+import quantized_files
 import torch
 from safetensors.torch import save
 
@@ -39,9 +39,12 @@ SIZES: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 6, "interm
 _TWO = RankGroup(name="0", size=2, rank=1)
 CONFIGS: tuple[MoEConfig, ...] = (
     MoEConfig(
-        **SIZES, router=RouterConfig(groups=GroupConfig(count=2, top_k=1), correction_bias="scores", renormalize_epsilon=1e-20),
-        activation=ActivationConfig(limit=7.0, alpha=1.702, up_offset=1.0), shared=SharedExpertsConfig(intermediate_size=2),
-        latent=LatentConfig(size=4), norms=NormsConfig(input=True), zero_experts=ZeroExpertsConfig(count=2), chunk_tokens=8,
+        **SIZES, router=RouterConfig(groups=GroupConfig(count=2, top_k=1), correction_bias="scores",
+        renormalize_epsilon=1e-20),
+        activation=ActivationConfig(limit=7.0, alpha=1.702, up_offset=1.0),
+        shared=SharedExpertsConfig(intermediate_size=2),
+        latent=LatentConfig(size=4), norms=NormsConfig(input=True), zero_experts=ZeroExpertsConfig(count=2),
+        chunk_tokens=8,
     ),
     MoEConfig(
         **SIZES, quant=QuantConfig(
@@ -49,24 +52,31 @@ CONFIGS: tuple[MoEConfig, ...] = (
             activations=ActivationQuantConfig(scheme="int8", granularity="token"),
         ),
         lora=LoRAConfig(num_adapters=2, rank=2), expert_norm=ExpertNormConfig(),
-        parallel=ParallelConfig(ep=_TWO, dispatch="all_to_all_static", max_tokens=4, placement=(0, 1, 0, 1), shared="replicated"),
+        parallel=ParallelConfig(ep=_TWO, dispatch="all_to_all_static", max_tokens=4, placement=(0, 1, 0, 1),
+        shared="replicated"),
     ),
     MoEConfig(
-        **(SIZES | {"intermediate_size": 8}), quant=QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=(1, 2)),
+        **(SIZES | {"intermediate_size": 8}), quant=QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=(1,
+        2)),
         parallel=ParallelConfig(tp=_TWO, dp=dataclasses.replace(_TWO, name="1"), dispatch="all_gather"),
     ),
 )  # fmt: skip
 # Enough words for most families; n_group and topk_group of 1 are no groups.
 MODEL: dict[str, Any] = {
-    "num_experts": 3, "num_local_experts": 3, "n_routed_experts": 3, "moe_num_experts": 3, "num_experts_per_tok": 2, "hidden_size": 4,
-    "d_model": 4, "intermediate_size": 2, "moe_intermediate_size": 2, "ffn_hidden_size": 2, "d_ff": 2, "shared_expert_intermediate_size": 2,
+    "num_experts": 3, "num_local_experts": 3, "n_routed_experts": 3, "moe_num_experts": 3, "num_experts_per_tok": 2,
+    "hidden_size": 4,
+    "d_model": 4, "intermediate_size": 2, "moe_intermediate_size": 2, "ffn_hidden_size": 2, "d_ff": 2,
+    "shared_expert_intermediate_size": 2,
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "moe_topk": 2, "output_multiplier": 1.0, "moe_hidden_size": 2,
-    "mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0, "shared_experts_intermediate_size": 2, "moe_k": 2, "hidden_act": "silu",
-    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "swiglu_limits": [None, 7.0], "rms_norm_eps": 1e-6, "top_k_experts": 2,
+    "mlp_gate_softcap": 4.0, "mlp_up_softcap": 25.0, "shared_experts_intermediate_size": 2, "moe_k": 2,
+    "hidden_act": "silu",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "swiglu_limits": [None, 7.0], "rms_norm_eps": 1e-6,
+    "top_k_experts": 2,
 }  # fmt: skip
 ADAPTER: dict[str, Any] = {
     "peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False, "init_lora_weights": True,
-    "rank_pattern": {r"experts.\d+.down_proj": 1}, "alpha_pattern": {"mlp.experts.down_proj": 3.0}, "target_parameters": [],
+    "rank_pattern": {r"experts.\d+.down_proj": 1}, "alpha_pattern": {"mlp.experts.down_proj": 3.0},
+    "target_parameters": [],
 }  # fmt: skip
 
 
@@ -76,19 +86,36 @@ def models() -> tuple[dict[str, Any], ...]:
 
 
 def words() -> tuple[str, ...]:
-    """Every word that a family's config may have, and what quantisation configs say."""
-    found = {name for family in FAMILIES for word in _words_in(family) for name in word.names} | set(MODEL) | {"text_config", "ffn_config"}
+    """Every word that a family's config may have, and what quantization configs say."""
+    found = (
+        {name for family in FAMILIES for word in _words_in(family) for name in word.names}
+        | set(MODEL)
+        | {"text_config", "ffn_config"}
+    )
     found |= {name for family in FAMILIES for name in family.names} | set(PARTS)
-    for made in quantised_files.FORMATS.values():
+    for made in quantized_files.FORMATS.values():
         found |= set(_strings(made.words))
-    more = ("quantization_config", "compression_config", "weight_map", "__metadata__", "dynamic", "shape", "dtype", "data_offsets", "F32")
+    more = (
+        "quantization_config",
+        "compression_config",
+        "weight_map",
+        "__metadata__",
+        "dynamic",
+        "shape",
+        "dtype",
+        "data_offsets",
+        "F32",
+    )
     return tuple(sorted(found | set(more)))
 
 
 def config_words() -> tuple[str, ...]:
     """Names and values of MoEConfig."""
     return tuple(
-        sorted({name for config in CONFIGS for name in _strings(config.to_dict())} | {"sigmoid", "hash", "native", "mxfp4", "torch"})
+        sorted(
+            {name for config in CONFIGS for name in _strings(config.to_dict())}
+            | {"sigmoid", "hash", "native", "mxfp4", "torch"}
+        )
     )
 
 
@@ -116,13 +143,22 @@ def _strings(value: Any) -> Iterator[str]:
 
 @functools.cache
 def checkpoints() -> tuple[Files, ...]:
-    """Folders with a layer each: of every quantised format, and of every layout that a family's words and random weights can fill."""
-    found = [_files_of(lambda folder, made=made: quantised_files.write(folder, made)) for made in quantised_files.FORMATS.values()]
-    found.append(_files_of(lambda folder: quantised_files.write(folder, quantised_files.FORMATS["awq"], shards=3)))
+    """Folders with a layer each: of every quantized format, and of every layout that a family's words and random
+    weights can fill.
+    """
+    found = [
+        _files_of(lambda folder, made=made: quantized_files.write(folder, made))
+        for made in quantized_files.FORMATS.values()
+    ]
+    found.append(_files_of(lambda folder: quantized_files.write(folder, quantized_files.FORMATS["awq"], shards=3)))
     for row in LAYOUTS:
         for family in row.families:
             try:
-                found.append(_files_of(lambda folder, row=row, family=family: _write(folder, row, MODEL | {"model_type": family})))
+                found.append(
+                    _files_of(
+                        lambda folder, row=row, family=family: _write(folder, row, MODEL | {"model_type": family})
+                    )
+                )
                 break
             except ValueError:
                 continue
@@ -139,18 +175,27 @@ def _write(folder: Path, row: Any, model: dict[str, Any]) -> None:
 
 def adapters() -> tuple[Files, ...]:
     """PEFT's two forms, for MoEConfig(**SIZES) below "layers.0.mlp"."""
-    each = {f"experts.{e}.{name}": size for e in range(4) for name, size in (("gate_proj", (6, 4)), ("up_proj", (6, 4)))}
+    each = {
+        f"experts.{e}.{name}": size for e in range(4) for name, size in (("gate_proj", (6, 4)), ("up_proj", (6, 4)))
+    }
     each |= {f"experts.{e}.down_proj": (4, 6) for e in range(4)}
     ranks = {name: 1 if name.endswith("down_proj") else 2 for name in each}
-    modules = {name: (torch.ones(ranks[name], size), torch.ones(out, ranks[name])) for name, (size, out) in each.items()}
-    of_all = {"experts.base_layer": (torch.ones(8, 6), torch.ones(8, 8)), "experts": (torch.ones(8, 4), torch.ones(6, 8))}
+    modules = {
+        name: (torch.ones(ranks[name], size), torch.ones(out, ranks[name])) for name, (size, out) in each.items()
+    }
+    of_all = {
+        "experts.base_layer": (torch.ones(8, 6), torch.ones(8, 8)),
+        "experts": (torch.ones(8, 4), torch.ones(6, 8)),
+    }
     plain = ADAPTER | {"rank_pattern": {}, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
     return _adapter(ADAPTER, modules), _adapter(plain, of_all)
 
 
 def _adapter(values: dict[str, Any], modules: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Files:
     before = "base_model.model.layers.0.mlp."
-    tensors = {f"{before}{name}.lora_{side}.weight": pair[side == "B"] for name, pair in modules.items() for side in "AB"}
+    tensors = {
+        f"{before}{name}.lora_{side}.weight": pair[side == "B"] for name, pair in modules.items() for side in "AB"
+    }
     return {"adapter_config.json": json.dumps(values).encode(), "adapter_model.safetensors": save(tensors)}
 
 

@@ -1,4 +1,6 @@
-"""What is fuzzed: each function takes bytes, reads something damaged by them, and fails unless a ValueError or a sound value comes out."""
+"""What is fuzzed: each function takes bytes, reads something damaged by them, and fails unless a ValueError or a sound
+value comes out.
+"""
 
 import functools
 import json
@@ -69,7 +71,12 @@ def adapter(data: bytes) -> str:
     return _with_folder(files, lambda folder: load_lora(folder, "layers.0.mlp", MoEConfig(**seeds.SIZES)))
 
 
-TARGETS: dict[str, Callable[[bytes], str]] = {"config": config, "family": family, "checkpoint": checkpoint, "adapter": adapter}
+TARGETS: dict[str, Callable[[bytes], str]] = {
+    "config": config,
+    "family": family,
+    "checkpoint": checkpoint,
+    "adapter": adapter,
+}
 
 
 def damaged_files(choices: Choices, files: seeds.Files) -> seeds.Files:

@@ -1,4 +1,6 @@
-"""The zoo: every Mixture-of-Experts block of transformers, tiny and random, as the oracle of the integration's tests."""
+"""The zoo: every Mixture-of-Experts block of transformers, tiny and random, as the oracle of the
+integration's tests.
+"""
 
 from zoo.build import make_block, make_config, make_input, randomise
 from zoo.row import BlockResult, BlockRow

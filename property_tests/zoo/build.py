@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from zoo.row import BlockRow
 
-# The first pattern that a tensor's name in the block matches says how it is drawn: the middle of a uniform draw and its half width.
-# Matrices that match none are normal with the standard deviation gain / sqrt(fan in). A norm's weight keeps its middle (0 or 1).
+# The first pattern that a tensor's name in the block matches says how it is drawn: the middle of a uniform draw and its
+# half width. Matrices that match none are normal with the standard deviation gain / sqrt(fan in). A norm's weight keeps
+# its middle (0 or 1).
 DRAWS = (
     (r"(correction_bias|expert_bias|balancing_biases)$", 0.0, 0.3),
     (r"(^|\.)(scale|per_expert_scale|global_scale|router_states_scale|layer_scalar)$", 1.0, 0.4),
     (r"bias$", 0.0, 0.5),
 )
-GAINS = ((r"(^|\.)(gate|router)\b.*weight$", 2.0), (r"shared_expert_gate", 2.0))  # logits wide enough to tell experts apart
+# logits wide enough to tell experts apart
+GAINS = ((r"(^|\.)(gate|router)\b.*weight$", 2.0), (r"shared_expert_gate", 2.0))
 
 
 def module_of(row: BlockRow, kind: str) -> Any:
@@ -38,16 +40,21 @@ def make_input(row: BlockRow, seed: int, batch: int = 2, seq: int = 11) -> Tenso
 
 
 def make_block(row: BlockRow, seed: int) -> nn.Module:
-    """The row's block in float32 and eval mode; equal seeds give equal parameters, and the global generator stays as it was."""
+    """The row's block in float32 and eval mode; equal seeds give equal parameters, and the global generator stays as it
+    was.
+    """
     config = make_config(row)
     with torch.random.fork_rng(devices=[]):
-        block = getattr(module_of(row, "modeling"), row.block)(getattr(config, row.subconfig) if row.subconfig else config, *row.args)
+        block = getattr(module_of(row, "modeling"), row.block)(
+            getattr(config, row.subconfig) if row.subconfig else config, *row.args
+        )
     randomise(block.float(), seed)
     return block.get_submodule(row.path).eval()
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Draws every parameter and every saved buffer anew; buffers that are not saved, such as rotary frequencies, follow from the config.
+    """Draws every parameter and every saved buffer anew; buffers that are not saved, such as rotary frequencies, follow
+    from the config.
 
     A tensor's numbers depend on the seed, its name and its shape: variants of a block share theirs.
     """

@@ -9,7 +9,10 @@ from zoo.tables import without
 
 @dataclass(frozen=True, eq=False)  # a row is itself: its mapping does not hash
 class ModelRow:
-    """A causal language model: classes by name, and the config's arguments. `registered`: its experts take `experts_implementation`."""
+    """A causal language model: classes by name, and the config's arguments.
+
+    `registered`: its experts take `experts_implementation`.
+    """
 
     config: str
     model: str
@@ -48,7 +51,12 @@ GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
 # Latent attention, sparse attention's indexer, linear attention
 MLA = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 INDEXER = {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
 # The first layer dense, the second sparse: in two dialects
@@ -64,7 +72,9 @@ MODELS: dict[str, ModelRow] = {
     "mellum": ModelRow("MellumConfig", "MellumForCausalLM", {**QWEN, **HEAD, **SECOND}),
     "qwen3_next": ModelRow("Qwen3NextConfig", "Qwen3NextForCausalLM", {**QWEN_SHARED, **LINEAR, **HYBRID}),
     "qwen3_5_moe": ModelRow(
-        "Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", {**without(QWEN_SHARED, "intermediate_size"), **LINEAR, **HYBRID}
+        "Qwen3_5MoeTextConfig",
+        "Qwen3_5MoeForCausalLM",
+        {**without(QWEN_SHARED, "intermediate_size"), **LINEAR, **HYBRID},
     ),
     "qwen4_exp": ModelRow(
         "Qwen4ExpTextConfig",
@@ -97,7 +107,9 @@ MODELS: dict[str, ModelRow] = {
             "mamba_d_state": 4,
         },
     ),
-    "hunyuan_v1_moe": ModelRow("HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {**TEXT, **HEAD, "num_experts": 8, "moe_topk": 2}),
+    "hunyuan_v1_moe": ModelRow(
+        "HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {**TEXT, **HEAD, "num_experts": 8, "moe_topk": 2}
+    ),
     "ernie4_5_moe": ModelRow(
         "Ernie4_5_MoeConfig",
         "Ernie4_5_MoeForCausalLM",
@@ -118,7 +130,9 @@ MODELS: dict[str, ModelRow] = {
         },
     ),
     "deepseek_v2": ModelRow(
-        "DeepseekV2Config", "DeepseekV2ForCausalLM", {**DEEPSEEK, **MLA, **DENSE_1, **GROUPS, "topk_method": "group_limited_greedy"}
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {**DEEPSEEK, **MLA, **DENSE_1, **GROUPS, "topk_method": "group_limited_greedy"},
     ),
     "mistral4": ModelRow("Mistral4Config", "Mistral4ForCausalLM", {**DEEPSEEK, **MLA, **DENSE_1, **GROUPS}),
     "longcat_flash": ModelRow(
@@ -139,7 +153,9 @@ MODELS: dict[str, ModelRow] = {
         registered=False,
     ),
     "zaya": ModelRow(
-        "ZayaConfig", "ZayaForCausalLM", {**without(QWEN, "intermediate_size"), **HEAD, "num_experts_per_tok": 1, "router_hidden_size": 12}
+        "ZayaConfig",
+        "ZayaForCausalLM",
+        {**without(QWEN, "intermediate_size"), **HEAD, "num_experts_per_tok": 1, "router_hidden_size": 12},
     ),
     "dbrx": ModelRow(
         "DbrxConfig",
@@ -151,38 +167,61 @@ MODELS: dict[str, ModelRow] = {
             "vocab_size": 128,
             "max_seq_len": 64,
             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
+            "ffn_config": {
+                "hidden_size": 64,
+                "ffn_hidden_size": 32,
+                "moe_num_experts": 8,
+                "moe_top_k": 2,
+                "ffn_act_fn": {"name": "silu"},
+            },
         },
         registered=False,
     ),
     # top-k, then softmax
     "gpt_oss": ModelRow("GptOssConfig", "GptOssForCausalLM", {**MIXTRAL, **HEAD}),
     "granitemoe": ModelRow("GraniteMoeConfig", "GraniteMoeForCausalLM", MIXTRAL),
-    "granitemoe_swa": ModelRow("GraniteMoeSWAConfig", "GraniteMoeSWAForCausalLM", {**MIXTRAL, "shared_intermediate_size": 24}),
-    "granitemoeshared": ModelRow("GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", {**MIXTRAL, "shared_intermediate_size": 24}),
+    "granitemoe_swa": ModelRow(
+        "GraniteMoeSWAConfig", "GraniteMoeSWAForCausalLM", {**MIXTRAL, "shared_intermediate_size": 24}
+    ),
+    "granitemoeshared": ModelRow(
+        "GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", {**MIXTRAL, "shared_intermediate_size": 24}
+    ),
     "granitemoehybrid": ModelRow(
         "GraniteMoeHybridConfig",
         "GraniteMoeHybridForCausalLM",
         {**MIXTRAL, **MAMBA, "shared_intermediate_size": 24, "layer_types": ["mamba", "attention"]},
     ),
     "aria": ModelRow("AriaTextConfig", "AriaTextForCausalLM", {**TEXT, **HEAD, "moe_num_experts": 8, "moe_topk": 2}),
-    "cohere2_moe": ModelRow("Cohere2MoeConfig", "Cohere2MoeForCausalLM", {**OLMO, **HEAD, "num_shared_experts": 1, "logit_scale": 1.0}),
+    "cohere2_moe": ModelRow(
+        "Cohere2MoeConfig", "Cohere2MoeForCausalLM", {**OLMO, **HEAD, "num_shared_experts": 1, "logit_scale": 1.0}
+    ),
     "jetmoe": ModelRow(
-        "JetMoeConfig", "JetMoeForCausalLM", {**without(MIXTRAL, "num_attention_heads"), "kv_channels": 16}, registered=False
+        "JetMoeConfig",
+        "JetMoeForCausalLM",
+        {**without(MIXTRAL, "num_attention_heads"), "kv_channels": 16},
+        registered=False,
     ),
     # sigmoid with a bias and groups
     "deepseek_v3": ModelRow("DeepseekV3Config", "DeepseekV3ForCausalLM", {**DEEPSEEK, **MLA, **DENSE_1, **GROUPS}),
-    "deepseek_v32": ModelRow("DeepseekV32Config", "DeepseekV32ForCausalLM", {**DEEPSEEK, **MLA, **SECOND, **GROUPS, **INDEXER}),
+    "deepseek_v32": ModelRow(
+        "DeepseekV32Config", "DeepseekV32ForCausalLM", {**DEEPSEEK, **MLA, **SECOND, **GROUPS, **INDEXER}
+    ),
     "glm4_moe": ModelRow("Glm4MoeConfig", "Glm4MoeForCausalLM", {**DEEPSEEK, **DENSE_1}),
     "glm4_moe_lite": ModelRow("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", {**DEEPSEEK, **MLA, **SECOND}),
     "glm_moe_dsa": ModelRow("GlmMoeDsaConfig", "GlmMoeDsaForCausalLM", {**DEEPSEEK, **MLA, **SECOND, **INDEXER}),
     "dots1": ModelRow("Dots1Config", "Dots1ForCausalLM", {**DEEPSEEK, **DENSE_1}),
-    "solar_open": ModelRow("SolarOpenConfig", "SolarOpenForCausalLM", {**without(DEEPSEEK, "intermediate_size"), **HEAD}),
+    "solar_open": ModelRow(
+        "SolarOpenConfig", "SolarOpenForCausalLM", {**without(DEEPSEEK, "intermediate_size"), **HEAD}
+    ),
     "kimi_linear": ModelRow(
-        "KimiLinearConfig", "KimiLinearForCausalLM", {**KIMI, "linear_head_dim": 16, "linear_num_heads": 4, **MLA, **SECOND, **HYBRID}
+        "KimiLinearConfig",
+        "KimiLinearForCausalLM",
+        {**KIMI, "linear_head_dim": 16, "linear_num_heads": 4, **MLA, **SECOND, **HYBRID},
     ),
     "bailing_hybrid": ModelRow(
-        "BailingHybridConfig", "BailingHybridForCausalLM", {**KIMI, **without(MLA, "q_lora_rank"), **SECOND, **HYBRID, **GROUPS}
+        "BailingHybridConfig",
+        "BailingHybridForCausalLM",
+        {**KIMI, **without(MLA, "q_lora_rank"), **SECOND, **HYBRID, **GROUPS},
     ),
     "exaone_moe": ModelRow("ExaoneMoeConfig", "ExaoneMoeForCausalLM", {**QWEN, **SECOND, "num_shared_experts": 1}),
     "axk1": ModelRow("AXK1Config", "AXK1ForCausalLM", {**DEEPSEEK, **MLA, **SECOND, **GROUPS}),
@@ -217,15 +256,27 @@ MODELS: dict[str, ModelRow] = {
         "MiniMaxM3VLForCausalLM",
         {**MIXTRAL, **HEAD, "dense_intermediate_size": 40, "shared_intermediate_size": 24},
     ),
-    "laguna": ModelRow("LagunaConfig", "LagunaForCausalLM", {**QWEN_SHARED, **SECOND, "moe_routed_scaling_factor": 2.5}),
-    "afmoe": ModelRow("AfmoeConfig", "AfmoeForCausalLM", {**QWEN, **HEAD, "num_shared_experts": 1, "num_dense_layers": 1}),
+    "laguna": ModelRow(
+        "LagunaConfig", "LagunaForCausalLM", {**QWEN_SHARED, **SECOND, "moe_routed_scaling_factor": 2.5}
+    ),
+    "afmoe": ModelRow(
+        "AfmoeConfig", "AfmoeForCausalLM", {**QWEN, **HEAD, "num_shared_experts": 1, "num_dense_layers": 1}
+    ),
     "hy_v3": ModelRow("HYV3Config", "HYV3ForCausalLM", {**QWEN, **HEAD, **SECOND, "num_shared_experts": 1}),
     "flint": ModelRow("FlintConfig", "FlintForCausalLM", {**QWEN_SHARED, "mlp_only_layers": [0]}),
     "kolibri1": ModelRow("Kolibri1Config", "Kolibri1ForCausalLM", without(QWEN_SHARED, "intermediate_size")),
-    "lfm2_moe": ModelRow("Lfm2MoeConfig", "Lfm2MoeForCausalLM", {**QWEN, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
-    "inkling": ModelRow("InklingTextConfig", "InklingForCausalLM", {**DEEPSEEK, **HEAD, **SECOND, "n_shared_experts": 2}),
+    "lfm2_moe": ModelRow(
+        "Lfm2MoeConfig",
+        "Lfm2MoeForCausalLM",
+        {**QWEN, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    ),
+    "inkling": ModelRow(
+        "InklingTextConfig", "InklingForCausalLM", {**DEEPSEEK, **HEAD, **SECOND, "n_shared_experts": 2}
+    ),
     "inkling2": ModelRow(
-        "Inkling2TextConfig", "Inkling2ForCausalLM", {**without(DEEPSEEK, "intermediate_size", "n_shared_experts"), **HEAD}
+        "Inkling2TextConfig",
+        "Inkling2ForCausalLM",
+        {**without(DEEPSEEK, "intermediate_size", "n_shared_experts"), **HEAD},
     ),
     "llama4": ModelRow(
         "Llama4TextConfig",

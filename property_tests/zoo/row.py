@@ -16,8 +16,9 @@ Takes = Literal["hidden", "input_ids", "router_states", "modality", "gemma_layer
 class BlockRow:
     """One variant of one family's Mixture-of-Experts block.
 
-    `options` are the config's arguments that make this variant, `sizes` the rest: rows of a family with equal sizes hold equal
-    parameters for equal seeds, so options that matter show in the output. Classes are names, so that rows need no transformers.
+    `options` are the config's arguments that make this variant, `sizes` the rest: rows of a family with equal sizes
+    hold equal parameters for equal seeds, so options that matter show in the output. Classes are names, so that rows
+    need no transformers.
     """
 
     table: str  # A softmax then top-k, B top-k then softmax, C sigmoid with groups, D sigmoid without, E other
@@ -33,7 +34,8 @@ class BlockRow:
     router: str = "gate"  # the router within that module
     takes: Takes = "hidden"
     routing: Routing = "standard"
-    same_numbers_as: str = ""  # a variant with the same float32 numbers: the options that differ are ignored, or show in bfloat16
+    # a variant with the same float32 numbers: the options that differ are ignored, or show in bfloat16
+    same_numbers_as: str = ""
     idle: str = ""  # start of the names of tensors that the block holds and, in this variant, never reads
     refused: str = ""  # why this is no token-choice FFN MoE without drops; "" where it is one
 
@@ -52,10 +54,13 @@ class BlockResult:
 
     y: Tensor  # float32 [batch, seq, hidden]
     expert_ids: Tensor | None  # int64 [tokens, top_k]; None where the family has no such thing
-    weights: Tensor | None  # float32 [tokens, top_k], as the router gives them, scaled on the weights where the family does
+    # float32 [tokens, top_k], as the router gives them, scaled on the weights where the family does
+    weights: Tensor | None
     token_ids: Tensor | None = None  # int64 [batch, seq]: deepseek_v4's hash layers
     router_states: Tensor | None = None  # float32 [batch, seq, router_hidden]: zaya's previous layer
     modality: Tensor | None = None  # int64 [batch, seq], 1 is vision: ernie4_5_vl_moe
-    experts_input: Tensor | None = None  # float32 [batch, seq, hidden]: gemma4's normed states, where the router reads x itself
+    # float32 [batch, seq, hidden]: gemma4's normed states, where the router reads x itself
+    experts_input: Tensor | None = None
     after_norm: Tensor | None = None  # float32 [batch, seq, hidden]: y after the layer's own norm of it (gemma4)
-    extras: Mapping[str, Tensor] = field(default_factory=dict)  # whatever else the router returned: shared gammas, next states
+    # whatever else the router returned: shared gammas, next states
+    extras: Mapping[str, Tensor] = field(default_factory=dict)

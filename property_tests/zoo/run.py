@@ -13,9 +13,15 @@ Chosen = tuple[Tensor | None, Tensor | None]  # expert ids and weights [tokens, 
 
 
 def run_block(row: BlockRow, block: nn.Module, x: Tensor) -> BlockResult:
-    """What the block adds to x [batch, seq, hidden], with how it chose experts; extra inputs depend on x's shape only."""
+    """What the block adds to x [batch, seq, hidden], with how it chose experts; extra inputs depend on x's
+    shape only.
+    """
     seen: dict[str, Any] = {}
-    hooks = [block.get_submodule(name).register_forward_hook(_remember(seen, name)) for name in row.router.split() if row.routing != "none"]
+    hooks = [
+        block.get_submodule(name).register_forward_hook(_remember(seen, name))
+        for name in row.router.split()
+        if row.routing != "none"
+    ]
     try:
         inputs, output = CALLERS[row.takes](block, x.clone())  # some blocks jitter or add in place
     finally:
@@ -66,12 +72,17 @@ def _modality(block: Any, x: Tensor) -> tuple[ExtraInputs, Any]:
 
 
 def _gemma_layer(layer: Any, residual: Tensor) -> tuple[ExtraInputs, Any]:
-    """The Mixture-of-Experts branch of a gemma4 or diffusion_gemma layer, line by line as its forward has it, from the residual on."""
+    """The Mixture-of-Experts branch of a gemma4 or diffusion_gemma layer, line by line as its forward has it, from the
+    residual on.
+    """
     hidden_states_flat = residual.reshape(-1, residual.shape[-1])
     _, top_k_weights, top_k_index = layer.router(hidden_states_flat)
     experts_input = layer.pre_feedforward_layernorm_2(hidden_states_flat)
     y = layer.experts(experts_input, top_k_index, top_k_weights).reshape(residual.shape)
-    return {"experts_input": experts_input.reshape(residual.shape), "after_norm": layer.post_feedforward_layernorm_2(y)}, y
+    return {
+        "experts_input": experts_input.reshape(residual.shape),
+        "after_norm": layer.post_feedforward_layernorm_2(y),
+    }, y
 
 
 def _heads(block: Any, x: Tensor) -> tuple[ExtraInputs, Any]:
@@ -118,9 +129,9 @@ def _jetmoe(row: BlockRow, block: Any, seen: dict[str, Any], inputs: ExtraInputs
     order, _, sorted_weights, rows_of_expert, _ = seen[row.router]
     sorted_ids = torch.arange(len(rows_of_expert)).repeat_interleave(torch.tensor(rows_of_expert))
     top_k = block.router.top_k
-    return torch.empty_like(sorted_ids).scatter(0, order, sorted_ids).view(-1, top_k), torch.empty_like(sorted_weights).scatter(
-        0, order, sorted_weights
-    ).view(-1, top_k)
+    return torch.empty_like(sorted_ids).scatter(0, order, sorted_ids).view(-1, top_k), torch.empty_like(
+        sorted_weights
+    ).scatter(0, order, sorted_weights).view(-1, top_k)
 
 
 def _two_banks(row: BlockRow, block: Any, seen: dict[str, Any], inputs: ExtraInputs) -> Chosen:

@@ -17,7 +17,14 @@ MIXTRALS = (
         MIXTRAL,
         {"plain": {}, "relu": {"hidden_act": "relu"}, "top-1": {"num_experts_per_tok": 1}},
     ),
-    *family("A", "minimax", "MiniMaxConfig", "MiniMaxSparseMoeBlock", {**MIXTRAL, "num_experts_per_tok": 3}, {"plain": {}, "gelu": _GELU}),
+    *family(
+        "A",
+        "minimax",
+        "MiniMaxConfig",
+        "MiniMaxSparseMoeBlock",
+        {**MIXTRAL, "num_experts_per_tok": 3},
+        {"plain": {}, "gelu": _GELU},
+    ),
     *family(
         "A",
         "jamba",
@@ -28,14 +35,23 @@ MIXTRALS = (
         _ROUTER,
     ),
     *family("A", "olmoe", "OlmoeConfig", "OlmoeSparseMoeBlock", without(QWEN, "moe_intermediate_size"), _NORM_OR_NOT),
-    *family("A", "flex_olmo", "FlexOlmoConfig", "FlexOlmoSparseMoeBlock", without(QWEN, "moe_intermediate_size"), _NORM_OR_NOT),
+    *family(
+        "A",
+        "flex_olmo",
+        "FlexOlmoConfig",
+        "FlexOlmoSparseMoeBlock",
+        without(QWEN, "moe_intermediate_size"),
+        _NORM_OR_NOT,
+    ),
 )
 
 QWENS = (
     *family("A", "qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeSparseMoeBlock", QWEN_SHARED, {**_NORM_OR_NOT, "gelu": _GELU}),
     *family("A", "qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeSparseMoeBlock", QWEN, {**_NORM_OR_NOT, "gelu": _GELU}),
     *family("A", "qwen3_vl_moe", "Qwen3VLMoeTextConfig", "Qwen3VLMoeTextSparseMoeBlock", QWEN, {"plain": {}}),
-    *family("A", "qwen3_omni_moe", "Qwen3OmniMoeTextConfig", "Qwen3OmniMoeThinkerTextSparseMoeBlock", QWEN, _NORM_OR_NOT),
+    *family(
+        "A", "qwen3_omni_moe", "Qwen3OmniMoeTextConfig", "Qwen3OmniMoeThinkerTextSparseMoeBlock", QWEN, _NORM_OR_NOT
+    ),
     *family(
         "A",
         "qwen3_omni_moe",
@@ -54,7 +70,14 @@ QWENS = (
         without(QWEN_SHARED, "intermediate_size"),
         {"plain": {}, "relu": {"hidden_act": "relu"}},
     ),
-    *family("A", "qwen4_exp", "Qwen4ExpTextConfig", "Qwen4ExpTextSparseMoeBlock", without(QWEN_SHARED, "intermediate_size"), _NORM_OR_NOT),
+    *family(
+        "A",
+        "qwen4_exp",
+        "Qwen4ExpTextConfig",
+        "Qwen4ExpTextSparseMoeBlock",
+        without(QWEN_SHARED, "intermediate_size"),
+        _NORM_OR_NOT,
+    ),
 )
 
 _HUNYUAN = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -88,7 +111,12 @@ HUNYUAN_ERNIE_LONGCAT = (
         replace(ROW, args=(1,)),
     ),
     *family(
-        "A", "ernie4_5_moe", "Ernie4_5_MoeConfig", "Ernie4_5_MoeSparseMoeBlock", {**_ERNIE, "moe_intermediate_size": 24}, _ERNIE_VARIANTS
+        "A",
+        "ernie4_5_moe",
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeSparseMoeBlock",
+        {**_ERNIE, "moe_intermediate_size": 24},
+        _ERNIE_VARIANTS,
     ),
     *family(
         "A",

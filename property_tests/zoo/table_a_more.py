@@ -58,7 +58,13 @@ _GEMMA = {
     "head_dim": 16,
 }
 _GEMMA_LAYER = replace(ROW, args=(0,), takes="gemma_layer", router="router")
-_ZAYA = {"hidden_size": 32, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 1, "router_hidden_size": 12}
+_ZAYA = {
+    "hidden_size": 32,
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 1,
+    "router_hidden_size": 12,
+}
 _DBRX = {"d_model": 32, "n_layers": 2}
 
 
@@ -86,13 +92,33 @@ OTHERS = (
         _GEMMA_LAYER,
     ),
     *family(
-        "A", "diffusion_gemma", "DiffusionGemmaTextConfig", "DiffusionGemmaDecoderTextLayer", _GEMMA, {"decoder-layer": {}}, _GEMMA_LAYER
+        "A",
+        "diffusion_gemma",
+        "DiffusionGemmaTextConfig",
+        "DiffusionGemmaDecoderTextLayer",
+        _GEMMA,
+        {"decoder-layer": {}},
+        _GEMMA_LAYER,
     ),
     *family(
-        "A", "diffusion_gemma", "DiffusionGemmaTextConfig", "DiffusionGemmaEncoderTextLayer", _GEMMA, {"encoder-layer": {}}, _GEMMA_LAYER
+        "A",
+        "diffusion_gemma",
+        "DiffusionGemmaTextConfig",
+        "DiffusionGemmaEncoderTextLayer",
+        _GEMMA,
+        {"encoder-layer": {}},
+        _GEMMA_LAYER,
     ),
     *family("A", "zaya", "ZayaConfig", "ZayaSparseMoeBlock", _ZAYA, {"first-layer": {}}, replace(ROW, args=(0,))),
-    *family("A", "zaya", "ZayaConfig", "ZayaSparseMoeBlock", _ZAYA, {"with-states": {}}, replace(ROW, args=(1,), takes="router_states")),
+    *family(
+        "A",
+        "zaya",
+        "ZayaConfig",
+        "ZayaSparseMoeBlock",
+        _ZAYA,
+        {"with-states": {}},
+        replace(ROW, args=(1,), takes="router_states"),
+    ),
     *family(
         "A",
         "zaya",

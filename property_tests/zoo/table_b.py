@@ -20,9 +20,23 @@ ROWS_B = (
         _SWIGLU,
         _ROUTER,
     ),
-    *family("B", "granitemoe", "GraniteMoeConfig", "GraniteMoeMoE", MIXTRAL, {"plain": {}, "gelu": {"hidden_act": "gelu"}}, _ROUTER),
     *family(
-        "B", "granitemoe_swa", "GraniteMoeSWAConfig", "GraniteMoeSWAMoE", {**MIXTRAL, "num_experts_per_tok": 3}, {"plain": {}}, _ROUTER
+        "B",
+        "granitemoe",
+        "GraniteMoeConfig",
+        "GraniteMoeMoE",
+        MIXTRAL,
+        {"plain": {}, "gelu": {"hidden_act": "gelu"}},
+        _ROUTER,
+    ),
+    *family(
+        "B",
+        "granitemoe_swa",
+        "GraniteMoeSWAConfig",
+        "GraniteMoeSWAMoE",
+        {**MIXTRAL, "num_experts_per_tok": 3},
+        {"plain": {}},
+        _ROUTER,
     ),
     *family(
         "B",
@@ -48,7 +62,11 @@ ROWS_B = (
         "AriaTextConfig",
         "AriaTextMoELayer",
         _ARIA,
-        {"plain": {}, "mlp-bias": {"mlp_bias": True}, "gelu-in-the-shared-alone": {"hidden_act": "gelu", "moe_num_shared_experts": 1}},
+        {
+            "plain": {},
+            "mlp-bias": {"mlp_bias": True},
+            "gelu-in-the-shared-alone": {"hidden_act": "gelu", "moe_num_shared_experts": 1},
+        },
         _ROUTER,
     ),
     *family(
@@ -94,7 +112,11 @@ ROWS_B = (
         {**MIXTRAL, "kv_channels": 8, "num_key_value_heads": 2},
         {"attention": {}},
         replace(
-            ROW, router="router", routing="none", takes="attention", refused="a mixture of attention heads, not of feed-forward experts"
+            ROW,
+            router="router",
+            routing="none",
+            takes="attention",
+            refused="a mixture of attention heads, not of feed-forward experts",
         ),
     ),
 )

@@ -50,9 +50,16 @@ VARIATIONS = (
     *family("C", "mimo_v2_flash", "MiMoV2FlashConfig", "MiMoV2FlashMoE", without(DEEPSEEK, "n_shared_experts"), _ALL),
     *family("C", "beam", "BeamConfig", "BeamMoE", _BEAM, {**_ALL, "gelu": {**_GROUPED, "hidden_act": "gelu"}}),
     *family(
-        "C", "glm5_next", "Glm5NextTextConfig", "Glm5NextTextMoE", DEEPSEEK, {**_BOTH, "limit-bites": {**_GROUPED, "swiglu_limit": 0.4}}
+        "C",
+        "glm5_next",
+        "Glm5NextTextConfig",
+        "Glm5NextTextMoE",
+        DEEPSEEK,
+        {**_BOTH, "limit-bites": {**_GROUPED, "swiglu_limit": 0.4}},
     ),
-    *family("C", "hy_v4", "HYV4Config", "HYV4MoE", DEEPSEEK, {**_BOTH, "limit-bites": {**_GROUPED, "swiglu_limit": 0.4}}),
+    *family(
+        "C", "hy_v4", "HYV4Config", "HYV4MoE", DEEPSEEK, {**_BOTH, "limit-bites": {**_GROUPED, "swiglu_limit": 0.4}}
+    ),
     *family(
         "C",
         "dots3_note",

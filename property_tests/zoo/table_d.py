@@ -29,7 +29,14 @@ _INKLING = {
 }
 
 ROWS_D = (
-    *family("D", "minimax_m2", "MiniMaxM2Config", "MiniMaxM2SparseMoeBlock", MIXTRAL, {"plain": {}, "gelu": {"hidden_act": "gelu"}}),
+    *family(
+        "D",
+        "minimax_m2",
+        "MiniMaxM2Config",
+        "MiniMaxM2SparseMoeBlock",
+        MIXTRAL,
+        {"plain": {}, "gelu": {"hidden_act": "gelu"}},
+    ),
     *family(
         "D",
         "minimax_m3_vl",
@@ -69,7 +76,15 @@ ROWS_D = (
             "softcap": {"moe_router_logit_softcapping": 1.5, "moe_routed_scaling_factor": 2.5},
         },
     ),
-    *family("D", "afmoe", "AfmoeConfig", "AfmoeSparseMoeBlock", _AFMOE, {"plain": {}, "scaled": {"route_scale": 2.5}}, _ROUTER),
+    *family(
+        "D",
+        "afmoe",
+        "AfmoeConfig",
+        "AfmoeSparseMoeBlock",
+        _AFMOE,
+        {"plain": {}, "scaled": {"route_scale": 2.5}},
+        _ROUTER,
+    ),
     *twins(
         family(
             "D",
@@ -86,7 +101,12 @@ ROWS_D = (
         {"scaled-combined-in-x-dtype": "scaled"},
     ),
     *family(
-        "D", "flint", "FlintConfig", "FlintSparseMoeBlock", QWEN_SHARED, {"normalised": {}, "not-normalised": {"norm_topk_prob": False}}
+        "D",
+        "flint",
+        "FlintConfig",
+        "FlintSparseMoeBlock",
+        QWEN_SHARED,
+        {"normalised": {}, "not-normalised": {"norm_topk_prob": False}},
     ),
     *family(
         "D",

@@ -79,8 +79,20 @@ ROWS_E = (
         "vitpose_backbone",
         "VitPoseBackboneConfig",
         "VitPoseBackboneMoeMLP",
-        {"hidden_size": 32, "num_attention_heads": 2, "mlp_ratio": 2, "num_experts": 6, "part_features": 8, "num_hidden_layers": 2},
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "mlp_ratio": 2,
+            "num_experts": 6,
+            "part_features": 8,
+            "num_hidden_layers": 2,
+        },
         {"heads": {}},
-        replace(ROW, routing="none", takes="heads", refused="the data set that an image comes from picks a linear head; no token chooses"),
+        replace(
+            ROW,
+            routing="none",
+            takes="heads",
+            refused="the data set that an image comes from picks a linear head; no token chooses",
+        ),
     ),
 )

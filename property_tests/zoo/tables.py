@@ -8,7 +8,13 @@ from zoo.row import BlockRow
 
 # Arguments of configs in the words that several families share. Tiny sizes, not all alike.
 MIXTRAL = {"hidden_size": 64, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2}
-QWEN = {"hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3}
+QWEN = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+}
 QWEN_SHARED = {**QWEN, "shared_expert_intermediate_size": 20}
 DEEPSEEK = {
     "hidden_size": 32,
@@ -43,7 +49,9 @@ def family(
 
 
 def twins(rows: tuple[BlockRow, ...], other_of_variant: Mapping[str, str]) -> tuple[BlockRow, ...]:
-    """The rows, of which some give the same numbers as another variant: options that the block ignores or that only bfloat16 shows."""
+    """The rows, of which some give the same numbers as another variant: options that the block ignores or that only
+    bfloat16 shows.
+    """
     return tuple(replace(row, same_numbers_as=other_of_variant.get(row.variant, "")) for row in rows)
 
 

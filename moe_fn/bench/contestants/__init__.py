@@ -23,7 +23,7 @@ def contestants_of_device(device: str, table: tuple[Contestant, ...] = CONTESTAN
     """The rows that are offered there.
 
     >>> [row.name for row in contestants_of_device("cuda:0") if row.ours]
-    ['moe_fn', 'moe_fn eager', 'moe_fn invariant', 'moe_fn torch', 'moe_fn unquantised']
+    ['moe_fn', 'moe_fn eager', 'moe_fn invariant', 'moe_fn torch', 'moe_fn unquantized']
     """
     return tuple(row for row in table if device.split(":")[0] in row.devices)
 
@@ -36,7 +36,9 @@ def contestants_of_names(text: str, table: tuple[Contestant, ...] = CONTESTANTS)
     """
     chosen: set[str] = set()
     for part in (part.strip() for part in text.split(",")):
-        names = [row.name for row in table if part in ("all", row.name)] or [row.name for row in table if row.name.split()[0] == part]
+        names = [row.name for row in table if part in ("all", row.name)] or [
+            row.name for row in table if row.name.split()[0] == part
+        ]
         if not names:
             raise ValueError(f"--contestants {part}: expected all, or some of {', '.join(row.name for row in table)}")
         chosen.update(names)

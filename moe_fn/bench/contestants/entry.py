@@ -15,7 +15,7 @@ from moe_fn.config.activation import PRESETS
 from moe_fn.records import MoEWeights, leaves_of_weights
 
 Run = Callable[[], Tensor]
-UNQUANTISED = "moe_fn unquantised"  # our own time with the floats that codes stand for
+UNQUANTIZED = "moe_fn unquantized"  # our own time with the floats that codes stand for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class Contestant:
     devices    where it is offered
     build      the layer; what it raises is reported, and the others go on
     takes      whether it takes part where experts are floats, where they are codes, or in both
-    copies     how many more times the weights it holds in memory, and copies_of_floats, how many times what codes stand for
+    copies     how many more times the weights it holds in memory, and copies_of_floats, how many times what codes stand
+               for
     """
 
     name: str
@@ -53,7 +54,7 @@ class Contestant:
 
 
 def takes_part(row: Contestant, quant: QuantConfig | None) -> bool:
-    """Whether it is asked at all, for experts quantised so."""
+    """Whether it is asked at all, for experts quantized so."""
     return row.takes in ("both", "floats" if quant is None else "codes")
 
 

@@ -1,6 +1,7 @@
 """ggml (llama.cpp): MUL_MAT_ID, swiglu, MUL_MAT_ID, weighted sum, the graph that llama.cpp builds for experts.
 
-Its library is that of ggml-py or llama-cpp-python; both are built when they are installed. Codes are the same, in ggml's blocks of 32:
+Its library is that of ggml-py or llama-cpp-python; both are built when they are installed. Codes are the same, in
+ggml's blocks of 32:
 
     q4_0   float16 scale, 16 bytes: byte i has input i in its low half and input i + 16 in its high half, zero 8
     q8_0   float16 scale, 32 bytes
@@ -33,7 +34,11 @@ from moe_fn.quant.numbers import pack_halves, unpack_halves
 _BLOCK = 32
 _F32, _I32 = 0, 26  # enum ggml_type
 # (scheme, granularity, group size) -> ggml's type, and whether llama.cpp lays it out anew on x86
-_TYPES = {("int4", "group", _BLOCK): (2, True), ("int8", "channel", None): (8, False), ("mxfp4", "group", _BLOCK): (39, True)}
+_TYPES = {
+    ("int4", "group", _BLOCK): (2, True),
+    ("int8", "channel", None): (8, False),
+    ("mxfp4", "group", _BLOCK): (39, True),
+}
 
 
 def _type(quant: QuantConfig) -> tuple[int, bool] | None:
@@ -41,7 +46,9 @@ def _type(quant: QuantConfig) -> tuple[int, bool] | None:
 
 
 def blocks_of(quant: QuantConfig, codes: Tensor, scale: Tensor) -> Tensor:
-    """Codes [..., in / codes in a byte] and scales [..., groups] as ggml's blocks: uint8 [..., in / 32, bytes of a block]."""
+    """Codes [..., in / codes in a byte] and scales [..., groups] as ggml's blocks: uint8 [..., in / 32, bytes of a
+    block].
+    """
     if quant.row.bits == 8:
         values = codes.unflatten(-1, (-1, _BLOCK)).view(torch.uint8)
         scale = scale.expand(*scale.shape[:-1], values.shape[-2])
@@ -68,25 +75,37 @@ def _build(problem: Problem) -> Layer:
     kind = None if quant is None else _type(quant)
     path = found_library()
     if quant is None or kind is None or path is None:
-        raise ValueError("ggml: expected quantised experts, and a library")
+        raise ValueError("ggml: expected quantized experts, and a library")
     lib = loaded(path)
     backend = lib.call("ggml_backend_cpu_init")
     lib.call("ggml_backend_cpu_set_n_threads", backend, problem.threads)
     context = lib.context()
-    shapes = {"gate_up": (config.hidden_size, problem.weights.gate_up.shape[1]), "down": (config.intermediate_size, config.hidden_size)}
-    matrices = {name: lib.call("ggml_new_tensor_3d", context, kind[0], *shape, config.num_experts) for name, shape in shapes.items()}
+    shapes = {
+        "gate_up": (config.hidden_size, problem.weights.gate_up.shape[1]),
+        "down": (config.intermediate_size, config.hidden_size),
+    }
+    matrices = {
+        name: lib.call("ggml_new_tensor_3d", context, kind[0], *shape, config.num_experts)
+        for name, shape in shapes.items()
+    }
     buffers = lib.repacking(backend) if kind[1] else lib.call("ggml_backend_get_default_buffer_type", backend)
     if not lib.call("ggml_backend_alloc_ctx_tensors_from_buft", context, buffers):
         raise MemoryError("ggml: no memory for the weights")
     for name, matrix in matrices.items():
         blocks = _blocks(problem, quant, name)
         lib.call("ggml_backend_tensor_set", matrix, blocks.data_ptr(), 0, blocks.nbytes)
-    graph = functools.lru_cache(maxsize=1)(functools.partial(_graph, lib, backend, problem, matrices["gate_up"], matrices["down"]))
+    graph = functools.lru_cache(maxsize=1)(
+        functools.partial(_graph, lib, backend, problem, matrices["gate_up"], matrices["down"])
+    )
 
     def run(token_input: TokenInput, x: Tensor) -> Tensor:
         routing, y = routing_of(problem, token_input), torch.empty_like(x)
         compute, tensors = graph(len(x))
-        values = {"x": x, "ids": routing.expert_ids.to(torch.int32).contiguous(), "weights": routing.weights.float().contiguous()}
+        values = {
+            "x": x,
+            "ids": routing.expert_ids.to(torch.int32).contiguous(),
+            "weights": routing.weights.float().contiguous(),
+        }
         for name, value in values.items():
             lib.call("ggml_backend_tensor_set", tensors[name], value.data_ptr(), 0, value.nbytes)
         lib.call("ggml_backend_graph_compute", backend, compute)
@@ -99,7 +118,9 @@ def _build(problem: Problem) -> Layer:
     return Layer(bind=bind)
 
 
-def _graph(lib: Library, backend: int, problem: Problem, gate_up: int, down: int, tokens: int) -> tuple[int, dict[str, int]]:
+def _graph(
+    lib: Library, backend: int, problem: Problem, gate_up: int, down: int, tokens: int
+) -> tuple[int, dict[str, int]]:
     """What computes y for so many tokens; the tensors to fill, and y's. Dims are ggml's, the innermost first."""
     config, top_k = problem.config, problem.config.top_k
     context = lib.context()
@@ -115,7 +136,9 @@ def _graph(lib: Library, backend: int, problem: Problem, gate_up: int, down: int
     rows = call("ggml_mul_mat_id", down, call("ggml_swiglu", rows), tensors["ids"])
     rows = call("ggml_mul", rows, tensors["weights"])
     of_row = config.hidden_size * 4
-    views = [call("ggml_view_2d", rows, config.hidden_size, tokens, top_k * of_row, slot * of_row) for slot in range(top_k)]
+    views = [
+        call("ggml_view_2d", rows, config.hidden_size, tokens, top_k * of_row, slot * of_row) for slot in range(top_k)
+    ]
     y = functools.reduce(functools.partial(call, "ggml_add"), views)
     if top_k == 1:
         y = call("ggml_cont", y)
@@ -147,4 +170,6 @@ def _installed() -> str | None:
     return "not installed: ggml-py or llama-cpp-python" if found_library() is None else None
 
 
-GGML = Contestant(name="ggml", installed=_installed, refuses=_refuses, build=_build, takes="codes", copies=3, devices=("cpu",))
+GGML = Contestant(
+    name="ggml", installed=_installed, refuses=_refuses, build=_build, takes="codes", copies=3, devices=("cpu",)
+)

@@ -65,9 +65,13 @@ class Library:
         return found
 
     def repacking(self, backend: int) -> int:
-        """The memory that lays weights out for this CPU when they are written, as llama.cpp prefers it; the plain kind without one."""
+        """The memory that lays weights out for this CPU when they are written, as llama.cpp prefers it; the plain kind
+        without one.
+        """
         device = self.call("ggml_backend_get_device", backend)
-        of_name = self.call("ggml_backend_reg_get_proc_address", self.call("ggml_backend_dev_backend_reg", device), _EXTRA)
+        of_name = self.call(
+            "ggml_backend_reg_get_proc_address", self.call("ggml_backend_dev_backend_reg", device), _EXTRA
+        )
         kinds = ctypes.CFUNCTYPE(ctypes.POINTER(_POINTER), _POINTER)(of_name)(device) if of_name else None
         plain: int = self.call("ggml_backend_get_default_buffer_type", backend)
         if kinds is None:

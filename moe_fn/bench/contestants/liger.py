@@ -29,4 +29,6 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
     return refuses_of_library(problem, ("silu",), biases=False, gradients=True)
 
 
-LIGER = Contestant(name="liger", installed=lambda: missing("liger_kernel"), refuses=_refuses, build=_build, copies=1, devices=GPU)
+LIGER = Contestant(
+    name="liger", installed=lambda: missing("liger_kernel"), refuses=_refuses, build=_build, copies=1, devices=GPU
+)

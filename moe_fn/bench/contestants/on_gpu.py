@@ -14,8 +14,12 @@ GPU = ("cuda",)
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, H], ids [T, k], weights [T, k] float32 -> [T, H]
 
 
-def layer_of_experts(problem: Problem, experts: Experts, ids_dtype: torch.dtype, leaves: tuple[Tensor, ...] = ()) -> Layer:
-    """The layer, with the router in front of it if that is part of the problem; the ids come in the dtype that the library wants."""
+def layer_of_experts(
+    problem: Problem, experts: Experts, ids_dtype: torch.dtype, leaves: tuple[Tensor, ...] = ()
+) -> Layer:
+    """The layer, with the router in front of it if that is part of the problem; the ids come in the dtype that the
+    library wants.
+    """
 
     def whole(token_input: TokenInput) -> Tensor:
         routing = routing_of(problem, token_input)

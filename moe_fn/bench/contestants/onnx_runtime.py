@@ -1,7 +1,9 @@
-"""ONNX Runtime: its contrib op com.microsoft.MoE in a model of that one node (with the gate's product before it for the layer).
+"""ONNX Runtime: its contrib op com.microsoft.MoE in a model of that one node (with the gate's product before it for the
+layer).
 
-QMoE where experts are quantised. It has no bfloat16: there it gets float32, and what turns x into that is not timed. It takes any
-routing, as a row of weights for each token; without that it weighs by what sums to one, whatever normalize_routing_weights says.
+QMoE where experts are quantized. It has no bfloat16: there it gets float32, and what turns x into that is not timed. It
+takes any routing, as a row of weights for each token; without that it weighs by what sums to one, whatever
+normalize_routing_weights says.
 """
 
 import functools
@@ -22,7 +24,7 @@ from moe_fn.bench.contestants.entry import (
     out_in,
     refuses_weight_on_input,
 )
-from moe_fn.bench.contestants.onnx_quantised import attributes_of_quant, codes_and_scales, refuses_quant
+from moe_fn.bench.contestants.onnx_quantized import attributes_of_quant, codes_and_scales, refuses_quant
 from moe_fn.bench.contestants.routers import is_softmax, renormalizes
 from moe_fn.bench.problem import Problem, TokenInput
 from moe_fn.records import RouterWeights
@@ -31,7 +33,13 @@ from moe_fn.records import RouterWeights
 # its gelu is another than torch's (1e-4 apart), so it is left out.
 _ATTRIBUTES: dict[str, dict[str, object]] = {
     "silu": {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0},
-    "swigluoai": {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 7.0},
+    "swigluoai": {
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "activation_alpha": 1.702,
+        "activation_beta": 1.0,
+        "swiglu_limit": 7.0,
+    },
     "silu_no_mul": {"activation_type": "silu"},
     "relu_no_mul": {"activation_type": "relu"},
 }
@@ -57,7 +65,9 @@ def _weights(problem: Problem) -> dict[str, Tensor]:
         router = weights.router or RouterWeights()
         found |= {"gate": None if router.gate is None else router.gate.t().contiguous(), "gate_bias": router.bias}
     dtype = _dtype(problem)
-    return {name: t if t.dtype == torch.uint8 else t.to(dtype).contiguous() for name, t in found.items() if t is not None}
+    return {
+        name: t if t.dtype == torch.uint8 else t.to(dtype).contiguous() for name, t in found.items() if t is not None
+    }
 
 
 def _model(problem: Problem, weights: dict[str, Tensor]) -> Any:
@@ -129,7 +139,9 @@ def _build(problem: Problem) -> Layer:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     values = [runtime.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in weights.values()]
     options.add_external_initializers(list(weights), values)
-    session = runtime.InferenceSession(_model(problem, weights).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(
+        _model(problem, weights).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
     def run(feeds: dict[str, Any]) -> Tensor:
         return torch.from_numpy(session.run(None, feeds)[0])

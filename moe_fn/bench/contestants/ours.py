@@ -1,6 +1,7 @@
-"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels, batch-invariant, and its plain torch back-end.
+"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels, batch-invariant, and its
+plain torch back-end.
 
-Where experts are quantised: with the codes, and with the floats that they stand for.
+Where experts are quantized: with the codes, and with the floats that they stand for.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 import moe_fn
-from moe_fn.bench.contestants.entry import UNQUANTISED, Contestant, Layer, Run, always_installed, trained_leaves
+from moe_fn.bench.contestants.entry import UNQUANTIZED, Contestant, Layer, Run, always_installed, trained_leaves
 from moe_fn.bench.problem import Problem, TokenInput, config_of_one, weights_of_experts
 from moe_fn.config import MoEConfig
 from moe_fn.records import MoEWeights
@@ -77,10 +78,11 @@ def _row(
 
 OURS: tuple[Contestant, ...] = (
     _row("moe_fn", compiled=True, devices=("cpu", "cuda")),
-    _row("moe_fn plain", compiled=True, devices=("cpu",), prepared=False),  # the kernels of a GPU read weights as they are
+    # the kernels of a GPU read weights as they are
+    _row("moe_fn plain", compiled=True, devices=("cpu",), prepared=False),
     _row("moe_fn eager", compiled=False, devices=("cpu", "cuda")),
     _row("moe_fn invariant", compiled=True, devices=("cpu", "cuda"), changes={"batch_invariant": True}),
     _row("moe_fn plain invariant", compiled=True, devices=("cpu",), prepared=False, changes={"batch_invariant": True}),
     _row("moe_fn torch", compiled=True, devices=("cuda",), changes={"backend": "torch"}),
-    _row(UNQUANTISED, compiled=True, devices=("cpu", "cuda"), takes="codes"),
+    _row(UNQUANTIZED, compiled=True, devices=("cpu", "cuda"), takes="codes"),
 )

@@ -1,7 +1,9 @@
-"""What one writes with torch alone where experts are quantised: an expert at a time, with the products that torchao calls on a CPU.
+"""What one writes with torch alone where experts are quantized: an expert at a time, with the products that torchao
+calls on a CPU.
 
     int8, a scale for each output:  torch._weight_int8pack_mm(x, codes [out, in], scales [out])
-    int4 groups:                    torch._weight_int4pack_mm_for_cpu(x, packed codes, group size, scales and zeros [groups, out, 2])
+    int4 groups:                    torch._weight_int4pack_mm_for_cpu(x, packed codes, group size, scales and zeros
+                                    [groups, out, 2])
 
 Scales are in the dtype of x; a number is (code - 8) * scale + zero in the second.
 """
@@ -39,7 +41,10 @@ def _products(problem: Problem, name: str) -> list[Product]:
     size = problem.config.quant.group_size if problem.config.quant is not None else None
     if size is None:
         int8 = torch._weight_int8pack_mm
-        return [functools.partial(_called, int8, (stored.codes[expert], scale[expert, :, 0].contiguous())) for expert in experts]
+        return [
+            functools.partial(_called, int8, (stored.codes[expert], scale[expert, :, 0].contiguous()))
+            for expert in experts
+        ]
     int4 = torch._weight_int4pack_mm_for_cpu
     beside = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(1, 2).contiguous()
     pack = torch._convert_weight_to_int4pack_for_cpu
@@ -51,7 +56,9 @@ def _called(function: Callable[..., Tensor], rest: tuple[object, ...], rows: Ten
     return function(rows, *rest)
 
 
-def experts_by_packed_mm(x: Tensor, ids: Tensor, weights: Tensor, gate_up: list[Product], down: list[Product]) -> Tensor:
+def experts_by_packed_mm(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: list[Product], down: list[Product]
+) -> Tensor:
     """x [T, H], ids and weights [T, k], a product for each expert -> [T, H]."""
     expert_of_row, slot_of_row = torch.sort(ids.flatten(), stable=True)
     visited, counts = torch.unique_consecutive(expert_of_row, return_counts=True)

@@ -32,4 +32,6 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
     return refuses_of_library(problem, ("silu",), biases=False, gradients=True)
 
 
-SCATTERMOE = Contestant(name="scattermoe", installed=lambda: missing("scattermoe"), refuses=_refuses, build=_build, devices=GPU)
+SCATTERMOE = Contestant(
+    name="scattermoe", installed=lambda: missing("scattermoe"), refuses=_refuses, build=_build, devices=GPU
+)

@@ -38,7 +38,9 @@ def _build(problem: Problem, compiled: bool) -> Layer:
 
     def of_layer(x: Tensor) -> Tensor:
         routing = route_by_softmax(problem, x)
-        return experts_by_grouped_mm(x, routing.expert_ids, routing.weights, problem.weights.gate_up, problem.weights.down)
+        return experts_by_grouped_mm(
+            x, routing.expert_ids, routing.weights, problem.weights.gate_up, problem.weights.down
+        )
 
     mode = COMPILE_MODES[problem.device.type]
     experts = torch.compile(experts_by_grouped_mm, fullgraph=True, mode=mode) if compiled else experts_by_grouped_mm

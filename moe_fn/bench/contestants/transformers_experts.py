@@ -62,7 +62,11 @@ def _block_like_gpt_oss(problem: Problem, implementation: str) -> tuple[Any, dic
 def _is_like_gpt_oss(problem: Problem) -> bool:
     config, weights = problem.config, problem.weights
     layouts = (config.gate_up_layout, config.weight_layout)
-    return activation_name(config) == "swigluoai" and layouts == ("interleaved", "in_out") and weights.gate_up_bias is not None
+    return (
+        activation_name(config) == "swigluoai"
+        and layouts == ("interleaved", "in_out")
+        and weights.gate_up_bias is not None
+    )
 
 
 def _is_like_qwen3(problem: Problem) -> bool:

@@ -1,9 +1,10 @@
 """OpenAI's triton_kernels (in Triton's repository, and inside vLLM's package), in each form that its interface has had.
 
-    3.5   routing(logits, k, expt_indx=ids), matmul_ogs        3.6   topk(logits, k, y_indx=ids), matmul_ogs        later   topk, matmul
+    3.5   routing(logits, k, expt_indx=ids), matmul_ogs 3.6 topk(logits, k, y_indx=ids), matmul_ogs later topk, matmul
 
-Its own kernels sort the slots: topk is handed the ids, and does the rest of its work. Its fused activation is gate * sigmoid(alpha
-gate) * (up + 1), gates and ups alternating; for silu the 1 is taken away by a bias of -1, in float32, and alpha is 1.
+Its own kernels sort the slots: topk is handed the ids, and does the rest of its work. Its fused activation is gate *
+sigmoid(alpha gate) * (up + 1), gates and ups alternating; for silu the 1 is taken away by a bias of -1, in float32, and
+alpha is 1.
 """
 
 import importlib
@@ -73,10 +74,20 @@ class _ByMatmul:
         slot_of_row = sorted_.col_sorted_indx
         rows = self.ragged(sorted_.col_sum, ids.numel())
         hidden = self.matmul.matmul(
-            x, gate_up, gate_up_bias, a_ragged_metadata=rows, gather_indx=slot_of_row // top_k, fused_activation=self.act
+            x,
+            gate_up,
+            gate_up_bias,
+            a_ragged_metadata=rows,
+            gather_indx=slot_of_row // top_k,
+            fused_activation=self.act,
         )
         y = self.matmul.matmul(
-            hidden, down, down_bias, a_ragged_metadata=rows, scatter_indx=slot_of_row, gammas=weights.flatten()[slot_of_row]
+            hidden,
+            down,
+            down_bias,
+            a_ragged_metadata=rows,
+            scatter_indx=slot_of_row,
+            gammas=weights.flatten()[slot_of_row],
         )
         total: Tensor = self.reduce(y.view(len(x), top_k, -1), dim=1)[0]
         return total
@@ -103,7 +114,9 @@ class _ByMatmulOgs:
         data, gather, scatter = self.sort(logits, ids.shape[1], expt_indx=ids)
         matmul, gammas = self.ogs.matmul_ogs, weights.flatten()[gather.src_indx]
         hidden = matmul(x, gate_up, gate_up_bias, data, gather_indx=gather, fused_activation=self.act)
-        y: Tensor = matmul(hidden.view(-1, hidden.shape[-1]), down, down_bias, data, scatter_indx=scatter, gammas=gammas)
+        y: Tensor = matmul(
+            hidden.view(-1, hidden.shape[-1]), down, down_bias, data, scatter_indx=scatter, gammas=gammas
+        )
         return y.view(len(x), -1)
 
 
@@ -132,4 +145,6 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
     return refuses_of_library(problem, tuple(_ALPHA_AND_LIMIT), biases=True, gradients=False)
 
 
-TRITON_KERNELS = Contestant(name="triton_kernels", installed=_installed, refuses=_refuses, build=_build, copies=1, devices=GPU)
+TRITON_KERNELS = Contestant(
+    name="triton_kernels", installed=_installed, refuses=_refuses, build=_build, copies=1, devices=GPU
+)

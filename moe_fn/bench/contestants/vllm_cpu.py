@@ -1,4 +1,7 @@
-"""vLLM's op for CPUs, cpu_fused_moe. Only the library is loaded: the package pins an older transformers and much else."""
+"""vLLM's op for CPUs, cpu_fused_moe.
+
+Only the library is loaded: the package pins an older transformers and much else.
+"""
 
 import importlib.util
 from pathlib import Path

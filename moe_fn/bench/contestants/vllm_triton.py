@@ -27,7 +27,9 @@ def _build(problem: Problem) -> Layer:
         quant_config = importlib.import_module(f"{_FOLDER}.config").biased_moe_quant_config(bias, weights.down_bias)
 
     def experts(x: Tensor, ids: Tensor, routing_weights: Tensor) -> Tensor:
-        y: Tensor = fused_experts(x, gate_up, down, routing_weights, ids, activation=activation, quant_config=quant_config)
+        y: Tensor = fused_experts(
+            x, gate_up, down, routing_weights, ids, activation=activation, quant_config=quant_config
+        )
         return y
 
     return layer_of_experts(problem, experts, torch.int32)

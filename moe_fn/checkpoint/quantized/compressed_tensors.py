@@ -12,16 +12,23 @@ _SCHEMES = {
     ("int", 8, None): "int8", ("int", 4, None): "int4",
 }  # fmt: skip
 _FORMATS = {
-    ("float-quantized", "fp8_e4m3"): "ct fp8", ("naive-quantized", "fp8_e4m3"): "ct fp8", ("int-quantized", "int8"): "ct int8",
+    ("float-quantized", "fp8_e4m3"): "ct fp8", ("naive-quantized", "fp8_e4m3"): "ct fp8",
+    ("int-quantized", "int8"): "ct int8",
     ("int-quantized", "int4"): "ct int4", ("naive-quantized", "int4"): "ct int4",
-    ("naive-quantized", "int8"): "ct int8", ("pack-quantized", "int4"): "ct int4, packed", ("pack-quantized", "int8"): "ct int8, packed",
-    ("nvfp4-pack-quantized", "nvfp4"): "ct nvfp4", ("mxfp4-pack-quantized", "mxfp4"): "ct mxfp4", ("mxfp8-quantized", "mxfp8"): "ct mxfp8",
+    ("naive-quantized", "int8"): "ct int8", ("pack-quantized", "int4"): "ct int4, packed",
+    ("pack-quantized", "int8"): "ct int8, packed",
+    ("nvfp4-pack-quantized", "nvfp4"): "ct nvfp4", ("mxfp4-pack-quantized", "mxfp4"): "ct mxfp4",
+    ("mxfp8-quantized", "mxfp8"): "ct mxfp8",
 }  # fmt: skip
 
 
 def method_of_group(words: Words, group: Mapping[str, Any]) -> Method:
     """The method of a group; ValueError where it, or its format, is none that is read."""
-    weights, inputs, layout = group.get("weights"), group.get("input_activations"), str(group.get("format") or words.get("format"))
+    weights, inputs, layout = (
+        group.get("weights"),
+        group.get("input_activations"),
+        str(group.get("format") or words.get("format")),
+    )
     if not isinstance(weights, Mapping) or group.get("output_activations"):
         raise _refuse(group, "weights, and no output_activations")
     if str(weights.get("actorder") or None) in ("group", "dynamic", "True"):
@@ -29,9 +36,14 @@ def method_of_group(words: Words, group: Mapping[str, Any]) -> Method:
     scheme, symmetric = _scheme(weights), weights.get("symmetric", True)
     stored = _FORMATS.get((layout, scheme))
     if stored is None:
-        raise ValueError(f"quantization_config.format is {layout!r} for {scheme}; expected one of {sorted({f for f, _ in _FORMATS})}")
+        raise ValueError(
+            f"quantization_config.format is {layout!r} for {scheme}; expected one of {sorted({f for f, _ in _FORMATS})}"
+        )
     quant = QuantConfig(
-        scheme=scheme, zero_points=not symmetric, activations=None if inputs is None else _activations(inputs), **_tiles(weights)
+        scheme=scheme,
+        zero_points=not symmetric,
+        activations=None if inputs is None else _activations(inputs),
+        **_tiles(weights),
     )
     return Method(quant, stored if symmetric else f"{stored}, zeros")
 
@@ -73,6 +85,9 @@ def _activations(inputs: Mapping[str, Any]) -> ActivationQuantConfig:
     if not inputs.get("symmetric", True):
         raise _refuse(inputs, "inputs without zero points")
     if strategy in ("group", "tensor_group"):
-        static = dynamic is not True and strategy == "tensor_group"  # "local": the scale above those of groups is loaded
-        return ActivationQuantConfig(scheme=_scheme(inputs), granularity="group", group_size=inputs.get("group_size"), static=static)
+        # "local": the scale above those of groups is loaded
+        static = dynamic is not True and strategy == "tensor_group"
+        return ActivationQuantConfig(
+            scheme=_scheme(inputs), granularity="group", group_size=inputs.get("group_size"), static=static
+        )
     return ActivationQuantConfig(scheme=_scheme(inputs), granularity=strategy, static=not dynamic)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Pieces of quantised matrices: from a file's elements to those in memory, and what must be said of them beside."""
+"""Pieces of quantized matrices: from a file's elements to those in memory, and what must be said of them beside."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,8 @@ def to_codes(entry: Entry, source: Tensor, ranges: Ranges, units: Units, order: 
 
 
 def put_input_scale(part: Part, source: Tensor, target: Tensor) -> bool:
-    """Gate and up see the same inputs, so both say how those are rounded: the larger of their scales. Whether the part is such a scale.
+    """Gate and up see the same inputs, so both say how those are rounded: the larger of their scales. Whether the part
+    is such a scale.
 
     Raises ValueError where compressed-tensors' gate and up do not agree.
     """
@@ -55,7 +56,10 @@ def put_input_scale(part: Part, source: Tensor, target: Tensor) -> bool:
         return False
     other = target.to(source.device)  # 0 before the first of the two
     if part.entry.coding == "float32, agreed" and bool(((other - source).abs() > _AGREE).logical_and(other != 0).any()):
-        raise ValueError(f"{part.name} is {float(source.flatten()[0])}; expected {float(other.flatten()[0])}, as the other half has it")
+        raise ValueError(
+            f"{part.name} is {float(source.flatten()[0])}; expected {float(other.flatten()[0])}, as the other half has "
+            "it"
+        )
     target.copy_(torch.maximum(other, source))
     return True
 
@@ -81,12 +85,18 @@ def _check_part(where: str, t: Tensor, part: Part, plan: Plan) -> None:
 
 def _sizes(part: Part, plan: Plan) -> tuple[int, ...]:
     """Outputs and inputs of the matrix that a part is of."""
-    codes = next(entry for entry in plan.layout.entries if entry.weight in (part.entry.weight[:-1], (*part.entry.weight[:-1], "codes")))
+    codes = next(
+        entry
+        for entry in plan.layout.entries
+        if entry.weight in (part.entry.weight[:-1], (*part.entry.weight[:-1], "codes"))
+    )
     return tuple(plan.sizes[axis] for axis in axes_of(codes.axes) if axis not in "EGBN")
 
 
-def decode_others(plan: Plan, weights: dict[Path, Tensor], dtype: torch.dtype | None, read: Slices, wanted: Slices) -> None:
-    """Makes floats of the quantised matrices that are no experts, for their products take floats; their codes go.
+def decode_others(
+    plan: Plan, weights: dict[Path, Tensor], dtype: torch.dtype | None, read: Slices, wanted: Slices
+) -> None:
+    """Makes floats of the quantized matrices that are no experts, for their products take floats; their codes go.
 
     Whole tiles of them have been read; what is wanted of those is cut out of the floats.
     """
@@ -94,7 +104,9 @@ def decode_others(plan: Plan, weights: dict[Path, Tensor], dtype: torch.dtype | 
     for path, method in plan.layout.methods:
         if path in EXPERTS or (*path, "codes") not in weights:
             continue
-        found: Mapping[str, Tensor] = {role: weights.pop((*path, role)).unsqueeze(0) for role in CODED if (*path, role) in weights}
+        found: Mapping[str, Tensor] = {
+            role: weights.pop((*path, role)).unsqueeze(0) for role in CODED if (*path, role) in weights
+        }
         halves = plan.sizes["B"] if path == ("shared", "gate_up") else 1
         floats = decoded(method.quant, Codes(**found), halves, plan.dtypes[path] if dtype is None else dtype)[0]
         pattern = plan.places[path].pattern

@@ -1,4 +1,6 @@
-"""The published formats of a quantised matrix, a row each: which tensors it is in a file, under which names, with which axes, coded how."""
+"""The published formats of a quantized matrix, a row each: which tensors it is in a file, under which names, with which
+axes, coded how.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ MXFP8 = QuantConfig(
 
 @dataclass(frozen=True)
 class Method:
-    """How a module's weight is quantised: `stored` is a row of FORMATS."""
+    """How a module's weight is quantized: `stored` is a row of FORMATS."""
 
     quant: QuantConfig
     stored: str
@@ -49,10 +51,11 @@ class Module:
 class Stored:
     """One tensor of a matrix.
 
-    role    codes, scale, zero_point, global_scale or input_scale; "check sizes", "check order", "check zeros": it says nothing new, but
-            must not say something else
+    role    codes, scale, zero_point, global_scale or input_scale; "check sizes", "check order", "check zeros": it says
+            nothing new, but must not say something else
     suffix  what its name has behind that of the module; several, where writers differ
-    dims    "out/8 in": outputs, eight in an element, and inputs; "/tile": as many as share a scale; "1": a single number
+    dims    "out/8 in": outputs, eight in an element, and inputs; "/tile": as many as share a scale; "1": a single
+            number
     coding  row of `CODINGS`
     fused   what its name has behind that of a tensor that holds all experts; None where no such files are published
     """
@@ -106,12 +109,14 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
     "ct fp8": (_codes(".weight", "out in", "fp8"), _CT_SCALE, _CT_INPUT),
     "ct int8": (_codes(".weight", "out in", "int8"), _CT_SCALE, _CT_INPUT),
     "ct int8, zeros": (
-        _codes(".weight", "out in", "int8, shifted"), _CT_SCALE, _zero(".weight_zero_point", "out/tile in/tile", "int8, shifted"),
+        _codes(".weight", "out in", "int8, shifted"), _CT_SCALE,
+        _zero(".weight_zero_point", "out/tile in/tile", "int8, shifted"),
         _CT_INPUT,
     ),
     "ct int4": (_codes(".weight", "out in", "int4 in int8"), _CT_SCALE, _CT_INPUT),
     "ct int4, zeros": (
-        _codes(".weight", "out in", "int4 in int8"), _CT_SCALE, _zero(".weight_zero_point", "out/tile in/tile", "int4 in int8"), _CT_INPUT,
+        _codes(".weight", "out in", "int4 in int8"), _CT_SCALE,
+        _zero(".weight_zero_point", "out/tile in/tile", "int4 in int8"), _CT_INPUT,
     ),
     "ct int4, packed": (_codes(".weight_packed", "out in/8", "bytes of words"), _CT_SCALE, _PACKED_SIZES),
     "ct int4, packed, zeros": (
@@ -124,7 +129,8 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
         _zero(".weight_zero_point", "out/4 in/tile", "rows of 8 bits"),
     ),
     "ct nvfp4": (
-        *_CT_FP4, _scale(".weight_scale", coding="fp8"), Stored("global_scale", (".weight_global_scale",), "1", "inverse"),
+        *_CT_FP4, _scale(".weight_scale", coding="fp8"),
+        Stored("global_scale", (".weight_global_scale",), "1", "inverse"),
         _input(".input_global_scale", coding="inverse"),
     ),
     "ct mxfp4": (*_CT_FP4, _scale(".weight_scale", coding="bytes"), _input(".input_global_scale")),
@@ -132,7 +138,8 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
     # DeepSeek's, transformers' and AutoFP8's "fp8"
     "fp8": (
         _codes(".weight", "out in", "fp8", fused=""),
-        _scale(".weight_scale_inv", ".scale", ".qscale_weight", ".weight_scale", coding="e8m0, spread", fused="_scale_inv"),
+        _scale(".weight_scale_inv", ".scale", ".qscale_weight", ".weight_scale", coding="e8m0, spread",
+        fused="_scale_inv"),
         _input(".input_scale", ".activation_scale", ".qscale_act"),
     ),
     "mxfp8": (
@@ -152,7 +159,8 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
         f"gptq{version} {bits} bits{', symmetric' if symmetric else ''}": _gptq(bits, less, symmetric)
         for version, less in (("", ", less 1"), (" v2", "")) for bits in (4, 8) for symmetric in (False, True)
     },
-    "awq": (_codes(".qweight", "in out/8", "awq"), _scale(".scales", dims="in/tile out"), _zero(".qzeros", "in/tile out/8", "awq")),
+    "awq": (_codes(".qweight", "in out/8", "awq"), _scale(".scales", dims="in/tile out"),
+    _zero(".qzeros", "in/tile out/8", "awq")),
     "awq, symmetric": (
         _codes(".qweight", "in out/8", "awq"), _scale(".scales", dims="in/tile out"),
         Stored("check zeros", (".qzeros",), "in/tile out/8", "awq"),
@@ -166,10 +174,14 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
 }  # fmt: skip
 
 # What may stand for ".weight", and behind the name of a fused tensor
-CODES_SUFFIXES = tuple(sorted({suffix for row in FORMATS.values() for s in row if s.role == "codes" for suffix in s.suffix} - {"_blocks"}))
+CODES_SUFFIXES = tuple(
+    sorted({suffix for row in FORMATS.values() for s in row if s.role == "codes" for suffix in s.suffix} - {"_blocks"})
+)
 FUSED_SUFFIXES = ("_blocks",)
 CODES = (*CODES_SUFFIXES, *FUSED_SUFFIXES, "")
-SUFFIXES = tuple(sorted({suffix for row in FORMATS.values() for s in row for suffix in s.suffixes(False) + s.suffixes(True)}))
+SUFFIXES = tuple(
+    sorted({suffix for row in FORMATS.values() for s in row for suffix in s.suffixes(False) + s.suffixes(True)})
+)
 _NEEDED = ("codes", "scale", "zero_point", "global_scale")
 
 

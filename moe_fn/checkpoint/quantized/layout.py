@@ -1,4 +1,6 @@
-"""A row of the layout table as a quantised checkpoint has it: each matrix in several tensors, as its method lays them."""
+"""A row of the layout table as a quantized checkpoint has it: each matrix in several tensors, as its method
+lays them.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,9 +18,12 @@ from moe_fn.weights.axes import axes_of, dims_of
 from moe_fn.weights.spec import WEIGHTS
 
 EXPERTS: tuple[Path, ...] = (("gate_up",), ("down",))
-# The matrices that are products, and the axis along which each is multiplied. Those that are no experts are read as floats.
+# The matrices that are products, and the axis along which each is multiplied. Those that are no experts are read as
+# floats.
 _INPUTS: dict[Path, str] = {
-    path: axes_of(row.axes)[-1] for path, row in WEIGHTS.items() if row.kind in ("codes", "compute") and path[0] != "lora"
+    path: axes_of(row.axes)[-1]
+    for path, row in WEIGHTS.items()
+    if row.kind in ("codes", "compute") and path[0] != "lora"
 }
 MATRICES = tuple(_INPUTS)
 CODED = ("codes", "scale", "zero_point", "global_scale")  # what a matrix that is no expert is decoded from
@@ -43,10 +48,11 @@ def is_check(path: Path) -> bool:
     return path[-1].startswith("check ")
 
 
-def quantised_layout(row: Layout, prefix: str, words: Words, num_experts: int, tensors: Tensors) -> Layout:
-    """The row with the tensors that the method of each matrix has; the same row where nothing is quantised.
+def quantized_layout(row: Layout, prefix: str, words: Words, num_experts: int, tensors: Tensors) -> Layout:
+    """The row with the tensors that the method of each matrix has; the same row where nothing is quantized.
 
-    Raises ValueError for methods that are not known or contradict one another, and for those that no published file has in this row.
+    Raises ValueError for methods that are not known or contradict one another, and for those that no published file has
+    in this row.
     """
     entries: list[Entry] = []
     others, methods = list(row.others), dict[Path, Method]()
@@ -55,7 +61,10 @@ def quantised_layout(row: Layout, prefix: str, words: Words, num_experts: int, t
         methods |= {} if found is None else {path: found}
     first, last = (methods.get(path) for path in EXPERTS)
     if first != last:
-        raise ValueError(f"{prefix}: the experts' first product is {_name(first)}, their last {_name(last)}; expected the same of both")
+        raise ValueError(
+            f"{prefix}: the experts' first product is {_name(first)}, their last {_name(last)}; "
+            "expected the same of both"
+        )
     for entry in row.entries:
         if entry.weight not in methods:
             entries.append(entry)
@@ -90,7 +99,7 @@ def _names(entry: Entry, num_experts: int) -> list[str]:
 
 
 def _name(method: Method | None) -> str:
-    return "not quantised" if method is None else f"{method.stored!r}, {method.quant!r}"
+    return "not quantized" if method is None else f"{method.stored!r}, {method.quant!r}"
 
 
 def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: Tensors) -> Entry | str:
@@ -102,7 +111,10 @@ def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: T
     if stored.role == "input_scale" and not (expert and inputs is not None and inputs.static):
         return name or stored.suffix[0]
     if not name:
-        raise ValueError(f"{full_name(prefix, entry.name)} holds all experts, quantised by {method.stored!r}; expected experts one by one")
+        raise ValueError(
+            f"{full_name(prefix, entry.name)} holds all experts, quantized by {method.stored!r}; "
+            "expected experts one by one"
+        )
     axes, units = _axes(entry, stored, method)
     weight = _path_of_role(entry.weight, stored.role)
     return Entry(weight, name, axes, entry.pins, optional=is_check(weight), coding=stored.coding, units=units)
@@ -121,8 +133,11 @@ def _axes(entry: Entry, stored: Stored, method: Method) -> tuple[str, Units]:
     lead, outputs, inputs = _split(entry.axes, entry.weight)
     if stored.dims in ("1", "2"):
         return stored.dims, ()
-    if dims_of(entry.axes)[-1] != inputs and method.stored != "mxfp4 blocks":  # gpt-oss' floats are transposed, its blocks are not
-        raise ValueError(f"{entry.name} has its inputs before its outputs; expected quantised matrices the other way round")
+    # gpt-oss' floats are transposed, its blocks are not
+    if dims_of(entry.axes)[-1] != inputs and method.stored != "mxfp4 blocks":
+        raise ValueError(
+            f"{entry.name} has its inputs before its outputs; expected quantized matrices the other way round"
+        )
     pattern, units = list(lead), list[tuple[str, int | None]]()
     for token in stored.dims.split():
         axis, _, unit = token.partition("/")
@@ -157,7 +172,10 @@ def places_of(config: MoEConfig, layout: Layout) -> dict[Path, Place]:
         quant = method.quant
         mixed = path == ("gate_up",) and config.gate_up_layout == "interleaved"
         if mixed and (quant.tile[0] != 1 or quant.row.scale == "e4m3"):
-            raise ValueError(f"gate_up_layout is 'interleaved' with {method.stored!r}; expected 'packed', for ups have scales of their own")
+            raise ValueError(
+                f"gate_up_layout is 'interleaved' with {method.stored!r}; expected 'packed', for ups have scales of "
+                "their own"
+            )
         _, outputs, inputs = _split(patterns[path], path)
         tile, whole = quant.tile, (*_units(outputs, None), *_units(inputs, None))
         units: dict[str, Units] = {"codes": _units(inputs, quant.per_byte), "global_scale": whole}

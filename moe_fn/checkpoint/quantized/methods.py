@@ -28,18 +28,20 @@ class Reader:
     lists: ListRule | None = None
 
 
-def method_of(words: Words, name: str, of_experts: bool, *, fused: bool = False, dtypes: Mapping[str, str] | None = None) -> Method | None:
+def method_of(
+    words: Words, name: str, of_experts: bool, *, fused: bool = False, dtypes: Mapping[str, str] | None = None
+) -> Method | None:
     """The method of a module; None where its weight is as it was.
 
     name        of a linear module in the checkpoint, or of a tensor of all experts: those are `fused`
     of_experts  whether it is a routed expert's
     dtypes      of its tensors in the file, by what their names have behind its own; None: not known
 
-    Where the file is known, its tensors say whether they are floats or codes, whatever lists of modules say: tools leave out more than they
-    list, and those that read a list do not agree on what it has.
+    Where the file is known, its tensors say whether they are floats or codes, whatever lists of modules say: tools
+    leave out more than they list, and those that read a list do not agree on what it has.
 
-    Raises ValueError for a method that is not known, for words that contradict one another, and for codes in the file where the words say
-    that nothing is quantised.
+    Raises ValueError for a method that is not known, for words that contradict one another, and for codes in the file
+    where the words say that nothing is quantized.
 
     Laws
         What a file has as floats is floats whatever the words say.
@@ -47,18 +49,22 @@ def method_of(words: Words, name: str, of_experts: bool, *, fused: bool = False,
     module = Module(name, of_experts, fused, dtypes or {})
     method = str(words.get("quant_method", "modelopt" if "quant_algo" in words else None))
     if method not in _READERS:
-        raise ValueError(f"quantization_config.quant_method is {method!r}; expected one of {', '.join(map(repr, _READERS))}")
+        raise ValueError(
+            f"quantization_config.quant_method is {method!r}; expected one of {', '.join(map(repr, _READERS))}"
+        )
     if module.floats:
         return None
     try:
         found = _method_of(words, _READERS[method], module)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
-            f"quantization_config has a value of another kind than {method!r} has ({error}); expected what its tools write"
+            f"quantization_config has a value of another kind than {method!r} has ({error}); "
+            "expected what its tools write"
         ) from error
     if found is None and module.codes is not None:
         raise ValueError(
-            f"{module.name}{module.codes} is {module.dtypes[module.codes]}, but quantization_config leaves that module out; expected floats"
+            f"{module.name}{module.codes} is {module.dtypes[module.codes]}, but quantization_config leaves that module "
+            "out; expected floats"
         )
     return found
 
@@ -93,7 +99,9 @@ def _tiles(size: Any) -> dict[str, Any]:
 
 
 def _fp8(words: Words, module: Module) -> Method:
-    """DeepSeek's; its experts may be fp4, or what ModelOpt made of them: of what the words say, the first that the file has."""
+    """DeepSeek's; its experts may be fp4, or what ModelOpt made of them: of what the words say, the first that the file
+    has.
+    """
     eight, four, dtype = _fp8_itself(words), Method(MXFP4, "fp4"), words.get("expert_dtype")
     if dtype not in (None, "fp8", "fp4"):
         raise _refuse("expert_dtype", dtype, "'fp8' or 'fp4'")
@@ -119,8 +127,12 @@ def _fp8_itself(words: Words) -> Method:
     if block == [1, 32]:
         return Method(MXFP8, "mxfp8")
     power = words.get("scale_fmt", "float") == "ue8m0"
-    of_inputs = ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=block[1], power_of_two_scales=power)
-    return Method(QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=tuple(block), activations=of_inputs), "fp8")
+    of_inputs = ActivationQuantConfig(
+        scheme="fp8_e4m3", granularity="group", group_size=block[1], power_of_two_scales=power
+    )
+    return Method(
+        QuantConfig(scheme="fp8_e4m3", granularity="block", block_shape=tuple(block), activations=of_inputs), "fp8"
+    )
 
 
 def _gptq(words: Words, module: Module) -> Method | None:
@@ -135,12 +147,18 @@ def _gptq(words: Words, module: Module) -> Method | None:
             words = {**words, **changes}
             break
     if words.get("desc_act"):
-        raise _refuse("desc_act", words["desc_act"], "False, for experts whose inputs change places (act-order) are not read")
+        raise _refuse(
+            "desc_act", words["desc_act"], "False, for experts whose inputs change places (act-order) are not read"
+        )
     bits, symmetric, version = words.get("bits"), words.get("sym", True), words.get("checkpoint_format", "gptq")
     versions = {"gptq": "", "gptq_v2": " v2"}
     if bits not in (4, 8) or version not in versions or not isinstance(symmetric, bool):
-        raise _refuse("bits, checkpoint_format, sym", (bits, version, symmetric), "4 or 8, 'gptq' or 'gptq_v2', and a bool")
-    quant = QuantConfig(scheme="int4" if bits == 4 else "int8", zero_points=not symmetric, **_tiles(words.get("group_size", 128)))
+        raise _refuse(
+            "bits, checkpoint_format, sym", (bits, version, symmetric), "4 or 8, 'gptq' or 'gptq_v2', and a bool"
+        )
+    quant = QuantConfig(
+        scheme="int4" if bits == 4 else "int8", zero_points=not symmetric, **_tiles(words.get("group_size", 128))
+    )
     return Method(quant, f"gptq{versions[version]} {bits} bits{', symmetric' if symmetric else ''}")
 
 
@@ -149,7 +167,9 @@ def _awq(words: Words, module: Module) -> Method:
     zeros = words.get("zero_point", True)
     if bits != 4 or version != "gemm" or not isinstance(zeros, bool):
         raise _refuse("bits, version, zero_point", (bits, version, zeros), "4, 'gemm' and a bool")
-    quant = QuantConfig(scheme="int4", zero_points=zeros, **_tiles(words.get("group_size", words.get("q_group_size", 128))))
+    quant = QuantConfig(
+        scheme="int4", zero_points=zeros, **_tiles(words.get("group_size", words.get("q_group_size", 128)))
+    )
     return Method(quant, "awq" if zeros else "awq, symmetric")
 
 

@@ -12,8 +12,12 @@ _TENSOR = ActivationQuantConfig(scheme="fp8_e4m3", granularity="tensor", static=
 _TOKEN = ActivationQuantConfig(scheme="fp8_e4m3", granularity="token")
 _ALGORITHMS: dict[str, Method] = {
     "FP8": Method(QuantConfig(scheme="fp8_e4m3", granularity="tensor", activations=_TENSOR), "modelopt fp8"),
-    "FP8_PER_CHANNEL_PER_TOKEN": Method(QuantConfig(scheme="fp8_e4m3", granularity="channel", activations=_TOKEN), "modelopt fp8"),
-    "NVFP4": Method(QuantConfig(scheme="nvfp4", granularity="group", group_size=16, activations=_NVFP4_INPUTS), "modelopt nvfp4"),
+    "FP8_PER_CHANNEL_PER_TOKEN": Method(
+        QuantConfig(scheme="fp8_e4m3", granularity="channel", activations=_TOKEN), "modelopt fp8"
+    ),
+    "NVFP4": Method(
+        QuantConfig(scheme="nvfp4", granularity="group", group_size=16, activations=_NVFP4_INPUTS), "modelopt nvfp4"
+    ),
     "W4A16_NVFP4": Method(QuantConfig(scheme="nvfp4", granularity="group", group_size=16), "modelopt nvfp4"),
     "MXFP8": Method(MXFP8, "modelopt mxfp8"),
 }
@@ -21,7 +25,9 @@ _MIXED = "MIXED_PRECISION"
 
 
 def modelopt(words: Words, module: Module) -> Method | None:
-    """The method of a module; None where the words have no algorithm for it, as where only the KV cache is quantised."""
+    """The method of a module; None where the words have no algorithm for it, as where only the KV cache is
+    quantized.
+    """
     algorithm, layers = words.get("quant_algo"), words.get("quantized_layers")
     of_experts = algorithm_of_experts(words)
     if algorithm is None or str(algorithm).upper() != _MIXED:
@@ -50,7 +56,9 @@ def _method(algorithm: Any, size: Any) -> Method:
 
 
 def _names(module: str) -> list[str]:
-    """A module and all that it is in, the outermost first; with a language model in a larger one under either of its names."""
+    """A module and all that it is in, the outermost first; with a language model in a larger one under either of its
+    names.
+    """
     inside, beside = "model.language_model.", "language_model.model."
     other = module.replace(inside, beside, 1) if module.startswith(inside) else module.replace(beside, inside, 1)
     both = zip(*(itertools.accumulate(name.split("."), "{}.{}".format) for name in (other, module)), strict=True)

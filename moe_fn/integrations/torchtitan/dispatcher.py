@@ -15,7 +15,9 @@ from moe_fn.stages.dispatch import dispatch
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchMetadata:
-    """What combine_rows needs beside the rows: an explicit value, like their LocalDispatchMetadata, whose names it answers to."""
+    """What combine_rows needs beside the rows: an explicit value, like their LocalDispatchMetadata, whose names it
+    answers to.
+    """
 
     routing: Routing
     expert_ends: Tensor
@@ -34,15 +36,22 @@ class DispatchMetadata:
 
 
 def dispatch_tokens(
-    config: MoEConfig, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor, num_local_tokens_per_expert_E: Tensor
+    config: MoEConfig,
+    x_TD: Tensor,
+    topk_scores_TK: Tensor,
+    topk_expert_ids_TK: Tensor,
+    num_local_tokens_per_expert_E: Tensor,
 ) -> tuple[Tensor, Tensor, DispatchMetadata]:
-    """LocalTokenDispatcher.dispatch as a function: (rows [T * K, D] sorted by expert, the counts as they came, metadata).
+    """LocalTokenDispatcher.dispatch as a function: (rows [T * K, D] sorted by expert, the counts as they came,
+    metadata).
 
-    Rows of one expert keep the order of their tokens, as with their stable argsort. Weights are applied by combine_rows.
+    Rows of one expert keep the order of their tokens, as with their stable argsort. Weights are applied by
+    combine_rows.
 
     >>> import torch
     >>> config = MoEConfig(num_experts=2, top_k=2, hidden_size=1, intermediate_size=1)
-    >>> ids, scores, counts = torch.tensor([[1, 0], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([2, 2])
+    >>> ids, scores, counts = torch.tensor([[1, 0], [1, 0]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]]), torch.tensor([2,
+    ...     2])
     >>> rows, _, metadata = dispatch_tokens(config, torch.tensor([[10.0], [20.0]]), scores, ids, counts)
     >>> rows.flatten().tolist(), metadata.token_indices_experts_sorted_N.tolist()
     ([10.0, 20.0, 10.0, 20.0], [0, 1, 0, 1])
@@ -51,17 +60,23 @@ def dispatch_tokens(
     """
     routing = Routing(expert_ids=topk_expert_ids_TK, weights=topk_scores_TK)
     d = dispatch(config, x_TD, routing)
-    metadata = DispatchMetadata(routing=routing, expert_ends=d.expert_ends, slot_of_row=d.slot_of_row, row_of_slot=d.row_of_slot)
+    metadata = DispatchMetadata(
+        routing=routing, expert_ends=d.expert_ends, slot_of_row=d.slot_of_row, row_of_slot=d.row_of_slot
+    )
     return d.rows, num_local_tokens_per_expert_E, metadata
 
 
 def combine_rows(config: MoEConfig, routed_output_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
     """LocalTokenDispatcher.combine as a function: the weighted sum of each token's rows, [T * K, D] -> [T, D].
 
-    Summed in float32 in the order of the choices and rounded once; theirs rounds each addend, and sums in the dtype of the rows.
+    Summed in float32 in the order of the choices and rounded once; theirs rounds each addend, and sums in the dtype of
+    the rows.
     """
     d = Dispatched(
-        rows=routed_output_RD, expert_ends=metadata.expert_ends, slot_of_row=metadata.slot_of_row, row_of_slot=metadata.row_of_slot
+        rows=routed_output_RD,
+        expert_ends=metadata.expert_ends,
+        slot_of_row=metadata.slot_of_row,
+        row_of_slot=metadata.row_of_slot,
     )
     return combine(config, routed_output_RD, d, metadata.routing)
 
@@ -85,12 +100,24 @@ def dispatcher_class(base: Any) -> Any:
         self.moe_fn_config = config_of_dispatcher(self)
 
     def dispatch(
-        self: Any, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor, num_local_tokens_per_expert_E: Tensor
+        self: Any,
+        x_TD: Tensor,
+        topk_scores_TK: Tensor,
+        topk_expert_ids_TK: Tensor,
+        num_local_tokens_per_expert_E: Tensor,
     ) -> tuple[Tensor, Tensor, DispatchMetadata]:
-        return dispatch_tokens(self.moe_fn_config, x_TD, topk_scores_TK, topk_expert_ids_TK, num_local_tokens_per_expert_E)
+        return dispatch_tokens(
+            self.moe_fn_config, x_TD, topk_scores_TK, topk_expert_ids_TK, num_local_tokens_per_expert_E
+        )
 
     def combine(self: Any, routed_output_RD: Tensor, metadata: DispatchMetadata, x_TD: Tensor) -> Tensor:
         return combine_rows(self.moe_fn_config, routed_output_RD, metadata)
 
-    members = {"__init__": init, "dispatch": dispatch, "combine": combine, "__module__": __name__, "__doc__": "Dispatch by moe_fn."}
+    members = {
+        "__init__": init,
+        "dispatch": dispatch,
+        "combine": combine,
+        "__module__": __name__,
+        "__doc__": "Dispatch by moe_fn.",
+    }
     return type(f"MoeFn{base.__name__}", (base,), members | config_member(base))

@@ -29,11 +29,12 @@ def experts_of_rows(
         y[r] = down[e] @ activation(gate[e] @ x[r], up[e] @ x[r]),  e the expert of row r
 
     gate_up is (gate_up [E, 2F, D],) or (w1 [E, F, D], w3 [E, F, D]); down [E, D, F]; x_RD [R, D] sorted by expert;
-    num_tokens_per_expert_E [E] counts. Returns [R, D]; rows beyond the counts are never read and give 0. All of one dtype, which
-    it computes in: nothing is cast to bfloat16. Gradients go to the rows and all weights.
+    num_tokens_per_expert_E [E] counts. Returns [R, D]; rows beyond the counts are never read and give 0. All of one
+    dtype, which it computes in: nothing is cast to bfloat16. Gradients go to the rows and all weights.
 
-    Two weights stay two, with one product each, for joining them would copy every expert in every call. One core of a Zen 5, 64 experts
-    of 512 x 1024, 1024 rows, ms: two weights 57 in float32 and 31 in bfloat16, one weight 54 and 27, joined in the call 194 and 93.
+    Two weights stay two, with one product each, for joining them would copy every expert in every call. One core of a
+    Zen 5, 64 experts of 512 x 1024, 1024 rows, ms: two weights 57 in float32 and 31 in bfloat16, one weight 54 and 27,
+    joined in the call 194 and 93.
 
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1)
     >>> w1, w3, w2 = torch.ones(2, 1, 1), torch.tensor([[[1.0]], [[2.0]]]), torch.ones(2, 1, 1)
@@ -44,7 +45,9 @@ def experts_of_rows(
     if len(gate_up) == 1:
         none = expert_ends.new_empty(0, dtype=torch.int64)  # `experts` reads rows and expert_ends only
         weights = MoEWeights(gate_up=gate_up[0], down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
-        return experts(config, weights, Dispatched(rows=x_RD, expert_ends=expert_ends, slot_of_row=none, row_of_slot=none))
+        return experts(
+            config, weights, Dispatched(rows=x_RD, expert_ends=expert_ends, slot_of_row=none, row_of_slot=none)
+        )
     matmul = GROUPED[backend_of(config, x_RD)].matmul
     products = [matmul(x_RD, weight, expert_ends, True).to(accumulation_dtype(x_RD.dtype)) for weight in gate_up]
     hidden = activate(as_activation(config.activation), torch.cat(products, -1)).to(x_RD.dtype)
@@ -55,15 +58,18 @@ def experts_of_rows(
 def experts_class(base: Any, compute_dtype: torch.dtype | None = None) -> Any:
     """A subclass of torchtitan's GroupedExperts, FusedGroupedExperts or GptOssGroupedExperts whose forward is moe_fn's.
 
-    Parameters, their names, initialisation, sharding and state-dict hooks are the base class's; it has a Config of its own, so that
-    it can be built and overridden as theirs can. It computes in compute_dtype, or in the dtype of autocast where that is on, or
-    in the dtype of the rows; theirs always in bfloat16. The result has the dtype of the rows.
+    Parameters, their names, initialisation, sharding and state-dict hooks are the base class's; it has a Config of its
+    own, so that it can be built and overridden as theirs can. It computes in compute_dtype, or in the dtype of autocast
+    where that is on, or in the dtype of the rows; theirs always in bfloat16. The result has the dtype of the rows.
 
     Raises ValueError for another base class.
     """
     layout = layout_of_class(base)
     if layout is None:
-        raise ValueError(f"experts_class: got {base.__name__}; expected GroupedExperts, FusedGroupedExperts or GptOssGroupedExperts itself")
+        raise ValueError(
+            f"experts_class: got {base.__name__}; expected GroupedExperts, FusedGroupedExperts or GptOssGroupedExperts "
+            "itself"
+        )
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
@@ -72,7 +78,12 @@ def experts_class(base: Any, compute_dtype: torch.dtype | None = None) -> Any:
     def forward(self: Any, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         return _forward(layout, compute_dtype, self, x_RD, num_tokens_per_expert_E)
 
-    members = {"__init__": init, "forward": forward, "__module__": __name__, "__doc__": f"{base.__name__}, computed by moe_fn."}
+    members = {
+        "__init__": init,
+        "forward": forward,
+        "__module__": __name__,
+        "__doc__": f"{base.__name__}, computed by moe_fn.",
+    }
     return type(f"MoeFn{base.__name__}", (base,), members | config_member(base))
 
 
@@ -83,7 +94,9 @@ def config_member(base: Any) -> dict[str, Any]:
     return {"Config": dataclasses.dataclass(kw_only=True, slots=True)(type("Config", (base.Config,), {}))}
 
 
-def _forward(layout: ExpertsLayout, compute_dtype: torch.dtype | None, module: Any, x_RD: Tensor, counts: Tensor) -> Tensor:
+def _forward(
+    layout: ExpertsLayout, compute_dtype: torch.dtype | None, module: Any, x_RD: Tensor, counts: Tensor
+) -> Tensor:
     dtype = compute_dtype or autocast_dtype(x_RD) or x_RD.dtype
 
     def local(name: str | None) -> Any:  # like theirs: dynamic row counts cannot be DTensors
@@ -93,16 +106,22 @@ def _forward(layout: ExpertsLayout, compute_dtype: torch.dtype | None, module: A
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if is_wrapper(tensor):  # torchao's, that makes torch's grouped product another one
             kind = type(tensor).__name__
-            raise ValueError(f"{type(module).__name__}: {name} is a {kind}; expected a plain tensor, not one that computes in its own way")
+            raise ValueError(
+                f"{type(module).__name__}: {name} is a {kind}; expected a plain tensor, not one that computes in its "
+                "own way"
+            )
         return tensor.to(dtype)
 
     gate_up, down, config = tuple(local(name) for name in layout.gate_up), local(layout.down), module.moe_fn_config
     gate_up = tuple(weight.flatten(1, 2) if weight.ndim == 4 else weight for weight in gate_up)
     if layout.down_bias is not None and down.shape[-1] != config.intermediate_size:
         raise ValueError(
-            f"{type(module).__name__}: {layout.down} is {tuple(down.shape)} on this rank; expected {config.intermediate_size} columns, "
+            f"{type(module).__name__}: {layout.down} is {tuple(down.shape)} on this rank; "
+            f"expected {config.intermediate_size} columns, "
             "for tensor parallelism would add the bias once a rank: shard the experts instead"
         )
     with autocast_off(x_RD):
-        y = experts_of_rows(config, gate_up, down, x_RD.to(dtype), counts, local(layout.gate_up_bias), local(layout.down_bias))
+        y = experts_of_rows(
+            config, gate_up, down, x_RD.to(dtype), counts, local(layout.gate_up_bias), local(layout.down_bias)
+        )
     return y.to(x_RD.dtype)

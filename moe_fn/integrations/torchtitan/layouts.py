@@ -13,7 +13,8 @@ from moe_fn.config.activation import PRESETS, ActivationConfig
 class ExpertsLayout:
     """Names of the parameters of one class of theirs, and what its forward computes of them.
 
-    gate_up         one name of [E, 2F, D] (or [E, F, 2, D], which is the same memory, interleaved), or two of [E, F, D]: gate, up
+    gate_up         one name of [E, 2F, D] (or [E, F, 2, D], which is the same memory, interleaved), or two of [E, F,
+                    D]: gate, up
     down            [E, D, F];  biases [E, 2F] and [E, D]
     limit           the attribute that holds the limit of the activation
     """
@@ -62,14 +63,27 @@ def config_of_experts(layout: ExpertsLayout, experts: nn.Module, top_k: int = 1)
     """
     down: Any = getattr(experts, layout.down, None)
     if down is None or down.ndim != 3:
-        raise ValueError(f"{type(experts).__name__}.{layout.down} is {_shape(down)}; expected (experts, dim, hidden_dim)")
+        raise ValueError(
+            f"{type(experts).__name__}.{layout.down} is {_shape(down)}; expected (experts, dim, hidden_dim)"
+        )
     num_experts, hidden_size, intermediate_size = down.shape
     for name in layout.gate_up:
         weight: Any = getattr(experts, name, None)
         wanted = num_experts * intermediate_size * hidden_size * (2 if len(layout.gate_up) == 1 else 1)
-        if weight is None or weight.shape[0] != num_experts or weight.shape[-1] != hidden_size or weight.numel() != wanted:
-            raise ValueError(f"{type(experts).__name__}.{name} is {_shape(weight)}; expected what fits {layout.down}, {_shape(down)}")
-    activation = layout.activation if layout.limit is None else replace(layout.activation, limit=float(getattr(experts, layout.limit)))
+        if (
+            weight is None
+            or weight.shape[0] != num_experts
+            or weight.shape[-1] != hidden_size
+            or weight.numel() != wanted
+        ):
+            raise ValueError(
+                f"{type(experts).__name__}.{name} is {_shape(weight)}; expected what fits {layout.down}, {_shape(down)}"
+            )
+    activation = (
+        layout.activation
+        if layout.limit is None
+        else replace(layout.activation, limit=float(getattr(experts, layout.limit)))
+    )
     return MoEConfig(
         num_experts=num_experts,
         top_k=top_k,

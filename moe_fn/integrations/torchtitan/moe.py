@@ -11,7 +11,8 @@ from moe_fn.config import GroupConfig, MoEConfig, RouterConfig, SharedExpertsCon
 from moe_fn.integrations.torchtitan.layouts import config_of_experts, layout_of_class
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
 
-# Where each tensor of ours is in their state_dict; two names: halves of ours, along the last dimension but one (biases: the last).
+# Where each tensor of ours is in their state_dict; two names: halves of ours, along the last dimension but one (biases:
+# the last).
 _AROUND: dict[Path, tuple[str, ...]] = {
     ("router", "gate"): ("router.gate.weight",),
     ("router", "bias"): ("router.gate.bias",),
@@ -38,17 +39,21 @@ _GPT_OSS: dict[Path, tuple[str, ...]] = {
 def router_config(router: Any, *, expert_bias: bool) -> RouterConfig:
     """The RouterConfig of a TokenChoiceTopKRouter, or of its Config; expert_bias: whether the layer has expert_bias_E.
 
-    score_func is the scoring, route_norm the renormalisation (+ 1e-20), route_scale the routed scaling factor, num_expert_groups and
-    num_limited_groups the groups (sum of the two best, -inf outside). The gate is float32, as theirs is on a GPU; on a CPU torch
-    has no autocast to float32, and theirs stays in the dtype of x. Raises ValueError for their forced balance, which is for timing.
+    score_func is the scoring, route_norm the renormalisation (+ 1e-20), route_scale the routed scaling factor,
+    num_expert_groups and num_limited_groups the groups (sum of the two best, -inf outside). The gate is float32, as
+    theirs is on a GPU; on a CPU torch has no autocast to float32, and theirs stays in the dtype of x. Raises ValueError
+    for their forced balance, which is for timing.
 
     >>> from types import SimpleNamespace
-    >>> router = SimpleNamespace(score_func="sigmoid", route_norm=True, route_scale=2.5, num_expert_groups=8, num_limited_groups=4)
+    >>> router = SimpleNamespace(score_func="sigmoid", route_norm=True, route_scale=2.5, num_expert_groups=8,
+    ...     num_limited_groups=4)
     >>> router_config(router, expert_bias=True).groups
     GroupConfig(count=8, top_k=4, score='top2_sum', fill='-inf', limit='groups')
     """
     if getattr(router, "_debug_force_load_balance", False):
-        raise ValueError("router_config: router._debug_force_load_balance is True; expected False, for it does not route by scores")
+        raise ValueError(
+            "router_config: router._debug_force_load_balance is True; expected False, for it does not route by scores"
+        )
     groups = None
     if router.num_expert_groups is not None:
         groups = GroupConfig(count=router.num_expert_groups, top_k=router.num_limited_groups, score="top2_sum")
@@ -70,7 +75,10 @@ def config_of_moe(moe: Any) -> MoEConfig:
     inner = moe.routed_experts.inner_experts
     layout = layout_of_class(type(inner))
     if layout is None:
-        raise ValueError(f"config_of_moe: inner_experts is a {type(inner).__name__}; expected a class of LAYOUTS, before it is replaced")
+        raise ValueError(
+            f"config_of_moe: inner_experts is a {type(inner).__name__}; expected a class of LAYOUTS, before it is "
+            "replaced"
+        )
     return dataclasses.replace(
         config_of_experts(layout, inner, top_k=moe.router.top_k),
         router=router_config(moe.router, expert_bias=moe.expert_bias_E is not None),
@@ -101,7 +109,10 @@ def weights_of_state(state: Mapping[str, Tensor], prefix: str = "") -> MoEWeight
     missing += [n for pair in names.values() for n in pair if n not in found and any(other in found for other in pair)]
     surplus = sorted(set(found) - {n for pair in names.values() for n in pair})
     if missing or surplus:
-        raise ValueError(f"weights_of_state: below {prefix!r} missing {sorted(set(missing))}, surplus {surplus}; expected none of either")
+        raise ValueError(
+            f"weights_of_state: below {prefix!r} missing {sorted(set(missing))}, surplus {surplus}; "
+            "expected none of either"
+        )
 
     def joined(path: Path) -> Tensor | None:
         parts = [found[name] for name in names.get(path, ()) if name in found]
@@ -125,7 +136,9 @@ def state_of_weights(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]
         if leaf is None:
             continue
         if path not in names:
-            raise ValueError(f"state_of_weights: weights.{'.'.join(path)} has no place in a torchtitan layer; expected None")
+            raise ValueError(
+                f"state_of_weights: weights.{'.'.join(path)} has no place in a torchtitan layer; expected None"
+            )
         parts = leaf.chunk(len(names[path]), _half_dim(path)) if len(names[path]) > 1 else (leaf,)
         state |= {prefix + name: part for name, part in zip(names[path], parts, strict=True)}
     return state

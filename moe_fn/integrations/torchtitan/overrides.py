@@ -23,7 +23,9 @@ def grouped_experts(config: Any, *, compute_dtype: str | None = None) -> Any:
     """Experts by moe_fn; ValueError for a class that is none of theirs, such as a quantized one."""
     dtype = None if compute_dtype is None else getattr(torch, compute_dtype, None)
     if compute_dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"grouped_experts: compute_dtype is {compute_dtype!r}; expected a torch dtype such as 'bfloat16'")
+        raise ValueError(
+            f"grouped_experts: compute_dtype is {compute_dtype!r}; expected a torch dtype such as 'bfloat16'"
+        )
     return derive(config, experts_class(type(config)._owner, dtype).Config)
 
 

@@ -21,11 +21,13 @@ class Replaced:
 
 
 def replace_grouped_experts(model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> Replaced:
-    """Have moe_fn compute the routed experts of a torchtitan model, in place; returns what was swapped and what stayed, and why.
+    """Have moe_fn compute the routed experts of a torchtitan model, in place; returns what was swapped and what stayed,
+    and why.
 
-    Modules keep their identity and only change their class: parameters, buffers, their names, state_dict, optimizers that hold
-    them, hooks, initialisation and sharding stay what they were. Call it before `parallelize` and before torch.compile, for both
-    wrap the forward that is there. compute_dtype as in experts_class (torch.bfloat16: what torchtitan computes in).
+    Modules keep their identity and only change their class: parameters, buffers, their names, state_dict, optimizers
+    that hold them, hooks, initialisation and sharding stay what they were. Call it before `parallelize` and before
+    torch.compile, for both wrap the forward that is there. compute_dtype as in experts_class (torch.bfloat16: what
+    torchtitan computes in).
 
     Raises ValueError where nothing could be swapped: what was found, and why it stayed.
     """
@@ -50,7 +52,9 @@ def replace_grouped_experts(model: nn.Module, *, compute_dtype: torch.dtype | No
         elif dispatcher is not None:
             kept.append((place, f"{kind.__name__} is not LocalTokenDispatcher"))
     if not swapped:
-        raise ValueError(f"replace_grouped_experts: no experts to swap in a {type(model).__name__}; found {kept or 'none'}")
+        raise ValueError(
+            f"replace_grouped_experts: no experts to swap in a {type(model).__name__}; found {kept or 'none'}"
+        )
     return Replaced(experts=tuple(swapped), dispatchers=tuple(dispatchers), kept=tuple(kept))
 
 

@@ -8,28 +8,39 @@ from torch import nn
 from moe_fn.config import MoEConfig
 from moe_fn.families import Family, build_config, family_of_block
 from moe_fn.families.words import MISSING, Look
-from moe_fn.integrations.transformers.reading import Kind, kind_of, overridden, why_called, why_not_plain, without_wrappers
+from moe_fn.integrations.transformers.reading import (
+    Kind,
+    kind_of,
+    overridden,
+    why_called,
+    why_not_plain,
+    without_wrappers,
+)
 from moe_fn.integrations.transformers.tensors import Plan, Sizes, plan_of_block, tensor_of
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, weights_of_leaves
 
 _PLAIN = (bool, int, float, str, type(None))
-_LAYERS = ("gemma4_text",)  # families whose block is a whole decoder layer: of its modules those count that hold a tensor of ours
+# families whose block is a whole decoder layer: of its modules those count that hold a tensor of ours
+_LAYERS = ("gemma4_text",)
 
 
 def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
-    """The config and the weights of a block, such that moe_forward(config, weights, x) is what the block adds to the model.
+    """The config and the weights of a block, such that moe_forward(config, weights, x) is what the block adds to the
+    model.
 
         moe_forward(*from_block(block), x) == block(x)      float32: relative error <= 1e-5, the same experts
 
-    block: any of the classes that `moe_fn.families` lists (for Gemma-4 the decoder layer, whose experts branch is meant: from the residual
-    to the norm of what the experts return). Weights are the block's own parameters, not copies, except where the block keeps them in
-    another form: gates and ups apart (shared experts, dbrx), experts apart (Switch), norms around zero (Muse-Spark).
-    Hash layers want token_ids. Zaya's router is a network with a state: hand moe_forward the logits that its gate returns.
-    What a block does in training only (jitter of its input, Phi's sampling) is not part of the config.
+    block: any of the classes that `moe_fn.families` lists (for Gemma-4 the decoder layer, whose experts branch is
+    meant: from the residual to the norm of what the experts return). Weights are the block's own parameters, not
+    copies, except where the block keeps them in another form: gates and ups apart (shared experts, dbrx), experts apart
+    (Switch), norms around zero (Muse-Spark). Hash layers want token_ids. Zaya's router is a network with a state: hand
+    moe_forward the logits that its gate returns. What a block does in training only (jitter of its input, Phi's
+    sampling) is not part of the config.
 
-    Raises ValueError for a block that is not known, for one that is no token-choice mixture of feed-forward experts, saying why, and
-    where the block computes something else than its parameters say, naming the module: an adapter, a hook, a forward of its own, a
-    class that is not known, a parameter that is quantised or a shard. Parametrizations are computed, and then are what they were.
+    Raises ValueError for a block that is not known, for one that is no token-choice mixture of feed-forward experts,
+    saying why, and where the block computes something else than its parameters say, naming the module: an adapter, a
+    hook, a forward of its own, a class that is not known, a parameter that is quantized or a shard. Parametrizations
+    are computed, and then are what they were.
 
     Laws
         A block of transformers equals its config and weights.
@@ -39,7 +50,8 @@ def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
     >>> import torch
     >>> from transformers import Qwen3MoeConfig
     >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-    >>> words = Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=4, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
+    >>> words = Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=4, num_experts=4, num_experts_per_tok=2,
+    ...     norm_topk_prob=True)
     >>> config, weights = from_block(Qwen3MoeSparseMoeBlock(words))
     >>> config.num_experts, config.top_k, weights.gate_up.shape
     (4, 2, torch.Size([4, 8, 8]))
@@ -51,7 +63,10 @@ def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
     why = why_not_known(block) or why_no_floats(block, plan) or why_called(block, kind_of_block(family, block, plan))
     why = why or why_not_plain(block)
     if why is not None:
-        wanted = "expected modules that compute what their parameters say: merge adapters and remove hooks first, or call the block"
+        wanted = (
+            "expected modules that compute what their parameters say: merge adapters and remove hooks first, or call "
+            "the block"
+        )
         raise ValueError(f"from_block: {type(block).__name__}: {why}; {wanted}")
     config = config_of_block(family, block, plan)
     return config, weights_of_block(config, block, plan)
@@ -76,13 +91,15 @@ def why_not_known(block: nn.Module) -> str | None:
 
 
 def why_no_floats(block: nn.Module, plan: Plan) -> str | None:
-    """Why the experts have no weights for us; None if they have: modules of quantised experts have other names."""
+    """Why the experts have no weights for us; None if they have: modules of quantized experts have other names."""
     missing = [path for path in ("gate_up", "down") if path not in dict(plan)]
     experts = type(without_wrappers(getattr(block, "experts", block))).__name__
     return f"{experts} has no tensor that is {' or '.join(missing)}; expected experts of floats" if missing else None
 
 
-def kind_of_block(family: Family, block: nn.Module, plan: Plan, leave: tuple[str, ...] = (), alone: tuple[str, ...] = ()) -> Kind:
+def kind_of_block(
+    family: Family, block: nn.Module, plan: Plan, leave: tuple[str, ...] = (), alone: tuple[str, ...] = ()
+) -> Kind:
     """The modules whose parameters are read in place of calling them, as they are now.
 
     leave: names of modules that are called. alone: names of modules that are called, but whose outputs are not all
@@ -105,7 +122,10 @@ def is_known(cls: type) -> bool:
 def config_of_block(family: Family, block: nn.Module, plan: Plan) -> MoEConfig:
     """The config: options from the block's attributes and its model's config, sizes from its tensors."""
     shapes = _shapes(block, plan)
-    shared = next((m for name in ("shared_experts", "shared_expert", "shared_mlp") if (m := _module(block, name)) is not None), None)
+    shared = next(
+        (m for name in ("shared_experts", "shared_expert", "shared_mlp") if (m := _module(block, name)) is not None),
+        None,
+    )
     width = shapes["shared.down"][1] if "shared.down" in shapes else 0
     look = look_in(block)
     in_out = family.layer.get("weight_layout") == "in_out"
@@ -147,7 +167,9 @@ def _num_experts(block: nn.Module) -> int:
 
 
 def look_in(block: nn.Module, first: nn.Module | None = None) -> Look:
-    """Words of a block: with a dot in front attributes of its modules, otherwise options of the configs that its modules hold."""
+    """Words of a block: with a dot in front attributes of its modules, otherwise options of the configs that its
+    modules hold.
+    """
     names = ("gate", "router", "experts", "experts.mlp", "experts.expert_0")
     inside = (_module(block, name) for name in names)
     places = [m for m in (first, block, *inside) if m is not None]
@@ -170,10 +192,13 @@ def _module(block: nn.Module, path: str) -> nn.Module | None:
 
 
 def _plain(value: Any, layer: Any) -> Any:
-    """Numbers and words, the layer's own of a list, and the name of an activation, or its class's; anything else is no option."""
+    """Numbers and words, the layer's own of a list, and the name of an activation, or its class's; anything else is no
+    option.
+    """
     if isinstance(value, list | tuple):
         value = value[layer] if layer is not None and layer < len(value) else MISSING
-    if isinstance(value, nn.Module):  # one that has no name is not what the config says: then the class's name is refused in words
+    # one that has no name is not what the config says: then the class's name is refused in words
+    if isinstance(value, nn.Module):
         return _name_of_activation(value)
     return value if isinstance(value, _PLAIN) else MISSING
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
-from moe_fn.config.parts import nobody
+from moe_fn.config.parts import padding_experts
 from moe_fn.forward import moe_forward_routed
 from moe_fn.integrations.transformers.gates import activation_of, places_of_numbers
 from moe_fn.integrations.transformers.reading import calls_known_modules_only, is_plain
@@ -33,25 +33,27 @@ def register(name: str = "moe_fn") -> None:
 
         y[t] = sum over j of  weights[t, j] * norm(down[e] @ gate(up[e] @ x[t] + b) + c),   e = ids[t, j]
 
-    Afterwards `model.set_experts_implementation(name)` and `from_pretrained(..., experts_implementation=name)` compute so. All that an
-    experts module may ask for is honoured: layouts, biases, no gate, a gate or norm of its own, ids of other ranks (num_experts and
-    beyond, or below 0: they add nothing, whatever their weight), any integer and float dtypes, top_k beyond num_experts, no tokens.
-    Gates and activations that are ours too run in the fused op of the back-end (`moe_fn.backends`); any other is called as it is,
-    between grouped products. Nothing is kept on the module.
+    Afterwards `model.set_experts_implementation(name)` and `from_pretrained(..., experts_implementation=name)` compute
+    so. All that an experts module may ask for is honoured: layouts, biases, no gate, a gate or norm of its own, ids of
+    other ranks (num_experts and beyond, or below 0: they add nothing, whatever their weight), any integer and float
+    dtypes, top_k beyond num_experts, no tokens. Gates and activations that are ours too run in the fused op of the
+    back-end (`moe_fn.backends`); any other is called as it is, between grouped products. Nothing is kept on the module.
 
-    Rounding: the products compute in the dtype of the experts' weights (under autocast, in autocast's) and accumulate in float32; gates,
-    biases, routing weights and the sum over experts are float32, rounded once, where transformers rounds every step. A gate or norm of
-    the module's own sees the dtype that the products compute in. The result has the dtype of the input; float64 stays float64.
+    Rounding: the products compute in the dtype of the experts' weights (under autocast, in autocast's) and accumulate
+    in float32; gates, biases, routing weights and the sum over experts are float32, rounded once, where transformers
+    rounds every step. A gate or norm of the module's own sees the dtype that the products compute in. The result has
+    the dtype of the input; float64 stays float64.
 
-    Raises ValueError if the name is taken, and when a module is called whose weights are quantised, distributed or of other shapes.
-    A second call changes nothing.
+    Raises ValueError if the name is taken, and when a module is called whose weights are quantized, distributed or of
+    other shapes. A second call changes nothing.
 
     Source: the interface is transformers.integrations.moe.ExpertsInterface (5.20 and later).
 
     >>> import transformers
     >>> register()
     >>> config = transformers.MixtralConfig(
-    ...     num_hidden_layers=1, hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, vocab_size=32
+    ...     num_hidden_layers=1, hidden_size=16, intermediate_size=8, num_attention_heads=2,
+    ...     num_key_value_heads=1, vocab_size=32
     ... )
     >>> model = transformers.MixtralForCausalLM(config).eval()
     >>> ids = torch.tensor([[3, 1, 4]])
@@ -64,10 +66,16 @@ def register(name: str = "moe_fn") -> None:
 
     if not isinstance(name, str) or not name:
         raise ValueError(f"register: name is {name!r}; expected a word")
-    # Modules with float8 weights look here: with us in it they say what is wrong, and do not claim that the name is unknown.
+    # Modules with float8 weights look here: with us in it they say what is wrong, and do not claim that the name is
+    # unknown.
     interfaces = (ExpertsInterface, FP8ExpertsInterface)
-    if name == "eager" or any(interface().get(name, experts_forward) is not experts_forward for interface in interfaces):
-        raise ValueError(f"register: {name!r} is an implementation that transformers has; expected a name of its own, such as 'moe_fn'")
+    if name == "eager" or any(
+        interface().get(name, experts_forward) is not experts_forward for interface in interfaces
+    ):
+        raise ValueError(
+            f"register: {name!r} is an implementation that transformers has; expected a name of its own, such as "
+            "'moe_fn'"
+        )
     for interface in interfaces:
         interface.register(name, experts_forward)
 
@@ -77,7 +85,9 @@ def running_of(config: MoEConfig) -> str:
     return json.dumps({name: getattr(config, name) for name in (*RUNNING, "batch_invariant")})
 
 
-def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, running: str = "{}") -> Tensor:
+def experts_forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, running: str = "{}"
+) -> Tensor:
     """What transformers calls for each experts module: x [T, H], ids and weights [T, K] -> [T, H] in the dtype of x."""
     part: Any = module
     gate, act = _gate_of(module), _act_of(module)
@@ -89,7 +99,14 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     sizes = [_text(n) for n in (weights.gate_up.shape[0], top_k_index.shape[-1], *weights.down.shape[1:])]
     known = places is not None
     key = _key_of_config(
-        running, known, part.has_gate, part.is_transposed, gate if known else None, act if known else None, *sizes, *numbers
+        running,
+        known,
+        part.has_gate,
+        part.is_transposed,
+        gate if known else None,
+        act if known else None,
+        *sizes,
+        *numbers,
     )
     config = _CONFIGS[key]
     routing = Routing(expert_ids=top_k_index, weights=top_k_weights)
@@ -97,14 +114,19 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     if known and not part.has_post_expert_norm:
         return moe_forward_routed(config, weights, x, routing).to(hidden_states.dtype)
     if config.chunk_tokens is not None or config.recompute or config.batch_invariant or config.opaque:
-        raise ValueError(f"{_name(module)}: experts with a gate or norm of their own run without options; expected none of {running}")
+        raise ValueError(
+            f"{_name(module)}: experts with a gate or norm of their own run without options; expected none of {running}"
+        )
     return by_stages_of_module(module, config, weights, x, routing).to(hidden_states.dtype)
 
 
-def by_stages_of_module(module: nn.Module, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+def by_stages_of_module(
+    module: nn.Module, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing
+) -> Tensor:
     """Dispatch, product, the module's own gate, product, the module's own norm, combine.
 
-    Rows of no expert are ones where code that is not ours sees them: zeros may have no finite gradient there (a norm, a root).
+    Rows of no expert are ones where code that is not ours sees them: zeros may have no finite gradient there (a norm, a
+    root).
     """
     part: Any = module
     check_x(_name(module), config, x)
@@ -122,25 +144,31 @@ def by_stages_of_module(module: nn.Module, config: MoEConfig, weights: MoEWeight
     rows = torch.where(present, product(rows, weights.gate_up, weights.gate_up_bias), 1)
     rows = part._apply_gate(rows) if part.has_gate else part.act_fn(rows)
     if rows.shape[-1] != config.intermediate_size:
-        raise ValueError(f"{_name(module)}: its gate gives {rows.shape[-1]} columns; expected {config.intermediate_size}")
+        raise ValueError(
+            f"{_name(module)}: its gate gives {rows.shape[-1]} columns; expected {config.intermediate_size}"
+        )
     rows = product(rows, weights.down, weights.down_bias)
     if part.has_post_expert_norm:
         rows = part.post_expert_norm(torch.where(present, rows, 1))
     return combine(config, rows, dispatched, routing)
 
 
-# Configs by their text. Dynamo cannot make a config, and what it is handed as a constant must be a word: so they are made outside of
-# what it traces and looked up inside. Equal modules share one, and a graph guards on its identity.
+# Configs by their text. Dynamo cannot make a config, and what it is handed as a constant must be a word: so they are
+# made outside of what it traces and looked up inside. Equal modules share one, and a graph guards on its identity.
 _CONFIGS: dict[str, MoEConfig] = {}
 
 
 @constant_while_tracing
-def _key_of_config(running: str, known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None) -> str:
+def _key_of_config(
+    running: str, known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None
+) -> str:
     return _make_config(running, known, gated, in_out, gate, act, *texts)
 
 
 @functools.lru_cache(maxsize=1024)
-def _make_config(running: str, known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None) -> str:
+def _make_config(
+    running: str, known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None
+) -> str:
     """The key of the config; texts are num_experts, top_k, the inner sizes of down, then the numbers of the gate."""
     numbers = tuple(None if text is None else float.fromhex(text) for text in texts)
     experts, top_k, *inner = (int(n or 0) for n in numbers[:4])
@@ -149,7 +177,7 @@ def _make_config(running: str, known: bool, gated: bool, in_out: bool, gate: obj
     config = MoEConfig(
         num_experts=experts,
         top_k=top_k,
-        zero_experts=nobody(experts, top_k),
+        zero_experts=padding_experts(experts, top_k),
         hidden_size=hidden,
         intermediate_size=intermediate,
         activation=activation,
@@ -183,7 +211,9 @@ def _gate_of(module: nn.Module) -> object:
 
 
 def _act_of(module: nn.Module) -> object:
-    """The class of act_fn, or act_fn if it is a function; None if there is none, and if it must be called, for a hook for example."""
+    """The class of act_fn, or act_fn if it is a function; None if there is none, and if it must be called, for a hook
+    for example.
+    """
     act = getattr(module, "act_fn", None)
     if isinstance(act, nn.Module):
         return type(act) if calls_known_modules_only(act) else None
@@ -197,18 +227,32 @@ def _weights_of(module: nn.Module) -> MoEWeights:
     gate_up, down = getattr(part, up), part.down_proj
     for name, weight in ((up, gate_up), ("down_proj", down)):
         if weight.dtype not in _DTYPES or weight.dtype != gate_up.dtype:
-            raise ValueError(f"{_name(module)}: {name} is {weight.dtype}; expected float weights of one dtype, not quantised ones")
+            raise ValueError(
+                f"{_name(module)}: {name} is {weight.dtype}; expected float weights of one dtype, not quantized ones"
+            )
         if weight.ndim != 3 or weight.shape[0] != part.num_experts:
             shape = tuple(weight.shape)
-            raise ValueError(f"{_name(module)}: {name} is {shape}; expected 3 dims, the first num_experts={part.num_experts}")
+            raise ValueError(
+                f"{_name(module)}: {name} is {shape}; expected 3 dims, the first num_experts={part.num_experts}"
+            )
     ends = (gate_up.shape[1], down.shape[2]) if part.is_transposed else (gate_up.shape[2], down.shape[1])
     if ends[0] != ends[1]:
-        raise ValueError(f"{_name(module)}: {up} takes {ends[0]} columns and down_proj gives {ends[1]}; expected the hidden size of both")
+        raise ValueError(
+            f"{_name(module)}: {up} takes {ends[0]} columns and down_proj gives {ends[1]}; "
+            "expected the hidden size of both"
+        )
     gate_up_bias, down_bias = (getattr(part, f"{up}_bias"), part.down_proj_bias) if part.has_bias else (None, None)
-    for name, tensor in ((up, gate_up), ("down_proj", down), (f"{up}_bias", gate_up_bias), ("down_proj_bias", down_bias)):
+    for name, tensor in (
+        (up, gate_up),
+        ("down_proj", down),
+        (f"{up}_bias", gate_up_bias),
+        ("down_proj_bias", down_bias),
+    ):
         if tensor is not None and not is_plain(tensor):
             kind = type(tensor).__name__
-            raise ValueError(f"{_name(module)}: {name} is a {kind}; expected a plain tensor, neither quantised nor distributed")
+            raise ValueError(
+                f"{_name(module)}: {name} is a {kind}; expected a plain tensor, neither quantized nor distributed"
+            )
     return MoEWeights(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias)
 
 

@@ -1,7 +1,9 @@
-"""What stands between the two products of an experts module of transformers, in our words: tables, and how a module is looked up.
+"""What stands between the two products of an experts module of transformers, in our words: tables, and how a module is
+looked up.
 
-A gate is known by its code and not by its class: a copy of it in somebody's own model is known too, and a newer version that computes
-something else is not. What is not known is None here, and the module computes it by itself (`experts.by_stages_of_module`).
+A gate is known by its code and not by its class: a copy of it in somebody's own model is known too, and a newer version
+that computes something else is not. What is not known is None here, and the module computes it by itself
+(`experts.by_stages_of_module`).
 """
 
 import ast
@@ -21,7 +23,8 @@ NUMBERS = ("limit", "alpha", "gate_cap", "up_cap")  # fields of ActivationConfig
 class Gate:
     """One `_apply_gate`: its code, as ast.unparse writes it, and what it computes.
 
-    The fields named in NUMBERS say where the number is: the name of an attribute of the module, dotted where it is further in.
+    The fields named in NUMBERS say where the number is: the name of an attribute of the module, dotted where it is
+    further in.
     """
 
     code: str
@@ -44,7 +47,10 @@ GATES: tuple[Gate, ...] = (
     # Beam computes it in float32, as we always do.
     Gate(code=_HALVES.format("gate_up") + "return (self.act_fn(gate.float()) * up.float()).to(gate.dtype)"),
     # DeepSeek-V4.
-    Gate(code=_HALVES.format("gate_up") + _CLAMPS.format("limit", none="") + "return self.act_fn(gate) * up", limit="limit"),
+    Gate(
+        code=_HALVES.format("gate_up") + _CLAMPS.format("limit", none="") + "return self.act_fn(gate) * up",
+        limit="limit",
+    ),
     # GLM-5-Next, Hunyuan-V4.
     Gate(
         code=_HALVES.format("gate_up") + _CLAMPS.format("swiglu_limit", none="min=None, ") + "return F.silu(gate) * up",
@@ -115,16 +121,22 @@ _PLAIN = Gate(code="")  # experts that are not gated: act_fn alone
 
 @constant_while_tracing
 def places_of_numbers(gated: bool, gate: object, act: object) -> tuple[str | None, ...] | None:
-    """Where the module's NUMBERS are; None if `gate` (the function _apply_gate) or `act` (act_fn, or its class) is not known."""
+    """Where the module's NUMBERS are; None if `gate` (the function _apply_gate) or `act` (act_fn, or its class) is not
+    known.
+    """
     found = _known(gated, gate, act)
     return None if found is None else tuple(getattr(found[0], name) for name in NUMBERS)
 
 
-def activation_of(gated: bool, gate: object, act: object, numbers: tuple[float | None, ...]) -> tuple[ActivationConfig, bool]:
+def activation_of(
+    gated: bool, gate: object, act: object, numbers: tuple[float | None, ...]
+) -> tuple[ActivationConfig, bool]:
     """The activation of a known gate, given its NUMBERS, and whether the columns of gates and ups alternate."""
     found = _known(gated, gate, act)
     if found is None:
-        raise ValueError(f"activation_of: {gate} with {act} is not in the tables; expected what places_of_numbers knows")
+        raise ValueError(
+            f"activation_of: {gate} with {act} is not in the tables; expected what places_of_numbers knows"
+        )
     row, function, alpha = found
     limit, own_alpha, gate_cap, up_cap = numbers
     activation = ActivationConfig(

@@ -1,4 +1,6 @@
-"""replace_moe_blocks: whole blocks of a model, routing included, computed by moe_fn; in place, and nothing else of the model changes."""
+"""replace_moe_blocks: whole blocks of a model, routing included, computed by moe_fn; in place, and nothing else of the
+model changes.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +9,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe_fn.config import MoEConfig
-from moe_fn.integrations.transformers.blocks import config_of_block, family_of_module, is_known, why_no_floats, why_not_known
+from moe_fn.integrations.transformers.blocks import (
+    config_of_block,
+    family_of_module,
+    is_known,
+    why_no_floats,
+    why_not_known,
+)
 from moe_fn.integrations.transformers.experts import running_of
 from moe_fn.integrations.transformers.forwards import has_own_forward, set_forward, unset_forward
 from moe_fn.integrations.transformers.reading import without_wrappers
@@ -49,31 +57,35 @@ class Report:
         lines = [f"{len(self.replaced)} blocks replaced, {len(self.left)} left"]
         for r in self.replaced:
             c = r.config
-            lines.append(f"  {r.name}: {r.block}, {c.top_k} of {c.num_experts} experts, {c.hidden_size} x {c.intermediate_size}")
+            lines.append(
+                f"  {r.name}: {r.block}, {c.top_k} of {c.num_experts} experts, {c.hidden_size} x {c.intermediate_size}"
+            )
             lines += [] if r.called is None else [f"    its own forward with our experts, for {r.called}"]
         return "\n".join([*lines, *(f"  {name} left: {why}" for name, why in self.left)])
 
 
 def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoEConfig] = lambda config: config) -> Report:
-    """Every Mixture-of-Experts block in the model gets a forward of ours; returns what was replaced and what was left, with reasons.
+    """Every Mixture-of-Experts block in the model gets a forward of ours; returns what was replaced and what was left,
+    with reasons.
 
-    The modules stay, with their names, parameters and buffers: state dicts, optimizers, hooks of the block, `save_pretrained` and
-    recorded router logits work on, and `restore_moe_blocks` undoes it. configure: changes each block's config, for example
-    `lambda config: dataclasses.replace(config, chunk_tokens=512)`. Gemma-4's layers, which hold their experts among other things, get our
-    experts in their own; blocks that are no token-choice mixtures are left, and named.
+    The modules stay, with their names, parameters and buffers: state dicts, optimizers, hooks of the block,
+    `save_pretrained` and recorded router logits work on, and `restore_moe_blocks` undoes it. configure: changes each
+    block's config, for example `lambda config: dataclasses.replace(config, chunk_tokens=512)`. Gemma-4's layers, which
+    hold their experts among other things, get our experts in their own; blocks that are no token-choice mixtures are
+    left, and named.
 
-    A replaced block reads the parameters of the modules below it and does not call them, as long as that is the same. In every call
-    it looks whether it is: no hooks on them, no forward or class of their own (PEFT's adapters, quantised layers, accelerate's
-    offloading, FSDP2 on a part of the block), no parameters that are shards or codes, no dropout that is on. Where it is not, the block's
-    own forward runs, calls its modules, and has our experts in theirs. Blocks whose experts cannot be called so (dbrx, jetmoe, llama4,
-    longcat_flash, step3p5, switch; any whose experts are codes) are left, and named, or raise where it happens later. Parametrizations are
-    read as what they make.
-    Adapters of PEFT may come before or after; hooks for all modules at once (register_module_forward_hook) see the block alone, and
-    torch.compile does not look again for hooks that come after it, here as anywhere.
+    A replaced block reads the parameters of the modules below it and does not call them, as long as that is the same.
+    In every call it looks whether it is: no hooks on them, no forward or class of their own (PEFT's adapters, quantized
+    layers, accelerate's offloading, FSDP2 on a part of the block), no parameters that are shards or codes, no dropout
+    that is on. Where it is not, the block's own forward runs, calls its modules, and has our experts in theirs. Blocks
+    whose experts cannot be called so (dbrx, jetmoe, llama4, longcat_flash, step3p5, switch; any whose experts are
+    codes) are left, and named, or raise where it happens later. Parametrizations are read as what they make. Adapters
+    of PEFT may come before or after; hooks for all modules at once (register_module_forward_hook) see the block alone,
+    and torch.compile does not look again for hooks that come after it, here as anywhere.
 
-    Raises ValueError when a replaced block runs in training with noise (jitter, Phi's sampling) that moe_forward does not have; when its
-    own forward would have to run and experts cannot be called, or are no plain tensors, or `configure` changed more than how experts run
-    (chunk_tokens, recompute, opaque, backend).
+    Raises ValueError when a replaced block runs in training with noise (jitter, Phi's sampling) that moe_forward does
+    not have; when its own forward would have to run and experts cannot be called, or are no plain tensors, or
+    `configure` changed more than how experts run (chunk_tokens, recompute, opaque, backend).
 
     Laws
         A replaced model computes the same.
@@ -81,8 +93,8 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
 
     >>> import torch, transformers
     >>> config = transformers.Qwen3MoeConfig(
-    ...     num_hidden_layers=1, hidden_size=16, moe_intermediate_size=8, intermediate_size=8, num_experts=4, num_experts_per_tok=2,
-    ...     num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32,
+    ...     num_hidden_layers=1, hidden_size=16, moe_intermediate_size=8, intermediate_size=8, num_experts=4,
+    ...     num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32,
     ... )
     >>> model = transformers.Qwen3MoeForCausalLM(config).eval()
     >>> ids = torch.tensor([[3, 1, 4]])
@@ -135,15 +147,21 @@ def _why_taken(block: nn.Module) -> str | None:
 
 
 def _swap(block: nn.Module, swap: Swap, called: str | None) -> None:
-    """Ours on the block, on its router and on its experts: by themselves these do what they did, the experts with our products."""
+    """Ours on the block, on its router and on its experts: by themselves these do what they did, the experts with our
+    products.
+    """
     whole = swap.shape.returns != "the layer's own"
     if called is not None:
         check_honoured(block, swap, called)
     if not whole:
-        check_honoured(block, swap, "its experts are called by the layer", honoured=("router", "top_k", "batch_invariant"))
+        check_honoured(
+            block, swap, "its experts are called by the layer", honoured=("router", "top_k", "batch_invariant")
+        )
     router, experts = (without_wrappers(getattr(block, name, None)) for name in (swap.shape.router, "experts"))
     if swap.experts_apart:
-        set_forward(experts, functools.partial(replaced_experts_forward, experts, type(experts), running_of(swap.config)))
+        set_forward(
+            experts, functools.partial(replaced_experts_forward, experts, type(experts), running_of(swap.config))
+        )
     known = any(name == swap.shape.router and child.cls is not None for name, child in swap.kind.children)
     if known and not swap.shape.stateful and not has_own_forward(router, OURS):
         forward = functools.partial(router_forward, router, swap)

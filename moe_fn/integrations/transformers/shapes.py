@@ -1,4 +1,6 @@
-"""How a family's block is called, what it returns, and where its router stands: what the code around it expects of a replaced one."""
+"""How a family's block is called, what it returns, and where its router stands: what the code around it expects of a
+replaced one.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ class Shape:
     router     name of the module whose output transformers records as router_logits
     logits_at  where it looks for them in what the router returns
     stateful   the router keeps a state from layer to layer, and stays the model's own
-    returns    what the block's callers want; of a Gemma-4 layer they want the layer's own, and router and experts alone are ours
+    returns    what the block's callers want; of a Gemma-4 layer they want the layer's own, and router and experts alone
+               are ours
     jitter     attributes of noise that the block adds to its input in training, which moe_forward has not
     """
 

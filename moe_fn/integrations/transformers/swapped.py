@@ -24,10 +24,11 @@ from moe_fn.weights.shapes import expected_shapes
 class Swap:
     """All that a replaced block's forward knows beside the block.
 
-    kind: the modules that it reads, as they were known. experts_apart: whether the block's own forward, where it must run, comes back
-    to us for its experts. shared: name of the block's module of shared experts, where it runs as it is and `config` has none: its gates
-    and ups are modules of their own, which moe_forward would join in every call (13 % of the bytes of a token of Qwen3-Next).
-    changed: fields of the config that are not the block's own. cls: the block's class.
+    kind: the modules that it reads, as they were known. experts_apart: whether the block's own forward, where it must
+    run, comes back to us for its experts. shared: name of the block's module of shared experts, where it runs as it is
+    and `config` has none: its gates and ups are modules of their own, which moe_forward would join in every call (13 %
+    of the bytes of a token of Qwen3-Next). changed: fields of the config that are not the block's own. cls: the block's
+    class.
     """
 
     cls: type[nn.Module]
@@ -65,15 +66,21 @@ def swap_of_block(family: Family, block: nn.Module, plan: Plan, own: MoEConfig, 
         shape=shape,
         kind=kind,
         shared=shared,
-        experts_apart=known and hasattr(experts, "has_gate") and not (has_own_forward(experts, OURS) or why_not_plain(experts, idle=True)),
-        changed=tuple(sorted(f.name for f in dataclasses.fields(config) if getattr(own, f.name) != getattr(config, f.name))),
+        experts_apart=known
+        and hasattr(experts, "has_gate")
+        and not (has_own_forward(experts, OURS) or why_not_plain(experts, idle=True)),
+        changed=tuple(
+            sorted(f.name for f in dataclasses.fields(config) if getattr(own, f.name) != getattr(config, f.name))
+        ),
     )
 
 
 def _shared_apart(config: MoEConfig, plan: Plan) -> str | None:
     """The name of the block's shared experts, where they may run as they are."""
     shared = config.shared
-    apart = next((source.names for path, source in plan if path == "shared.gate_up" and source.form == "end to end"), None)
+    apart = next(
+        (source.names for path, source in plan if path == "shared.gate_up" and source.form == "end to end"), None
+    )
     sum_of_two = shared is not None and shared.gate != "router" and shared.combine == "sum"
     if apart is None or not sum_of_two or config.batch_invariant or (config.norms is not None and config.norms.output):
         return None
@@ -81,29 +88,38 @@ def _shared_apart(config: MoEConfig, plan: Plan) -> str | None:
 
 
 def check_honoured(block: nn.Module, swap: Swap, why: str, honoured: tuple[str, ...] = ()) -> None:
-    """ValueError where the block's own forward runs, and configure changed more than how the experts run: that would be lost."""
+    """ValueError where the block's own forward runs, and configure changed more than how the experts run: that would be
+    lost.
+    """
     lost = [name for name in swap.changed if name not in (*RUNNING, *honoured)]
     if lost:
         kind = type(block).__name__
-        raise ValueError(f"{kind}: configure changed {', '.join(lost)}, and its own forward runs, for {why}; expected only {RUNNING}")
+        raise ValueError(
+            f"{kind}: configure changed {', '.join(lost)}, and its own forward runs, for {why}; expected only {RUNNING}"
+        )
 
 
 def block_forward(block: nn.Module, swap: Swap, *args: Any, **by_name: Any) -> Any:
     """A replaced block: hidden_states [..., H] -> y of that shape, or what the block's callers expect beside it.
 
-    Where a module below must be called, the block's own forward calls them all, and its experts module comes back to ours.
+    Where a module below must be called, the block's own forward calls them all, and its experts module comes back to
+    ours.
     """
     why = swap.why_called(block)
     if why is None:
         return _whole_block(block, swap, *args, **by_name)
     if not swap.experts_apart:
-        wanted = "expected modules that compute what their parameters say: merge adapters, wrap or offload the whole block"
+        wanted = (
+            "expected modules that compute what their parameters say: merge adapters, wrap or offload the whole block"
+        )
         raise ValueError(f"{type(block).__name__}: {why}; {wanted}, or restore_moe_blocks first")
     check_honoured(block, swap, why)
     return type(block).forward(block, *args, **by_name)
 
 
-def _whole_block(block: nn.Module, swap: Swap, hidden_states: Tensor, extra: Tensor | None = None, **by_name: Tensor | None) -> Any:
+def _whole_block(
+    block: nn.Module, swap: Swap, hidden_states: Tensor, extra: Tensor | None = None, **by_name: Tensor | None
+) -> Any:
     _refuse_noise(block, swap)
     extra = next((value for value in by_name.values() if value is not None), extra)
     config, router = swap.config, getattr(block, swap.shape.router)
@@ -129,7 +145,10 @@ def _shared_output(block: Any, name: str, x: Tensor) -> Tensor:
 
 
 def router_forward(router: nn.Module, swap: Swap, *args: Any, **by_name: Any) -> Any:
-    """A replaced router. From _whole_block (x, weights, token_ids): a module, so that whoever records router logits sees them."""
+    """A replaced router.
+
+    From _whole_block (x, weights, token_ids): a module, so that whoever records router logits sees them.
+    """
     if len(args) < 2 or not isinstance(args[1], MoEWeights):
         return type(router).forward(router, *args, **by_name)
     x, weights, token_ids = args
@@ -137,7 +156,9 @@ def router_forward(router: nn.Module, swap: Swap, *args: Any, **by_name: Any) ->
     return _pack(swap.shape, logits, routing)
 
 
-def replaced_experts_forward(experts: nn.Module, cls: type[nn.Module], running: str, *args: Any, **by_name: Any) -> Tensor:
+def replaced_experts_forward(
+    experts: nn.Module, cls: type[nn.Module], running: str, *args: Any, **by_name: Any
+) -> Tensor:
     """The experts of a replaced block, when its own forward calls them."""
     if not same_method(type(experts).forward, cls.forward):  # somebody gave them another class since
         y: Tensor = type(experts).forward(experts, *args, **by_name)
@@ -146,10 +167,15 @@ def replaced_experts_forward(experts: nn.Module, cls: type[nn.Module], running: 
 
 
 def swap_of_router(swap: Swap, router: nn.Module) -> Swap:
-    """What the router's forward needs, of what its block's does. The router alone is read, so that a copy of it copies no experts."""
+    """What the router's forward needs, of what its block's does.
+
+    The router alone is read, so that a copy of it copies no experts.
+    """
     above = f"{swap.shape.router}."
     own = [(path, source) for path, source in swap.plan if path.startswith("router.")]
-    plan = tuple((path, Source(source.form, tuple(name.removeprefix(above) for name in source.names))) for path, source in own)
+    plan = tuple(
+        (path, Source(source.form, tuple(name.removeprefix(above) for name in source.names))) for path, source in own
+    )
     return dataclasses.replace(swap, cls=type(router), plan=plan, kind=dict(swap.kind.children)[swap.shape.router])
 
 
@@ -164,15 +190,29 @@ def gemma_router_forward(router: nn.Module, swap: Swap, hidden_states: Tensor) -
 
 
 def _with_empty_experts(swap: Swap, router: nn.Module, x: Tensor) -> MoEWeights:
-    """The router's weights. moe_route checks the experts' too, but does not read them: they are tensors of the right shapes, unfilled."""
+    """The router's weights.
+
+    moe_route checks the experts' too, but does not read them: they are tensors of the right shapes, unfilled.
+    """
     weights, shapes = weights_of_block(swap.config, router, swap.plan), expected_shapes(swap.config)
-    empty = {path: x.new_empty(()).expand([n for _, n in shape]) for path, (shape, needed) in shapes.items() if needed and len(path) == 1}
+    empty = {
+        path: x.new_empty(()).expand([n for _, n in shape])
+        for path, (shape, needed) in shapes.items()
+        if needed and len(path) == 1
+    }
     return dataclasses.replace(weights, **{path[0]: tensor for path, tensor in empty.items()})  # type: ignore[arg-type]
 
 
 def _pack(shape: Shape, logits: Tensor, routing: Routing) -> tuple[Any, ...]:
     """The logits, flat, where transformers looks for them; what we need comes after."""
-    return (*([None] * shape.logits_at), logits.flatten(0, -2), logits, routing.expert_ids, routing.weights, routing.shared_weights)
+    return (
+        *([None] * shape.logits_at),
+        logits.flatten(0, -2),
+        logits,
+        routing.expert_ids,
+        routing.weights,
+        routing.shared_weights,
+    )
 
 
 def _unpack(shape: Shape, packed: tuple[Any, ...]) -> tuple[Tensor, Routing]:
@@ -190,7 +230,10 @@ def _refuse_noise(block: nn.Module, swap: Swap) -> None:
         for name in path.split("."):
             value = getattr(value, name, None)
         if isinstance(value, float | int) and value > 0:
-            raise ValueError(f"{type(block).__name__}.{path} is {value}: noise of training that moe_fn does not add; expected 0 or eval()")
+            raise ValueError(
+                f"{type(block).__name__}.{path} is {value}: noise of training that moe_fn does not add; "
+                "expected 0 or eval()"
+            )
 
 
 OURS = (block_forward, router_forward, gemma_router_forward, replaced_experts_forward)

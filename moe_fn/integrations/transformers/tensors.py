@@ -1,4 +1,6 @@
-"""Where transformers' blocks keep the tensors that `MoEWeights` holds: names that most share, and those that differ, by family."""
+"""Where transformers' blocks keep the tensors that `MoEWeights` holds: names that most share, and those that differ, by
+family.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ FORMS: dict[str, Form] = {
     "to every expert": lambda t, sizes: t[0].expand(sizes.num_experts, -1),
     "to every logit": lambda t, sizes: t[0].expand(sizes.num_logits),
     "experts with weights": lambda t, sizes: t[0].narrow(0, 0, sizes.num_experts),
-    "gates and ups of flat experts": lambda t, sizes: torch.cat([part.unflatten(0, (sizes.num_experts, -1)) for part in t], 1),
+    "gates and ups of flat experts": lambda t, sizes: torch.cat(
+        [part.unflatten(0, (sizes.num_experts, -1)) for part in t], 1
+    ),
     "in_out of flat experts": lambda t, sizes: t[0].unflatten(0, (sizes.num_experts, -1)).transpose(1, 2),
     "stacked gates and ups": lambda t, sizes: torch.cat([part.flatten(0, 1) for part in t]),
     "stacked downs": lambda t, sizes: t[0].transpose(0, 1).flatten(1),
@@ -56,7 +60,8 @@ def _of(form: str, *names: str) -> tuple[Source, ...]:
 
 
 _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
-Sources = Mapping[str, tuple[Source, ...]]  # by the dotted path of our tensor; the first source whose tensors are there is taken
+# by the dotted path of our tensor; the first source whose tensors are there is taken
+Sources = Mapping[str, tuple[Source, ...]]
 
 COMMON: Sources = {
     "gate_up": _is("experts.gate_up_proj", "experts.up_proj"),
@@ -64,11 +69,18 @@ COMMON: Sources = {
     "gate_up_bias": _is("experts.gate_up_proj_bias", "experts.up_proj_bias"),
     "down_bias": _is("experts.down_proj_bias"),
     "router.gate": _is(
-        "gate.weight", "router.weight", "gate.wg.weight", "router.gate.weight", "router.layer.weight", "router.classifier.weight"
+        "gate.weight",
+        "router.weight",
+        "gate.wg.weight",
+        "router.gate.weight",
+        "router.layer.weight",
+        "router.classifier.weight",
     ),
     "router.bias": _is("router.bias"),
     "router.correction_bias": (
-        *_is("gate.e_score_correction_bias", "router.e_score_correction_bias", "e_score_correction_bias", "expert_bias"),
+        *_is(
+            "gate.e_score_correction_bias", "router.e_score_correction_bias", "e_score_correction_bias", "expert_bias"
+        ),
         *_is("gate.moe_statics.e_score_correction_bias", form="flat"),
         *_is("gate.balancing_biases"),
     ),
@@ -140,7 +152,9 @@ Plan = tuple[tuple[str, Source], ...]  # our dotted path, and where it comes fro
 def plan_of_block(family: str, block: nn.Module) -> Plan:
     """Which source each tensor of ours has in this block; tensors that it does not have are left out."""
     sources = {**COMMON, **OF_FAMILY.get(family, {})}
-    found = ((path, next((s for s in alternatives if _there(block, s)), None)) for path, alternatives in sources.items())
+    found = (
+        (path, next((s for s in alternatives if _there(block, s)), None)) for path, alternatives in sources.items()
+    )
     return tuple((path, source) for path, source in found if source is not None)
 
 

@@ -1,10 +1,11 @@
 """From the arguments of a host's experts to a call of moe_fn: pure, and without the host.
 
-SGLang's runners carry the same values under other names, so that one function serves both (read in its source, never run):
-`MoeRunnerCore.run(runner_input, quant_info, running_state)`, or a function registered by `@register_fused_func`, would call it with
-hidden_states of the dispatch output, its StandardTopKOutput's topk_weights and topk_ids, quant_info's w13_weight and w2_weight as w1
-and w2 with their biases, and of MoeRunnerConfig activation (with "_no_mul" where is_gated is False), apply_router_weight_on_input,
-and gemm1_clamp_limit and gemm1_alpha as options. routed_scaling_factor would be multiplied onto topk_weights.
+SGLang's runners carry the same values under other names, so that one function serves both (read in its source, never
+run): `MoeRunnerCore.run(runner_input, quant_info, running_state)`, or a function registered by `@register_fused_func`,
+would call it with hidden_states of the dispatch output, its StandardTopKOutput's topk_weights and topk_ids,
+quant_info's w13_weight and w2_weight as w1 and w2 with their biases, and of MoeRunnerConfig activation (with "_no_mul"
+where is_gated is False), apply_router_weight_on_input, and gemm1_clamp_limit and gemm1_alpha as options.
+routed_scaling_factor would be multiplied onto topk_weights.
 """
 
 import functools
@@ -18,7 +19,7 @@ from torch import Tensor
 from moe_fn.checks import checked_integers
 from moe_fn.config import MoEConfig, RouterConfig
 from moe_fn.config.activation import PRESETS, ActivationConfig
-from moe_fn.config.parts import nobody
+from moe_fn.config.parts import padding_experts
 from moe_fn.records import MoEWeights, Routing
 
 GateUpLayout = Literal["packed", "interleaved"]
@@ -47,7 +48,9 @@ class ExpertsCall:
 def _situ(o: ActivationOptions) -> ActivationConfig:
     linear = o.activation_situ_linear_beta
     cap = linear if linear is not None and linear > 0 else None  # vLLM's kernels take -1 for "none"
-    return ActivationConfig(function="situ", gate_cap=_given("activation_situ_beta", o.activation_situ_beta), up_cap=cap)
+    return ActivationConfig(
+        function="situ", gate_cap=_given("activation_situ_beta", o.activation_situ_beta), up_cap=cap
+    )
 
 
 def _uninterleaved(o: ActivationOptions) -> ActivationConfig:
@@ -56,7 +59,9 @@ def _uninterleaved(o: ActivationOptions) -> ActivationConfig:
 
 def _given(name: str, value: float | None) -> float:
     if value is None:
-        raise ValueError(f"activation_of_name: options.{name} is None; expected a number, for this activation has no default")
+        raise ValueError(
+            f"activation_of_name: options.{name} is None; expected a number, for this activation has no default"
+        )
     return value
 
 
@@ -83,7 +88,8 @@ ACTIVATIONS: dict[str, tuple[GateUpLayout, Callable[[ActivationOptions], Activat
 def activation_of_name(name: str, options: ActivationOptions | None = None) -> tuple[ActivationConfig, GateUpLayout]:
     """The activation that vLLM means by a name, and how it reads the columns of w1's product.
 
-    Raises ValueError for a name that is none of ACTIVATIONS, and for an option that the activation needs and has not got.
+    Raises ValueError for a name that is none of ACTIVATIONS, and for an option that the activation needs and has not
+    got.
 
     >>> activation_of_name("silu", ActivationOptions(clamp_limit=10.0))[0].limit
     10.0
@@ -96,9 +102,16 @@ def activation_of_name(name: str, options: ActivationOptions | None = None) -> t
 
 @functools.lru_cache
 def config_of_sizes(
-    *, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int, activation: str, options: ActivationOptions | None = None
+    *,
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    activation: str,
+    options: ActivationOptions | None = None,
 ) -> MoEConfig:
-    """The config of a layer whose routing comes from the host; made once for every kind of layer, for it is asked for in every call.
+    """The config of a layer whose routing comes from the host; made once for every kind of layer, for it is asked for
+    in every call.
 
     A rank may have fewer experts than a token chooses: those elsewhere are choices that add nothing.
 
@@ -114,7 +127,7 @@ def config_of_sizes(
         router=RouterConfig(renormalize=False),
         activation=function,
         gate_up_layout=layout,
-        zero_experts=nobody(num_experts, top_k),
+        zero_experts=padding_experts(num_experts, top_k),
     )
 
 
@@ -130,18 +143,21 @@ def call_of_arguments(
     w1_bias: Tensor | None = None,
     w2_bias: Tensor | None = None,
 ) -> ExpertsCall:
-    """What FusedMoEExpertsModular.apply gets, as weights and routing of `moe_forward_routed(config, weights, hidden_states, routing)`.
+    """What FusedMoEExpertsModular.apply gets, as weights and routing of `moe_forward_routed(config, weights,
+    hidden_states, routing)`.
 
     w1 [E, N, K] and w2 [E, K, I] of the experts here, N = 2 I or I; topk_weights and topk_ids [M, topk];
-    expert_map [all experts]: the place here of each expert, -1 for one that is elsewhere. Such slots, and ids of -1, add nothing.
-    With apply_router_weight_on_input the host has multiplied hidden_states already, and the weights count as one.
+    expert_map [all experts]: the place here of each expert, -1 for one that is elsewhere. Such slots, and ids of -1,
+    add nothing. With apply_router_weight_on_input the host has multiplied hidden_states already, and the weights count
+    as one.
 
     Nothing is checked here: moe_forward_routed does.
 
     >>> config = config_of_sizes(num_experts=2, top_k=2, hidden_size=4, intermediate_size=4, activation="silu")
     >>> w1, w2, ids = torch.ones(2, 8, 4), torch.ones(2, 4, 4), torch.tensor([[0, 3], [1, 2]])
     >>> here = torch.tensor([-1, -1, 0, 1])  # experts 2 and 3
-    >>> call_of_arguments(config, w1=w1, w2=w2, topk_weights=torch.ones(2, 2), topk_ids=ids, expert_map=here).routing.expert_ids.tolist()
+    >>> call_of_arguments(config, w1=w1, w2=w2, topk_weights=torch.ones(2, 2), topk_ids=ids,
+    ...     expert_map=here).routing.expert_ids.tolist()
     [[-1, 1], [-1, 0]]
     """
     weights = MoEWeights(gate_up=w1, down=w2, gate_up_bias=w1_bias, down_bias=w2_bias)
@@ -151,7 +167,9 @@ def call_of_arguments(
 
 
 def _local(topk_ids: Tensor, expert_map: Tensor) -> Tensor:
-    topk_ids, expert_map = (checked_integers("call_of_arguments", *named) for named in (("topk_ids", topk_ids), ("expert_map", expert_map)))
+    topk_ids, expert_map = (
+        checked_integers("call_of_arguments", *named) for named in (("topk_ids", topk_ids), ("expert_map", expert_map))
+    )
     known = (topk_ids >= 0) & (topk_ids < expert_map.shape[0])
     places = expert_map.index_select(0, torch.where(known, topk_ids, 0).flatten()).view_as(topk_ids)
     return torch.where(known, places, -1)

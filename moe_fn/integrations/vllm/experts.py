@@ -49,7 +49,9 @@ class _Experts:
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        """Tensor parallelism, and experts spread over ranks that all see all tokens; no all-to-all, for none has been run."""
+        """Tensor parallelism, and experts spread over ranks that all see all tokens; no all-to-all, for none has been
+        run.
+        """
         return not (moe_parallel_config.use_all2all_kernels or moe_parallel_config.use_passthrough_all2all)
 
     @staticmethod
@@ -64,20 +66,34 @@ class _Experts:
         return self.host.reduced()
 
     def workspace_shapes(
-        self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int, expert_tokens_meta: Any, activation: Any
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: Any,
+        activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """No workspaces, the output [M, K]: moe_fn allocates what it needs."""
         return (0,), (0,), (M, K)
 
     def apply(
-        self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, activation: Any,
-        global_num_experts: int, expert_map: Tensor | None, a1q_scale: Tensor | None, a2_scale: Tensor | None, workspace13: Tensor,
+        self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        activation: Any,
+        global_num_experts: int, expert_map: Tensor | None, a1q_scale: Tensor | None, a2_scale: Tensor | None,
+        workspace13: Tensor,
         workspace2: Tensor, expert_tokens_meta: Any, apply_router_weight_on_input: bool,
     ) -> None:  # fmt: skip
-        """Writes the weighted and reduced output [M, K]; one copy of it is the price of an interface that gives the buffer."""
+        """Writes the weighted and reduced output [M, K]; one copy of it is the price of an interface that gives the
+        buffer.
+        """
         for name, scale in zip(_QUANT_SCALES, (a1q_scale, a2_scale), strict=True):
             if scale is not None:
-                raise ValueError(f"MoeFnExperts.apply: {name} is given; expected None, for moe_fn's experts are not quantized")
+                raise ValueError(
+                    f"MoeFnExperts.apply: {name} is given; expected None, for moe_fn's experts are not quantized"
+                )
         if w1.ndim != 3 or w2.ndim != 3 or topk_ids.ndim != 2:
             shapes = [tuple(t.shape) for t in (w1, w2, topk_ids)]
             raise ValueError(f"MoeFnExperts.apply: w1, w2, topk_ids are {shapes}; expected 3, 3 and 2 dimensions")
@@ -100,7 +116,9 @@ class _Experts:
         output.copy_(moe_forward_routed(call.config, call.weights, hidden_states, call.routing))
 
 
-def _config(experts: Any, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int, activation: Any) -> MoEConfig:
+def _config(
+    experts: Any, num_experts: int, top_k: int, hidden_size: int, intermediate_size: int, activation: Any
+) -> MoEConfig:
     c = experts.activation_config
     options = ActivationOptions(
         clamp_limit=c.clamp_limit,
@@ -120,10 +138,12 @@ def _config(experts: Any, num_experts: int, top_k: int, hidden_size: int, interm
 
 
 def experts_class(host: Host | None = None) -> Any:
-    """MoeFnExperts, a subclass of vLLM's FusedMoEExpertsModular; of the vLLM that is installed, or of the parts in `host`.
+    """MoeFnExperts, a subclass of vLLM's FusedMoEExpertsModular; of the vLLM that is installed, or of the parts in
+    `host`.
 
-    It takes unquantized experts in the Standard activation format on CPUs and CUDA devices, with every activation of ACTIVATIONS,
-    biases, and an expert_map. It refuses, by vLLM's predicates: quantization, LoRA, batch invariance, all-to-all communication.
+    It takes unquantized experts in the Standard activation format on CPUs and CUDA devices, with every activation of
+    ACTIVATIONS, biases, and an expert_map. It refuses, by vLLM's predicates: quantization, LoRA, batch invariance,
+    all-to-all communication.
 
     Raises ImportError without vLLM; ValueError for a version or an interface that it was not written for.
     """
@@ -141,8 +161,12 @@ def check_interface(host: Host) -> None:
     """ValueError unless the base class asks for no more than is here, in the same words."""
     unknown = sorted(name for name in getattr(host.experts, "__abstractmethods__", ()) if not hasattr(_Experts, name))
     if unknown:
-        raise ValueError(f"MoeFnExperts: vLLM {host.version} has abstract methods {unknown}; expected only those of vLLM {VERSIONS}")
+        raise ValueError(
+            f"MoeFnExperts: vLLM {host.version} has abstract methods {unknown}; expected only those of vLLM {VERSIONS}"
+        )
     for name in ("apply", "workspace_shapes"):
         theirs, ours = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (host.experts, _Experts))
         if theirs != ours:
-            raise ValueError(f"MoeFnExperts: {name} of vLLM {host.version} takes {theirs}; expected {ours}, as in vLLM {VERSIONS}")
+            raise ValueError(
+                f"MoeFnExperts: {name} of vLLM {host.version} takes {theirs}; expected {ours}, as in vLLM {VERSIONS}"
+            )

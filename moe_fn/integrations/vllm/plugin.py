@@ -1,4 +1,6 @@
-"""The entry point, and how MoeFnExperts gets into vLLM's layers: its own out-of-tree replacement of UnquantizedFusedMoEMethod."""
+"""The entry point, and how MoeFnExperts gets into vLLM's layers: its own out-of-tree replacement of
+UnquantizedFusedMoEMethod.
+"""
 
 import logging
 from typing import Any
@@ -13,14 +15,16 @@ _logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own logger, so t
 def register() -> None:
     """The entry point of `vllm.general_plugins`; vLLM calls it in every process, perhaps more than once.
 
-    Does nothing unless VLLM_PLUGINS names moe_fn, for being installed is no wish. Never raises: a vLLM that does not fit keeps its own
-    experts, and the log says why.
+    Does nothing unless VLLM_PLUGINS names moe_fn, for being installed is no wish. Never raises: a vLLM that does not
+    fit keeps its own experts, and the log says why.
     """
     try:
         from vllm import envs
 
         if "moe_fn" not in (envs.VLLM_PLUGINS or ()):
-            _logger.debug("moe_fn is installed and not asked for; VLLM_PLUGINS=moe_fn has it compute unquantized MoE layers")
+            _logger.debug(
+                "moe_fn is installed and not asked for; VLLM_PLUGINS=moe_fn has it compute unquantized MoE layers"
+            )
             return
         host = installed_host()
         check_interface(host)
@@ -37,11 +41,15 @@ def _replace_method(host: Host) -> None:
         CustomOp.register_oot(method_class(host), name=_REPLACED)
         _logger.info("moe_fn computes the unquantized MoE layers that it supports")
     elif there.__module__ != __name__:
-        raise ValueError(f"{_REPLACED} is {there.__module__}.{there.__name__} already; expected no other plug-in for it")
+        raise ValueError(
+            f"{_REPLACED} is {there.__module__}.{there.__name__} already; expected no other plug-in for it"
+        )
 
 
 def method_class(host: Host) -> Any:
-    """vLLM's unquantized method with MoeFnExperts where they support the layer, and what vLLM selects where they do not."""
+    """vLLM's unquantized method with MoeFnExperts where they support the layer, and what vLLM selects where they do
+    not.
+    """
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 

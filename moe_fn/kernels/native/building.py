@@ -1,7 +1,8 @@
 """The compiled library as a file: found whole, or built by one process while the others wait.
 
-A file's name ends in a digest of what it holds: one that was cut off or overwritten (a full disk, a copy that stopped, a crash) is never
-loaded, for to load half a library ends the process. It is built in a folder of its own and moved into place.
+A file's name ends in a digest of what it holds: one that was cut off or overwritten (a full disk, a copy that stopped,
+a crash) is never loaded, for to load half a library ends the process. It is built in a folder of its own and moved into
+place.
 """
 
 import contextlib
@@ -68,12 +69,16 @@ def _digest(file: Path) -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path, name: str) -> Iterator[bool]:
-    """Hold the folder's lock; False where there is none to be had. The system releases the lock of a process that is killed."""
+    """Hold the folder's lock; False where there is none to be had.
+
+    The system releases the lock of a process that is killed.
+    """
     try:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise PermissionError(
-            f"no whole {name} in {folder}, where {user()} may not write ({error.strerror}); expected it built there before, "
+            f"no whole {name} in {folder}, where {user()} may not write ({error.strerror}); "
+            "expected it built there before, "
             "or a folder of this user's own in TORCH_EXTENSIONS_DIR"
         ) from error
     try:
@@ -83,7 +88,9 @@ def _alone(folder: Path, name: str) -> Iterator[bool]:
 
 
 def _locked(lock: int, folder: Path) -> bool:
-    """Whether the lock was got; not on a file system without locks, nor while another process holds it for longer than a build takes."""
+    """Whether the lock was got; not on a file system without locks, nor while another process holds it for longer than
+    a build takes.
+    """
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,9 +1,10 @@
-"""The CPU kernels: a C++ library built on first use from the sources beside this file, one for each instruction-set level.
+"""The CPU kernels: a C++ library built on first use from the sources beside this file, one for each instruction-set
+level.
 
-The compiler is the one that torch.compile needs on a CPU anyway, run by torch's own extension builder. The library is kept where torch
-keeps extensions, in a folder that nobody else may write into (`native.trust`), under a name that holds the level, a hash of the
-sources and all else that it depends on, and a digest of itself (`native.building`). Without sources, a compiler or such a folder
-there is a reason instead.
+The compiler is the one that torch.compile needs on a CPU anyway, run by torch's own extension builder. The library is
+kept where torch keeps extensions, in a folder that nobody else may write into (`native.trust`), under a name that holds
+the level, a hash of the sources and all else that it depends on, and a digest of itself (`native.building`). Without
+sources, a compiler or such a folder there is a reason instead.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.config.quant import quant_of_text
+from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.native.building import library_file
 from moe_fn.kernels.native.trust import private_folder, user
 from moe_fn.torch_compat import constant_while_tracing, cpu_has
@@ -32,8 +33,8 @@ SOURCES = Path(__file__).parent / "sources"
 DTYPES = (torch.float32, torch.bfloat16)
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-# What each level is compiled with, best first. Of CPUs with bfloat16 products Cooper Lake alone lacks VBMI, which decodes fp8;
-# "plain" is what the compiler's plain target has (SSE2 on x86-64, NEON on Arm).
+# What each level is compiled with, best first. Of CPUs with bfloat16 products Cooper Lake alone lacks VBMI, which
+# decodes fp8; "plain" is what the compiler's plain target has (SSE2 on x86-64, NEON on Arm).
 LEVELS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
     "avx512": _AVX512,
@@ -44,7 +45,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-g0")
 
 _log = logging.getLogger("moe_fn")
-_first_use = threading.RLock()  # functools.cache lets threads that find nothing all compute: each would run the compiler
+# functools.cache lets threads that find nothing all compute: each would run the compiler
+_first_use = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def _library(level: str) -> Library:
         name = f"moe_fn_{level}_{_fingerprint(level)}"
         path = library_file(_folder(), name, lambda to: _build(level, name, to))
         torch.ops.load_library(path)
-    except Exception as error:  # whatever a compiler, a loader or a full disk has to say: torch's own products are the answer to all
+    except (
+        Exception
+    ) as error:  # whatever a compiler, a loader or a full disk has to say: torch's own products are the answer to all
         return Library(level, None, f"{type(error).__name__}: {_short(error)}")
     return Library(level, path, None)
 
@@ -139,14 +143,20 @@ def problem(device: str, dtype: torch.dtype) -> str | None:
 
 @constant_while_tracing
 def quant_problem(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
-    """Why the kernels do not compute quantised experts (`QuantConfig.text`); None if they do. A decoder takes 32 bits of codes at once."""
-    config = quant_of_text(quant)
+    """Why the kernels do not compute quantized experts (`QuantConfig.text`); None if they do.
+
+    A decoder takes 32 bits of codes at once.
+    """
+    config = quant_of_json(quant)
     tile, together, a = config.tile[1], 4 * config.per_byte, config.activations
     if tile is not None and tile % together and tile < max(hidden, intermediate):
         return f"quant: a scale of {tile} inputs; the native kernels take multiples of {together}"
     if a is not None and (a.scheme, a.granularity, a.static) != ("int8", "token", False):
         scale = "static" if a.static else "computed"
-        return f"quant: {a.scheme} activations, {scale} scale of a {a.granularity}; the native kernels take int8, computed for a token"
+        return (
+            f"quant: {a.scheme} activations, {scale} scale of a {a.granularity}; "
+            "the native kernels take int8, computed for a token"
+        )
     return None
 
 
@@ -166,14 +176,18 @@ def probes() -> Probes | None:
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """A copy of a CPU tensor in huge pages, where the system gives them: they read 10 to 20 % faster on a virtual machine."""
+    """A copy of a CPU tensor in huge pages, where the system gives them: they read 10 to 20 % faster on a virtual
+    machine.
+    """
     copy: Tensor = active().ops.empty_like(tensor)  # type: ignore[attr-defined]
     return copy.copy_(tensor)
 
 
 def _fingerprint(level: str) -> str:
     if not SOURCES.is_dir():
-        raise FileNotFoundError(f"no C++ sources at {SOURCES}; expected a folder, which a zip and most frozen applications do not have")
+        raise FileNotFoundError(
+            f"no C++ sources at {SOURCES}; expected a folder, which a zip and most frozen applications do not have"
+        )
     libc = "".join(platform.libc_ver())  # machines and containers may share a folder
     text = [torch.__version__, sys.platform, platform.machine(), libc, level, *LEVELS[level], *FLAGS]
     text += [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
@@ -183,8 +197,8 @@ def _fingerprint(level: str) -> str:
 def _folder() -> Path:
     """Where torch keeps extensions: TORCH_EXTENSIONS_DIR, or a folder in the user's cache.
 
-    Never below the working folder, where the files of others may lie: torch takes an empty or relative XDG_CACHE_HOME from there, here it
-    counts as none, as its specification says.
+    Never below the working folder, where the files of others may lie: torch takes an empty or relative XDG_CACHE_HOME
+    from there, here it counts as none, as its specification says.
     """
     from torch import _appdirs
     from torch.utils import cpp_extension
@@ -203,14 +217,17 @@ def _folder() -> Path:
     if not folder.is_absolute():
         with contextlib.suppress(OSError):
             folder.rmdir()
-        raise ValueError(f"torch's folder for extensions is {str(folder)!r}; expected an absolute path (TORCH_EXTENSIONS_DIR, HOME)")
+        raise ValueError(
+            f"torch's folder for extensions is {str(folder)!r}; expected an absolute path (TORCH_EXTENSIONS_DIR, HOME)"
+        )
     return private_folder(folder)
 
 
 def _build(level: str, name: str, path: Path) -> None:
     """Compile a level's library to `path`, <name>.so in a folder for this alone.
 
-    Not cpp_extension.load: it wants a ninja on the PATH, and its lock file, left by a killed process, makes the next one wait forever.
+    Not cpp_extension.load: it wants a ninja on the PATH, and its lock file, left by a killed process, makes the next
+    one wait forever.
     """
     from setuptools import Distribution, Extension
     from torch.utils import cpp_extension
@@ -219,7 +236,7 @@ def _build(level: str, name: str, path: Path) -> None:
     start = time.perf_counter()
     extension = Extension(
         name,
-        [str(SOURCES / file) for file in ("kernels.cpp", "quantised.cpp", "backward.cpp", "binding.cpp")],
+        [str(SOURCES / file) for file in ("kernels.cpp", "quantized.cpp", "backward.cpp", "binding.cpp")],
         include_dirs=cpp_extension.include_paths(),
         library_dirs=cpp_extension.library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
@@ -227,7 +244,9 @@ def _build(level: str, name: str, path: Path) -> None:
         extra_link_args=["-fopenmp"],
         language="c++",
     )
-    command = cpp_extension.BuildExtension(Distribution({"ext_modules": [extension]}), use_ninja=False, no_python_abi_suffix=True)
+    command = cpp_extension.BuildExtension(
+        Distribution({"ext_modules": [extension]}), use_ninja=False, no_python_abi_suffix=True
+    )
     command.build_lib, command.build_temp = str(path.parent), str(path.parent / "objects")
     command.ensure_finalized()
     command.run()

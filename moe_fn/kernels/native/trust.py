@@ -8,11 +8,12 @@ UNMAPPED = 65534  # whom a user namespace shows for users that it does not have,
 
 
 def private_folder(path: Path) -> Path:
-    """The folder at a path, made if it is not there, which nobody but this user may write into (and root, who may do anything).
+    """The folder at a path, made if it is not there, which nobody but this user may write into (and root, who may do
+    anything).
 
-    Raises PermissionError where somebody else could put a library there: the folder or one above it is another user's, or one above it is
-    open to all. A folder of this user that its group or all may write into is closed to them. All may read it: a library is no secret, and
-    what root has built is for every user.
+    Raises PermissionError where somebody else could put a library there: the folder or one above it is another user's,
+    or one above it is open to all. A folder of this user that its group or all may write into is closed to them. All
+    may read it: a library is no secret, and what root has built is for every user.
     """
     path.mkdir(mode=0o755, parents=True, exist_ok=True)
     if os.name != "posix":
@@ -21,10 +22,14 @@ def private_folder(path: Path) -> Path:
     for folder in (path, *path.parents):
         found = folder.stat()
         if found.st_uid not in _trusted() and (folder == path or found.st_uid != UNMAPPED):
-            raise PermissionError(f"{folder} belongs to user {found.st_uid}, who could put a library there; expected your own, or root's")
+            raise PermissionError(
+                f"{folder} belongs to user {found.st_uid}, who could put a library there; expected your own, or root's"
+            )
         sticky = bool(found.st_mode & stat.S_ISVTX)
         if found.st_mode & stat.S_IWOTH and not sticky and folder != path:
-            raise PermissionError(f"{folder} is writable for everybody, who could put a library there; expected a folder of one user")
+            raise PermissionError(
+                f"{folder} is writable for everybody, who could put a library there; expected a folder of one user"
+            )
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o022:
         try:
@@ -45,7 +50,9 @@ def only_ours(file: Path) -> bool:
         found = file.lstat()
     except FileNotFoundError:
         return False
-    return os.name != "posix" or (stat.S_ISREG(found.st_mode) and found.st_uid in _trusted() and not found.st_mode & 0o022)
+    return os.name != "posix" or (
+        stat.S_ISREG(found.st_mode) and found.st_uid in _trusted() and not found.st_mode & 0o022
+    )
 
 
 def user() -> str:

@@ -1,7 +1,8 @@
 """Grouped products in plain torch: a loop over experts on the CPU, a loop over fixed blocks of rows elsewhere.
 
-The loop over experts reads the ends on the host, which is free on a CPU and a sync on a GPU; so other devices take blocks, whose
-number follows from the shapes alone. Groups, segments and weight sets are those of `moe_fn.ops.grouped_matmul`.
+The loop over experts reads the ends on the host, which is free on a CPU and a sync on a GPU; so other devices take
+blocks, whose number follows from the shapes alone. Groups, segments and weight sets are those of
+`moe_fn.ops.grouped_matmul`.
 """
 
 from collections.abc import Iterator
@@ -17,13 +18,22 @@ BLOCKS_AT_A_TIME = 64  # weights of so many blocks are copied at once
 
 
 def grouped_matmul(
-    rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int, invariant: bool = False
+    rows: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    transposed: bool,
+    segments: int,
+    weight_sets: int,
+    invariant: bool = False,
 ) -> Tensor:
     if transposed:
         weight = weight.transpose(1, 2)
     if rows.device.type != "cpu":
         if invariant:
-            raise ValueError(f"MoEConfig.batch_invariant=True: torch's products on {rows.device.type} choose their kernels by the batch")
+            raise ValueError(
+                f"MoEConfig.batch_invariant=True: torch's products on {rows.device.type} choose their kernels by the "
+                "batch"
+            )
         return blocked_matmul(rows, weight, ends, segments, weight_sets)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     done = 0
@@ -38,7 +48,10 @@ def grouped_matmul(
 
 
 def _multiply(rows: Tensor, weight: Tensor, out: Tensor, invariant: bool) -> None:
-    """out = rows @ weight on the CPU. invariant: row by row, each in its own memory: BLAS chooses kernels by sizes and by alignment."""
+    """out = rows @ weight on the CPU.
+
+    invariant: row by row, each in its own memory: BLAS chooses kernels by sizes and by alignment.
+    """
     if not invariant:
         torch.mm(rows, weight, out=out)
     else:

@@ -1,4 +1,6 @@
-"""Grouped products with weights that are codes, in plain torch: on the CPU expert by expert, so only the floats of one are there."""
+"""Grouped products with weights that are codes, in plain torch: on the CPU expert by expert, so only the floats of one
+are there.
+"""
 
 from collections.abc import Callable
 
@@ -12,11 +14,14 @@ from moe_fn.quant.codes import Codes, decoded
 Product = Callable[[Tensor, Tensor], Tensor]  # rows [R, K], weight [K, N] -> [R, N]
 
 
-def quantised_matmul(
-    rows: Tensor, stored: Codes, ends: Tensor, quant: QuantConfig, halves: int, transposed: bool, segments: int, weight_sets: int,
+def quantized_matmul(
+    rows: Tensor, stored: Codes, ends: Tensor, quant: QuantConfig, halves: int, transposed: bool, segments: int,
+    weight_sets: int,
     product: Product = torch.mm,
 ) -> Tensor:  # fmt: skip
-    """The product of `moe_fn.ops.quantized_matmul`; off the CPU all experts are decoded: which of them are hit is not known there."""
+    """The product of `moe_fn.ops.quantized_matmul`; off the CPU all experts are decoded: which of them are hit is not
+    known there.
+    """
     if rows.device.type != "cpu":
         return grouped_matmul(rows, decoded(quant, stored, halves, rows.dtype), ends, transposed, segments, weight_sets)
     columns = stored.codes.shape[1] if transposed else stored.codes.shape[2] * quant.per_byte

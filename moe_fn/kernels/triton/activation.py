@@ -1,7 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""moe_fn.stages._activation for kernels: the value and the exact derivative, every choice a constexpr, everything in float32.
+"""moe_fn.stages._activation for kernels: the value and the exact derivative, every choice a constexpr, everything in
+float32.
 
-Comparisons are written with `tl.where` and not with `tl.minimum`/`tl.maximum`: those drop NaN, torch's clamp and relu keep it.
+Comparisons are written with `tl.where` and not with `tl.minimum`/`tl.maximum`: those drop NaN, torch's clamp and relu
+keep it.
 """
 
 import triton
@@ -10,10 +12,14 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """tanh on every target, relative error below 3e-7: `tl` has none, and 2 * sigmoid(2x) - 1 loses all digits near 0."""
+    """tanh on every target, relative error below 3e-7: `tl` has none, and 2 * sigmoid(2x) - 1 loses all
+    digits near 0.
+    """
     z = x * x
     # the odd polynomial of Cephes' tanhf for |x| < 0.625
-    p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    p = (
+        ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    ) * z - 3.33332819422e-1
     near = p * z * x + x
     size = tl.abs(x)
     far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)  # exp may be inf: 1 - 2 / inf is right
@@ -108,7 +114,9 @@ def act_backward(
     GATE_CAP: tl.constexpr,
     UP_CAP: tl.constexpr,
 ):
-    """The gradient d of `act` pulled back to (gate, up), as torch's autograd does it; the second one means nothing when not GATED."""
+    """The gradient d of `act` pulled back to (gate, up), as torch's autograd does it; the second one means nothing when
+    not GATED.
+    """
     if not GATED:
         d_gate = d * _slope(gate, FUNCTION, ALPHA, GATE_CAP)
         return d_gate, d_gate

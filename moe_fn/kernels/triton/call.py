@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.config.quant import quant_of_text
+from moe_fn.config.quant import quant_of_json
 from moe_fn.torch_compat import constant_while_tracing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,21 +22,26 @@ def problem(device: str, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device == "cpu" and not interpreted():
-        return "the Triton kernels run on the CPU only under Triton's interpreter (start Python with TRITON_INTERPRET=1), for tests"
+        return (
+            "the Triton kernels run on the CPU only under Triton's interpreter (start Python with TRITON_INTERPRET=1), "
+            "for tests"
+        )
     return None
 
 
 @constant_while_tracing
 def quant_problem(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
-    """Why the Triton kernels do not compute quantised experts (`QuantConfig.text`) on a device that runs them; None if they do."""
+    """Why the Triton kernels do not compute quantized experts (`QuantConfig.text`) on a device that runs them; None if
+    they do.
+    """
     arch = importlib.import_module("moe_fn.kernels.triton.tiles").architecture_of(torch.device(device))
-    found: str | None = _coverage().problem(quant_of_text(quant), (hidden, intermediate), arch)
+    found: str | None = _coverage().problem(quant_of_json(quant), (hidden, intermediate), arch)
     return found
 
 
 def decodes(quant: str, inputs: int) -> bool:
     """Whether a product of the Triton kernels decodes weights with so many inputs."""
-    return _coverage().problem_of_weights(quant_of_text(quant), (inputs,)) is None
+    return _coverage().problem_of_weights(quant_of_json(quant), (inputs,)) is None
 
 
 def _coverage() -> Any:

@@ -1,12 +1,15 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Rows of a token's slots, summed: the end of the forward pass with the router's weights, and of the gradient of x without."""
+"""Rows of a token's slots, summed: the end of the forward pass with the router's weights, and of the gradient of x
+without.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-UNROLLED_SLOTS = 16  # so many loads (16 bytes a thread each) are under way before the first is used; more would take all registers
+# so many loads (16 bytes a thread each) are under way before the first is used; more would take all registers
+UNROLLED_SLOTS = 16
 ELEMENTS = 1024  # of one program, in 4 warps: 8 a thread, one load of 16 bytes in 16-bit types
 
 
@@ -42,9 +45,11 @@ def _slot(rows, row_of_slot, weights, t, h, j, T, H, stride_row, TOP_K: tl.const
 
 
 def gather_sum(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None, top_k: int, dtype: torch.dtype) -> Tensor:
-    """y[t] = sum over j of weights[t, j] * rows[row_of_slot[t * top_k + j]], slots with -1 left out: [R, H] -> [T, H] in dtype.
+    """y[t] = sum over j of weights[t, j] * rows[row_of_slot[t * top_k + j]], slots with -1 left out: [R, H] -> [T, H]
+    in dtype.
 
-    row_of_slot [T * top_k] int32; weights [T, top_k] float32, or None for ones. Summed in float32 in the order of j, rounded once.
+    row_of_slot [T * top_k] int32; weights [T, top_k] float32, or None for ones. Summed in float32 in the order of j,
+    rounded once.
     """
     num_tokens, hidden = row_of_slot.shape[0] // top_k, rows.shape[1]
     out = rows.new_empty((num_tokens, hidden), dtype=dtype)
@@ -54,7 +59,9 @@ def gather_sum(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None, top_k:
     columns = min(ELEMENTS, max(16, triton.next_power_of_2(hidden)))
     tokens = min(ELEMENTS // columns, 16)
     _gather_sum_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(hidden, columns))](
-        rows, row_of_slot.contiguous(), None if weights is None else weights.contiguous(), out, num_tokens, hidden, rows.stride(0),
-        TOP_K=top_k, UNROLL=top_k <= UNROLLED_SLOTS, WEIGHTED=weights is not None, TOKENS=tokens, COLUMNS=columns, num_warps=4,
+        rows, row_of_slot.contiguous(), None if weights is None else weights.contiguous(), out, num_tokens, hidden,
+        rows.stride(0),
+        TOP_K=top_k, UNROLL=top_k <= UNROLLED_SLOTS, WEIGHTED=weights is not None, TOKENS=tokens, COLUMNS=columns,
+        num_warps=4,
     )  # fmt: skip
     return out

@@ -1,8 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The gradient of the activated rows, pulled back through the router weight and the activation in the same kernel.
 
-With a = activation(pre) and g the gradient of a row's token:  d a' = g @ down[e].T,  d weight = <d a', a> + <g, down_bias[e]>,
-d pre = activation'(pre) * weight * d a'. So the output rows of the forward pass are never needed (SonicMoE's trick), nor is g copied.
+With a = activation(pre) and g the gradient of a row's token:
+
+    d a'     = g @ down[e].T
+    d weight = <d a', a> + <g, down_bias[e]>
+    d pre    = activation'(pre) * weight * d a'
+
+So the output rows of the forward pass are never needed (SonicMoE's trick),
+nor is g copied.
 """
 
 import torch
@@ -25,7 +31,9 @@ def _store_piece(
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
 ):  # fmt: skip
-    """A piece of d a', [BM, BN] from column n on, rows from the tile's first: stores d pre and weight * a, returns <d a', a>, [BM]."""
+    """A piece of d a', [BM, BN] from column n on, rows from the tile's first: stores d pre and weight * a, returns <d
+    a', a>, [BM].
+    """
     c = n + tl.arange(0, BN)
     mask = live[:, None] & (c < I)[None, :]
     if GATED and INTERLEAVED:
@@ -44,9 +52,13 @@ def _store_piece(
     dot = tl.sum(tl.where(mask, d * a, 0.0), 1)
     if STORE_ACTIVATED:
         tl.store(weighted + row[:, None] * I + c[None, :], (a * w[:, None]).to(weighted.dtype.element_ty), mask=mask)
-    d_gate, d_up = act_backward(d * w[:, None], gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
+    d_gate, d_up = act_backward(
+        d * w[:, None], gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP
+    )
     if GATED and INTERLEAVED:
-        tl.store(d_pre + place, tl.reshape(tl.join(d_gate, d_up), (BM, 2 * BN)).to(d_pre.dtype.element_ty), mask=in_range)
+        tl.store(
+            d_pre + place, tl.reshape(tl.join(d_gate, d_up), (BM, 2 * BN)).to(d_pre.dtype.element_ty), mask=in_range
+        )
     else:
         tl.store(d_pre + place, d_gate.to(d_pre.dtype.element_ty), mask=mask)
         if GATED:
@@ -58,13 +70,16 @@ def _store_piece(
 def _down_backward_kernel(
     gradient, down, pre, weights, d_pre, weighted, partials, slot_of_row, starts, expert_of_tile, first_row_of_tile,
     row_tiles, H, I, stride_gradient, stride_expert, stride_in, stride_out, num_partials,
-    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, STORE_ACTIVATED: tl.constexpr, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, STORE_ACTIVATED: tl.constexpr, EVEN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of d a' and its epilogue, in PIECES of the columns one after the other: in one piece it spills 1.6 KB a thread."""
+    """One tile of d a' and its epilogue, in PIECES of the columns one after the other: in one piece it spills 1.6 KB a
+    thread.
+    """
     row_tile, column_tile = raster(tl.program_id(0), row_tiles, tl.cdiv(I, BN), GROUP)
     expert = tl.load(expert_of_tile + row_tile)
     if expert < 0:
@@ -134,7 +149,9 @@ def _sum_partials_kernel(partials, row_of_slot, out, num_slots, num_partials, BL
 
 
 def pieces_of(tile: Tile, interleaved: bool = False) -> int:
-    """Parts of the columns that the epilogue takes one after the other: 32 bytes of a row at least; interleaved ones are twice as wide."""
+    """Parts of the columns that the epilogue takes one after the other: 32 bytes of a row at least; interleaved ones
+    are twice as wide.
+    """
     if tile.columns < 64:
         return 1
     return 8 if interleaved and tile.columns >= 128 else 4
@@ -155,8 +172,9 @@ def down_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient [T, H] of the output: (d_pre [R, N], weights * activated [R, I], d_weights [T, k] float32).
 
-    down [E, I, H] by strides and its bias [E, H], as the down-projection got them; pre [R, N] as `up` kept it; weights [T, k] float32,
-    None for ones. Rows of no expert are not written, d_weights of their slots are 0. Without store_activated the second is [0].
+    down [E, I, H] by strides and its bias [E, H], as the down-projection got them; pre [R, N] as `up` kept it; weights
+    [T, k] float32, None for ones. Rows of no expert are not written, d_weights of their slots are 0. Without
+    store_activated the second is [0].
     """
     num_rows, (_, intermediate, hidden) = slots.slot_of_row.shape[0], down.shape
     pre = pre.contiguous()

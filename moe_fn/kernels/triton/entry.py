@@ -1,4 +1,6 @@
-"""The ops of moe_fn whose names end in `_triton`, by the kernels of this package: arguments as the schemas have them."""
+"""The ops of moe_fn whose names end in `_triton`, by the kernels of this package: arguments as the schemas
+have them.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,15 +10,22 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.config.activation import activation_of_scalars
-from moe_fn.config.quant import quant_of_text
+from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.triton import top_k
-from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer, quantised_matmul
+from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer, quantized_matmul
 from moe_fn.kernels.triton.layer import Problem, backward, forward
 from moe_fn.kernels.triton.quant import layer
 from moe_fn.kernels.triton.quant.matrix import matrix_of
 from moe_fn.quant.codes import Codes
 
-__all__ = ["grouped_matmul", "grouped_outer", "quantised_matmul", "route_top_k", "routed_experts", "routed_experts_backward"]
+__all__ = [
+    "grouped_matmul",
+    "grouped_outer",
+    "quantized_matmul",
+    "route_top_k",
+    "routed_experts",
+    "routed_experts_backward",
+]
 
 
 def route_top_k(logits: Tensor, correction_bias: Tensor | None, config: MoEConfig) -> tuple[Tensor, Tensor]:
@@ -28,7 +37,7 @@ def routed_experts(*args: Any) -> tuple[Tensor, Tensor]:
     """moe_fn::routed_experts_triton."""
     *arguments, quant, invariant, keep = args
     if quant:
-        return layer.forward(_quant_problem(quant_of_text(quant), arguments, invariant), keep)
+        return layer.forward(_quant_problem(quant_of_json(quant), arguments, invariant), keep)
     return forward(_problem(arguments, invariant), keep)
 
 
@@ -36,7 +45,10 @@ def routed_experts_backward(gradient: Tensor, needed: list[bool], pre: Tensor, *
     """moe_fn::routed_experts_backward_triton; weights are floats."""
     found = backward(_problem(args[:-2], args[-1]), gradient, pre, tuple(needed), transposed=args[_TRANSPOSED])
     likes = (args[0], *args[2:7])
-    return tuple(gradient.new_empty(0) if g is None or like is None else g.to(like.dtype) for g, like in zip(found, likes, strict=True))
+    return tuple(
+        gradient.new_empty(0) if g is None or like is None else g.to(like.dtype)
+        for g, like in zip(found, likes, strict=True)
+    )
 
 
 _SCALARS = 15  # the arguments that are tensors come first
@@ -73,5 +85,10 @@ def _quant_problem(quant: QuantConfig, arguments: Sequence[Any], invariant: bool
         for codes, scale, zero, factor, parts in zip(arguments[3:5], scales, zeros, above, (halves, 1), strict=True)
     )
     return layer.QuantProblem(
-        gate_up=gate_up, down=down, rounding=quant.activations, gate_up_input_scale=static[0], down_input_scale=static[1], **shared
+        gate_up=gate_up,
+        down=down,
+        rounding=quant.activations,
+        gate_up_input_scale=static[0],
+        down_input_scale=static[1],
+        **shared,
     )

@@ -8,7 +8,7 @@ from moe_fn.kernels.triton.outer import grouped_outer as outer_of_groups
 from moe_fn.kernels.triton.products import grouped_product
 from moe_fn.kernels.triton.quant.inputs import Rows as Left
 from moe_fn.kernels.triton.quant.matrix import matrix_of
-from moe_fn.kernels.triton.quant.products import quantised_product
+from moe_fn.kernels.triton.quant.products import quantized_product
 from moe_fn.kernels.triton.quant.tiles import coded_tile
 from moe_fn.kernels.triton.slots import tiles_of_groups
 from moe_fn.kernels.triton.tiles import architecture_of, outer_tile, product_tile, rows_of_tiles
@@ -29,23 +29,34 @@ def grouped_matmul(
     return grouped_product(rows, weight, ends, tile_map, tile, weight_of_group=shared, zero_rest=True)
 
 
-def quantised_matmul(
-    rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, ends: Tensor, quant: QuantConfig,
+def quantized_matmul(
+    rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None, ends: Tensor,
+    quant: QuantConfig,
     halves: int, invariant: bool,
 ) -> Tensor:  # fmt: skip
-    """rows [R, K] x the floats that codes [E, N, K / codes in a byte] stand for, transposed; ends [E] int32 -> [R, N]."""
-    matrix = matrix_of(quant, Codes(codes=weight, scale=scale, zero_point=zero_point, global_scale=global_scale), halves)
+    """rows [R, K] x the floats that codes [E, N, K / codes in a byte] stand for, transposed; ends [E] int32
+    -> [R, N].
+    """
+    matrix = matrix_of(
+        quant, Codes(codes=weight, scale=scale, zero_point=zero_point, global_scale=global_scale), halves
+    )
     (experts, columns, _), num_rows, arch = matrix.shape, rows.shape[0], architecture_of(rows.device)
     tile_rows = rows_of_tiles(num_rows, experts, invariant)
-    tile = coded_tile("decoded_product", tile_rows, experts, columns, weight.shape[2], matrix.shared, rows.element_size(), arch)
+    tile = coded_tile(
+        "decoded_product", tile_rows, experts, columns, weight.shape[2], matrix.shared, rows.element_size(), arch
+    )
     tile_map = tiles_of_groups(starts_of_groups(ends, num_rows, 1), ends, num_rows, tile.rows)
-    return quantised_product(Left(values=rows.contiguous()), matrix, ends, tile_map, tile, rows.dtype, zero_rest=True)
+    return quantized_product(Left(values=rows.contiguous()), matrix, ends, tile_map, tile, rows.dtype, zero_rest=True)
 
 
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor, segments: int, weight_sets: int) -> Tensor:
-    """left[rows of e].T @ right[rows of e]: left [R, M], right [R, N], ends [segments * E] int32 -> [weight_sets * E, M, N]."""
+    """left[rows of e].T @ right[rows of e]: left [R, M], right [R, N], ends [segments * E] int32 -> [weight_sets * E,
+    M, N].
+    """
     num_rows, groups = left.shape[0], ends.shape[0]
-    tile = outer_tile(num_rows, groups, left.shape[1], right.shape[1], left.element_size(), architecture_of(left.device))
+    tile = outer_tile(
+        num_rows, groups, left.shape[1], right.shape[1], left.element_size(), architecture_of(left.device)
+    )
     starts = starts_of_groups(ends, num_rows, segments)
     if segments == weight_sets:
         return outer_of_groups(left, right, starts, ends, tile)

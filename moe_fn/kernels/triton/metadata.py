@@ -2,10 +2,12 @@
 """Which row is whose: slots sorted by expert, and the experts of row tiles, without a host sync.
 
     slot s = token * top_k + choice  --slot_of_row / row_of_slot-->  row, sorted by expert and then by slot
-    rows of expert e: starts[e] .. starts[e + 1];  slots of no expert (ids outside 0 .. E - 1) are the rows from starts[E] on
+    rows of expert e: starts[e] .. starts[e + 1];  slots of no expert (ids outside 0 .. E - 1) are the rows from
+                                                   starts[E] on
     row tile t: rows from first_row_of_tile[t] on, of expert_of_tile[t] (-1: nobody's)
 
-Integers are counted and never summed by atomics on memory, and the sort is stable: the same ids give the same rows on every run.
+Integers are counted and never summed by atomics on memory, and the sort is stable: the same ids give the same rows on
+every run.
 """
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap, max_tiles
 from moe_fn.kernels.triton.tiles import Tile
 
-# Up to here one program sorts all slots (55 compare-and-swap steps for 1024, 78 for 4096, every one a pass through shared memory);
-# above it three launches (2 us each in a CUDA graph) are no slower, and their blocks are sorted side by side.
+# Up to here one program sorts all slots (55 compare-and-swap steps for 1024, 78 for 4096, every one a pass through
+# shared memory); above it three launches (2 us each in a CUDA graph) are no slower, and their blocks are sorted side by
+# side.
 ONE_PROGRAM_SLOTS = 1024
 BLOCK_SLOTS = 1024  # slots that a program of the three-kernel form sorts
 SCAN_EXPERTS = 32  # columns of the counts that one program scans: 128 bytes of a row, a full memory transaction
@@ -25,7 +28,9 @@ SCAN_BLOCKS = 128  # rows that it scans at a time: 131,072 slots, so that a usua
 MAP_TILES = 256  # tiles of a map that one program makes
 
 
-def sort_slots(expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]) -> tuple[SortedSlots, tuple[TileMap, ...]]:
+def sort_slots(
+    expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]
+) -> tuple[SortedSlots, tuple[TileMap, ...]]:
     """Slots sorted by expert, and a tile map for each of tile_rows: expert_ids [T, top_k] integers."""
     form = in_one_program if expert_ids.numel() <= ONE_PROGRAM_SLOTS else in_three_kernels
     return form(expert_ids, num_experts, tile_rows)
@@ -38,7 +43,9 @@ def sort_for_tiles(expert_ids: Tensor, num_experts: int, *tiles: Tile) -> tuple[
     return slots, dict(zip(heights, maps, strict=True))
 
 
-def in_one_program(expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]) -> tuple[SortedSlots, tuple[TileMap, ...]]:
+def in_one_program(
+    expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]
+) -> tuple[SortedSlots, tuple[TileMap, ...]]:
     """sort_slots in one launch: a program sorts, others make the maps."""
     ids, slots, maps, tile_maps = _allocated(expert_ids, num_experts, tile_rows)
     if ids.numel() == 0:
@@ -66,7 +73,8 @@ def in_three_kernels(
         counts, before, totals, blocks, num_experts, BLOCKS=SCAN_BLOCKS, COLUMNS=SCAN_EXPERTS, num_warps=4
     )
     _place_kernel[(blocks + _map_programs(ids.numel(), num_experts, tile_rows),)](
-        ids, before, totals, slots.slot_of_row, slots.row_of_slot, slots.starts, *maps, ids.numel(), num_experts, blocks,
+        ids, before, totals, slots.slot_of_row, slots.row_of_slot, slots.starts, *maps, ids.numel(), num_experts,
+        blocks,
         BLOCK=block, EXPERTS=experts, CHUNK=MAP_TILES, TILE_ROWS=tile_rows, num_warps=4 if block <= 512 else 8,
     )  # fmt: skip
     return slots, tile_maps
@@ -75,7 +83,9 @@ def in_three_kernels(
 def _allocated(
     expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]
 ) -> tuple[Tensor, SortedSlots, tuple[Tensor, Tensor], tuple[TileMap, ...]]:
-    """Flat ids, and where the results go; all maps lie in one pair of tensors, each from a multiple of 4 elements on (16 bytes)."""
+    """Flat ids, and where the results go; all maps lie in one pair of tensors, each from a multiple of 4 elements on
+    (16 bytes).
+    """
     ids = expert_ids.reshape(-1)
     num_slots = ids.numel()
     lengths = [max_tiles(num_slots, num_experts, rows) for rows in tile_rows]
@@ -116,7 +126,15 @@ def _bins_of_block(ids, first, R, E, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write_maps(
-    counts, chunk, expert_of_tile, first_row_of_tile, R, E, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, TILE_ROWS: tl.constexpr
+    counts,
+    chunk,
+    expert_of_tile,
+    first_row_of_tile,
+    R,
+    E,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
 ):
     """Chunk `chunk` of all maps in a row. counts [EXPERTS] is 0 from E on."""
     offset = 0
@@ -125,14 +143,17 @@ def _write_maps(
         chunks = tl.cdiv(tiles, CHUNK)
         if (chunk >= 0) & (chunk < chunks):
             t = chunk * CHUNK + tl.arange(0, CHUNK)
-            _write_tiles(counts, t, tiles, expert_of_tile + offset, first_row_of_tile + offset, E, TILE_ROWS[m], EXPERTS)
+            _write_tiles(
+                counts, t, tiles, expert_of_tile + offset, first_row_of_tile + offset, E, TILE_ROWS[m], EXPERTS
+            )
         chunk -= chunks
         offset += (tiles + 3) // 4 * 4
 
 
 @triton.jit
 def _write_tiles(counts, t, tiles, expert_of_tile, first_row_of_tile, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Tiles t of one map. A tile's expert is the number of experts whose tiles end at or before it, found by bisection: nothing is
+    """Tiles t of one map. A tile's expert is the number of experts whose tiles end at or before it, found by bisection:
+    nothing is
     filled with -1 first, so no barrier has to part two stores to one place."""
     num_tiles = (counts + (ROWS - 1)) // ROWS
     ends = tl.cumsum(num_tiles, 0)
@@ -196,7 +217,9 @@ def _place_kernel(
     ids, before, totals, slot_of_row, row_of_slot, starts, expert_of_tile, first_row_of_tile, R, E, blocks,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program sorts its block and puts each expert's run where the blocks before it end; programs from `blocks` on make the maps."""
+    """A program sorts its block and puts each expert's run where the blocks before it end; programs from `blocks` on
+    make the maps.
+    """
     b = tl.program_id(0)
     column = tl.arange(0, EXPERTS)
     counts = tl.load(totals + column, mask=column <= E, other=0)

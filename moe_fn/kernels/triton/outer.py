@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Sums over the rows of a group: outer products (gradients of weights) and weighted sums (gradients of biases), in row order."""
+"""Sums over the rows of a group: outer products (gradients of weights) and weighted sums (gradients of biases), in row
+order.
+"""
 
 import torch
 import triton
@@ -15,7 +17,9 @@ def _outer_kernel(
     TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out[g] = left[rows of g].T @ right[rows of g]; all tiles of a group one after the other, zeros if it has no rows."""
+    """One tile of out[g] = left[rows of g].T @ right[rows of g]; all tiles of a group one after the other, zeros if it
+    has no rows.
+    """
     column_tiles = tl.cdiv(N, BN)
     tiles = tl.cdiv(M, BM) * column_tiles
     group = tl.program_id(0) // tiles
@@ -76,10 +80,12 @@ def grouped_outer(
     gather_right: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """left[rows of g].T @ right[rows of g] for each group, rows starts[g] to ends[g] (int32 [G]): [G, M, N], 0 where there are no rows.
+    """left[rows of g].T @ right[rows of g] for each group, rows starts[g] to ends[g] (int32 [G]): [G, M, N], 0 where
+    there are no rows.
 
-    left [R, M] and right [R, N] of one dtype; a gathered side is given by token: row r reads its slot_of_row[r] // top_k.
-    dtype: of the result (float32 sums, rounded once); that of left if not given. For the other weight layout swap left and right.
+    left [R, M] and right [R, N] of one dtype; a gathered side is given by token: row r reads its slot_of_row[r] //
+    top_k. dtype: of the result (float32 sums, rounded once); that of left if not given. For the other weight layout
+    swap left and right.
     """
     (_, m), (_, n), groups = left.shape, right.shape, starts.shape[0]
     out = torch.empty((groups, m, n), dtype=dtype or left.dtype, device=left.device)
@@ -88,7 +94,8 @@ def grouped_outer(
     left = left if left.stride(-1) == 1 else left.contiguous()
     right = right if right.stride(-1) == 1 else right.contiguous()
     _outer_kernel[(groups * triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns),)](
-        left, right, out, starts if slot_of_row is None else slot_of_row, starts, ends, m, n, left.stride(0), right.stride(0),
+        left, right, out, starts if slot_of_row is None else slot_of_row, starts, ends, m, n, left.stride(0),
+        right.stride(0),
         TOP_K=top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
         BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -114,8 +121,10 @@ def segment_sums(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     block = 128 if rows.is_cuda else 16
     _segment_sums_kernel[(groups * triton.cdiv(n, block),)](
-        rows, rows if weights is None else weights.contiguous(), out, starts if slot_of_row is None else slot_of_row, starts, ends,
+        rows, rows if weights is None else weights.contiguous(), out, starts if slot_of_row is None else slot_of_row,
+        starts, ends,
         n, rows.stride(0),
-        TOP_K=top_k, GATHER=slot_of_row is not None, WEIGHTED=weights is not None, BM=32 if rows.is_cuda else 16, BN=block, num_warps=4,
+        TOP_K=top_k, GATHER=slot_of_row is not None, WEIGHTED=weights is not None, BM=32 if rows.is_cuda else 16,
+        BN=block, num_warps=4,
     )  # fmt: skip
     return out

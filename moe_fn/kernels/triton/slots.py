@@ -36,7 +36,8 @@ class TileMap:
 
 
 def max_tiles(rows: int, num_groups: int, tile_rows: int) -> int:
-    """How many tiles `rows` rows of `num_groups` groups can take: a partly filled one for each group, and no more than rows.
+    """How many tiles `rows` rows of `num_groups` groups can take: a partly filled one for each group, and no more than
+    rows.
 
     >>> max_tiles(100, 8, 16), max_tiles(3, 8, 16), max_tiles(0, 8, 16)
     (14, 3, 0)
@@ -45,7 +46,10 @@ def max_tiles(rows: int, num_groups: int, tile_rows: int) -> int:
 
 
 def tiles_of_groups(starts: Tensor, ends: Tensor, rows_upper_bound: int, tile_rows: int) -> TileMap:
-    """The tile map of groups whose rows are starts[g] .. ends[g], [G] integers; together they have at most rows_upper_bound rows."""
+    """The tile map of groups whose rows are starts[g] ..
+
+    ends[g], [G] integers; together they have at most rows_upper_bound rows.
+    """
     num_tiles = (ends - starts + (tile_rows - 1)).clamp(min=0) // tile_rows
     ends_of_tiles = num_tiles.cumsum(0)
     tiles = torch.arange(max_tiles(rows_upper_bound, starts.shape[0], tile_rows), device=starts.device)
@@ -53,4 +57,6 @@ def tiles_of_groups(starts: Tensor, ends: Tensor, rows_upper_bound: int, tile_ro
     used, some = group < starts.shape[0], group.clamp(max=max(starts.shape[0] - 1, 0))
     before = ends_of_tiles.index_select(0, some) - num_tiles.index_select(0, some)
     first = starts.index_select(0, some) + (tiles - before) * tile_rows
-    return TileMap(torch.where(used, group, -1).to(torch.int32), torch.where(used, first, -1).to(torch.int32), tile_rows)
+    return TileMap(
+        torch.where(used, group, -1).to(torch.int32), torch.where(used, first, -1).to(torch.int32), tile_rows
+    )

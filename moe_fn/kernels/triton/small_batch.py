@@ -1,8 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Few slots, many experts: a slot has its expert's weights to itself, so nothing is sorted and no matrix unit is of use.
+"""Few slots, many experts: a slot has its expert's weights to itself, so nothing is sorted and no matrix unit is of
+use.
 
-Both kernels stream weights, and are sized by what has to be under way to keep the memory busy: 4.3 TB/s * 0.8 us = 3.4 MB, 26 KB a
-processor on an H200. Their loops have no dot, so Triton prefetches only where `tl.range` says how many stages (0 -> 48 cp.async).
+Both kernels stream weights, and are sized by what has to be under way to keep the memory busy: 4.3 TB/s * 0.8 us = 3.4
+MB, 26 KB a processor on an H200. Their loops have no dot, so Triton prefetches only where `tl.range` says how many
+stages (0 -> 48 cp.async).
 """
 
 import torch
@@ -29,7 +31,8 @@ def _gate_and_up(h, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, ACTIVATED: t
 
 @triton.jit
 def _up_kernel(
-    x, expert_ids, weight, bias, activated, num_experts, hidden, intermediate, stride_x, stride_expert, stride_in, stride_out,
+    x, expert_ids, weight, bias, activated, num_experts, hidden, intermediate, stride_x, stride_expert, stride_in,
+    stride_out,
     TOP_K: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
@@ -52,26 +55,36 @@ def _up_kernel(
         for start in tl.range(0, hidden, INNER, num_stages=STAGES):
             live = start + k < hidden
             place = (start + k).to(tl.int64) * stride_in
-            w = tl.load(matrix + place[None, :], mask=live[None, :] & (n < intermediate)[:, None], other=0.0).to(tl.float32)
+            w = tl.load(matrix + place[None, :], mask=live[None, :] & (n < intermediate)[:, None], other=0.0).to(
+                tl.float32
+            )
             products += w * tl.load(token + start + k, mask=live, other=0.0).to(tl.float32)[None, :]
         h = tl.sum(products, 1)
         if BIAS:
-            h += tl.load(bias + expert.to(tl.int64) * (WIDTH * intermediate) + column, mask=n < intermediate, other=0.0).to(tl.float32)
+            h += tl.load(
+                bias + expert.to(tl.int64) * (WIDTH * intermediate) + column, mask=n < intermediate, other=0.0
+            ).to(tl.float32)
         gate, up = _gate_and_up(h, GATED, INTERLEAVED, ACTIVATED)
         value = act(gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
         n = first + tl.arange(0, ACTIVATED)
-        tl.store(activated + slot.to(tl.int64) * intermediate + n, value.to(activated.dtype.element_ty), mask=n < intermediate)
+        tl.store(
+            activated + slot.to(tl.int64) * intermediate + n,
+            value.to(activated.dtype.element_ty),
+            mask=n < intermediate,
+        )
 
 
 @triton.jit
 def _down_kernel(
-    activated, expert_ids, weights, weight, bias, out, num_experts, intermediate, hidden, stride_expert, stride_in, stride_out,
-    TOP_K: tl.constexpr, BIAS: tl.constexpr, CHOICES: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
+    activated, expert_ids, weights, weight, bias, out, num_experts, intermediate, hidden, stride_expert, stride_in,
+    stride_out,
+    TOP_K: tl.constexpr, BIAS: tl.constexpr, CHOICES: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum over j of weights[t, j] * (activated[t, j] @ weight[e] + bias[e]).
 
-    CHOICES experts of a token are rows of one tile, so that all their weights are under way at once: one expert after the other pays
-    the latency of the memory for each of them, 10 us where the bytes take 6.
+    CHOICES experts of a token are rows of one tile, so that all their weights are under way at once: one expert after
+    the other pays the latency of the memory for each of them, 10 us where the bytes take 6.
     """
     t = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, CHOICES * COLUMNS)
@@ -94,7 +107,9 @@ def _down_kernel(
             products += w * tl.load(row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
         y = tl.sum(products, 1)
         if BIAS:
-            y += tl.load(bias + tl.where(used, expert, 0).to(tl.int64) * hidden + n, mask=live, other=0.0).to(tl.float32)
+            y += tl.load(bias + tl.where(used, expert, 0).to(tl.int64) * hidden + n, mask=live, other=0.0).to(
+                tl.float32
+            )
         y *= tl.load(weights + slot, mask=used, other=0.0)
         total += tl.sum(tl.reshape(y, (CHOICES, COLUMNS)), 0)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -102,12 +117,20 @@ def _down_kernel(
 
 
 def up_of_slots(
-    x: Tensor, expert_ids: Tensor, gate_up: Tensor, gate_up_bias: Tensor | None, activation: ActivationConfig, interleaved: bool, tile: Tile
+    x: Tensor,
+    expert_ids: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    activation: ActivationConfig,
+    interleaved: bool,
+    tile: Tile,
 ) -> Tensor:
-    """activation(x[t] @ gate_up[e] + bias[e]) for every slot, e its expert: [T, H] -> [T * top_k, I] in the order of slots.
+    """activation(x[t] @ gate_up[e] + bias[e]) for every slot, e its expert: [T, H] -> [T * top_k, I] in the order of
+    slots.
 
-    x [T, H]; expert_ids [T, top_k] integers; gate_up [E, H, N] by strides, bias [E, N]. Rows of slots of no expert are not written.
-    tile: columns of the weights (gate and up together) by inner elements of H; its rows count nothing here.
+    x [T, H]; expert_ids [T, top_k] integers; gate_up [E, H, N] by strides, bias [E, N]. Rows of slots of no expert are
+    not written. tile: columns of the weights (gate and up together) by inner elements of H; its rows count nothing
+    here.
     """
     slots, hidden, columns = expert_ids.numel(), x.shape[1], gate_up.shape[-1]
     intermediate = columns // activation.gate_up_parts
@@ -119,28 +142,39 @@ def up_of_slots(
     _up_kernel[(slots, programs)](
         x, expert_ids.contiguous(), gate_up, gate_up if gate_up_bias is None else gate_up_bias.contiguous(), activated,
         gate_up.shape[0], hidden, intermediate, x.stride(0), *gate_up.stride(),
-        TOP_K=expert_ids.shape[1], BIAS=gate_up_bias is not None, INTERLEAVED=interleaved, **activation_arguments(activation),
+        TOP_K=expert_ids.shape[1], BIAS=gate_up_bias is not None, INTERLEAVED=interleaved,
+        **activation_arguments(activation),
         COLUMNS=tile.columns, INNER=tile.inner, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return activated
 
 
 def down_of_slots(
-    activated: Tensor, expert_ids: Tensor, weights: Tensor, down: Tensor, down_bias: Tensor | None, dtype: torch.dtype, tile: Tile
+    activated: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
 ) -> Tensor:
-    """y[t] = sum over j of weights[t, j] * (activated[slot] @ down[e] + bias[e]), slot = t * top_k + j: [T * top_k, I] -> [T, H].
+    """y[t] = sum over j of weights[t, j] * (activated[slot] @ down[e] + bias[e]), slot = t * top_k + j: [T * top_k, I]
+    -> [T, H].
 
-    expert_ids [T, top_k] integers, weights [T, top_k] float32; down [E, I, H] by strides, bias [E, H]. Summed in float32, rounded once
-    to dtype; nothing of slots of no expert is read. tile: rows choices of a token at once, columns of H by inner elements of I.
+    expert_ids [T, top_k] integers, weights [T, top_k] float32; down [E, I, H] by strides, bias [E, H]. Summed in
+    float32, rounded once to dtype; nothing of slots of no expert is read. tile: rows choices of a token at once,
+    columns of H by inner elements of I.
     """
     num_tokens, top_k = expert_ids.shape
     out = activated.new_empty((num_tokens, down.shape[-1]), dtype=dtype)
     if out.numel() == 0:
         return out
     _down_kernel[(num_tokens, triton.cdiv(down.shape[-1], tile.columns))](
-        activated.contiguous(), expert_ids.contiguous(), weights.contiguous(), down, down if down_bias is None else down_bias.contiguous(),
+        activated.contiguous(), expert_ids.contiguous(), weights.contiguous(), down,
+        down if down_bias is None else down_bias.contiguous(),
         out, down.shape[0], down.shape[1], down.shape[2], *down.stride(),
-        TOP_K=top_k, BIAS=down_bias is not None, CHOICES=min(tile.rows, triton.next_power_of_2(top_k)), COLUMNS=tile.columns,
+        TOP_K=top_k, BIAS=down_bias is not None, CHOICES=min(tile.rows, triton.next_power_of_2(top_k)),
+        COLUMNS=tile.columns,
         INNER=tile.inner, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return out

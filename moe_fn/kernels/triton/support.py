@@ -1,4 +1,7 @@
-"""Which routers the kernel knows. Apart from the kernel, for it is asked while tracing, where Triton may not be imported."""
+"""Which routers the kernel knows.
+
+Apart from the kernel, for it is asked while tracing, where Triton may not be imported.
+"""
 
 import math
 
@@ -14,9 +17,9 @@ MOST_GROUPS = 32  # groups are ranked by comparing each with each
 def covers(config: MoEConfig, dtype: torch.dtype) -> bool:
     """Whether route_top_k computes this config's ids and weights for logits of dtype.
 
-    Not: a scoring that is not in SCORINGS, hash and sparsemixer, a choice in each group, weights for shared experts, scores in 16 bits,
-    and logits of float64. What `weights.router.expert_scale` does comes between the norm and the scale, so it is not covered either: ask
-    for it before.
+    Not: a scoring that is not in SCORINGS, hash and sparsemixer, a choice in each group, weights for shared experts,
+    scores in 16 bits, and logits of float64. What `weights.router.expert_scale` does comes between the norm and the
+    scale, so it is not covered either: ask for it before.
     """
     router, groups = config.router, config.router.groups
     return (

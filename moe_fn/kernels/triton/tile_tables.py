@@ -1,7 +1,8 @@
 """The tiles of the kernels as data; moe_fn.kernels.triton.tiles chooses among them.
 
-A row of a table is a tile by rows per expert (t = rows / experts): vLLM's tuned tables agree with these rows per tile in 88 % of
-911 rows for H100 and H200, and within a factor of two in 99 %. `python -m moe_fn.bench.sweep` times the neighbours of a row.
+A row of a table is a tile by rows per expert (t = rows / experts): vLLM's tuned tables agree with these rows per tile
+in 88 % of 911 rows for H100 and H200, and within a factor of two in 99 %. `python -m moe_fn.bench.sweep` times the
+neighbours of a row.
 """
 
 import functools
@@ -22,11 +23,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Bytes of shared memory a program may use, processors that run programs, and whether the matrix unit reads shared memory."""
+    """Bytes of shared memory a program may use, processors that run programs, and whether the matrix unit reads shared
+    memory.
+    """
 
     shared_memory: int
     processors: int
-    reads_shared: bool = False  # wgmma, tcgen05: every stage holds a buffer; else one stage of the pipeline is in registers
+    # wgmma, tcgen05: every stage holds a buffer; else one stage of the pipeline is in registers
+    reads_shared: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -39,10 +43,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "interpreter": Architecture(1 << 30, 1),  # a CPU: tiles are tiny, so that tests of small problems meet several
 }
 
-Row = tuple[str, int, float, Tile]  # architectures that start so, bytes of an element, rows per expert at most, tile: the first that holds
+# architectures that start so, bytes of an element, rows per expert at most, tile: the first that holds
+Row = tuple[str, int, float, Tile]
 
-# Up-projection; columns count gate and up together. Under 16 rows per expert the weights' bytes are the time, and a tile of 16 rows
-# wastes least; from 64 rows on wgmma computes. float32 is exact ("ieee"): no tensor cores on NVIDIA, so tiles that fit registers.
+# Up-projection; columns count gate and up together. Under 16 rows per expert the weights' bytes are the time, and a
+# tile of 16 rows wastes least; from 64 rows on wgmma computes. float32 is exact ("ieee"): no tensor cores on NVIDIA, so
+# tiles that fit registers.
 UP: tuple[Row, ...] = (
     ("sm", 2, 1, Tile(16, 64, 64, 4, 4)),
     ("sm", 2, 8, Tile(16, 128, 128, 4, 3)),
@@ -66,7 +72,8 @@ UP: tuple[Row, ...] = (
 # Grouped products of rows: the down-projection and the gradient of x.
 PRODUCT: tuple[Row, ...] = UP
 
-# Gradient of the activated rows, with the activation's derivative in the epilogue: 256 columns spill (0.2 to 4.6 KB a thread).
+# Gradient of the activated rows, with the activation's derivative in the epilogue: 256 columns spill (0.2 to 4.6 KB a
+# thread).
 DOWN_BACKWARD: tuple[Row, ...] = (
     ("sm", 2, 8, Tile(16, 64, 64, 4, 4)),
     ("sm", 2, 16, Tile(32, 64, 64, 4, 4)),
@@ -96,9 +103,9 @@ OUTER: tuple[Row, ...] = (
     ("interpreter", 4, math.inf, Tile(16, 32, 16, 1, 1)),
 )
 
-# Few rows, many experts: no matrix unit. 26 KB a processor have to be under way to keep an H200's memory busy, 32 or 64 KB a program
-# are; the longer side of a tile is the one along which weights are neighbours. The third column is top_k at most: rows is how many of a
-# token's choices are under way together (down only).
+# Few rows, many experts: no matrix unit. 26 KB a processor have to be under way to keep an H200's memory busy, 32 or 64
+# KB a program are; the longer side of a tile is the one along which weights are neighbours. The third column is top_k
+# at most: rows is how many of a token's choices are under way together (down only).
 DECODE_UP: tuple[Row, ...] = (
     ("sm", 2, math.inf, Tile(1, 16, 512, 4, 3)),
     ("sm", 4, math.inf, Tile(1, 16, 256, 4, 3)),
@@ -166,7 +173,9 @@ def rows_of(kind: str, dtype_bytes: int, arch: str) -> tuple[tuple[float, Tile],
 
 
 def rows_that_hold(table: tuple[Row, ...], dtype_bytes: int, arch: str) -> tuple[tuple[float, Tile], ...]:
-    """(rows per expert at most, tile) of a table for elements and an architecture, rising: of two rows with one border the first holds."""
+    """(rows per expert at most, tile) of a table for elements and an architecture, rising: of two rows with one border
+    the first holds.
+    """
     found: dict[float, Tile] = {}
     for start, width, most, tile in table:
         if arch.startswith(start) and width == dtype_bytes:

@@ -1,7 +1,9 @@
-"""Which tile a kernel computes with: pure functions of static sizes, so that a graph holds the same kernels on every call.
+"""Which tile a kernel computes with: pure functions of static sizes, so that a graph holds the same kernels on every
+call.
 
-The tables of tile_tables leave open what depends on the sizes and on the device: a tile is made narrower for small matrices and small
-grids, its step divides the sum where that is easy, and it has fewer stages where shared memory is small.
+The tables of tile_tables leave open what depends on the sizes and on the device: a tile is made narrower for small
+matrices and small grids, its step divides the sum where that is easy, and it has fewer stages where shared memory is
+small.
 """
 
 import itertools
@@ -31,11 +33,15 @@ __all__ = [
 LEAST_STEP = 64  # a step is not halved below it to spare masks: half as much is under way, and the masks cost less
 
 
-ROWS_OF_ANY_BATCH = 16  # of an expert: tiles of 32 rows, neither the best for a token alone nor far from it for thousands
+# of an expert: tiles of 32 rows, neither the best for a token alone nor far from it for thousands
+ROWS_OF_ANY_BATCH = 16
 
 
 def rows_of_tiles(rows: int, experts: int, invariant: bool) -> int:
-    """The rows that tiles are chosen for. invariant: as if each expert had 16, so that any batch is multiplied by the same tiles."""
+    """The rows that tiles are chosen for.
+
+    invariant: as if each expert had 16, so that any batch is multiplied by the same tiles.
+    """
     return ROWS_OF_ANY_BATCH * experts if invariant else rows
 
 
@@ -55,7 +61,9 @@ def down_backward_tile(rows: int, experts: int, inner: int, columns: int, dtype_
 
 
 def outer_tile(rows: int, experts: int, left: int, right: int, dtype_bytes: int, arch: str) -> Tile:
-    """left [R, left]^T @ right [R, right] for each expert; tile.rows of left, tile.columns of right, tile.inner rows of R a step."""
+    """left [R, left]^T @ right [R, right] for each expert; tile.rows of left, tile.columns of right, tile.inner rows of
+    R a step.
+    """
     tile = _row("outer", rows / max(experts, 1), dtype_bytes, arch)
     tile = tile if divisible(left, right) else _plainer(tile, dtype_bytes)
     tile = replace(tile, rows=min(tile.rows, _power_of_two(left)), columns=min(tile.columns, _power_of_two(right)))
@@ -65,7 +73,10 @@ def outer_tile(rows: int, experts: int, left: int, right: int, dtype_bytes: int,
 def decode_up_tile(
     rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str, in_out: bool = False
 ) -> Tile:  # fmt: skip
-    """The up-projection slot by slot: columns of gate and up together by inner elements of H. in_out: columns are the neighbours."""
+    """The up-projection slot by slot: columns of gate and up together by inner elements of H.
+
+    in_out: columns are the neighbours.
+    """
     return _of_decode(_row("decode_up_in_out" if in_out else "decode_up", 1, dtype_bytes, arch), inner, columns)
 
 
@@ -77,7 +88,8 @@ def decode_down_tile(
 
 
 def tiles_of(kind: str, dtype_bytes: int, arch: str, odd: bool = False) -> frozenset[Tile]:
-    """Every tile that a kind of kernel gets for matrices of at least 256 x 256: they are compiled ahead of time, all of them.
+    """Every tile that a kind of kernel gets for matrices of at least 256 x 256: they are compiled ahead of time, all of
+    them.
 
     odd: for those of sizes that 16-byte loads do not divide.
     """
@@ -92,12 +104,17 @@ def tiles_of(kind: str, dtype_bytes: int, arch: str, odd: bool = False) -> froze
             least = min(_least_columns(tile), tile.columns)
             widths = (tile.columns >> halvings for halvings in range(4) if tile.columns >> halvings >= least)
             steps = (tile.inner,) if odd else (tile.inner, tile.inner // 2 if tile.inner > LEAST_STEP else tile.inner)
-            found |= {_shallower(replace(tile, columns=w, inner=i), dtype_bytes, arch) for w, i in itertools.product(widths, steps)}
+            found |= {
+                _shallower(replace(tile, columns=w, inner=i), dtype_bytes, arch)
+                for w, i in itertools.product(widths, steps)
+            }
     return frozenset(found)
 
 
 def shared_memory(tile: Tile, dtype_bytes: int, arch: str) -> int:
-    """Bytes of shared memory that a kernel with a dot takes at most: the pipeline's buffers, or the result when it changes its layout."""
+    """Bytes of shared memory that a kernel with a dot takes at most: the pipeline's buffers, or the result when it
+    changes its layout.
+    """
     about = ARCHITECTURES[arch]
     buffers = tile.stages if about.reads_shared and tile.rows >= 64 and dtype_bytes == 2 else max(tile.stages - 1, 1)
     pipeline = buffers * (tile.rows + tile.columns) * tile.inner * dtype_bytes + 1024
@@ -120,7 +137,8 @@ def architecture_of(device: torch.device) -> str:
 
 def architecture_of_capability(major: int, minor: int) -> str:
     """
-    >>> [architecture_of_capability(*capability) for capability in ((7, 5), (8, 0), (8, 6), (8, 7), (9, 0), (10, 3), (12, 0))]
+    >>> [architecture_of_capability(*capability) for capability in ((7, 5), (8, 0), (8, 6), (8, 7), (9, 0), (10, 3),
+    ...     (12, 0))]
     ['sm_75', 'sm_80', 'sm_89', 'sm_80', 'sm_90', 'sm_100', 'sm_89']
     """
     if major in (9, 10):
@@ -135,11 +153,15 @@ def _row(kind: str, number: float, dtype_bytes: int, arch: str) -> Tile:
     for most, tile in rows_of(kind, dtype_bytes, arch):
         if number <= most:
             return tile
-    raise ValueError(f"tiles: elements of {dtype_bytes} bytes on {arch}; expected 2 or 4, on one of {', '.join(ARCHITECTURES)}")
+    raise ValueError(
+        f"tiles: elements of {dtype_bytes} bytes on {arch}; expected 2 or 4, on one of {', '.join(ARCHITECTURES)}"
+    )
 
 
 def _fitted(kind: str, rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str) -> Tile:
-    """No wider or deeper than the matrices, narrow enough to give every processor two programs, and within shared memory."""
+    """No wider or deeper than the matrices, narrow enough to give every processor two programs, and within shared
+    memory.
+    """
     tile = _row(kind, rows / max(experts, 1), dtype_bytes, arch)
     tile = tile if divisible(inner, columns) else _plainer(tile, dtype_bytes)
     width = width_for_grid(tile, rows, experts, columns, _least_columns(tile), arch)
@@ -147,7 +169,9 @@ def _fitted(kind: str, rows: int, experts: int, inner: int, columns: int, dtype_
 
 
 def width_for_grid(tile: Tile, rows: int, experts: int, columns: int, least: int, arch: str) -> int:
-    """Columns of a tile: no more than there are, and halved, but not below `least`, until every processor has two programs."""
+    """Columns of a tile: no more than there are, and halved, but not below `least`, until every processor has two
+    programs.
+    """
     width = min(tile.columns, _power_of_two(columns))
     rows_of_tiles = min(rows, experts) * _quotient(_quotient(rows, max(experts, 1)), tile.rows)
     while width > least and rows_of_tiles * _quotient(columns, width) < 2 * ARCHITECTURES[arch].processors:
@@ -156,21 +180,28 @@ def width_for_grid(tile: Tile, rows: int, experts: int, columns: int, least: int
 
 
 def divisible(inner: int, columns: int) -> bool:
-    """Whether loads can be of 16 bytes and past registers, in either layout; columns of gate and up are twice those of each."""
+    """Whether loads can be of 16 bytes and past registers, in either layout; columns of gate and up are twice those of
+    each.
+    """
     return inner % 16 == 0 and columns % 32 == 0
 
 
 def _plainer(tile: Tile, dtype_bytes: int) -> Tile:
-    """Elements that are loaded one by one go through registers, each with a pointer of 8 bytes: wider or deeper tiles spill up to 3 KB.
+    """Elements that are loaded one by one go through registers, each with a pointer of 8 bytes: wider or deeper tiles
+    spill up to 3 KB.
 
     Such loads are not asynchronous, so stages would change nothing.
     """
     warps = tile.warps if dtype_bytes == 2 else min(tile.warps, 4)
-    return replace(tile, columns=min(tile.columns, 128 // dtype_bytes), inner=min(tile.inner, 32), warps=warps, stages=2)
+    return replace(
+        tile, columns=min(tile.columns, 128 // dtype_bytes), inner=min(tile.inner, 32), warps=warps, stages=2
+    )
 
 
 def _least_columns(tile: Tile) -> int:
-    """No narrower for the grid's sake: loads of 32 columns are whole cache lines, and from 64 rows on the matrix unit wants work."""
+    """No narrower for the grid's sake: loads of 32 columns are whole cache lines, and from 64 rows on the matrix unit
+    wants work.
+    """
     return 32 if tile.rows < 64 else 64
 
 
@@ -179,7 +210,9 @@ def _of_decode(tile: Tile, inner: int, columns: int) -> Tile:
 
 
 def _step(step: int, size: int) -> int:
-    """Half the step if only that divides the size (no masks then: 64 for the 2880 of gpt-oss); no more than the size needs."""
+    """Half the step if only that divides the size (no masks then: 64 for the 2880 of gpt-oss); no more than the size
+    needs.
+    """
     step = min(step, _power_of_two(size))
     return step // 2 if step > LEAST_STEP and size % step != 0 and size % (step // 2) == 0 else step
 

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The router in one launch: logits -> expert ids and weights, equal to moe_fn.route where `coverage.covers` says so.
 
-A row of logits is a row of a tile: groups side by side, each filled up to a power of two, so that lane g * SIDE + i holds choice
-g * SIZE + i and lanes are in the order of ids. What is chosen are the largest keys, and no two keys are alike: the score's bits, made
-to order as integers do, above the lane counted from the end. So ties go to the lowest id.
+A row of logits is a row of a tile: groups side by side, each filled up to a power of two, so that lane g * SIDE + i
+holds choice g * SIZE + i and lanes are in the order of ids. What is chosen are the largest keys, and no two keys are
+alike: the score's bits, made to order as integers do, above the lane counted from the end. So ties go to the lowest id.
 """
 
 import torch
@@ -54,7 +54,10 @@ def _score(z, SCORING: tl.constexpr):
 
 @triton.jit
 def _kept(values, ROWS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr, SIDE: tl.constexpr):
-    """Which lanes lie in the KEPT best groups: bool [ROWS, GROUPS * SIDE]. A group is worth its best value, or its two best summed."""
+    """Which lanes lie in the KEPT best groups: bool [ROWS, GROUPS * SIDE].
+
+    A group is worth its best value, or its two best summed.
+    """
     by_group = tl.reshape(values, (ROWS, GROUPS, SIDE))
     worth = tl.sum(tl.topk(by_group, 2), 2) if TOP2 else tl.max(by_group, 2)
     group = tl.arange(0, GROUPS)
@@ -87,11 +90,15 @@ def _normalised(w, ORDER: tl.constexpr, EPSILON: tl.constexpr, MINIMUM: tl.const
 def _route_kernel(
     logits, bias, ids, weights, T, stride,
     CHOICES: tl.constexpr, TOP_K: tl.constexpr, SCORING: tl.constexpr, AFTER: tl.constexpr, BIAS: tl.constexpr,
-    MULTIPLIER: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr, FILL: tl.constexpr,
+    MULTIPLIER: tl.constexpr, SOFTCAP: tl.constexpr, COUNT: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
+    FILL: tl.constexpr,
     RENORMALIZE: tl.constexpr, ORDER: tl.constexpr, EPSILON: tl.constexpr, MINIMUM: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, SIDE: tl.constexpr, BEST: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens a program. BIAS: "none", or to what the correction bias is added; COUNT groups (1: none), GROUPS lanes for them."""
+    """ROWS tokens a program.
+
+    BIAS: "none", or to what the correction bias is added; COUNT groups (1: none), GROUPS lanes for them.
+    """
     SIZE: tl.constexpr = CHOICES // COUNT
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, GROUPS * SIDE)
@@ -125,9 +132,11 @@ def _route_kernel(
 
 
 def route_top_k(config: MoEConfig, logits: Tensor, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """moe_fn.route in one launch: logits [T, num_choices] -> ids int64 [T, top_k], best first, and weights float32 [T, top_k].
+    """moe_fn.route in one launch: logits [T, num_choices] -> ids int64 [T, top_k], best first, and weights float32 [T,
+    top_k].
 
-    correction_bias [num_choices], added in float32, or None. Only for a config that `covers` accepts; nothing is differentiable.
+    correction_bias [num_choices], added in float32, or None. Only for a config that `covers` accepts; nothing is
+    differentiable.
     """
     num_tokens, top_k = logits.shape[0], config.top_k
     ids = logits.new_empty((num_tokens, top_k), dtype=torch.int64)
@@ -138,7 +147,8 @@ def route_top_k(config: MoEConfig, logits: Tensor, correction_bias: Tensor | Non
     rows = min(32, LANES // (groups * side))
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     _route_kernel[(triton.cdiv(num_tokens, rows),)](
-        logits, None if correction_bias is None else correction_bias.contiguous(), ids, weights, num_tokens, logits.stride(0),
+        logits, None if correction_bias is None else correction_bias.contiguous(), ids, weights, num_tokens,
+        logits.stride(0),
         **_constants(config), ROWS=rows, GROUPS=groups, SIDE=side, BEST=max(2, triton.next_power_of_2(top_k)),
         num_warps=4, enable_fp_fusion=False,  # a fused multiply and add would part what is a tie when both are rounded
     )  # fmt: skip

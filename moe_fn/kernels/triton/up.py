@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The up-projection: gathers the tokens' rows, multiplies, adds the bias and applies the activation; one kernel.
 
-Gate and up columns of a tile are computed by ONE dot (half of the tile's columns are gates) and are parted in registers: two dots
-for two accumulators spill on sm_80 (3.8 KB a thread), and two into one accumulator are miscompiled on sm_103 (Triton #10821).
+Gate and up columns of a tile are computed by ONE dot (half of the tile's columns are gates) and are parted in
+registers: two dots for two accumulators spill on sm_80 (3.8 KB a thread), and two into one accumulator are miscompiled
+on sm_103 (Triton #10821).
 """
 
 import math
@@ -20,9 +21,12 @@ from moe_fn.kernels.triton.tiles import Tile
 
 @triton.jit
 def weight_columns(
-    first, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr, VECTOR: tl.constexpr
+    first, I, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BN: tl.constexpr, PIECE: tl.constexpr,
+    VECTOR: tl.constexpr
 ):  # fmt: skip
-    """Columns of the weights that make the activated columns from `first` on: in every piece gates, then ups, if they are packed."""
+    """Columns of the weights that make the activated columns from `first` on: in every piece gates, then ups, if they
+    are packed.
+    """
     c = tl.arange(0, BN)
     if not GATED:
         return (first + c) % I
@@ -30,16 +34,20 @@ def weight_columns(
         return (2 * first + c) % (2 * I)
     HALF: tl.constexpr = PIECE // 2
     columns = (first + c // PIECE * HALF + c % HALF) % I + c % PIECE // HALF * I
-    SURE: tl.constexpr = VECTOR if VECTOR < HALF else HALF  # the compiler forgets it at the `%`, and would load weights one by one
+    # the compiler forgets it at the `%`, and would load weights one by one
+    SURE: tl.constexpr = VECTOR if VECTOR < HALF else HALF
     return tl.max_contiguous(tl.multiple_of(columns, SURE), SURE)
 
 
 @triton.jit
 def gate_and_up(
     tile, bias, pre, row, live, n, I,
-    BIAS: tl.constexpr, KEEP: tl.constexpr, INTERLEAVED: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BIAS: tl.constexpr, KEEP: tl.constexpr, INTERLEAVED: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """What the activation gets of a piece of the product, [BM, BN], whose activated columns begin at n; stored in pre if KEEP."""
+    """What the activation gets of a piece of the product, [BM, BN], whose activated columns begin at n; stored in pre
+    if KEEP.
+    """
     WIDTH: tl.constexpr = 2 if GATED else 1
     if GATED and not INTERLEAVED:
         c = n + tl.arange(0, BN // WIDTH)
@@ -73,7 +81,9 @@ def store_piece(
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Stores a piece of the product, [BM, BN], and its activation, which begins at column n; rows count from the tile's first one."""
+    """Stores a piece of the product, [BM, BN], and its activation, which begins at column n; rows count from the tile's
+    first one.
+    """
     c = n + tl.arange(0, BN // 2 if GATED else BN)
     gate, up = gate_and_up(tile, bias, pre, row, live, n, I, BIAS, KEEP, INTERLEAVED, GATED, BM, BN)
     value = act(gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
@@ -85,7 +95,8 @@ def store_piece(
 def _up_kernel(
     x, weight, bias, activated, pre, slot_of_row, starts, expert_of_tile, first_row_of_tile,
     row_tiles, H, I, stride_x, stride_expert, stride_in, stride_out,
-    TOP_K: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr,
+    TOP_K: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr,
@@ -135,7 +146,9 @@ def activation_arguments(activation: ActivationConfig) -> dict[str, str | bool |
 
 
 def pieces_of(tile: Tile, gated: bool = True) -> int:
-    """Parts of the columns that the epilogue takes one after the other: all 256 at once spill (up to 648 bytes a thread on sm_90)."""
+    """Parts of the columns that the epilogue takes one after the other: all 256 at once spill (up to 648 bytes a thread
+    on sm_90).
+    """
     return (4 if gated else 8) if tile.columns >= 256 else 1
 
 
@@ -150,10 +163,11 @@ def up(
     keep: bool,
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
-    """activation(x @ gate_up[e] + bias[e]) for each row of an expert: (activated [R, I], pre [R, N]; pre is [0] unless kept).
+    """activation(x @ gate_up[e] + bias[e]) for each row of an expert: (activated [R, I], pre [R, N]; pre is [0] unless
+    kept).
 
-    x [T, H]; gate_up [E, H, N] by strides (the `.mT` of weights laid out [E, out, in]), bias [E, N]. Both results are in the dtype of
-    x; the columns of pre are laid out as the weights' are. Rows of no expert are not written.
+    x [T, H]; gate_up [E, H, N] by strides (the `.mT` of weights laid out [E, out, in]), bias [E, N]. Both results are
+    in the dtype of x; the columns of pre are laid out as the weights' are. Rows of no expert are not written.
     """
     num_rows, hidden, columns = slots.slot_of_row.shape[0], x.shape[1], gate_up.shape[-1]
     intermediate = columns // activation.gate_up_parts
@@ -167,11 +181,13 @@ def up(
     activated_columns = tile.columns // activation.gate_up_parts
     _up_kernel[(row_tiles * triton.cdiv(intermediate, activated_columns),)](
         x, gate_up, bias, activated, pre, slots.slot_of_row, slots.starts,
-        tile_map.expert_of_tile, tile_map.first_row_of_tile, row_tiles, hidden, intermediate, x.stride(0), *gate_up.stride(),
+        tile_map.expert_of_tile, tile_map.first_row_of_tile, row_tiles, hidden, intermediate, x.stride(0),
+        *gate_up.stride(),
         TOP_K=slots.top_k, BIAS=gate_up_bias is not None, KEEP=keep, EVEN=hidden % tile.inner == 0,
         INTERLEAVED=interleaved and activation.gated, GROUP=tiles_side_by_side(num_rows, gate_up.shape[0], tile),
         **activation_arguments(activation),
-        BM=tile.rows, BN=tile.columns, BK=tile.inner, PIECES=pieces_of(tile, activation.gated), VECTOR=math.gcd(intermediate, 16),
+        BM=tile.rows, BN=tile.columns, BK=tile.inner, PIECES=pieces_of(tile, activation.gated),
+        VECTOR=math.gcd(intermediate, 16),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return activated, pre

@@ -9,18 +9,23 @@ from moe_fn.config import ActivationConfig
 from moe_fn.reference.activation import gate_function, up_factor
 from moe_fn.testing.bounds.ball import Ball, Units, monotone, plus, rounded, times, wide
 
-# Own error of a gate function f: at most so many roundings of |g|, for |f(g)| <= |g| and gelu's 1 + erf cancels down to them.
+# Own error of a gate function f: at most so many roundings of |g|, for |f(g)| <= |g| and gelu's 1 + erf cancels down to
+# them.
 _OWN_ROUNDINGS = 10
 _KINKS = ("relu",)  # whose derivative jumps at 0
 
 
 def activated(units: Units, activation: ActivationConfig, h: Ball, layout: str) -> tuple[Ball, Tensor]:
-    """The activation of h [..., gate_up], not yet stored, and whether its derivative may jump within the ball: bool [..., I].
+    """The activation of h [..., gate_up], not yet stored, and whether its derivative may jump within the ball: bool
+    [..., I].
 
-    f is Lipschitz, so its ends over the interval bound it, but for turning points: there the second derivative does, at most alpha.
+    f is Lipschitz, so its ends over the interval bound it, but for turning points: there the second derivative does, at
+    most alpha.
     """
     if not activation.gated:
-        return _gate(units, activation, h), _near(h, 0.0) if activation.function in _KINKS else torch.zeros_like(h.value, dtype=torch.bool)
+        return _gate(units, activation, h), _near(h, 0.0) if activation.function in _KINKS else torch.zeros_like(
+            h.value, dtype=torch.bool
+        )
     gate, up = _halves(h, layout)
     left, right = _gate(units, activation, gate), _up(units, activation, up)
     return wide(units, times(left, right)), _jumps(activation, gate, up)
@@ -34,7 +39,11 @@ def _halves(h: Ball, layout: str) -> tuple[Ball, Ball]:
 
 
 def _gate(units: Units, activation: ActivationConfig, g: Ball) -> Ball:
-    seen = g if activation.limit is None or activation.limit_at == "output" else monotone(g, lambda t: t.clamp(max=activation.limit))
+    seen = (
+        g
+        if activation.limit is None or activation.limit_at == "output"
+        else monotone(g, lambda t: t.clamp(max=activation.limit))
+    )
     curvature = 0.0 if activation.function.startswith("relu") else max(abs(activation.alpha), 1.0)
     value = monotone(seen, lambda t: gate_function(activation, t), curvature)
     size = seen.value.abs() + seen.radius
@@ -63,5 +72,9 @@ def _jumps(activation: ActivationConfig, gate: Ball, up: Ball) -> Tensor:
     jumps = _near(gate, 0.0) if activation.function in _KINKS else torch.zeros_like(gate.value, dtype=torch.bool)
     if activation.limit is None:
         return jumps
-    at = gate if activation.limit_at == "input" else rounded(monotone(gate, lambda t: gate_function(activation, t), 1.0), 2.0**-20)
+    at = (
+        gate
+        if activation.limit_at == "input"
+        else rounded(monotone(gate, lambda t: gate_function(activation, t), 1.0), 2.0**-20)
+    )
     return jumps | _near(at, activation.limit) | _near(up, activation.limit) | _near(up, -activation.limit)

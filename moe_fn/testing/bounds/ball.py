@@ -1,10 +1,11 @@
 """Numbers with a bound of their error: what a computation in floating point may give instead of the exact value.
 
-A `Ball` holds the value that float64 gives and a radius: any computation that rounds as `Units` says lies within it. Functions here do
-not round by themselves; `wide` and `stored` do, at the places where the layer does. Model of a rounded sum or product (Higham, Accuracy and
-Stability of Numerical Algorithms, 2nd ed., 2.2 and 3.1):
+A `Ball` holds the value that float64 gives and a radius: any computation that rounds as `Units` says lies within it.
+Functions here do not round by themselves; `wide` and `stored` do, at the places where the layer does. Model of a
+rounded sum or product (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2.2 and 3.1):
 
-    fl(a op b) = (a op b)(1 + d), |d| <= u;     |fl(sum of n products) - exact| <= gamma_n * sum |w| |x|,  gamma_n = n u / (1 - n u)
+    fl(a op b) = (a op b)(1 + d), |d| <= u;     |fl(sum of n products) - exact| <= gamma_n * sum |w| |x|, gamma_n = n u
+                                                / (1 - n u)
 
 The second holds for every order of summation, so for every kernel.
 """
@@ -18,7 +19,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Units:
-    """Unit roundoffs: of what is stored, in the layer's dtype, and of what is computed, in float32 or wider; and the least number."""
+    """Unit roundoffs: of what is stored, in the layer's dtype, and of what is computed, in float32 or wider; and the
+    least number.
+    """
 
     stored: float
     wide: float
@@ -105,7 +108,10 @@ def product(units: Units, matrix: Ball, vector: Ball) -> Ball:
     terms = vector.value.shape[-1]
     magnitude, size = matrix.value.abs() + matrix.radius, vector.value.abs() + vector.radius
     radius = _apply(matrix.value.abs(), vector.radius) + _apply(matrix.radius, size)
-    return Ball(_apply(matrix.value, vector.value), radius + gamma(terms + 1, units.wide) * _apply(magnitude, size) + units.least)
+    return Ball(
+        _apply(matrix.value, vector.value),
+        radius + gamma(terms + 1, units.wide) * _apply(magnitude, size) + units.least,
+    )
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -119,7 +125,8 @@ def summed(units: Units, a: Ball, dim: int) -> Ball:
 
 
 def monotone(a: Ball, function: Callable[[Tensor], Tensor], curvature: float = 0.0) -> Ball:
-    """function(a), not rounded: its ends are those of the interval, but for turning points, which a second derivative bounds.
+    """function(a), not rounded: its ends are those of the interval, but for turning points, which a second derivative
+    bounds.
 
     >>> monotone(Ball(torch.tensor(0.0), torch.tensor(1.0)), torch.relu).radius
     tensor(1.)

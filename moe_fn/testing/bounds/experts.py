@@ -37,11 +37,13 @@ class Slots:
         return tensor[self.ids]
 
 
-def expert_rows(units: Units, config: MoEConfig, weights: MoEWeights, v: Ball, slots: Slots, single: bool, ranks: int = 1) -> Outcome:
+def expert_rows(
+    units: Units, config: MoEConfig, weights: MoEWeights, v: Ball, slots: Slots, single: bool, ranks: int = 1
+) -> Outcome:
     """What the experts make of v [T, top_k, Hx]: [T, top_k, Hx].
 
-    rows = down @ act(gate_up @ v + bias) + bias, each product stored once in the layer's dtype, the rest in float32; over ranks each has
-    a part of the sums, which is stored, sent and added in the layer's dtype
+    rows = down @ act(gate_up @ v + bias) + bias, each product stored once in the layer's dtype, the rest in float32;
+    over ranks each has a part of the sums, which is stored, sent and added in the layer's dtype
     """
     hidden, tied = _product(units, config, weights, "gate_up", v, slots, single)
     hidden = _with_adapters(units, weights.lora, "gate_up", v, hidden, slots)
@@ -90,7 +92,10 @@ def _largest(config: MoEConfig, v: Ball, slots: Slots) -> Ball | None:
 
 
 def _matrices(units: Units, config: MoEConfig, weights: MoEWeights, name: str, slots: Slots) -> Ball:
-    """The matrix of each slot's expert. Codes become numbers of the layer's dtype; with zero points, of a difference that is larger."""
+    """The matrix of each slot's expert.
+
+    Codes become numbers of the layer's dtype; with zero points, of a difference that is larger.
+    """
     experts = torch.stack([getattr(expert, name) for expert in experts_of_weights(config, weights)])
     radius = torch.zeros_like(experts)
     if config.quant is not None:

@@ -22,21 +22,32 @@ class Scales:
     step: Ends
 
 
-def coded(config: ActivationQuantConfig, v: Ball, static: Tensor | None, of_call: Ball | None, single: bool) -> tuple[Ball, Tensor]:
+def coded(
+    config: ActivationQuantConfig, v: Ball, static: Tensor | None, of_call: Ball | None, single: bool
+) -> tuple[Ball, Tensor]:
     """v [..., K] as codes times scales, and whether a code is undecided (a tie): bool [..., K].
 
-        code' in [round((v - r) / s), round((v + r) / s)],  s between the scales of the largest magnitude, less and more its radius
+        code' in [round((v - r) / s), round((v + r) / s)]
 
-    static [...]: a scale for each row, or None; of_call: the largest magnitude of all rows of the call, where they share a scale.
-    Rounding is monotone, so the ends of an interval bound what happens inside it: at ties, and with scales that are powers of two.
+    with s between the scales of the largest magnitude less its radius and more its radius.
+
+    static [...]: a scale for each row, or None; of_call: the largest magnitude of all rows of the call, where they
+    share a scale. Rounding is monotone, so the ends of an interval bound what happens inside it: at ties, and with
+    scales that are powers of two.
     """
     size = config.group_size or v.value.shape[-1]
     groups = v.map(lambda t: _by_group(t, size))
     of_group = groups.map(lambda t: t.abs().amax(-1, keepdim=True))
     of_group = Ball(of_group.value, groups.radius.amax(-1, keepdim=True))
-    largest = of_group if of_call is None else Ball(of_call.value.expand_as(of_group.value), of_call.radius.expand_as(of_group.radius))
+    largest = (
+        of_group
+        if of_call is None
+        else Ball(of_call.value.expand_as(of_group.value), of_call.radius.expand_as(of_group.radius))
+    )
     above = None if static is None else static[..., None, None]
-    scales = _of_nvfp4(largest, above, single) if config.scheme == "nvfp4" else _of_largest(config, largest, above, single)
+    scales = (
+        _of_nvfp4(largest, above, single) if config.scheme == "nvfp4" else _of_largest(config, largest, above, single)
+    )
     table = torch.tensor(numbers_of(config.scheme), dtype=torch.float64)
     low, middle, high = (
         [_codes(table, groups.value + sign * groups.radius, scales.above[i], scales.scale[i], single) for i in places]
@@ -57,13 +68,19 @@ def _codes(table: Tensor, values: Tensor, above: Tensor, scale: Tensor, single: 
 
 def _of_largest(config: ActivationQuantConfig, largest: Ball, static: Tensor | None, single: bool) -> Scales:
     one = torch.ones(1, dtype=torch.float64)
-    found = [_each(t, lambda amax: scale_of(config, amax, single)) for t in _ends(largest)] if static is None else [static] * 3
+    found = (
+        [_each(t, lambda amax: scale_of(config, amax, single)) for t in _ends(largest)]
+        if static is None
+        else [static] * 3
+    )
     scales = (found[0], found[1], found[2])
     return Scales((one, one, one), scales, scales)
 
 
 def _of_nvfp4(largest: Ball, static: Tensor | None, single: bool) -> Scales:
-    """Scales of groups are e4m3, times the one above; that of a row without a static one is its largest magnitude / (448 * 6)."""
+    """Scales of groups are e4m3, times the one above; that of a row without a static one is its largest magnitude /
+    (448 * 6).
+    """
     table = torch.tensor(numbers_of("fp8_e4m3"), dtype=torch.float64)
     row = Ball(largest.value.amax(-2, keepdim=True), largest.radius.amax(-2, keepdim=True))
     found = [_single(t / (448 * 6), single) for t in _ends(row)] if static is None else [static] * 3
@@ -79,7 +96,9 @@ def _ends(a: Ball) -> Ends:
 
 
 def _each(values: Tensor, function: Callable[[float], float]) -> Tensor:
-    return torch.tensor([function(float(value)) for value in values.flatten()], dtype=torch.float64).reshape(values.shape)
+    return torch.tensor([function(float(value)) for value in values.flatten()], dtype=torch.float64).reshape(
+        values.shape
+    )
 
 
 def _single(values: Tensor, single: bool) -> Tensor:

@@ -10,7 +10,20 @@ from moe_fn.config import MoEConfig
 from moe_fn.records import LatentWeights, MoEWeights, RouterWeights, Routing
 from moe_fn.reference.routing import route_comparing_in
 from moe_fn.reference.tensors import float64_weights
-from moe_fn.testing.bounds.ball import UNITS, Ball, Units, exact, norm, plus, product, scaled, stored, summed, times, wide
+from moe_fn.testing.bounds.ball import (
+    UNITS,
+    Ball,
+    Units,
+    exact,
+    norm,
+    plus,
+    product,
+    scaled,
+    stored,
+    summed,
+    times,
+    wide,
+)
 from moe_fn.testing.bounds.experts import Outcome, Slots, expert_rows, shared_rows
 from moe_fn.testing.bounds.routing import gate_logits, routing_weights
 from moe_fn.testing.problem import MoEProblem
@@ -20,8 +33,9 @@ from moe_fn.testing.problem import MoEProblem
 class Bound:
     """What a layer of a dtype may give.
 
-    value [..., H] float64, radius [..., H]: |y - value| <= radius for every right y; infinite where a division may be by zero.
-    logits [T, num_logits]: of the gate inside the layer, or as given; expert_ids [T, top_k]: the reference's choice
+    value [..., H] float64, radius [..., H]: |y - value| <= radius for every right y; infinite where a division may be
+    by zero. logits [T, num_logits]: of the gate inside the layer, or as given; expert_ids [T, top_k]: the reference's
+    choice
     tied   a code of rounded inputs is undecided: one as right may be a whole step away, and radius covers it
     jumps  a derivative is undecided (relu or a limit within the radius): gradients may differ by more than rounding
     """
@@ -37,12 +51,13 @@ class Bound:
 def error_bound(problem: MoEProblem, ranks: int = 1, logits: Ball | None = None) -> Bound:
     """The layer of a problem in float64, and how far from it a layer may be that rounds as the contract says, op by op.
 
-        |y - value| <= radius:   products  gamma_(n+1) |W| |x| + |W| r_x + u |y|;   functions  f([x - r, x + r]);   sums  gamma_k sum |w o|
+        |y - value| <= radius:   products gamma_(n+1) |W| |x| + |W| r_x + u |y|; functions f([x - r, x + r]); sums
+                                 gamma_k sum |w o|
 
-    Running error analysis (Wilkinson; Higham, Accuracy and Stability of Numerical Algorithms, 3.3): every value carries its bound through
-    the same formulae. Sums in float32 or wider in any order; what is kept between ops is rounded to the dtype of x.
-    ranks: over how many the sums are spread, each of which stores its part. logits: what the router gets, instead of the problem's.
-    Which experts are chosen is the reference's choice: it is right or wrong, not near.
+    Running error analysis (Wilkinson; Higham, Accuracy and Stability of Numerical Algorithms, 3.3): every value carries
+    its bound through the same formulae. Sums in float32 or wider in any order; what is kept between ops is rounded to
+    the dtype of x. ranks: over how many the sums are spread, each of which stores its part. logits: what the router
+    gets, instead of the problem's. Which experts are chosen is the reference's choice: it is right or wrong, not near.
 
     Laws
         The error of the layer is within its bound.
@@ -79,7 +94,10 @@ def _choices(problem: MoEProblem, logits: Ball) -> tuple[Routing, Tensor]:
     config, dtype = problem.config, problem.x.dtype if problem.logits is None else problem.logits.dtype
     z = logits.value.reshape(*problem.x.shape[:-1], config.num_logits)
     boundless = dataclasses.replace(config, router=dataclasses.replace(config.router, capacity=None))
-    chosen, left = (route_comparing_in(dtype, c, problem.weights, z, problem.token_ids, problem.token_mask) for c in (boundless, config))
+    chosen, left = (
+        route_comparing_in(dtype, c, problem.weights, z, problem.token_ids, problem.token_mask)
+        for c in (boundless, config)
+    )
     return chosen, left.expert_ids
 
 
@@ -105,7 +123,9 @@ def _seen_by_gate(units: Units, config: MoEConfig, x: Ball, v: Ball) -> Ball:
 
 
 def logits_again(problem: MoEProblem, logits: Tensor) -> Ball:
-    """Logits of the gate inside the layer, and how far off them the same gate may be in another batch, where products sum otherwise."""
+    """Logits of the gate inside the layer, and how far off them the same gate may be in another batch, where products
+    sum otherwise.
+    """
     config, units = problem.config, UNITS[problem.x.dtype]
     weights = float64_weights(problem.weights)
     real = _real_tokens(problem)
@@ -141,7 +161,9 @@ def _latent_norm(units: Units, config: MoEConfig, scale: Tensor | None, v: Ball)
     return stored(units, wide(units, times(norm(units, v, config.latent.norm_epsilon), exact(scale))))
 
 
-def _routed(units: Units, config: MoEConfig, weights: MoEWeights, v: Ball, ids: Tensor, w: Ball, adapters: Tensor, ranks: int) -> Outcome:
+def _routed(
+    units: Units, config: MoEConfig, weights: MoEWeights, v: Ball, ids: Tensor, w: Ball, adapters: Tensor, ranks: int
+) -> Outcome:
     """sum over slots of w * expert(v), or of expert(w * v)."""
     present = (ids >= 0) & (ids < config.num_experts)
     slots = Slots(torch.where(present, ids, 0), present, adapters)
@@ -158,7 +180,14 @@ def _routed(units: Units, config: MoEConfig, weights: MoEWeights, v: Ball, ids: 
 
 
 def _around(
-    units: Units, config: MoEConfig, weights: MoEWeights, x: Ball, y: Ball, of_router: Ball | None, is_float16: bool, ranks: int
+    units: Units,
+    config: MoEConfig,
+    weights: MoEWeights,
+    x: Ball,
+    y: Ball,
+    of_router: Ball | None,
+    is_float16: bool,
+    ranks: int,
 ) -> tuple[Ball, bool]:
     """The scale on the output, back from the latent space, and the shared experts."""
     factor, scale_on = config.router.routed_scaling_factor, config.router.scale_on

@@ -6,7 +6,21 @@ from torch import Tensor
 from moe_fn.config import MoEConfig, RouterConfig
 from moe_fn.records import RouterWeights
 from moe_fn.reference.scores import SCORES
-from moe_fn.testing.bounds.ball import Ball, Units, exact, gamma, monotone, over, plus, product, rounded, scaled, stored, times, wide
+from moe_fn.testing.bounds.ball import (
+    Ball,
+    Units,
+    exact,
+    gamma,
+    monotone,
+    over,
+    plus,
+    product,
+    rounded,
+    scaled,
+    stored,
+    times,
+    wide,
+)
 
 _OWN_ROUNDINGS = 8  # of a score function, relative to its value; softmax adds those of a sum, and of exp's argument
 
@@ -28,9 +42,11 @@ def _units_of(units: Units, dtype: str) -> Units:
 def routing_weights(
     units: Units, config: MoEConfig, router: RouterWeights, logits: Ball, ids: Tensor, weights: Tensor
 ) -> tuple[Ball, Ball | None]:
-    """Weights of the chosen experts [T, top_k] and of shared ones: w = score(z)[ids] / norm * expert_scale[ids] * gamma.
+    """Weights of the chosen experts [T, top_k] and of shared ones: w = score(z)[ids] / norm * expert_scale[ids] *
+    gamma.
 
-    ids [T, top_k], -1 for none; weights [T, top_k] those of the reference, where a 0 says that the choice counts nothing.
+    ids [T, top_k], -1 for none; weights [T, top_k] those of the reference, where a 0 says that the choice counts
+    nothing.
     """
     options = config.router
     own = _units_of(units, options.score_dtype)
@@ -40,14 +56,20 @@ def routing_weights(
     chosen = Ball(torch.where(count, scores.value, 0), torch.where(count, scores.radius, 0))
     if options.renormalize:
         total = _norm(own, options, chosen if shared is None else _joined(chosen, shared))
-        chosen, shared = rounded(over(chosen, total), own.wide), None if shared is None else rounded(over(shared, total), own.wide)
+        chosen, shared = (
+            rounded(over(chosen, total), own.wide),
+            None if shared is None else rounded(over(shared, total), own.wide),
+        )
     if router.expert_scale is not None:
         scale = router.expert_scale
         chosen = rounded(times(chosen, exact(scale[ids.clamp(min=0)])), own.stored)
         shared = None if shared is None else rounded(times(shared, exact(scale[config.num_choices :])), own.stored)
     if options.scale_on == "weights" and options.routed_scaling_factor != 1.0:
         factor = options.routed_scaling_factor
-        chosen, shared = rounded(scaled(chosen, factor), own.wide), None if shared is None else rounded(scaled(shared, factor), own.wide)
+        chosen, shared = (
+            rounded(scaled(chosen, factor), own.wide),
+            None if shared is None else rounded(scaled(shared, factor), own.wide),
+        )
     return chosen, shared
 
 
@@ -66,7 +88,9 @@ def _scores(own: Units, config: MoEConfig, z: Ball, ids: Tensor) -> tuple[Ball, 
         return _sparsemixer(own, options, own_z, places), shared
     if options.scoring_order == "after_top_k":
         taken = own_z.map(lambda t: torch.where(ids >= 0, t.gather(-1, places), -torch.inf))
-        return _score(own, options.scoring, Ball(taken.value, taken.radius.nan_to_num(posinf=0, neginf=0).abs())), shared
+        return _score(
+            own, options.scoring, Ball(taken.value, taken.radius.nan_to_num(posinf=0, neginf=0).abs())
+        ), shared
     return _score(own, options.scoring, own_z).map(lambda t: t.gather(-1, places)), shared
 
 
@@ -81,7 +105,10 @@ def _score(own: Units, scoring: str, z: Ball) -> Ball:
 def _softmax(own: Units, z: Ball) -> Ball:
     """exp(z - max) / sum: an error of the arguments by r is a factor of at most exp(2 r)."""
     value = torch.softmax(z.value, -1)
-    radius, size = z.radius.amax(-1, keepdim=True), (z.value - z.value.amax(-1, keepdim=True)).abs().nan_to_num(posinf=0.0)
+    radius, size = (
+        z.radius.amax(-1, keepdim=True),
+        (z.value - z.value.amax(-1, keepdim=True)).abs().nan_to_num(posinf=0.0),
+    )
     roundings = _OWN_ROUNDINGS + z.value.shape[-1] + size + size.nan_to_num(posinf=0.0).amax(-1, keepdim=True)
     return Ball(value, value * (torch.expm1(2 * radius) + 1.01 * roundings * own.stored))
 
@@ -94,7 +121,11 @@ def _sparsemixer(own: Units, options: RouterConfig, z: Ball, ids: Tensor) -> Bal
     for place, candidates in ((ids[:, :1], z.value), (ids[:, 1:], without)):
         top = z.value.gather(-1, place)
         far = (top - z.value) / torch.maximum(z.value.abs(), top) > 2 * options.sparsemixer_epsilon
-        found.append(_softmax(own, Ball(torch.where(far, -torch.inf, candidates), z.radius)).map(lambda t, at=place: t.gather(-1, at)))  # type: ignore[misc]
+        found.append(
+            _softmax(own, Ball(torch.where(far, -torch.inf, candidates), z.radius)).map(
+                lambda t, at=place: t.gather(-1, at)  # type: ignore[misc]
+            )
+        )
     return _joined(*found)
 
 
@@ -106,7 +137,9 @@ def _norm(own: Units, options: RouterConfig, chosen: Ball) -> Ball:
     """D = max(norm of the scores + epsilon, minimum), or 1: a norm moves by no more than the sum of the moves."""
     order, terms = options.renormalize_order, chosen.value.shape[-1]
     value = torch.linalg.vector_norm(chosen.value, order, -1, keepdim=True)
-    total = rounded(Ball(value, chosen.radius.sum(-1, keepdim=True)), gamma(terms + (0 if order == 1.0 else 8), own.wide))
+    total = rounded(
+        Ball(value, chosen.radius.sum(-1, keepdim=True)), gamma(terms + (0 if order == 1.0 else 8), own.wide)
+    )
     if options.renormalize_epsilon:
         total = wide(own, Ball(total.value + options.renormalize_epsilon, total.radius))
     total = Ball(total.value.clamp(min=options.renormalize_minimum), total.radius)

@@ -114,7 +114,7 @@ Call call_of(ARGUMENTS) {
   const bool floats = quant.empty();
   const QuantDescription described = floats ? QuantDescription{} : description_of(std::string(quant));
   const int per_byte = floats ? 1 : codes_in_byte(described.scheme);
-  TORCH_CHECK_VALUE(floats || (transposed && gate_up.element_size() == 1 && down.element_size() == 1), "moe_fn: quantised weights are ", gate_up.scalar_type(), " and ",
+  TORCH_CHECK_VALUE(floats || (transposed && gate_up.element_size() == 1 && down.element_size() == 1), "moe_fn: quantized weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected bytes, laid as out_in");
   TORCH_CHECK_VALUE(!floats || (gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type()), "moe_fn: weights are ", gate_up.scalar_type(), " and ",
                     down.scalar_type(), "; expected the dtype of x, ", x.scalar_type());
@@ -129,7 +129,7 @@ Call call_of(ARGUMENTS) {
                 float(up_cap.value_or(none))}};
   c.problem.gate_up.invariant = c.problem.down.invariant = invariant;
   if (!floats) {
-    TORCH_CHECK_VALUE(gate_up_scale && down_scale, "moe_fn: quantised weights without scales");
+    TORCH_CHECK_VALUE(gate_up_scale && down_scale, "moe_fn: quantized weights without scales");
     c.beside = {dense(gate_up_scale), dense(down_scale), dense(gate_up_zero_point), dense(down_zero_point), dense(gate_up_global_scale), dense(down_global_scale)};
     const bool is_signed = gate_up.scalar_type() == at::kChar;
     auto codes = [&](Weight& w, const optional<Tensor>& scale, const optional<Tensor>& zero, const optional<Tensor>& global) {

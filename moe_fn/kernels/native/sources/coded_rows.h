@@ -1,4 +1,4 @@
-// Rows as products with quantised weights take them, for each row its dwords in the order of the decoded weights, rounded up to whole chunks,
+// Rows as products with quantized weights take them, for each row its dwords in the order of the decoded weights, rounded up to whole chunks,
 // and behind them what the row's sums need: the scale of an int8 row, and where weights have zero points, sums of x over each span.
 #pragma once
 #include "decode.h"

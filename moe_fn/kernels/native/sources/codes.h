@@ -1,4 +1,4 @@
-// Quantised weights: what their codes and scales stand for.
+// Quantized weights: what their codes and scales stand for.
 //   weight[column, k] = (code[column, k] - zero) * scale * global_scale,  scale and zero of the tile of (column, k)
 // Codes lie as bytes along the inner dimension, 4-bit ones in pairs, the even input low. Every code is exact in bfloat16.
 #pragma once

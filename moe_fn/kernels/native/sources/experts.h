@@ -26,7 +26,7 @@ struct RoutedExperts {
   Activation activation;
 };
 void routed_experts(const Pool& pool, const RoutedExperts& problem);
-void quantised_experts(const Pool& pool, const RoutedExperts& problem);  // weights with codes
+void quantized_experts(const Pool& pool, const RoutedExperts& problem);  // weights with codes
 
 // Gradients of routed_experts, from its arguments (plain weights), the gradient of its result, and what it kept (null: computed again).
 // Results that are null are not wanted.

@@ -30,7 +30,7 @@ Plan plan_of_groups(const Groups& g, int rows_of_chunk) {
 }  // namespace
 
 void routed_experts(const Pool& pool, const RoutedExperts& q) {
-  if (q.gate_up.codes) return quantised_experts(pool, q);
+  if (q.gate_up.codes) return quantized_experts(pool, q);
   with_type(q.type, [&](auto d) {
     using D = decltype(d);
     if (!q.tokens) return;

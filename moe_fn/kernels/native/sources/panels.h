@@ -7,7 +7,7 @@
 
 namespace moe_fn {
 
-struct Codes;  // of quantised weights: codes.h
+struct Codes;  // of quantized weights: codes.h
 
 // The matrix of each expert: `columns` outputs, `inner` products. Panels of a gated first product hold 16 gates, then the 16 ups that match.
 struct Weight {

@@ -131,7 +131,7 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
   }
 }
 
-// How by_rows and second_product multiply: float weights here, quantised ones in quantised.h.
+// How by_rows and second_product multiply: float weights here, quantized ones in quantized.h.
 template <class D>
 struct Floats {
   static int row_dwords(const Weight& w) { return padded_steps(w); }  // of a packed row

@@ -1,4 +1,4 @@
-// What the ops get of quantised weights, as Codes. The description is the JSON of moe_fn.config's QuantConfig.
+// What the ops get of quantized weights, as Codes. The description is the JSON of moe_fn.config's QuantConfig.
 #pragma once
 #include <ATen/core/Tensor.h>
 

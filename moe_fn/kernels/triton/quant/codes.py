@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Codes of quantised weights and their scales, as float32: every value of every scheme exactly, on every target.
+"""Codes of quantized weights and their scales, as float32: every value of every scheme exactly, on every target.
 
-Floating-point codes become float32 by their bits: shifted to its top and, with the sign, down to where it has exponent and mantissa,
-times a power of two that makes up for the other bias. Subnormal codes are subnormal numbers of float32 on the way. So no target needs
-an instruction for e4m3, which sm_80 has not. Whole numbers are or-ed into the mantissa of 2^23: an OR and an ADD, where a conversion
-runs at a quarter of their rate.
+Floating-point codes become float32 by their bits: shifted to its top and, with the sign, down to where it has exponent
+and mantissa, times a power of two that makes up for the other bias. Subnormal codes are subnormal numbers of float32 on
+the way. So no target needs an instruction for e4m3, which sm_80 has not. Whole numbers are or-ed into the mantissa of
+2^23: an OR and an ADD, where a conversion runs at a quarter of their rate.
 """
 
 import triton
@@ -33,7 +33,9 @@ def whole(q, zero):
 
 @triton.jit
 def decode(q, zero, SCHEME: tl.constexpr):
-    """float32 of codes (uint8; two in a byte are parted before); zero is read for whole numbers only, int8 being stored as it is."""
+    """float32 of codes (uint8; two in a byte are parted before); zero is read for whole numbers only, int8 being stored
+    as it is.
+    """
     if SCHEME == "fp8_e4m3":
         return e4m3(q) if q.dtype == tl.uint8 else q.to(tl.float32)
     elif SCHEME == "e2m1":

@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Activations in codes: rows of values, with a scale for each row, for each group of a row's values, or for each expert."""
+"""Activations in codes: rows of values, with a scale for each row, for each group of a row's values, or for each
+expert.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +20,9 @@ MOST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The left side of a product [R, K]: values, or codes with float32 scales [R, groups] ("row", "group") or [E] ("expert")."""
+    """The left side of a product [R, K]: values, or codes with float32 scales [R, groups] ("row", "group") or [E]
+    ("expert").
+    """
 
     values: Tensor
     scale: Tensor | None = None
@@ -35,7 +39,9 @@ class Rows:
         return other if self.scale is None else self.scale
 
     def payload_of(self, matrix: QuantMatrix, arch: str) -> Tensor:
-        """Codes are multiplied as they are; decoded from bits, but where a cast is an instruction (a loop of 470 and not 1,600)."""
+        """Codes are multiplied as they are; decoded from bits, but where a cast is an instruction (a loop of 470 and
+        not 1,600).
+        """
         native = self.form is not None or arch in CASTS_E4M3
         return matrix.payload if native else codes_of(matrix.payload)
 
@@ -58,7 +64,10 @@ def scale_of(most, FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr, MOST: tl.cons
 
 @triton.jit
 def code(values, s, MOST: tl.constexpr):
-    """values / s within the codes' range, still as floats: NaN stays. Whole numbers are rounded to the nearest, ties to even."""
+    """values / s within the codes' range, still as floats: NaN stays.
+
+    Whole numbers are rounded to the nearest, ties to even.
+    """
     q = tl.math.div_rn(values, s)
     LEAST: tl.constexpr = -128.0 if MOST == 127.0 else -MOST
     q = tl.where(q > MOST, MOST, tl.where(q < LEAST, LEAST, q))
@@ -68,12 +77,16 @@ def code(values, s, MOST: tl.constexpr):
 
 
 @triton.jit
-def _quantise_kernel(
+def _quantize_kernel(
     x, out, scale, slot_of_row, expert_ids, lines, K, num_experts, stride_x,
-    FORM: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, POWER_OF_TWO: tl.constexpr, TOP_K: tl.constexpr, MOST: tl.constexpr,
+    FORM: tl.constexpr, SPAN: tl.constexpr, SPANS: tl.constexpr, POWER_OF_TWO: tl.constexpr, TOP_K: tl.constexpr,
+    MOST: tl.constexpr,
     LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Line l is group l % SPANS of row l // SPANS, SPAN values of it. Rows of experts' scales are slots' tokens; TOP_K 0: slots' own."""
+    """Line l is group l % SPANS of row l // SPANS, SPAN values of it.
+
+    Rows of experts' scales are slots' tokens; TOP_K 0: slots' own.
+    """
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     row, first = (line // SPANS).to(tl.int64), line % SPANS * SPAN
     live, source = line < lines, row
@@ -90,7 +103,9 @@ def _quantise_kernel(
         most = tl.zeros((LINES,), tl.float32)
         for start in range(0, SPAN, WIDTH):
             c = first[:, None] + start + column[None, :]
-            values = tl.load(x + source[:, None] * stride_x + c, mask=live[:, None] & (c < last[:, None]), other=0.0).to(tl.float32)
+            values = tl.load(
+                x + source[:, None] * stride_x + c, mask=live[:, None] & (c < last[:, None]), other=0.0
+            ).to(tl.float32)
             most = tl.maximum(most, tl.max(tl.abs(values), 1))
         s = scale_of(most, FORM, POWER_OF_TWO, MOST)
         tl.store(scale + line, s, mask=live)
@@ -101,23 +116,28 @@ def _quantise_kernel(
         tl.store(out + row[:, None] * K + c, code(values, s[:, None], MOST).to(out.dtype.element_ty), mask=mask)
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype, group: int | None = None, power_of_two: bool = False) -> Rows:
-    """x [R, K] as float8_e4m3fn or int8 codes, with a scale for each row, or for each `group` values of a row (the last may have less).
+def quantize_rows(x: Tensor, dtype: torch.dtype, group: int | None = None, power_of_two: bool = False) -> Rows:
+    """x [R, K] as float8_e4m3fn or int8 codes, with a scale for each row, or for each `group` values of a row (the last
+    may have less).
 
     row:   s = max(amax / 448, 1 / (448 * 512)) for float8_e4m3fn, max(amax, 1e-10) / 127 for int8
     group: s = max(amax, 1e-10) / 448 or / 127, and its next power of two if asked for;  code = round(clamp(x / s))
     """
     span = x.shape[1] if group is None else group
-    return _quantised(x, x.shape[0], dtype, "row" if group is None else "group", span, power_of_two)
+    return _quantized(x, x.shape[0], dtype, "row" if group is None else "group", span, power_of_two)
 
 
-def quantise_by_expert(x: Tensor, dtype: torch.dtype, scale: Tensor, slot_of_row: Tensor, expert_ids: Tensor, sorted_rows: bool) -> Rows:
-    """codes [R, K] of x[token of row r], or x[r] if sorted_rows, by the scale [E] of row r's expert; rows of no expert are not written."""
+def quantize_by_expert(
+    x: Tensor, dtype: torch.dtype, scale: Tensor, slot_of_row: Tensor, expert_ids: Tensor, sorted_rows: bool
+) -> Rows:
+    """codes [R, K] of x[token of row r], or x[r] if sorted_rows, by the scale [E] of row r's expert; rows of no expert
+    are not written.
+    """
     about = slot_of_row, expert_ids, 0 if sorted_rows else expert_ids.shape[1]
-    return _quantised(x, slot_of_row.shape[0], dtype, "expert", x.shape[1], False, scale.contiguous(), *about)
+    return _quantized(x, slot_of_row.shape[0], dtype, "expert", x.shape[1], False, scale.contiguous(), *about)
 
 
-def _quantised(
+def _quantized(
     x: Tensor, rows: int, dtype: torch.dtype, form: Literal["row", "group", "expert"], span: int, power_of_two: bool,
     scale: Tensor | None = None, slot_of_row: Tensor | None = None, expert_ids: Tensor | None = None, top_k: int = 1,
 ) -> Rows:  # fmt: skip
@@ -128,8 +148,9 @@ def _quantised(
         return Rows(values=out, scale=scale, form=form, group=span)
     width = min(ELEMENTS, triton.next_power_of_2(span))
     lines = ELEMENTS // width
-    _quantise_kernel[(triton.cdiv(rows * spans, lines),)](
-        x, out, scale, slot_of_row, expert_ids, rows * spans, x.shape[1], 0 if expert_ids is None else scale.shape[0], x.stride(0),
+    _quantize_kernel[(triton.cdiv(rows * spans, lines),)](
+        x, out, scale, slot_of_row, expert_ids, rows * spans, x.shape[1], 0 if expert_ids is None else scale.shape[0],
+        x.stride(0),
         FORM=form, SPAN=span, SPANS=spans, POWER_OF_TWO=power_of_two, TOP_K=top_k,
         MOST=MOST[dtype], LINES=lines, WIDTH=width, num_warps=4,
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Tokens through quantised experts and back, with weights decoded in the products or codes multiplied by codes.
+"""Tokens through quantized experts and back, with weights decoded in the products or codes multiplied by codes.
 
     weights alone      sort -> up -> down -> combine, as moe_fn.kernels.triton.layer has it
     scales of tokens   sort, x to codes -> up -> activated rows to codes -> down -> combine
     scales of groups   sort, x to codes -> up, which stores codes where a tile has whole groups -> down -> combine
     scales of experts  sort -> rows to codes -> up, which stores codes -> down -> combine
 
-x is quantised once for a token and not for each of its slots, but where experts have scales of their own.
+x is quantized once for a token and not for each of its slots, but where experts have scales of their own.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from torch import Tensor
 from moe_fn.config import ActivationConfig, ActivationQuantConfig
 from moe_fn.kernels.triton.combine import gather_sum
 from moe_fn.kernels.triton.metadata import sort_for_tiles
-from moe_fn.kernels.triton.quant.inputs import Rows, quantise_by_expert, quantise_rows
+from moe_fn.kernels.triton.quant.inputs import Rows, quantize_by_expert, quantize_rows
 from moe_fn.kernels.triton.quant.matrix import QuantMatrix
-from moe_fn.kernels.triton.quant.products import quantised_product
+from moe_fn.kernels.triton.quant.products import quantized_product
 from moe_fn.kernels.triton.quant.tiles import coded_tile
-from moe_fn.kernels.triton.quant.up import Store, quantised_up
+from moe_fn.kernels.triton.quant.up import Store, quantized_up
 from moe_fn.kernels.triton.slots import SortedSlots
 from moe_fn.kernels.triton.tiles import Tile, architecture_of, rows_of_tiles
 
@@ -29,7 +29,9 @@ CODES = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 @dataclass(frozen=True, kw_only=True)
 class QuantProblem:
-    """The layer's arguments: x [T, H], expert_ids and float32 expert_weights [T, k], and what quant_coverage finds no problem with."""
+    """The layer's arguments: x [T, H], expert_ids and float32 expert_weights [T, k], and what quant_coverage finds no
+    problem with.
+    """
 
     x: Tensor
     expert_ids: Tensor
@@ -62,24 +64,26 @@ def forward(problem: QuantProblem, keep: bool) -> tuple[Tensor, Tensor]:
     first, second = p.tile("up", p.gate_up), p.tile("product", p.down)
     slots, maps = sort_for_tiles(p.expert_ids, p.gate_up.shape[0], first, second)
     tokens = _left(p, p.x, p.gate_up_input_scale, slots, sorted_rows=False)
-    rows, pre = quantised_up(
+    rows, pre = quantized_up(
         tokens, slots, maps[first.rows], p.gate_up, p.gate_up_bias, p.activation, p.interleaved, keep, first, dtype,
         None if keep else _store(p, first),
     )  # fmt: skip
     if rows.form is None:
         rows = _left(p, rows.values, p.down_input_scale, slots, sorted_rows=True)
-    out = quantised_product(rows, p.down, slots.ends, maps[second.rows], second, dtype, p.down_bias)
+    out = quantized_product(rows, p.down, slots.ends, maps[second.rows], second, dtype, p.down_bias)
     return gather_sum(out, slots.row_of_slot, p.expert_weights, slots.top_k, dtype), pre
 
 
 def _left(p: QuantProblem, values: Tensor, scale: Tensor | None, slots: SortedSlots, sorted_rows: bool) -> Rows:
-    """The left side of a product from floats: tokens, or activated rows (sorted_rows); scale: of each expert, if it is given."""
+    """The left side of a product from floats: tokens, or activated rows (sorted_rows); scale: of each expert, if it is
+    given.
+    """
     a = p.rounding
     if a is None:
         return Rows(values=values.contiguous())
     if scale is not None:
-        return quantise_by_expert(values, CODES[a.scheme], scale, slots.slot_of_row, p.expert_ids, sorted_rows)
-    return quantise_rows(values, CODES[a.scheme], a.group_size, a.power_of_two_scales)
+        return quantize_by_expert(values, CODES[a.scheme], scale, slots.slot_of_row, p.expert_ids, sorted_rows)
+    return quantize_rows(values, CODES[a.scheme], a.group_size, a.power_of_two_scales)
 
 
 def _store(p: QuantProblem, tile: Tile) -> Store | None:

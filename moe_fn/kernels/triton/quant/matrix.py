@@ -15,11 +15,12 @@ NUM_CODES = {"int4": 2, "e2m1": 2}  # codes in a byte, where there are more than
 
 @dataclass(frozen=True, kw_only=True)
 class QuantMatrix:
-    """W[e, n, k] = (code[e, n, k] - zero) * scale[e, row of n, k // inputs] * global_scale[e, half of n]; n an output, k an input.
+    """W[e, n, k] = (code[e, n, k] - zero) * scale[e, row of n, k // inputs] * global_scale[e, half of n]; n an output,
+    k an input.
 
-    payload [E, N, K / codes in a byte], inputs next to each other; scale and zero_point (uint8) [E, halves * rows of a half, in_tiles].
-    A tile of the scale covers `outputs` x `inputs` weights of a half. One concept for every granularity:
-    tensor = (N / halves, K), channel = (1, K), group = (1, g), block = (bn, bk).
+    payload [E, N, K / codes in a byte], inputs next to each other; scale and zero_point (uint8) [E, halves * rows of a
+    half, in_tiles]. A tile of the scale covers `outputs` x `inputs` weights of a half. One concept for every
+    granularity: tensor = (N / halves, K), channel = (1, K), group = (1, g), block = (bn, bk).
     """
 
     payload: Tensor
@@ -45,7 +46,8 @@ class QuantMatrix:
     def place(self, step: int) -> Place:
         """Where a kernel that sums `step` inputs at a time applies the scale.
 
-        outer: to the sum, where one covers all inputs; step: to the products of a step; inner: to the weights, before the product.
+        outer: to the sum, where one covers all inputs; step: to the products of a step; inner: to the weights, before
+        the product.
         """
         if self.inputs >= self.shape[2]:
             return "outer"
@@ -56,7 +58,15 @@ class QuantMatrix:
         _, columns, _ = self.shape
         scale = codes_of(self.scale.contiguous())
         zero, factor = (scale if t is None else t.contiguous() for t in (self.zero_point, self.global_scale))
-        return scale, zero, factor, columns // self.halves, self.scale.shape[1] // self.halves, self.outputs, self.scale.shape[2]
+        return (
+            scale,
+            zero,
+            factor,
+            columns // self.halves,
+            self.scale.shape[1] // self.halves,
+            self.outputs,
+            self.scale.shape[2],
+        )
 
     def constants(self, step: int) -> dict[str, Any]:
         """The constexpr arguments that every kernel takes of it."""

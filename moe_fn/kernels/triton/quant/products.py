@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Grouped products with weights in codes: what both of the layer's products share, and the second one.
 
-A scale stands in one of three places (QuantMatrix.place): on the weights before a product (inner), on the products of a step (step), or
-on the sum (outer). Weights that are multiplied as float are decoded in registers, and SWAP makes them the left operand, which wgmma
-reads from registers: 16 rows then take the matrix unit of sm_90 too, which wants at least 64 of the left operand.
+A scale stands in one of three places (QuantMatrix.place): on the weights before a product (inner), on the products of a
+step (step), or on the sum (outer). Weights that are multiplied as float are decoded in registers, and SWAP makes them
+the left operand, which wgmma reads from registers: 16 rows then take the matrix unit of sm_90 too, which wants at least
+64 of the left operand.
 """
 
 import torch
@@ -28,7 +29,8 @@ def scale_row(columns, half_columns, half_rows, tile_out):
 
 @triton.jit
 def _weights(
-    q, scale, zero, start, in_tiles, SCHEME: tl.constexpr, PLACE: tl.constexpr, SCALE_FORM: tl.constexpr, TILE_IN: tl.constexpr,
+    q, scale, zero, start, in_tiles, SCHEME: tl.constexpr, PLACE: tl.constexpr, SCALE_FORM: tl.constexpr,
+    TILE_IN: tl.constexpr,
     ZERO: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """float32 weights [BN, BK] of a step's codes, with their scales if those are inner."""
@@ -38,7 +40,9 @@ def _weights(
         group = start // TILE_IN + tl.arange(0, GROUPS)
         s = scale_value(tl.load(scale[:, None] + group[None, :], mask=(group < in_tiles)[None, :], other=0), SCALE_FORM)
         if ZERO:
-            middle = tl.load(zero[:, None] + group[None, :], mask=(group < in_tiles)[None, :], other=0).to(tl.float32)[:, :, None]
+            middle = tl.load(zero[:, None] + group[None, :], mask=(group < in_tiles)[None, :], other=0).to(tl.float32)[
+                :, :, None
+            ]
         w = decode(tl.reshape(q, (BN, GROUPS, TILE_IN)), middle, SCHEME) * s[:, :, None]
         return tl.reshape(w, (BN, BK))
     if ZERO:
@@ -55,8 +59,8 @@ def accumulate_codes(
 ):  # fmt: skip
     """left[BM, length] @ W[BN, length].T in float32, but for outer scales, transposed if SWAP.
 
-    left and right are pointers to the first step of each, scale, zero [BN] and left_scale [BM] to the first scale of each. LEFT: None
-    for floats, else the left side is in codes too, and the products are of codes.
+    left and right are pointers to the first step of each, scale, zero [BN] and left_scale [BM] to the first scale of
+    each. LEFT: None for floats, else the left side is in codes too, and the products are of codes.
     """
     CODES: tl.constexpr = 2 if SCHEME == "int4" or SCHEME == "e2m1" else 1
     STEP: tl.constexpr = PLACE == "step" or LEFT == "group"
@@ -93,7 +97,9 @@ def accumulate_codes(
 
 @triton.jit
 def _product(a, w, acc, SWAP: tl.constexpr, SHORT: tl.constexpr):
-    """acc + a @ w.T, transposed if SWAP; SHORT: products of fp8 that sm_90 may sum with 14 bits before they join the float32 sum."""
+    """acc + a @ w.T, transposed if SWAP; SHORT: products of fp8 that sm_90 may sum with 14 bits before they join the
+    float32 sum.
+    """
     if SWAP:
         return tl.dot(w, tl.trans(a), acc, input_precision="ieee", max_num_imprecise_acc=SHORT, out_dtype=acc.dtype)
     else:
@@ -148,13 +154,14 @@ def _product_kernel(
         SCHEME, PLACE, SCALE_FORM, TILE_IN, ZERO, LEFT, LEFT_GROUP, SWAP, EVEN, BM, BN, BK,
     )  # fmt: skip
     acc = finished(
-        acc, left_scale + source, left_scale + expert, live, scale + place, factor + expert * (N // half_columns), n // half_columns,
+        acc, left_scale + source, left_scale + expert, live, scale + place, factor + expert * (N // half_columns),
+        n // half_columns,
         PLACE, SCALE_FORM, GLOBAL, LEFT, SWAP,
     )  # fmt: skip
     store_product(acc, bias, out, expert, first, row, live, column_tile * BN, N, BIAS, BN)
 
 
-def quantised_product(
+def quantized_product(
     rows: Rows,
     matrix: QuantMatrix,
     ends: Tensor,
@@ -164,9 +171,11 @@ def quantised_product(
     bias: Tensor | None = None,
     zero_rest: bool = False,
 ) -> Tensor:
-    """rows[r] @ W[e].T + bias[e], e the expert of row r: rows [R, K] -> [R, N] in dtype; rows of no expert are not written, or are 0.
+    """rows[r] @ W[e].T + bias[e], e the expert of row r: rows [R, K] -> [R, N] in dtype; rows of no expert are not
+    written, or are 0.
 
-    ends int32 [E]: where each expert's rows end; tile_map: where they begin. tile.inner fits the scales (quant.tiles.fitting_step).
+    ends int32 [E]: where each expert's rows end; tile_map: where they begin. tile.inner fits the scales
+    (quant.tiles.fitting_step).
     """
     experts, columns, inner = matrix.shape
     new = rows.values.new_zeros if zero_rest else rows.values.new_empty
@@ -179,7 +188,8 @@ def quantised_product(
         rows.values, rows.scale_or(scale), rows.payload_of(matrix, architecture_of(out.device)), scale, zero, factor,
         scale if bias is None else bias.contiguous(), out,
         ends, tile_map.expert_of_tile, tile_map.first_row_of_tile, row_tiles, inner, columns, *sizes, rows.groups,
-        **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.values.element_size()), BIAS=bias is not None,
+        **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.values.element_size()),
+        BIAS=bias is not None,
         EVEN=inner % tile.inner == 0, GROUP=tiles_side_by_side(out.shape[0], experts, tile),
         BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Which quantised layers the kernels compute. Apart from them, for it is asked while tracing, where Triton may not be imported."""
+"""Which quantized layers the kernels compute.
+
+Apart from them, for it is asked while tracing, where Triton may not be imported.
+"""
 
 from moe_fn.config import QuantConfig
 from moe_fn.kernels.triton.quant.tiles import LEAST_STEP, fitting_step
@@ -23,7 +26,10 @@ def problem_of_weights(quant: QuantConfig, inputs: tuple[int, ...]) -> str | Non
         or (tile_in >= LEAST_TILE and all(fitting_step(s, tile_in) for s in STEPS))
     ):
         return None
-    return f"a scale of {tile_in} inputs; the Triton kernels take powers of two from {LEAST_TILE} on, and multiples of {LEAST_STEP}"
+    return (
+        f"a scale of {tile_in} inputs; the Triton kernels take powers of two from {LEAST_TILE} on, and multiples of "
+        f"{LEAST_STEP}"
+    )
 
 
 def _of_activations(quant: QuantConfig, inputs: tuple[int, int], arch: str) -> str | None:
@@ -33,13 +39,18 @@ def _of_activations(quant: QuantConfig, inputs: tuple[int, int], arch: str) -> s
         return None
     if a.scheme != quant.scheme or quant.zero_points:
         weights = f"{quant.scheme} with zero points" if quant.zero_points else quant.scheme
-        return f"{a.scheme} activations with {weights}; the Triton kernels take fp8_e4m3 with fp8_e4m3 and int8 with int8"
+        return (
+            f"{a.scheme} activations with {weights}; the Triton kernels take fp8_e4m3 with fp8_e4m3 and int8 with int8"
+        )
     if a.scheme not in ("fp8_e4m3", "int8"):
         return f"{a.scheme} activations; the Triton kernels take fp8_e4m3 and int8"
     if a.scheme == "fp8_e4m3" and arch in NO_E4M3:
         return f"fp8_e4m3 activations on {arch}, whose matrix unit has no e4m3; weights alone may be fp8_e4m3 there"
     if a.is_of_call:
-        return "one scale computed for all activations of a call; the Triton kernels take static ones, and those of tokens and groups"
+        return (
+            "one scale computed for all activations of a call; the Triton kernels take static ones, and those of "
+            "tokens and groups"
+        )
     shared = [size for size in (tile_in, a.group_size) if size is not None and any(size < k for k in inputs)]
     if any(size % LEAST_STEP for size in shared):
         return f"activations in codes with scales of {shared} inputs; the Triton kernels take multiples of {LEAST_STEP}"

@@ -1,5 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The up-projection with weights in codes; its activated rows are stored as floats, or in codes if a tile holds whole groups of them."""
+"""The up-projection with weights in codes; its activated rows are stored as floats, or in codes if a tile holds whole
+groups of them.
+"""
 
 import math
 from dataclasses import dataclass
@@ -27,12 +29,15 @@ ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 @triton.jit
 def _store_codes(
     tile, bias, activated, out_scale, row, live, n, I, left_groups,
-    BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FORM: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
     MOST: tl.constexpr, AS: tl.constexpr,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Stores the activated tile in codes; "group": with the scale of its columns, one for each row, "expert": by a scale that is given."""
+    """Stores the activated tile in codes; "group": with the scale of its columns, one for each row, "expert": by a
+    scale that is given.
+    """
     COLUMNS: tl.constexpr = BN // 2 if GATED else BN
     c = n + tl.arange(0, COLUMNS)
     gate, up = gate_and_up(tile, bias, bias, row, live, n, I, BIAS, False, INTERLEAVED, GATED, BM, BN)
@@ -55,7 +60,8 @@ def _up_kernel(
     row_tiles, H, I, half_columns, half_rows, tile_out, in_tiles, left_groups, out_groups,
     SCHEME: tl.constexpr, PLACE: tl.constexpr, SCALE_FORM: tl.constexpr, TILE_IN: tl.constexpr, ZERO: tl.constexpr,
     GLOBAL: tl.constexpr, LEFT: tl.constexpr, LEFT_GROUP: tl.constexpr, SWAP: tl.constexpr,
-    TOP_K: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr,
+    TOP_K: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr,
     OUT_FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr, MOST: tl.constexpr, AS: tl.constexpr,
     FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
     UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
@@ -79,21 +85,26 @@ def _up_kernel(
     n = column_tile * (BN // WIDTH)
     columns = weight_columns(n, I, GATED, INTERLEAVED, BN, PIECE, VECTOR)
     k, byte = tl.arange(0, BK), tl.arange(0, BK // CODES)
-    place = (expert * (WIDTH * I // half_columns * half_rows) + scale_row(columns, half_columns, half_rows, tile_out)) * in_tiles
+    place = (
+        expert * (WIDTH * I // half_columns * half_rows) + scale_row(columns, half_columns, half_rows, tile_out)
+    ) * in_tiles
     acc = accumulate_codes(
         x + source[:, None] * H + k[None, :], left_scale + source * left_groups,
-        payload + (expert * (WIDTH * I) + columns)[:, None] * (H // CODES) + byte[None, :], scale + place, zero + place, H, in_tiles,
+        payload + (expert * (WIDTH * I) + columns)[:, None] * (H // CODES) + byte[None, :], scale + place, zero + place,
+        H, in_tiles,
         SCHEME, PLACE, SCALE_FORM, TILE_IN, ZERO, LEFT, LEFT_GROUP, SWAP, EVEN, BM, BN, BK,
     )  # fmt: skip
     acc = finished(
-        acc, left_scale + source, left_scale + expert, live, scale + place, factor + expert * (WIDTH * I // half_columns),
+        acc, left_scale + source, left_scale + expert, live, scale + place,
+        factor + expert * (WIDTH * I // half_columns),
         columns // half_columns, PLACE, SCALE_FORM, GLOBAL, LEFT, SWAP,
     )  # fmt: skip
     bias += expert * (WIDTH * I)
     activated += first * I
     if OUT_FORM is not None:
         _store_codes(
-            acc, bias, activated, out_scale + (expert if OUT_FORM == "expert" else first * out_groups), row, live, n, I, out_groups,
+            acc, bias, activated, out_scale + (expert if OUT_FORM == "expert" else first * out_groups), row, live, n, I,
+            out_groups,
             BIAS, INTERLEAVED, BM, BN, OUT_FORM, POWER_OF_TWO, MOST, AS,
             FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP,
         )  # fmt: skip
@@ -102,14 +113,17 @@ def _up_kernel(
         pieces = parts(acc, BM, BN, PIECES)
         for i in tl.static_range(PIECES):
             store_piece(
-                pieces[i], bias, activated, pre, row, live, n + i * (PIECE // WIDTH), I, BIAS, KEEP, INTERLEAVED, BM, PIECE,
+                pieces[i], bias, activated, pre, row, live, n + i * (PIECE // WIDTH), I, BIAS, KEEP, INTERLEAVED, BM,
+                PIECE,
                 FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP,
             )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Store:
-    """How activated rows are stored in codes: each group of a row with a scale that is computed, or by the scale of its expert, [E]."""
+    """How activated rows are stored in codes: each group of a row with a scale that is computed, or by the scale of its
+    expert, [E].
+    """
 
     dtype: torch.dtype
     form: Literal["group", "expert"]
@@ -117,7 +131,7 @@ class Store:
     power_of_two: bool = False
 
 
-def quantised_up(
+def quantized_up(
     rows: Rows,
     slots: SortedSlots,
     tile_map: TileMap,
@@ -130,10 +144,12 @@ def quantised_up(
     dtype: torch.dtype,
     store: Store | None = None,
 ) -> tuple[Rows, Tensor]:
-    """activation(x @ W[e].T + bias[e]) for each row of an expert: (activated [R, I], pre [R, N] in dtype; pre is [0] unless kept).
+    """activation(x @ W[e].T + bias[e]) for each row of an expert: (activated [R, I], pre [R, N] in dtype; pre is [0]
+    unless kept).
 
-    rows: the tokens [T, H], or with scales of experts the rows [R, H] sorted by expert. Activated rows are in dtype, or in codes with
-    `store`, whose groups are as wide as a tile's activated columns; codes and `keep` exclude each other. Rows of no expert are not written.
+    rows: the tokens [T, H], or with scales of experts the rows [R, H] sorted by expert. Activated rows are in dtype, or
+    in codes with `store`, whose groups are as wide as a tile's activated columns; codes and `keep` exclude each other.
+    Rows of no expert are not written.
     """
     _, columns, hidden = matrix.shape
     num_rows, width = slots.slot_of_row.shape[0], activation.gate_up_parts
@@ -148,8 +164,10 @@ def quantised_up(
         row_tiles = tile_map.expert_of_tile.shape[0]
         scale, zero, factor, *sizes = matrix.arguments()
         _up_kernel[(row_tiles * out_groups,)](
-            rows.values, rows.scale_or(scale), rows.payload_of(matrix, architecture_of(pre.device)), scale, zero, factor,
-            scale if gate_up_bias is None else gate_up_bias.contiguous(), activated, pre, scale if out_scale is None else out_scale,
+            rows.values, rows.scale_or(scale), rows.payload_of(matrix, architecture_of(pre.device)), scale, zero,
+            factor,
+            scale if gate_up_bias is None else gate_up_bias.contiguous(), activated, pre,
+            scale if out_scale is None else out_scale,
             slots.slot_of_row, slots.starts, tile_map.expert_of_tile, tile_map.first_row_of_tile,
             row_tiles, hidden, intermediate, *sizes, rows.groups, out_groups,
             **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.values.element_size()),
@@ -159,11 +177,18 @@ def quantised_up(
             BM=tile.rows, BN=tile.columns, BK=tile.inner, PIECES=1 if store else pieces_of(tile, activation.gated),
             VECTOR=math.gcd(intermediate, 16), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return Rows(values=activated, scale=out_scale, form=None if store is None else store.form, group=activated_columns), pre
+    return Rows(
+        values=activated, scale=out_scale, form=None if store is None else store.form, group=activated_columns
+    ), pre
 
 
 def store_arguments(store: Store | None, dtype: torch.dtype) -> dict[str, Any]:
     """The constexpr arguments of the epilogue."""
     if store is None:
         return {"OUT_FORM": None, "POWER_OF_TWO": False, "MOST": 0.0, "AS": ELEMENTS[dtype]}
-    return {"OUT_FORM": store.form, "POWER_OF_TWO": store.power_of_two, "MOST": MOST[store.dtype], "AS": ELEMENTS[dtype]}
+    return {
+        "OUT_FORM": store.form,
+        "POWER_OF_TWO": store.power_of_two,
+        "MOST": MOST[store.dtype],
+        "AS": ELEMENTS[dtype],
+    }

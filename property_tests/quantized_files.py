@@ -1,7 +1,9 @@
-"""Quantised checkpoints for tests, laid as their formats are documented: numpy alone, number by number, nothing of moe_fn's.
+"""Quantized checkpoints for tests, laid as their formats are documented: numpy alone, number by number, nothing of
+moe_fn's.
 
-Every format makes a matrix from random codes and scales: the tensors of a file by what their names end with, and the floats they stand
-for. `test_quantised_tools` holds the same formats to the tools that write them, where those are installed.
+Every format makes a matrix from random codes and scales: the tensors of a file by what their names end with, and the
+floats they stand for. `test_quantized_tools` holds the same formats to the tools that write them, where those are
+installed.
 """
 
 import json
@@ -89,14 +91,23 @@ def nibbles(codes: np.ndarray) -> np.ndarray:
 
 
 def plain_fp8(
-    tile: Callable[[int, int], tuple[int, int]], names: tuple[str, str, str | None], dtype: torch.dtype = torch.float32, dims: int = 2
+    tile: Callable[[int, int], tuple[int, int]],
+    names: tuple[str, str, str | None],
+    dtype: torch.dtype = torch.float32,
+    dims: int = 2,
 ) -> Callable[[Random, int, int], Matrix]:
-    """fp8 with float scales: names of weight, scale and input scale. A scale has so many dims, its dims of one left out."""
+    """fp8 with float scales: names of weight, scale and input scale.
+
+    A scale has so many dims, its dims of one left out.
+    """
 
     def lay(random: Random, outputs: int, inputs: int) -> Matrix:
         codes, (high, wide) = e4m3_codes(random, outputs, inputs), tile(outputs, inputs)
         scale, floats = scales(random, -(-outputs // high), -(-inputs // wide), dtype=dtype)
-        tensors = {names[0]: fp8(codes), names[1]: scale if dims == 2 else scale.flatten() if dims == 1 else scale.reshape(())}
+        tensors = {
+            names[0]: fp8(codes),
+            names[1]: scale if dims == 2 else scale.flatten() if dims == 1 else scale.reshape(()),
+        }
         if names[2]:
             tensors[names[2]] = torch.full([1] * dims, 0.25)
         return Matrix(tensors, FLOAT_OF_E4M3[codes] * over(floats, (high, wide), codes.shape))
@@ -106,7 +117,10 @@ def plain_fp8(
 
 def blocks_of_powers(random: Random, outputs: int, inputs: int) -> Matrix:
     """fp8 in blocks (32, 16), scales as float8_e8m0fnu."""
-    codes, exponents = e4m3_codes(random, outputs, inputs), random.integers(100, 140, (outputs // 32, inputs // 16)).astype(np.uint8)
+    codes, exponents = (
+        e4m3_codes(random, outputs, inputs),
+        random.integers(100, 140, (outputs // 32, inputs // 16)).astype(np.uint8),
+    )
     powers = np.exp2(exponents.astype(np.float32) - 127)
     tensors = {".weight": fp8(codes), ".weight_scale_inv": torch.from_numpy(exponents).view(torch.float8_e8m0fnu)}
     return Matrix(tensors, FLOAT_OF_E4M3[codes] * over(powers, (32, 16), codes.shape))
@@ -136,30 +150,45 @@ def int_rows(bits: int, zeros: bool) -> Callable[[Random, int, int], Matrix]:
 
 
 def packed(bits: int, group: int | None, zeros: bool) -> Callable[[Random, int, int], Matrix]:
-    """compressed-tensors pack-quantized: codes of inputs in int32, offset by half their range; zero points packed along the outputs."""
+    """compressed-tensors pack-quantized: codes of inputs in int32, offset by half their range; zero points packed along
+    the outputs.
+    """
 
     def lay(random: Random, outputs: int, inputs: int) -> Matrix:
         codes, size = random.integers(0, 2**bits, (outputs, inputs)), group or inputs
         scale, floats = scales(random, outputs, inputs // size, dtype=torch.bfloat16)
         zero = random.integers(0, 2**bits, floats.shape) if zeros else np.full(floats.shape, 2 ** (bits - 1))
         tensors = {
-            ".weight_packed": words_of(codes, bits), ".weight_scale": scale, ".weight_shape": torch.tensor([outputs, inputs]),
+            ".weight_packed": words_of(codes, bits), ".weight_scale": scale,
+            ".weight_shape": torch.tensor([outputs, inputs]),
         }  # fmt: skip
         tensors |= {".weight_zero_point": words_of(zero.T, bits).T.contiguous()} if zeros else {}
         shape = codes.shape
-        return Matrix(tensors, (codes - over(zero, (1, size), shape)).astype(np.float32) * over(floats, (1, size), shape))
+        return Matrix(
+            tensors, (codes - over(zero, (1, size), shape)).astype(np.float32) * over(floats, (1, size), shape)
+        )
 
     return lay
 
 
 def nvfp4(names: tuple[str, str, str, str | None], inverted: bool) -> Callable[[Random, int, int], Matrix]:
-    """names of codes, scale, global scale and input scale; inverted: compressed-tensors' global scales divide. All of one number here."""
+    """names of codes, scale, global scale and input scale; inverted: compressed-tensors' global scales divide.
+
+    All of one number here.
+    """
 
     def lay(random: Random, outputs: int, inputs: int) -> Matrix:
-        codes, scale = random.integers(0, 16, (outputs, inputs)), e4m3_codes(random, outputs, inputs // 16, positive=True)
+        codes, scale = (
+            random.integers(0, 16, (outputs, inputs)),
+            e4m3_codes(random, outputs, inputs // 16, positive=True),
+        )
         above = np.float32(2.0 ** random.integers(-9, -4) if inverted else random.uniform(0.001, 0.1))
         size = np.float32(1 / above if inverted else above)
-        tensors = {names[0]: torch.from_numpy(nibbles(codes)), names[1]: fp8(scale), names[2]: torch.tensor([size] if inverted else size)}
+        tensors = {
+            names[0]: torch.from_numpy(nibbles(codes)),
+            names[1]: fp8(scale),
+            names[2]: torch.tensor([size] if inverted else size),
+        }
         if names[3] is not None:
             tensors[names[3]] = torch.tensor([4.0] if inverted else 0.25)
         return Matrix(tensors, FLOAT_OF_E2M1[codes] * over(FLOAT_OF_E4M3[scale], (1, 16), codes.shape) * above)
@@ -191,13 +220,19 @@ def mx(
 
 
 def gptq(bits: int, group: int | None, symmetric: bool, stored_less: int) -> Callable[[Random, int, int], Matrix]:
-    """[inputs, outputs], codes of inputs in int32; zero points along the outputs, stored less one by the first format."""
+    """[inputs, outputs], codes of inputs in int32; zero points along the outputs, stored less one by the
+    first format.
+    """
 
     def lay(random: Random, outputs: int, inputs: int) -> Matrix:
         size = group or inputs
         codes, middle = random.integers(0, 2**bits, (outputs, inputs)), 2 ** (bits - 1)
         scale, floats = scales(random, inputs // size, outputs, dtype=torch.float16)
-        zero = np.full((inputs // size, outputs), middle) if symmetric else random.integers(0, 2**bits, (inputs // size, outputs))
+        zero = (
+            np.full((inputs // size, outputs), middle)
+            if symmetric
+            else random.integers(0, 2**bits, (inputs // size, outputs))
+        )
         tensors = {
             ".qweight": words_of(codes, bits).T.contiguous(),
             ".qzeros": words_of((zero - stored_less) % 2**bits, bits),
@@ -205,7 +240,9 @@ def gptq(bits: int, group: int | None, symmetric: bool, stored_less: int) -> Cal
             ".g_idx": (torch.arange(inputs) // size).to(torch.int32),
         }
         shape = codes.shape
-        return Matrix(tensors, (codes - over(zero.T, (1, size), shape)).astype(np.float32) * over(floats.T, (1, size), shape))
+        return Matrix(
+            tensors, (codes - over(zero.T, (1, size), shape)).astype(np.float32) * over(floats.T, (1, size), shape)
+        )
 
     return lay
 
@@ -220,7 +257,9 @@ def awq(group: int | None, symmetric: bool) -> Callable[[Random, int, int], Matr
         zero = np.full((inputs // size, outputs), 8) if symmetric else random.integers(0, 16, (inputs // size, outputs))
         tensors = {".qweight": words_of(codes.T, 4, order), ".qzeros": words_of(zero, 4, order), ".scales": scale}
         shape = codes.shape
-        return Matrix(tensors, (codes - over(zero.T, (1, size), shape)).astype(np.float32) * over(floats.T, (1, size), shape))
+        return Matrix(
+            tensors, (codes - over(zero.T, (1, size), shape)).astype(np.float32) * over(floats.T, (1, size), shape)
+        )
 
     return lay
 
@@ -246,7 +285,14 @@ TOKENS = {"fp8_e4m3": kind("float", 8, "token", dynamic=True), "int8": kind("int
 CT_FP8 = (".weight", ".weight_scale", None)
 INVERSE = (".weight", ".weight_scale_inv", None)
 GPTQ_WORDS = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
-AWQ_WORDS = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["gate"]}
+AWQ_WORDS = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 32,
+    "zero_point": True,
+    "version": "gemm",
+    "modules_to_not_convert": ["gate"],
+}
 MODELOPT = {"producer": {"name": "modelopt"}, "quant_method": "modelopt", "ignore": ["lm_head", "*.mlp.gate"]}
 STATIC = inputs_of("fp8_e4m3", "tensor", static=True)
 
@@ -272,10 +318,12 @@ FORMATS: dict[str, Format] = {
     ),
     "ct fp8 block": Format(
         compressed(
-            "float-quantized", kind("float", 8, "block", block_structure=[16, 32]), kind("float", 8, "group", group_size=32, dynamic=True),
+            "float-quantized", kind("float", 8, "block", block_structure=[16, 32]),
+            kind("float", 8, "group", group_size=32, dynamic=True),
         ),
         QuantConfig(
-            scheme="fp8_e4m3", granularity="block", block_shape=(16, 32), activations=inputs_of("fp8_e4m3", "group", group_size=32),
+            scheme="fp8_e4m3", granularity="block", block_shape=(16, 32),
+            activations=inputs_of("fp8_e4m3", "group", group_size=32),
         ),
         plain_fp8(lambda n, k: (16, 32), CT_FP8),
     ),
@@ -285,22 +333,27 @@ FORMATS: dict[str, Format] = {
     ),
     "ct int8 zeros": Format(
         compressed("int-quantized", kind("int", 8, "channel", symmetric=False), TOKENS["int8"]),
-        QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=inputs_of("int8", "token")), int_rows(8, True),
+        QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=inputs_of("int8", "token")),
+        int_rows(8, True),
     ),
-    "ct w4a16": Format(compressed("pack-quantized", kind("int", 4, "group", group_size=32)), group("int4", 32), packed(4, 32, False)),
+    "ct w4a16": Format(compressed("pack-quantized", kind("int", 4, "group", group_size=32)), group("int4", 32),
+    packed(4, 32, False)),
     "ct int4": Format(
         compressed("int-quantized", kind("int", 4, "channel"), TOKENS["fp8_e4m3"]),
-        QuantConfig(scheme="int4", granularity="channel", activations=inputs_of("fp8_e4m3", "token")), int_rows(4, False),
+        QuantConfig(scheme="int4", granularity="channel", activations=inputs_of("fp8_e4m3", "token")),
+        int_rows(4, False),
     ),
     "ct int4 zeros": Format(
         compressed("naive-quantized", kind("int", 4, "channel", symmetric=False)),
         QuantConfig(scheme="int4", granularity="channel", zero_points=True), int_rows(4, True),
     ),
     "ct int8 naive": Format(
-        compressed("naive-quantized", kind("int", 8, "channel")), QuantConfig(scheme="int8", granularity="channel"), int_rows(8, False),
+        compressed("naive-quantized", kind("int", 8, "channel")), QuantConfig(scheme="int8", granularity="channel"),
+        int_rows(8, False),
     ),
     "ct w4a16 zeros": Format(
-        compressed("pack-quantized", kind("int", 4, "group", group_size=32, symmetric=False)), group("int4", 32, zero_points=True),
+        compressed("pack-quantized", kind("int", 4, "group", group_size=32, symmetric=False)),
+        group("int4", 32, zero_points=True),
         packed(4, 32, True),
     ),
     "ct w4a16 channel": Format(
@@ -311,9 +364,11 @@ FORMATS: dict[str, Format] = {
         compressed("pack-quantized", kind("int", 4, "group", group_size=32), TOKENS["int8"]),
         group("int4", 32, activations=inputs_of("int8", "token")), packed(4, 32, False),
     ),
-    "ct w8a16": Format(compressed("pack-quantized", kind("int", 8, "group", group_size=16)), group("int8", 16), packed(8, 16, False)),
+    "ct w8a16": Format(compressed("pack-quantized", kind("int", 8, "group", group_size=16)), group("int8", 16),
+    packed(8, 16, False)),
     "ct w8a16 zeros": Format(
-        compressed("pack-quantized", kind("int", 8, "group", group_size=16, symmetric=False)), group("int8", 16, zero_points=True),
+        compressed("pack-quantized", kind("int", 8, "group", group_size=16, symmetric=False)),
+        group("int8", 16, zero_points=True),
         packed(8, 16, True),
     ),
     "ct nvfp4a16": Format(
@@ -329,7 +384,8 @@ FORMATS: dict[str, Format] = {
         nvfp4((".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale"), True),
     ),
     "ct mxfp4": Format(
-        compressed("mxfp4-pack-quantized", kind("float", 4, "group", group_size=32, scale_dtype="torch.uint8")), group("mxfp4", 32),
+        compressed("mxfp4-pack-quantized", kind("float", 4, "group", group_size=32, scale_dtype="torch.uint8")),
+        group("mxfp4", 32),
         mx((".weight_packed", ".weight_scale"), 4),
     ),
     "ct mxfp8": Format(
@@ -342,7 +398,8 @@ FORMATS: dict[str, Format] = {
     "deepseek": Format(
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 16]},
         QuantConfig(
-            scheme="fp8_e4m3", granularity="block", block_shape=(32, 16), activations=inputs_of("fp8_e4m3", "group", group_size=16),
+            scheme="fp8_e4m3", granularity="block", block_shape=(32, 16),
+            activations=inputs_of("fp8_e4m3", "group", group_size=16),
         ),
         plain_fp8(lambda n, k: (32, 16), INVERSE),
     ),
@@ -364,7 +421,8 @@ FORMATS: dict[str, Format] = {
     ),
     "autofp8": Format(
         {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]},
-        QuantConfig(scheme="fp8_e4m3", granularity="tensor", activations=STATIC), plain_fp8(whole, (*CT_FP8[:2], ".input_scale"), dims=0),
+        QuantConfig(scheme="fp8_e4m3", granularity="tensor", activations=STATIC),
+        plain_fp8(whole, (*CT_FP8[:2], ".input_scale"), dims=0),
     ),
     "transformers mxfp8": Format(
         {"quant_method": "mxfp8"}, group("mxfp8", 32, activations=inputs_of("mxfp8", "group", group_size=32)),
@@ -373,21 +431,27 @@ FORMATS: dict[str, Format] = {
     "gptq": Format(GPTQ_WORDS, group("int4", 32), gptq(4, 32, True, 1)),
     "gptq zeros": Format(GPTQ_WORDS | {"sym": False}, group("int4", 32, zero_points=True), gptq(4, 32, False, 1)),
     "gptq v2": Format(
-        GPTQ_WORDS | {"sym": False, "checkpoint_format": "gptq_v2"}, group("int4", 32, zero_points=True), gptq(4, 32, False, 0),
+        GPTQ_WORDS | {"sym": False, "checkpoint_format": "gptq_v2"}, group("int4", 32, zero_points=True),
+        gptq(4, 32, False, 0),
     ),
     "gptq v2 symmetric": Format(GPTQ_WORDS | {"checkpoint_format": "gptq_v2"}, group("int4", 32), gptq(4, 32, True, 0)),
-    "gptq v2 8 bits": Format(GPTQ_WORDS | {"bits": 8, "checkpoint_format": "gptq_v2"}, group("int8", 32), gptq(8, 32, True, 0)),
+    "gptq v2 8 bits": Format(GPTQ_WORDS | {"bits": 8, "checkpoint_format": "gptq_v2"}, group("int8", 32),
+    gptq(8, 32, True, 0)),
     "gptq v2 8 bits zeros": Format(
-        GPTQ_WORDS | {"bits": 8, "sym": False, "checkpoint_format": "gptq_v2"}, group("int8", 32, zero_points=True), gptq(8, 32, False, 0),
+        GPTQ_WORDS | {"bits": 8, "sym": False, "checkpoint_format": "gptq_v2"}, group("int8", 32, zero_points=True),
+        gptq(8, 32, False, 0),
     ),
     "gptq 8 bits": Format(GPTQ_WORDS | {"bits": 8}, group("int8", 32), gptq(8, 32, True, 1)),
-    "gptq 8 bits zeros": Format(GPTQ_WORDS | {"bits": 8, "sym": False}, group("int8", 32, zero_points=True), gptq(8, 32, False, 1)),
+    "gptq 8 bits zeros": Format(GPTQ_WORDS | {"bits": 8, "sym": False}, group("int8", 32, zero_points=True),
+    gptq(8, 32, False, 1)),
     "gptq channel": Format(
-        GPTQ_WORDS | {"sym": False, "group_size": -1}, QuantConfig(scheme="int4", granularity="channel", zero_points=True),
+        GPTQ_WORDS | {"sym": False, "group_size": -1}, QuantConfig(scheme="int4", granularity="channel",
+        zero_points=True),
         gptq(4, None, False, 1),
     ),
     "awq channel": Format(
-        AWQ_WORDS | {"group_size": -1}, QuantConfig(scheme="int4", granularity="channel", zero_points=True), awq(None, False),
+        AWQ_WORDS | {"group_size": -1}, QuantConfig(scheme="int4", granularity="channel", zero_points=True),
+        awq(None, False),
     ),
     "awq": Format(AWQ_WORDS, group("int4", 32, zero_points=True), awq(32, False)),
     "awq symmetric": Format(AWQ_WORDS | {"zero_point": False}, group("int4", 32), awq(32, True)),
@@ -397,25 +461,29 @@ FORMATS: dict[str, Format] = {
     ),
     "modelopt fp8 channel": Format(
         {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "exclude_modules": ["lm_head"]},
-        QuantConfig(scheme="fp8_e4m3", granularity="channel", activations=inputs_of("fp8_e4m3", "token")), plain_fp8(row, CT_FP8, dims=1),
+        QuantConfig(scheme="fp8_e4m3", granularity="channel", activations=inputs_of("fp8_e4m3", "token")),
+        plain_fp8(row, CT_FP8, dims=1),
         hf_quant_config=True,
     ),
     "modelopt nvfp4": Format(
-        {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head", "model.layers.0*"]},
+        {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16,
+        "exclude_modules": ["lm_head", "model.layers.0*"]},
         group("nvfp4", 16, activations=inputs_of("nvfp4", "group", group_size=16, static=True)),
         nvfp4((".weight", ".weight_scale", ".weight_scale_2", ".input_scale"), False), hf_quant_config=True,
     ),
     "modelopt mixed": Format(
         {
             "quant_algo": "MIXED_PRECISION", "quantized_layers": {
-                "model.layers.1.self_attn.q_proj": {"quant_algo": "FP8"}, "model.layers.1.mlp": {"quant_algo": "NVFP4", "group_size": 16},
+                "model.layers.1.self_attn.q_proj": {"quant_algo": "FP8"},
+                "model.layers.1.mlp": {"quant_algo": "NVFP4", "group_size": 16},
             },
         },
         group("nvfp4", 16, activations=inputs_of("nvfp4", "group", group_size=16, static=True)),
         nvfp4((".weight", ".weight_scale", ".weight_scale_2", ".input_scale"), False), hf_quant_config=True,
     ),
     "modelopt nvfp4a16": Format(
-        MODELOPT | {"quant_algo": "W4A16_NVFP4"}, group("nvfp4", 16), nvfp4((".weight", ".weight_scale", ".weight_scale_2", None), False),
+        MODELOPT | {"quant_algo": "W4A16_NVFP4"}, group("nvfp4", 16),
+        nvfp4((".weight", ".weight_scale", ".weight_scale_2", None), False),
     ),
     "modelopt mxfp8": Format(
         MODELOPT | {"quant_algo": "MXFP8"}, group("mxfp8", 32, activations=inputs_of("mxfp8", "group", group_size=32)),
@@ -425,8 +493,10 @@ FORMATS: dict[str, Format] = {
 
 PREFIX = "model.layers.1.mlp"
 WORDS = {
-    "model_type": "deepseek_v3", "n_routed_experts": E, "num_experts_per_tok": 1, "hidden_size": X, "moe_intermediate_size": WIDTH,
-    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "dtype": "float32",
+    "model_type": "deepseek_v3", "n_routed_experts": E, "num_experts_per_tok": 1, "hidden_size": X,
+    "moe_intermediate_size": WIDTH,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+    "dtype": "float32",
 }  # fmt: skip
 SIZES = {"gate_proj": (WIDTH, X), "up_proj": (WIDTH, X), "down_proj": (X, WIDTH)}
 
@@ -442,12 +512,16 @@ class Written:
 
 
 def write(folder: Path, made: Format, seed: int = 0, shards: int = 1, **changes: Any) -> Written:
-    """A DeepSeek-V3 of one layer, its experts and shared ones quantised."""
+    """A DeepSeek-V3 of one layer, its experts and shared ones quantized."""
     random = np.random.default_rng(seed)
     modules = {f"experts.{e}.{name}": made.lay(random, *size) for e in range(E) for name, size in SIZES.items()}
     modules |= {f"shared_experts.{name}": made.lay(random, *size) for name, size in SIZES.items()}
-    tensors = {f"{PREFIX}.{module}{suffix}": t for module, matrix in modules.items() for suffix, t in matrix.tensors.items()}
-    tensors[f"{PREFIX}.gate.weight"] = torch.from_numpy(random.standard_normal((E, WORDS["hidden_size"])).astype(np.float32))
+    tensors = {
+        f"{PREFIX}.{module}{suffix}": t for module, matrix in modules.items() for suffix, t in matrix.tensors.items()
+    }
+    tensors[f"{PREFIX}.gate.weight"] = torch.from_numpy(
+        random.standard_normal((E, WORDS["hidden_size"])).astype(np.float32)
+    )
     tensors[f"{PREFIX}.gate.e_score_correction_bias"] = torch.zeros(E)
     save(folder, tensors, shards)
     save_words(folder, made, **changes)
@@ -483,4 +557,6 @@ def save_words(folder: Path, made: Format, **changes: Any) -> None:
     words = WORDS if made.hf_quant_config else WORDS | {"quantization_config": quant}
     (folder / "config.json").write_text(json.dumps(words))
     if made.hf_quant_config:
-        (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": quant}))
+        (folder / "hf_quant_config.json").write_text(
+            json.dumps({"producer": {"name": "modelopt"}, "quantization": quant})
+        )

@@ -1,4 +1,6 @@
-"""Quantised checkpoints: every format, number by number, as it is documented; slices of ranks; what is contradictory or not known."""
+"""Quantized checkpoints: every format, number by number, as it is documented; slices of ranks; what is contradictory or
+not known.
+"""
 
 import contextlib
 import dataclasses
@@ -12,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quantised_files
+import quantized_files
 import torch
 from checkpoints import same_bits
-from quantised_files import FORMATS, PREFIX, WIDTH, WORDS, E, Written, X, group, mx, plain_fp8, save, save_words, write
+from quantized_files import FORMATS, PREFIX, WIDTH, WORDS, E, Written, X, group, mx, plain_fp8, save, save_words, write
 
 from moe_fn import (
     MoEConfig,
@@ -39,8 +41,13 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
 
 def decoded(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     """The floats of a layer's weights, or of a rank's slices of them, which are a smaller layer's."""
-    experts, inner = weights.gate_up.shape[0], weights.down.shape[2] * (1 if config.quant is None else config.quant.per_byte)
-    own = dataclasses.replace(config, num_experts=experts, intermediate_size=inner, top_k=1, router=RouterConfig(), parallel=None)
+    experts, inner = (
+        weights.gate_up.shape[0],
+        weights.down.shape[2] * (1 if config.quant is None else config.quant.per_byte),
+    )
+    own = dataclasses.replace(
+        config, num_experts=experts, intermediate_size=inner, top_k=1, router=RouterConfig(), parallel=None
+    )
     return dequantize_weights(own, weights)[1]
 
 
@@ -53,7 +60,9 @@ def test_a_format_is_read_number_by_number(name: str, tmp_path: Path) -> None:
     floats = decoded(config, weights)
     assert torch.equal(floats.gate_up, written.gate_up) and torch.equal(floats.down, written.down)
     assert weights.shared is not None
-    assert torch.equal(weights.shared.gate_up, written.shared_gate_up) and torch.equal(weights.shared.down, written.shared_down)
+    assert torch.equal(weights.shared.gate_up, written.shared_gate_up) and torch.equal(
+        weights.shared.down, written.shared_down
+    )
     if config.quant is not None and config.quant.activations is not None and config.quant.activations.static:
         assert weights.quant is not None
         assert torch.equal(weights.quant.gate_up_input_scale, torch.full((E,), 0.25))  # type: ignore[arg-type]
@@ -64,9 +73,16 @@ def test_a_format_is_read_number_by_number(name: str, tmp_path: Path) -> None:
 
 def test_every_stored_format_is_read_by_a_test() -> None:
     """Beside those here: DeepSeek-V4's experts (`test_checkpoint_published`) and gpt-oss'."""
-    found = [method_of({"quant_method": "modelopt", **made.words}, f"{PREFIX}.experts.0.up_proj", True) for made in FORMATS.values()]
+    found = [
+        method_of({"quant_method": "modelopt", **made.words}, f"{PREFIX}.experts.0.up_proj", True)
+        for made in FORMATS.values()
+    ]
     assert {method.stored for method in found if method is not None} | {"fp4", "mxfp4 blocks"} == set(formats.FORMATS)
-    layouts = {(made.words.get("format"), method.quant.scheme) for made, method in zip(FORMATS.values(), found, strict=True) if method}
+    layouts = {
+        (made.words.get("format"), method.quant.scheme)
+        for made, method in zip(FORMATS.values(), found, strict=True)
+        if method
+    }
     assert set(compressed_tensors._FORMATS) <= layouts
 
 
@@ -85,13 +101,22 @@ def test_writers_have_several_names_for_a_tensor(name: str, row: str, tmp_path: 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_slices_of_a_rank_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
-    """Experts in any order, repeats allowed; a third of the intermediates. Blocks that do not divide it are refused in words."""
+    """Experts in any order, repeats allowed; a third of the intermediates.
+
+    Blocks that do not divide it are refused in words.
+    """
     written = write(tmp_path, FORMATS[name], shards=3)
     config, whole = load_moe_layer(tmp_path, 1)
     experts, start, stop = (2, 0, 2), WIDTH // 3, 2 * WIDTH // 3
-    cut: dict[str, Any] = {"experts": experts, "intermediate": slice(start, stop), "shared_intermediate": slice(start, stop)}
+    cut: dict[str, Any] = {
+        "experts": experts,
+        "intermediate": slice(start, stop),
+        "shared_intermediate": slice(start, stop),
+    }
     if name == "deepseek, ragged":
-        with pytest.raises(ValueError, match=r"intermediate is 32..64; expected multiples of (40|48), which share a scale or a byte"):
+        with pytest.raises(
+            ValueError, match=r"intermediate is 32..64; expected multiples of (40|48), which share a scale or a byte"
+        ):
             load_moe_weights(tmp_path, PREFIX, config, **cut)
         cut = {"experts": experts}
         start, stop = 0, WIDTH
@@ -112,7 +137,9 @@ CUTS = ((0, 1), (3, 8), (2, 12), (16, 40), (7, 95), (20, 96), (40, 80), (48, 96)
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_slices_end_where_tiles_do_or_are_refused(name: str, tmp_path: Path) -> None:
-    """Inside a word of the file, at the ragged end, inside a tile, where experts, which stay codes, refuse and shared ones do not."""
+    """Inside a word of the file, at the ragged end, inside a tile, where experts, which stay codes, refuse and shared
+    ones do not.
+    """
     written = write(tmp_path, FORMATS[name])
     config, _ = load_moe_layer(tmp_path, 1)
     assert config.quant is not None
@@ -125,10 +152,14 @@ def test_slices_end_where_tiles_do_or_are_refused(name: str, tmp_path: Path) -> 
         else:
             refused += 1
             with pytest.raises(
-                ValueError, match=rf"intermediate is {start}..{stop}; expected multiples of \d+, which share a scale or a byte"
+                ValueError,
+                match=rf"intermediate is {start}..{stop}; expected multiples of \d+, which share a scale or a byte",
             ):
                 load_moe_weights(tmp_path, PREFIX, config, intermediate=slice(start, stop))
-        mine, rows = load_moe_weights(tmp_path, PREFIX, config, **cut), [*range(start, stop), *range(WIDTH + start, WIDTH + stop)]
+        mine, rows = (
+            load_moe_weights(tmp_path, PREFIX, config, **cut),
+            [*range(start, stop), *range(WIDTH + start, WIDTH + stop)],
+        )
         assert mine.shared is not None
         assert torch.equal(mine.shared.gate_up, written.shared_gate_up[rows]), (start, stop)
         assert torch.equal(mine.shared.down, written.shared_down[:, start:stop]), (start, stop)
@@ -140,12 +171,17 @@ def test_slices_end_where_tiles_do_or_are_refused(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_quantised_part_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
-    """By config.parallel, as shard_weights cuts codes, scales and decoded floats; where it cannot, the config is refused."""
+def test_a_quantized_part_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
+    """By config.parallel, as shard_weights cuts codes, scales and decoded floats; where it cannot, the config is
+    refused.
+    """
     write(tmp_path, FORMATS[name], shards=2)
     _, whole = load_moe_layer(tmp_path, 1)
     for tp, ep in ((2, 1), (4, 1), (3, 2)):
-        groups = {"tp": RankGroup(name="0", size=tp, rank=tp - 1), "ep": RankGroup(name="1", size=ep, rank=0) if ep > 1 else None}
+        groups = {
+            "tp": RankGroup(name="0", size=tp, rank=tp - 1),
+            "ep": RankGroup(name="1", size=ep, rank=0) if ep > 1 else None,
+        }
         try:
             config, mine = load_moe_layer(tmp_path, 1, parallel=ParallelConfig(**groups))
         except ValueError as error:
@@ -161,27 +197,40 @@ def test_bytes_are_cut_where_words_are_not(tmp_path: Path) -> None:
     config, _ = load_moe_layer(tmp_path, 1)
     mine = load_moe_weights(tmp_path, PREFIX, config, intermediate=slice(16, 48), shared_intermediate=slice(16, 48))
     assert torch.equal(decoded(config, mine).down, written.down[:, :, 16:48])
-    for name, columns in (("ct fp8 channel", slice(3, 8)), ("ct w4a16 channel", slice(2, 12)), ("ct fp8 tensor", slice(5, 6))):
+    for name, columns in (
+        ("ct fp8 channel", slice(3, 8)),
+        ("ct w4a16 channel", slice(2, 12)),
+        ("ct fp8 tensor", slice(5, 6)),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         written = write(folder, FORMATS[name])
         config, _ = load_moe_layer(folder, 1)
         mine = load_moe_weights(folder, PREFIX, config, intermediate=columns)
         assert torch.equal(decoded(config, mine).down, written.down[:, :, columns])
-    with pytest.raises(ValueError, match=r"intermediate is 3..8; expected multiples of 2, which share a scale or a byte"):
+    with pytest.raises(
+        ValueError, match=r"intermediate is 3..8; expected multiples of 2, which share a scale or a byte"
+    ):
         load_moe_weights(
-            tmp_path / "ct w4a16 channel", PREFIX, load_moe_layer(tmp_path / "ct w4a16 channel", 1)[0], intermediate=slice(3, 8)
+            tmp_path / "ct w4a16 channel",
+            PREFIX,
+            load_moe_layer(tmp_path / "ct w4a16 channel", 1)[0],
+            intermediate=slice(3, 8),
         )
 
 
 def test_gates_and_ups_keep_their_own_scales(tmp_path: Path) -> None:
-    """Codes and scales are those of the file, bit for bit; nothing is quantised anew."""
+    """Codes and scales are those of the file, bit for bit; nothing is quantized anew."""
     write(tmp_path, FORMATS["modelopt nvfp4"])
     _, weights = load_moe_layer(tmp_path, 1)
     from safetensors.torch import load_file
 
     file = load_file(tmp_path / "model.safetensors")
-    assert weights.quant is not None and weights.quant.gate_up_scale is not None and weights.quant.gate_up_global_scale is not None
+    assert (
+        weights.quant is not None
+        and weights.quant.gate_up_scale is not None
+        and weights.quant.gate_up_global_scale is not None
+    )
     for half, name in enumerate(("gate_proj", "up_proj")):
         module, rows = f"{PREFIX}.experts.1.{name}", slice(half * WIDTH, (half + 1) * WIDTH)
         assert torch.equal(weights.gate_up[1, rows], file[f"{module}.weight"])
@@ -191,7 +240,7 @@ def test_gates_and_ups_keep_their_own_scales(tmp_path: Path) -> None:
     assert weights.quant.gate_up_global_scale[1, 0, 0] != weights.quant.gate_up_global_scale[2, 0, 0]
 
 
-def test_a_quantised_layer_computes_what_its_floats_do(tmp_path: Path) -> None:
+def test_a_quantized_layer_computes_what_its_floats_do(tmp_path: Path) -> None:
     write(tmp_path, FORMATS["ct w4a16 zeros"])
     config, weights = load_moe_layer(tmp_path, 1)
     x = torch.randn(5, config.hidden_size)
@@ -200,8 +249,10 @@ def test_a_quantised_layer_computes_what_its_floats_do(tmp_path: Path) -> None:
 
 
 GPT_OSS = {
-    "model_type": "gpt_oss", "num_local_experts": E, "num_experts_per_tok": 1, "hidden_size": X, "intermediate_size": WIDTH,
-    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router", "lm_head"]},
+    "model_type": "gpt_oss", "num_local_experts": E, "num_experts_per_tok": 1, "hidden_size": X,
+    "intermediate_size": WIDTH,
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router",
+    "lm_head"]},
 }  # fmt: skip
 
 
@@ -210,20 +261,29 @@ def test_gpt_oss_is_read_number_by_number(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     lay = mx(("_blocks", "_scales"), 4, blocks=True)
     matrices = {
-        name: [lay(random, *size) for _ in range(E)] for name, size in (("gate_up_proj", (2 * WIDTH, X)), ("down_proj", (X, WIDTH)))
+        name: [lay(random, *size) for _ in range(E)]
+        for name, size in (("gate_up_proj", (2 * WIDTH, X)), ("down_proj", (X, WIDTH)))
     }
     tensors = {
         f"{PREFIX}.experts.{name}{suffix}": torch.stack([matrix.tensors[suffix] for matrix in found])
         for name, found in matrices.items()
         for suffix in ("_blocks", "_scales")
     }
-    tensors |= {f"{PREFIX}.experts.gate_up_proj_bias": torch.randn(E, 2 * WIDTH), f"{PREFIX}.experts.down_proj_bias": torch.randn(E, X)}
+    tensors |= {
+        f"{PREFIX}.experts.gate_up_proj_bias": torch.randn(E, 2 * WIDTH),
+        f"{PREFIX}.experts.down_proj_bias": torch.randn(E, X),
+    }
     tensors |= {f"{PREFIX}.router.weight": torch.randn(E, X), f"{PREFIX}.router.bias": torch.randn(E)}
     save(tmp_path, tensors)
     (tmp_path / "config.json").write_text(json.dumps(GPT_OSS))
     config, weights = load_moe_layer(tmp_path, 1)
-    assert config.quant == QuantConfig(scheme="mxfp4", granularity="group", group_size=32) and config.gate_up_layout == "interleaved"
-    expected = {name: torch.stack([torch.from_numpy(matrix.floats) for matrix in found]) for name, found in matrices.items()}
+    assert (
+        config.quant == QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
+        and config.gate_up_layout == "interleaved"
+    )
+    expected = {
+        name: torch.stack([torch.from_numpy(matrix.floats) for matrix in found]) for name, found in matrices.items()
+    }
     floats = decoded(config, weights)
     assert torch.equal(floats.gate_up, expected["gate_up_proj"]) and torch.equal(floats.down, expected["down_proj"])
     part = load_moe_weights(tmp_path, PREFIX, config, experts=(2,), intermediate=slice(32, 64))
@@ -232,25 +292,30 @@ def test_gpt_oss_is_read_number_by_number(tmp_path: Path) -> None:
     packed_config = dataclasses.replace(config, gate_up_layout="packed")
     whole = load_moe_weights(tmp_path, PREFIX, packed_config)
     assert torch.equal(
-        decoded(packed_config, whole).gate_up, expected["gate_up_proj"].unflatten(1, (WIDTH, 2)).transpose(1, 2).flatten(1, 2)
+        decoded(packed_config, whole).gate_up,
+        expected["gate_up_proj"].unflatten(1, (WIDTH, 2)).transpose(1, 2).flatten(1, 2),
     )
 
 
 APART: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "granite": (
-        {"model_type": "granitemoehybrid", "num_local_experts": E, "num_experts_per_tok": 1, "hidden_size": X, "intermediate_size": WIDTH},
+        {"model_type": "granitemoehybrid", "num_local_experts": E, "num_experts_per_tok": 1, "hidden_size": X,
+        "intermediate_size": WIDTH},
         "model.layers.1.block_sparse_moe", "experts", {"router.layer.weight": torch.ones(E, X)},
     ),
     **{
         f"gemma-4, {experts}": (
             {"model_type": "gemma4", "text_config": {
-                "model_type": "gemma4_text", "num_experts": E, "top_k_experts": 1, "hidden_size": X, "moe_intermediate_size": WIDTH,
+                "model_type": "gemma4_text", "num_experts": E, "top_k_experts": 1, "hidden_size": X,
+                "moe_intermediate_size": WIDTH,
                 "enable_moe_block": True, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
             }},
             "model.language_model.layers.1", experts,
             {
-                "router.proj.weight": torch.ones(E, X), "router.scale": torch.ones(X), "router.per_expert_scale": torch.ones(E),
-                "pre_feedforward_layernorm_2.weight": torch.ones(X), "post_feedforward_layernorm_2.weight": torch.ones(X),
+                "router.proj.weight": torch.ones(E, X), "router.scale": torch.ones(X),
+                "router.per_expert_scale": torch.ones(E),
+                "pre_feedforward_layernorm_2.weight": torch.ones(X),
+                "post_feedforward_layernorm_2.weight": torch.ones(X),
                 "self_attn.q_proj.weight": torch.ones(X, X),
             },
         )
@@ -266,7 +331,11 @@ def test_experts_that_tools_took_apart_are_read(case: str, method: str, tmp_path
     random, made = np.random.default_rng(0), FORMATS[method]
     sizes = {"gate_proj": (WIDTH, X), "up_proj": (WIDTH, X), "down_proj": (X, WIDTH)}
     found = {(e, name): made.lay(random, *size) for e in range(E) for name, size in sizes.items()}
-    coded = {f"{prefix}.{experts}.{e}.{name}{end}": t for (e, name), matrix in found.items() for end, t in matrix.tensors.items()}
+    coded = {
+        f"{prefix}.{experts}.{e}.{name}{end}": t
+        for (e, name), matrix in found.items()
+        for end, t in matrix.tensors.items()
+    }
     save(tmp_path, {f"{prefix}.{name}": t for name, t in tensors.items()} | coded)
     save_words(tmp_path, made)
     quant = {} if made.hf_quant_config else {"quantization_config": made.words}
@@ -276,7 +345,10 @@ def test_experts_that_tools_took_apart_are_read(case: str, method: str, tmp_path
     floats = decoded(config, weights)
     down = [torch.from_numpy(found[e, "down_proj"].floats.astype(np.float32)) for e in range(E)]
     halves = [
-        torch.from_numpy(np.concatenate([found[e, f"{half}_proj"].floats for half in ("gate", "up")]).astype(np.float32)) for e in range(E)
+        torch.from_numpy(
+            np.concatenate([found[e, f"{half}_proj"].floats for half in ("gate", "up")]).astype(np.float32)
+        )
+        for e in range(E)
     ]
     assert torch.equal(floats.down, torch.stack(down)) and torch.equal(floats.gate_up, torch.stack(halves))
 
@@ -285,8 +357,16 @@ def test_deepseek_v4_has_experts_in_four_bits(tmp_path: Path) -> None:
     """Experts in fp4, all else in fp8, with scales that are powers of two, as bytes; `.scale` for weight_scale_inv."""
     random, prefix = np.random.default_rng(0), "layers.1.ffn"
     fp4 = mx((".weight", ".scale"), 4, e8m0=True, signed=True)
-    made = {(e, name): fp4(random, *size) for e in range(E) for name, size in (("w1", (WIDTH, X)), ("w2", (X, WIDTH)), ("w3", (WIDTH, X)))}
-    tensors = {f"{prefix}.experts.{e}.{name}{suffix}": t for (e, name), matrix in made.items() for suffix, t in matrix.tensors.items()}
+    made = {
+        (e, name): fp4(random, *size)
+        for e in range(E)
+        for name, size in (("w1", (WIDTH, X)), ("w2", (X, WIDTH)), ("w3", (WIDTH, X)))
+    }
+    tensors = {
+        f"{prefix}.experts.{e}.{name}{suffix}": t
+        for (e, name), matrix in made.items()
+        for suffix, t in matrix.tensors.items()
+    }
     tensors[f"{prefix}.gate.weight"] = torch.randn(E, X)
     save(tmp_path, tensors)
     words = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0", "expert_dtype": "fp4"}
@@ -298,10 +378,15 @@ def test_deepseek_v4_has_experts_in_four_bits(tmp_path: Path) -> None:
 
 
 def test_fused_fp8_experts(tmp_path: Path) -> None:
-    """What transformers saves of families that keep all experts in one tensor; scales may be powers of two, as bytes."""
+    """What transformers saves of families that keep all experts in one tensor; scales may be powers of two,
+    as bytes.
+    """
     random, prefix = np.random.default_rng(0), "model.layers.1.mlp"
     lay = plain_fp8(lambda n, k: (32, 16), ("", "_scale_inv", None))
-    made = {name: [lay(random, *size) for _ in range(E)] for name, size in (("gate_up_proj", (2 * WIDTH, X)), ("down_proj", (X, WIDTH)))}
+    made = {
+        name: [lay(random, *size) for _ in range(E)]
+        for name, size in (("gate_up_proj", (2 * WIDTH, X)), ("down_proj", (X, WIDTH)))
+    }
     tensors = {
         f"{prefix}.experts.{name}{suffix}": torch.stack([m.tensors[suffix] for m in found])
         for name, found in made.items()
@@ -310,7 +395,8 @@ def test_fused_fp8_experts(tmp_path: Path) -> None:
     save(tmp_path, tensors | {f"{prefix}.gate.weight": torch.randn(E, X)})
     words = {"quant_method": "fp8", "weight_block_size": [32, 16]}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "quantization_config": words}))
-    quant = dataclasses.replace(FORMATS["deepseek"].quant, activations=None)  # what inputs are rounded to is the caller's choice
+    # what inputs are rounded to is the caller's choice
+    quant = dataclasses.replace(FORMATS["deepseek"].quant, activations=None)
     config = MoEConfig(num_experts=E, top_k=1, hidden_size=X, intermediate_size=WIDTH, quant=quant)
     floats = decoded(config, load_moe_weights(tmp_path, prefix, config))
     assert torch.equal(floats.gate_up, torch.stack([torch.from_numpy(m.floats) for m in made["gate_up_proj"]]))
@@ -340,18 +426,24 @@ def plain(folder: Path) -> Written:
 
 LISTS: dict[str, tuple[str, dict[str, Any]]] = {
     "regular expression": ("ct w4a16", {"ignore": ["lm_head", r"re:model\.layers\.1\..*"]}),
-    "names": ("ct w4a16", {"ignore": [f"{PREFIX}.experts.{e}.{name}_proj" for e in range(E) for name in ("gate", "up", "down")]}),
+    "names": (
+        "ct w4a16",
+        {"ignore": [f"{PREFIX}.experts.{e}.{name}_proj" for e in range(E) for name in ("gate", "up", "down")]},
+    ),
     "a parent": ("deepseek", {"modules_to_not_convert": ["lm_head", PREFIX]}),
     "a part": ("awq", {"modules_to_not_convert": ["mlp"]}),
     "transformers' patterns": ("deepseek", {"modules_to_not_convert": [r"model\.layers\.\d+\.mlp"]}),
     "a glob": ("modelopt fp8", {"ignore": ["model.layers.1*"]}),
-    "no target": ("ct w4a16", {"config_groups": {"group_0": {"targets": [r"re:.*self_attn.*"], "weights": {"num_bits": 4}}}}),
+    "no target": (
+        "ct w4a16",
+        {"config_groups": {"group_0": {"targets": [r"re:.*self_attn.*"], "weights": {"num_bits": 4}}}},
+    ),
     "GPTQModel's exceptions": ("gptq", {"dynamic": {r"-:.*\.mlp\..*": {}}}),
 }
 
 
 @pytest.mark.parametrize("case", LISTS)
-def test_layers_that_are_left_out_are_not_quantised(case: str, tmp_path: Path) -> None:
+def test_layers_that_are_left_out_are_not_quantized(case: str, tmp_path: Path) -> None:
     name, changes = LISTS[case]
     expected = plain(tmp_path)
     save_words(tmp_path, FORMATS[name], **changes)
@@ -381,24 +473,31 @@ def test_codes_are_codes_whatever_a_list_says(case: str, tmp_path: Path) -> None
         load_moe_layer(tmp_path, 1)
 
 
-def test_a_layer_is_quantised_as_a_whole(tmp_path: Path) -> None:
+def test_a_layer_is_quantized_as_a_whole(tmp_path: Path) -> None:
     made = FORMATS["ct w4a16"]
     floats = plain(tmp_path)
     write(tmp_path, made)
     edited(tmp_path, "experts.2.up_proj.weight", lambda _: floats.gate_up[2, WIDTH:].contiguous())
-    with pytest.raises(ValueError, match=r"gate_proj is 'ct int4, packed', .* and .*experts.2.up_proj is not quantised; expected the same"):
+    with pytest.raises(
+        ValueError,
+        match=r"gate_proj is 'ct int4, packed', .* and .*experts.2.up_proj is not quantized; expected the same",
+    ):
         load_moe_layer(tmp_path, 1)
     write(tmp_path, made)
     for e in range(E):
         edited(tmp_path, f"experts.{e}.down_proj.weight", lambda _, e=e: floats.down[e])
-    with pytest.raises(ValueError, match=r"first product is 'ct int4, packed', .*, their last not quantised; expected the same of both"):
+    with pytest.raises(
+        ValueError, match=r"first product is 'ct int4, packed', .*, their last not quantized; expected the same of both"
+    ):
         load_moe_layer(tmp_path, 1)
     two = {
         "group_0": {"targets": ["re:.*down_proj"], "weights": WEIGHTS | {"group_size": 16}},
         "group_1": {"targets": ["Linear"], "weights": WEIGHTS},
     }
     write(tmp_path, made, config_groups=two)
-    with pytest.raises(ValueError, match=r"first product is .*group_size=32.*, their last .*group_size=16.*; expected the same of both"):
+    with pytest.raises(
+        ValueError, match=r"first product is .*group_size=32.*, their last .*group_size=16.*; expected the same of both"
+    ):
         load_moe_layer(tmp_path, 1)
 
 
@@ -409,51 +508,71 @@ def ct(**changes: Any) -> dict[str, Any]:
 
 WEIGHTS = FORMATS["ct w4a16"].words["config_groups"]["group_0"]["weights"]
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another method": ("deepseek", {"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; expected one of 'c"),
+    "another method": ("deepseek", {"quant_method": "bitsandbytes"},
+    "quant_method is 'bitsandbytes'; expected one of 'c"),
     "no method": ("deepseek", {"quant_method": None}, "quant_method is 'None'; expected one of"),
-    "act-order": ("gptq", {"desc_act": True}, "desc_act is True; expected False, for experts whose inputs change places"),
+    "act-order": ("gptq", {"desc_act": True}, "desc_act is True; expected False, for experts whose inputs change places"),  # noqa: E501
     "3 bits": ("gptq", {"bits": 3}, "is .3, 'gptq', True.; expected 4 or 8"),
     "another GPTQ": ("gptq", {"checkpoint_format": "marlin"}, "'marlin'"),
     "AWQ's other order": ("awq", {"version": "gemv"}, "'gemv'"),
     "group_size": ("awq", {"group_size": 0}, "group_size is 0; expected a positive number of inputs, or -1"),
-    "an unknown algorithm": ("modelopt fp8", {"quant_algo": "W4A8_AWQ"}, "quant_algo is 'W4A8_AWQ'; expected one of FP8"),
-    "a group of another size": ("modelopt nvfp4", {"group_size": 32}, "group_size is 32; expected 16, which NVFP4 fixes"),
-    "static blocks": ("deepseek", {"activation_scheme": "static"}, "weight_block_size is .32, 16.; expected two numbers, with activation"),
+    "an unknown algorithm": ("modelopt fp8", {"quant_algo": "W4A8_AWQ"},
+    "quant_algo is 'W4A8_AWQ'; expected one of FP8"),
+    "a group of another size": ("modelopt nvfp4", {"group_size": 32},
+    "group_size is 32; expected 16, which NVFP4 fixes"),
+    "static blocks": ("deepseek", {"activation_scheme": "static"},
+    "weight_block_size is .32, 16.; expected two numbers, with activation"),
     "an unknown format": ("ct w4a16", {"format": "marlin-24"}, "format is 'marlin-24' for int4; expected one of"),
-    "a format for another scheme": ("ct w4a16", {"format": "mxfp8-quantized"}, "format is 'mxfp8-quantized' for int4; expected"),
-    "2 bits": ("ct w4a16", ct(weights=WEIGHTS | {"num_bits": 2}), "expected float 8, float 4 in groups of 16 or 32, int 8 or int 4"),
-    "compressed act-order": ("ct w4a16", ct(weights=WEIGHTS | {"actorder": "group"}), "expected no actorder that lets inputs"),
+    "a format for another scheme": ("ct w4a16", {"format": "mxfp8-quantized"},
+    "format is 'mxfp8-quantized' for int4; expected"),
+    "2 bits": ("ct w4a16", ct(weights=WEIGHTS | {"num_bits": 2}),
+    "expected float 8, float 4 in groups of 16 or 32, int 8 or int 4"),
+    "compressed act-order": ("ct w4a16", ct(weights=WEIGHTS | {"actorder": "group"}),
+    "expected no actorder that lets inputs"),
     "dynamic weights": ("ct w4a16", ct(weights=WEIGHTS | {"dynamic": True}), "expected weights that are not dynamic"),
     "outputs": ("ct w4a16", ct(output_activations={"num_bits": 8}), "expected weights, and no output_activations"),
-    "asymmetric inputs": ("ct w4a16", ct(input_activations={"num_bits": 8, "symmetric": False}), "expected inputs without zero points"),
-    "static tokens": ("ct w4a16", ct(input_activations={"num_bits": 8, "strategy": "token"}), "static=True with granularity='token'"),
-    "sparsity": ("ct w4a16", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "expected neither transforms nor sparsity"),
+    "asymmetric inputs": ("ct w4a16", ct(input_activations={"num_bits": 8, "symmetric": False}),
+    "expected inputs without zero points"),
+    "static tokens": ("ct w4a16", ct(input_activations={"num_bits": 8, "strategy": "token"}),
+    "static=True with granularity='token'"),
+    "sparsity": ("ct w4a16", {"sparsity_config": {"format": "sparse-24-bitmask"}},
+    "expected neither transforms nor sparsity"),
     "no groups": ("ct w4a16", {"config_groups": [1]}, "config_groups is .1.; expected groups with targets, by name"),
-    "a list of numbers": ("deepseek", {"modules_to_not_convert": [1]}, "a list of modules in quantization_config is .1.; expected names"),
+    "a list of numbers": ("deepseek", {"modules_to_not_convert": [1]},
+    "a list of modules in quantization_config is .1.; expected names"),
     "a list that is no expression": ("ct w4a16", {"ignore": ["re:("]}, r"'\(' is no regular expression"),
-    "a list that backtracks": ("ct w4a16", {"ignore": ["re:(.+)+!"]}, "could take very long to look through; expected regular"),
-    "a list that repeats": ("deepseek", {"modules_to_not_convert": ["re:" + ".*" * 9 + "!"]}, "could take very long to look through"),
+    "a list that backtracks": ("ct w4a16", {"ignore": ["re:(.+)+!"]},
+    "could take very long to look through; expected regular"),
+    "a list that repeats": ("deepseek", {"modules_to_not_convert": ["re:" + ".*" * 9 + "!"]},
+    "could take very long to look through"),
     "a list of alternatives": ("ct w4a16", {"ignore": ["re:" + "(a|a)?" * 40]}, "could take very long to look through"),
     "a list nested too deep": ("ct w4a16", {"ignore": ["re:" + "(" * 2000 + ")" * 2000]}, "is no regular expression"),
     "a repeat beyond all bounds": ("ct w4a16", {"ignore": ["re:a{99999999999}"]}, "is no regular expression"),
     "targets that backtrack": ("ct w4a16", ct(targets=["re:(.+)+!"]), "could take very long to look through"),
     "GPTQModel's patterns": ("gptq", {"dynamic": {"+:(.+)+!": {"bits": 8}}}, "could take very long to match"),
-    "experts of another dtype": ("deepseek", {"expert_dtype": "int4"}, "expert_dtype is 'int4'; expected 'fp8' or 'fp4'"),
+    "experts of another dtype": ("deepseek", {"expert_dtype": "int4"},
+    "expert_dtype is 'int4'; expected 'fp8' or 'fp4'"),
     "optimum's other modules": (
-        "gptq", {"modules_in_block_to_quantize": [["self_attn.q_proj"]]}, "gate_proj.qweight is I32, but quantization_config leaves that",
+        "gptq", {"modules_in_block_to_quantize": [["self_attn.q_proj"]]},
+        "gate_proj.qweight is I32, but quantization_config leaves that",
     ),
     "nothing but the cache": (
-        "modelopt fp8", {"quant_algo": None, "kv_cache_quant_algo": "FP8"}, "gate_proj.weight is F8_E4M3, but quantization_config leaves",
+        "modelopt fp8", {"quant_algo": None, "kv_cache_quant_algo": "FP8"},
+        "gate_proj.weight is F8_E4M3, but quantization_config leaves",
     ),
-    "another size": ("ct w4a16", ct(weights=WEIGHTS | {"group_size": 16}), r"weight_scale is \[96, 2\]; expected I X = \[96, 4\]"),
-    "blocks of another size": ("deepseek", {"weight_block_size": [16, 16]}, r"weight_scale_inv is \[3, 4\]; expected I X = \[6, 4\]"),
+    "another size": ("ct w4a16", ct(weights=WEIGHTS | {"group_size": 16}),
+    r"weight_scale is \[96, 2\]; expected I X = \[96, 4\]"),
+    "blocks of another size": ("deepseek", {"weight_block_size": [16, 16]},
+    r"weight_scale_inv is \[3, 4\]; expected I X = \[6, 4\]"),
     "zeros that are not there": (
-        "ct w4a16", ct(weights=WEIGHTS | {"symmetric": False}), r"weight_zero_point is missing; expected I X = \[12, 2\]",
+        "ct w4a16", ct(weights=WEIGHTS | {"symmetric": False}),
+        r"weight_zero_point is missing; expected I X = \[12, 2\]",
     ),
     "zeros that should not be there": (
         "ct w4a16 zeros", ct(), r"weight_zero_point is there, I32 \[12, 2\]; expected no tensor of this name",
     ),
-    "zeros that are not the middle": ("gptq zeros", {"sym": True}, "zero points other than 8; expected that one everywhere"),
+    "zeros that are not the middle": ("gptq zeros", {"sym": True},
+    "zero points other than 8; expected that one everywhere"),
     "zeros of AWQ that are not the middle": ("awq", {"zero_point": False}, "has zero points other than 8"),
 }  # fmt: skip
 
@@ -474,21 +593,29 @@ def edited(folder: Path, name: str, change: Any) -> None:
     tensors = load_file(folder / "model.safetensors")
     made = change(tensors.get(f"{PREFIX}.{name}"))
     module = f"{PREFIX}.{name.rpartition('.')[0]}."
-    kept = {other: t for other, t in tensors.items() if not (f"{PREFIX}.{name}" not in tensors and other.startswith(module))}
+    kept = {
+        other: t for other, t in tensors.items() if not (f"{PREFIX}.{name}" not in tensors and other.startswith(module))
+    }
     save(folder, kept | {f"{PREFIX}.{name}": made})
 
 
 TENSORS: dict[str, tuple[str, str, Any, str]] = {
-    "act-order": ("gptq", "experts.1.up_proj.g_idx", lambda t: t.flip(0), "puts inputs into other groups than 32 in a row"),
-    "another shape": ("ct w4a16", "experts.0.down_proj.weight_shape", lambda t: t - 1, r"is \[63, 95\]; expected \[64, 96\]"),
+    "act-order": ("gptq", "experts.1.up_proj.g_idx", lambda t: t.flip(0),
+    "puts inputs into other groups than 32 in a row"),
+    "another shape": ("ct w4a16", "experts.0.down_proj.weight_shape", lambda t: t - 1,
+    r"is \[63, 95\]; expected \[64, 96\]"),
     "gate and up": (
-        "ct fp8 tensor", "experts.2.up_proj.input_scale", lambda t: t + 1, "is .*; expected .*, as the other half has it",
+        "ct fp8 tensor", "experts.2.up_proj.input_scale", lambda t: t + 1,
+        "is .*; expected .*, as the other half has it",
     ),
-    "codes of another dtype": ("ct fp8 channel", "experts.0.up_proj.weight", lambda t: t.view(torch.int8), "is I8; expected one of F8"),
+    "codes of another dtype": ("ct fp8 channel", "experts.0.up_proj.weight", lambda t: t.view(torch.int8),
+    "is I8; expected one of F8"),
     "scales of another dtype": (
-        "ct fp8 channel", "experts.0.up_proj.weight_scale", lambda t: t.float(), "is F32; expected BF16, as .*gate_proj.weight_scale",
+        "ct fp8 channel", "experts.0.up_proj.weight_scale", lambda t: t.float(),
+        "is F32; expected BF16, as .*gate_proj.weight_scale",
     ),
-    "codes cut short": ("awq", "experts.0.up_proj.qweight", lambda t: t[:, :-1].contiguous(), r"is \[64, 11\]; expected X I = \[64, 12\]"),
+    "codes cut short": ("awq", "experts.0.up_proj.qweight", lambda t: t[:, :-1].contiguous(),
+    r"is \[64, 11\]; expected X I = \[64, 12\]"),
 }  # fmt: skip
 
 
@@ -515,12 +642,18 @@ def test_a_config_must_agree_with_the_words(tmp_path: Path) -> None:
     config, weights = load_moe_layer(tmp_path, 1)
     other = dataclasses.replace(FORMATS["ct w4a16"].quant, group_size=16)
     for quant in (None, other):
-        with pytest.raises(ValueError, match=r"config.quant is .*; expected QuantConfig.*, which quantization_config says"):
+        with pytest.raises(
+            ValueError, match=r"config.quant is .*; expected QuantConfig.*, which quantization_config says"
+        ):
             load_moe_weights(tmp_path, PREFIX, dataclasses.replace(config, quant=quant))
     with pytest.raises(ValueError, match=r"gate_up_layout is 'interleaved' with 'ct fp8'; expected 'packed'"):
         write(tmp_path, FORMATS["ct fp8 tensor"])
-        load_moe_weights(tmp_path, PREFIX, dataclasses.replace(load_moe_layer(tmp_path, 1)[0], gate_up_layout="interleaved"))
-    with pytest.raises(ValueError, match=r"config.quant is not None; expected floats .dequantize_weights., for codes are not written"):
+        load_moe_weights(
+            tmp_path, PREFIX, dataclasses.replace(load_moe_layer(tmp_path, 1)[0], gate_up_layout="interleaved")
+        )
+    with pytest.raises(
+        ValueError, match=r"config.quant is not None; expected floats .dequantize_weights., for codes are not written"
+    ):
         save_moe_weights(tmp_path / "again", PREFIX, config, weights, layout="deepseek")
     write(tmp_path, FORMATS["modelopt nvfp4"])
     (tmp_path / "config.json").write_text(json.dumps(WORDS | {"quantization_config": FORMATS["modelopt fp8"].words}))
@@ -528,11 +661,13 @@ def test_a_config_must_agree_with_the_words(tmp_path: Path) -> None:
         load_moe_layer(tmp_path, 1)
     (tmp_path / "config.json").write_text(json.dumps(WORDS))
     (tmp_path / "hf_quant_config.json").unlink()
-    with pytest.raises(ValueError, match=r"looks quantised, but config.json has no quantization_config; expected one beside"):
+    with pytest.raises(
+        ValueError, match=r"looks quantized, but config.json has no quantization_config; expected one beside"
+    ):
         load_moe_layer(tmp_path, 1)
 
 
-def test_inspect_says_how_experts_are_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_says_how_experts_are_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, FORMATS["deepseek"])
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -547,7 +682,9 @@ def test_a_dtype_is_for_what_is_no_code(tmp_path: Path) -> None:
     config, weights = load_moe_layer(tmp_path, 1, dtype=torch.bfloat16)
     assert weights.shared is not None and weights.quant is not None and weights.quant.gate_up_scale is not None
     assert torch.equal(weights.shared.gate_up, written.shared_gate_up.bfloat16())
-    assert weights.quant.gate_up_scale.dtype == torch.float32 and torch.equal(decoded(config, weights).down, written.down)
+    assert weights.quant.gate_up_scale.dtype == torch.float32 and torch.equal(
+        decoded(config, weights).down, written.down
+    )
 
 
 JUNK = (None, "x", [1], [], {}, {"a": 1}, -1, 0, 1e99, True, False, 2.5, 10**30, ["a", "b"], {"a": {"b": "c"}})
@@ -561,7 +698,9 @@ def with_junk(words: Any) -> Iterator[Any]:
             yield from ({**words, name: changed} for changed in with_junk(value))
 
 
-@pytest.mark.parametrize("name", ["ct w4a16 zeros", "ct nvfp4", "deepseek", "gptq", "awq", "modelopt nvfp4", "modelopt mixed"])
+@pytest.mark.parametrize(
+    "name", ["ct w4a16 zeros", "ct nvfp4", "deepseek", "gptq", "awq", "modelopt nvfp4", "modelopt mixed"]
+)
 def test_no_words_are_a_crash(name: str) -> None:
     for words in with_junk(FORMATS[name].words):
         with contextlib.suppress(ValueError):
@@ -569,7 +708,7 @@ def test_no_words_are_a_crash(name: str) -> None:
             assert found is None or found.quant.scheme
 
 
-def test_no_damage_to_a_quantised_file_is_a_crash(tmp_path: Path) -> None:
+def test_no_damage_to_a_quantized_file_is_a_crash(tmp_path: Path) -> None:
     """Bytes of the header changed: the same shapes, or a ValueError."""
     write(tmp_path, FORMATS["ct w4a16 zeros"])
     config, weights = load_moe_layer(tmp_path, 1)
@@ -591,8 +730,8 @@ def test_no_damage_to_a_quantised_file_is_a_crash(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_fill_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """compressed-tensors fills the last word with zeros, along inputs and, of zero points, along outputs."""
-    monkeypatch.setattr(quantised_files, "WORDS", WORDS | {"hidden_size": 20, "moe_intermediate_size": 14})
-    monkeypatch.setattr(quantised_files, "SIZES", {"gate_proj": (14, 20), "up_proj": (14, 20), "down_proj": (20, 14)})
+    monkeypatch.setattr(quantized_files, "WORDS", WORDS | {"hidden_size": 20, "moe_intermediate_size": 14})
+    monkeypatch.setattr(quantized_files, "SIZES", {"gate_proj": (14, 20), "up_proj": (14, 20), "down_proj": (20, 14)})
     for name in ("ct w4a16 channel", "ct fp8 channel", "ct fp8 tensor", "ct int8 zeros", "ct int4"):
         written = write(tmp_path, FORMATS[name])
         config, weights = load_moe_layer(tmp_path, 1)

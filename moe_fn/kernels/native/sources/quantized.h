@@ -1,4 +1,4 @@
-// Products with quantised weights: of each span of the inner dimension, dwords are decoded and multiplied into sums from zero, in registers,
+// Products with quantized weights: of each span of the inner dimension, dwords are decoded and multiplied into sums from zero, in registers,
 // then   total += (sum + correction[column] * (sum of x)) * scale[column]
 // Weights are decoded in registers and used at once, by up to 12 rows (6 without bfloat16 products). Where vectors are shorter than AVX-512's, several blocks of rows
 // share a span of a panel that is decoded to memory. Both add in one order, so a token's bits do not depend on the batch.
@@ -171,24 +171,24 @@ template <class C>
 using Few = void (*)(const Weight&, const C&, const float*, const char*, const PanelScales&, float*, int64_t);
 using SpanTile = void (*)(const float*, const float*, const SpanOfRows&, const float*, bool, const PanelScales&, float*);
 template <class C>
-struct QuantisedTiles {  // by number of rows
+struct QuantizedTiles {  // by number of rows
   Few<C> few_rows[FEW_ROWS + 1] = {};
   SpanTile many_rows[MAX_ROWS + 1] = {};
   template <int... R>
   constexpr void fill_few(std::integer_sequence<int, R...>) { ((few_rows[R + 1] = few<C, R + 1>), ...); }
   template <int... R>
   constexpr void fill_many(std::integer_sequence<int, R...>) { ((many_rows[R + 1] = span_tile<typename C::Dot, R + 1>), ...); }
-  constexpr QuantisedTiles() {
+  constexpr QuantizedTiles() {
     fill_few(std::make_integer_sequence<int, FEW_ROWS>{});
     if constexpr (WIDTH != 16) fill_many(std::make_integer_sequence<int, MAX_ROWS>{});
   }
 };
 template <class C>
-static constexpr QuantisedTiles<C> quantised_tiles{};
+static constexpr QuantizedTiles<C> quantized_tiles{};
 
 // How by_rows and second_product multiply with codes C: what Floats is for float weights.
 template <class C>
-struct Quantised {
+struct Quantized {
   static int row_dwords(const Weight& w) { return RowShape<C>(w).all(); }
   static int64_t row_bytes(const Weight& w) { return int64_t(row_dwords(w)) * 4; }
   static bool in_blocks(const Weight&) { return false; }
@@ -220,7 +220,7 @@ struct Quantised {
       if (WIDTH == 16 || count == 1) {  // products hide the decoding of a few rows' weights, whose ports they leave free
         for (int b = 0; b < count; b++) {
           before(p, b);
-          quantised_tiles<C>.few_rows[blocks[b].rows](w, code, rows(b), panel, scales, sums, b ? 0 : ahead - panel);
+          quantized_tiles<C>.few_rows[blocks[b].rows](w, code, rows(b), panel, scales, sums, b ? 0 : ahead - panel);
           epilogue(p, b, sums);
         }
         continue;
@@ -230,7 +230,7 @@ struct Quantised {
         decode(code, span, panel, ahead, scratch);
         float* c = sums;
         for (int b = 0; b < count; c += blocks[b++].rows * PANEL)
-          quantised_tiles<C>.many_rows[blocks[b].rows](rows(b), scratch, {span.first * C::PER, span.count * C::PER, span.tile, i, i + 1 == int(q.spans.size())},
+          quantized_tiles<C>.many_rows[blocks[b].rows](rows(b), scratch, {span.first * C::PER, span.count * C::PER, span.tile, i, i + 1 == int(q.spans.size())},
                                                        rows(b) + int64_t(dwords) * blocks[b].rows, corrected, scales, c);
       }
       float* c = sums;

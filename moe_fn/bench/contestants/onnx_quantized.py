@@ -1,10 +1,12 @@
-"""What ONNX Runtime's op com.microsoft.QMoE gets, as its schema documents it; its CPU kernel takes integers alone (1.31).
+"""What ONNX Runtime's op com.microsoft.QMoE gets, as its schema documents it; its CPU kernel takes integers alone
+(1.31).
 
-    gate_up [E, 2 I, H * bits / 8], down [E, H, I * bits / 8] uint8: codes with zero 2^(bits - 1), of 4 bits the even input in the low half
-    scales [E, out], with block_size (inputs that share one) [E, out, in / block_size]
+    gate_up [E, 2 I, H * bits / 8], down [E, H, I * bits / 8] uint8: codes with zero 2^(bits - 1), of 4 bits the even
+    input in the low half scales [E, out], with block_size (inputs that share one) [E, out, in / block_size]
 
-The floats are exact where inputs are: answers are 5e-7 from the reference in float32. accuracy_level=4 allows int8 inputs, rounded in
-groups of block_size. Scales of whole columns are for floats at every level, groups of 8-bit codes for int8 inputs.
+The floats are exact where inputs are: answers are 5e-7 from the reference in float32. accuracy_level=4 allows int8
+inputs, rounded in groups of block_size. Scales of whole columns are for floats at every level, groups of 8-bit codes
+for int8 inputs.
 """
 
 import torch
@@ -29,14 +31,22 @@ def codes_and_scales(quant: QuantConfig, weights: MoEWeights) -> dict[str, Tenso
 
 def attributes_of_quant(quant: QuantConfig) -> dict[str, object]:
     """The op's attributes beside those of MoE."""
-    found: dict[str, object] = {"expert_weight_bits": quant.row.bits, "accuracy_level": 0 if quant.activations is None else 4}
+    found: dict[str, object] = {
+        "expert_weight_bits": quant.row.bits,
+        "accuracy_level": 0 if quant.activations is None else 4,
+    }
     return found if quant.group_size is None else found | {"block_size": quant.group_size}
 
 
 def refuses_quant(config: MoEConfig) -> str | None:
-    """Why the op does not take experts quantised so, or None."""
+    """Why the op does not take experts quantized so, or None."""
     quant = config.quant
-    if quant is None or quant.scheme not in ("int4", "int8") or quant.granularity not in ("channel", "group") or quant.zero_points:
+    if (
+        quant is None
+        or quant.scheme not in ("int4", "int8")
+        or quant.granularity not in ("channel", "group")
+        or quant.zero_points
+    ):
         return "its QMoE op takes symmetric int4 and int8 here, a scale for each output or group"
     if quant.activations is not None and quant.activations.scheme != "int8":
         return "its QMoE op rounds inputs to int8 only"
@@ -45,6 +55,10 @@ def refuses_quant(config: MoEConfig) -> str | None:
     if quant.activations is None and quant.granularity == "group" and quant.scheme == "int8":
         return "its QMoE op rounds the inputs of groups of int8"
     size = quant.group_size
-    if size is not None and (size < _LEAST_BLOCK or size & (size - 1) or config.hidden_size % size or config.intermediate_size % size):
-        return f"its QMoE op wants groups of 16, 32, 64 ... that divide hidden_size and intermediate_size, not of {size}"
+    if size is not None and (
+        size < _LEAST_BLOCK or size & (size - 1) or config.hidden_size % size or config.intermediate_size % size
+    ):
+        return (
+            f"its QMoE op wants groups of 16, 32, 64 ... that divide hidden_size and intermediate_size, not of {size}"
+        )
     return None

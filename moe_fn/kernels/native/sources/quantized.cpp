@@ -1,4 +1,4 @@
-#include "quantised.h"
+#include "quantized.h"
 
 #include "forward.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 template <class D, class C>
 void experts_of(const Pool& pool, const RoutedExperts& q) {
-  using M = Quantised<C>;
+  using M = Quantized<C>;
   const Plan plan = plan_of_routing(q, M::chunk_rows(q.gate_up), BLOCK_ROWS);
   const int64_t rows = int64_t(plan.source.size());
   const RowShape<C> x_shape(q.gate_up), hidden_shape(q.down);
@@ -35,7 +35,7 @@ void with_scheme(const Pool& pool, const RoutedExperts& q) {
 
 }  // namespace
 
-void quantised_experts(const Pool& pool, const RoutedExperts& q) {
+void quantized_experts(const Pool& pool, const RoutedExperts& q) {
   if (!q.tokens) return;
   with_type(q.type, [&](auto d) {
     using D = decltype(d);

@@ -1,7 +1,9 @@
-"""Quantised checkpoints against the tools that write them: packed and unpacked by their own code, where they are installed.
+"""Quantized checkpoints against the tools that write them: packed and unpacked by their own code, where they are
+installed.
 
-compressed-tensors 0.20, ModelOpt 0.47, AutoAWQ 0.2.7, AutoRound 0.16 (GPTQ's packing), transformers 5.23 (fp8, mxfp4). The tools round
-to the dtype of their scales, so what is read here is rounded to it once; of two factors in float32 they may multiply others first.
+compressed-tensors 0.20, ModelOpt 0.47, AutoAWQ 0.2.7, AutoRound 0.16 (GPTQ's packing), transformers 5.23 (fp8, mxfp4).
+The tools round to the dtype of their scales, so what is read here is rounded to it once; of two factors in float32 they
+may multiply others first.
 """
 
 import importlib.util
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantised_files import FORMATS, PREFIX, WORDS, E, Format, save, write
+from quantized_files import FORMATS, PREFIX, WORDS, E, Format, save, write
 from torch import Tensor
 
 from moe_fn import dequantize_weights
@@ -25,7 +27,7 @@ Made = tuple[dict[str, Tensor], Tensor]  # tensors of a file by suffix, and the 
 
 
 def whole_model(folder: Path, words: dict[str, Any], make: Callable[[Tensor], Made]) -> dict[str, Tensor]:
-    """A model whose matrices a tool has quantised; the tool's floats by module."""
+    """A model whose matrices a tool has quantized; the tool's floats by module."""
     torch.manual_seed(0)
     tensors, floats = {}, {}
     for module in (*(f"experts.{e}" for e in range(E)), "shared_experts"):
@@ -52,7 +54,9 @@ def differences(folder: Path, floats: dict[str, Tensor], least: float = 0.0) -> 
         theirs = torch.cat([floats[f"{module}.gate_proj"], floats[f"{module}.up_proj"]]), floats[f"{module}.down_proj"]
         for mine, other in zip((gate_up, down), theirs, strict=True):
             assert mine.dtype == other.dtype and mine.shape == other.shape
-            worst = max(worst, float(((mine.double() - other.double()).abs() / other.double().abs().clamp(min=1e-30)).max()))
+            worst = max(
+                worst, float(((mine.double() - other.double()).abs() / other.double().abs().clamp(min=1e-30)).max())
+            )
     return worst
 
 
@@ -78,7 +82,8 @@ def test_compressed_tensors_presets(preset: str, tmp_path: Path) -> None:
     def make(weight: Tensor) -> Made:
         state: dict[str, Tensor] = {"weight": weight}
         out, inner = {
-            "tensor": weight.shape, "channel": (1, weight.shape[1]), "group": (1, args.group_size), "tensor_group": (1, args.group_size),
+            "tensor": weight.shape, "channel": (1, weight.shape[1]), "group": (1, args.group_size),
+            "tensor_group": (1, args.group_size),
             "block": args.block_structure,
         }[str(args.strategy)]  # fmt: skip
         tiles = weight.unflatten(1, (-1, inner)).unflatten(0, (-1, out))
@@ -94,9 +99,12 @@ def test_compressed_tensors_presets(preset: str, tmp_path: Path) -> None:
         packed = compressor.compress(state, scheme)
         return packed, compressor.decompress(packed, scheme)["weight"]
 
-    config = QuantizationConfig(config_groups={"group_0": scheme}, format=layout.value, ignore=["lm_head", "re:.*mlp.gate$"])
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme}, format=layout.value, ignore=["lm_head", "re:.*mlp.gate$"]
+    )
     floats = whole_model(tmp_path, json.loads(config.model_dump_json()), make)
-    # nvfp4: they divide the scale by the global one first, here its inverse comes last: a float32, seldom a bfloat16, rounds otherwise
+    # nvfp4: they divide the scale by the global one first, here its inverse comes last: a float32, seldom a bfloat16,
+    # rounds otherwise
     assert differences(tmp_path, floats) <= (2.0**-8 if "NVFP4" in preset else 0)
 
 
@@ -118,16 +126,22 @@ def test_modelopt(algorithm: str, tmp_path: Path) -> None:
             return {"weight": codes._quantized_data, "weight_scale": scale, "weight_scale_2": above, **inputs}, floats
         if algorithm == "MXFP8":
             coded, scale = MXFP8QTensor.quantize(weight)
-            return {"weight": coded._quantized_data, "weight_scale": scale}, coded.dequantize(torch.float32, scale=scale)
+            return {"weight": coded._quantized_data, "weight_scale": scale}, coded.dequantize(
+                torch.float32, scale=scale
+            )
         amax = weight.float().abs().amax() if algorithm == "FP8" else weight.float().abs().amax(1)
         scale = amax / 448
         name = "fp8" if algorithm == "FP8" else "fp8_pc_pt"
         codes = to_quantized_weight(weight, scale, name)
-        return {"weight": codes, "weight_scale": scale, **inputs}, codes.float() * (scale if algorithm == "FP8" else scale[:, None])
+        return {"weight": codes, "weight_scale": scale, **inputs}, codes.float() * (
+            scale if algorithm == "FP8" else scale[:, None]
+        )
 
     quantization = {"quant_algo": algorithm, "exclude_modules": ["lm_head", "*.mlp.gate"], "kv_cache_quant_algo": None}
     quantization |= {"group_size": 16} if "NVFP4" in algorithm else {}
-    words = convert_hf_quant_config_format({"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": quantization})
+    words = convert_hf_quant_config_format(
+        {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": quantization}
+    )
     floats = whole_model(tmp_path, words, make)
     assert differences(tmp_path, floats) <= (2.0**-23 if "NVFP4" in algorithm else 0)
 
@@ -185,7 +199,14 @@ def test_gptq_as_autoround_packs_it(bits: int, symmetric: bool, version: str, tm
         floats = made(torch.eye(weight.shape[1], dtype=torch.float16)).T
         return {name: t for name, t in made.named_buffers() if name in ("qweight", "qzeros", "scales", "g_idx")}, floats
 
-    words = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": symmetric, "desc_act": False, "checkpoint_format": version}
+    words = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": size,
+        "sym": symmetric,
+        "desc_act": False,
+        "checkpoint_format": version,
+    }
     assert differences(tmp_path, whole_model(tmp_path, words, make)) == 0
 
 
@@ -200,7 +221,8 @@ def test_transformers_fp8(name: str, tmp_path: Path) -> None:
     file, decode = load_file(tmp_path / "model.safetensors"), Fp8Dequantize(None)._dequantize_one
     stems = [tensor.removesuffix(".weight") for tensor in file if tensor.endswith("_proj.weight")]
     floats = {
-        stem.removeprefix(f"{PREFIX}."): decode(file[f"{stem}.weight"], file[f"{stem}.weight_scale_inv"], torch.float32) for stem in stems
+        stem.removeprefix(f"{PREFIX}."): decode(file[f"{stem}.weight"], file[f"{stem}.weight_scale_inv"], torch.float32)
+        for stem in stems
     }
     assert len(floats) == 3 * (E + 1) and differences(tmp_path, floats) == 0
 
