@@ -20,7 +20,7 @@ MUTATED ?= $(wildcard moe_fn/stages/*.py) moe_fn/layer/compose.py moe_fn/ops/row
 PROBLEMS ?= 20000
 WORKERS ?= 2
 BIN := .venv/bin
-MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python property_tests/mutants.py
+MUTANTS := OMP_NUM_THREADS=1 PYTHONPATH=.:property_tests $(BIN)/python -m tools.mutants
 INSTALLED := .venv/.installed
 
 .PHONY: demo demo-parallel test test-thorough check bench bench-quant bench-gpu test-gpu wheel try-wheel mutants mutants-cpp fuzz soak campaign pages clean
@@ -38,9 +38,9 @@ test-thorough: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m thorough property_tests compile_tests
 
 soak: $(INSTALLED)
-	$(BIN)/python property_tests/peaks_of_paths.py 1 8,4,256,512,8192
-	$(BIN)/python property_tests/peaks_of_paths.py 2 16,8,512,256,8192
-	$(BIN)/python property_tests/soak.py
+	PYTHONPATH=property_tests $(BIN)/python -m tools.peaks_of_paths 1 8,4,256,512,8192
+	PYTHONPATH=property_tests $(BIN)/python -m tools.peaks_of_paths 2 16,8,512,256,8192
+	PYTHONPATH=property_tests $(BIN)/python -m tools.soak
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -54,7 +54,7 @@ campaign: $(INSTALLED)
 	exit $$status
 
 pages: $(INSTALLED)
-	PYTHONPATH=.:property_tests $(BIN)/python property_tests/error_page.py
+	PYTHONPATH=.:property_tests $(BIN)/python -m tools.error_page
 	$(BIN)/python examples/coverage.py --write docs/families.md
 	if [ -d out/campaign ]; then PYTHONPATH=property_tests $(BIN)/python -m campaign report --to examples/campaign; fi
 
@@ -111,7 +111,7 @@ mutants: $(INSTALLED)
 
 # The same of the C++ kernels, compiled for one level; EVERY=10 takes a tenth of them.
 EVERY ?= 1
-MUTANTS_OF_CPP := OMP_NUM_THREADS=1 PYTHONPATH=.:property_tests $(BIN)/python property_tests/mutants_of_cpp.py
+MUTANTS_OF_CPP := OMP_NUM_THREADS=1 PYTHONPATH=.:property_tests $(BIN)/python -m tools.mutants.cpp
 mutants-cpp: $(INSTALLED)
 	$(MUTANTS_OF_CPP) run out/mutants-cpp.jsonl --every $(EVERY)
 	$(MUTANTS_OF_CPP) report out/mutants-cpp.jsonl > out/mutants-cpp.md

@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
 
 # Not tests: they want mutmut, which `make mutants` brings.
-_WITH_MUTMUT = ("", "_areas", "_copied", "_forked", "_judged", "_made", "_of_triton", "_report")
-collect_ignore = [] if importlib.util.find_spec("mutmut") else [f"mutants{name}.py" for name in _WITH_MUTMUT]
+_WITH_MUTMUT = ("areas", "copied", "forked", "judged", "made", "report", "triton")
+collect_ignore = [] if importlib.util.find_spec("mutmut") else [f"tools/mutants/{name}.py" for name in _WITH_MUTMUT]
 
 _QUIET = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 settings.register_profile(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from error_page import PAGE, names_of, raised_by, rows_of
+from tools.error_page import PAGE, names_of, raised_by, rows_of
 
 import moe_fn
 from moe_fn import GroupConfig, MoEConfig, RouterConfig, Routing, SharedExpertsConfig, checkpoint

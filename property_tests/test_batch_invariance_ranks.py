@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from rank_cases import BASE
+from ranks.cases import BASE
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 

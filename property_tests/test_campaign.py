@@ -17,8 +17,8 @@ from campaign.laws import LAWS, laws_of
 from campaign.running import LINES, lines_of, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from planted_bugs import planted
-from planted_bugs_of_campaign import BUGS
+from planted.bugs import planted
+from planted.campaign import BUGS
 from support import law
 from torch import Tensor
 

@@ -3,10 +3,10 @@
 import time
 from pathlib import Path
 
-import eplb_ranks
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks.eplb import run
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo here")
 SECONDS = 120
@@ -14,7 +14,7 @@ SECONDS = 120
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_experts_move_between_processes_bit_for_bit(ranks: int, tmp_path: Path) -> None:
-    context = mp.spawn(eplb_ranks.run, (ranks, str(tmp_path)), nprocs=ranks, join=False)
+    context = mp.spawn(run, (ranks, str(tmp_path)), nprocs=ranks, join=False)
     deadline = time.monotonic() + SECONDS
     try:
         while not context.join(timeout=1):  # raises what a rank raised

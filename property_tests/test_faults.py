@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fault_cases import BAD, FAULTS, WORLD, rank_of_fault
+from ranks.faults import BAD, FAULTS, WORLD, rank_of_fault
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 HARD_S = 30  # then the test kills every rank, and fails

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 if not dist.is_available():
     pytest.skip("torch without distributed", allow_module_level=True)
-from host_ranks import WORLD, rank_of_hosts
+from ranks.hosts import WORLD, rank_of_hosts
 
 HARD_S = 120
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cpp_mutants import Change, Workshop
-from planted_bugs_of_cpp import BUGS
+from planted.cpp import BUGS
 from test_native import RUNNABLE
+from tools.cpp_changes import Change, Workshop
 from torch.utils import cpp_extension
 
 FOLDER = Path(__file__).parent
@@ -22,7 +22,7 @@ TESTS = (
     "test_native.test_grouped_products_of_every_level",
 )
 RUN = (
-    "import conftest, sys; from pathlib import Path; from cpp_mutants import run; "
+    "import conftest, sys; from pathlib import Path; from tools.cpp_changes import run; "
     "run(Path(sys.argv[1]), sys.argv[2:], print)"
 )
 OPTIONS = "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1"

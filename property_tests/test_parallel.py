@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from options import options_of, there_are
-from rank_bugs import RANK_BUGS
-from rank_cases import ALL_LAYERS, cases, jobs, worker
-from rank_layers import EXCUSED
+from planted.ranks import RANK_BUGS
+from ranks.cases import ALL_LAYERS, cases, jobs, worker
+from ranks.layers import EXCUSED
 
 from moe_fn import ParallelConfig
 

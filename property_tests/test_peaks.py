@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from soak import KINDS, SLACK, growth, inputs, of_layer
+from tools.soak import KINDS, SLACK, growth, inputs, of_layer
 
 import moe_fn
 from moe_fn import MoEConfig
@@ -23,10 +23,9 @@ from moe_fn.testing import weights_for
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of a process' memory here")
 @pytest.mark.skipif(native.active().problem is not None, reason="no native kernels here")
 def test_measured_peaks_are_those_of_the_formulas() -> None:
-    script = str(Path(__file__).with_name("peaks_of_paths.py"))
     path = os.pathsep.join([str(Path(moe_fn.__file__).parents[1]), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path}  # noqa: TID251
-    command = [sys.executable, script, "2", "8,4,256,512,4096", "quick"]
+    command = [sys.executable, "-m", "tools.peaks_of_paths", "2", "8,4,256,512,4096", "quick"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("by formula") == 13

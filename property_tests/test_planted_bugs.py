@@ -7,14 +7,14 @@ from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from planted_bugs import BUGS as OF_THE_LAYER
-from planted_bugs import PlantedBug, planted
-from planted_bugs_of_balance import BUGS as OF_BALANCE
-from planted_bugs_of_campaign import BUGS as OF_THE_CAMPAIGN
-from planted_bugs_of_families import BUGS as OF_FAMILIES
-from planted_bugs_of_lists import BUGS as OF_LISTS
-from planted_bugs_of_nan import BUGS as OF_NAN
-from planted_bugs_of_quant import BUGS as OF_QUANT
+from planted.balance import BUGS as OF_BALANCE
+from planted.bugs import BUGS as OF_THE_LAYER
+from planted.bugs import PlantedBug, planted
+from planted.campaign import BUGS as OF_THE_CAMPAIGN
+from planted.families import BUGS as OF_FAMILIES
+from planted.lists import BUGS as OF_LISTS
+from planted.nan import BUGS as OF_NAN
+from planted.quant import BUGS as OF_QUANT
 
 FOLDER = Path(__file__).parent
 FILES = (

@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from cpp_mutants import Workshop, judged
-from planted_bugs_of_cpp import BUGS, CppBug
+from planted.cpp import BUGS, CppBug
+from tools.cpp_changes import Workshop, judged
 
 from moe_fn.kernels.native import library as native
 

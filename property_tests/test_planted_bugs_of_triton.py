@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from copied_tree import copied_tree, verdict_of
-from planted_bugs_of_triton import BUGS, TritonBug
+from planted.triton import BUGS, TritonBug
+from tools.copied_tree import copied_tree, verdict_of
 
 LIMIT_S = 900
 

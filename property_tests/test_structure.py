@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rank_bugs import RANK_BUGS
+from planted.ranks import RANK_BUGS
 from test_planted_bugs import LAWS
 
 import moe_fn

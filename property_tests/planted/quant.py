@@ -4,11 +4,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from planted_bugs import PlantedBug, after, before, instead
 
 from moe_fn.ops import quantized_matmul
 from moe_fn.quant import codes, inputs, numbers, tiles, wire
 from moe_fn.quant.numbers import Number
+from planted.bugs import PlantedBug, after, before, instead
 
 
 def _with_number(element: str, change: Any) -> Any:

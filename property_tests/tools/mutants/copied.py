@@ -7,9 +7,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from copied_tree import copied_tree, run_in, verdict_of
-from mutants_areas import AREAS, Area
-from mutants_made import Mutant, source_hash
+from tools.copied_tree import copied_tree, run_in, verdict_of
+from tools.mutants.areas import AREAS, Area
+from tools.mutants.made import Mutant, source_hash
 
 
 def sample(found: Path, names: list[str], per_file: int) -> None:

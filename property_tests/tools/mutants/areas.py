@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mutants_made import ROOT, Mutant, mutants_of
-from mutants_of_triton import mutants_of_triton
+from tools import ROOT
+from tools.mutants.made import Mutant, mutants_of
+from tools.mutants.triton import mutants_of_triton
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ changed function.
 
 A child neither imports nor collects, so a mutant costs as long as the first test that sees it. What is read where
 modules are imported, or in other processes, a child cannot see: what survives here is judged again in a copy of the
-tree (`mutants_copied.py`).
+tree (`copied.py`).
 """
 
 import doctest
@@ -27,11 +27,13 @@ from typing import Any
 
 import pytest
 from _pytest.runner import runtestprotocol
-from child_process import exit_code, silence
 from hypothesis import settings
-from mutants_areas import AREAS
-from mutants_judged import ROOT, plant
-from mutants_made import Mutant, functions_of, source_hash
+
+from tools import ROOT
+from tools.child_process import exit_code, silence
+from tools.mutants.areas import AREAS
+from tools.mutants.judged import plant
+from tools.mutants.made import Mutant, functions_of, source_hash
 
 # (file, function): (index of a test that comes to it, seconds it takes)
 Covered = Mapping[tuple[str, str], Sequence[tuple[int, float]]]

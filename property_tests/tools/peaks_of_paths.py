@@ -1,6 +1,6 @@
 """Measures the peak of every path in one process, beside its formula: run by `test_peaks` and `make soak`.
 
-python property_tests/peaks_of_paths.py THREADS EXPERTS,TOP_K,HIDDEN,INTERMEDIATE,TOKENS [quick]
+PYTHONPATH=property_tests python -m tools.peaks_of_paths THREADS EXPERTS,TOP_K,HIDDEN,INTERMEDIATE,TOKENS [quick]
 """
 
 import ctypes

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from planted_bugs import PlantedBug, after
 
 from moe_fn.fused import routed_experts
+from planted.bugs import PlantedBug, after
 
 
 def _of_the_whole_batch(y: Any, *args: Any) -> Any:

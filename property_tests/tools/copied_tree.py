@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tools import ROOT
+
 COPIED = ("moe_fn", "property_tests", "compile_tests", "pyproject.toml")
 LINKED = ("docs", "examples", "README.md", "CHANGELOG.md", "SECURITY.md", "Makefile", ".ci")
 

@@ -1,4 +1,4 @@
-"""Layers for ranks with the options that those of `rank_cases` do not have, each on one format of every mesh, and why
+"""Layers for ranks with the options that those of `ranks.cases` do not have, each on one format of every mesh, and why
 some are not here.
 """
 

@@ -4,7 +4,8 @@ import ast
 import re
 from collections.abc import Iterator
 
-from mutants_made import ROOT, Mutant, sampled
+from tools import ROOT
+from tools.mutants.made import Mutant, sampled
 
 # (what is replaced, by what): comparisons, sums, products, conditions, bounds and constants.
 OPERATORS = (

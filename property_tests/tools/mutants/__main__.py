@@ -1,18 +1,19 @@
 """Mutation testing: does a test fail for every small change of the code?  `make mutants`, or
 
-    python property_tests/mutants.py run out/mutants.jsonl moe_fn/stages/*.py      what is in the file already is not
-                                                                                   run again
-    python property_tests/mutants.py sample out/mutants-areas.jsonl [AREA ...]     some of every file of the areas
-                                                                                   around the stages
-    python property_tests/mutants.py quick out/mutants-areas.jsonl AREA ...         many first, in seconds each; sample
-                                                                                    judges the rest
-    python property_tests/mutants.py report out/mutants.jsonl out/mutants-areas.jsonl > examples/campaign/mutants.md
+    python -m tools.mutants run out/mutants.jsonl moe_fn/stages/*.py      what is in the file already is not run again
+    python -m tools.mutants sample out/mutants-areas.jsonl [AREA ...]     some of every file of the areas around the
+                                                                          stages
+    python -m tools.mutants quick out/mutants-areas.jsonl AREA ...        many first, in seconds each; sample judges the
+                                                                          rest
+    python -m tools.mutants report out/mutants.jsonl out/mutants-areas.jsonl > examples/campaign/mutants.md
+
+with PYTHONPATH=.:property_tests.
 
 Mutants of stages are mutmut's, all of them. Its own runner keeps all mutants of a function in one module and chooses
 between them at each call, which lambdas in tables, torch's compiler and tests that look at sources do not survive. So
 each mutant here is a process of its own: forked from one that has imported everything, with other code in one function;
 or, where the change is outside of functions, from one that has imported no module of moe_fn, and imports the changed
-one. Those of other areas (`mutants_areas.py`) are sampled, and each stands in a copy of the tree (`mutants_copied.py`).
+one. Those of other areas (`areas.py`) are sampled, and each stands in a copy of the tree (`copied.py`).
 """
 
 import argparse
@@ -29,16 +30,16 @@ from pathlib import Path
 
 import conftest  # noqa: F401
 from hypothesis import settings
-from mutant_tests import direct_of, tests_of
-from mutants_areas import AREAS
-from mutants_copied import sample
-from mutants_forked import sample_in_forks
-from mutants_judged import Plan, judged
-from mutants_made import Mutant, mutants_of
-from mutants_report import report, report_of_areas
-from mutants_same import reason_of
 
-ROOT = Path(__file__).parent.parent
+from tools import ROOT
+from tools.mutants.areas import AREAS
+from tools.mutants.copied import sample
+from tools.mutants.forked import sample_in_forks
+from tools.mutants.judged import Plan, judged
+from tools.mutants.judges import direct_of, tests_of
+from tools.mutants.made import Mutant, mutants_of
+from tools.mutants.report import report, report_of_areas
+from tools.mutants.same import reason_of
 
 
 def import_what_others_made() -> None:

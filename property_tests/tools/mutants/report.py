@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mutants_areas import AREAS
-from mutants_made import mutants_of, source_hash
-from mutants_same import OPEN, SAME, reason_of
+from tools.mutants.areas import AREAS
+from tools.mutants.made import mutants_of, source_hash
+from tools.mutants.same import OPEN, SAME, reason_of
 
 Line = Mapping[str, Any]
 
@@ -76,8 +76,8 @@ def _heading() -> tuple[str, ...]:
         "turned round. It",
         "is killed if a test fails. First the file's doctests and two or three laws of the whole layer judge it, 25 "
         "examples each; then,",
-        "what survives those, the tests of the stages and of the file (`property_tests/mutant_tests.py`). Not mutated: "
-        "annotations,",
+        "what survives those, the tests of the stages and of the file (`property_tests/tools/mutants/judges.py`). Not "
+        "mutated: annotations,",
         "docstrings, the words of errors, and functions with decorators, which mutmut leaves alone. A crash, a failing "
         "import and running",
         "for minutes count as killed.",
@@ -96,13 +96,13 @@ def report_of_areas(sampled: Path) -> str:
         "",
         _made_of(),
         "",
-        "The same few mutants of every file, against the area's tests (`property_tests/mutants_areas.py`): "
+        "The same few mutants of every file, against the area's tests (`property_tests/tools/mutants/areas.py`): "
         "those inside of functions in",
-        "children of one process that has collected the tests (`mutants.py quick`); "
+        "children of one process that has collected the tests (`python -m tools.mutants quick`); "
         "those of tables and defaults in a process each. What",
         "survives is judged by mypy, as in `make test`, and by the tests that were written since. Triton's kernels are "
         "changed token by",
-        "token (`mutants_of_triton.py`); those in C++ are `make mutants-cpp`.",
+        "token (`tools/mutants/triton.py`); those in C++ are `make mutants-cpp`.",
         "",
         "| area | mutants | killed | survived | of these the same program | killed, % |",
         "|---|---:|---:|---:|---:|---:|",

@@ -15,13 +15,14 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
-from child_process import exit_code, silence
 from hypothesis import settings
-from mutants_made import Mutant, functions_of
+
+from tools import ROOT
+from tools.child_process import exit_code, silence
+from tools.mutants.made import Mutant, functions_of
 
 MEMORY = 8 << 30  # bytes of data; a mutated size may ask for more than there is
 SECONDS = 240.0  # a mutant may loop for ever
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Order:
         self.kills, self.tell = kills, tell
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Sort; stable, so the order of mutant_tests.py stays where nothing is known."""
+        """Sort; stable, so the order of judges.py stays where nothing is known."""
         items.sort(key=lambda item: -self.kills[item.nodeid])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import torch
-from planted_bugs import PlantedBug, after, instead
-from rank_cases import EP, TP, Case
+from ranks.cases import EP, TP, Case
 
 from moe_fn.layer import compose
 from moe_fn.ops import collectives
 from moe_fn.parallel import adapters, dispatch, sharding
+from planted.bugs import PlantedBug, after, instead
 
 LAW = "sharded_equals_unsharded"
 replace = dataclasses.replace

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from child_process import exit_code, silence
 from torch.utils import cpp_extension
 
 from moe_fn.kernels.native import library as native
+from tools.child_process import exit_code, silence
 
 UNITS = ("backward", "kernels", "quantized", "binding")
 # Which units are compiled again for a file; of the shared headers the floats' units alone, for they say all that the

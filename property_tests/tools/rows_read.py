@@ -1,6 +1,6 @@
 """A pytest plugin: which rows of the package's tables no test has looked up.
 
-    PYTHONPATH=property_tests python -m pytest -n 2 -p rows_read property_tests
+    PYTHONPATH=property_tests python -m pytest -n 2 -p tools.rows_read property_tests
 
 Tables are the module-level dicts in capitals that some function names: others are parts of rows, merged when a module
 is imported. A row counts as read if it was asked for by its key. A table of which not all rows were is printed with

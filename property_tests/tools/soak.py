@@ -1,7 +1,7 @@
 """Does anything stay behind? Every way of calling, again and again; the process' resident memory must stay flat. `make
 soak` runs it.
 
-python property_tests/soak.py [--times 1000] [--only forward,compile]
+PYTHONPATH=property_tests python -m tools.soak [--times 1000] [--only forward,compile]
 
 Of compile and export torch's own caches grow a little: a plain network of torch goes through the same, and the layer
 may leave no more than that and SLACK. Guards are let go by hand: torch (2.13, `CheckFunctionManager.id_ref`) has a

@@ -7,13 +7,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import CodeType
 from typing import Any, TypeVar
 
 from mutmut.mutation.file_mutation import create_mutations
 
-ROOT = Path(__file__).parent.parent
+from tools import ROOT
+
 T = TypeVar("T")
 
 

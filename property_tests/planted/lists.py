@@ -4,10 +4,9 @@ import importlib.util
 from dataclasses import replace
 from typing import Any
 
-from planted_bugs import PlantedBug, before
-
 from moe_fn.checkpoint import module_patterns
 from moe_fn.checkpoint.quantized import methods
+from planted.bugs import PlantedBug, before
 
 
 def _by_rule(rule: module_patterns.ListRule, **changes: Any) -> Any:

@@ -3,10 +3,9 @@
 import importlib.util
 from dataclasses import replace
 
-from planted_bugs import PlantedBug, after, before, instead
-
 from moe_fn.families import choices, classes, composite, defaults
 from moe_fn.families.words import NULL
+from planted.bugs import PlantedBug, after, before, instead
 
 _WORD = "a_word_is_read_as_its_class_reads_it"
 _OTHER = defaults.CONFIG_CLASSES["hy_v4"].defaults

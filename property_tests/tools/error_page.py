@@ -1,14 +1,15 @@
 """docs/errors.md: wrong calls and what they raise, each run.
 
-`python property_tests/error_page.py` writes the messages anew.
+`PYTHONPATH=.:property_tests python -m tools.error_page` writes the messages anew.
 """
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+from tools import ROOT
+
+PAGE = ROOT / "docs" / "errors.md"
 _ROW = re.compile(r"^\| `(?P<call>.+?)` \| (?P<words>.*) \|$")
 
 

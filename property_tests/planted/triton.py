@@ -5,7 +5,8 @@ A process each, so only `make test-thorough` runs them.
 
 from dataclasses import dataclass
 
-from copied_tree import ROOT, place_of
+from tools import ROOT
+from tools.copied_tree import place_of
 
 
 @dataclass(frozen=True)

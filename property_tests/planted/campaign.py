@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from campaign import running
-from planted_bugs import PlantedBug, after, before
 
 from moe_fn.stages import _activation, _scores, combine, experts
+from planted.bugs import PlantedBug, after, before
 
 
 def _through(dtype: torch.dtype) -> Any:

@@ -1,12 +1,14 @@
 """Mutation testing of the C++ kernels: does a test fail for every small change of a line?  `make mutants-cpp`, or
 
-    python property_tests/mutants_of_cpp.py run out/mutants-cpp.jsonl backward.cpp kernels.h      what is in the file is
-                                                                                                  not run again
-    python property_tests/mutants_of_cpp.py report out/mutants-cpp.jsonl > out/mutants-cpp.md
+    python -m tools.mutants.cpp run out/mutants-cpp.jsonl backward.cpp kernels.h      what is in the file is not run
+                                                                                      again
+    python -m tools.mutants.cpp report out/mutants-cpp.jsonl > out/mutants-cpp.md
+
+with PYTHONPATH=.:property_tests.
 
 A mutant is a file of moe_fn/kernels/native/sources with another operator, constant, bound or condition in one place. It
 is compiled for one level, loaded by a process of its own, and judged by the tests that are given a level
-(cpp_mutants.py). `--every 10` takes a tenth of them.
+(`tools/cpp_changes.py`). `--every 10` takes a tenth of them.
 """
 
 import argparse
@@ -22,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import conftest  # noqa: F401
-from cpp_mutants import UNITS_OF, Change, Workshop, judged
 from hypothesis import settings
 
 from moe_fn.kernels.native import library as native
+from tools.cpp_changes import UNITS_OF, Change, Workshop, judged
 
 SWAPS = {
     " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " + ": " - ",

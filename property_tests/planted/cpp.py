@@ -5,8 +5,8 @@ Compiled, so only `make test-thorough` runs them.
 
 from dataclasses import dataclass
 
-from copied_tree import place_of
-from cpp_mutants import Change
+from tools.copied_tree import place_of
+from tools.cpp_changes import Change
 
 from moe_fn.kernels.native import library as native
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_layers import BASE, MORE_LAYERS, NOT_BY_LOGITS, NOT_SLICED
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -30,6 +29,7 @@ from moe_fn import (
 )
 from moe_fn.config import LatentConfig, LoRAConfig, NormsConfig, ZeroExpertsConfig
 from moe_fn.testing import assert_matches, weights_for
+from ranks.layers import BASE, MORE_LAYERS, NOT_BY_LOGITS, NOT_SLICED
 
 # of a token, slices would have scales of their own
 _OF_GROUPS = ActivationQuantConfig(scheme="int8", granularity="group", group_size=2)
@@ -488,13 +488,13 @@ Job = tuple[str, tuple[tuple[str, int], ...], Callable[[DeviceMesh, int], None],
 def jobs(world: int, bugs: bool = False) -> list[Job]:
     """What every rank of a world does: all cases, and those of loaded parts; or the case of every planted bug."""
     if bugs:
-        from planted_bugs import planted
-        from rank_bugs import CASE_OF_BUG, RANK_BUGS
+        from planted.bugs import planted
+        from planted.ranks import CASE_OF_BUG, RANK_BUGS
 
         return [_job(bug.what, CASE_OF_BUG[bug.what], run, planted(bug)) for bug in RANK_BUGS]
     found = [_job(case.name, case, run) for case in cases(world)]
     if importlib.util.find_spec("safetensors") is not None:
-        from loaded_ranks import loaded, run_loaded
+        from ranks.loaded import loaded, run_loaded
 
         found += [_job(case.name, case, run_loaded) for case in loaded(world)]
     return found

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from planted_bugs import PlantedBug, after, before, instead
 
 from moe_fn import balance, numerics
 from moe_fn.balance import move_weights, packing
+from planted.bugs import PlantedBug, after, before, instead
 
 
 def _as_they_come(weights: Sequence[float], num_packs: int) -> list[list[int]]:
