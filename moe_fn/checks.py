@@ -1,4 +1,4 @@
-"""Checks of values, types, dtypes and shapes: each says where, what came and what was expected."""
+"""Argument checks of sizes, types, dtypes and tensor shapes: ValueError says where, what came and what was expected."""
 
 import math
 from collections.abc import Callable, Collection
@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from moe_fn.torch_compat import check_same_size
 
-LARGEST = 2**63 - 1  # of any size, count or rank: what torch can hold
+LARGEST = 2**63 - 1  # torch holds sizes, counts and ranks in int64
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
@@ -38,7 +38,7 @@ def check_float(name: str, value: object, *, minimum: float = -math.inf, above: 
 
 
 def _is_huge(value: object) -> bool:
-    """Whether it is an int that no int64 holds, and perhaps no float."""
+    """Whether the value is an int outside of int64; converting it to a float may raise."""
     return isinstance(value, int) and abs(value) > LARGEST
 
 
@@ -48,39 +48,36 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def check_kind(where: str, name: str, value: Any, kind: type) -> None:
-    """ValueError where the value is not of the type."""
-    if type(value) is kind:  # nearly every value of every call
+    """Raises ValueError unless the value has the type."""
+    if type(value) is kind:  # fast path: nearly every argument of every call
         return
     if is_shard(value):
         raise ValueError(
             f"{where}: {name} is a DTensor, a shard; expected a plain Tensor. With FSDP2 wrap (fully_shard) the module "
-            "whose forward makes "
-            "this call and none below it; elsewhere hand over its full_tensor() or to_local()"
+            "whose forward makes this call and no module below it; otherwise pass full_tensor() or to_local()"
         )
     if isinstance(value, kind):
         return
     expected = f"{'a ' if kind is Tensor else ''}{kind.__name__}"
     if isinstance(value, Proxy):
         expected += (
-            f", or torch.fx.wrap({where!r}) beside its import: torch.fx.symbolic_trace then takes the call as one node"
+            f"; for torch.fx.symbolic_trace call torch.fx.wrap({where!r}) in the module that imports it: "
+            "the call becomes one node"
         )
     raise ValueError(f"{where}: {name} is a {type(value).__name__}; expected {expected}")
 
 
 def check_untraced(where: str, size: Any) -> None:
-    """ValueError below torch.jit.trace, whose sizes are tensors: what is computed of them here would stay as it was for
-    the example.
-    """
+    """Raises ValueError under torch.jit.trace, where sizes are tensors: the trace would fix the example's sizes."""
     if isinstance(size, Tensor):
         raise ValueError(
-            f"{where}: torch.jit.trace takes the sizes of its example for all; "
-            "expected torch.export.export, torch.compile, or "
-            "moe_forward with MoEConfig(opaque=True), which is one op"
+            f"{where}: torch.jit.trace would fix the sizes of its example; expected torch.export.export, "
+            "torch.compile, or moe_forward with MoEConfig(opaque=True), which is one op"
         )
 
 
 def is_shard(value: Any) -> bool:
-    """Whether it is a DTensor: looked up by name, for importing the class takes a second."""
+    """Whether the value is a DTensor. Compares the class name, because importing the class takes a second."""
     return type(value) is not Tensor and type(value) is not nn.Parameter and type(value).__name__ == "DTensor"
 
 
@@ -95,7 +92,7 @@ _KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
 
 
 def check_dtype(where: str, name: str, value: Tensor, kind: str) -> None:
-    """ValueError for another kind of dtype: "float", "bool" or "integer"."""
+    """Raises ValueError unless the value is a Tensor with a dtype of this kind: "float", "bool" or "integer"."""
     check_kind(where, name, value, Tensor)
     wanted, fits = _KINDS[kind]
     if not fits(value.dtype):
@@ -103,17 +100,18 @@ def check_dtype(where: str, name: str, value: Tensor, kind: str) -> None:
 
 
 def checked_integers(where: str, name: str, value: Tensor) -> Tensor:
-    """The integers as int64, which every function of this package computes with; ValueError for another kind of dtype.
+    """Returns the integers as int64, the only integer dtype that this package computes with.
 
-    Here, where they come in, and nowhere else: -1 and num_experts, the words for no expert, may not fit into the dtype
-    that they came in, where 255 is expert 255 or -1, and much of torch knows nothing of uint16.
+    Public functions convert at the boundary: -1 and num_experts, which both mark "no expert", may not fit the caller's
+    dtype (255 in uint8 is expert 255 or -1), and many torch ops do not support uint16. Raises ValueError for a dtype
+    that is not an integer.
     """
     check_dtype(where, name, value, "integer")
     return value if value.dtype == torch.int64 else value.to(torch.int64)
 
 
-def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[str, int] | None, kind: str) -> None:
-    """A tensor with one entry (or one row of `last` entries) for each token of x."""
+def check_per_token(where: str, name: str, value: Tensor, x: Tensor, last: tuple[str, int] | None, kind: str) -> None:
+    """Raises ValueError unless the value has one entry (or one row of `last` entries) for each token of x."""
     check_kind(where, name, value, Tensor)
     leading = x.ndim - 1
     if value.ndim != leading + (last is not None) or (last is not None and value.shape[-1] != last[1]):
@@ -123,9 +121,9 @@ def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[
         )
     for dim in range(leading):
         if torch.compiler.is_compiling():
-            # Dynamo writes no sizes
-            words = f"{where}: {name} and x differ in their number of tokens; expected the leading dims of x"
-            check_same_size(value.shape[dim], x.shape[dim], words)
+            # Dynamo cannot format symbolic sizes, so this message has none.
+            message = f"{where}: {name} and x differ in their number of tokens; expected the leading dims of x"
+            check_same_size(value.shape[dim], x.shape[dim], message)
         elif value.shape[dim] != x.shape[dim]:
             raise ValueError(f"{where}: {name} is {sizes_of(value)}; expected the leading dims of x, {sizes_of(x)}")
     check_dtype(where, name, value, kind)
@@ -134,11 +132,11 @@ def check_beside_x(where: str, name: str, value: Tensor, x: Tensor, last: tuple[
 
 
 def checked_ids(where: str, name: str, value: Tensor, x: Tensor, last: tuple[str, int] | None) -> Tensor:
-    """check_beside_x of integers, and these as int64."""
-    check_beside_x(where, name, value, x, last, "integer")
+    """Returns per-token integers as int64, after `check_per_token`."""
+    check_per_token(where, name, value, x, last, "integer")
     return checked_integers(where, name, value)
 
 
 def sizes_of(t: Tensor) -> str:
-    """Its shape, for messages."""
+    """Returns the shape of a tensor as text for error messages."""
     return "(" + ", ".join(str(size) for size in t.shape) + ")"

@@ -1,5 +1,7 @@
-"""The public layer: `layer.call` checks and flattens, `layer.compose` is what it computes, and this page picks how it
-runs.
+"""The public MoE layer: `moe_forward` and its variants, from tokens, weights and logits to outputs.
+
+`layer.call` checks and flattens the arguments, `layer.compose` computes; this module chooses between eager stages, a
+scan over chunks of tokens, one op, and several ranks.
 """
 
 import dataclasses
@@ -33,33 +35,37 @@ def moe_forward(
 
         y[t] = sum over j of  w[t, j] * expert_{ids[t, j]}(x[t]) + shared(x[t]) + zero experts, (ids, w) = route(logits)
 
-    x [..., H] float, logits [..., num_logits] float (None: x @ weights.router.gate.T + bias), token_ids [...] integers
-    for hash routing, token_mask [...] bool, False for padding, adapter_ids [...] integers, each token's LoRA adapter
-    (-1, or an id that there is not: none; None: adapter 0 for all, where there is one). Returns [..., H] in x.dtype,
-    also under autocast, which sets the dtype that the experts compute in; a gate in float32 sees x as it is. Padding
-    may hold anything and gives zeros.
+    x            [..., H] float
+    logits       [..., num_logits] float; None: x @ weights.router.gate.T + bias
+    token_ids    [...] integers, for hash routing
+    token_mask   [...] bool, False for padding; padding may hold any values, NaN too, and its outputs are zeros
+    adapter_ids  [...] integers, the LoRA adapter of each token; ids out of range, such as -1: no adapter; None: adapter
+                 0 for all tokens, where the layer has one adapter
 
-    Raises ValueError at trace time: where, what came, what was expected. Under fullgraph torch wraps it in an error of
-    its own.
+    Returns [..., H] in x.dtype, also under autocast, which sets the dtype that the experts compute in. A float32 gate
+    reads x before autocast rounds it.
+
+    Raises ValueError at trace time: where, what came, what was expected. Under fullgraph=True torch wraps it in its own
+    error.
 
     Laws
         The layer equals the reference.
         Gradients equal the reference.
         The layer commutes with permuting tokens.
         Relabelling experts changes nothing.
-        The layer splits over concatenating batches.
+        Concatenated batches give concatenated outputs.
         The layer is linear in the routing weights.
-        All experts chosen is the dense mixture.
+        Choosing all experts gives the dense mixture.
         Garbage in padding never reaches the output.
-        What is not finite in a token stays in it.
+        Non-finite values of a token affect no other token.
         NaN in a token is NaN in its output.
-        What is not finite in an expert stays with its tokens.
-        Gradients of others do not see what is not finite.
+        Non-finite weights of an expert affect only its tokens.
+        Non-finite values do not reach gradients of other tokens.
         Chunked equals unchunked.
         Opaque equals transparent.
-        Autocast leaves a float32 gate as it is.
-        Autocast computes what weights in its dtype do.
-        Leading dimensions are only a shape.
+        Autocast does not round a float32 gate.
+        Autocast equals weights in its dtype.
+        Flattening leading dimensions changes nothing.
         Inputs are never written to.
         The same inputs give the same bits.
         A batch invariant token has the same bits in any batch.
@@ -91,10 +97,10 @@ def moe_forward_shared(
     token_mask: Tensor | None = None,
     adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(shared, routed), whose sum is moe_forward: for hosts that reduce or overlap the two separately.
+    """Returns (shared, routed), whose sum is moe_forward: for callers that reduce or overlap the two separately.
 
-    Arguments and errors of moe_forward; shared is zeros without shared experts. With opaque=True it is one node, as
-    moe_forward is.
+    Takes the arguments and raises the errors of moe_forward. Without shared experts, shared is zeros. With opaque=True
+    it is one node, as moe_forward is.
 
     Laws
         Shared and routed add up to the layer.
@@ -109,11 +115,11 @@ def moe_forward_shared(
     """
     if isinstance(config, MoEConfig) and config.parallel is not None:
         raise ValueError(
-            "moe_forward_shared: MoEConfig.parallel sums routed and shared together; expected None, or moe_forward"
+            "moe_forward_shared: MoEConfig.parallel reduces routed and shared together; expected None, or moe_forward"
         )
     if isinstance(config, MoEConfig) and config.norms is not None and config.norms.output:
         raise ValueError(
-            "moe_forward_shared: MoEConfig.norms.output=True norms the sum of the two; expected False, or moe_forward"
+            "moe_forward_shared: MoEConfig.norms.output=True normalizes their sum; expected False, or moe_forward"
         )
     call = check_and_flatten("moe_forward_shared", config, weights, x, logits, token_ids, token_mask, adapter_ids)
     with autocast_off(x):
@@ -125,9 +131,9 @@ def moe_forward_shared(
 def moe_forward_routed(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None
 ) -> Tensor:
-    """The layer behind a router of your own: ids of -1 are no expert, weights may be any numbers.
+    """The layer after a router of your own: an id of -1 means no expert, weights may be any numbers.
 
-    x [..., H], routing.expert_ids and .weights [..., top_k] -> [..., H]. Errors of moe_forward.
+    x [..., H], routing.expert_ids and .weights [..., top_k] -> [..., H]. Raises the errors of moe_forward.
 
     Laws
         Any routing equals the reference.
@@ -161,13 +167,13 @@ def moe_route(
     token_mask: Tensor | None = None,
     adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
-    """(logits, routing): the first half of moe_forward, for hosts that look at the router; moe_forward_routed is the
-    second.
+    """Returns (logits, routing), the first half of moe_forward; moe_forward_routed is the second half.
 
-    Arguments and errors of moe_forward. logits [..., num_logits] are those given, or the gate's; routing [..., top_k].
+    Takes the arguments and raises the errors of moe_forward. logits [..., num_logits] are the argument, or the output
+    of the gate; routing has ids and weights [..., top_k].
 
     Laws
-        The router and then the routed layer are the layer.
+        Routing and then the routed layer give the layer.
 
     >>> import torch
     >>> from moe_fn import MoEConfig, MoEWeights
@@ -196,13 +202,13 @@ def moe_forward_with_stats(
     token_mask: Tensor | None = None,
     adapter_ids: Tensor | None = None,
 ) -> tuple[Tensor, RoutingStats]:
-    """moe_forward, and what the router did: load per expert, dropped slots, balancing losses. Nothing is kept on the
-    side.
+    """Returns (output of moe_forward, routing statistics): load per expert, dropped slots, balancing losses.
 
-    Arguments and errors of moe_forward. The sequences of sequence_balancing_loss are x's last but one dimension.
+    Takes the arguments and raises the errors of moe_forward. The second to last dimension of x is the sequence of
+    sequence_balancing_loss. No state is kept.
 
     Laws
-        Stats leave the output as it is.
+        Stats do not change the output.
         Expert load counts the slots.
 
     >>> import torch
@@ -222,7 +228,7 @@ def moe_forward_with_stats(
             if overflow is not None:
                 stats = dataclasses.replace(stats, dropped_slots=stats.dropped_slots + overflow)
             return restore_shape(call, y), stats
-        # An op that wants no bits to depend on the compiler routes for itself.
+        # With batch_invariant the op routes again: bits of a routing in the graph would depend on compiled code.
         again = config.batch_invariant and _routes_inside(config)
         (y,) = _run(config, call, call.logits if again else logits, None if again else routing, with_shared=False)
         return restore_shape(call, y), stats
@@ -236,14 +242,14 @@ def _route(config: MoEConfig, call: Call) -> tuple[Tensor, Routing]:
 
 
 def _routes_inside(config: MoEConfig) -> bool:
-    """Whether the op routes: tokens are flat there, and a capacity counts within sequences."""
+    """Whether the whole-layer op routes. A router capacity counts within sequences, and the op's tokens are flat."""
     return config.as_op and config.router.capacity is None and config.parallel is None
 
 
 def _run(
     config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing | None, with_shared: bool
 ) -> tuple[Tensor, ...]:
-    """Everything behind the router; with routing None the op routes by the logits, or by its gate."""
+    """Everything after the router; with routing=None the op routes from logits, or from its gate."""
     if config.parallel is not None and routing is not None:
         return (_run_over_ranks(config, call, logits, routing),)
     chunked = config.chunk_tokens is not None
@@ -260,9 +266,9 @@ def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routin
     if config.parallel is None or can_drop_slots(config):
         other = "" if call.where == "moe_forward_routed" else ", or moe_forward_with_stats, which returns how many"
         raise ValueError(
-            f"{call.where}: ParallelConfig.capacity may drop slots; expected None, room for every slot{other}"
+            f"{call.where}: ParallelConfig.capacity can drop slots; expected None, which has room for every slot{other}"
         )
-    # None too where a caller routed: then the routing travels
+    # The caller's own routing has no logits: then ranks exchange the routing.
     sent = logits if config.parallel.gather == "logits" else None
     if config.batch_invariant or (reads_sizes(config.parallel) and not scalars_allowed()):
         return layer_as_op(config, call.weights, call.x, routing, sent, None, None, call.adapter_ids, False)[0]

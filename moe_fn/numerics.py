@@ -1,11 +1,11 @@
-"""Which dtype sums are carried in, and a root that has gradients."""
+"""Accumulation dtypes, and a square root whose gradient at 0 is 0."""
 
 import torch
 from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or wider if the input is.
+    """Returns the dtype that sums accumulate in: float32, or a wider input dtype.
 
     >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float64)
     (torch.float32, torch.float64)
@@ -14,7 +14,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, with gradient 0 where x is 0: the derivative is infinite there, and inf * 0 is NaN.
+    """Square root of x, with gradient 0 at x = 0, where the true derivative is infinite and inf * 0 would be NaN.
 
     >>> root(torch.tensor([0.0, 4.0]))
     tensor([0., 2.])

@@ -1,9 +1,9 @@
-"""The values that travel between stages: weights, routing, dispatched rows, statistics.
+"""Dataclasses of tensors that stages pass to each other: weights, routing, dispatched rows, statistics.
 
-Axes, and the words other code bases use for them:
+Axes, with the names that other code bases use in parentheses:
 
     tokens T         positions of the input (M, length)
-    hidden H         model width (D, K)                     expert_hidden Hx  width the experts see (latent, padded)
+    hidden H         model width (D, K)                     expert_hidden Hx  input width of experts (latent, padded)
     intermediate I   expert width (N, F)                    gate_up           2 I if the activation is gated, else I
     experts E        experts with weights                   choices           E + zero experts
     top_k            choices per token (K)                  rows R            T * top_k
@@ -22,12 +22,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class RouterWeights:
-    """gate [logits, H or Hx] and bias [logits]; the rest changes which experts are chosen, or how much they count."""
+    """Router gate [logits, H or Hx] and bias [logits]; the rest changes the choice of experts, or their weights."""
 
     gate: Tensor | None = None
     bias: Tensor | None = None
     correction_bias: Tensor | None = None  # [choices]: added for the choice only (e_score_correction_bias)
-    # [logits]: multiplies the weight of each expert (Gemma-4), shared ones too (Inkling)
+    # [logits]: multiplies the routing weight of each expert (Gemma-4), shared experts too (Inkling)
     expert_scale: Tensor | None = None
     expert_ids_of_token: Tensor | None = None  # [vocabulary, top_k] ints: hash routing (tid2eid)
     # Copies of experts (ParallelConfig.num_physical), int64, as in moe_fn.balance.Placement:
@@ -38,7 +38,7 @@ class RouterWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedWeights:
-    """gate_up [gate_up S, H] (all gates, then all ups) and down [H, S]; S = count * intermediate_size."""
+    """Shared experts: gate_up [gate_up S, H] (all gates, then all ups), down [H, S]; S = count * intermediate_size."""
 
     gate_up: Tensor
     down: Tensor
@@ -49,7 +49,7 @@ class SharedWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentWeights:
-    """input [L, H] and output [H, L], with optional biases [L], [H] and norm scales [L]."""
+    """Latent projections input [L, H] and output [H, L], with optional biases [L], [H] and norm scales [L]."""
 
     input: Tensor
     output: Tensor
@@ -61,10 +61,10 @@ class LatentWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAWeights:
-    """Adapters of the experts, L of them, alpha / rank folded into B. Both matrices of a product or none; 1 for E where
-    experts share.
+    """L LoRA adapters of the experts, with alpha / rank folded into B. A product has both A and B, or neither; the
+    expert dim is 1 where experts share a matrix.
 
-    Rows of gate_up_b are in the order of gate_up's outputs, interleaved too; weight_layout means nothing here.
+    Rows of gate_up_b have the order of gate_up's outputs, packed or interleaved; weight_layout does not apply.
     """
 
     gate_up_a: Tensor | None = None  # [L, E or 1, rank, Hx]
@@ -75,15 +75,17 @@ class LoRAWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantWeights:
-    """What turns the codes q in gate_up and down into numbers, where MoEConfig.quant says that they are codes:
+    """Scales and zero points of quantized gate_up and down, which hold codes q with MoEConfig.quant:
 
         W[e, n, k] = (q[e, n, k] - zero_point[e, i, j]) * scale[e, i, j] * global_scale[e, half of n, 0]
 
-    (i, j) the tile that (n, k) lies in. A scale covers a tile (outputs, inputs), `QuantConfig.tile`; gate and up of a
-    packed gate_up are tiled apart. Scales [E, halves * ceil(outputs of a half / outputs of a tile), ceil(inputs /
-    inputs of a tile)]: floats, uint8 exponents (e8m0: 2^(S - 127); mxfp4, mxfp8) or float8_e4m3fn (nvfp4). Codes: fp8
-    and mxfp8 float8_e4m3fn; int8 int8, or uint8 with zero points; int4 two in a byte, the even input in the low half,
-    0..15, zero 8 without zero points; mxfp4 and nvfp4 likewise, e2m1, sign on top.
+    (i, j) is the tile of (n, k). A scale covers a tile (outputs, inputs), `QuantConfig.tile`; the gate half and the up
+    half of a packed gate_up are tiled separately.
+
+    scales  [E, halves * ceil(outputs of a half / outputs of a tile), ceil(inputs / inputs of a tile)]: floats, uint8
+            exponents (e8m0: 2^(S - 127); mxfp4, mxfp8) or float8_e4m3fn (nvfp4)
+    codes   fp8, mxfp8: float8_e4m3fn; int8: int8, or uint8 with zero points; int4: two in a byte, the even input in the
+            low half, 0..15, zero is 8 without zero points; mxfp4, nvfp4: likewise, e2m1 with the sign in the top bit
     """
 
     gate_up_scale: Tensor | None = None
@@ -92,13 +94,13 @@ class QuantWeights:
     down_zero_point: Tensor | None = None
     gate_up_global_scale: Tensor | None = None  # [E, halves, 1] float: nvfp4
     down_global_scale: Tensor | None = None  # [E, 1, 1]
-    gate_up_input_scale: Tensor | None = None  # [E] float: static activations, of the inputs of gate_up
+    gate_up_input_scale: Tensor | None = None  # [E] float: static scales of the inputs of gate_up
     down_input_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEWeights:
-    """All tensors of a layer; a pytree, so it is an argument of compile, export, func.grad and tree_map.
+    """All weights of a layer; a pytree, so compile, export, func.grad and tree_map take it as an argument.
 
     gate_up [E, gate_up, Hx] and down [E, Hx, I]; with weight_layout="in_out" [E, Hx, gate_up] and [E, I, Hx]; codes
     with MoEConfig.quant.
@@ -111,7 +113,7 @@ class MoEWeights:
     expert_norm: Tensor | None = None  # [E, Hx]
     constants: Tensor | None = None  # [zero experts, H]
     input_norm: Tensor | None = None  # [H]: scale of the norm before the routed experts
-    output_norm: Tensor | None = None  # [H]: scale of the norm after everything
+    output_norm: Tensor | None = None  # [H]: scale of the norm of the layer's output
     router: RouterWeights | None = None
     shared: SharedWeights | None = None
     latent: LatentWeights | None = None
@@ -121,21 +123,21 @@ class MoEWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """Who goes where.
+    """Expert ids and routing weights of each token.
 
-    An id of -1 is "no expert"; ids from num_experts on are zero experts; none of them costs a product.
+    An id of -1 means no expert; ids >= num_experts are zero experts. Neither costs a matrix product.
     """
 
     expert_ids: Tensor  # [T, top_k] integers, best first
     weights: Tensor  # [T, top_k] float32 (float64 for float64 logits)
-    shared_weights: Tensor | None = None  # [T, shared experts]: where the router weighs them
+    shared_weights: Tensor | None = None  # [T, shared experts]: with SharedExpertsConfig(gate="router")
     # [T] integers, -1 for none: the LoRA adapter of each token; None: adapter 0, the only one
     adapter_ids: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatched:
-    """Copies of tokens, sorted by expert. Rows from expert_ends[-1] on belong to no expert."""
+    """Rows: one copy of its token for each slot, sorted by expert. Rows from expert_ends[-1] on have no expert."""
 
     rows: Tensor  # [R, Hx]
     expert_ends: Tensor  # [E] int32
@@ -146,10 +148,10 @@ class Dispatched:
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingStats:
-    """What the router did, as values; nothing is recorded on the side. Losses carry gradients to the logits."""
+    """Load per expert, dropped slots and losses of one routing. Losses are differentiable in the logits."""
 
     expert_ids: Tensor  # [T, top_k]
-    # [choices] int64: slots per expert, of this rank's tokens; of all ranks': moe_fn.balance.load_over_ranks
+    # [choices] int64: slots per expert from this rank's tokens; moe_fn.balance.load_over_ranks sums over ranks
     expert_load: Tensor
     dropped_slots: Tensor  # [] int64: slots of no expert (id -1) of tokens that are not padding
     router_z_loss: Tensor  # [] float32
@@ -171,7 +173,7 @@ RECORDS = (
 for _cls in RECORDS:
     torch.export.register_dataclass(_cls, serialized_type_name=f"moe_fn.{_cls.__name__}")
 
-Path = tuple[str, ...]  # of a tensor in MoEWeights: ("router", "gate")
+Path = tuple[str, ...]  # path of a tensor in MoEWeights: ("router", "gate")
 Shape = tuple[tuple[str, int], ...]  # name and size of each dim of a weight
 NESTED_WEIGHTS = {
     "router": RouterWeights,
@@ -186,10 +188,10 @@ def _names(record: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(record))
 
 
-# What each field of MoEWeights is made of; None: a tensor itself.
+# Field names of each nested record of MoEWeights; None: the field is a tensor.
 _PARTS = {name: _names(NESTED_WEIGHTS[name]) if name in NESTED_WEIGHTS else None for name in _names(MoEWeights)}
 
-# Every tensor that MoEWeights can hold, in the order that ops take them: ("gate_up",), ..., ("router", "gate"), ...
+# Paths of all tensors of MoEWeights, in the order of the ops' arguments: ("gate_up",), ..., ("router", "gate"), ...
 WEIGHT_PATHS: tuple[Path, ...] = tuple(
     path
     for name, parts in _PARTS.items()
@@ -198,13 +200,13 @@ WEIGHT_PATHS: tuple[Path, ...] = tuple(
 
 
 def leaves_of_weights(weights: MoEWeights) -> list[Tensor | None]:
-    """The tensors in the order of WEIGHT_PATHS, None where there is none."""
+    """Returns the tensors in the order of WEIGHT_PATHS, None for absent ones."""
     leaves: list[Tensor | None] = []
     for name, parts in _PARTS.items():
         value = getattr(weights, name)
         if parts is None:
             leaves.append(value)
-        elif value is None:  # most layers lack most of them, and every call of the layer comes here
+        elif value is None:  # fast path: every call of the layer flattens, and most layers lack most records
             leaves += [None] * len(parts)
         else:
             leaves += [getattr(value, part) for part in parts]
@@ -212,7 +214,7 @@ def leaves_of_weights(weights: MoEWeights) -> list[Tensor | None]:
 
 
 def weights_of_leaves(leaves: list[Tensor | None]) -> MoEWeights:
-    """The inverse of leaves_of_weights; a nested record all of whose tensors are None is None."""
+    """The inverse of leaves_of_weights; a nested record becomes None if all its tensors are None."""
     values: dict[str, Tensor | None] = {}
     nested: dict[str, dict[str, Tensor]] = {}
     for path, leaf in zip(WEIGHT_PATHS, leaves, strict=True):

@@ -55,7 +55,7 @@ def test_shared_experts_see_the_original_input(problem: MoEProblem) -> None:
         )
     )
 )
-def test_shared_experts_side_by_side_are_the_sum_of_single_ones(problem: MoEProblem) -> None:
+def test_several_shared_experts_are_the_sum_of_single_ones(problem: MoEProblem) -> None:
     shared = problem.weights.shared
     assert shared is not None
     shared = dataclasses.replace(shared, down_bias=None)
@@ -143,7 +143,7 @@ def test_a_norm_of_numbers_that_cancelled_makes_their_rounding_large_and_the_lay
 
 
 @law(problems(configs(gate_input="original"), logits="gate"))
-def test_a_norm_for_the_gate_is_the_gate_of_the_norm(problem: MoEProblem) -> None:
+def test_a_norm_for_the_gate_equals_a_gate_on_normed_inputs(problem: MoEProblem) -> None:
     normed = config_with(problem, norms=NormsConfig(epsilon=0.1, gate=True))
     x = moe_fn.layer.compose.without_padding(problem.x, problem.token_mask)
     seen = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1)
@@ -197,7 +197,7 @@ def test_an_average_is_half_of_a_sum(problem: MoEProblem) -> None:
 
 
 @law(st.integers(0, 5), st.integers(1, 6), st.integers(0, 3))
-def test_without_a_group_nothing_but_columns_is_lost(tokens: int, width: int, extra: int) -> None:
+def test_without_a_group_only_padding_columns_are_cut(tokens: int, width: int, extra: int) -> None:
     y = torch.randn(tokens, width + extra, generator=torch.Generator().manual_seed(tokens))
     assert torch.equal(moe_fn.reduce_and_trunc(y, width=width), y[:, :width])
     assert torch.equal(moe_fn.reduce_and_trunc(y), y)

@@ -115,7 +115,7 @@ def test_relabelling_experts_changes_nothing(problem: MoEProblem, seed: int) -> 
 
 
 @law(problems(), SEEDS)
-def test_the_layer_splits_over_concatenating_batches(problem: MoEProblem, seed: int) -> None:
+def test_concatenated_batches_give_concatenated_outputs(problem: MoEProblem, seed: int) -> None:
     tokens = torch.arange(problem.x[..., 0].numel())
     cut = seed % (len(tokens) + 1)
     parts = [forward(problem.of_tokens(part)) for part in (tokens[:cut], tokens[cut:])]
@@ -123,7 +123,7 @@ def test_the_layer_splits_over_concatenating_batches(problem: MoEProblem, seed: 
 
 
 @law(problems())
-def test_the_router_and_then_the_routed_layer_are_the_layer(problem: MoEProblem) -> None:
+def test_routing_and_then_the_routed_layer_give_the_layer(problem: MoEProblem) -> None:
     logits, routing = problem.call(moe_fn.moe_route)
     assert logits.shape == (*problem.x.shape[:-1], problem.config.num_logits)
     y = moe_fn.moe_forward_routed(problem.config, problem.weights, problem.x, routing, token_mask=problem.token_mask)
@@ -166,7 +166,7 @@ def test_any_routing_equals_the_reference(case: RoutedCase) -> None:
 
 
 @law(st.integers(1, 4), st.integers(0, 6), SEEDS)
-def test_all_experts_chosen_is_the_dense_mixture(num_experts: int, tokens: int, seed: int) -> None:
+def test_choosing_all_experts_gives_the_dense_mixture(num_experts: int, tokens: int, seed: int) -> None:
     config = MoEConfig(num_experts=num_experts, top_k=num_experts, hidden_size=5, intermediate_size=3)
     generator = torch.Generator().manual_seed(seed)
     weights = weights_for(config, generator, bias=False, scales=False)
@@ -214,7 +214,7 @@ def in_autocast(problem: MoEProblem, function: Any) -> Any:
 
 
 @law(problems(configs(gate_input="original", gate_dtype="float32"), logits="gate"), SEEDS)
-def test_autocast_leaves_a_float32_gate_as_it_is(problem: MoEProblem, seed: int) -> None:
+def test_autocast_does_not_round_a_float32_gate(problem: MoEProblem, seed: int) -> None:
     # that bfloat16 does not hold
     digits = torch.rand(problem.x.shape, generator=torch.Generator().manual_seed(seed)) / 256
     problem = problem.replace(x=problem.x * (1 + digits))
@@ -235,7 +235,7 @@ def cast_by_hand(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
 
 
 @law(problems(configs(gate_dtype="float32")))
-def test_autocast_computes_what_weights_in_its_dtype_do(problem: MoEProblem) -> None:
+def test_autocast_equals_weights_in_its_dtype(problem: MoEProblem) -> None:
     logits = problem.logits
     if logits is None and problem.config.router.gate_input == "original":
         logits = problem.call(moe_fn.moe_route)[0]
@@ -250,7 +250,7 @@ def test_autocast_computes_what_weights_in_its_dtype_do(problem: MoEProblem) -> 
 
 
 @law(problems(), st.sampled_from([(1, 1), (2, 1), (1, 2, 1)]))
-def test_leading_dimensions_are_only_a_shape(problem: MoEProblem, ones: tuple[int, ...]) -> None:
+def test_flattening_leading_dimensions_changes_nothing(problem: MoEProblem, ones: tuple[int, ...]) -> None:
     plain = problem.of_tokens(torch.arange(problem.x[..., 0].numel()).repeat(max(ones)))
 
     def shaped(t: Tensor | None, extra: int) -> Tensor | None:
@@ -292,7 +292,7 @@ def test_shared_and_routed_add_up_to_the_layer(problem: MoEProblem) -> None:
 
 
 @law(problems())
-def test_stats_leave_the_output_as_it_is(problem: MoEProblem) -> None:
+def test_stats_do_not_change_the_output(problem: MoEProblem) -> None:
     y, stats = problem.call(moe_fn.moe_forward_with_stats)
     assert_matches(y, forward(problem), scale=0.1)
     assert torch.isfinite(stats.router_z_loss)

@@ -80,7 +80,7 @@ def test_an_adapter_of_zeros_changes_nothing(problem: MoEProblem) -> None:
 
 @quick
 @law(ADAPTED, st.integers(0, 3))
-def test_tokens_of_no_adapter_are_as_without_lora(problem: MoEProblem, seed: int) -> None:
+def test_tokens_without_an_adapter_get_the_layer_without_lora(problem: MoEProblem, seed: int) -> None:
     count = lora_of(problem)[0].num_adapters
     ids = torch.randint(-2, count + 2, problem.x.shape[:-1], generator=torch.Generator().manual_seed(seed))
     adapted = flat(forward(problem.replace(adapter_ids=ids)), 1)
@@ -92,7 +92,7 @@ def test_tokens_of_no_adapter_are_as_without_lora(problem: MoEProblem, seed: int
 
 @quick
 @law(ADAPTED, st.integers(0, 3))
-def test_tokens_and_adapters_may_be_relabelled_together(problem: MoEProblem, seed: int) -> None:
+def test_relabelling_adapters_changes_nothing(problem: MoEProblem, seed: int) -> None:
     config, lora = lora_of(problem)
     order = torch.randperm(config.num_adapters, generator=torch.Generator().manual_seed(seed))
     ids = torch.zeros(problem.x.shape[:-1], dtype=torch.int64) if problem.adapter_ids is None else problem.adapter_ids

@@ -60,7 +60,7 @@ def experts_of(problem: MoEProblem, routing: Routing, tokens: Tensor) -> Tensor:
 
 @settings(max_examples=30)
 @law(PROBLEMS, SEEDS, VALUES)
-def test_what_is_not_finite_in_a_token_stays_in_it(problem: MoEProblem, seed: int, value: float) -> None:
+def test_non_finite_values_of_a_token_affect_no_other_token(problem: MoEProblem, seed: int, value: float) -> None:
     problem = with_logits(problem)
     hit = hits(problem, seed)
     dirty, clean = spoiled(problem, hit, value, seed), spoiled(problem, hit, 0.0, seed)
@@ -78,7 +78,7 @@ def test_nan_in_a_token_is_nan_in_its_output(problem: MoEProblem, seed: int) -> 
 
 @settings(max_examples=30)
 @law(PROBLEMS, SEEDS, VALUES)
-def test_what_is_not_finite_in_an_expert_stays_with_its_tokens(problem: MoEProblem, seed: int, value: float) -> None:
+def test_non_finite_weights_of_an_expert_affect_only_its_tokens(problem: MoEProblem, seed: int, value: float) -> None:
     problem = with_logits(problem)
     expert = seed % problem.config.num_experts
     routing = route(problem)
@@ -107,7 +107,7 @@ def with_expert(problem: MoEProblem, expert: int, value: float | None) -> MoEPro
 
 @settings(max_examples=30)
 @law(problems(), SEEDS, VALUES)
-def test_gradients_of_others_do_not_see_what_is_not_finite(problem: MoEProblem, seed: int, value: float) -> None:
+def test_non_finite_values_do_not_reach_gradients_of_other_tokens(problem: MoEProblem, seed: int, value: float) -> None:
     problem = with_logits(problem)
     hit = hits(problem, seed)
     away = ~experts_of(problem, route(problem), hit)
@@ -131,7 +131,7 @@ def gradients_of(problem: MoEProblem) -> list[Any]:
 
 @pytest.mark.parametrize(
     "check",
-    [test_what_is_not_finite_in_a_token_stays_in_it, test_nan_in_a_token_is_nan_in_its_output],
+    [test_non_finite_values_of_a_token_affect_no_other_token, test_nan_in_a_token_is_nan_in_its_output],
     ids=lambda t: t.__name__,
 )
 def test_the_torch_back_end_keeps_these_laws_too(check: Any) -> None:

@@ -81,7 +81,7 @@ def test_ties_go_to_the_lowest_expert_id(problem: MoEProblem) -> None:
         )
     )
 )
-def test_renormalised_rows_sum_to_the_scale(problem: MoEProblem) -> None:
+def test_renormalized_rows_sum_to_the_scale(problem: MoEProblem) -> None:
     problem, router = router_with(problem, expert_scale=None), problem.config.router
     sums = route(problem).weights[real_tokens(problem)].sum(-1)
     expected = router.routed_scaling_factor if router.scale_on == "weights" else 1.0

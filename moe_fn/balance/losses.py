@@ -18,7 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_fn.balance.placement import checked_load
-from moe_fn.checks import check_beside_x, check_dtype, check_float, check_int, check_kind, checked_ids, checked_integers
+from moe_fn.checks import (
+    check_dtype,
+    check_float,
+    check_int,
+    check_kind,
+    check_per_token,
+    checked_ids,
+    checked_integers,
+)
 from moe_fn.config import MoEConfig, RankGroup
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.collectives import reduced_over_ranks
@@ -199,7 +207,7 @@ def _check_scores(where: str, scores: Tensor, expert_ids: Tensor, token_mask: Te
 
 def _check_mask(where: str, scores: Tensor, token_mask: Tensor | None) -> None:
     if token_mask is not None:
-        check_beside_x(where, "token_mask", token_mask, scores, None, "bool")
+        check_per_token(where, "token_mask", token_mask, scores, None, "bool")
 
 
 def _load_of_rows(expert_ids: Tensor, num_experts: int) -> Tensor:

@@ -24,9 +24,9 @@ class LoRAConfig:
     Laws
         LoRA equals the reference.
         An adapter of zeros changes nothing.
-        Tokens of no adapter are as without LoRA.
+        Tokens without an adapter get the layer without LoRA.
         Gradients reach A and B.
-        Tokens and adapters may be relabelled together.
+        Relabelling adapters changes nothing.
 
     Source: Hu et al. 2021 (arXiv 2106.09685); rows sorted by adapter: Punica (2310.18547), S-LoRA (2311.03285).
     """

@@ -5,7 +5,7 @@ of their inputs.
 import torch
 from torch import Tensor
 
-from moe_fn.checks import check_beside_x, check_kind
+from moe_fn.checks import check_kind, check_per_token
 from moe_fn.config import MoEConfig
 from moe_fn.layer.compose import route_tokens
 from moe_fn.ops.rows import count_up_to
@@ -48,7 +48,7 @@ def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor 
         raise ValueError(f"calibrate: x is {list(x.shape)}; expected (tokens, hidden_size) with at least one token")
     check_x("calibrate", config, x)
     if logits is not None:
-        check_beside_x("calibrate", "logits", logits, x, ("num_logits", config.num_logits), "float")
+        check_per_token("calibrate", "logits", logits, x, ("num_logits", config.num_logits), "float")
     check_token_inputs("calibrate", config, x, None, None)
     check_weights("calibrate", config, weights, x)
     _, routing = route_tokens(config, weights, x, logits, None, None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checks import check_beside_x, check_untraced
+from moe_fn.checks import check_per_token, check_untraced
 from moe_fn.config import MoEConfig
 from moe_fn.layer.compose import without_padding
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
@@ -63,11 +63,11 @@ def check_and_flatten(
     weights = weights if low is None else _in_autocast(config, weights, low, runs_experts)
     given, computed = x, x if low is None else x.to(low)
     if logits is not None:
-        check_beside_x(where, "logits", logits, x, ("num_logits", config.num_logits), "float")
+        check_per_token(where, "logits", logits, x, ("num_logits", config.num_logits), "float")
     if not routed:
         token_ids = check_token_inputs(where, config, x, token_ids, token_mask)
     elif token_mask is not None:
-        check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+        check_per_token(where, "token_mask", token_mask, x, None, "bool")
     adapter_ids = check_adapter_ids(where, config, x, adapter_ids)
     leading = tuple(x.shape[:-1])
     if x.ndim > 2:

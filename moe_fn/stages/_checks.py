@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.checks import check_beside_x, check_dtype, check_kind, check_untraced, checked_ids, sizes_of
+from moe_fn.checks import check_dtype, check_kind, check_per_token, check_untraced, checked_ids, sizes_of
 from moe_fn.config import MoEConfig
 from moe_fn.records import Dispatched, MoEWeights, RouterWeights, Routing
 from moe_fn.weights.check import check_config, check_layer, check_weight, check_weights_of_experts
@@ -77,7 +77,7 @@ def check_choice_inputs(
     check_dtype(where, "logits", logits, "float")
     expert_ids = checked_ids(where, "expert_ids", expert_ids, logits, ("top_k", config.top_k))
     if token_mask is not None:
-        check_beside_x(where, "token_mask", token_mask, logits, None, "bool")
+        check_per_token(where, "token_mask", token_mask, logits, None, "bool")
     _check_router(where, config, router, logits)
     if config.router.selection == "sparsemixer":
         raise ValueError(
@@ -104,7 +104,7 @@ def check_token_inputs(
             raise ValueError(f"{where}: token_ids would have no effect; expected None, or router.selection='hash'")
         token_ids = checked_ids(where, "token_ids", token_ids, x, None)
     if token_mask is not None:
-        check_beside_x(where, "token_mask", token_mask, x, None, "bool")
+        check_per_token(where, "token_mask", token_mask, x, None, "bool")
     return token_ids
 
 
@@ -130,7 +130,7 @@ def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) ->
     check_kind(where, "routing", routing, Routing)
     top_k = ("top_k", config.top_k)
     ids = checked_ids(where, "routing.expert_ids", routing.expert_ids, x, top_k)
-    check_beside_x(where, "routing.weights", routing.weights, x, top_k, "float")
+    check_per_token(where, "routing.weights", routing.weights, x, top_k, "float")
     weighed = config.shared is not None and config.shared.gate == "router"
     if weighed != (routing.shared_weights is not None):
         raise ValueError(
@@ -139,7 +139,7 @@ def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) ->
         )
     if routing.shared_weights is not None and config.shared is not None:
         count = ("shared.count", config.shared.count)
-        check_beside_x(where, "routing.shared_weights", routing.shared_weights, x, count, "float")
+        check_per_token(where, "routing.shared_weights", routing.shared_weights, x, count, "float")
     return with_ids(routing, ids)
 
 
@@ -159,7 +159,7 @@ def check_dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Routing:
     check_kind("dispatch", "routing", routing, Routing)
     ids = checked_ids("dispatch", "routing.expert_ids", routing.expert_ids, x, ("top_k", config.top_k))
     if config.router.weight_on == "input":
-        check_beside_x("dispatch", "routing.weights", routing.weights, x, ("top_k", config.top_k), "float")
+        check_per_token("dispatch", "routing.weights", routing.weights, x, ("top_k", config.top_k), "float")
     routing = with_ids(routing, ids)
     if routing.adapter_ids is None:
         return routing
@@ -197,7 +197,7 @@ def check_combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routi
     _check_rows("combine", "routing.expert_ids", routing.expert_ids, ("top_k", config.top_k))
     ids = checked_ids("combine", "routing.expert_ids", routing.expert_ids, routing.expert_ids, ("top_k", config.top_k))
     if config.router.weight_on == "output":
-        check_beside_x(
+        check_per_token(
             "combine", "routing.weights", routing.weights, routing.expert_ids, ("top_k", config.top_k), "float"
         )
     sizes = {"rows": rows.shape[0], "routing.expert_ids": routing.expert_ids.shape[0] * config.top_k}

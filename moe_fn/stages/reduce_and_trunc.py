@@ -18,7 +18,7 @@ def reduce_and_trunc(y: Tensor, *, group: RankGroup | None = None, width: int | 
     columns than width.
 
     Laws
-        Without a group nothing but columns is lost.
+        Without a group only padding columns are cut.
 
     >>> import torch
     >>> reduce_and_trunc(torch.tensor([[1.0, 2.0, 0.0]]), width=2)

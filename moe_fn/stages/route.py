@@ -51,7 +51,7 @@ def route(
         Ids of a token are distinct and in range.
         Weights are finite and float32.
         Ties go to the lowest expert id.
-        Renormalised rows sum to the scale.
+        Renormalized rows sum to the scale.
         Adding a constant to a softmax row changes nothing.
         Permuting experts permutes ids.
         Groups never chosen contribute nothing.

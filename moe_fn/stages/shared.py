@@ -20,7 +20,7 @@ def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
 
     Laws
         Shared experts see the original input.
-        Shared experts side by side are the sum of single ones.
+        Several shared experts are the sum of single ones.
 
     Source: DeepSeekMoE (arXiv 2401.06066); the sigmoid gate Qwen2-MoE; router-weighted ones Inkling.
 

@@ -63,7 +63,7 @@ def norm_for_gate(config: MoEConfig, x: Tensor) -> Tensor:
     """What the gate inside the layer sees of x: itself, or its norm without scale. [tokens, H] -> [tokens, H].
 
     Laws
-        A norm for the gate is the gate of the norm.
+        A norm for the gate equals a gate on normed inputs.
 
     Source: Gemma-4.
 

@@ -255,10 +255,10 @@ BUGS = (
         ),
     ),
     PlantedBug(
-        "renormalised_rows_sum_to_the_scale", "an epsilon of 1e-3", _routing_weights._norm, after(_renormalised_twice)
+        "renormalized_rows_sum_to_the_scale", "an epsilon of 1e-3", _routing_weights._norm, after(_renormalised_twice)
     ),
     PlantedBug(
-        "renormalised_rows_sum_to_the_scale",
+        "renormalized_rows_sum_to_the_scale",
         "scaled before renormalising",
         route._route,
         with_router(routed_scaling_factor=1.0, scale_on="weights"),
@@ -336,13 +336,13 @@ BUGS = (
         before(lambda t, dim, parts, *r: (t, dim, 1, *r)),
     ),
     PlantedBug(
-        "a_norm_for_the_gate_is_the_gate_of_the_norm",
+        "a_norm_for_the_gate_equals_a_gate_on_normed_inputs",
         "not normed",
         transform.norm_for_gate,
         instead(lambda config, x: x),
     ),
     PlantedBug(
-        "the_router_and_then_the_routed_layer_are_the_layer",
+        "routing_and_then_the_routed_layer_give_the_layer",
         "weights are given twice",
         forward.moe_route,
         after(lambda out, *a: (out[0], replace(out[1], weights=2 * out[1].weights))),
@@ -469,7 +469,7 @@ BUGS = (
         before(lambda c, w, x, *rest: (c, w, x * w.latent.input.sum() if w.latent else x, *rest)),
     ),
     PlantedBug(
-        "shared_experts_side_by_side_are_the_sum_of_single_ones",
+        "several_shared_experts_are_the_sum_of_single_ones",
         "the mean of them",
         shared.shared_experts,
         after(lambda y, config, *a: None if y is None else y / config.shared.intermediate_size),
@@ -525,7 +525,7 @@ BUGS = (
         ),
     ),
     PlantedBug(
-        "without_a_group_nothing_but_columns_is_lost",
+        "without_a_group_only_padding_columns_are_cut",
         "one column short",
         reduce_and_trunc.reduce_and_trunc,
         instead(lambda y, group=None, width=None: y[..., : (width or y.shape[-1]) - 1]),
@@ -618,7 +618,7 @@ BUGS = (
         after(_depends_on_the_label),
     ),
     PlantedBug(
-        "the_layer_splits_over_concatenating_batches",
+        "concatenated_batches_give_concatenated_outputs",
         "a mean over the batch",
         combine._combine,
         after(_depends_on_the_batch),
@@ -648,7 +648,7 @@ BUGS = (
         ),
     ),
     PlantedBug(
-        "all_experts_chosen_is_the_dense_mixture",
+        "choosing_all_experts_gives_the_dense_mixture",
         "the last choice is lost",
         routed_experts.routed_experts,
         before(
@@ -683,19 +683,19 @@ BUGS = (
         after(lambda gs, *a: tuple(None if g is None else g / 2 for g in gs)),
     ),
     PlantedBug(
-        "leading_dimensions_are_only_a_shape",
+        "flattening_leading_dimensions_changes_nothing",
         "the second dimension is the batch",
         call.restore_shape,
         after(lambda y, call, *a: y if y.ndim < 3 else y.flip(0, 1, 2)),
     ),
     PlantedBug(
-        "autocast_leaves_a_float32_gate_as_it_is",
+        "autocast_does_not_round_a_float32_gate",
         "the gate sees rounded tokens",
         call.check_and_flatten,
         after(lambda c, *a: replace(c, gate_x=c.x)),
     ),
     PlantedBug(
-        "autocast_computes_what_weights_in_its_dtype_do",
+        "autocast_equals_weights_in_its_dtype",
         "the router's weights are rounded too",
         call._in_autocast,
         after(lambda w, *a: w if w.router is None else replace(w, router=_rounded_floats(w.router))),
@@ -727,7 +727,7 @@ BUGS = (
         after(lambda parts, *a: (parts[0] * 2, parts[1])),
     ),
     PlantedBug(
-        "stats_leave_the_output_as_it_is",
+        "stats_do_not_change_the_output",
         "stats come from another run",
         forward.moe_forward_with_stats,
         after(lambda out, *a: (out[0] * 1.01, out[1])),
@@ -774,13 +774,13 @@ BUGS = (
         after(lambda out, by, *a: out if by is None else 1.01 * out),
     ),
     PlantedBug(
-        "tokens_of_no_adapter_are_as_without_lora",
+        "tokens_without_an_adapter_get_the_layer_without_lora",
         "-1 is the first adapter",
         _adapters.sort_by_adapter,
         _none_is_the_first,
     ),
     PlantedBug(
-        "tokens_and_adapters_may_be_relabelled_together",
+        "relabelling_adapters_changes_nothing",
         "adapter 0 for all",
         _adapters.sort_by_adapter,
         _all_have_the_first,

@@ -22,7 +22,7 @@ def _of_every_expert(y: Any, config: Any, weights: Any, *args: Any) -> Any:
 
 BUGS = (
     PlantedBug(
-        "what_is_not_finite_in_a_token_stays_in_it",
+        "non_finite_values_of_a_token_affect_no_other_token",
         "a product with 0",
         routed_experts.routed_experts,
         after(_of_the_whole_batch),
@@ -34,13 +34,13 @@ BUGS = (
         after(lambda y, *args: torch.nan_to_num(y)),
     ),
     PlantedBug(
-        "what_is_not_finite_in_an_expert_stays_with_its_tokens",
+        "non_finite_weights_of_an_expert_affect_only_its_tokens",
         "every expert times 0",
         routed_experts.routed_experts,
         after(_of_every_expert),
     ),
     PlantedBug(
-        "gradients_of_others_do_not_see_what_is_not_finite",
+        "non_finite_values_do_not_reach_gradients_of_other_tokens",
         "a factor of the whole batch",
         routed_experts.routed_experts,
         after(_scaled_by_the_whole_batch),
