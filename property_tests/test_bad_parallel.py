@@ -52,7 +52,7 @@ BAD: dict[str, Callable[[], Any]] = {
     r"ep='ep'; expected one of the mesh's dimensions, \(\)": lambda: ParallelConfig.from_mesh(mesh(), ep="ep"),
     "sequence_parallel=True without tp": lambda: ParallelConfig.from_mesh(mesh(ep=2), ep="ep", sequence_parallel=True),
     "sequence_parallel is 'yes'": lambda: ParallelConfig.from_mesh(mesh(tp=2), tp="tp", sequence_parallel="yes"),  # type: ignore[arg-type]
-    r"ep and dp are both 'x'; expected dimensions of their own": lambda: ParallelConfig.from_mesh(
+    r"ep and dp are both 'x'; expected different dimensions": lambda: ParallelConfig.from_mesh(
         mesh(x=2), ep="x", dp="x"
     ),
     "mesh is a str; expected a DeviceMesh": lambda: ParallelConfig.from_mesh("cpu", ep="ep"),
@@ -70,7 +70,7 @@ BAD: dict[str, Callable[[], Any]] = {
     "placement would have no effect without ep": parallel(tp=TWO, placement="round_robin"),
     r"placement\[1\] is 2; expected an int in 0..1": parallel(ep=TWO, placement=(0, 2, 1, 0)),
     "placement is 'random'": parallel(ep=TWO, placement="random"),
-    "sp: expected no tp": parallel(sp=TWO, tp=OTHER, ep=OTHER, dispatch="all_to_all", shared="replicated"),
+    "sp: expected tp=None": parallel(sp=TWO, tp=OTHER, ep=OTHER, dispatch="all_to_all", shared="replicated"),
     "shared='sharded' with sp": parallel(sp=TWO, ep=TWO, dispatch="all_to_all"),
     "placement has 3 ranks; expected one for each of 4 experts": layer(ParallelConfig(ep=TWO, placement=(0, 1, 0))),
     "leaves 1 of 5 ranks of ep without an expert": layer(ParallelConfig(ep=RankGroup(name="0", size=5, rank=0))),

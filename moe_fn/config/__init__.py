@@ -1,7 +1,7 @@
-"""What a layer computes, as frozen values: `MoEConfig` and the small configs that it nests, one per concern.
+"""Configs of the MoE layer as frozen dataclasses: `MoEConfig` and the configs that it nests, one per concern.
 
-No tensors, callables or environment: a config hashes, compares, prints, pickles and round-trips through JSON, and
-`torch.compile` and `torch.export` take it for a constant. Every value is checked when the config is made.
+They hold no tensors or callables and read no environment variables. A config is hashable, comparable and picklable, and
+round-trips through JSON; `torch.compile` and `torch.export` treat it as a constant. Constructors check every value.
 """
 
 from torch.utils._pytree import register_constant

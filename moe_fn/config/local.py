@@ -1,4 +1,4 @@
-"""What of a layer is a rank's own: pure arithmetic on the config."""
+"""The part of a layer on one rank: the sizes and ids of its experts, computed from the config."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from moe_fn.config.parts import padding_experts
 
 
 def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
-    """Fields of the MoEConfig of a rank's own routed experts, on what they see: no latent space, no shared experts, a
-    default router.
+    """Returns the fields of the MoEConfig of this rank's routed experts: their input width is hidden_size, without a
+    latent space or shared experts, with a default router.
 
-    Raises ValueError for what cannot be shared so.
+    Raises ValueError for options that the ranks cannot share.
     """
     _check(config, parallel)
     experts = _own_experts(config, parallel)
-    # each slot is a row of its own
+    # each slot is a token of its own
     by_slot = parallel.dispatch.startswith("all_to_all") or config.router.weight_on == "input"
     top_k = 1 if by_slot else config.top_k
     return {
@@ -28,12 +28,15 @@ def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def _own_experts(config: Any, parallel: ParallelConfig) -> int:
-    """How many experts, or slots, this rank has. Without a list of all ranks, for sizes may come from anywhere."""
+    """Returns the number of experts on this rank, or of expert slots. Builds no list over all experts: a config
+    read from a file may have any size.
+    """
     experts, ranks = parallel.num_physical or config.num_experts, parallel.ep.size if parallel.ep else 1
     used = len(set(parallel.placement)) if isinstance(parallel.placement, tuple) else min(experts, ranks)
     if used < ranks:
         raise ValueError(
-            f"MoEConfig.parallel leaves {ranks - used} of {ranks} ranks of ep without an expert; expected one on each"
+            f"MoEConfig.parallel leaves {ranks - used} of {ranks} ranks of ep without an expert; expected one or more "
+            "on each"
         )
     rank = parallel.ep.rank if parallel.ep else 0
     if isinstance(parallel.placement, tuple):
@@ -48,7 +51,7 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
     slices, _ = parallel.slices
     if config.chunk_tokens is not None or config.opaque:
         raise ValueError(
-            "MoEConfig.parallel with chunk_tokens or opaque: expected neither, ranks must meet in every collective"
+            "MoEConfig.parallel with chunk_tokens or opaque: expected neither, because ranks run collectives together"
         )
     if config.intermediate_size % slices:
         raise ValueError(
@@ -57,7 +60,7 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
         )
     if config.expert_norm is not None and slices > 1:
         raise ValueError(
-            "MoEConfig.expert_norm with slices of experts: expected ep, for a norm wants the whole output of an expert"
+            "MoEConfig.expert_norm with slices of experts: expected ep, because the norm needs an expert's whole output"
         )
     _check_tiles(config, slices)
     if isinstance(parallel.placement, tuple) and len(parallel.placement) != config.num_experts:
@@ -67,8 +70,8 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
         )
     if parallel.gather == "logits" and config.router.selection == "hash":
         raise ValueError(
-            "ParallelConfig.gather='logits' with router.selection='hash': expected 'routing', for token ids do not "
-            "travel"
+            "ParallelConfig.gather='logits' with router.selection='hash': expected 'routing', because token ids "
+            "are not gathered"
         )
     if parallel.num_physical is not None and parallel.num_physical < config.num_experts:
         raise ValueError(
@@ -76,7 +79,8 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
         )
     if parallel.gather == "logits" and config.router.capacity is not None:
         raise ValueError(
-            "ParallelConfig.gather='logits' with router.capacity: expected 'routing', it counts a rank's own tokens"
+            "ParallelConfig.gather='logits' with router.capacity: expected 'routing', because it counts the tokens of "
+            "one rank"
         )
     tp, shared = parallel.tp, config.shared
     if shared is not None and tp is not None and parallel.shared == "sharded" and shared.intermediate_size % tp.size:
@@ -86,26 +90,25 @@ def _check(config: Any, parallel: ParallelConfig) -> None:
 
 
 def _check_tiles(config: Any, slices: int) -> None:
-    """Slices of experts are cut between scales and between bytes."""
+    """Raises ValueError where a slice of experts would split a scale's tile or a byte."""
     if config.quant is None or slices == 1:
         return
     width = config.intermediate_size // slices
     outputs, inputs = config.quant.tile
     for size, what in (
-        (outputs, "outputs of gate_up"),
-        (inputs, "inputs of down"),
-        (config.quant.per_byte, "numbers in a byte"),
+        (outputs, "outputs of gate_up per scale"),
+        (inputs, "inputs of down per scale"),
+        (config.quant.per_byte, "codes per byte"),
     ):
         if size is not None and width % size:
             raise ValueError(
                 f"MoEConfig.intermediate_size={config.intermediate_size} in {slices} slices of {width}, with {size} "
-                f"{what} that share a "
-                f"scale or a byte: expected slices of whole ones, or ep"
+                f"{what}: expected slices of a multiple of {size}, or ep"
             )
 
 
 def ranks_of_experts(config: Any, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Which rank of ep each expert is on, or each slot where experts have copies."""
+    """Returns the ep rank of each expert, or of each expert slot with num_physical."""
     experts, ranks = parallel.num_physical or config.num_experts, parallel.ep.size if parallel.ep else 1
     if isinstance(parallel.placement, tuple):
         return parallel.placement
@@ -116,6 +119,6 @@ def ranks_of_experts(config: Any, parallel: ParallelConfig) -> tuple[int, ...]:
 
 
 def experts_of_rank(config: Any, parallel: ParallelConfig) -> tuple[int, ...]:
-    """The numbers of this rank's experts, in its order; of its slots where experts have copies."""
+    """Returns the ids of this rank's experts, in its order; with num_physical, of its expert slots."""
     mine = parallel.ep.rank if parallel.ep else 0
     return tuple(expert for expert, rank in enumerate(ranks_of_experts(config, parallel)) if rank == mine)

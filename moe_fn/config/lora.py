@@ -1,4 +1,4 @@
-"""Low-rank adapters on the experts, as a value."""
+"""Config of LoRA: the number and rank of low-rank adapters on the experts."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,16 +10,15 @@ LoRAExperts = Literal["each", "shared", "outer_shared"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Adapters that tokens choose among: expert e of a token with adapter l computes with W[e] + B[l, e] A[l, e] in the
-    place of W[e].
+    """LoRA adapters, one per token: with adapter l, expert e computes with W[e] + B[l, e] A[l, e] instead of W[e].
 
-    num_adapters  how many there are; a token's id is 0 .. num_adapters - 1, any other id is no adapter
-    rank          the largest rank among them; smaller ones are padded with zeros
-    experts       "each" expert has matrices of its own; "shared": all experts of a layer have the same; "outer_shared":
-                  they share what faces the model's width (gate_up's A and down's B), and have what faces the
-                  intermediates for their own
+    num_adapters  number of adapters; a token's adapter id is 0 .. num_adapters - 1, any other id means no adapter
+    rank          the largest rank of the adapters; smaller ones are padded with zeros
+    experts       "each": every expert has its own A and B; "shared": all experts share A and B; "outer_shared": all
+                  experts share the matrices on the side of the hidden size (gate_up's A, down's B), and each has its
+                  own on the side of the intermediate size
 
-    The factor alpha / rank is in B (`moe_fn.make_lora` puts it there). Shared and zero experts have no adapters.
+    B includes the factor alpha / rank (`moe_fn.make_lora` multiplies it in). Shared and zero experts have no adapters.
 
     Laws
         LoRA equals the reference.
@@ -28,7 +27,7 @@ class LoRAConfig:
         Gradients reach A and B.
         Relabelling adapters changes nothing.
 
-    Source: Hu et al. 2021 (arXiv 2106.09685); rows sorted by adapter: Punica (2310.18547), S-LoRA (2311.03285).
+    Source: Hu et al. 2021 (arXiv 2106.09685); rows grouped by adapter: Punica (2310.18547), S-LoRA (2311.03285).
     """
 
     num_adapters: int = 1

@@ -1,4 +1,4 @@
-"""The config of the whole layer, and its way to JSON and back."""
+"""The config of the whole MoE layer, `MoEConfig`, and its conversion to and from JSON."""
 
 import dataclasses
 import functools
@@ -21,28 +21,26 @@ Backend = Literal["auto", "torch", "native", "triton"]
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """The whole layer. Sizes are those of the model: `num_experts` counts the experts that have weights.
+    """Config of the whole layer. `num_experts` counts the experts that have weights, on all ranks.
 
-    gate_up_layout   columns of gate_up's product: gate then up ("packed"), or alternating ("interleaved", gpt-oss)
-    weight_layout    weights are [E, out, in], or [E, in, out] ("in_out": Llama-4, gpt-oss)
-    norms            root-mean-square norms before the gate, before the routed experts, after everything
-    quant            how gate_up and down are stored in few bits (`moe_fn.quantize_weights`), and what their inputs are
-                     rounded to
-    lora             low-rank adapters on the experts, and how many there are to choose among
-    parallel         which ranks share the layer; sizes above stay those of the whole, weights are this rank's
-                     (`moe_fn.shard_weights`)
-    hidden_padding   zeros appended to the routed input, and cut off its output: the experts are wider than the model
-    chunk_tokens     tokens worked on at a time, which bounds peak memory in forward and backward; None: all
-    recompute        gradients compute the first product again (2 of 9 parts of all products) instead of keeping rows x
-                     2I for it
-    batch_invariant  a token's bits, and those of its gradient, depend neither on the other tokens nor on how many there
-                     are. The layer is then one node in the graph, for the code that a compiler makes of a row depends
-                     on the shapes; a back-end that cannot promise it raises. Over more than two ranks sums want
-                     RankGroup.ordered
-    backend          what computes the experts; `moe_fn.backends()` says what there is
-    opaque           the whole layer is one node in the graph, for hosts that want it
+    gate_up_layout   outputs of gate_up: gates then ups ("packed"), or alternating ("interleaved", gpt-oss)
+    weight_layout    weights are [E, out, in] ("out_in"), or [E, in, out] ("in_out": Llama-4, gpt-oss)
+    norms            RMS norms of the gate's input, of the routed experts' input, of the layer's output
+    quant            quantization of gate_up and down (`moe_fn.quantize_weights`), and of their inputs
+    lora             LoRA adapters on the experts
+    parallel         the ranks that share the layer; the sizes above stay those of the whole layer, the weights are this
+                     rank's part (`moe_fn.shard_weights`)
+    hidden_padding   zeros appended to the routed input and cut off its output, where experts are wider than the model
+    chunk_tokens     number of tokens computed at a time, which bounds peak memory in forward and backward; None: all
+    recompute        the backward pass recomputes the first product (2/9 of the FLOPs of all products) instead of saving
+                     pre-activations (rows x 2I)
+    batch_invariant  the bits of a token's output and gradient depend neither on the other tokens nor on their number.
+                     The layer is then one node in the graph, because compiled code of a row depends on the shapes. A
+                     back-end that is not batch-invariant raises. Sums over more than two ranks need RankGroup.ordered
+    backend          what computes the experts; `moe_fn.backends()` lists the back-ends
+    opaque           the whole layer is one node in the graph
 
-    Raises ValueError naming the field, what came and what was expected.
+    Raises ValueError: the field, what came and what was expected.
 
     >>> config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=128)
     >>> MoEConfig.from_dict(config.to_dict()) == config
@@ -93,7 +91,7 @@ class MoEConfig:
         self._check_quant()
         if self.batch_invariant:
             check_batch_invariant(self.router, self.quant, self.parallel)
-        # Not a field: what the whole-layer op takes, ready before any tracing (json does not trace).
+        # Not a field: ops take the config as JSON. Made here because Dynamo cannot trace the json module.
         object.__setattr__(self, "_json", json.dumps(self.to_dict(), sort_keys=True))
         object.__setattr__(
             self, "_own", None if self.parallel is None else MoEConfig(**own_fields(self, self.parallel))
@@ -101,11 +99,11 @@ class MoEConfig:
 
     @property
     def json(self) -> str:
-        """The config as JSON, with sorted keys: what ops take, and what tables of shapes are cached by."""
+        """The config as JSON with sorted keys: an argument of ops, and a cache key."""
         return self._json  # type: ignore[attr-defined, no-any-return]
 
     def __eq__(self, other: object) -> bool:
-        # Itself first: torch.compile guards on a config by comparing it in every call, nearly always with itself.
+        # Identity first: a torch.compile guard compares the config in every call, nearly always with itself.
         if self is other or not isinstance(other, MoEConfig):
             return self is other
         return all(getattr(self, f.name) == getattr(other, f.name) for f in dataclasses.fields(self))
@@ -114,28 +112,27 @@ class MoEConfig:
         choices, router, groups = self.num_choices, self.router, self.router.groups
         if self.top_k > choices:
             raise ValueError(
-                f"MoEConfig.top_k={self.top_k}; expected at most the {choices} experts there are to choose from"
+                f"MoEConfig.top_k={self.top_k}; expected at most {choices}, the number of experts to choose from"
             )
         if router.selection == "sparsemixer" and self.top_k != 2:
             raise ValueError(f"MoEConfig.top_k={self.top_k} with router.selection='sparsemixer': expected 2")
         if self.zero_experts is not None and (router.scale_on != "weights" or router.weight_on == "input"):
             raise ValueError(
-                "MoEConfig.zero_experts: expected router.scale_on='weights' and router.weight_on='output', for they "
-                "bypass the experts"
+                "MoEConfig.zero_experts: expected router.scale_on='weights' and router.weight_on='output', because "
+                "zero experts bypass the experts"
             )
         if self.shared is not None and self.shared.gate == "router" and router.selection == "sparsemixer":
             raise ValueError(
-                "MoEConfig.shared.gate='router' with router.selection='sparsemixer': expected scores that can be shared"
+                "MoEConfig.shared.gate='router' with router.selection='sparsemixer': expected 'top_k' or 'hash'"
             )
         if self.shared is not None and self.shared.gate == "router" and router.scoring == "softmax":
             raise ValueError(
                 "MoEConfig.shared.gate='router' with router.scoring='softmax': "
-                "expected a score of one logit alone, such as 'sigmoid'"
+                "expected an elementwise score, such as 'sigmoid'"
             )
         if router.gate_input == "transformed" and self.norms is not None and self.norms.gate:
             raise ValueError(
-                "MoEConfig.norms.gate=True with router.gate_input='transformed': "
-                "expected a gate that sees the original input"
+                "MoEConfig.norms.gate=True with router.gate_input='transformed': expected gate_input='original'"
             )
         if router.gate_input == "transformed" and self.latent is None and self.hidden_padding == 0:
             raise ValueError(
@@ -150,33 +147,32 @@ class MoEConfig:
             return
         if self.weight_layout != "out_in":
             raise ValueError(
-                f"MoEConfig.weight_layout={self.weight_layout!r} with quant: expected 'out_in', for scales go along "
-                "the inputs"
+                f"MoEConfig.weight_layout={self.weight_layout!r} with quant: expected 'out_in', the layout "
+                "of codes and scales"
             )
         for name in ("expert_hidden_size", "intermediate_size"):
             if getattr(self, name) % quant.per_byte:
                 raise ValueError(
-                    f"MoEConfig.{name}={getattr(self, name)} with quant.scheme={quant.scheme!r}: expected an even one"
+                    f"MoEConfig.{name}={getattr(self, name)} with quant.scheme={quant.scheme!r}: expected an even size"
                 )
         if quant.rounds_by_call and (self.chunk_tokens is not None or self.parallel is not None):
             raise ValueError(
                 "MoEConfig.quant.activations of granularity 'tensor', not static, with chunk_tokens or parallel: "
-                "expected 'token', for a "
-                "scale of all rows is not that of a part of them"
+                "expected 'token', because one scale for all rows differs from the scales of parts of them"
             )
 
     def _check_groups(self, groups: GroupConfig) -> None:
         size, rest = divmod(self.num_choices, groups.count)
         if rest or (groups.score == "top2_sum" and size < 2):
             raise ValueError(
-                f"MoEConfig.router.groups: {self.num_choices} experts do not split into {groups.count} equal groups "
-                f"with a {groups.score}; "
-                f"expected a multiple of {groups.count}, {2 if groups.score == 'top2_sum' else 1} in a group at least"
+                f"MoEConfig.router.groups: {self.num_choices} experts in {groups.count} groups with "
+                f"score={groups.score!r}; expected a multiple of {groups.count}, with at least "
+                f"{2 if groups.score == 'top2_sum' else 1} in a group"
             )
         if self.top_k > groups.top_k * size:
             raise ValueError(
-                f"MoEConfig.top_k={self.top_k}; expected at most the {groups.top_k * size} experts of {groups.top_k} "
-                "groups"
+                f"MoEConfig.top_k={self.top_k}; expected at most {groups.top_k * size}, the number of experts in "
+                f"{groups.top_k} of {groups.count} groups"
             )
         if groups.limit == "each" and self.top_k % groups.count:
             raise ValueError(
@@ -186,53 +182,53 @@ class MoEConfig:
 
     @property
     def own(self) -> "MoEConfig":
-        """The layer of this rank's experts alone, with the sizes of its weights; the config itself without
-        `parallel`.
+        """The config of this rank's routed experts, with the sizes of its weights; without `parallel`, the config
+        itself.
         """
         return self._own or self  # type: ignore[attr-defined, no-any-return]
 
     @property
     def as_op(self) -> bool:
-        """Whether the whole layer is one node in a graph: asked for, or wanted by batch_invariant."""
+        """Whether the whole layer is one node in a graph: opaque, or batch_invariant."""
         return self.opaque or self.batch_invariant
 
     @property
     def num_choices(self) -> int:
-        """How many experts a token can be sent to: those with weights, then the zero experts."""
+        """Number of experts that a token can be routed to: experts with weights, then zero experts."""
         return self.num_experts + (self.zero_experts.count if self.zero_experts else 0)
 
     @property
     def num_logits(self) -> int:
-        """Columns of the logits: the choices, then the shared experts that the router weighs."""
+        """Number of logits: num_choices, and with shared.gate="router" one for each shared expert, last."""
         return self.num_choices + (self.shared.count if self.shared and self.shared.gate == "router" else 0)
 
     @property
     def routed_size(self) -> int:
-        """Width of the routed input before padding: the latent size if there is one, else hidden_size."""
+        """Width of the routed input before hidden_padding: the latent size if there is one, else hidden_size."""
         return self.latent.size if self.latent else self.hidden_size
 
     @property
     def expert_hidden_size(self) -> int:
-        """Width that the experts see: routed_size + hidden_padding."""
+        """Width of the experts' input and output: routed_size + hidden_padding."""
         return self.routed_size + self.hidden_padding
 
     @property
     def gate_up_parts(self) -> int:
-        """Outputs of gate_up for each place of intermediate_size: 2 with a gated activation, else 1."""
+        """gate_up_size / intermediate_size: 2 with a gated activation, else 1."""
         return as_activation(self.activation).gate_up_parts
 
     @property
     def gate_up_size(self) -> int:
-        """Outputs of gate_up."""
+        """Number of outputs of gate_up: 2 * intermediate_size with a gated activation, else intermediate_size."""
         return self.gate_up_parts * self.intermediate_size
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain JSON values; `from_dict` is the inverse."""
+        """Returns the config as a dict of JSON values; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The config of `to_dict`. Unknown names raise ValueError."""
+        """Returns the config of a `to_dict`. Unknown names raise ValueError."""
         config: Self = _from_dict(cls, values)
         return config
 
@@ -285,5 +281,5 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
 
 @functools.lru_cache
 def config_of_json(text: str) -> MoEConfig:
-    """The config that an op's string argument stands for."""
+    """Returns the config of an op's JSON argument. Cached."""
     return MoEConfig.from_dict(json.loads(text))

@@ -1,4 +1,4 @@
-"""How a layer is spread over the ranks of torch.distributed, as values: names and sizes of groups, no handles."""
+"""Config of expert, tensor, data and sequence parallelism: names and sizes of rank groups, no process-group handles."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -11,12 +11,11 @@ Placement = Literal["linear", "round_robin"] | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class RankGroup:
-    """A process group as this rank sees it: its name in torch.distributed, how many ranks it has, and which one this
-    is.
+    """A group of ranks: its name in torch.distributed, its size, and this rank's index in it.
 
-    ordered  sums over the ranks are added up here, in the order of the ranks, in float32 or wider, rounded once: the
-             same bits wherever in a tensor a number stands, which a library's collective does not promise from three
-             ranks on. As many bytes travel, but no work of the layer's goes on meanwhile
+    ordered  sum over ranks in the order of the ranks, in float32 or wider, and round once. Bits of a sum then do not
+             depend on the position in the tensor; collectives do not guarantee this for three or more ranks. The
+             payload is the same, but the sum does not overlap with the layer's other work
     """
 
     name: str
@@ -34,33 +33,33 @@ class RankGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Which ranks share a layer, and how tokens find their experts. Made by `from_mesh`; each rank has its own.
+    """The ranks that share a layer, and how tokens reach their experts. Each rank has its own, made by `from_mesh`.
 
-    tp          ranks with the same tokens, each with a slice of every expert's intermediate size; one sum over them
-    ep          ranks with experts of their own
-    dp          ranks with other tokens and the same weights, which need nothing of each other in forward (but see
-                all_gather)
-    sp          sequence parallel: ranks that come and go with the same tokens, and work on a part of the rows each;
-                they are among ep's
-    dispatch    "replicated": ep's ranks have the same tokens, each does its experts' part, one sum. With other tokens
-                on each rank of ep: "all_gather": everybody works on everybody's tokens with its own experts, and sums
-                are scattered back. Without ep the tokens of dp's ranks are gathered, and weights are sliced over dp x
-                tp; "all_to_all": each choice of each token travels to its expert's rank and back, with split sizes from
-                the data (one host sync); "all_to_all_static": the same in blocks of `capacity` slots for each pair of
-                ranks, no sync
-    gather      what travels with the tokens of all_gather: their "routing" (ids and weights), or their "logits", routed
-                by everybody
-    placement   which rank of ep has an expert: "linear" (the first ranks have one more where they do not divide),
-                "round_robin", or a rank for each expert
-    num_physical  slots for experts over all ranks of ep, as many on each, with copies of experts where the load is:
-                  which, the tensors of
-                a `moe_fn.balance.Placement` in weights.router say. None: one slot for each expert
-    max_tokens  most tokens that a rank brings, for all_gather and all_to_all_static; None: asked of the others in every
-                call (a host sync), and not possible for all_to_all_static
-    capacity    slots that one rank can send another in all_to_all_static; None: max_tokens * top_k, all that there can
-                be. With fewer, slots that do not fit are dropped, and `moe_forward_with_stats` counts them; moe_forward
-                refuses
-    shared      shared experts are "sharded" over tp like the routed ones, or "replicated" on every rank
+    tp            ranks with the same tokens; each has a slice of every expert's intermediate size, and outputs are
+                  summed over the ranks
+    ep            ranks with different experts
+    dp            ranks with different tokens and the same weights, without communication in forward (except with
+                  dispatch="all_gather")
+    sp            sequence parallelism: ranks whose inputs and outputs are the same tokens, and which compute a part of
+                  the rows each. ep includes these ranks
+    dispatch      "replicated": ranks of ep have the same tokens, each computes its experts, and outputs are summed.
+                  The others are for different tokens on each rank of ep.
+                  "all_gather": each rank computes its experts for the tokens of all ranks, followed by a
+                  reduce-scatter. Without ep, tokens are gathered over dp, and weights are sliced over dp x tp.
+                  "all_to_all": each slot travels to the rank of its expert and back, with split sizes from the data
+                  (one host sync).
+                  "all_to_all_static": the same, with `capacity` slots for each pair of ranks and no host sync
+    gather        what all_gather gathers with the tokens: their "routing" (ids and weights), or their "logits", which
+                  every rank then routes
+    placement     the ep rank of each expert: "linear" (the first ranks have one more where the division has a rest),
+                  "round_robin", or a tuple of ranks
+    num_physical  number of expert slots over all ranks of ep, equal on each, for replicas of loaded experts. Tensors of
+                  a `moe_fn.balance.Placement` in weights.router map slots to experts. None: one slot per expert
+    max_tokens    largest number of tokens on a rank, for all_gather and all_to_all_static; None: exchanged in every
+                  call (a host sync), which all_to_all_static does not support
+    capacity      slots that one rank can send to another in all_to_all_static; None: max_tokens * top_k, the most that
+                  can occur. A smaller capacity drops slots: `moe_forward_with_stats` counts them, moe_forward raises
+    shared        shared experts are "sharded" over tp like the routed ones, or "replicated" on every rank
 
     >>> tp = RankGroup(name="0", size=2, rank=1)
     >>> ParallelConfig(tp=tp).slices
@@ -87,7 +86,7 @@ class ParallelConfig:
         check_choice("ParallelConfig.gather", self.gather, ("routing", "logits"))
         check_choice("ParallelConfig.shared", self.shared, ("sharded", "replicated"))
         if isinstance(self.placement, list):
-            object.__setattr__(self, "placement", tuple(self.placement))  # as JSON has it
+            object.__setattr__(self, "placement", tuple(self.placement))  # from JSON
         if isinstance(self.placement, tuple):
             for expert, rank in enumerate(self.placement):
                 check_int(f"ParallelConfig.placement[{expert}]", rank, 0, (self.ep.size if self.ep else 1) - 1)
@@ -133,17 +132,17 @@ class ParallelConfig:
             raise ValueError("ParallelConfig.placement would have no effect without ep: expected 'linear'")
         if self.sp is not None and (self.tp is not None or self.ep is None or self.dispatch == "replicated"):
             raise ValueError(
-                "ParallelConfig.sp: expected no tp, an ep that has sp's ranks in it, and a dispatch other than "
+                "ParallelConfig.sp: expected tp=None, an ep that includes sp's ranks, and a dispatch other than "
                 "'replicated'"
             )
         if self.sp is not None and self.shared == "sharded":
             raise ValueError(
-                "ParallelConfig.shared='sharded' with sp: expected 'replicated', each rank has rows of its own"
+                "ParallelConfig.shared='sharded' with sp: expected 'replicated', because its ranks have different rows"
             )
 
     @property
     def slices(self) -> tuple[int, int]:
-        """How many slices the intermediate size is cut into, and which one is this rank's."""
+        """(number of slices of the intermediate size, index of this rank's slice)."""
         size, rank = (self.tp.size, self.tp.rank) if self.tp else (1, 0)
         if self.dispatch == "all_gather" and self.ep is None and self.dp is not None:
             return self.dp.size * size, self.dp.rank * size + rank
@@ -151,7 +150,7 @@ class ParallelConfig:
 
     @property
     def slices_of_shared(self) -> tuple[int, int]:
-        """How many slices the shared experts' intermediate size is cut into, and which one is this rank's."""
+        """(number of slices of the shared experts' intermediate size, index of this rank's slice)."""
         return (1, 0) if self.tp is None or self.shared == "replicated" else (self.tp.size, self.tp.rank)
 
     @classmethod
@@ -172,34 +171,37 @@ class ParallelConfig:
         shared: Literal["sharded", "replicated"] | None = None,
         ordered_sums: bool = False,
     ) -> Self:
-        """The config of this rank in a torch.distributed.device_mesh.DeviceMesh, whose dimensions are named.
+        """Returns the config of this rank in a torch.distributed.device_mesh.DeviceMesh with named dimensions.
 
-        sequence_parallel: the ranks of `tp` divide rows and experts instead of slices; ep is then (ep x) tp. Defaults:
-        dispatch "all_to_all" with ep, else "replicated"; shared "sharded", "replicated" with sequence_parallel.
-        Dimensions of one rank are left out. ordered_sums: RankGroup.ordered of every group.
-        Raises ValueError for names that the mesh does not have, or that come twice.
+        sequence_parallel  ranks of `tp` split rows and experts instead of the intermediate size; ep becomes (ep x) tp
+        dispatch           None: "all_to_all" with ep, else "replicated"
+        shared             None: "replicated" with sequence_parallel, else "sharded"
+        ordered_sums       RankGroup.ordered of every group
+
+        Dimensions of size 1 become None. Raises ValueError for names that the mesh does not have, and for one name in
+        two places.
         """
         if not hasattr(mesh, "mesh_dim_names"):
             raise ValueError(f"ParallelConfig.from_mesh: mesh is a {type(mesh).__name__}; expected a DeviceMesh")
         check_bool("ParallelConfig.from_mesh: sequence_parallel", sequence_parallel)
         names = tuple(mesh.mesh_dim_names or ())
-        for word, name in (("tp", tp), ("ep", ep), ("dp", dp)):
+        for field, name in (("tp", tp), ("ep", ep), ("dp", dp)):
             if name is not None and name not in names:
                 raise ValueError(
-                    f"ParallelConfig.from_mesh: {word}={name!r}; expected one of the mesh's dimensions, {names}"
+                    f"ParallelConfig.from_mesh: {field}={name!r}; expected one of the mesh's dimensions, {names}"
                 )
-        for word, name, other, same in (("tp", tp, "ep", ep), ("tp", tp, "dp", dp), ("ep", ep, "dp", dp)):
+        for field, name, other, same in (("tp", tp, "ep", ep), ("tp", tp, "dp", dp), ("ep", ep, "dp", dp)):
             if name is not None and name == same:
                 raise ValueError(
-                    f"ParallelConfig.from_mesh: {word} and {other} are both {name!r}; expected dimensions of their own"
+                    f"ParallelConfig.from_mesh: {field} and {other} are both {name!r}; expected different dimensions"
                 )
         if sequence_parallel and tp is None:
             raise ValueError(
-                "ParallelConfig.from_mesh: sequence_parallel=True without tp: expected the ranks that divide the "
-                "sequence"
+                "ParallelConfig.from_mesh: sequence_parallel=True without tp: expected tp, the ranks that split "
+                "the sequence"
             )
         check_bool("ParallelConfig.from_mesh: ordered_sums", ordered_sums)
-        groups = {word: _group(mesh, name, ordered_sums) for word, name in (("tp", tp), ("ep", ep), ("dp", dp))}
+        groups = {field: _group(mesh, name, ordered_sums) for field, name in (("tp", tp), ("ep", ep), ("dp", dp))}
         sp = None
         if sequence_parallel and groups["tp"] is not None:
             sp, groups["tp"] = groups["tp"], None
@@ -226,7 +228,7 @@ def _group(mesh: Any, name: str | None, ordered: bool) -> RankGroup | None:
 
 
 def _group_of_mesh(mesh: Any, ordered: bool) -> RankGroup | None:
-    """A mesh of one dimension; ranks that are alone need no group."""
+    """Returns the group of a mesh with one dimension; None for a mesh of one rank."""
     if mesh.size() == 1:
         return None
     return RankGroup(name=mesh.get_group().group_name, size=mesh.size(), rank=mesh.get_local_rank(), ordered=ordered)

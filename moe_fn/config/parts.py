@@ -1,4 +1,4 @@
-"""What may stand around the experts: shared and zero experts, a latent space, a norm."""
+"""Configs of shared experts, zero experts, the latent space and norms."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,12 +9,12 @@ from moe_fn.config.activation import ActivationConfig, ActivationName, as_activa
 
 @dataclass(frozen=True, kw_only=True)
 class SharedExpertsConfig:
-    """Experts that every token visits: one dense MLP, `count` experts of `intermediate_size` side by side.
+    """Shared experts, applied to every token: one dense MLP of `count` concatenated experts of `intermediate_size`.
 
-    gate     "none"; "sigmoid": times sigmoid(x . weights.shared.gate), one number a token (Qwen2-MoE); "router": each
-             shared expert is weighted by the router, which has `count` more logits, last, and whose scores share the
-             renormalisation (Inkling)
-    combine  routed + shared ("sum"), or half of it ("average", Cohere2-MoE)
+    gate     "none"; "sigmoid": times sigmoid(x . weights.shared.gate), one number per token (Qwen2-MoE); "router": the
+             router weights each shared expert. It then has `count` more logits, last, which are renormalized together
+             with the others (Inkling)
+    combine  "sum": routed + shared; "average": half of it (Cohere2-MoE)
     """
 
     intermediate_size: int
@@ -32,13 +32,13 @@ class SharedExpertsConfig:
 
     @property
     def gate_up_parts(self) -> int:
-        """Outputs of the shared gate_up for each place of intermediate_size: 2 with a gated activation, else 1."""
+        """Outputs of the shared gate_up per intermediate: 2 with a gated activation, else 1."""
         return as_activation(self.activation).gate_up_parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroExpertsConfig:
-    """Experts that compute nothing: ids num_experts .. num_experts + count - 1 (LongCat-Flash, MoNE).
+    """Zero experts, which have no matrices: ids num_experts .. num_experts + count - 1 (LongCat-Flash, MoNE).
 
     kind  "identity" adds w * x, "zero" adds nothing, "constant" adds w * weights.constants[id - num_experts]
     """
@@ -52,8 +52,8 @@ class ZeroExpertsConfig:
 
 
 def padding_experts(num_experts: int, top_k: int) -> ZeroExpertsConfig | None:
-    """Choices that add nothing, where a token has more slots than a rank has experts: the other slots go to other
-    ranks.
+    """Returns zero experts that fill num_experts up to top_k, for a rank with fewer experts than a token has slots: the
+    token's other slots are on other ranks.
 
     >>> padding_experts(num_experts=2, top_k=3)
     ZeroExpertsConfig(count=1, kind='zero')
@@ -63,11 +63,11 @@ def padding_experts(num_experts: int, top_k: int) -> ZeroExpertsConfig | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """The routed experts work in a narrower space (Nemotron-H, Kimi-K3, Muse-Spark).
+    """Latent space: the routed experts have a narrower input and output (Nemotron-H, Kimi-K3, Muse-Spark).
 
         v = norm(x @ weights.latent.input.T);  layer = norm(experts(v)) @ weights.latent.output.T
 
-    Each norm is a root-mean-square norm over `size`, present where weights.latent.input_norm / .output_norm is.
+    Each norm is an RMS norm over `size`, applied if weights.latent.input_norm or .output_norm is given.
     """
 
     size: int
@@ -80,9 +80,9 @@ class LatentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertNormConfig:
-    """Root-mean-square norm of each expert's output, before the routing weight (Muse-Spark).
+    """RMS norm of each expert's output, before the routing weight (Muse-Spark).
 
-    scale  weights.expert_norm [E, H] multiplies "after" the norm, or "before" it
+    scale  weights.expert_norm [E, Hx] multiplies "after" the norm, or "before" it
     """
 
     epsilon: float = 1e-6
@@ -95,11 +95,11 @@ class ExpertNormConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NormsConfig:
-    """Root-mean-square norms around the layer: n(v) = v / sqrt(mean(v^2) + epsilon).
+    """RMS norms around the layer: n(v) = v / sqrt(mean(v^2) + epsilon).
 
-    input   the routed experts see n(x) * weights.input_norm (Gemma-4); shared and zero experts see x itself
-    gate    the gate inside the layer sees n(x), without a scale of its own: fold one into weights.router.gate (Gemma-4)
-    output  the layer is n(y) * weights.output_norm, of everything that is added up (A.X-K1, Gemma-4)
+    input   the input of the routed experts is n(x) * weights.input_norm (Gemma-4); shared and zero experts take x
+    gate    the input of the gate is n(x), without a scale: fold a scale into weights.router.gate (Gemma-4)
+    output  the output is n(y) * weights.output_norm, with y the sum of all experts (A.X-K1, Gemma-4)
     """
 
     epsilon: float = 1e-6

@@ -1,4 +1,4 @@
-"""How logits become expert ids and weights, as values."""
+"""Config of the router: how logits become expert ids and routing weights."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Precision = Literal["float32", "input"]
 class GroupConfig:
     """Group-limited routing: of `count` groups of consecutive experts keep the `top_k` best, then choose inside them.
 
-    score  what a group is worth: its best expert ("max", DeepSeek-V2) or the sum of its two best ("top2_sum",
+    score  the score of a group: its best expert ("max", DeepSeek-V2), or the sum of its two best ("top2_sum",
            DeepSeek-V3)
-    fill   the selection score of experts outside the kept groups: "-inf", or "zero" as older models have it
-           (with "zero" an expert outside can win against a negative biased score)
-    limit  "groups" as above; "each" takes top_k / count experts in every group (InternS1-Pro), then `top_k` must equal
-           `count`
+    fill   the selection score of experts outside the kept groups: "-inf", or "zero" as in older models
+           (with "zero" such an expert can win against a negative biased score)
+    limit  "groups" as above; "each": every group gives MoEConfig.top_k / count experts (InternS1-Pro); then `top_k`
+           must equal `count`
     """
 
     count: int
@@ -40,30 +40,30 @@ class GroupConfig:
         check_choice("GroupConfig.limit", self.limit, ("groups", "each"))
         if self.limit == "each" and self.top_k != self.count:
             raise ValueError(
-                f"GroupConfig.top_k={self.top_k} with limit='each': expected count={self.count}, every group is kept"
+                f"GroupConfig.top_k={self.top_k} with limit='each': expected count={self.count}: every group is kept"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """How logits become expert ids and weights; the equations are in `moe_fn.route`.
+    """The function from logits to expert ids and routing weights; the equations are in `moe_fn.route`.
 
     scoring, scoring_order   the score function, of all logits ("before_top_k") or of the chosen ones ("after_top_k")
-    selection                the top_k best; "sparsemixer" (Phi-3.5-MoE, top_k = 2); "hash" of the token id
-                             (DeepSeek-V4)
+    selection                "top_k": the best scores; "sparsemixer" (Phi-3.5-MoE, top_k = 2); "hash": a table of token
+                             ids (DeepSeek-V4)
     correction_bias          `weights.router.correction_bias` is added for the choice only: to "scores" or to "logits"
-    renormalize              weights of a token sum to one: w / max((sum |w|^order)^(1/order) + epsilon, minimum)
+    renormalize              divide the weights of a token by max((sum |w|^order)^(1/order) + epsilon, minimum)
     routed_scaling_factor    gamma, on the "weights" or on the routed "output"; "output_float16_safe" leaves float16
                              layers with shared experts divided by gamma instead (routed + shared / gamma), which the
                              model compensates
     logit_multiplier         z * multiplier, then softcap * tanh(z / softcap) when logit_softcap is given
     weight_on                the routing weight multiplies the expert's "output", or its "input" (Llama-4)
-    capacity                 slots that an expert takes in each sequence (x's last but one dimension): first choices of
-                             all tokens before second ones, tokens in order; slots beyond are dropped (id -1). None: all
-                             (Switch, GShard)
+    capacity                 most slots of an expert in each sequence (the second to last dim of x): first choices of
+                             all tokens before second choices, tokens in order; further slots are dropped (id -1;
+                             Switch, GShard). None: no limit
     gate_dtype, score_dtype  "float32", or the dtype of the "input"
-    gate_input               the gate inside the layer sees the "original" x, or the "transformed" one (latent and
-                             padded)
+    gate_input               the input of the gate inside the layer: the "original" x, or the "transformed" one (latent
+                             and padded)
     """
 
     scoring: Scoring = "softmax"
@@ -111,11 +111,11 @@ class RouterConfig:
             raise ValueError(f"RouterConfig.groups is {self.groups!r:.200}; expected a GroupConfig or None")
         if self.scale_on != "weights" and self.routed_scaling_factor == 0.0:
             raise ValueError(
-                "RouterConfig.routed_scaling_factor=0.0 with a scale on the output: expected a number other than 0"
+                "RouterConfig.routed_scaling_factor=0.0 with a scale on the output: expected a nonzero number"
             )
-        self._reject_what_would_be_ignored()
+        self._reject_ignored_fields()
 
-    def _reject_what_would_be_ignored(self) -> None:
+    def _reject_ignored_fields(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
 
         def only_with(needed: str, holds: bool, *names: str) -> None:
@@ -133,15 +133,15 @@ class RouterConfig:
         only_with("selection other than 'sparsemixer'", self.selection != "sparsemixer", "scoring", "scoring_order")
         if self.selection == "sparsemixer" and self.renormalize:
             raise ValueError(
-                "RouterConfig.renormalize=True with selection='sparsemixer': expected False, its two weights come from "
-                "two softmaxes"
+                "RouterConfig.renormalize=True with selection='sparsemixer': expected False, because its two weights "
+                "come from two softmaxes"
             )
         if self.groups is not None and (self.scoring_order, self.correction_bias) not in _GROUPABLE:
             raise ValueError(
                 f"RouterConfig.groups with scoring_order={self.scoring_order!r} and "
                 f"correction_bias={self.correction_bias!r}: "
-                "expected scoring_order='before_top_k' and correction_bias 'none' or 'scores', for groups are ranked "
-                "by scores"
+                "expected scoring_order='before_top_k' and correction_bias 'none' or 'scores', because groups are "
+                "ranked by scores"
             )
 
 
