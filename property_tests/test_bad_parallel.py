@@ -13,7 +13,7 @@ import torch
 
 from moe_fn import MoEConfig, ParallelConfig, RankGroup, RouterWeights, join_weights, shard_weights
 from moe_fn.balance import placement_of_slots
-from moe_fn.balance.meeting import words_of_ranks
+from moe_fn.balance.meeting import format_ranks
 from moe_fn.config import ExpertNormConfig, SharedExpertsConfig
 from moe_fn.parallel import check_ranks_agree
 from moe_fn.parallel.agreement import differences
@@ -91,7 +91,7 @@ BAD: dict[str, Callable[[], Any]] = {
     r"shard_weights: weights.gate_up is \(2, 8, 6\); expected \(num_experts": lambda: shard_weights(CONFIG, SHARDS[0]),
     r"shard_weights: weights.down is \(3, 6, 4\)": sharding(down=WHOLE.down[:3]),
     r"shard_weights: weights.down is \(4, 6, 3\)": sharding(down=WHOLE.down[:, :, :3]),
-    "join_weights: 2 configs and 1 shards; expected as many": lambda: join_weights(CONFIGS, SHARDS[:1]),
+    "join_weights: 2 configs and 1 shards; expected equal numbers": lambda: join_weights(CONFIGS, SHARDS[:1]),
     "join_weights: no configs": lambda: join_weights([], []),
     r"join_weights: no shard of \(rank of ep, slice\) \[\(1, 0\)\]; expected 2 x 1": lambda: join_weights(
         CONFIGS[:1], SHARDS[:1]
@@ -177,5 +177,5 @@ def test_ranks_that_see_groups_differently_are_named() -> None:
 
 
 def test_ranks_are_counted_for_people() -> None:
-    assert words_of_ranks(list(range(64))) == "ranks 0-63"
+    assert format_ranks(list(range(64))) == "ranks 0-63"
     assert torch.distributed.is_available()

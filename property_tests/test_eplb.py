@@ -341,7 +341,7 @@ def test_replicas_take_turns(case: tuple[tuple[Placement, Placement, int], int, 
 
 
 @law(st.tuples(placements(), st.lists(st.integers(-1, 3), max_size=9)))
-def test_nobody_and_zero_experts_stay_what_they_are(case: tuple[tuple[Placement, Placement, int], list[int]]) -> None:
+def test_ids_of_padding_and_zero_experts_are_kept(case: tuple[tuple[Placement, Placement, int], list[int]]) -> None:
     (placement, _, _), numbers = case
     experts, physical = len(placement.num_replicas), len(placement.logical_of_physical)
     ids = torch.tensor([[n if n < 0 else experts + n] for n in numbers], dtype=torch.int64).view(-1, 1)

@@ -1,22 +1,23 @@
-"""Balance of experts: losses and a bias that even out their load, and copies of experts placed where the load is.
+"""Load balancing of experts: losses, a correction bias, and placement of replicated experts on GPUs (EPLB).
 
-losses     load of a routing, of one rank and of all, losses, the correction bias: what training does
-placement  placing, slots: which expert lies in which slot of which GPU; physical_ids sends a router's choices there
-window     loads of the last steps, summed
-moves      moving: what has to go where when the placement changes, and how it gets there
+losses          load of a routing, on one rank and over all; balancing losses; the correction bias, for training
+placement       the record of which expert is in which physical slot; physical_ids maps a router's choices to slots
+packing, slots  a placement from loads, or from a list of slots
+window          sum of the loads of the last steps
+plan_moves      the transfers that turn one placement into another
+move_weights    carries the transfers out over a process group
 
-In a layer whose experts lie on several GPUs (ParallelConfig.num_physical), every so many steps; stats.expert_load is of
-this rank's tokens:
+In a layer with replicated experts (ParallelConfig.num_physical); stats.expert_load counts this rank's tokens:
 
-    window = push(window, stats.expert_load.narrow(0, 0, num_experts))                # each step, in the graph; zero
-                                                                                      experts lie nowhere
-    load = load_over_ranks(total(window), group)                                      # now and then, on the host: the
-                                                                                      same on every rank
+    # each step, in the graph; zero experts have no slots
+    window = push(window, stats.expert_load.narrow(0, 0, num_experts))
+    # every N steps, on the host; the load is the same on every rank
+    load = load_over_ranks(total(window), group)
     new = place_experts(load, num_physical, groups, nodes, gpus, previous=placement)
     weights, placement = move_experts(weights, placement, new, group), new
 
-and the router's weights get the new placement's tensors. A layer of your own on physical slots, with physical_ids
-before it, counts slots: there it is logical_load(placement, expert_load(physical, num_physical)).
+Then weights.router gets the tensors of the new placement. A layer that runs on physical slots itself, with
+physical_ids before it, counts slots; its load is logical_load(placement, expert_load(physical, num_physical)).
 """
 
 from moe_fn.balance.losses import (

@@ -1,8 +1,7 @@
-"""Load of experts, losses that even it out, and the update of the correction bias: pure functions, values in and out.
+"""Load of experts, balancing losses, and the update of the correction bias: pure functions.
 
-Whatever the dtype of what comes in, tokens and slots are counted in int64, scores are summed in float32 (float64 for
-float64), and losses and biases are float32 (float64): in float16 65,504 is the largest number, and in bfloat16 257 is
-256.
+For inputs of any dtype, tokens and slots are counted in int64, scores are summed in float32 (float64 for float64), and
+losses and biases are float32 (float64): the largest float16 is 65,504, and bfloat16 rounds 257 to 256.
 
 Laws
     Losses equal the reference.
@@ -36,7 +35,7 @@ from moe_fn.torch_compat import default_group
 
 
 def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Slots per expert: load[e] = how often e stands in expert_ids; other ids (-1) count for nobody.
+    """Slots per expert: load[e] is the number of times that e occurs in expert_ids; other ids (-1) are not counted.
 
     expert_ids [...] integers -> [num_experts] int64.
 
@@ -48,7 +47,7 @@ def expert_load(expert_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906).
+    """Mean over tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906).
 
     logits [..., E] of any float dtype -> [] float32 (float64 for float64).
 
@@ -60,7 +59,7 @@ def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     z = logits.to(accumulation_dtype(logits.dtype))
     z = z if token_mask is None else torch.where(token_mask.unsqueeze(-1), z, 0)
     largest = z.detach().amax(-1, keepdim=True)
-    # torch.logsumexp asks whether there are no tokens, which an unbacked size cannot answer.
+    # torch.logsumexp branches on whether there are 0 tokens, which fails for an unbacked size.
     log_sum_exp = (z - largest).exp().sum(-1).log() + largest.squeeze(-1)
     return _mean_over_tokens(log_sum_exp.square(), token_mask)
 
@@ -85,8 +84,8 @@ def load_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor |
 
 
 def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """mean over sequences of sum over experts of f_e * P_e, f_e = E / (top_k S) * slots of e, P_e = mean of the scores
-    of e, normalised.
+    """Mean over sequences of sum over experts of f_e * P_e, with f_e = E / (top_k S) * slots of e and P_e the mean
+    normalized score of e.
 
     scores [B, S, E] of any float dtype, expert_ids [B, S, top_k] integers, token_mask [B, S] -> [] float32 (float64 for
     float64); 1 when perfectly even. DeepSeek-V3 (arXiv 2412.19437, eq. 17-20).
@@ -107,14 +106,13 @@ def sequence_balancing_loss(scores: Tensor, expert_ids: Tensor, token_mask: Tens
 
 
 def load_over_ranks(load: Tensor, group: "dist.ProcessGroup | RankGroup | None" = None) -> Tensor:
-    """The load of all ranks of a group, the same on each: the sum of theirs. What an update of a bias, and placing
-    experts, want.
+    """The sum of the load over the ranks of a group: the input of update_correction_bias and place_experts.
 
-    load [...] integers or floats, one rank's own, as stats.expert_load is or a window's total -> [...] int64, float32
-    or float64. group: of torch.distributed, or of the config (config.parallel.ep); None: all ranks, and without
-    torch.distributed the load as it is. Every rank of the group must call it. Ranks with the same tokens (of tp, of sp,
-    of ep where it is replicated) count them as often as they are: a factor that all experts have. No look at values; a
-    RankGroup works in a graph too.
+    load [...] integers or floats of one rank, such as stats.expert_load or a window's total -> [...] int64, float32 or
+    float64, the same on every rank. group: of torch.distributed, or of the config (config.parallel.ep); None: all
+    ranks, or the load itself without torch.distributed. Every rank of the group must call it. Ranks with the same
+    tokens (of tp, of sp, of ep with "replicated") each count them, which multiplies all loads by the same factor. Does
+    not read values on the host; a RankGroup works inside a graph too.
 
     >>> load_over_ranks(torch.tensor([3, 1], dtype=torch.int32))
     tensor([3, 1])
@@ -131,12 +129,12 @@ def load_over_ranks(load: Tensor, group: "dist.ProcessGroup | RankGroup | None" 
 
 
 def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    """One step of loss-free balancing: bias + rate * sign(mean load - load). Overloaded experts sink, idle ones rise.
+    """One step of loss-free balancing: bias + rate * sign(mean load - load).
 
     correction_bias [..., E] of any float dtype, load [..., E] integers or floats -> [..., E] float32 (float64 for
     float64), a new tensor; leading dimensions may be layers. Keep it in float32: in bfloat16 a bias of 1 plus a rate of
-    1e-3 is 1. Integer loads are compared as they are, while E of them fit in int64. Over ranks: of `load_over_ranks`,
-    so that every rank has the same bias. Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
+    1e-3 is 1. Integer loads are compared exactly, while E times the load fits in int64. With several ranks, pass
+    `load_over_ranks(load)`, so that every rank has the same bias. Wang et al. 2024 (arXiv 2408.15664); rate about 1e-3.
 
     >>> update_correction_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
     [-0.5, 0.0, 0.5]
@@ -158,7 +156,7 @@ def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -
         )
     load = checked_load("update_correction_bias", "load", load)
     load = load.to(torch.float64) if load.is_floating_point() else load
-    # of mean - load, without a division that rounds
+    # sign of mean - load, without a division that rounds
     above = torch.sign(load.sum(-1, keepdim=True) - load.shape[-1] * load)
     wide = accumulation_dtype(correction_bias.dtype)
     return correction_bias.to(wide) + rate * above.to(wide)
@@ -167,9 +165,9 @@ def update_correction_bias(correction_bias: Tensor, load: Tensor, rate: float) -
 def stats_of_routing(
     config: MoEConfig, logits: Tensor, routing: Routing, token_mask: Tensor | None, leading: tuple[int, ...]
 ) -> RoutingStats:
-    """All of the above of one call.
+    """The RoutingStats of one call: load, dropped slots and losses.
 
-    leading: the dimensions of the tokens before they were laid flat; the last is the sequence.
+    leading: dimensions of the tokens before flattening; the last is the sequence.
     """
     ids = routing.expert_ids
     logits = logits if token_mask is None else torch.where(token_mask.unsqueeze(-1), logits, 0)
@@ -191,7 +189,7 @@ def stats_of_routing(
 
 
 def _check_scores(where: str, scores: Tensor, expert_ids: Tensor, token_mask: Tensor | None, dims: int) -> Tensor:
-    """Scores and a mask that fit, and ids beside them, as int64."""
+    """Checks scores, expert ids and mask against each other; returns the ids as int64."""
     check_dtype(where, "scores", scores, "float")
     if scores.ndim != dims:
         raise ValueError(
@@ -213,7 +211,7 @@ def _check_mask(where: str, scores: Tensor, token_mask: Tensor | None) -> None:
 def _load_of_rows(expert_ids: Tensor, num_experts: int) -> Tensor:
     """expert_load of each row: [..., slots] -> [..., num_experts].
 
-    Nobody's slots fall into one more bin, which is cut off.
+    Slots without an expert are counted in one more bin, which is cut off.
     """
     bins = torch.where((expert_ids >= 0) & (expert_ids < num_experts), expert_ids, num_experts)
     counts = torch.zeros(*bins.shape[:-1], num_experts + 1, dtype=torch.int64, device=bins.device)
@@ -221,7 +219,7 @@ def _load_of_rows(expert_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def _count_tokens(per_token: Tensor, token_mask: Tensor | None) -> Tensor:
-    """How many tokens of the last dimension count, at least one, as a tensor of int64: 0 tokens give a loss of 0."""
+    """The number of unmasked tokens in the last dimension, at least 1, as int64: the loss of 0 tokens is 0."""
     counted = torch.ones_like(per_token, dtype=torch.bool) if token_mask is None else token_mask
     return counted.sum(-1).clamp(min=1)
 

@@ -1,4 +1,6 @@
-"""Ranks meet in torch.distributed's store: each leaves a text, one compares them, all read one answer."""
+"""Compares records of ranks through torch.distributed's store: each rank writes a text, one compares, all read the
+result.
+"""
 
 import itertools
 import time
@@ -8,16 +10,16 @@ from typing import Any
 from moe_fn.torch_compat import default_store
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.2
-_GRACE_S = 2.0  # for an answer that is on its way, and for the slowest reader of it
+_GRACE_S = 2.0  # for an answer that is being written, and for its slowest reader
 
 Compare = Callable[[dict[int, str]], list[str]]
 _NOT_THERE = object()
 
 
-def words_of_ranks(ranks: Sequence[int]) -> str:
-    """Ranks for people.
+def format_ranks(ranks: Sequence[int]) -> str:
+    """Ranks as text, with runs of three or more as ranges.
 
-    >>> words_of_ranks([2]), words_of_ranks([0, 1, 4, 5, 6, 7])
+    >>> format_ranks([2]), format_ranks([0, 1, 4, 5, 6, 7])
     ('rank 2', 'ranks 0, 1, 4-7')
     """
     runs = [
@@ -29,7 +31,7 @@ def words_of_ranks(ranks: Sequence[int]) -> str:
 
 
 def differing_fields(fields_of_rank: dict[int, dict[str, Any]]) -> list[str]:
-    """Every field that is not the same on all ranks, in words.
+    """A message for each field that is not the same on all ranks.
 
     >>> differing_fields({0: {"top_k": 2, "bias": 1}, 1: {"top_k": 3, "bias": 1}})
     ['top_k is 2 on rank 0 and 3 on rank 1']
@@ -41,16 +43,17 @@ def differing_fields(fields_of_rank: dict[int, dict[str, Any]]) -> list[str]:
             value = fields.get(name, _NOT_THERE)
             ranks_of_value.setdefault("not there" if value is _NOT_THERE else repr(value), []).append(rank)
         if len(ranks_of_value) > 1:
-            words = [f"{value} on {words_of_ranks(ranks)}" for value, ranks in ranks_of_value.items()]
-            found.append(f"{name} is {', '.join(words[:-1])} and {words[-1]}")
+            parts = [f"{value} on {format_ranks(ranks)}" for value, ranks in ranks_of_value.items()]
+            found.append(f"{name} is {', '.join(parts[:-1])} and {parts[-1]}")
     return found
 
 
 def meet(ranks: Sequence[int], mine: int, text: str, timeout_s: float, compare: Compare) -> str:
-    """The answer to all ranks' texts: the same words on every rank that came, "" where there is nothing to say.
+    """Compares the texts of all ranks; returns the same message on every rank that called, "" if nothing differs.
 
-    The first of `ranks` reads all texts, so the store moves two texts a rank, not a square of them. Who has waited in
-    vain for timeout_s decides instead; the first decision is everybody's, also of ranks that come too late.
+    The first of `ranks` reads all texts, so the store transfers two texts per rank, not one per pair of ranks. A rank
+    that has waited timeout_s without an answer decides instead. The first decision is final, also for ranks that call
+    later.
     """
     base = (
         f"moe_fn/meeting/{'-'.join(map(str, ranks))}"
@@ -58,11 +61,11 @@ def meet(ranks: Sequence[int], mine: int, text: str, timeout_s: float, compare: 
         else f"moe_fn/meeting/{ranks[0]}-{ranks[-1]}-{len(ranks)}"
     )
     try:
-        number = default_store(base).add(f"calls/{mine}", 1)  # the count lives in the store: this module has no state
+        number = default_store(base).add(f"calls/{mine}", 1)  # the count is in the store: this module has no state
         return _meet(default_store(f"{base}/{number}"), ranks, mine, text, timeout_s, compare)
     except RuntimeError as error:  # torch's DistError is one
-        words = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"the store of torch.distributed is gone, with the process that kept it (rank 0, or torchrun): {words}"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"the store of torch.distributed ended with its process (rank 0, or torchrun): {reason}"
 
 
 def _meet(store: Any, ranks: Sequence[int], mine: int, text: str, timeout_s: float, compare: Compare) -> str:
@@ -84,21 +87,21 @@ def _meet(store: Any, ranks: Sequence[int], mine: int, text: str, timeout_s: flo
         found = compare({rank: store.get(keys[rank]).decode() for rank in came}) if leads else []
         if missing:
             found = [
-                f"{words_of_ranks(missing)} did not come within {timeout_s:g} s, {words_of_ranks(came)} did",
+                f"{format_ranks(missing)} did not come within {timeout_s:g} s, {format_ranks(came)} did",
                 *found,
             ]
         elif not decided:
             found = [
-                f"{words_of_ranks(ranks[:1])} came, and gave no answer within {timeout_s:g} s: it is dead or hangs",
+                f"{format_ranks(ranks[:1])} came, but gave no answer within {timeout_s:g} s: it ended or hangs",
                 *found,
             ]
         if store.add("decisions", 1) == 1:
-            store.set("answer", "=" + "; ".join(found))  # a store may take an empty value for none
+            store.set("answer", "=" + "; ".join(found))  # a store may treat an empty value as missing
     if not _wait(lambda: store.check(["answer"]), time.monotonic() + _GRACE_S):
-        return "the rank that compared is dead: it announced an answer and gave none"
+        return "the rank that compared ended before it gave its answer"
     answer: str = store.get("answer").decode()[1:]
     store.add("readers", 1)
-    if answer:  # all will end: not before the others have read why, for a store may end with its keeper
+    if answer:  # all ranks will raise; wait until the others have read why, since the store may end with this process
         _wait(lambda: store.add("readers", 0) >= len(ranks) - len(absent()), time.monotonic() + _GRACE_S)
     return answer
 

@@ -1,6 +1,6 @@
-"""move_experts: carries out a new placement over a process group.
+"""Moves expert weights between GPUs to a new placement, over a process group.
 
-The layer answers with the old weights until the new ones are there.
+The layer can use the old weights until the new ones are complete.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_fn.balance.meeting import differing_fields, meet, words_of_ranks
+from moe_fn.balance.meeting import differing_fields, format_ranks, meet
 from moe_fn.balance.placement import Placement, checked_placement
 from moe_fn.balance.plan_moves import Moves, transfers
 from moe_fn.balance.slots import fields_of_slots
@@ -21,14 +21,15 @@ from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, we
 from moe_fn.weights.shapes import MATRICES, is_prepared
 from moe_fn.weights.spec import EXPERT_PATHS
 
-_LORA = "lora"  # adapters have the experts second
+_LORA = "lora"  # experts are dim 1 of adapters
 
 
 def physical_weights(weights: MoEWeights, placement: Placement) -> MoEWeights:
-    """The experts of each slot: every tensor [E, ...] becomes [P, ...]; a GPU's part is a stretch of it. Other tensors
-    are as they were.
+    """Weights of the physical slots: every tensor of experts [E, ...] becomes [P, ...]. Other tensors are returned as
+    they are.
 
-    placement of one layer. Prepared weights stay prepared. Raises ValueError for another number of experts.
+    A GPU's part is a contiguous range of slots. placement of one layer. Prepared weights stay prepared. Raises
+    ValueError for another number of experts.
 
     Laws
         A layer on physical slots is the logical layer.
@@ -55,25 +56,25 @@ def move_experts(
     group: "dist.ProcessGroup | None" = None,
     timeout_s: float = 60,
 ) -> MoEWeights:
-    """This rank's weights under the new placement; `weights` are its weights under the previous one, and stay as they
-    are.
+    """This rank's weights under the new placement, from `weights` under the previous one, which are not written to.
 
-    weights   gate_up, down and, where there are any, biases, expert_norm, scales, [P / ranks, ...] of one layer;
-              prepared ones too
+    weights         gate_up, down and, if present, biases, expert_norm, scales, [P / ranks, ...] of one layer; may be
+                    prepared
     previous, new   placements of one layer, the same on every rank; GPU g is rank g of the group
-    group     None: all ranks
-    timeout_s   how long a rank waits for the others to say what they hold
+    group           None: all ranks
+    timeout_s       how long a rank waits for the others' records
 
-    First the ranks compare what they hold, in the store of torch.distributed as check_ranks_agree does: the placements,
-    slot by slot, and which tensors of what shapes and dtypes. Then one all-to-all of bytes, of sizes that the
-    placements tell: no look at tensors. Every rank of the group must call it, also those that neither send nor get;
-    where nobody needs anything, no tensor travels. Bit for bit; without gradients. A GPU gets an expert once, however
-    many of its slots it fills. Needs room for the new weights beside the old, and for what travels.
+    First the ranks compare their placements, slot by slot, and the shapes and dtypes of their tensors, in the store of
+    torch.distributed as check_ranks_agree does. Then one all-to-all of bytes runs, with sizes from the placements, so
+    tensors are not read on the host. Every rank of the group must call it, also one that neither sends nor receives;
+    without transfers there is no collective. Weights are moved bit for bit, without gradients. A GPU receives an expert
+    once, however many of its slots it fills. Peak memory: the old weights, the new ones, and the bytes sent and
+    received.
 
-    Raises ValueError on every rank that came, with the same words, before anything is sent: for placements of several
-    layers, of different shapes, or that do not fit the group or a rank's weights; where ranks hold different placements
-    (each has placed by its own tokens: `load_over_ranks` is what all of them place by) or different tensors; and for a
-    rank that does not come within timeout_s.
+    Raises ValueError on every rank that called, with the same message, before anything is sent: for placements of
+    several layers, of different shapes, or that do not fit the group or a rank's weights; where ranks have different
+    placements (as when each placed by its own load, not by `load_over_ranks`) or different tensors; and for a rank that
+    does not come within timeout_s.
 
     Laws
         Moved weights are the weights of the new placement.
@@ -88,10 +89,10 @@ def start_moving(
     group: "dist.ProcessGroup | None" = None,
     timeout_s: float = 60,
 ) -> Callable[[], MoEWeights]:
-    """move_experts in two steps: starts the transfers, once all ranks have come; what it returns waits for them and
-    makes the new weights.
+    """move_experts in two steps: starts the transfers once all ranks have called, and returns a function that waits for
+    them and returns the new weights.
 
-    In between, the layer goes on with the old weights, which must not be written to.
+    In between, the layer can use the old weights, which must not be written to.
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
@@ -105,7 +106,7 @@ def start_moving(
     received = sent.new_empty(sum(lengths))
     work = dist.all_to_all_single(received, sent, lengths, [len(part) for part in outgoing], group=group, async_op=True)
 
-    def finish(sent: Tensor = sent) -> MoEWeights:  # what is sent must live until it is
+    def finish(sent: Tensor = sent) -> MoEWeights:  # keeps `sent` alive until it is sent
         work.wait()
         return weights_after_moves(weights, moves, rank, list(received.split(lengths)))
 
@@ -113,9 +114,7 @@ def start_moving(
 
 
 def departing(weights: MoEWeights, moves: Moves, rank: int) -> list[Tensor]:
-    """What this rank sends to each rank: bytes, expert after expert in the order of moves.transfers, each all of its
-    tensors.
-    """
+    """The bytes that this rank sends to each rank: for each of moves.transfers, in order, all tensors of the expert."""
     per_gpu = moves.num_physical // moves.num_gpus
     tensors = _expert_tensors("move_experts", weights, per_gpu)
     parts: list[list[Tensor]] = [[tensors[("gate_up",)].new_empty(0, dtype=torch.uint8)] for _ in range(moves.num_gpus)]
@@ -126,8 +125,8 @@ def departing(weights: MoEWeights, moves: Moves, rank: int) -> list[Tensor]:
 
 
 def weights_after_moves(weights: MoEWeights, moves: Moves, rank: int, received: Sequence[Tensor]) -> MoEWeights:
-    """The new weights of this rank: slots that stay, copies on this rank, and what each rank has sent (as `departing`
-    laid it).
+    """The new weights of this rank: kept slots, copies on this rank, and the bytes received from each rank (in the
+    format of `departing`).
     """
     per_gpu = moves.num_physical // moves.num_gpus
     tensors = _expert_tensors("move_experts", weights, per_gpu)
@@ -150,7 +149,7 @@ def weights_after_moves(weights: MoEWeights, moves: Moves, rank: int, received: 
                 for t in moved.values():
                     t[move.target % per_gpu].copy_(t[move.source % per_gpu])
     if is_prepared(weights.gate_up) and native.problem(weights.gate_up.device.type, weights.gate_up.dtype) is None:
-        # As prepare_weights left them.
+        # in huge pages, as prepare_weights returns them
         moved |= {path: native.in_huge_pages(moved[path]) for path in MATRICES}
     return _with_tensors(weights, moved)
 
@@ -158,9 +157,7 @@ def weights_after_moves(weights: MoEWeights, moves: Moves, rank: int, received: 
 def _agreed_moves(
     weights: MoEWeights, previous: Placement, new: Placement, group: "dist.ProcessGroup | None", timeout_s: float
 ) -> Moves:
-    """The moves, which are the same on every rank: ValueError on every one of them where they are not, or where one has
-    none.
-    """
+    """The moves, checked to be the same on every rank; ValueError on every rank if they differ or a rank has errors."""
     ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
     problems: list[str] = []
     fields: dict[str, str | int] = {}
@@ -173,7 +170,7 @@ def _agreed_moves(
         fields |= fields_of_slots("previous", previous.logical_of_physical) | fields_of_slots(
             "new", new.logical_of_physical
         )
-    except ValueError as error:  # said, not raised: the other ranks wait
+    except ValueError as error:  # published, not raised yet: the other ranks wait for this rank's record
         problems = [str(error).removeprefix("move_experts: ")]
     answer = meet(ranks, dist.get_rank(), json.dumps({"problems": problems, "fields": fields}), timeout_s, _differences)
     if answer or moves is None:
@@ -182,14 +179,14 @@ def _agreed_moves(
 
 
 def _differences(texts: dict[int, str]) -> list[str]:
-    """What keeps the ranks from moving, in words; of their differences the first three."""
+    """Messages of ranks' errors, or else the first three differences between their records."""
     records = {rank: json.loads(text) for rank, text in texts.items()}
     ranks_of_problem: dict[str, list[int]] = {}
     for rank, record in records.items():
         for problem in record["problems"]:
             ranks_of_problem.setdefault(problem, []).append(rank)
     if ranks_of_problem:
-        return [f"{words_of_ranks(ranks)}: {problem}" for problem, ranks in ranks_of_problem.items()]
+        return [f"{format_ranks(ranks)}: {problem}" for problem, ranks in ranks_of_problem.items()]
     found = differing_fields({rank: record["fields"] for rank, record in records.items()})
     more = [f"and {len(found) - 3} more"] if len(found) > 3 else []
     expected = "expected the same on every rank, of placements that are made from load_over_ranks(load)"
@@ -212,13 +209,13 @@ def _expert_tensors(where: str, weights: MoEWeights, experts: int) -> dict[Path,
     for path, tensor in tensors.items():
         if tensor.shape[0] != experts:
             raise ValueError(
-                f"{where}: weights.{'.'.join(path)} is {list(tensor.shape)}; expected {experts} experts first"
+                f"{where}: weights.{'.'.join(path)} is {list(tensor.shape)}; expected {experts} experts in dim 0"
             )
     return tensors | _adapters(weights, experts)
 
 
 def _adapters(weights: MoEWeights, experts: int) -> dict[Path, Tensor]:
-    """LoRA tensors [L, E, ...] as [E, L, ...], but for those that all experts share."""
+    """LoRA tensors [L, E, ...] as [E, L, ...], without those that all experts share."""
     lora = (
         {}
         if weights.lora is None
@@ -248,5 +245,5 @@ def _as_bytes(t: Tensor) -> Tensor:
 
 
 def _from_bytes(data: Tensor, like: Tensor) -> Tensor:
-    # A copy: a stretch of bytes may start where a wider number must not.
+    # A copy: the bytes may start at an address that is not aligned for the dtype.
     return data.clone().view(like.dtype).view(like.shape)

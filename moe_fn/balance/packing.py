@@ -1,6 +1,6 @@
-"""place_experts: which expert lies where, from the load that was seen.
+"""Placement of experts on GPUs from their measured load (EPLB).
 
-Runs on the host, between steps; plain Python on a few numbers.
+Plain Python on the host, between steps.
 """
 
 import heapq
@@ -12,26 +12,27 @@ from torch import Tensor
 from moe_fn.balance.placement import Placement
 from moe_fn.balance.slots import Slots, checked_slots, tables_of_slots
 
-# A gain below this fraction is rounding: the same experts on the same GPUs, summed in another order.
+# A relative gain below this is rounding: the same experts on the same GPUs, summed in another order.
 ROUNDING = 1e-12
 
 
 def place_experts(
     load: Tensor, num_physical: int, num_groups: int, num_nodes: int, num_gpus: int, previous: Placement | None = None
 ) -> Placement:
-    """Copies of experts on GPUs so that the fullest GPU has little to do; replicas share the load of their expert
+    """Places replicas of experts on GPUs to minimize the largest load of a GPU; replicas share their expert's load
     evenly.
 
         1. groups of experts are packed on nodes        (skipped where num_nodes does not divide num_groups: "global")
         2. in each node, slot by slot, the expert with the largest load per replica gets one more
         3. in each node, replicas are packed on its GPUs
         4. on each GPU, experts that `previous` had there keep their slots
-        pack: heaviest first, each on the lightest pack with room; all packs take equally many; ties go to the lowest
-        number
+        pack: heaviest item first, each into the lightest pack with room; all packs have equally many items; ties go to
+        the lowest number
 
-    load [E] or [layers, E], integers or floats >= 0, on any device; layers are placed one by one. num_physical slots P,
-    dealt to GPUs in order. Returns a Placement on the CPU with the leading dimensions of load. A layer whose fullest
-    GPU would not get less than with `previous` (under the new load) keeps it, and nothing of it needs to move.
+    load [E] or [layers, E], integers or floats >= 0, on any device; layers are placed independently. num_physical is
+    the number of slots P; GPU g has the g-th range of P / num_gpus slots. Returns a Placement on the CPU with the
+    leading dimensions of load. A layer keeps its `previous` placement unless the new one lowers the load of its fullest
+    GPU (under the new load).
 
     With G GPUs, total load T and s the largest load per replica, which step 2 makes as small as it can be, at most T /
     (P - E + 1):
@@ -41,11 +42,11 @@ def place_experts(
                    least s
         hierarchical   the same inside each node, whose load is at most T/nodes + (1 - 1/nodes) * heaviest group
 
-    Why packs differ by the heaviest item w at most: say Q is full before P, and let f(Q) = sum of (item - b) over the
-    items of Q, b the size of the item at hand. f(P) - f(Q) grows, as b sinks, only while P has more items than Q; but
-    then it is load(P) - load(Q) less a few b, and load(P) - load(Q) <= w while both have room, for each took its last
-    item as the lightest. So f(P) - f(Q) <= w when Q is full; what P gets from then on is at most b each. The other way
-    round load(Q) <= load(P) + its last item.
+    Why packs differ by the heaviest item w at most: let Q be full before P, b the size of the current item, and f(Q) =
+    sum of (item - b) over the items of Q. As b decreases, f(P) - f(Q) grows only while P has more items than Q; then it
+    is load(P) - load(Q) minus a multiple of b, and load(P) - load(Q) <= w while both have room, since each took its
+    last item as the lightest. So f(P) - f(Q) <= w when Q is full, and each item that P gets afterwards is at most b. In
+    the other direction, load(Q) <= load(P) + the last item of Q.
 
     Raises ValueError for sizes that do not divide, fewer slots than experts, a load that is negative, infinite or NaN,
     and a previous placement of other shapes.
@@ -89,10 +90,10 @@ def place_experts(
 
 
 def pack(weights: Sequence[float], num_packs: int) -> list[list[int]]:
-    """Items of each pack, all packs equally long: heaviest first, each into the lightest pack with room, ties to the
+    """Items of each pack, equally many in each: heaviest first, each into the lightest pack with room, ties to the
     lowest number.
 
-    With one item a pack, item i is in pack i. Raises ValueError where the packs do not divide the items.
+    With one item per pack, item i is in pack i. Raises ValueError if num_packs does not divide the number of items.
 
     Laws
         Packs differ by the heaviest item at most.
@@ -121,9 +122,8 @@ def replicate(load: Sequence[float], num_slots: int) -> Slots:
     """Expert of each slot: every expert once, then slot by slot the one with the largest load per replica, ties to the
     lowest number.
 
-    The largest load per replica that this leaves is the smallest there is: had another division a smaller one, some
-    expert would have fewer replicas there than here, so at least what it had here before its last one, when its share
-    was the largest.
+    This minimizes the largest load per replica. In another division, some expert has fewer replicas than here, so its
+    load per replica is at least what it was here before its last replica was added, when it was the largest of all.
 
     >>> replicate([8, 3, 1], 5)
     [0, 1, 2, 0, 0]
@@ -155,7 +155,7 @@ def _place_layer(load: Sequence[float], num_physical: int, num_groups: int, num_
 
 
 def _keep_slots(new: Slots, old: Slots, per_gpu: int) -> Slots:
-    """The new slots, reordered inside each GPU: what was there stays where it was, the rest fills up in order."""
+    """The new slots, reordered on each GPU: experts that it had before keep their slots, the rest follow in order."""
     kept: Slots = []
     for start in range(0, len(new), per_gpu):
         rest = new[start : start + per_gpu]
@@ -181,7 +181,7 @@ def _fullest(slots: Slots, load: Sequence[float], per_gpu: int) -> float:
 
 
 def _checked_load(load: Tensor) -> tuple[list[list[float]], int]:
-    """Rows of the load as Python floats, and how many experts there are."""
+    """Rows of the load as Python floats, and the number of experts."""
     if not isinstance(load, Tensor) or load.ndim not in (1, 2) or load.shape[-1] < 1 or load.dtype.is_complex:
         came = f"{load.dtype} {list(load.shape)}" if isinstance(load, Tensor) else f"a {type(load).__name__}"
         raise ValueError(f"place_experts: load is {came}; expected a tensor of numbers, [E] or [layers, E]")

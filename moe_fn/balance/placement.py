@@ -1,5 +1,5 @@
-"""Where copies of experts lie: the record, the map of ids that a router's choices go through, and loads seen from both
-sides.
+"""Placement of replicated experts in physical slots: its record, the map from expert ids to slots, and loads per
+expert, slot and GPU.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,10 @@ from moe_fn.torch_compat import check_same_size
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which logical expert each physical slot holds. GPUs hold equally many slots, in order: the first GPU the first
-    ones.
+    """The logical expert of each physical slot. Each GPU has the same number of slots, in order.
 
-    A pytree. Leading dimensions are those of the load that it was made for: none, or layers. All int64, or other
-    integers.
+    A pytree. Leading dimensions are those of the load that it was made for: none, or layers. Tensors are int64, or
+    other integers.
     """
 
     logical_of_physical: Tensor  # [..., P]
@@ -30,7 +29,7 @@ torch.export.register_dataclass(Placement, serialized_type_name="moe_fn.Placemen
 
 
 def checked_placement(where: str, placement: Placement) -> Placement:
-    """The placement with int64 tensors; ValueError for another type, or for numbers that are no integers."""
+    """The placement with int64 tensors; ValueError for another type, or for tensors that are not integers."""
     check_kind(where, "placement", placement, Placement)
     return Placement(
         logical_of_physical=checked_integers(where, "placement.logical_of_physical", placement.logical_of_physical),
@@ -40,7 +39,7 @@ def checked_placement(where: str, placement: Placement) -> Placement:
 
 
 def checked_load(where: str, name: str, load: Tensor) -> Tensor:
-    """A load that can be added up, however large: int64, float32 or float64; ValueError for what is no number."""
+    """The load in a dtype for sums: int64, float32 or float64; ValueError for a dtype without numbers."""
     check_kind(where, name, load, Tensor)
     if load.is_floating_point():
         return load.to(accumulation_dtype(load.dtype))
@@ -50,8 +49,9 @@ def checked_load(where: str, name: str, load: Tensor) -> Tensor:
 
 
 def placement_at(placement: Placement, layer: int) -> Placement:
-    """The placement of one layer of a placement of layers: [L, ...] -> [...]. Raises ValueError for a layer that is not
-    there.
+    """The placement of one layer of a placement of layers: [L, ...] -> [...].
+
+    Raises ValueError for a layer out of range.
 
     >>> from moe_fn.balance import place_experts
     >>> both = place_experts(torch.tensor([[3, 1], [1, 3]]), num_physical=3, num_groups=1, num_nodes=1, num_gpus=1)
@@ -73,26 +73,25 @@ def placement_at(placement: Placement, layer: int) -> Placement:
 
 
 def physical_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor | None = None) -> Tensor:
-    """A router's choices as physical slots: one of each expert's replicas, picked by the token's position.
+    """Maps expert ids to physical slots; the position of a token picks one of the expert's replicas.
 
         physical[t, j] = slots of expert ids[t, j] [ token_index[t] mod number of its replicas ]
 
     placement of one layer; expert_ids [..., top_k] integers; token_index [...] integers, None: the position among all
     tokens. Returns [..., top_k] int64, or int32 for int32. Ids of -1 stay -1; zero expert number i, E + i, becomes P +
-    i, which is zero expert number i of a config with P experts. In the graph: no look at values, no randomness, so
-    ranks and reruns agree. Neighbouring tokens take turns, so a run of tokens loads the replicas of an expert evenly to
-    within one; where each call has one token (decoding), let token_index count on across calls and ranks, or every call
-    would take the first replica.
+    i, which is zero expert number i of a config with P experts. Works inside a graph, and is deterministic, so ranks
+    and reruns agree. Consecutive tokens of an expert load its replicas evenly to within one; where each call has one
+    token (decoding), continue token_index across calls and ranks, since otherwise every call takes the first replica.
 
-    Raises ValueError for a placement of several layers, ids that are no integers, and a token_index of another shape.
+    Raises ValueError for a placement of several layers, ids that are not integers, and a token_index of another shape.
 
     Laws
         Physical ids map back to the logical ids.
         Replicas take turns.
-        Nobody and zero experts stay what they are.
+        Ids of padding and zero experts are kept.
         A layer on physical slots is the logical layer.
 
-    Source: vLLM's map, which hashes the token's index (Knuth's multiplier) and is as even on average.
+    Source: vLLM's map, which hashes the token's index (Knuth's multiplier) and is equally even on average.
 
     >>> from moe_fn.balance import placement_of_slots
     >>> placement = placement_of_slots(torch.tensor([0, 1, 0]), num_experts=2)
@@ -121,8 +120,8 @@ def physical_ids(placement: Placement, expert_ids: Tensor, token_index: Tensor |
 def logical_load(placement: Placement, load_of_physical: Tensor) -> Tensor:
     """Load per expert from load per slot: [..., P] integers or floats -> [..., E] int64, float32 or float64.
 
-    For a layer of your own on physical slots, whose stats count slots: P experts, and physical_ids before it. A layer
-    with ParallelConfig.num_physical counts experts, and its stats.expert_load is what place_experts wants. Raises
+    For a layer of P experts that runs on physical slots itself, with physical_ids before it: its stats count slots. A
+    layer with ParallelConfig.num_physical counts experts; pass its stats.expert_load to place_experts directly. Raises
     ValueError for another shape.
 
     Laws
@@ -148,7 +147,7 @@ def logical_load(placement: Placement, load_of_physical: Tensor) -> Tensor:
 def gpu_load(placement: Placement, load: Tensor, num_gpus: int) -> Tensor:
     """Load per GPU if replicas share the load of their expert evenly: load [..., E] -> [..., num_gpus] float64.
 
-    Raises ValueError for another shape, or slots that the GPUs do not divide.
+    Raises ValueError for another shape, or if num_gpus does not divide the slots.
 
     Laws
         Loads keep their totals.
@@ -174,11 +173,11 @@ def gpu_load(placement: Placement, load: Tensor, num_gpus: int) -> Tensor:
 
 
 def balancedness(load_per_gpu: Tensor) -> Tensor:
-    """mean / max over the last dimension: 1 when even, 1 / GPUs when one has it all; 1 without any load.
+    """Mean / max over the last dimension: 1 when even, 1 / GPUs when one GPU has all load; 1 without load.
 
-    [..., G] integers or floats -> [...] float64, float32 for float32 and narrower ones.
+    [..., G] integers or floats -> [...] float64, or float32 for float32 and narrower floats.
 
-    The fraction of the GPUs' time that the slowest of them leaves the others to work in.
+    It is the mean utilization of the GPUs while the fullest one works.
 
     >>> balancedness(torch.tensor([[4.0, 4.0], [8.0, 0.0], [0.0, 0.0]])).tolist()
     [1.0, 0.5, 1.0]
@@ -192,7 +191,7 @@ def balancedness(load_per_gpu: Tensor) -> Tensor:
 def _checked_ids(
     placement: Placement, expert_ids: Tensor, token_index: Tensor | None
 ) -> tuple[Placement, Tensor, Tensor | None]:
-    """What physical_ids reads, as int64."""
+    """The arguments of physical_ids, checked, as int64."""
     placement = checked_placement("physical_ids", placement)
     slots = placement.logical_of_physical
     if slots.ndim != 1:
@@ -214,8 +213,8 @@ def _checked_ids(
         )
     for dim in range(token_index.ndim):
         if torch.compiler.is_compiling():
-            words = "physical_ids: token_index and expert_ids differ in tokens; expected the leading dims of expert_ids"
-            check_same_size(token_index.shape[dim], expert_ids.shape[dim], words)
+            text = "physical_ids: token_index and expert_ids differ in tokens; expected the leading dims of expert_ids"
+            check_same_size(token_index.shape[dim], expert_ids.shape[dim], text)
         elif token_index.shape[dim] != expert_ids.shape[dim]:
             wanted = f"expected the leading dims of expert_ids, {_sizes(expert_ids)}"
             raise ValueError(f"physical_ids: token_index is {_sizes(token_index)}; {wanted}")

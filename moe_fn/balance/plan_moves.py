@@ -1,6 +1,6 @@
-"""transfers: the fewest copies that turn one placement into another, and who sends them.
+"""Moves between two placements of experts: the fewest transfers, with balanced senders.
 
-Runs on the host; plain data in and out.
+Plain Python on the host.
 """
 
 from collections import Counter, deque
@@ -13,9 +13,7 @@ from moe_fn.balance.slots import Slots, checked_slots
 
 @dataclass(frozen=True)
 class Move:
-    """The weights of one expert of one layer, from slot `source` to slot `target` (physical slots; layer is 0 where
-    there is one).
-    """
+    """A copy of one expert's weights from physical slot `source` to `target`; layer is 0 where there is one layer."""
 
     layer: int
     source: int
@@ -24,11 +22,12 @@ class Move:
 
 @dataclass(frozen=True, kw_only=True)
 class Moves:
-    """What turns `previous` into `new`. A slot that no move targets keeps what it holds.
+    """The moves that turn `previous` into `new`. A slot without a move keeps its expert.
 
-    copies     from a slot of the previous placement to one of the same GPU
-    transfers  from a slot of the previous placement to one of another GPU: what goes over the wire
-    repeats    from the target of a transfer to one of the same GPU: an expert that comes once and fills several slots
+    copies     from a slot of the previous placement to a slot of the same GPU
+    transfers  from a slot of the previous placement to a slot of another GPU: the traffic between GPUs
+    repeats    from the target of a transfer to a slot of the same GPU: an expert is received once and fills several
+               slots
     """
 
     num_gpus: int
@@ -43,14 +42,12 @@ class Moves:
 
 
 def transfers(previous: Placement, new: Placement, num_gpus: int) -> Moves:
-    """The fewest transfers that turn `previous` into `new`: one for each GPU and expert that it gets and did not have,
-    and no more.
+    """The fewest transfers that turn `previous` into `new`: one for each pair of a GPU and an expert that is new on it.
 
-    Placements of one layer or of as many layers. In each layer the senders are chosen so that the GPU that sends most
-    sends as little as it can: each transfer is given to the least busy GPU that it can reach by handing others on
-    (Harvey et al. 2006, semi-matchings).
+    Placements of one layer or of equally many layers. In each layer, senders are chosen to minimize the transfers of
+    the busiest sender (`balanced_senders`).
 
-    Raises ValueError for placements of different shapes and for slots that the GPUs do not divide.
+    Raises ValueError for placements of different shapes, and if num_gpus does not divide the slots.
 
     Laws
         Moves turn the previous placement into the new one.
@@ -76,7 +73,7 @@ def transfers(previous: Placement, new: Placement, num_gpus: int) -> Moves:
     busy: Counter[int] = Counter()
     repeats: list[Move] = []
     for layer, (old, wanted) in enumerate(zip(olds, news, strict=True)):
-        first_target: dict[tuple[int, int], int] = {}  # (GPU, expert that it lacks) -> slot
+        first_target: dict[tuple[int, int], int] = {}  # (first slot of a GPU, expert that is new on it) -> slot
         for target, expert in enumerate(wanted):
             start = target // per_gpu * per_gpu
             here = old[start : start + per_gpu]
@@ -99,12 +96,12 @@ def transfers(previous: Placement, new: Placement, num_gpus: int) -> Moves:
 
 
 def balanced_senders(choices: Sequence[Sequence[int]], sent_before: Mapping[int, int] | None = None) -> list[int]:
-    """For each transfer one of its possible senders, so that the busiest sender sends as few as can be; ties to who
-    sent less before.
+    """A sender for each transfer out of its `choices`, so that the busiest sender sends as few as possible; ties go to
+    the GPU with fewer `sent_before`.
 
-    Each transfer in turn goes to the least busy GPU at the end of a chain: a GPU that can send it, or one that can take
-    over something which a GPU before it in the chain sends. Busy counts then never admit a better chain, which is
-    optimal (Harvey et al. 2006).
+    Each transfer in turn is assigned along the alternating path that ends at the least busy GPU: a GPU that can send
+    it, or one that can take over a transfer from the GPU before it in the path. This is optimal, as no path to a less
+    busy GPU remains (Harvey et al. 2006, semi-matchings).
 
     >>> balanced_senders([[0, 1], [0], [1]])
     [0, 0, 1]
@@ -115,7 +112,7 @@ def balanced_senders(choices: Sequence[Sequence[int]], sent_before: Mapping[int,
     before = sent_before or {}
     sends: dict[int, list[int]] = {gpu: [] for gpus in choices for gpu in gpus}
     for new, gpus in enumerate(choices):
-        # GPU -> (what it would take over, from whom)
+        # GPU -> (transfer that it would take over, GPU that sends it now)
         came: dict[int, tuple[int, int | None]] = dict.fromkeys(gpus, (new, None))
         line = deque(gpus)
         while line:

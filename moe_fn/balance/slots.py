@@ -1,4 +1,4 @@
-"""Placements made from lists of slots: the tables that a graph reads, built on the host."""
+"""Placements from lists of physical slots: builds the tables of a Placement on the host."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ Slots = list[int]  # logical expert of each physical slot
 
 
 def placement_of_slots(logical_of_physical: Tensor, num_experts: int) -> Placement:
-    """The placement that lays these experts in these slots: a policy of your own, or [0 .. E-1] for no replicas.
+    """The placement with these experts in the physical slots: for a custom policy, or [0 .. E-1] for no replicas.
 
     logical_of_physical [P] or [layers, P] integers, on any device; the result is on the CPU. Raises ValueError for ids
     out of range and for experts without a slot.
@@ -35,9 +35,7 @@ def placement_of_slots(logical_of_physical: Tensor, num_experts: int) -> Placeme
 
 
 def checked_slots(where: str, logical_of_physical: Tensor, shape: tuple[int, ...], num_experts: int) -> list[Slots]:
-    """The slots of each layer as Python ints: the shape that is expected, ids in range, every expert somewhere; else
-    ValueError.
-    """
+    """The slots of each layer as Python ints; ValueError for another shape, and experts missing or out of range."""
     if tuple(logical_of_physical.shape) != shape:
         raise ValueError(f"{where} is {list(logical_of_physical.shape)}; expected {list(shape)}")
     rows: list[Slots] = logical_of_physical.view(-1, shape[-1]).tolist()
@@ -46,23 +44,21 @@ def checked_slots(where: str, logical_of_physical: Tensor, shape: tuple[int, ...
         if set(slots) != every:
             wrong = sorted(set(slots) ^ every)[:8]
             raise ValueError(
-                f"{where}: row {layer} has no slot for, or does not know, experts {wrong}; "
-                f"expected 0 .. {num_experts - 1}, each"
+                f"{where}: experts {wrong} of row {layer} are missing or out of range; "
+                f"expected each of 0 .. {num_experts - 1}"
             )
     return rows
 
 
 def fields_of_slots(name: str, logical_of_physical: Tensor) -> dict[str, int]:
-    """The expert of each slot by the name that an error gives the slot: what ranks compare; none where a meta tensor
-    has no values yet.
-    """
+    """The expert of each slot by the slot's name in errors, for comparison between ranks; empty for a meta tensor."""
     if logical_of_physical.is_meta:
         return {}
     return {f"slot {slot} of {name}": expert for slot, expert in enumerate(logical_of_physical.flatten().tolist())}
 
 
 def tables_of_slots(placed: list[Slots], num_experts: int, shape: tuple[int, ...]) -> Placement:
-    """The record of slots that are known to be right; shape is that of logical_of_physical."""
+    """The Placement of checked slots; shape is that of logical_of_physical."""
     slots_of: list[list[list[int]]] = [[[] for _ in range(num_experts)] for _ in placed]
     for layer, slots in enumerate(placed):
         for slot, expert in enumerate(slots):

@@ -1,4 +1,4 @@
-"""Loads of the last steps, summed: a window as a value."""
+"""Sum of the expert loads of the last steps: a window that is a value."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from moe_fn.checks import INTEGERS, check_kind
 class LoadWindow:
     """The loads of the last W steps. A pytree, so it goes through a compiled step as an argument and a result."""
 
-    ring: Tensor  # [W, ..., E] int64 or int32: the load of step s is ring[s mod W]; zeros where no step was yet
+    ring: Tensor  # [W, ..., E] int64 or int32: the load of step s is ring[s mod W]; zeros for steps before the first
     step: Tensor  # [] int64: how many loads were pushed
 
 
@@ -24,7 +24,7 @@ def load_window(
 ) -> LoadWindow:
     """An empty window of `size` steps for loads of this shape: (E,) or (layers, E).
 
-    Raises ValueError for a size below 1 and for a dtype that is no integer of 32 or 64 bits.
+    Raises ValueError for a size below 1 and for a dtype other than int32 and int64.
 
     >>> total(load_window(3, 2)).tolist()
     [0, 0]
@@ -36,10 +36,9 @@ def load_window(
 
 
 def push(window: LoadWindow, load: Tensor) -> LoadWindow:
-    """The window one step later: load [..., E] takes the place of the oldest. A new value; in the graph, no look at the
-    step.
+    """The window one step later: load [..., E] replaces the oldest. Does not read `step` on the host.
 
-    Raises ValueError for a load of another shape or one that is not of integers.
+    Raises ValueError for a load of another shape or without an integer dtype.
 
     Laws
         A window is the sum of the last loads.

@@ -1,8 +1,8 @@
-"""A layer that ranks of torch.distributed share: sharding of weights, formats of dispatch, and what is summed when,
-what it sends.
+"""Expert, tensor and sequence parallelism over ranks of torch.distributed: sharding of weights, formats of dispatch,
+agreement of ranks, traffic.
 
-The config says how (`moe_fn.ParallelConfig`), the weights are this rank's (`shard_weights`), and moe_forward is called
-as ever.
+`moe_fn.ParallelConfig` chooses the parallelism, `shard_weights` returns a rank's weights, and moe_forward is called as
+on one rank.
 """
 
 from moe_fn.parallel.agreement import check_ranks_agree

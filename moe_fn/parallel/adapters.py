@@ -1,12 +1,12 @@
-"""LoRA adapters of a layer that ranks share: what of them a rank has, and whose gradients are sums over ranks.
+"""LoRA adapters of a sharded layer: each rank's part, and the ranks over which gradients are summed.
 
                  tensor parallel                      expert parallel
     gate_up_a    whole                                the rank's experts, or whole where experts share
-    gate_up_b    slice of the outputs, as gate_up     likewise
-    down_a       slice of the inputs, as down         likewise
-    down_b       whole                                likewise
+    gate_up_b    slice of the outputs, as gate_up     the same
+    down_a       slice of the inputs, as down         the same
+    down_b       whole                                the same
 
-down_b (down_a a) is linear in the slices of a, so its parts add up in the sum over tp that is there anyway.
+down_b (down_a a) is linear in the slices of a, so the layer's sum over tp adds up its parts too.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ from moe_fn.records import LoRAWeights
 from moe_fn.weights.axes import axes_of
 from moe_fn.weights.spec import WEIGHTS
 
-# on every rank of tp
+# tensors that are whole on every rank of tp
 _WHOLE = tuple(path[1] for path, row in WEIGHTS.items() if path[0] == "lora" and "I" not in axes_of(row.axes))
 
 
 def shard_adapters(config: MoEConfig, lora: LoRAWeights | None, experts: Tensor) -> LoRAWeights | None:
-    """This rank's part: these experts, where they do not share, and its slice of each."""
+    """This rank's adapters: those of `experts` where experts do not share a tensor, and its slice of each."""
     if lora is None or config.lora is None or config.parallel is None:
         return lora
     return _each(lora, lambda name, t: own_part(config, ("lora", name), t, experts))
 
 
 def adapters_of_each(config: MoEConfig, lora: LoRAWeights | None) -> LoRAWeights | None:
-    """The adapters, whose gradients are summed over the ranks that have them too and use them for the same tokens."""
+    """The adapters, with gradients summed over the ranks that have copies and use them for the same tokens."""
     if lora is None or config.parallel is None:
         return lora
     parallel = config.parallel
@@ -46,9 +46,7 @@ def adapters_of_each(config: MoEConfig, lora: LoRAWeights | None) -> LoRAWeights
 
 
 def summed_over(config: MoEConfig, parallel: ParallelConfig, name: str) -> list[str]:
-    """The groups of ranks that have the same tokens and this tensor, and use it each for its slice, or its
-    own experts.
-    """
+    """The groups whose ranks have the same tokens and a copy of this tensor, and use it for their slice or experts."""
     found = ["tp"] if parallel.tp is not None and name in _WHOLE else []
     if config.lora is None or not config.lora.shares(name):
         return found
@@ -58,7 +56,7 @@ def summed_over(config: MoEConfig, parallel: ParallelConfig, name: str) -> list[
 
 
 def group_of_role(parallel: ParallelConfig, role: str) -> RankGroup:
-    """One of the config's groups, by its name there."""
+    """The config's group of a role: "tp", "ep", "dp" or "sp"."""
     group: RankGroup = getattr(parallel, role)
     return group
 

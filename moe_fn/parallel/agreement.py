@@ -1,5 +1,6 @@
-"""check_ranks_agree: ranks that are set up differently find out before the first forward, not by a wrong answer or a
-hang in it.
+"""Agreement of ranks: check_ranks_agree compares config, weights and groups of all ranks before the first forward.
+
+Without it, ranks that differ get wrong results or hang in a collective.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from moe_fn.balance.meeting import differing_fields, meet, words_of_ranks
+from moe_fn.balance.meeting import differing_fields, format_ranks, meet
 from moe_fn.balance.slots import fields_of_slots
 from moe_fn.config import MoEConfig, RankGroup, as_activation
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, leaves_of_weights
@@ -22,42 +23,41 @@ from moe_fn.weights.spec import FIRST_SLICE_ONLY, fields_without
 _ROLES = ("tp", "ep", "dp", "sp")
 _ON_EVERY_RANK = fields_without("E", "I", "M")
 
-# of one rank, plain JSON: fields {name: value}, members and coordinates {role: ...}, problems [words]
+# of one rank, plain JSON: fields {name: value}, members and coordinates {role: ...}, problems [messages]
 Record = dict[str, Any]
 
 
 def check_ranks_agree(
     config: MoEConfig, weights: MoEWeights | None = None, group: dist.ProcessGroup | None = None, timeout_s: float = 60
 ) -> None:
-    """Compare config, weights and groups of all ranks, once, at set-up: every rank returns, or every rank raises the
-    same words.
+    """Compare config, weights and groups of all ranks at set-up: every rank returns, or every rank raises the same
+    error.
 
-    What must be the same: every field of the config but a rank's own coordinates (names and places in groups; their
-    sizes, and whether sums are ordered, must be the same), the version of moe_fn, torch's major.minor, which weights
-    there are, their dtypes and device type, the shapes of those that every rank has, and which expert lies in which
-    slot. What must fit on each rank: weights to the config's shapes for this rank; the groups that the config names to
-    torch.distributed's groups of those names (a config of another run does not), and to what the groups' other ranks
-    say.
+    Must be the same on all ranks: every field of the config except a rank's own coordinates (names of groups and ranks
+    in them; sizes and `ordered` of groups must be the same), the version of moe_fn, torch's major.minor, which weights
+    are given, their dtypes and device type, the shapes of unsharded weights, and the expert of each physical slot. Must
+    fit on each rank: weights to the config's shapes for this rank; the config's groups to torch.distributed's groups of
+    those names (those of another run do not), and to the same groups on their other ranks.
 
-    group      whose ranks compare: those that run this layer, for instance one stage of a pipeline; None: all ranks
+    group      the ranks that are compared: those that run this layer, for instance one stage of a pipeline; None: all
     timeout_s  how long a rank waits for the others, from its own call
 
-    Ranks meet in the store of torch.distributed, not in a collective: the same for gloo and NCCL, nothing waits for a
-    device, and ranks of any disagreement can still talk. It is called as often on each rank; nothing in forward calls
-    it. Without torch.distributed it checks weights against the config alone.
+    Ranks exchange their records in the store of torch.distributed, not in a collective: this works alike for gloo and
+    NCCL, does not wait for a device, and works whatever the ranks disagree on. Every rank must call it equally often;
+    nothing in forward calls it. Without torch.distributed it only checks weights against the config.
 
-    Raises ValueError on every rank that came: which fields differ, with the values and ranks ("num_experts is 8 on
+    Raises ValueError on every rank that called: which fields differ, with the values and ranks ("num_experts is 8 on
     ranks 0, 1 and 6 on rank 2"), what does not fit on which rank, and which ranks did not come within timeout_s.
 
-    Afterwards, in forward and backward, torch.distributed watches. A rank that dies in the middle of either: the
-    others' collectives with it raise. gloo: RuntimeError ("Connection closed by peer" or "Connection reset by peer")
-    within 0.4 s, measured. A rank that hangs: RuntimeError ("Timed out waiting 3000ms for send operation to complete")
-    after the timeout of the group, measured with 3 s: 3.2 to 3.6 s, in backward as in forward. NCCL has no such errors
-    in Python: its watchdog ends the process after the timeout (torch's documentation; not measured). The timeout of all
-    ranks' group is that of `init_process_group(timeout=timedelta(...))`; if nothing is said, 30 minutes for gloo and 10
-    for NCCL. Groups of a DeviceMesh of several dimensions do NOT take it over: they have the 30 minutes (measured,
-    torch 2.13). Make such groups with `new_group(ranks, timeout=...)` and the mesh with `DeviceMesh.from_group`. After
-    such an error the groups are unusable; end the process and let torchrun start all ranks again.
+    Later failures, in forward and backward, are reported by torch.distributed. If a rank dies, the other ranks'
+    collectives with it raise: with gloo RuntimeError ("Connection closed by peer" or "Connection reset by peer") within
+    0.4 s, measured. If a rank hangs: RuntimeError ("Timed out waiting 3000ms for send operation to complete") after the
+    timeout of the group, measured with 3 s: 3.2 to 3.6 s, in backward as in forward. NCCL has no such errors in Python:
+    its watchdog ends the process after the timeout (torch's documentation; not measured). The timeout of the default
+    group is that of `init_process_group(timeout=timedelta(...))`; its default is 30 minutes for gloo and 10 for NCCL.
+    Groups of a DeviceMesh of several dimensions do NOT inherit it: theirs is 30 minutes (measured, torch 2.13). Make
+    such groups with `new_group(ranks, timeout=...)` and the mesh with `DeviceMesh.from_group`. After such an error the
+    groups are unusable; end the process and let torchrun start all ranks again.
 
     >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8)
     >>> check_ranks_agree(config)
@@ -66,7 +66,7 @@ def check_ranks_agree(
     ValueError: check_ranks_agree: weights.down is (3, 8, 8); expected (num_experts, expert_hidden_size, intermediate_size) = (4, 8, 8)
     """  # noqa: E501
     if not isinstance(config, MoEConfig):
-        # Not published: a rank that cannot say what it runs does not come, and the others name it.
+        # Raised on this rank alone: it has no record to publish, and the other ranks report it as missing.
         raise ValueError(f"check_ranks_agree: config is a {type(config).__name__}; expected MoEConfig")
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s < float("inf"):
         raise ValueError(f"check_ranks_agree: timeout_s is {timeout_s!r}; expected a number of seconds > 0")
@@ -84,7 +84,7 @@ def check_ranks_agree(
     mine = dist.get_rank()
     if mine not in ranks:
         raise ValueError(
-            f"check_ranks_agree: rank {mine} called with a group of {words_of_ranks(ranks)}; "
+            f"check_ranks_agree: rank {mine} called with a group of {format_ranks(ranks)}; "
             "expected a group that it is in"
         )
     members, problems_of_groups = _groups(config, ranks)
@@ -110,7 +110,7 @@ def _group_of_role(config: MoEConfig, role: str) -> RankGroup:
 
 
 def _problems_of_weights(config: MoEConfig, weights: MoEWeights | None) -> list[str]:
-    """Said, not raised: the other ranks want to know."""
+    """What does not fit in this rank's weights: returned, not raised, since it is part of the published record."""
     if weights is None:
         return []
     try:
@@ -124,7 +124,7 @@ def _problems_of_weights(config: MoEConfig, weights: MoEWeights | None) -> list[
 
 
 def _fields(config: MoEConfig, weights: MoEWeights | None) -> dict[str, Any]:
-    """All that must be the same on every rank, by the name that an error gives it."""
+    """The values that must be the same on every rank, by their names in errors."""
     values = dataclasses.replace(config, activation=as_activation(config.activation)).to_dict()
     for role in _ROLES if values["parallel"] else ():
         of_group = values["parallel"][role]
@@ -167,53 +167,49 @@ def _groups(config: MoEConfig, compared: Sequence[int]) -> tuple[dict[str, list[
             found = group_of_name(group.name)
         except (RuntimeError, ValueError, KeyError):
             problems.append(
-                f"{name} is a group named {group.name!r}, of which torch.distributed knows nothing: "
+                f"{name} is a group named {group.name!r}, which torch.distributed does not have: "
                 "a config of another run?"
             )
             continue
         if (group.size, group.rank) != (found.size(), found.rank()):
             problems.append(
-                f"{name} says rank {group.rank} of {group.size}, and torch.distributed's group {group.name!r} says "
-                f"rank {found.rank()} of "
-                f"{found.size()}: a config of another rank or run?"
+                f"{name} has rank {group.rank} of {group.size}, and torch.distributed's group {group.name!r} has "
+                f"rank {found.rank()} of {found.size()}: a config of another rank or run?"
             )
             continue
         members[role] = dist.get_process_group_ranks(found)
         outside = [rank for rank in members[role] if rank not in compared]
         if outside:
             problems.append(
-                f"{name} has {words_of_ranks(outside)}, not among the {len(compared)} that compare: "
+                f"{name} has {format_ranks(outside)}, not among the {len(compared)} ranks that compare: "
                 "expected a group with all"
             )
     return members, problems + _overlaps(members)
 
 
 def _overlaps(members: dict[str, list[int]]) -> list[str]:
-    """Slices of an expert and whole experts, or slices and other tokens, cannot be on the same ranks; sp's are among
-    ep's.
-    """
+    """Groups that overlap wrongly: tp may share only the rank itself with ep or dp, and sp must be a subset of ep."""
     problems = [
-        f"ParallelConfig.tp and .{role} have {words_of_ranks(both)} in common: expected no more than the rank itself"
+        f"ParallelConfig.tp and .{role} have {format_ranks(both)} in common: expected no more than the rank itself"
         for role in ("ep", "dp")
         if len(both := sorted(set(members.get("tp", ())) & set(members.get(role, ())))) > 1
     ]
     if "sp" in members and not set(members["sp"]) <= set(members.get("ep", ())):
-        problems.append(f"ParallelConfig.sp has {words_of_ranks(members['sp'])}: expected some of ep's")
+        problems.append(f"ParallelConfig.sp has {format_ranks(members['sp'])}: expected some of ep's")
     return problems
 
 
 def differences(records: dict[int, Record]) -> list[str]:
-    """What the ranks' records disagree in, in words; none: nothing."""
-    found = [
-        f"{words_of_ranks([rank])}: {problem}" for rank, record in records.items() for problem in record["problems"]
-    ]
+    """A message for each disagreement between the ranks' records; empty where they agree."""
+    found = [f"{format_ranks([rank])}: {problem}" for rank, record in records.items() for problem in record["problems"]]
     found += differing_fields({rank: record["fields"] for rank, record in records.items()})
-    return found + [words for role in _ROLES for words in _of_role(records, role)]
+    return found + [message for role in _ROLES for message in _of_role(records, role)]
 
 
 def _of_role(records: dict[int, Record], role: str) -> list[str]:
-    """The first pair of ranks of a group that see it otherwise; or that cannot work in it, for one has another slice,
-    one other experts.
+    """A message for the first two ranks of a group that differ in its members, or in their coordinate across it.
+
+    Ranks of tp must be the same rank of ep, and the other way round.
     """
     across = {"tp": "ep", "ep": "tp"}.get(role)
     for rank, record in records.items():
@@ -222,7 +218,7 @@ def _of_role(records: dict[int, Record], role: str) -> list[str]:
             theirs = records[other]["members"].get(role, ranks)
             if theirs != ranks:
                 return [
-                    f"ParallelConfig.{role} is {words_of_ranks(ranks)} on rank {rank} and {words_of_ranks(theirs)} on "
+                    f"ParallelConfig.{role} is {format_ranks(ranks)} on rank {rank} and {format_ranks(theirs)} on "
                     f"rank {other}"
                 ]
             places = [records[r]["coordinates"].get(across) for r in (rank, other)]

@@ -1,4 +1,4 @@
-"""One weight and its parts on ranks: experts along their dim, slices along the dim that the table of weights says."""
+"""Cutting one weight into the parts of ranks: experts along their dim, slices along the dim in the table of weights."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,9 +11,9 @@ from moe_fn.weights.spec import cut_of, dims_of_weight, slices_of_axes
 
 
 def own_part(config: MoEConfig, path: Path, t: Tensor, experts: Tensor) -> Tensor:
-    """This rank's part of a weight: these experts, where it has experts, and its slice of each.
+    """This rank's part of a weight: `experts` where it has a dim of experts, and this rank's slice of each.
 
-    A part that is all is the same tensor.
+    Returns `t` itself where the part is the whole.
     """
     dim = _dim_of_experts(config, path)
     own = t if dim is None or len(experts) == t.shape[dim] else t.index_select(dim, experts)
@@ -26,7 +26,7 @@ def own_part(config: MoEConfig, path: Path, t: Tensor, experts: Tensor) -> Tenso
 def whole_of(config: MoEConfig, path: Path, piece_of: Callable[[int, int], Tensor], places: Tensor) -> Tensor:
     """The inverse of own_part.
 
-    piece_of(rank of ep, slice); places[e]: where expert e is when all ranks' lie end to end.
+    piece_of(rank of ep, slice) returns a part; places[e] is the index of expert e in the concatenation over ranks.
     """
     cuts = [
         (cut, n)
@@ -35,7 +35,7 @@ def whole_of(config: MoEConfig, path: Path, piece_of: Callable[[int, int], Tenso
     ]
 
     def of_rank(rank: int) -> Tensor:
-        for cut, slices in cuts:  # one at most
+        for cut, slices in cuts:  # at most one
             return joined([piece_of(rank, number) for number in range(slices)], *cut)
         return piece_of(rank, 0)
 
@@ -48,7 +48,7 @@ def whole_of(config: MoEConfig, path: Path, piece_of: Callable[[int, int], Tenso
 
 
 def _dim_of_experts(config: MoEConfig, path: Path) -> int | None:
-    """The dim that counts experts; None where there is none, or all experts share."""
+    """The dim of experts; None where the weight has none or all experts share it."""
     dims = dims_of_weight(config, path)
     return dims.index(("E",)) if ("E",) in dims else None
 

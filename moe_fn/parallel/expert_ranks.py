@@ -1,4 +1,4 @@
-"""Where an expert is: pure arithmetic on ids, in the graph."""
+"""Maps expert ids to (rank, number on that rank): arithmetic on ids, inside the graph."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from moe_fn.config.local import ranks_of_experts
 from moe_fn.records import MoEWeights
 from moe_fn.weights.spec import fields_without
 
-# Every rank of sp has them, and uses them for its rows; the router is done before there are rows.
+# Weights that every rank of sp has and uses for its rows. The router runs before tokens are split into rows of sp.
 WEIGHTS_OF_EACH = tuple(field for field in fields_without("E") if field != "router")
 
 
 def placement_of_weights(weights: MoEWeights) -> Placement:
-    """Where copies of experts are, from the tensors beside the router."""
+    """The placement of copies of experts, from the tensors in weights.router."""
     router = weights.router
     if (
         router is None
@@ -35,19 +35,18 @@ def placement_of_weights(weights: MoEWeights) -> Placement:
 
 
 def without_placement(weights: MoEWeights) -> MoEWeights:
-    """The weights without the tensors that say where copies are."""
+    """The weights without the tensors of the placement."""
     if not isinstance(weights, MoEWeights) or weights.router is None:
-        return weights  # whoever checks says what it is
+        return weights  # check_shapes reports a wrong type
     router = dataclasses.replace(weights.router, logical_of_physical=None, physical_of_logical=None, num_replicas=None)
     return dataclasses.replace(weights, router=router)
 
 
 def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(rank, number among that rank's own) of the expert of each id [T, K], (ep's size, -1) for ids of no expert with
-    weights.
+    """(rank, number among that rank's experts) of each id [T, K]; (ep's size, -1) for ids of no expert with weights.
 
-    Where an expert has copies a token takes the one that its number among the tokens says, so that neighbours take
-    turns.
+    Where an expert has copies, a token takes copy (index of the token) mod (number of copies), so neighbouring tokens
+    take turns.
     """
     parallel, num_experts = config.parallel, config.num_experts
     if parallel is not None and parallel.num_physical is not None:
@@ -60,7 +59,7 @@ def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tu
     elif parallel is not None and parallel.placement == "round_robin":
         rank, own = ids % ranks, ids // ranks
     else:
-        # divmod does not trace where a config's number is symbolic
+        # `//` and `%`: divmod does not trace where a number of the config is symbolic
         each, more = num_experts // ranks, num_experts % ranks
         first_small = more * (each + 1)  # experts on the ranks that have one more
         rank = torch.where(ids < first_small, ids // (each + 1), more + (ids - first_small) // max(each, 1))
@@ -69,8 +68,9 @@ def places_of_experts(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> tu
 
 
 def _by_table(config: MoEConfig, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """A table of the config's numbers: a constant of a compiled graph; in eager it is copied to the device in each
-    call.
+    """Looks ids up in tables made of config.parallel.placement.
+
+    The tables are constants of a compiled graph; in eager mode each call copies them to the device.
     """
     parallel = config.parallel
     ranks = ranks_of_experts(config, parallel) if parallel is not None else ()

@@ -1,4 +1,4 @@
-"""Rows of every rank in one tensor: whose, how many, and what travels with them."""
+"""Gathers token tensors of all ranks of ep or dp into one, padded to the same number of tokens per rank."""
 
 import torch
 from torch import Tensor
@@ -11,21 +11,21 @@ from moe_fn.weights.check import check_config
 
 
 def gather_tokens(config: MoEConfig, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors that belong to tokens, of every rank, in the order in which all_gather has their tokens: [T, ...] -> [n
-    M, ...].
+    """Gathers per-token tensors of all ranks, in the order of tokens of dispatch "all_gather": [T, ...] -> [n M, ...].
 
-    For what travels with tokens and is not the layer's: a quantized payload and its scales, ids of adapters. Any dtype;
-    rows of padding are zeros. M is max_tokens, or the most that a rank has (a host sync). Gradients are summed over
-    ranks, back at their tokens.
+    For data that belongs to tokens and is not an input of the layer, such as a quantized payload and its scales. Any
+    dtype; rows of padding are zeros. M is max_tokens, or the largest number of tokens of a rank (a host sync).
+    Gradients are summed over ranks and returned to the rank of their token.
+
     Raises ValueError for a config without ep or dp, tensors of other lengths, and more tokens than max_tokens.
     """
     check_config("gather_tokens", config)
     group = token_group(config)
     if not tensors:
-        raise ValueError("gather_tokens: no tensors; expected one at least")
+        raise ValueError("gather_tokens: no tensors; expected at least one")
     tokens = tensors[0].shape[0]
     if any(t.shape[0] != tokens for t in tensors):
-        raise ValueError(f"gather_tokens: tensors of {[t.shape[0] for t in tensors]} tokens; expected as many in each")
+        raise ValueError(f"gather_tokens: tensors of {[t.shape[0] for t in tensors]} tokens; expected equal numbers")
     room = room_of_ranks(config, tokens, group, torch.zeros((), dtype=torch.int64, device=tensors[0].device))
     begun = [collectives.start_gather(_as_sent(padded(t, room)), group) for t in tensors]
     return tuple(_as_given(collectives.wait(sent), t) for sent, t in zip(begun, tensors, strict=True))
@@ -35,7 +35,7 @@ _WITH_GRADIENTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _as_sent(rows: Tensor) -> Tensor:
-    """Numbers without gradients as bytes: gloo knows neither float8 nor integers of 16 bits."""
+    """Tensors without gradients as bytes: gloo supports neither float8 nor 16-bit integers."""
     if rows.dtype in _WITH_GRADIENTS:
         return rows
     return rows.unsqueeze(-1).contiguous().view(torch.uint8)
@@ -46,7 +46,7 @@ def _as_given(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def room_of_ranks(config: MoEConfig, tokens: int, group: RankGroup, like: Tensor) -> int:
-    """How many rows each rank contributes: what the config says, or the most that a rank has."""
+    """How many rows each rank contributes: the config's max_tokens, or the largest number of tokens of a rank."""
     given = config.parallel.max_tokens if config.parallel else None
     if given is None:
         given = longest_of_ranks(tokens, group, like)
@@ -57,22 +57,20 @@ def room_of_ranks(config: MoEConfig, tokens: int, group: RankGroup, like: Tensor
 
 
 def padded(rows: Tensor, room: int) -> Tensor:
-    """Rows with zeros behind, `room` in all."""
+    """Rows padded with zeros at the end to `room` rows."""
     return torch.cat([rows, rows.new_zeros(room - rows.shape[0], *rows.shape[1:])])
 
 
 def check_room(tokens: int, max_tokens: int) -> None:
-    """ValueError where a rank brings more tokens than the config allows; a runtime check where their number is not
-    known yet.
-    """
+    """Raises ValueError for more tokens than max_tokens; a runtime check where the number of tokens is unbacked."""
     if guard_or_false(tokens > max_tokens):
         raise ValueError(f"ParallelConfig.max_tokens={max_tokens} with {tokens} tokens on this rank; expected no more")
-    # without words: a graph that holds their lambda cannot be pickled into AOTAutograd's cache
+    # no message: a graph that holds its lambda cannot be pickled into AOTAutograd's cache
     torch._check(tokens <= max_tokens)
 
 
 def token_group(config: MoEConfig) -> RankGroup:
-    """Whose tokens are gathered."""
+    """The group whose tokens are gathered: ep, else dp."""
     parallel = config.parallel
     group = None if parallel is None else parallel.ep or parallel.dp
     if group is None:

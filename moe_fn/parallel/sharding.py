@@ -1,4 +1,4 @@
-"""shard_weights: what of a layer's weights one rank has; and back."""
+"""Sharding of weights: shard_weights returns one rank's part of a layer's weights, join_weights is the inverse."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,16 +17,17 @@ from moe_fn.weights.spec import added_by_others
 
 
 def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
-    """This rank's part of a layer's weights, by config.parallel: its experts, its slice of each, its slice of the
+    """This rank's part of a layer's weights by config.parallel: its experts, its slice of each, its slice of the
     shared experts.
 
         gate_up [E, gate_up, Hx] -> [own E, gate_up / slices, Hx];  down [E, Hx, I] -> [own E, Hx, I / slices]
 
-    Scales and zero points go with the codes that they scale. Biases of down (and of shared.down) are on the first slice
-    alone: the others' would be added once a rank. Everything else every rank has. Of LoRA adapters it has its experts
-    and slices too (`moe_fn.parallel.adapters` says of which). With num_physical the placement beside the router says
-    which experts are copied to which slots (for inference: a copy's gradient is its own). Slices of a packed gate_up
-    are of both halves. Tensors that are cut are copies, the rest are the same tensors.
+    Scales and zero points are cut like the codes that they scale. Biases of down (and of shared.down) are on the first
+    slice only: the sum over tp would add them once per rank. All other weights are on every rank. LoRA adapters are cut
+    by experts and slices (table in `moe_fn.parallel.adapters`). With num_physical, the placement in weights.router
+    copies experts to slots (for inference: gradients of copies are not summed). Each slice of a packed gate_up has rows
+    of both halves. Tensors that are cut are copies, the others are the same tensors.
+
     Raises ValueError where the config has no `parallel`, and for weights that do not fit it.
 
     Laws
@@ -56,10 +57,10 @@ def shard_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
 
 
 def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> MoEWeights:
-    """All weights again, from the shards of every rank that has a part of its own, in any order: the inverse of
-    shard_weights.
+    """All weights from the shards of all ranks, in any order: the inverse of shard_weights.
 
-    configs and shards are of the same ranks. Ranks that have the same part (dp) may be left out.
+    configs[i] and shards[i] are of the same rank. Ranks with the same part (dp) may be left out.
+
     Raises ValueError where parts are missing, do not fit their configs, or are of different layers.
     """
     _check_shards(configs, shards)
@@ -95,9 +96,9 @@ def join_weights(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> 
 
 
 def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) -> None:
-    """As many configs as shards, of one layer cut in one way, with the same weights in each."""
+    """Raises ValueError unless there are as many configs as shards, of one layer, cut alike, with the same weights."""
     if len(configs) != len(shards):
-        raise ValueError(f"join_weights: {len(configs)} configs and {len(shards)} shards; expected as many")
+        raise ValueError(f"join_weights: {len(configs)} configs and {len(shards)} shards; expected equal numbers")
     if not configs:
         raise ValueError("join_weights: no configs; expected those of all ranks")
     seen: dict[Path, tuple[int, bool]] = {}
@@ -118,7 +119,7 @@ def _check_shards(configs: Sequence[MoEConfig], shards: Sequence[MoEWeights]) ->
 
 
 def _cut(config: MoEConfig) -> tuple[object, ...]:
-    """What ranks of a layer have in common."""
+    """What configs of all ranks of a layer have in common."""
     parallel = config.parallel
     whole = dataclasses.replace(config, parallel=None)
     return (

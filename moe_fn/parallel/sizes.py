@@ -1,5 +1,5 @@
-"""Sizes that ranks must tell each other: the only place where a layer waits for the device, and only in formats whose
-sizes are data.
+"""Sizes that ranks exchange at runtime: the only host syncs of a layer, and only in formats of dispatch with
+data-dependent sizes.
 """
 
 import torch
@@ -10,17 +10,17 @@ from moe_fn.ops.collectives import reduced_over_ranks
 
 
 def reads_sizes(parallel: ParallelConfig) -> bool:
-    """Whether a layer reads numbers from tensors on the host: split sizes, or the most tokens that a rank has."""
+    """Whether a layer reads sizes from tensors on the host: split sizes, or the largest number of tokens of a rank."""
     return parallel.dispatch == "all_to_all" or (parallel.dispatch == "all_gather" and parallel.max_tokens is None)
 
 
 def longest_of_ranks(rows: int, group: RankGroup, like: Tensor) -> int:
-    """The largest of the ranks' numbers of rows."""
+    """The maximum over ranks of the number of rows."""
     return int(reduced_over_ranks(like.new_full((1,), rows), "max", group.name).item())
 
 
 def sizes_on_host(counts: Tensor) -> list[list[int]]:
-    """The numbers of a matrix, none of them negative."""
+    """The entries of a matrix of counts as Python ints, each checked to be >= 0 for the compiler."""
     rows: list[list[int]] = counts.tolist()
     for row in rows:
         for number in row:

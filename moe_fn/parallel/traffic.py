@@ -1,4 +1,4 @@
-"""How many bytes a rank sends for a layer: formulas, which the tests hold to the collectives of the compiled graphs."""
+"""Bytes that a rank sends for a layer, by formulas; tests compare them with the collectives of the compiled graphs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ _MOST_TOKENS = "the most tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One collective: what travels, over which of the config's groups ("tp", "ep", "dp", "sp"), and the bytes that this
-    rank puts in.
+    """One collective: what it sends, over which of the config's groups ("tp", "ep", "dp", "sp"), and its payload in
+    bytes.
     """
 
     what: str
@@ -66,33 +66,34 @@ class Traffic:
 def traffic(
     config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool = False, weights: MoEWeights | None = None
 ) -> Traffic:
-    """What this rank sends when it brings `tokens` tokens of `dtype`; with `backward`, of the backward pass alone.
+    """What this rank sends for `tokens` tokens of `dtype` in the forward pass, or with `backward` in the backward pass.
 
-    T tokens (its rows, ceil(T / sp), with sequence parallel), n ranks of a group, K = top_k, R = T K slots; b bytes of
-    dtype; w = 4 bytes of a routing weight (8 for float64); X = expert_hidden_size b, H = hidden_size b; M = max_tokens,
-    else T, which is then taken for the longest; C = capacity, at most M K. A ring's bytes: all_gather (n-1) P of a
-    payload P, all_reduce 2 (n-1)/n P, others (n-1)/n P.
+    T tokens (with sequence parallelism the rank's rows, ceil(T / sp)), n ranks of a group, K = top_k, R = T K slots; b
+    bytes of dtype; w = 4 bytes of a routing weight (8 for float64); X = expert_hidden_size b, H = hidden_size b; M =
+    max_tokens, else T, assumed to be the largest of all ranks; C = capacity, at most M K. Bytes are those of ring
+    algorithms: all_gather (n-1) P of a payload P, all_reduce 2 (n-1)/n P, others (n-1)/n P.
 
         dispatch            forward                                          backward
         replicated, ep      2 (n-1)/n T X                                    2 (n-1)/n T (X + K w)
         all_gather          (n-1) M (X + K w + 8 K) + (n-1) M X              (n-1) M X + (n-1) M (X + K w)
           gather="logits"   (n-1) M (X + E b + 8) + (n-1) M X                (n-1) M X + (n-1) M (X + E b)
-          asks for sizes    16 (n-1)/n more
+          no max_tokens     16 (n-1)/n more
         all_to_all          8 (n-1) + (n-1)/n R (X + 8) + (n-1)/n R X        2 (n-1)/n R X
         all_to_all_static   (n-1) C (X + 8) + (n-1) C X                      2 (n-1) C X
-        tp (late)           2 (n-1)/n T H 2 (n-1)/n T (X + K w [+ H with sharded shared experts])
-        tp (early)          2 (n-1)/n T X' [+ 2 (n-1)/n T H of shared]       the same; X' without hidden_padding
-        sp                  (n-1) T H (n-1) T (H + K w) + 2 (n-1)/n of the weights that each has
+        tp (late)           2 (n-1)/n T H                                    2 (n-1)/n T (X + K w [+ H])
+        tp (early)          2 (n-1)/n T X' [+ 2 (n-1)/n T H]                 as tp (late)
+        sp                  (n-1) T H                                        (n-1) T (H + K w) + 2 (n-1)/n W
 
-    Where quant.activations round the experts' inputs, rows go there (not back) as codes and scales, but those of
-    float64: the first X of a line is then fewer. Without ep, dp's ranks are all_gather's n. gather="logits" has E b for
-    K w in the rows of tp and sp too, and router-weighted shared experts add w for each. Where there are several LoRA
-    adapters 8 bytes more travel with the ids of each token (all_to_all: each slot). Sums of groups with `ordered` are
-    other collectives of as many bytes (the padding of a sum to a multiple of n numbers is not counted, nor are the 8
-    bytes with which sp's ranks add up the slots that a capacity drops). all_to_all is of slots spread evenly over the
-    ranks; the others do not depend on the routing. backward is of everything that can have a gradient; `weights`, this
-    rank's, are needed for those whose gradients are summed (over sp, LoRA's, and the gate of sharded shared experts),
-    else these are not counted. Without `parallel` nothing is sent.
+    In brackets: with sharded shared experts. X' is X without hidden_padding, W the bytes of the weights that every rank
+    of sp has. Where quant.activations round the experts' inputs, rows travel to the experts (not back) as codes and
+    scales, except float64 rows: the first X of a line is then smaller. Without ep, all_gather's n are the ranks of dp.
+    With gather="logits", the lines of tp and sp have E b instead of K w, and router-weighted shared experts add w each.
+    With several LoRA adapters, the ids of each token (all_to_all: each slot) take 8 bytes more. Sums over groups with
+    `ordered` are other collectives with as many bytes. Not counted: padding of a sum to a multiple of n elements, and
+    8 bytes with which ranks of sp add up the slots that a capacity drops. The line of all_to_all assumes slots spread
+    evenly over the ranks; the others do not depend on the routing. `backward` counts everything that can have a
+    gradient; gradients of weights that are summed (over sp, LoRA's, and the gate of sharded shared experts) are counted
+    only if `weights`, this rank's, are given. Without config.parallel nothing is sent.
 
     >>> from moe_fn.config import ParallelConfig, RankGroup
     >>> ranks = ParallelConfig(ep=RankGroup(name="0", size=4, rank=1), dispatch="all_to_all_static", max_tokens=8)
@@ -116,8 +117,9 @@ def traffic(
 
 
 def _as_sent(parallel: ParallelConfig, message: Message) -> list[Message]:
-    """The collectives that a message is: sums in the order of the ranks are exchanged, added up by the rank of each
-    block, and gathered.
+    """The collectives that carry a message.
+
+    A sum in rank order is an all_to_all of blocks, the sum of a block on its rank, and for all_reduce an all_gather.
     """
     if not getattr(parallel, message.group).ordered or message.what == _MOST_TOKENS:
         return [message]
@@ -149,7 +151,7 @@ class _Sizes:
 
     @property
     def routing(self) -> int:
-        """Bytes of a token's weights, or of its logits where they travel in their place."""
+        """Bytes of a token's routing weights, or of its logits with gather="logits"."""
         return self.config.num_logits * self.b if self.parallel.gather == "logits" else self.config.top_k * self.w
 
     @property
@@ -159,7 +161,7 @@ class _Sizes:
 
     @property
     def adapters(self) -> int:
-        """How many ids of adapters travel with a token, or a slot: none where all have the same one."""
+        """How many adapter ids travel with a token or slot: none with one adapter."""
         return int(self.config.lora is not None and self.config.lora.num_adapters > 1)
 
     @property
@@ -245,7 +247,7 @@ def _sums_backward(s: _Sizes) -> Iterator[Message]:
 
 
 def _of_weights(config: MoEConfig, parallel: ParallelConfig, weights: MoEWeights) -> Iterator[Message]:
-    """Gradients of weights that all ranks of a group have and each uses for a part."""
+    """Sums of gradients of weights that all ranks of a group have and use for their own part of the layer."""
     for field in dataclasses.fields(LoRAWeights):
         t = None if weights.lora is None else getattr(weights.lora, field.name)
         if t is None:

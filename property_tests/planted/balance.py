@@ -106,13 +106,13 @@ BUGS = (
         before(lambda placement, ids, *a: (placement, ids, torch.zeros(ids.shape[:-1], dtype=torch.int64))),
     ),
     PlantedBug(
-        "nobody_and_zero_experts_stay_what_they_are",
+        "ids_of_padding_and_zero_experts_are_kept",
         "nobody is expert 0",
         balance.physical_ids,
         after(lambda ids, *a: ids.clamp(min=0)),
     ),
     PlantedBug(
-        "nobody_and_zero_experts_stay_what_they_are",
+        "ids_of_padding_and_zero_experts_are_kept",
         "zero experts keep their logical ids",
         balance.physical_ids,
         after(lambda new, placement, ids, *a: torch.where(ids < placement.num_replicas.shape[0], new, ids)),

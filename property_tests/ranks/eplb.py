@@ -183,7 +183,7 @@ def check_that_ranks_which_differ_are_told() -> None:
         (weights, new, r"slot \d of new is \d on rank 0.* and \d on rank.*made from load_over_ranks"),
         (narrow, previous, r"weights.down is 'torch.float32 \[.*' on rank.* and 'torch.float16 \[.*' on rank 1"),
         (weights, None if rank == 1 else previous, "move_experts: rank 1: new is a NoneType; expected Placement"),
-        (few, previous, r"move_experts: rank 1: weights.gate_up is \[1, 10, 8\]; expected \d experts first"),
+        (few, previous, r"move_experts: rank 1: weights.gate_up is \[1, 10, 8\]; expected \d experts in dim 0"),
     ):
         try:
             balance.move_experts(given, previous, target)

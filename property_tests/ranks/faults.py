@@ -109,11 +109,11 @@ FAULTS: dict[str, Fault] = {
     ),
     "no parallel": Fault(r"parallel is not there on ranks 0, 1 and None on rank 2", config=changed(parallel=None)),
     "a config of another run": Fault(
-        r"rank 2: ParallelConfig.ep is a group named '17', of which torch.distributed knows nothing",
+        r"rank 2: ParallelConfig.ep is a group named '17', which torch.distributed does not have",
         config=in_parallel(ep=RankGroup(name="17", size=3, rank=2)),
     ),
     "the config of another rank": Fault(
-        r"rank 2: ParallelConfig.ep says rank 1 of 3, and torch.distributed's group '0' says rank 2 of 3",
+        r"rank 2: ParallelConfig.ep has rank 1 of 3, and torch.distributed's group '0' has rank 2 of 3",
         config=in_parallel(ep=RankGroup(name="0", size=3, rank=1)),
     ),
     "weights of too few experts": Fault(
