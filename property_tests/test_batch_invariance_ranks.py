@@ -77,7 +77,7 @@ def worker(rank: int, world: int, store: str, results: Any) -> None:
         found.append((f"{name} {options}", equal_bits(config, rank, same_everywhere)))
         # gloo's all_reduce begins at another rank for each part of a tensor
         if options.get("ordered_sums") and same_everywhere:
-            with patch.object(collectives, "_places", lambda group: (group.name, group.size, False)):
+            with patch.object(collectives, "_group_args", lambda group: (group.name, group.size, False)):
                 found.append(
                     (f"planted: not in order, {name} {options}", not equal_bits(config, rank, same_everywhere))
                 )

@@ -1,1 +1,1 @@
-"""Ops: the only users of torch.library. Each says why it is not plain tensor code, and what would remove it."""
+"""Torch ops with gradients, fakes and batching rules. Each file says why it is an op and what makes it obsolete."""

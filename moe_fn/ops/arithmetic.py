@@ -1,10 +1,8 @@
-"""The functions that mix or bend numbers, in two ways: torch's, and those whose result for a row depends on that row
-alone.
+"""Elementwise functions and reductions: torch's, and batch-invariant ones.
 
-A row's bits depend on the batch where a library chooses its code by sizes, or by where in a tensor a number lies:
-products, sums of a row, exp and its like. Sums, differences, products and quotients of single numbers, and roots, are
-rounded as IEEE 754 says, so what is made of these alone has one result. `ARITHMETIC[config.batch_invariant]` is how a
-layer computes.
+A row's bits depend on the batch where a library selects code by sizes, or by an element's position in a tensor: matrix
+products, row sums, exp and similar functions. Elementwise +, -, *, / and square roots are rounded by IEEE 754, so
+functions composed of these alone are batch-invariant. A layer uses `ARITHMETIC[config.batch_invariant]`.
 """
 
 import functools
@@ -24,8 +22,10 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """row_sum: of the last dimension, which stays as 1; expand_rows: [..., 1] to stand beside rows [..., n]; sum_dim:
-    sum over a short dimension.
+    """The functions of a layer.
+
+    row_sum: sum over the last dimension, kept with size 1. expand_rows: [..., 1] to [..., n], or left to broadcasting.
+    sum_dim: sum over a short dimension.
     """
 
     sigmoid: Function
@@ -40,8 +40,8 @@ class Arithmetic:
     sum_dim: Callable[[Tensor, int], Tensor]
 
 
-def _total(x: Tensor) -> Tensor:
-    """By halves: a tree of sums of two numbers, whose shape follows from the length of a row."""
+def _row_sum(x: Tensor) -> Tensor:
+    """Sum by halves: a binary tree of additions, whose shape depends only on the length of a row."""
     size, dtype = x.shape[-1], x.dtype
     x = F.pad(x.to(accumulation_dtype(dtype)), (0, (1 << (size - 1).bit_length()) - size))
     while x.shape[-1] > 1:
@@ -51,7 +51,7 @@ def _total(x: Tensor) -> Tensor:
 
 
 def _expand_rows(x: Tensor, count: int) -> Tensor:
-    """By doubling, so that its gradient is such a tree too."""
+    """Repeats by doubling, so that its gradient is a tree of additions too."""
     while x.shape[-1] < count:
         x = torch.cat([x, x], -1)
     return x.narrow(-1, 0, count)
@@ -60,7 +60,7 @@ def _expand_rows(x: Tensor, count: int) -> Tensor:
 def _softmax(z: Tensor) -> Tensor:
     wide = z.to(accumulation_dtype(z.dtype))
     e = elementwise.exp(wide - wide.detach().amax(-1, keepdim=True))
-    return (e / _expand_rows(_total(e), e.shape[-1])).to(z.dtype)
+    return (e / _expand_rows(_row_sum(e), e.shape[-1])).to(z.dtype)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ _INVARIANT = Arithmetic(
     gelu=lambda x: 0.5 * x * (1 + elementwise.erf(0.7071067811865476 * x)),
     gelu_tanh=_gelu_tanh,
     softmax=_softmax,
-    row_sum=_total,
+    row_sum=_row_sum,
     expand_rows=_expand_rows,
     sum_dim=lambda x, dim: functools.reduce(torch.add, x.unbind(dim)),
 )

@@ -1,22 +1,22 @@
-"""Collectives as ops with gradients of ours: in the graph they are torch's functional collectives, which Inductor
-schedules.
+"""Collectives with gradients as ops; in a graph they are torch's functional collectives, which Inductor schedules.
 
-Why ops: torch's own gradients add up over ranks whatever the ranks mean. Where ranks hold the same tokens (tensor and
-sequence parallel) the loss is the same on each of them, and adding it up would count it once a rank. What would remove
-them: collectives in torch that say whether their input is replicated. Each is linear, so each one's gradient is another
-of them:
+Why ops: torch's own gradients always sum over ranks. Where ranks have the same tokens (tensor and sequence parallelism)
+each of them has the same loss, which a sum would count once per rank. Obsolete when torch has collectives that know
+whether their input is replicated. Each is linear, and the gradient of each is another of them ("replicated": the same
+on every rank):
 
-    sum_over_ranks   x -> sum over ranks, the same everywhere gradient: itself (each rank has a part of a sum)
-    copy_to_ranks    x -> x, the same everywhere gradient: its sum (each rank uses it for a part)
-    gather_ranks     rows of every rank end to end                   gradient: scatter_ranks
+    sum_over_ranks   x -> sum over ranks, replicated                 gradient: identity
+    copy_to_ranks    x, replicated -> x, used differently by ranks   gradient: sum_over_ranks
+    gather_ranks     rows of all ranks, concatenated                 gradient: scatter_ranks
     scatter_ranks    sum over ranks, this rank's block of rows       gradient: gather_ranks
-    own_rows         x, the same everywhere -> this rank's block     gradient: join_rows
-    join_rows        blocks -> all rows, the same everywhere         gradient: own_rows
-    exchange_ranks   block r of mine <-> my block of rank r          gradient: itself
-    exchange_splits  the same, of blocks of given sizes              gradient: itself, sizes swapped
+    own_rows         x, replicated -> this rank's block of rows      gradient: join_rows
+    join_rows        blocks of rows -> all rows, replicated          gradient: own_rows
+    exchange_ranks   block r of this rank goes to rank r             gradient: exchange_ranks
+    exchange_splits  the same with blocks of given sizes             gradient: exchange_splits, sizes swapped
 
-Each is two ops, one that begins and one that waits (`wait`), so that work can stand between them: start_gather(x,
-group), anything that does not read its result, wait(...). The others do both at once. Nobody reads what has not wait.
+Each is two ops, one that starts the collective and one that waits for it (`wait`), so that other work can overlap with
+it: start_gather(x, group), anything that does not read its result, wait(...). The functions without `start_` do both.
+The result of a `start_` function must not be read before `wait`.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ def _op(
     backward: Callable[[list[Any], Tensor], Tensor],
     again: Callable[..., Tensor],
 ) -> Any:
-    """An op that is linear in its first argument. again: the op itself, for tangents."""
+    """Defines an op that is linear in its first argument. again: the op itself, applied to tangents in forward mode."""
     name = schema[: schema.index("(")]
     return define_op(
         schema,
@@ -61,8 +61,7 @@ def _op(
     )
 
 
-# torch's functional collectives by the names of their ops: the Python functions around them change from version to
-# version.
+# Torch's functional collectives as ops: their Python wrappers differ between torch versions.
 _functional: Any = torch.ops._c10d_functional
 
 
@@ -72,7 +71,7 @@ def _wait_tensor(x: Tensor) -> Tensor:
 
 
 def _waited(x: Tensor) -> Tensor:
-    """A tensor object of its own, for autograd saves the input."""
+    """Waits and returns a new tensor object, since autograd saves the input."""
     y: Tensor = torch.ops.aten.alias(_wait_tensor(x))
     return y
 
@@ -185,81 +184,81 @@ _exchange_splits: Any = _op(
 )
 
 
-def _places(group: RankGroup) -> tuple[str, int, bool]:
-    """What collectives that sum, or whose gradients do, are told of the ranks."""
+def _group_args(group: RankGroup) -> tuple[str, int, bool]:
+    """Arguments of collectives with a sum in forward or backward: group name, size, ordered."""
     return group.name, group.size, group.ordered
 
 
 def wait(x: Tensor) -> Tensor:
-    """What a collective that was begun brought."""
+    """Waits for a started collective and returns its result."""
     y: Tensor = _wait(x)
     return y
 
 
 def sum_over_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
-    """The sum over the group's ranks, x as it is without one; its gradient is the same on each rank already."""
+    """The sum over the group's ranks, or x if group is None; its gradient is already the same on each rank."""
     return x if group is None else wait(start_sum(x, group))
 
 
 def start_sum(x: Tensor, group: RankGroup) -> Tensor:
-    """sum_over_ranks, on its way."""
-    y: Tensor = _sum(x, *_places(group))
+    """Starts sum_over_ranks."""
+    y: Tensor = _sum(x, *_group_args(group))
     return y
 
 
 def copy_to_ranks(x: Tensor, group: RankGroup | None) -> Tensor:
-    """x, of which each rank of the group uses what it needs: gradients are summed."""
-    return x if group is None else _copy(x, *_places(group))  # type: ignore[no-any-return]
+    """x, of which each rank of the group uses its own part: gradients are summed over the ranks."""
+    return x if group is None else _copy(x, *_group_args(group))  # type: ignore[no-any-return]
 
 
 def start_gather(x: Tensor, group: RankGroup) -> Tensor:
-    """Rows of every rank, end to end; as many on each. On their way."""
-    y: Tensor = _gather(x, *_places(group))
+    """Starts gather_ranks."""
+    y: Tensor = _gather(x, *_group_args(group))
     return y
 
 
 def gather_ranks(x: Tensor, group: RankGroup) -> Tensor:
-    """Rows of every rank, end to end; as many on each."""
+    """Rows of all ranks, concatenated; equally many on each: [n, ...] -> [size * n, ...]."""
     return wait(start_gather(x, group))
 
 
 def scatter_ranks(x: Tensor, group: RankGroup) -> Tensor:
-    """The sum over ranks of this rank's block of rows."""
-    return wait(_scatter(x, *_places(group)))
+    """This rank's block of rows of the sum over ranks: [size * n, ...] -> [n, ...]."""
+    return wait(_scatter(x, *_group_args(group)))
 
 
 def own_rows(x: Tensor, group: RankGroup) -> Tensor:
-    """This rank's block of rows that all ranks have."""
+    """This rank's block of the rows of a replicated x: [size * n, ...] -> [n, ...]."""
     y: Tensor = _own(x, group.name, group.size, group.rank)
     return y
 
 
 def join_rows(x: Tensor, group: RankGroup) -> Tensor:
-    """All blocks of rows, on each rank."""
+    """Blocks of rows of all ranks, concatenated on each rank: [n, ...] -> [size * n, ...]."""
     return wait(_join(x, group.name, group.size, group.rank))
 
 
 def start_exchange(x: Tensor, group: RankGroup) -> Tensor:
-    """exchange_ranks, on its way."""
+    """Starts exchange_ranks."""
     return _exchange(x, group.name, group.size)  # type: ignore[no-any-return]
 
 
 def exchange_ranks(x: Tensor, group: RankGroup) -> Tensor:
-    """Block r of my rows goes to rank r, and mine of its rows comes: [size * n, ...] -> [size * n, ...]."""
+    """All-to-all of equal blocks: block r of the rows goes to rank r: [size * n, ...] -> [size * n, ...]."""
     return wait(start_exchange(x, group))
 
 
 def start_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
-    """exchange_splits, on its way."""
+    """Starts exchange_splits."""
     y: Tensor = _exchange_splits(x, sent, received, group.name)
     return y
 
 
 def exchange_splits(x: Tensor, sent: Sequence[int], received: Sequence[int], group: RankGroup) -> Tensor:
-    """exchange_ranks of sent[r] rows to rank r and received[r] rows from it."""
+    """All-to-all with sent[r] rows to rank r and received[r] rows from it."""
     return wait(start_splits(x, sent, received, group))
 
 
 def reduced_over_ranks(x: Tensor, how: str, group_name: str) -> Tensor:
-    """The largest ("max") of the ranks' numbers, or their "sum", in the dtype of x, without gradient."""
+    """The elementwise "max" or "sum" over ranks, in the dtype of x, without gradient."""
     return _wait_tensor(_functional.all_reduce(x.contiguous(), how, group_name))

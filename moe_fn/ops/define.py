@@ -1,4 +1,6 @@
-"""The one place that talks to torch.library: `define_op` makes an op that survives every transform of torch."""
+"""Defines torch ops: `define_op`, the only caller of torch.library, makes an op that works under all of torch's
+transforms.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +17,7 @@ from moe_fn.ops.flops import Formula, register_flops
 
 _library = torch.library.Library("moe_fn", "FRAGMENT")
 
-# The dispatcher's state outside of every mode, taken at import. Kernels run in it.
+# The dispatcher's keys outside of every mode, read at import. Kernels run with them.
 _AT_REST = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 Kernel = Callable[..., Any]
@@ -34,24 +36,24 @@ def define_op(
     keeps: int | None = None,
     flops: Formula | None = None,
 ) -> Callable[..., Any]:
-    """Define `moe_fn::<schema>`: it compiles, exports, differentiates and batches below every transform.
+    """Define `moe_fn::<schema>`: an op that compiles, exports, differentiates and batches under every transform.
 
-    kernel    runs on real tensors, at rest: without autocast (a caller's mode would reach its matmuls in eager, but not
-              when compiled: 6e-3 apart) and with autograd keys (a dispatch mode, torch.compile's alias check for one,
-              hides them, and func.vjp inside a kernel would fail)
+    kernel    computes on real tensors, with the dispatcher's keys of import time: without autocast (a caller's mode
+              would reach its matmuls in eager, but not when compiled: 6e-3 apart) and with autograd keys (a dispatch
+              mode, such as torch.compile's alias check, removes them, and func.vjp inside a kernel would fail)
     fake      the result's shape and dtype
-    vmap      the batching rule, as torch.library.register_vmap takes it
-    backward  (inputs, *gradients) -> one gradient or None per input; it calls ops only, so it differentiates again
+    vmap      the batching rule, with the arguments of torch.library.register_vmap
+    backward  (inputs, needed, *gradients) -> one gradient or None per input; it calls only ops, so it is differentiable
     jvp       (inputs, *tangents) -> the tangent
-    visible   the same in aten ops, which takes the op's place in the graph so that Inductor can fuse it
-    keeps     which output has no gradient and is handed to backward, between the inputs and the gradients
-    flops     (*inputs, out_val=result) -> operations of its products, for torch.utils.flop_counter; None: it has none
+    visible   the same computation in aten ops, which replaces the op in the graph so that Inductor can fuse it
+    keeps     index of the output without gradient that is passed to backward between `needed` and the gradients
+    flops     (*inputs, out_val=result) -> operations of its products, for torch.utils.flop_counter; None: no products
 
-    Why not torch.library.register_autograd: it fails below torch.func. Why not an autograd.Function around the op:
-    below compile(func.grad) Dynamo drops its backward (zero gradients, no error), it fails below compile(vmap(grad)),
-    and it keeps the whole model out of AOTAutograd's cache. An Autograd kernel made of a single-level function, which
-    functorch itself makes of every autograd.Function, has none of these faults. Remove this when register_autograd
-    survives torch.func.
+    Why not torch.library.register_autograd: it fails under torch.func. Why not an autograd.Function around the op:
+    under compile(func.grad) Dynamo drops its backward (zero gradients, no error), it fails under compile(vmap(grad)),
+    and it excludes the whole model from AOTAutograd's cache. An Autograd kernel that calls a single-level function,
+    into which functorch itself converts every autograd.Function, has none of these faults. Obsolete when
+    register_autograd works under torch.func.
     """
     name = schema[: schema.index("(")]
     if "=" in schema:
@@ -88,21 +90,22 @@ def _at_rest(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_tangents() -> AbstractContextManager[None]:
-    """forward_ad's tangents lie on the tensors themselves, past the dispatcher's keys; the function knows
-    the result's.
+    """Disables forward mode for a kernel.
+
+    Tangents of forward_ad are stored on the tensors, independent of the dispatcher's keys; `jvp` computes the result's.
     """
     return _set_fwd_grad_enabled(False) if forward_ad._current_level >= 0 else nullcontext()
 
 
 def _nothing_to_differentiate(args: tuple[Any, ...]) -> bool:
-    """No transform is active (forward mode would lose its tangents), and nothing requires a gradient."""
+    """Whether no transform is active (redispatch would lose forward-mode tangents) and no input requires a gradient."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args))
 
 
 def _trace_as(name: str, visible: Kernel) -> None:
-    """Where autograd keys are off while tracing (inference mode, a scan's body), put `visible` in the graph."""
+    """Traces `visible` into the graph also where autograd keys are off (inference mode, a scan's body)."""
 
     def rule(mode: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         with mode:
@@ -115,7 +118,7 @@ def _single_level_function(
     name: str, op: Any, backward: Gradients, jvp: Kernel | None, visible: Kernel | None, keeps: int | None
 ) -> Any:
     def forward(keyset: Any, *args: Any) -> Any:
-        # enable_grad and forward grad: for the levels below this one; without them grad(grad) is zero, silently.
+        # enable_grad and forward grad for the levels below this one; without them grad(grad) is silently zero.
         with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             if visible is not None:
                 return visible(*args)
@@ -128,7 +131,7 @@ def _single_level_function(
         ctx.save_for_backward(*tensors, *kept)
         if keeps is not None:
             ctx.mark_non_differentiable(*kept)
-            ctx.set_materialize_grads(False)  # or its gradient would be made, as zeros
+            ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros as its gradient
         if jvp is not None:
             ctx.save_for_forward(*tensors)
 
@@ -138,7 +141,7 @@ def _single_level_function(
 
     def run_backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         needed = asked_for(ctx, [False, *(constant is None for constant in ctx.constants)])[1:]
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint allows no second look
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no second access
         if keeps is None:
             return None, *backward(inputs_of(ctx, saved), needed, *gradients)
         others = (g for i, g in enumerate(gradients) if i != keeps)
@@ -154,14 +157,13 @@ def _single_level_function(
 
 
 def asked_for(ctx: Any, is_tensor: Sequence[bool]) -> list[bool]:
-    """In a Function's backward: for each argument of its forward, whether autograd takes its gradient anywhere in this
-    run.
+    """In a Function's backward: for each argument of forward, whether autograd uses its gradient in this run.
 
     ctx.needs_input_grad says which arguments require a gradient: with autograd.grad of x alone that is true of the
     weights as well.
     """
     needed = list(ctx.needs_input_grad)
-    if torch.compiler.is_compiling():  # a graph holds them all, and its compiler drops those that nobody takes
+    if torch.compiler.is_compiling():  # a graph computes all gradients, and its compiler removes the unused ones
         return needed
     tensors = (i for i, tensor in enumerate(is_tensor) if tensor)
     for i, (node, _) in zip(tensors, ctx.next_functions, strict=True):  # one for each tensor
@@ -172,15 +174,13 @@ def asked_for(ctx: Any, is_tensor: Sequence[bool]) -> list[bool]:
 def _runs(node: Any) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except (
-        RuntimeError
-    ):  # a leaf whose gradient autograd.grad was asked for; or nobody's run, but a call of the node by hand
+    except RuntimeError:  # a leaf among the inputs of autograd.grad; or no run of the engine, but a direct call
         return True
 
 
 def vjp(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Callable[..., Any]]:
-    """torch.func.vjp, for backward rules: also below hooks on saved tensors (save_on_cpu around a whole step), where
-    torch's refuses.
+    """torch.func.vjp for backward rules that also works under saved-tensor hooks (save_on_cpu around a whole step),
+    where torch's raises.
     """
     if torch.compiler.is_compiling():
         return torch.func.vjp(function, *inputs)  # type: ignore[return-value]
@@ -196,11 +196,11 @@ def vjp(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Callable[..
 
 
 def batch_to_front(tensor: Tensor, dim: int | None, batch: int) -> Tensor:
-    """The tensor with its vmapped dimension in front; one without is repeated (as a view)."""
+    """The tensor with its vmapped dimension first; a tensor without one is expanded (a view)."""
     return tensor.movedim(dim, 0) if dim is not None else tensor.unsqueeze(0).expand(batch, *tensor.shape)
 
 
 def batch_end_to_end(index: Tensor, dim: int | None, batch: int, step: int) -> Tensor:
-    """Row numbers of every sample, in the rows of all samples laid end to end, `step` rows each."""
+    """Row numbers of every sample as indices into the concatenated rows of all samples, `step` rows each."""
     index = batch_to_front(index, dim, batch)
     return (index + torch.arange(batch, device=index.device, dtype=index.dtype).unsqueeze(1) * step).flatten()

@@ -1,4 +1,4 @@
-"""Products of all tokens with one matrix: of gates, shared experts, latent spaces."""
+"""Products of all tokens with one matrix, for gates, shared experts and latent spaces."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from moe_fn.torch_compat import autocast_around_graph
 
 
 def dense_product(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, [T, K] and [N, K] -> [T, N]; with config.batch_invariant by a kernel that does not look at T.
+    """x @ weight.T, [T, K] and [N, K] -> [T, N]; with config.batch_invariant a row's bits do not depend on T.
 
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1)
     >>> dense_product(config, torch.ones(1, 2), torch.ones(3, 2))
@@ -22,13 +22,13 @@ def dense_product(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _loses_digits(x: Tensor) -> bool:
-    """A compiled product in float32 under autocast: AOTAutograd would trace its gradient, though not itself, in
-    autocast's dtype.
+    """Whether x is float32 in a graph compiled under autocast: AOTAutograd would trace a product's gradient, but not
+    the product, in autocast's dtype.
     """
     return torch.compiler.is_compiling() and x.dtype == torch.float32 and autocast_around_graph(x.device.type)
 
 
 def product_of_all(config: MoEConfig, x: Tensor, weight: Tensor) -> Tensor:
-    """The same as a grouped product of one expert that has all rows."""
+    """x @ weight.T as a grouped product with one expert that has all rows."""
     ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
     return GROUPED[backend_of(config, x)].matmul(x, weight.unsqueeze(0), ends, True, invariant=config.batch_invariant)

@@ -1,8 +1,8 @@
-"""exp and its like, each number by itself: the same bits wherever in a tensor it lies.
+"""Batch-invariant elementwise functions (exp, sigmoid, softplus, tanh, erf): an element's bits do not depend on its
+position.
 
-Why an op: torch's own functions on a CPU have vectors, and other code for the numbers that are left at the end of a
-tensor or of a thread's part of it, so that a token's bits depend on how many tokens there are. What would remove it:
-torch functions that do not.
+Why an op: on a CPU torch's functions use vector code, and other code for the last elements of a tensor or of a thread's
+part of it, so a token's bits depend on the number of tokens. Obsolete when torch's functions are batch-invariant.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from moe_fn.kernels.native import library as native
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.define import define_op
 
-# torch's function, which computes on other devices, and the derivative at x, where the value is y.
+# Torch's function, which is used on other devices, and the derivative at x, where the value is y.
 _TABLE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "exp": (torch.exp, lambda x, y: y),
     "sigmoid": (torch.sigmoid, lambda x, y: y * (1 - y)),
@@ -33,8 +33,8 @@ def _kernel(x: Tensor, function: str) -> Tensor:
     problem = native.active().problem
     if problem is not None:
         raise ValueError(
-            f"MoEConfig.batch_invariant=True: {problem}; expected the native kernels, whose functions take numbers one "
-            "by one"
+            f"MoEConfig.batch_invariant=True: {problem}; expected the native kernels, whose elementwise functions are "
+            "batch-invariant"
         )
     y: Tensor = native.active().ops.elementwise(x.to(accumulation_dtype(x.dtype)), function)  # type: ignore[attr-defined]
     return y.to(x.dtype)
@@ -59,7 +59,7 @@ _elementwise_op = define_op(
 
 
 def elementwise(x: Tensor, function: str) -> Tensor:
-    """exp, sigmoid, softplus, tanh or erf of every number: any shape, any floating dtype, computed in float32 or wider.
+    """exp, sigmoid, softplus, tanh or erf of every element: any shape and floating dtype, computed in float32 or wider.
 
     >>> elementwise(torch.zeros(2), "exp").tolist()
     [1.0, 1.0]

@@ -1,23 +1,22 @@
-"""Floating-point operations of the ops, as torch.utils.flop_counter counts: 2 * M * K * N for a product [M, K] by [K,
-N], and nothing else.
+"""Floating-point operations of the ops, in the convention of torch.utils.flop_counter: 2 * M * K * N for a product [M,
+K] by [K, N], nothing for other operations.
 
     grouped_matmul, quantized_matmul     2 * rows * K * N
     grouped_outer                        2 * rows * M * N
     routed_experts                       2 * slots * H * (C + I),  C = 2 * I, or I where the activation is not gated
-    routed_experts_backward              2 * slots * H * I, for what the activation gave; and where it is asked for
-                                         2 * slots * H * C for x, as much for gate_up, 2 * slots * H * I for down,
-                                         2 * slots * H * C where the first product was not kept
-    moe_forward, moe_backward            those of the products inside
+    routed_experts_backward              2 * slots * H * I, the gradient of the activation's output; and if needed
+                                         2 * slots * H * C for x, the same for gate_up, 2 * slots * H * I for down;
+                                         2 * slots * H * C where the first product was not saved
+    moe_forward, moe_backward            sum over the products inside
 
-`rows` and `slots` are those that have an expert, which the values of ids say: on a GPU counting waits for them. Tensors
-without values (fake, meta) count them all, and so do the last two ops; where these read from values how many rows come
-from other ranks, they count none. Decoding quantized weights is no product; adapters are grouped products of their
-rank; biases spread over rows are some with K = 1.
+`rows` and `slots` count those with an expert, which are read from the values of ids: on a GPU this is a host sync.
+For tensors without values (fake, meta) and for the last two ops all of them count; where the last two ops need the
+values to know how many rows come from other ranks, the result is 0. Decoding of quantized weights counts nothing;
+adapters are grouped products with their rank as an inner size; biases expanded to rows are products with K = 1.
 
-The formulas reach FlopCounterMode, Inductor's estimates and the partitioner's through torch's own table of them. The
-table's module imports Triton, which takes time and settles for the whole process whether Triton interprets its kernels,
-so moe_fn does not import it: where it is imported already, the formulas are added at once, otherwise when it is
-imported.
+FlopCounterMode, Inductor and the partitioner read the formulas from a table in torch.utils.flop_counter. That module
+imports Triton, which takes time and fixes for the whole process whether Triton interprets its kernels, so moe_fn does
+not import it: the formulas are added at once if it is imported already, else when it is imported.
 """
 
 import importlib
@@ -36,30 +35,30 @@ from moe_fn.torch_compat import data_dependent_error, fake_mode_of
 
 Formula = Callable[..., int]
 _TABLE = "torch.utils.flop_counter"
-_formulas: dict[Any, Formula] = {}  # filled where ops are defined, as torch.library is
+_formulas: dict[Any, Formula] = {}  # filled where ops are defined, like torch.library
 
 
 def register_flops(packet: Any, formula: Formula) -> None:
-    """formula(*arguments, out_val=result) counts an op's operations; packet is torch.ops.moe_fn.<name>."""
+    """Registers formula(*arguments, out_val=result) -> operations for an op; packet is torch.ops.moe_fn.<name>."""
     if not _formulas:
         sys.meta_path.insert(0, _FinderOfTable())
     _formulas[packet] = formula
     if sys.modules.get(_TABLE) is not None:
-        _add_formulas(importlib.import_module(_TABLE))  # waits for a thread that is importing it
+        _add_formulas(importlib.import_module(_TABLE))  # waits if another thread is importing it
 
 
 def _add_formulas(table: Any) -> None:
-    for packet, formula in list(_formulas.items()):  # of a moe_fn that another thread may be importing
+    for packet, formula in list(_formulas.items()):  # a copy: another thread may be importing moe_fn
         if packet not in table.flop_registry:
             table.register_flop_formula(packet, get_raw=True)(formula)
 
 
 class _FinderOfTable(MetaPathFinder):
-    """Finds the table's module as the finders after this one do, with a loader that adds the formulas; finds no other
-    module.
+    """Finds the table's module through the finders after this one, and wraps its loader to add the formulas; finds no
+    other module.
 
-    It is never removed: that would make an import in another thread skip a finder, and a table that is loaded again
-    needs them again.
+    It is never removed: removal would make an import in another thread skip a finder, and a reloaded table needs the
+    formulas again.
     """
 
     def find_spec(
@@ -77,8 +76,9 @@ class _FinderOfTable(MetaPathFinder):
 
 
 class _LoaderOfTable(Loader):
-    """Another loader, which is the module's again as soon as it is loaded: it may be one that loads other
-    modules too.
+    """Wraps a loader to add the formulas after loading.
+
+    The module's loader is the wrapped one again once it is loaded, since that one may load other modules too.
     """
 
     def __init__(self, loader: Loader) -> None:
@@ -98,7 +98,7 @@ class _LoaderOfTable(Loader):
 
 
 def rows_with_expert(ends: Tensor, rows: int, segments: int) -> int:
-    """Rows before the last end of their segment.
+    """The number of rows before the last end of their segment.
 
     >>> rows_with_expert(torch.tensor([1, 2, 4, 5]), 6, 2)
     4
@@ -110,7 +110,7 @@ def rows_with_expert(ends: Tensor, rows: int, segments: int) -> int:
 
 
 def slots_with_expert(expert_ids: Tensor, num_experts: int) -> int:
-    """Ids of experts that there are.
+    """The number of ids in 0 .. num_experts - 1.
 
     >>> slots_with_expert(torch.tensor([[0, 3], [-1, 4]]), 4)
     2
@@ -137,7 +137,7 @@ def flops_of_kernel(kernel: Callable[..., Any]) -> Formula:
         with fake_mode_of(args), FlopCounterMode(display=False) as counter:
             try:
                 kernel(*tree_map(without_values, args))
-            except data_dependent_error():  # ranks that read how many rows come: nobody knows without values
+            except data_dependent_error():  # the number of rows from other ranks is unknown without values
                 return 0
         total: int = counter.get_total_flops()
         return total

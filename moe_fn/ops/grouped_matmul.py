@@ -1,15 +1,14 @@
-"""Products of sorted rows with the weight of their expert, as ops: the loop over experts cannot be in the graph.
+"""Grouped products: sorted rows times the weight of their expert, as ops.
 
-Group g = (segment s, expert e) = divmod(g, experts) owns rows [start, ends[g]) where start is ends[g - 1], or the first
-row of its segment for e = 0. Segments (one, but for vmap) split the rows evenly; segments / weight_sets of them in a
-row share a weight: so a batch of problems is one call instead of a loop. Rows past their segment's last end belong to
-nobody: they give 0, and are never read, so NaN there goes nowhere.
+Group g = (segment s, expert e) = divmod(g, experts) has rows [start, ends[g]) where start is ends[g - 1], or the first
+row of its segment for e = 0. Segments (more than one only under vmap) split the rows evenly; segments / weight_sets
+consecutive segments share a weight, so that a batch of problems is one call. Rows past their segment's last end have
+no expert: their result is 0 and they are never read, so NaN in them does not propagate.
 
-Each back-end has a pair of ops of its own: a graph says what runs, and a gradient runs where its product ran.
+Each back-end has its own pair of ops: a graph shows which one runs, and the gradient runs in the product's back-end.
 
-Why ops: the loop over experts is ragged, and torch's own grouped product traces in bfloat16 only (torch 2.13) and
-leaves rows past the last end uninitialised. What would remove them: torch.nn.functional.grouped_mm with float32 and
-float16 fakes.
+Why ops: the loop over experts is ragged, and torch's grouped product traces only in bfloat16 (torch 2.13) and leaves
+rows past the last end uninitialized. Obsolete when torch.nn.functional.grouped_mm has float32 and float16 fakes.
 """
 
 from dataclasses import dataclass
@@ -46,8 +45,8 @@ class GroupedOps:
     ) -> Tensor:
         """rows[r] @ weight[e] (weight[e].T if transposed) for the expert e of row r.
 
-        rows [R, K], weight [E, K, N] (transposed: [E, N, K]), ends [E] int32 -> [R, N]. invariant: a row's bits are the
-        same whatever other rows there are.
+        rows [R, K], weight [E, K, N] (transposed: [E, N, K]), ends [E] int32 -> [R, N]. invariant: a row's bits do not
+        depend on the other rows.
         """
         out: Tensor = self.matmul_op(rows, weight, ends, transposed, segments, weight_sets, invariant)
         return out
@@ -55,7 +54,7 @@ class GroupedOps:
     def outer(self, left: Tensor, right: Tensor, ends: Tensor, segments: int = 1, weight_sets: int = 1) -> Tensor:
         """left[rows of e].T @ right[rows of e] for every expert e: the gradient of a weight.
 
-        left [R, M], right [R, N], ends [E] int32 -> [E, M, N]; experts without rows give 0.
+        left [R, M], right [R, N], ends [E] int32 -> [E, M, N]; 0 for experts without rows.
         """
         out: Tensor = self.outer_op(left, right, ends, segments, weight_sets)
         return out
@@ -128,8 +127,7 @@ def _outer_vmap(
     batch = info.batch_size
     left, right = batch_to_front(left, in_dims[0], batch), batch_to_front(right, in_dims[1], batch)
     ends = batch_end_to_end(ends, in_dims[2], batch, left.shape[1])
-    # A sum over segments that shared a weight must now be kept apart by sample: as many weight sets as samples, times
-    # those there were.
+    # Sums over segments that share a weight are separate for each sample: batch * weight_sets sets.
     out = ops.outer(left.flatten(0, 1), right.flatten(0, 1), ends, segments * batch, weight_sets * batch)
     return out.unflatten(0, (batch, -1)), 0
 
@@ -145,7 +143,7 @@ def _outer_flops(left: Tensor, right: Tensor, ends: Tensor, segments: int, weigh
 
 
 def _define(backend: str, suffix: str, matmul: Kernel, outer: Kernel) -> tuple[Kernel, Kernel]:
-    """The ops `grouped_matmul{suffix}` and `grouped_outer{suffix}`, whose gradients are made of one another."""
+    """Defines `grouped_matmul{suffix}` and `grouped_outer{suffix}`, whose gradients are calls of both."""
     return define_op(
         f"grouped_matmul{suffix}(Tensor rows, Tensor weight, Tensor ends, bool transposed, SymInt segments, SymInt "
         "weight_sets, "

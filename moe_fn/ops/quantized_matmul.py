@@ -1,8 +1,8 @@
-"""The grouped product with weights that are codes: an expert's weight is decoded when it multiplies with it.
+"""Grouped product with quantized weights: an expert's codes are decoded when its rows are multiplied.
 
-Why an op: in the graph the decoded weights would be a value of their own, all experts as floats, and be kept for the
-backward, where the codes are enough. What would remove it: an autograd that recomputes what is cheap to make from what
-is kept. The codes have no gradient.
+Why an op: in plain tensor code the decoded weights of all experts would be a float tensor in the graph, saved for the
+backward, which only needs the codes. Obsolete when autograd recomputes values that are cheap to compute from saved
+ones. The codes have no gradient.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ _SCHEMA = (
     "ends, str quant, "
     "int halves, bool transposed, SymInt segments, SymInt weight_sets, bool invariant) -> Tensor"
 )
-_WEIGHTS = slice(1, 5)  # of the arguments
+_WEIGHTS = slice(1, 5)  # arguments: weight, scale, zero_point, global_scale
 
 
 def quantized_matmul(
@@ -39,11 +39,11 @@ def quantized_matmul(
     transposed: bool = True,
     invariant: bool = False,
 ) -> Tensor:
-    """rows[r] @ W[e].T for the expert e of row r (W[e] without transposed), W what the codes stand for, rounded to the
+    """rows[r] @ W[e].T for the expert e of row r (W[e] if not transposed); W are the decoded weights, rounded to the
     dtype of rows.
 
-    rows [R, K] -> [R, N], in the grouped product of `backend`; rows of no expert give 0.
-    invariant: a row's bits are the same whatever other rows there are.
+    rows [R, K] -> [R, N], by the grouped product of `backend`; 0 for rows without an expert. invariant: a row's bits do
+    not depend on the other rows.
     """
     parts = stored.codes, stored.scale, stored.zero_point, stored.global_scale
     check_draft_export("quantized_matmul")
@@ -86,7 +86,7 @@ def _kernel(
 
 
 def _product(backend: str, invariant: bool, rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows of one expert with its decoded weight [K, N]."""
+    """Product of the rows of one expert with its decoded weight [K, N]."""
     if not invariant:
         return torch.mm(rows, weight)
     ends = torch.full((1,), rows.shape[0], dtype=torch.int32, device=rows.device)

@@ -1,8 +1,7 @@
-"""The router as one op, where one kernel scores, chooses and weighs.
+"""Router as one op, for back-ends with a kernel that computes scores, choice and weights.
 
-Why an op: a choice is a sort, which Inductor cannot write; composed of torch's ops the router is a dozen launches, as
-long as a layer's products at 1 token. What would remove it: an Inductor that generates a top-k with a prologue and an
-epilogue.
+Why an op: top-k is a sort, which Inductor cannot generate; composed of torch's ops the router takes a dozen launches,
+as long as a layer's products at 1 token. Obsolete when Inductor generates top-k with a prologue and an epilogue.
 """
 
 from collections.abc import Callable
@@ -29,10 +28,11 @@ def _fake(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[
 
 
 def define_route_top_k(weights_of_ids: WeightsOfIds) -> Kernel:
-    """The op: logits [T, E], correction_bias [E] or None, config as JSON -> weights float32 [T, k], ids int64 [T, k].
+    """Defines the op: logits [T, E], correction_bias [E] or None, config as JSON -> weights [T, k] float32, ids [T, k]
+    int64.
 
-    `weights_of_ids` is the same in torch once the ids are known: its gradient is the op's. No forward mode: torch's own
-    ops have it.
+    `weights_of_ids` computes the weights of given ids in torch; its gradient is the op's. The op has no forward mode;
+    torch's own ops do.
     """
 
     def backward(args: list[Any], needed: list[bool], ids: Tensor, gradient: Tensor) -> tuple[Tensor | None, ...]:

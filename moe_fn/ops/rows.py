@@ -1,7 +1,7 @@
-"""Rows sorted by a key, and a gather whose gradient is a gather too: no atomics, so the same bits every run.
+"""Sorting of slots into rows, and a gather of rows whose gradient is a gather: without atomics, so deterministic.
 
-The gradient of torch's own index_select is a scatter with atomic adds under Inductor (measured: two runs differ in the
-last bit for top_k > 2).
+The gradient of torch's index_select is a scatter with atomic adds under Inductor (measured: two runs differ in the last
+bit for top_k > 2).
 """
 
 from typing import Any
@@ -50,19 +50,18 @@ _gather_op = define_op(
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, repeat: int) -> Tensor:
-    """x[index // repeat], where index is a permutation of range(len(x) * repeat) and inverse undoes it.
+    """x[index // repeat], where index is a permutation of range(len(x) * repeat) with the given inverse.
 
     x [T, H], index and inverse [T * repeat] -> [T * repeat, H]. Its gradient is a gather by `inverse` and a sum over
-    `repeat`. Why an op: only so can the gradient know that index is a permutation; the graph gets an aten index_select,
-    which Inductor fuses.
+    `repeat`. Why an op: autograd does not know that index is a permutation. The graph has an aten index_select, which
+    Inductor fuses.
     """
     rows: Tensor = _gather_op(x, index, inverse, repeat)
     return rows
 
 
 def sort_slots(key_of_slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(key_of_row, slot_of_row, row_of_slot): slots in the order of their keys, equal ones in the order that they have.
-    [S] int64 each.
+    """(key_of_row, slot_of_row, row_of_slot) of a stable sort of slots by key: [S] int64 each.
 
     >>> key_of_row, slot_of_row, row_of_slot = sort_slots(torch.tensor([2, 0, 2, 1]))
     >>> key_of_row.tolist(), slot_of_row.tolist(), row_of_slot.tolist()
@@ -74,7 +73,7 @@ def sort_slots(key_of_slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ends_of_keys(key_of_row: Tensor, count: int) -> Tensor:
-    """Where the rows of each key 0 .. count - 1 end: sorted keys [R] -> int64 [count].
+    """The end of the rows of each key 0 .. count - 1: sorted keys [R] -> int64 [count].
 
     >>> ends_of_keys(torch.tensor([0, 1, 2, 2]), 2).tolist()
     [1, 2]
@@ -84,19 +83,19 @@ def ends_of_keys(key_of_row: Tensor, count: int) -> Tensor:
 
 
 def count_up_to(ascending: Tensor, values: Tensor) -> Tensor:
-    """How many of the ascending numbers are at most each value: [n], [m] of one dtype -> int64 [m].
+    """The number of elements of `ascending` that are <= each value: [n], [m] of one dtype -> int64 [m].
 
     >>> count_up_to(torch.tensor([0, 2, 2, 5]), torch.tensor([1, 2])).tolist()
     [1, 3]
     """
     if transforms_active():
-        # a copy for every sample: of a view that vmap makes searchsorted warns
+        # a copy for every sample: searchsorted warns about a view made by vmap
         values = values + ascending.new_zeros(1)
     return torch.searchsorted(ascending, values, right=True)
 
 
 def has_expert(num_rows: int, expert_ends: Tensor) -> Tensor:
-    """Which rows are somebody's, as a column: bool [num_rows, 1].
+    """Whether each row has an expert, as a column: bool [num_rows, 1].
 
     >>> has_expert(3, torch.tensor([1, 2])).flatten().tolist()
     [True, True, False]
