@@ -1,8 +1,7 @@
-"""What low-rank adapters add to the products of experts: rows sorted anew by adapter and expert, and two grouped
-products each.
+"""LoRA in the experts' products: rows are sorted by (adapter, expert), then two grouped products per adapted matrix.
 
-No loop over adapters and no look at values: the graph is the same whoever has which adapter. With one adapter that
-everybody has, nothing is sorted: rows lie by expert already.
+There is no loop over adapters and no dependence on values: one graph serves every assignment of adapters to tokens.
+With one adapter for all tokens rows are not sorted again: dispatch has sorted them by expert.
 """
 
 import functools
@@ -25,17 +24,17 @@ Product = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # GroupedOps.matmul
 
 @dataclass(frozen=True)
 class ByAdapter:
-    """Rows in the order of (adapter, expert), those without either last."""
+    """The order of rows by (adapter, expert); rows without an adapter or without an expert come last."""
 
     product: Product
-    ends_of_pairs: Tensor  # [L * E] int32: where the rows of adapter l and expert e end, at l * E + e
+    ends_of_pairs: Tensor  # [L * E] int32: end of the rows of adapter l and expert e, at l * E + e
     ends_of_adapters: Tensor  # [L] int32
-    row_of_place: Tensor | None  # [R]; None: the rows lie so
+    row_of_place: Tensor | None  # [R]; None: rows are in this order already
     place_of_row: Tensor | None
 
 
 def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | None:
-    """Where the rows of each adapter and expert are; None without config.lora."""
+    """Returns the order of rows by adapter and expert; None without config.lora."""
     if config.lora is None:
         return None
     ends, adapters = dispatched.expert_ends, dispatched.adapter_of_row
@@ -44,7 +43,7 @@ def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | No
     if adapters is None:
         if num_adapters > 1:
             raise ValueError(
-                f"experts: adapter_of_row is None; expected ids, for config.lora has {num_adapters} adapters"
+                f"experts: adapter_of_row is None; expected ids, because config.lora has {num_adapters} adapters"
             )
         return ByAdapter(product, ends, ends.narrow(0, num_experts - 1, 1), None, None)
     rows, pairs = torch.arange(adapters.shape[0], device=ends.device), num_adapters * num_experts
@@ -61,11 +60,11 @@ def sort_by_adapter(config: MoEConfig, dispatched: Dispatched) -> ByAdapter | No
 def add_adapters(
     by: ByAdapter | None, lora: LoRAWeights | None, product: Literal["gate_up", "down"], rows: Tensor, out: Tensor
 ) -> Tensor:
-    """out + B A rows, each row with the matrices of its adapter and expert: rows [R, in], out [R, out], in float32 or
-    wider.
+    """Returns out + B A rows in float32 or wider, with A and B of each row's adapter and expert: rows [R, in], out
+    [R, out].
 
-    Rows without an adapter get nothing. A's result is rounded to the dtype of rows. Without adapters on this product,
-    out as it is.
+    Rows without an adapter are not changed. The product with A is rounded to the dtype of rows. Returns out itself if
+    this product has no adapters.
     """
     if by is None or lora is None:
         return out
@@ -82,6 +81,6 @@ def add_adapters(
 
 
 def _product(by: ByAdapter, rows: Tensor, matrices: Tensor) -> Tensor:
-    """matrices [L, E or 1, out, in] times the rows of each adapter and expert, or of each adapter."""
-    of_all = matrices.shape[0] * matrices.shape[1] != by.ends_of_pairs.shape[0]
-    return by.product(rows, matrices.flatten(0, 1), by.ends_of_adapters if of_all else by.ends_of_pairs, True)
+    """Grouped product of rows with matrices [L, E or 1, out, in]: by adapter and expert, or by adapter where E is 1."""
+    shared = matrices.shape[0] * matrices.shape[1] != by.ends_of_pairs.shape[0]
+    return by.product(rows, matrices.flatten(0, 1), by.ends_of_adapters if shared else by.ends_of_pairs, True)

@@ -1,6 +1,4 @@
-"""What the stages read, checked from Python ints, so that it costs no graph node: where, what came, what
-was expected.
-"""
+"""Argument checks of the stages: shapes, dtypes and devices, which are Python values and add no node to the graph."""
 
 import dataclasses
 import math
@@ -15,7 +13,7 @@ from moe_fn.records import Dispatched, MoEWeights, RouterWeights, Routing
 from moe_fn.weights.check import check_config, check_layer, check_weight, check_weights_of_experts
 from moe_fn.weights.shapes import expected_weights
 
-MOST_SLOTS = 2**31 - 1  # rows of experts are counted in int32
+MOST_SLOTS = 2**31 - 1  # expert_ends is int32
 
 
 def check_x(where: str, config: MoEConfig, x: Tensor) -> None:
@@ -32,7 +30,7 @@ def check_x(where: str, config: MoEConfig, x: Tensor) -> None:
 
 
 def check_slots(where: str, tokens: int, top_k: int) -> None:
-    # in a graph it would be a guard
+    # not while compiling, where the comparison would become a guard
     if not torch.compiler.is_compiling() and isinstance(tokens, int) and tokens * top_k > MOST_SLOTS:
         raise ValueError(
             f"{where}: x has {tokens} tokens, {tokens * top_k} slots with top_k={top_k}; expected at most {MOST_SLOTS}"
@@ -42,7 +40,7 @@ def check_slots(where: str, tokens: int, top_k: int) -> None:
 def check_routing_inputs(
     config: MoEConfig, router: RouterWeights, logits: Tensor, token_ids: Tensor | None, token_mask: Tensor | None
 ) -> Tensor | None:
-    """What `route` reads, checked where route is called alone; token_ids as int64."""
+    """Checks the arguments of `route` and returns token_ids as int64."""
     check_kind("route", "logits", logits, Tensor)
     check_untraced("route", logits.ndim and logits.shape[0])
     if logits.ndim != 2 or logits.shape[-1] != config.num_logits:
@@ -67,7 +65,7 @@ def _check_router(where: str, config: MoEConfig, router: RouterWeights, logits: 
 def check_choice_inputs(
     where: str, config: MoEConfig, router: RouterWeights, logits: Tensor, expert_ids: Tensor, token_mask: Tensor | None
 ) -> Tensor:
-    """What `route_to` reads, and that the ids say what the weights are; the ids as int64."""
+    """Checks the arguments of `route_to`, rejects routers whose weights need more than ids, returns ids as int64."""
     check_config(where, config)
     check_kind(where, "logits", logits, Tensor)
     if logits.ndim < 2 or logits.shape[-1] != config.num_logits:
@@ -81,12 +79,11 @@ def check_choice_inputs(
     _check_router(where, config, router, logits)
     if config.router.selection == "sparsemixer":
         raise ValueError(
-            f"{where}: selection='sparsemixer' weighs by softmaxes around its own choice; expected 'top_k' or 'hash'"
+            f"{where}: the weights of selection='sparsemixer' depend on its own choice; expected 'top_k' or 'hash'"
         )
     if config.router.capacity is not None and config.router.renormalize:
         raise ValueError(
-            f"{where}: capacity={config.router.capacity} with renormalize=True: "
-            "slots dropped from the ids are part of the norm; "
+            f"{where}: capacity={config.router.capacity} with renormalize=True, whose norm includes dropped slots; "
             "expected capacity=None or renormalize=False"
         )
     return expert_ids
@@ -95,10 +92,10 @@ def check_choice_inputs(
 def check_token_inputs(
     where: str, config: MoEConfig, x: Tensor, token_ids: Tensor | None, token_mask: Tensor | None
 ) -> Tensor | None:
-    """Ids of tokens where hash routing reads them, as int64, and a mask of bools."""
+    """Checks token_mask and token_ids, which only hash routing takes; returns token_ids as int64."""
     hashed = config.router.selection == "hash"
     if hashed and token_ids is None:
-        raise ValueError(f"{where}: token_ids is None; expected integer ids, for router.selection='hash'")
+        raise ValueError(f"{where}: token_ids is None; expected integer ids with router.selection='hash'")
     if token_ids is not None:
         if not hashed:
             raise ValueError(f"{where}: token_ids would have no effect; expected None, or router.selection='hash'")
@@ -109,10 +106,7 @@ def check_token_inputs(
 
 
 def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Tensor | None) -> Tensor | None:
-    """Ids of adapters where there are adapters to choose among, as int64.
-
-    Values are not looked at: one that there is not is none.
-    """
+    """Checks adapter_ids and returns them as int64. Values are not checked: an id out of range means no adapter."""
     if adapter_ids is not None:
         if config.lora is None:
             raise ValueError(f"{where}: adapter_ids would have no effect; expected None, or MoEConfig.lora")
@@ -126,15 +120,15 @@ def check_adapter_ids(where: str, config: MoEConfig, x: Tensor, adapter_ids: Ten
 
 
 def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) -> Routing:
-    """A Routing, ours or the caller's own, that fits the config and x; its expert_ids as int64."""
+    """Checks that a Routing fits the config and x; returns it with int64 expert_ids."""
     check_kind(where, "routing", routing, Routing)
     top_k = ("top_k", config.top_k)
     ids = checked_ids(where, "routing.expert_ids", routing.expert_ids, x, top_k)
     check_per_token(where, "routing.weights", routing.weights, x, top_k, "float")
-    weighed = config.shared is not None and config.shared.gate == "router"
-    if weighed != (routing.shared_weights is not None):
+    has_shared_weights = config.shared is not None and config.shared.gate == "router"
+    if has_shared_weights != (routing.shared_weights is not None):
         raise ValueError(
-            f"{where}: routing.shared_weights is {'None' if weighed else 'given'}; "
+            f"{where}: routing.shared_weights is {'None' if has_shared_weights else 'given'}; "
             "expected the opposite for this config"
         )
     if routing.shared_weights is not None and config.shared is not None:
@@ -144,7 +138,7 @@ def check_routing(where: str, config: MoEConfig, x: Tensor, routing: Routing) ->
 
 
 def with_ids(routing: Routing, expert_ids: Tensor) -> Routing:
-    """The routing, with these ids; itself where they are its own."""
+    """Returns the routing with these expert ids; the routing itself if it has them already."""
     return routing if expert_ids is routing.expert_ids else dataclasses.replace(routing, expert_ids=expert_ids)
 
 
@@ -152,7 +146,7 @@ _INDICES = (torch.int32, torch.int64)
 
 
 def check_dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Routing:
-    """The routing, its ids as int64."""
+    """Checks the arguments of `dispatch`; returns the routing with int64 ids."""
     check_config("dispatch", config)
     _check_rows("dispatch", "x", x, None)
     check_slots("dispatch", x.shape[0], config.top_k)
@@ -184,7 +178,7 @@ def check_experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched
 
 
 def check_combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Routing:
-    """The routing, its ids as int64."""
+    """Checks the arguments of `combine`; returns the routing with int64 ids."""
     check_config("combine", config)
     _check_rows("combine", "rows", rows, None)
     check_kind("combine", "dispatched", dispatched, Dispatched)
@@ -204,8 +198,7 @@ def check_combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routi
     sizes |= {f"dispatched.{name}": map_.shape[0] for name, map_ in maps.items()}
     if not torch.compiler.is_compiling() and len(set(sizes.values())) > 1:
         raise ValueError(
-            f"combine: {', '.join(f'{name} has {size} slots' for name, size in sizes.items())}; "
-            "expected as many in each"
+            f"combine: {', '.join(f'{name} has {size} slots' for name, size in sizes.items())}; expected equal numbers"
         )
     return with_ids(routing, ids)
 

@@ -1,4 +1,4 @@
-"""From logits and chosen ids to routing weights: scores, renormalisation and scales."""
+"""Routing weights from logits and chosen expert ids: scores, renormalization and scales."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from moe_fn.stages._scores import scores_of, transformed_logits
 def routing_weights(
     config: MoEConfig, extra: RouterWeights, logits: Tensor, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ids, their weights, and those of shared experts; `choose`: from transformed logits the ids and what they weigh
-    before any norm.
+    """Returns (expert ids, their weights, weights of shared experts or None). `choose` maps transformed logits to (ids,
+    weights before renormalization).
     """
     router, arithmetic = config.router, ARITHMETIC[config.batch_invariant]
     z = transformed_logits(config, logits)
@@ -33,7 +33,7 @@ def routing_weights(
         shared = None if shared is None else shared / arithmetic.expand_rows(total, shared.shape[-1])
     if extra.expert_scale is not None:
         scale = extra.expert_scale.to(chosen.dtype)
-        # A gather of an expanded row, whose gradient is a sum in fixed order; indexing it would scatter with atomics.
+        # gather from an expanded row: its gradient is a sum in a fixed order. Indexing would scatter with atomics.
         chosen = chosen * scale.narrow(0, 0, config.num_choices).expand(z.shape).gather(-1, ids)
         shared = None if shared is None else shared * scale.narrow(0, config.num_choices, shared.shape[-1])
     if router.scale_on == "weights" and router.routed_scaling_factor != 1.0:
@@ -44,7 +44,7 @@ def routing_weights(
 
 
 def without_padding(routing: Routing, token_mask: Tensor) -> Routing:
-    """The routing with padding tokens sent nowhere."""
+    """Returns the routing with ids -1 and weights 0 for padding tokens."""
     keep = token_mask.unsqueeze(-1)
     shared = routing.shared_weights
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""combine: rows of experts -> tokens."""
+"""combine: the weighted sum of each token's rows."""
 
 import torch
 from torch import Tensor
@@ -12,20 +12,20 @@ from moe_fn.stages._checks import check_combine
 
 
 def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
-    """Sum each token's expert outputs, weighted.
+    """Sums the rows of each token, multiplied by their routing weights.
 
         y[t] = sum over j of  weights[t, j] * rows[row_of_slot[t * top_k + j]],  over slots that have an expert
 
     rows [R, width], routing.weights [tokens, top_k] float32 -> [tokens, width] in the dtype of rows. Multiplies and
-    sums in float32 in the order of the slots and rounds once. With weight_on="input" the weights have been used and
-    count as one.
+    sums in float32, in the order of the slots, and rounds once. With weight_on="input" the sum is unweighted: dispatch
+    has applied the weights.
 
     Laws
         Combine is linear in the routing weights.
         Slots of no expert contribute nothing whatever they hold.
         Combine undoes dispatch.
 
-    Source: semantics of TopKWeightAndReduce in vLLM's modular kernel, in its most exact variant.
+    Source: semantics of TopKWeightAndReduce in vLLM's modular kernel, in its most precise variant.
 
     >>> config = MoEConfig(num_experts=2, top_k=2, hidden_size=1, intermediate_size=1)
     >>> order = torch.tensor([0, 1])
@@ -45,7 +45,7 @@ def _combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: R
     )
     ids = routing.expert_ids
     has_expert = ((ids >= 0) & (ids < config.num_experts)).unsqueeze(-1)
-    slots = torch.where(has_expert, slots, 0)  # not a product with 0: an unused row may hold NaN
+    slots = torch.where(has_expert, slots, 0)  # not a multiplication by 0: an unused row may hold NaN
     if config.router.weight_on == "output":
         slots = slots * arithmetic.expand_rows(
             torch.where(has_expert, routing.weights.to(wide).unsqueeze(-1), 0), slots.shape[-1]

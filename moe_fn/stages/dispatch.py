@@ -1,4 +1,4 @@
-"""dispatch: tokens -> rows sorted by expert."""
+"""dispatch: from tokens to rows sorted by expert."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from moe_fn.stages._checks import check_dispatch
 
 
 def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
-    """Copy each token to one row per chosen expert, rows sorted by expert.
+    """Copies each token to one row per slot and sorts the rows by expert.
 
         rows[r] = x[slot_of_row[r] // top_k]
 
-    x [tokens, width], routing.expert_ids [tokens, top_k] -> rows [tokens * top_k, width]. Ids below 0 or from
-    num_experts on are no expert's: their rows come last, from expert_ends[-1] on. With weight_on="input" rows are w *
-    x, rounded once.
+    x [tokens, width], routing.expert_ids [tokens, top_k] -> rows [tokens * top_k, width]. Slots with an id < 0
+    or >= num_experts have no expert: their rows come last, from expert_ends[-1] on. With weight_on="input" rows are
+    w * x, rounded once.
 
     Laws
         slot_of_row is a permutation of the slots.
@@ -26,7 +26,7 @@ def dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
         expert_ends is the running count of rows per expert.
         Slots of no expert come last.
 
-    Why a stable sort: a tie broken differently by two back-ends would make their outputs differ in the last bit.
+    The sort is stable, so that back-ends sum rows in the same order and agree in the last bit.
 
     >>> config = MoEConfig(num_experts=3, top_k=1, hidden_size=1, intermediate_size=1)
     >>> routing = Routing(expert_ids=torch.tensor([[2], [0], [-1], [0]]), weights=torch.ones(4, 1))
@@ -57,5 +57,5 @@ def _dispatch(config: MoEConfig, x: Tensor, routing: Routing) -> Dispatched:
 
 
 def weighted(config: MoEConfig, x: Tensor, weights: Tensor) -> Tensor:
-    """w * x, rounded once, for weight_on="input": x [..., width], weights [..., 1]."""
+    """Returns w * x rounded once, for weight_on="input": x [..., width], weights [..., 1]."""
     return (x.to(weights.dtype) * ARITHMETIC[config.batch_invariant].expand_rows(weights, x.shape[-1])).to(x.dtype)

@@ -1,4 +1,4 @@
-"""experts: every row through the network of its expert."""
+"""experts: two products for each row with the matrices of its expert, and an activation between them."""
 
 import torch
 from torch import Tensor
@@ -21,16 +21,16 @@ from moe_fn.weights.prepare import _restore_weights
 
 
 def experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> Tensor:
-    """Each expert's two-layer network over its own rows.
+    """Applies to each row the two-layer network of its expert.
 
         rows[r] = down[e] @ activation(gate_up[e] @ rows[r] + gate_up_bias[e]) + down_bias[e],  e the expert of row r
 
     dispatched.rows [R, Hx] -> [R, Hx] in the same dtype. Products accumulate in float32 and round once; biases and the
-    activation are added and computed in float32. Rows of no expert are never read. With expert_norm the output is
-    normalised. Only `rows`, `expert_ends` and, with config.lora, `adapter_of_row` are read, so somebody else's sorted
-    rows do as well. With config.lora each matrix W[e] is W[e] + B[l, e] A[l, e], l the adapter of row r. With
-    config.quant weights are what their codes stand for, and inputs of both products (not of adapters) are rounded as it
-    says; a gradient passes the rounding as if it were not there.
+    activation are computed in float32. Rows of no expert are never read. With expert_norm the output is normalized.
+    Reads only `rows`, `expert_ends` and, with config.lora, `adapter_of_row`, so rows may come from another dispatch.
+    With config.lora each matrix W[e] is W[e] + B[l, e] A[l, e], l the adapter of row r. With config.quant weights are
+    dequantized, and the inputs of both products (not of adapters) are rounded as in config.quant.activations, with
+    straight-through gradients.
 
     Laws
         A row depends on its own expert alone.
@@ -65,16 +65,15 @@ def _experts(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched) -> 
         out = out.to(accumulation_dtype(rows.dtype)) + spread_over_rows(backend, weights.down_bias, ends, rows.shape[0])
     out = out.to(rows.dtype)
     if config.expert_norm is not None and weights.expert_norm is not None:
-        out = _normalise(
+        out = _normalize(
             config, config.expert_norm, out, spread_over_rows(backend, weights.expert_norm, ends, rows.shape[0])
         )
     return out
 
 
 def hidden_rows(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched, by_adapter: ByAdapter | None) -> Tensor:
-    """What down is multiplied with: the first half of `experts`, with plain weights.
-
-    [R, Hx] -> [R, I] in the dtype of the rows.
+    """Returns the intermediates, the inputs of down: [R, Hx] -> [R, I] in the dtype of the rows. Weights are not
+    prepared.
     """
     rows, ends, backend = dispatched.rows, dispatched.expert_ends, backend_of(config, dispatched.rows)
     hidden = _product(config, weights, "gate_up", rows, ends, backend).to(accumulation_dtype(rows.dtype))
@@ -87,7 +86,7 @@ def hidden_rows(config: MoEConfig, weights: MoEWeights, dispatched: Dispatched, 
 
 
 def _product(config: MoEConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str) -> Tensor:
-    """Rows times their experts' gate_up, or down, whatever these are stored as."""
+    """Product of rows with their experts' gate_up or down, which are floats or codes."""
     if config.quant is None:
         return GROUPED[backend].matmul(
             rows, getattr(weights, name), ends, config.weight_layout == "out_in", invariant=config.batch_invariant
@@ -101,7 +100,7 @@ def _product(config: MoEConfig, weights: MoEWeights, name: str, rows: Tensor, en
 def _rounded(
     a: ActivationQuantConfig, weights: MoEWeights, name: str, rows: Tensor, ends: Tensor, backend: str
 ) -> Tensor:
-    """Rows as the floats that their codes stand for; the gradient passes through."""
+    """Returns rows quantized and dequantized, with a straight-through gradient."""
     static = None if weights.quant is None else getattr(weights.quant, f"{name}_input_scale")
     if static is not None:
         static = spread_over_rows(backend, static.to(torch.float32).unsqueeze(-1), ends, rows.shape[0])
@@ -109,7 +108,7 @@ def _rounded(
     return straight_through(rounded_rows(a, rows.detach(), present, static).floats().to(rows.dtype), rows)
 
 
-def _normalise(config: MoEConfig, norm: ExpertNormConfig, rows: Tensor, scale: Tensor) -> Tensor:
+def _normalize(config: MoEConfig, norm: ExpertNormConfig, rows: Tensor, scale: Tensor) -> Tensor:
     wide = rows.to(accumulation_dtype(rows.dtype))
     if norm.scale == "before":
         wide = wide * scale

@@ -1,4 +1,4 @@
-"""join: the routed scale, the output transform in its place, and the sum with the shared output."""
+"""join: the sum of the routed and the shared experts' outputs, after the routed scale and the output transform."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from moe_fn.numerics import accumulation_dtype
 def addends(
     config: MoEConfig, routed: Tensor, shared: Tensor | None, transform: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """The two parts whose sum is the layer: (transform(routed * gamma), shared), both halved where they are averaged.
+    """Returns the two parts whose sum is the layer: (transform(routed * gamma), shared), halved with combine="average".
 
-    routed [tokens, routed_size], shared [tokens, H] -> [tokens, H] twice. gamma is the routed_scaling_factor if it is
-    on the output. With scale_on="output_float16_safe", float16 and shared experts, routed stays and shared is divided
-    by gamma: the layer is then y / gamma, which cannot overflow and which the model compensates in its residual stream
+    routed [tokens, routed_size], shared [tokens, H] -> [tokens, H] twice. gamma is routed_scaling_factor if
+    scale_on is the output. With scale_on="output_float16_safe", float16 and shared experts, shared is divided by gamma
+    instead: the layer is then y / gamma, which does not overflow; the model compensates in its residual stream
     (DeepSeek-V2 in vLLM).
 
     Laws
@@ -42,7 +42,7 @@ def addends(
 
 
 def join(routed: Tensor, shared: Tensor | None) -> Tensor:
-    """The sum of the two parts, taken in float32 and rounded once.
+    """Returns routed + shared, computed in float32 and rounded once.
 
     >>> join(torch.ones(1, 1), torch.ones(1, 1))
     tensor([[2.]])

@@ -1,4 +1,4 @@
-"""reduce_and_trunc: the sum over ranks, and the cut to the width of the model."""
+"""reduce_and_trunc: the sum over ranks, and the cut of hidden padding."""
 
 from torch import Tensor
 
@@ -9,13 +9,13 @@ from moe_fn.stages._checks import check_reduce
 
 
 def reduce_and_trunc(y: Tensor, *, group: RankGroup | None = None, width: int | None = None) -> Tensor:
-    """Sum over the ranks of a process group, then keep the first `width` columns; either may be None.
+    """Sums over the ranks of a group, then keeps the first `width` columns; either may be None.
 
         y[t, :width] summed over the group
 
-    y [..., columns] -> [..., width]. Which group sums when: the table of `moe_fn.layer.compose`. The result
-    is the same on each rank, and so is its gradient, which is not summed again. Raises ValueError where there are fewer
-    columns than width.
+    y [..., columns] -> [..., width]. The table in `moe_fn.layer.compose` has the groups and places
+    of sums. The result and its gradient are the same on each rank; the backward pass does not sum again. Raises
+    ValueError for fewer columns than width.
 
     Laws
         Without a group only padding columns are cut.

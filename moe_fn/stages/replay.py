@@ -1,4 +1,4 @@
-"""Routing replay: the choice of one run, weighed by the logits of another."""
+"""Routing replay: expert ids of one run, with routing weights from the logits of another."""
 
 import torch
 from torch import Tensor
@@ -13,31 +13,31 @@ from moe_fn.stages._scores import weights_of_choice
 def route_to(
     config: MoEConfig, weights: MoEWeights, logits: Tensor, expert_ids: Tensor, *, token_mask: Tensor | None = None
 ) -> Routing:
-    """Route to experts that another run has chosen; how much each counts comes from this run's logits, and gradients
-    reach the router.
+    """Routes to experts that another run chose, with weights from this run's logits: gradients reach the router.
 
         w = s[expert_ids], s the scores of `route`; then the norm, expert_scale and routed_scaling_factor of `route`
 
-    What reinforcement learning calls rollout routing replay (R3): an engine in another precision or on other kernels
-    chooses other experts for some tokens, so the trainer takes the ids of the rollout, and its ratios compare the same
-    experts. Behind it stands moe_forward_routed; logits of a gate inside the layer are what moe_route returns first.
+    In reinforcement learning this is rollout routing replay (R3): an engine with another precision or other kernels
+    chooses different experts for some tokens, so the trainer reuses the rollout's ids, and its probability ratios
+    compare the same experts. Pass the result to moe_forward_routed. For a gate inside the layer, logits are the first
+    result of moe_route.
 
-    logits [..., num_logits], any float dtype; expert_ids [..., top_k] integers: `Routing.expert_ids`,
-    `RoutingStats.expert_ids`, or those of an engine; -1, or any id that is no choice's, is no expert: weight 0, and no
-    part in the norm. token_mask [...] bool, False for padding. Returns ids int64 [..., top_k], weights float32 (float64
-    for float64). The correction bias, groups and the hash table have no say: they choose, and the choice is made. An
-    expert outside the groups that these logits would keep weighs its score, not 0.
+    logits [..., num_logits], any float dtype; expert_ids [..., top_k] integers from `Routing.expert_ids`,
+    `RoutingStats.expert_ids` or an engine: an id out of range, such as -1, is no expert, with weight 0 and no part in
+    the norm; token_mask [...] bool, False for padding. Returns ids int64 [..., top_k], weights float32 (float64 for
+    float64). The correction bias, groups and the hash table are not used: they only determine the choice. An expert
+    outside the groups that these logits would keep gets its score as weight, not 0.
 
-    Raises ValueError for shapes and dtypes that do not fit the config, and where ids do not say what the weights are:
-    sparsemixer, whose two softmaxes lie around the choice of their own logits, and a capacity with renormalize, where
-    dropped slots are part of the norm.
+    Raises ValueError for shapes and dtypes that do not fit the config, and where weights depend on more than the ids:
+    sparsemixer, whose softmaxes depend on its own choice, and a capacity with renormalize, where dropped slots are part
+    of the norm.
 
     Laws
         Routing to its own choice gives the routing.
         Routing to any choice equals the reference.
 
-    Bit for bit, gradients too, where torch's ops route (on CPUs). Only with fill="zero" and scores of 0 or less may
-    route choose outside of the kept groups, and weigh that with 0.
+    The first law holds bit for bit, gradients too, where torch's ops route (on CPUs). Exception: with fill="zero" and
+    scores <= 0 route may choose an expert outside the kept groups, with weight 0.
 
     Source: Ma et al. 2025 (arXiv 2510.11370).
 

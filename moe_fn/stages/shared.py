@@ -1,4 +1,4 @@
-"""shared_experts: the dense experts that every token visits."""
+"""shared_experts: the dense experts that every token has."""
 
 from torch import Tensor
 
@@ -11,12 +11,12 @@ from moe_fn.stages._activation import activate
 
 
 def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor | None:
-    """A dense network beside the routed one, on the original x.
+    """Applies the shared experts, a dense network, to the original x.
 
         y = down @ (gamma * activation(gate_up @ x + gate_up_bias)) + down_bias;   y *= sigmoid(x . gate)  if gated
 
-    gamma are the router's weights of the shared experts (gate="router"), else absent. x [tokens, H] -> [tokens, H] in
-    x.dtype; None where the config has no shared experts.
+    With gate="router", gamma is the router's weight of each shared expert, otherwise 1. x [tokens, H] -> [tokens, H] in
+    x.dtype; None if the config has no shared experts.
 
     Laws
         Shared experts see the original input.
@@ -28,10 +28,10 @@ def shared_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: R
     >>> from moe_fn import SharedExpertsConfig, SharedWeights
     >>> shared = SharedExpertsConfig(intermediate_size=1, activation="relu_no_mul")
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1, shared=shared)
-    >>> nobody = Routing(expert_ids=torch.full((2, 1), -1), weights=torch.zeros(2, 1))
+    >>> routing = Routing(expert_ids=torch.full((2, 1), -1), weights=torch.zeros(2, 1))
     >>> dense = SharedWeights(gate_up=torch.tensor([[2.0]]), down=torch.tensor([[3.0]]))
     >>> weights = MoEWeights(gate_up=torch.zeros(1, 2, 1), down=torch.zeros(1, 1, 1), shared=dense)
-    >>> shared_experts(config, weights, torch.tensor([[1.0], [-1.0]]), nobody).flatten().tolist()
+    >>> shared_experts(config, weights, torch.tensor([[1.0], [-1.0]]), routing).flatten().tolist()
     [6.0, 0.0]
     """
     shared, dense = config.shared, weights.shared

@@ -1,5 +1,6 @@
-"""transform_input, transform_output: to the space that the routed experts work in, and back; norms of the gate's input
-and of all.
+"""transform_input, transform_output: norms, latent projections and hidden padding around the routed experts.
+
+Also the norms of the gate's input and of the layer's output.
 """
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from moe_fn.records import MoEWeights
 
 
 def transform_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
-    """What the routed experts see: x normed, in the latent space if there is one, with zeros up to the experts' width.
+    """Returns the input of the routed experts: x after the norm, the latent projection and padding that the config has.
 
         v = norm(norm(x) @ latent.input.T + latent.input_bias);   [tokens, H] -> [tokens, expert_hidden_size]
 
@@ -35,9 +36,10 @@ def transform_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor
 
 
 def transform_output(config: MoEConfig, weights: MoEWeights, routed: Tensor) -> Tensor:
-    """Back from the latent space: norm(routed) @ latent.output.T + latent.output_bias, [tokens, L] -> [tokens, H].
+    """Projects back from the latent space: norm(routed) @ latent.output.T + latent.output_bias, [tokens, L] ->
+    [tokens, H].
 
-    Without a latent space, routed as it is.
+    Returns routed itself without a latent space.
 
     Laws
         An identity latent space changes nothing.
@@ -60,7 +62,8 @@ def transform_output(config: MoEConfig, weights: MoEWeights, routed: Tensor) -> 
 
 
 def norm_for_gate(config: MoEConfig, x: Tensor) -> Tensor:
-    """What the gate inside the layer sees of x: itself, or its norm without scale. [tokens, H] -> [tokens, H].
+    """Returns the input of the gate inside the layer: RMS norm of x without scale if norms.gate, else x. [tokens, H] ->
+    [tokens, H].
 
     Laws
         A norm for the gate equals a gate on normed inputs.
@@ -78,8 +81,7 @@ def norm_for_gate(config: MoEConfig, x: Tensor) -> Tensor:
 
 
 def norm_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
-    """The layer's norm of everything that it added up; y as it is where the config has none. [tokens, H] -> [tokens,
-    H].
+    """Returns the RMS norm of the layer's output if norms.output, else y. [tokens, H] -> [tokens, H].
 
     Laws
         Norms around the layer equal the reference.

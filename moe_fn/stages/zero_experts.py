@@ -1,4 +1,4 @@
-"""zero_experts: what experts without computation add."""
+"""zero_experts: the contribution of experts without matrices: identity, zero and constant experts."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from moe_fn.records import MoEWeights, Routing
 
 
 def zero_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, y: Tensor) -> Tensor:
-    """Add the contribution of ids num_experts .. num_choices - 1: once, after every reduction and cut.
+    """Adds the contribution of ids num_experts .. num_choices - 1, after all sums over ranks and the cut of padding.
 
         y[t] += sum over those slots of  w * x[t] ("identity"), w * constants[id - num_experts] ("constant"), or 0
                                          ("zero")
 
-    x, y [tokens, H] -> [tokens, H] in y.dtype, computed in float32. Without zero experts, y as it is.
+    x, y [tokens, H] -> [tokens, H] in y.dtype, computed in float32. Returns y itself without zero experts.
 
     Laws
         Identity experts add their weight times the input.
@@ -43,7 +43,7 @@ def zero_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
     if zero.kind == "identity" or weights.constants is None:
         arithmetic = ARITHMETIC[config.batch_invariant]
         return (y.to(wide) + arithmetic.expand_rows(arithmetic.row_sum(w), x.shape[-1]) * x.to(wide)).to(y.dtype)
-    # A [tokens, count] matrix of weights times the vectors: its gradient is a product too, with no scatter.
+    # A matrix [tokens, count] of weights times the vectors: the gradient is a product too, without a scatter.
     chosen = number.unsqueeze(-1) == torch.arange(zero.count, device=number.device)
     per_vector = ARITHMETIC[config.batch_invariant].sum_dim(torch.where(chosen, w.unsqueeze(-1), 0), -2)
     return (y.to(wide) + dense_product(config, per_vector, weights.constants.to(wide).t())).to(y.dtype)
