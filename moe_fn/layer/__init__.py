@@ -1,1 +1,1 @@
-"""The whole layer: stages in order, and how a call of it runs."""
+"""The whole MoE layer: the composition of the stages, and the ways to run it (eager, chunked, as one op)."""

@@ -1,5 +1,5 @@
-"""calibrate: what the experts of a layer see of some tokens, for a better rounding of their weights and static scales
-of their inputs.
+"""calibrate: statistics of the experts' inputs over some tokens, for quantizing their weights and for static scales of
+their inputs.
 """
 
 import torch
@@ -21,17 +21,16 @@ from moe_fn.weights.prepare import restore_weights
 
 @torch.no_grad()
 def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor | None = None) -> Calibration:
-    """Mean squares and largest magnitudes of what gate_up and down of each expert are multiplied with, over the tokens
-    of x.
+    """Returns mean squares and largest magnitudes of the inputs of each expert's gate_up and down, over tokens of x.
 
         gate_up_mean_square[e, k] = mean over rows r of expert e of  rows[r, k]^2
 
-    An expert without rows has the mean of all rows.
+    An expert without rows gets the mean of all rows.
 
-    x [T, H] floats as the layer gets them, logits as in moe_forward; weights are floats. For `quantize_weights`: errors
-    of weights that are multiplied with large inputs then count more, and static scales of inputs cover what was seen.
+    x [T, H] floats, the input of the layer, logits as in moe_forward; weights are floats. `quantize_weights` then gives
+    errors of weights with large inputs more weight, and chooses static scales that cover these inputs.
 
-    Raises ValueError for weights that are codes, and for no tokens.
+    Raises ValueError for quantized weights, for adapters, and for x without tokens.
 
     Source: the importance matrix of llama.cpp; the diagonal of GPTQ's Hessian (arXiv 2210.17323).
 
@@ -43,7 +42,7 @@ def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor 
     check_layer("calibrate", config, weights)
     check_kind("calibrate", "x", x, Tensor)
     if config.quant is not None or config.lora is not None:
-        raise ValueError("calibrate: config.quant or config.lora is there; expected a layer of plain floats")
+        raise ValueError("calibrate: config.quant or config.lora is given; expected None for both, a layer of floats")
     if x.ndim != 2 or not len(x):
         raise ValueError(f"calibrate: x is {list(x.shape)}; expected (tokens, hidden_size) with at least one token")
     check_x("calibrate", config, x)
@@ -55,20 +54,22 @@ def calibrate(config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor 
     d = dispatch(config, transform_input(config, weights, x), routing)
     hidden = hidden_rows(config, restore_weights(config, weights), d, None)
     row = torch.arange(d.rows.shape[0], device=x.device)
-    expert = count_up_to(d.expert_ends, row.to(d.expert_ends.dtype))  # num_experts for rows of nobody
-    return Calibration(*_seen(config.num_experts, d.rows, expert), *_seen(config.num_experts, hidden, expert))
+    expert = count_up_to(d.expert_ends, row.to(d.expert_ends.dtype))  # num_experts for rows of no expert
+    return Calibration(
+        *_input_statistics(config.num_experts, d.rows, expert), *_input_statistics(config.num_experts, hidden, expert)
+    )
 
 
-def _seen(experts: int, rows: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squares [E, K] and largest magnitudes [E] of each expert's rows."""
+def _input_statistics(experts: int, rows: Tensor, expert: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns mean squares [E, K] and largest magnitudes [E] of each expert's rows."""
     present = (expert < experts).unsqueeze(1)
     wide = torch.where(present, rows.to(torch.float32), 0)
-    spare = experts + 1
-    counts = torch.zeros(spare, device=rows.device).index_add(0, expert, torch.ones_like(expert, dtype=torch.float32))
-    sums = torch.zeros(spare, rows.shape[1], device=rows.device).index_add(0, expert, wide.square())
-    everybody = sums[:experts].sum(0) / counts[:experts].sum().clamp(min=1)
+    bins = experts + 1  # the last for rows of no expert
+    counts = torch.zeros(bins, device=rows.device).index_add(0, expert, torch.ones_like(expert, dtype=torch.float32))
+    sums = torch.zeros(bins, rows.shape[1], device=rows.device).index_add(0, expert, wide.square())
+    overall = sums[:experts].sum(0) / counts[:experts].sum().clamp(min=1)
     means = torch.where(
-        counts[:experts].unsqueeze(1) > 0, sums[:experts] / counts[:experts].unsqueeze(1).clamp(min=1), everybody
+        counts[:experts].unsqueeze(1) > 0, sums[:experts] / counts[:experts].unsqueeze(1).clamp(min=1), overall
     )
-    largest = torch.zeros(spare, device=rows.device).index_reduce(0, expert, wide.abs().amax(1), "amax")[:experts]
+    largest = torch.zeros(bins, device=rows.device).index_reduce(0, expert, wide.abs().amax(1), "amax")[:experts]
     return means, torch.where(counts[:experts] > 0, largest, largest.amax())

@@ -1,6 +1,4 @@
-"""Around a call of the layer: checks, tokens laid flat, autocast decided once; and the way back to the caller's shape
-and dtype.
-"""
+"""Checks and flattens the tokens of a call, applies autocast once, and restores the caller's shape and dtype."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,16 +18,17 @@ from moe_fn.torch_compat import autocast_around_graph, exporting, traces_switchi
 from moe_fn.weights.check import check_weights
 from moe_fn.weights.prepare import convert_experts
 
-_LEFT_ALONE = ("gate_up", "down", "router", "quant")  # by autocast: experts are converted apart, these others are not
+# Not cast by _in_autocast's general rule: convert_experts casts gate_up and down, router and quant keep their dtypes.
+_NOT_CAST = ("gate_up", "down", "router", "quant")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call's arguments: checked, tokens flat, padding cleared, in the dtype that the experts compute in."""
+    """Arguments of one call: checked, tokens flattened, padding zeroed, in the dtype that the experts compute in."""
 
     weights: MoEWeights
     x: Tensor
-    gate_x: Tensor  # what the gate inside the layer sees: x, under autocast perhaps not rounded
+    gate_x: Tensor  # input of the gate inside the layer: x, under autocast not rounded for a float32 gate
     logits: Tensor | None
     token_ids: Tensor | None
     token_mask: Tensor | None
@@ -51,12 +50,12 @@ def check_and_flatten(
     routed: bool = False,
     runs_experts: bool = True,
 ) -> Call:
-    """The call, checked: ValueError for what does not fit.
+    """Checks the arguments and returns them with flat tokens; raises ValueError.
 
-    routed: by the caller; runs_experts: the call does not end at the router.
+    routed: the caller has routed. runs_experts: False if the call ends after the router.
     """
     check_x(where, config, x)
-    if not config.as_op:  # one op, whatever the sizes
+    if not config.as_op:  # torch.jit.trace can record the op, which works for all sizes
         check_untraced(where, x.shape[0])
     low = autocast_dtype(x)
     check_weights(where, config, weights, x, any_dtype=low is not None)
@@ -86,13 +85,13 @@ def check_and_flatten(
 
 
 def restore_shape(call: Call, y: Tensor) -> Tensor:
-    """The result in the shape and dtype of the caller's x."""
+    """Returns y in the shape and dtype of the caller's x, with zeros for padding."""
     y = without_padding(y, call.token_mask).to(call.dtype)
     return y if len(call.leading) == 1 else y.view(*call.leading, y.shape[-1])
 
 
 def flat_routing(routing: Routing, call: Call) -> Routing:
-    """A caller's routing, flat, with padding sent nowhere."""
+    """Returns the caller's routing with flat tokens, and ids -1 for padding."""
     ids, weights, shared = routing.expert_ids, routing.weights, routing.shared_weights
     if ids.ndim > 2:
         ids, weights, shared = (
@@ -105,8 +104,8 @@ def flat_routing(routing: Routing, call: Call) -> Routing:
 
 
 def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Autocast is decided once, in check_and_flatten: left on, it would reach eager matmuls but not those inside
-    compiled ops.
+    """Disables autocast around the layer: check_and_flatten has cast the inputs. Left on, autocast would cast inputs of
+    eager matmuls but not of matmuls inside ops.
     """
     device = x.device.type
     if not _autocasts(x):
@@ -123,11 +122,11 @@ def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _switched_off(device: str) -> Iterator[None]:
-    """What torch.autocast does, in calls that AOTAutograd's cache takes: its own enter and exit keep the whole graph
-    out of the cache.
+    """torch.autocast(enabled=False), written with calls that AOTAutograd can cache: a graph with enter and exit of
+    torch.autocast is never cached.
 
-    Where torch.autocast stands in the compiled function itself, they do so already, and Dynamo (2.13) would undo these
-    calls out of order.
+    Only for autocast around the compiled function. With torch.autocast inside of it the graph is not cached anyway, and
+    Dynamo (2.13) would restore these calls in the wrong order.
     """
     torch.set_autocast_enabled(device, False)
     try:
@@ -137,26 +136,24 @@ def _switched_off(device: str) -> Iterator[None]:
 
 
 def _autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where x is; there is none for meta tensors."""
+    """Whether autocast is on for the device of x; meta tensors have no autocast."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast asks to compute in; None without it, and for float64, which it leaves alone as
-    everywhere in torch.
-    """
+    """Returns the dtype of autocast; None if it is off, and for float64, which autocast never casts."""
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else None
 
 
 def _in_autocast(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype, runs_experts: bool) -> MoEWeights:
-    """The weights that the call reads in autocast's dtype.
+    """Returns the weights that the call reads, cast to autocast's dtype.
 
-    The router's stay: a correction bias of bfloat16 could not be balanced. Codes and what stands beside them are no
-    numbers to round.
+    Router weights keep their dtype: bias updates of balancing would vanish in a bfloat16 correction bias. Codes, scales
+    and zero points are not cast.
     """
     if not runs_experts and config.router.gate_input == "original":
         return weights
-    kept = [path[0] in _LEFT_ALONE or not (runs_experts or path[0] == "latent") for path in WEIGHT_PATHS]
+    kept = [path[0] in _NOT_CAST or not (runs_experts or path[0] == "latent") for path in WEIGHT_PATHS]
     leaves = leaves_of_weights(weights)
     cast = weights_of_leaves([t if t is None or keep else t.to(dtype) for t, keep in zip(leaves, kept, strict=True)])
     return convert_experts(config, cast, dtype) if runs_experts else cast

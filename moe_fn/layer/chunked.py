@@ -1,13 +1,12 @@
-"""chunk_tokens as a scan in the graph: tokens are worked on a few at a time, in forward and in backward.
+"""chunk_tokens: the layer on chunks of tokens, as a Python loop in eager and as a scan in exported programs.
 
-Peak memory is that of one chunk (and of the gradients of the weights), because the backward recomputes each chunk from
-the saved inputs and sums weight gradients in the scan's carry. In eager it is a loop in Python, in exported programs a
-scan, which needs no Python.
+Peak memory is that of one chunk plus the gradients of the weights: the backward pass recomputes each chunk from the
+saved inputs and sums weight gradients in the scan's carry.
 
-Compiled functions get the whole-layer op, whose kernel loops: a scan (torch 2.11 to 2.13) keeps the whole graph that it
-stands in out of AOTAutograd's and Inductor's caches, so that every process would compile the model anew; and it
-compiles under fullgraph alone, and not below func.grad or torch.utils.checkpoint. What would change that:
-`cacheable=True` in torch's ScanOp.
+Compiled functions use the whole-layer op instead, whose kernel loops. In torch 2.11 to 2.13 a scan disables the caches
+of AOTAutograd and Inductor for its whole graph, so that every process would compile the model again. It also
+compiles only under fullgraph=True, and not inside func.grad or torch.utils.checkpoint. `cacheable=True` in torch's
+ScanOp would lift the first limit.
 """
 
 import dataclasses
@@ -26,43 +25,40 @@ from moe_fn.ops.define import asked_for, vjp
 from moe_fn.records import MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 from moe_fn.torch_compat import exporting, in_forward_mode, scan, transforms_active
 
-_PER_TOKEN = 5  # x, expert_ids, weights, shared_weights, adapter_ids stand before the weights' leaves
+_PER_TOKEN = 5  # x, expert_ids, weights, shared_weights, adapter_ids come before the tensors of MoEWeights
 
 
 def layer_in_chunks(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool
 ) -> tuple[Tensor, ...]:
-    """(y,) of layer_of_tokens, or (shared, routed) of parts_of_tokens, chunk_tokens tokens at a time."""
-    # Without the router's weights, which are not read here: Inductor (2.13) gives a carry that a scan hands on
-    # unchanged away twice, and their gradients, zero here, came out wrong.
+    """Returns (y,) of layer_of_tokens, or (shared, routed) of parts_of_tokens, computed in chunks of tokens."""
+    # Without the router's weights, which are not read here. Their gradients would be a carry that the scan returns
+    # unchanged, whose buffer Inductor (2.13) reuses twice: the zeros came out wrong.
     leaves = leaves_of_weights(dataclasses.replace(weights, router=None))
     args = [x, routing.expert_ids, routing.weights, routing.shared_weights, routing.adapter_ids, *leaves]
     if torch.compiler.is_compiling():
-        # Dynamo (2.13) takes func.grad's own inputs for constants and would drop the backward; of a view it asks anew.
+        # Dynamo (2.13) treats the inputs of func.grad as constants and drops the backward, but not for views of them.
         args = [None if a is None else a.view_as(a) for a in args]
         if not (torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in args)):
-            # Nothing to differentiate; and Dynamo would take a Function.forward with *args for the old style, with a
-            # context.
+            # No gradient is needed, and Dynamo would call a Function.forward with *args in the old style, with ctx.
             return _forward(config, with_shared, *args)
     elif (
         in_forward_mode()
-    ):  # the loop is torch's own ops, tangents go through it; a Function with a rule for them does not compile
+    ):  # forward-mode AD goes through the loop's ops; an autograd.Function with jvp does not compile
         return _forward(config, with_shared, *args)
     out: tuple[Tensor, ...] = _Chunked.apply(config, with_shared, *args)
     return out
 
 
 def loop_is_visible() -> bool:
-    """Whether the loop runs in eager or goes into the graph: for exported programs, and there not below torch.func's
-    transforms.
-    """
+    """Whether to loop over chunks here: in eager, and in exported programs without transforms of torch.func."""
     if not torch.compiler.is_compiling():
         return True
     return exporting() and not transforms_active()
 
 
 def _chunk(config: MoEConfig, with_shared: bool, args: list[Tensor | None]) -> tuple[Tensor, ...]:
-    """One chunk, from flat arguments."""
+    """Computes one chunk from a flat list of arguments."""
     x, ids, w, shared_w, adapter_ids, *leaves = args
     routing = Routing(expert_ids=ids, weights=w, shared_weights=shared_w, adapter_ids=adapter_ids)  # type: ignore[arg-type]
     return outputs_of_tokens(config, weights_of_leaves(leaves), x, routing, with_shared)  # type: ignore[arg-type]
@@ -113,7 +109,7 @@ class _Chunked(torch.autograd.Function):
                 parts[i] for i in per_token
             )
 
-        # without a name, or they would live as long as the sums that take their place
+        # a function, because a local variable would keep the zeros alive while the sums replace them
         def zeros() -> tuple[Tensor, ...]:
             return tuple(torch.zeros_like(args[i], dtype=accumulation_dtype(args[i].dtype)) for i in of_weights)
 
@@ -125,7 +121,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _with_spare_row(tensors: Any) -> list[Tensor | None]:
-    """One more row, which stands for every token past the end: zeros, and for ids -1 (no expert, so no product)."""
+    """Appends one row for tokens past the end: zeros, and -1 for ids (no expert, so no product)."""
 
     def spare(t: Tensor) -> Tensor:
         value = 0 if t.dtype.is_floating_point else -1
@@ -139,10 +135,10 @@ def _pick(tensors: list[Tensor | None], rows: Tensor) -> list[Any]:
 
 
 def _scan(config: MoEConfig, step: Callable[[Any, Tensor], Any], carry: Any, x: Tensor) -> tuple[Any, Any]:
-    """carry, pieces = step(carry, rows of the chunk) for every chunk; pieces are laid end to end.
+    """Runs carry, piece = step(carry, row indices of a chunk) for every chunk; returns carry and concatenated pieces.
 
-    In a scan all chunks have chunk_tokens rows, those past the end row `tokens`; in eager the last one has what is
-    left, as in the op.
+    In a scan all chunks have chunk_tokens rows, and indices past the end are the spare row `tokens`. In eager and in
+    the op the last chunk has only the remaining rows.
     """
     tokens, size, device = x.shape[0], config.chunk_tokens or 1, x.device
 
@@ -151,9 +147,9 @@ def _scan(config: MoEConfig, step: Callable[[Any, Tensor], Any], carry: Any, x: 
         def body(carry: Any, number: Tensor) -> Any:
             return step(carry, (number * size + torch.arange(size, device=device)).clamp(max=tokens))
 
-        # At least two chunks, so that neither 0 nor 1 is special: one graph for every number of tokens.
+        # At least two chunks, because 0 and 1 specialize: one graph for every number of tokens.
         carry, pieces = scan(body, carry, torch.arange(tokens // size + 2, device=device))
-        every = torch.arange(tokens, device=device)  # a narrow would be a guard on tokens <= chunks * size
+        every = torch.arange(tokens, device=device)  # narrow would add a guard tokens <= chunks * size
         return carry, tree_map(lambda piece: piece.flatten(0, 1).index_select(0, every), pieces)
     collected = []
     for first in range(0, max(tokens, 1), size):

@@ -1,7 +1,7 @@
-"""The layer on flat tokens, of one rank and of many: the stages in the order of the contract, and who sums what.
+"""The composition of the stages on flat tokens, for one rank and for many, and the sums over ranks.
 
-The picture is in `moe_fn.stages`. `moe_fn.parallel.dispatch` has the middle, one function for each way in which tokens
-find their experts; `moe_fn.forward` puts the public shape around it.
+`moe_fn.stages` has a picture. `moe_fn.parallel.dispatch` has one function for each format of dispatch between ranks;
+`moe_fn.forward` has the public functions.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from moe_fn.stages.zero_experts import zero_experts
 
 
 def logits_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
-    """Logits of the gate inside the layer, from x or from what the experts see."""
-    seen = norm_for_gate(config, x) if config.router.gate_input == "original" else transform_input(config, weights, x)
-    return router_logits(config, weights, seen)
+    """Returns the logits of the gate inside the layer, from x or from the input of the experts (router.gate_input)."""
+    gate_x = norm_for_gate(config, x) if config.router.gate_input == "original" else transform_input(config, weights, x)
+    return router_logits(config, weights, gate_x)
 
 
 def route_tokens(
@@ -40,7 +40,7 @@ def route_tokens(
     token_mask: Tensor | None,
     leading: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Routing]:
-    """(logits, routing), from the logits given or from the gate inside the layer."""
+    """Returns (logits, routing), from the caller's logits or from the gate inside the layer."""
     logits = logits_of_tokens(config, weights, x) if logits is None else logits
     return logits, _route(config, weights, logits, token_ids, token_mask, leading)
 
@@ -48,34 +48,31 @@ def route_tokens(
 def layer_of_tokens(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None
 ) -> Tensor:
-    """Everything behind the router, for this rank's tokens.
-
-    With logits they travel between ranks, and every rank routes by them.
-    """
+    """Everything after the router, for this rank's tokens. With logits, ranks exchange logits and route from them."""
     return layer_with_overflow(config, weights, x, routing, logits)[0]
 
 
 def layer_with_overflow(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None
 ) -> tuple[Tensor, Overflow]:
-    """(y, how many slots found no room, where a capacity of ParallelConfig counts them).
+    """Returns (y, number of slots dropped by ParallelConfig.capacity, or None).
 
-    Who sums what, and when:
+    Sums over ranks:
 
         dispatch              over ep                       over tp
         None (one rank)       -                             -
-        replicated            right after the experts       late: once, of routed + shared
-        all_gather            scattered, with the tokens    late
-        all_gather without ep, over dp: scattered           late
-        all_to_all (static)   at the token's own rank       late
-        any, with a latent space or replicated              early: the routed part alone, before its output transform
-        shared experts                                      (which need not be linear, and whose bias counts once);
-                                                            sharded shared experts by themselves
-        any, with sp          as above                      rows are joined at the end, nothing is summed
+        replicated            after the experts             late: one sum of routed + shared
+        all_gather            reduce-scatter of tokens      late
+        all_gather without ep reduce-scatter over dp        late
+        all_to_all (static)   on the token's rank           late
+        any, with a latent space or replicated              early: of the routed part, before transform_output
+        shared experts                                      (which need not be linear, and whose bias is added once);
+                                                            sharded shared experts are summed separately
+        any, with sp          as above                      no sum: rows are concatenated at the end
 
-    Zero experts and the norm of the output come after every sum, once. Gradients of weights that all ranks of tp (of
-    sp) have are complete on each of them; of those that ranks with other tokens have (ep, dp) each has its tokens'
-    part, as in data parallelism.
+    Zero experts and the norm of the output come once, after all sums. Gradients of weights that all ranks of tp (or sp)
+    have are complete on each of them. On ranks with different tokens (ep, dp) each gradient covers the rank's own
+    tokens, as in data parallelism.
 
     Laws
         Sharded equals unsharded.
@@ -91,7 +88,7 @@ def layer_with_overflow(
         tree_map(functools.partial(_own_rows, sp, rows), part) for part in (x, _no_expert_as_zero(routing), logits)
     )
     y, overflow = _layer(config, _used_by_each(sp, weights), x, _no_expert_as_zero(routing, -1), logits)
-    if overflow is not None and can_drop_slots(config):  # of this rank's rows; the tokens are everybody's
+    if overflow is not None and can_drop_slots(config):  # counted over this rank's rows only
         overflow = collectives.reduced_over_ranks(overflow, "sum", sp.name)
     return collectives.join_rows(y, sp).narrow(0, 0, tokens), overflow
 
@@ -107,8 +104,8 @@ def _layer(
 def routed_and_shared(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Overflow]:
-    """The two addends of the layer (shared: None without shared experts), still to be summed over tp where that is done
-    late; overflow.
+    """Returns (routed, shared, overflow): the two addends of the layer, before the late sum over tp if there is one.
+    shared is None without shared experts.
     """
     tp, dispatch = _tp(config), None if config.parallel is None else config.parallel.dispatch
     v = collectives.copy_to_ranks(transform_input(config, weights, x), tp)
@@ -126,7 +123,7 @@ def routed_and_shared(
 
 
 def parts_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """(shared, routed), whose sum is layer_of_tokens; of one rank."""
+    """Returns (shared, routed), whose sum is layer_of_tokens; for one rank."""
     routed, shared, _ = routed_and_shared(config, weights, x, routing)
     return torch.zeros_like(routed) if shared is None else shared, zero_experts(config, weights, x, routing, routed)
 
@@ -134,7 +131,7 @@ def parts_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: 
 def outputs_of_tokens(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool, logits: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """(y,) of layer_of_tokens, or with_shared (shared, routed) of parts_of_tokens."""
+    """Returns (y,) of layer_of_tokens; with_shared: (shared, routed) of parts_of_tokens."""
     return (
         parts_of_tokens(config, weights, x, routing)
         if with_shared
@@ -143,7 +140,7 @@ def outputs_of_tokens(
 
 
 def without_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Zeros in the rows of padding tokens, whatever they held: NaN there must reach neither outputs nor gradients."""
+    """Returns x with zeros for padding tokens, so that NaN in padding reaches neither outputs nor gradients."""
     return x if token_mask is None else torch.where(token_mask.unsqueeze(-1), x, 0)
 
 
@@ -152,17 +149,17 @@ def _tp(config: MoEConfig) -> RankGroup | None:
 
 
 def _tp_of_shared(config: MoEConfig) -> RankGroup | None:
-    """The ranks that have slices of the shared experts."""
+    """Returns the ranks that have slices of the shared experts."""
     return config.parallel.tp if config.parallel is not None and config.parallel.shared == "sharded" else None
 
 
 def _sums_late(config: MoEConfig) -> bool:
-    """Whether one sum over tp, of routed + shared, is enough."""
+    """Whether one sum over tp, of routed + shared, is correct."""
     return config.latent is None and (config.shared is None or _tp_of_shared(config) is not None)
 
 
 def _shared(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor | None:
-    """The shared experts, or this rank's slice of them, a part of a sum over tp."""
+    """The shared experts' output; of sharded ones this rank's addend of the sum over tp."""
     tp, dense = _tp_of_shared(config), weights.shared
     if tp is not None and dense is not None:
         gate, by_router = (
@@ -174,7 +171,7 @@ def _shared(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing)
 
 
 def _used_by_each(sp: RankGroup, weights: MoEWeights) -> MoEWeights:
-    """Weights that every rank of sp has and uses for its own rows: their gradients are sums over sp."""
+    """Returns the weights with gradients summed over sp, for weights that every rank of sp applies to its own rows."""
 
     def copied(t: Tensor | None) -> Tensor | None:
         return None if t is None else collectives.copy_to_ranks(t, sp)
@@ -183,7 +180,7 @@ def _used_by_each(sp: RankGroup, weights: MoEWeights) -> MoEWeights:
 
 
 def _no_expert_as_zero(routing: Routing, more: int = 1) -> Routing:
-    """Ids one higher, so that padding with zeros is padding with -1; or lower again."""
+    """Adds 1 to ids, so that zero padding means no expert; more=-1 undoes it."""
     adapters = routing.adapter_ids
     return dataclasses.replace(
         routing, expert_ids=routing.expert_ids + more, adapter_ids=None if adapters is None else adapters + more
@@ -191,5 +188,5 @@ def _no_expert_as_zero(routing: Routing, more: int = 1) -> Routing:
 
 
 def _own_rows(sp: RankGroup, rows: int, t: Tensor | None) -> Tensor | None:
-    """This rank's part of tensors that belong to tokens, of which zeros make `rows`, as many on each rank."""
+    """Returns this rank's rows of a per-token tensor that is padded with zeros to `rows`, a multiple of sp's size."""
     return None if t is None else collectives.own_rows(torch.cat([t, t.new_zeros(rows - t.shape[0], *t.shape[1:])]), sp)

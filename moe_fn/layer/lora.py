@@ -1,4 +1,4 @@
-"""Making LoRA adapters, putting several into a layer, and merging one into the weights and out again."""
+"""LoRA adapters of the experts: make them, add them to a layer, merge one into the weights and subtract it again."""
 
 import dataclasses
 import math
@@ -27,11 +27,11 @@ Pair = tuple[Tensor, Tensor]  # A [E or 1, rank, in], B [E or 1, out, rank]
 def make_lora(
     *, gate_up: Pair | None = None, down: Pair | None = None, alpha: float, rank_stabilised: bool = False
 ) -> LoRAWeights:
-    """One adapter from the matrices (A, B) of its products, the factor alpha / rank (or alpha / sqrt(rank)) folded into
-    B.
+    """Returns one adapter from the matrices (A, B) of each product, with alpha / rank (or alpha / sqrt(rank)) folded
+    into B.
 
-    A [E or 1, rank, in] and B [E or 1, out, rank]; each product has its own rank. In gate_up's B are gates, then ups
-    (or interleaved).
+    A [E or 1, rank, in] and B [E or 1, out, rank]; each product has its own rank. Outputs of gate_up's B are gates,
+    then ups (or interleaved).
 
     >>> lora = make_lora(down=(torch.ones(4, 2, 6), torch.ones(4, 8, 2)), alpha=6.0)
     >>> lora.down_b.shape, lora.down_b[0, 0, 0].tolist()
@@ -54,22 +54,23 @@ def make_lora(
             f"{name}_b": (b.to(accumulation_dtype(b.dtype)) * factor).to(b.dtype).unsqueeze(0),
         }
     if not tensors:
-        raise ValueError("make_lora: gate_up and down are None; expected the matrices of one of them at least")
+        raise ValueError("make_lora: gate_up and down are None; expected the matrices of at least one")
     return LoRAWeights(**tensors)
 
 
 def scaling_of(alpha: float, rank: int, rank_stabilised: bool) -> float:
-    """alpha / rank, or alpha / sqrt(rank)."""
+    """Returns the LoRA factor alpha / rank; rank_stabilised: alpha / sqrt(rank)."""
     return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeights]) -> tuple[MoEConfig, MoEWeights]:
-    """The layer with these adapters: the first one's are adapter 0 and on. Ranks are padded with zeros to the largest.
+    """Returns the layer with these adapters, numbered from 0. Ranks are padded with zeros to the largest.
 
-    A product that some have and others have not is zeros for those; where some adapters' experts share a matrix and
-    others' do not, each gets its own. Their dtype is to be that of x when the layer is called. With config.parallel the
-    weights are this rank's, the adapters those of all experts, whole: each rank gets its part, as shard_weights would
-    cut them.
+    A product that only some adapters have is zeros for the others. If experts share a matrix in some adapters but not
+    in others, every expert gets its own. Adapters need the dtype of x when the layer is called. With config.parallel
+    the weights are this rank's part, and the adapters those of the whole layer: this rank's part is cut from them, as
+    in shard_weights.
+
     Raises ValueError for a layer that has adapters, and for shapes that do not fit.
 
     Laws
@@ -84,15 +85,15 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
     """
     check_layer("add_lora", config, weights)
     if config.lora is not None or weights.lora is not None:
-        raise ValueError("add_lora: the layer has adapters; expected none, and all of them in one call")
+        raise ValueError("add_lora: the layer has adapters; expected none: pass all adapters in one call")
     if (
         not isinstance(adapters, Sequence)
         or not adapters
         or not all(isinstance(lora, LoRAWeights) and _tensors(lora) for lora in adapters)
     ):
         raise ValueError(
-            "add_lora: adapters is empty, no sequence, or one has no tensors; "
-            "expected a LoRAWeights of one adapter or several for each"
+            "add_lora: adapters is empty, not a sequence, or has an element without tensors; "
+            "expected a sequence of LoRAWeights"
         )
     every = [_with_both_products(lora, adapters) for lora in adapters]
     ranks = [t.shape[2 if name.endswith("a") else 3] for lora in every for name, t in _tensors(lora).items()]
@@ -112,7 +113,7 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
 
 
 def _of_rank(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights) -> LoRAWeights | None:
-    """Of adapters of the whole layer, this rank's part; checked before they are cut."""
+    """Checks adapters of the whole layer and returns this rank's part."""
     parallel, lora_config = config.parallel, config.lora
     if parallel is None or lora_config is None:
         return lora
@@ -132,13 +133,14 @@ def _of_rank(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights) -> LoRAW
 
 
 def merge_lora(config: MoEConfig, weights: MoEWeights, adapter: int = 0) -> tuple[MoEConfig, MoEWeights]:
-    """The layer without adapters whose weights have one of them in: W + B A, added in float32 and rounded once.
+    """Returns the layer without adapters and with weights W + B A of one adapter, added in float32 and rounded once.
 
-    It computes what the layer computes for tokens with that adapter, at no cost; the others are gone. It
-    differentiates. Of a rank's part (config.parallel) it makes the rank's part. Prepared weights come back plain:
-    prepare them anew.
-    Raises ValueError for a layer without adapters, an adapter that there is not, and for quantized weights: dequantize
-    them first, for quantized ones could not hold the sum.
+    It equals the layer for tokens with that adapter, without LoRA's cost; the other adapters are dropped. It is
+    differentiable. With config.parallel it merges this rank's part. Prepared weights are restored: prepare the result
+    again.
+
+    Raises ValueError for a layer without adapters, for an adapter number out of range, and for quantized weights, whose
+    codes cannot represent the sum: dequantize them first.
 
     Laws
         Merged equals applied.
@@ -161,10 +163,10 @@ def merge_lora(config: MoEConfig, weights: MoEWeights, adapter: int = 0) -> tupl
 def unmerge_lora(
     config: MoEConfig, weights: MoEWeights, lora: LoRAWeights, adapter: int = 0
 ) -> tuple[MoEConfig, MoEWeights]:
-    """The inverse of merge_lora, but for rounding: the layer with the adapters `lora`, one of which was in the weights:
-    W - B A.
+    """The inverse of merge_lora up to rounding: returns the layer with the adapters `lora` and with weights W - B A of
+    the one that was merged.
 
-    Keep the weights from before where every bit counts. Errors of merge_lora and add_lora.
+    To get the original bits, keep the original weights. Raises the errors of merge_lora and add_lora.
 
     Laws
         Unmerging undoes merging.
@@ -180,9 +182,9 @@ def _with_product_added(
     check_int(f"{where}: adapter", adapter, 0, _count(lora) - 1)
     for name in ("gate_up", "down"):
         if getattr(weights, name).dtype not in _FLOATS:
-            words = f"weights.{name} is {getattr(weights, name).dtype}, quantized"
             raise ValueError(
-                f"{where}: {words}; expected float weights: dequantize first, for codes cannot hold the sum"
+                f"{where}: weights.{name} is {getattr(weights, name).dtype}, quantized; expected float weights: "
+                "dequantize them first"
             )
     weights = restore_weights(config, weights)
     check_shapes(where, config, weights)
@@ -203,7 +205,7 @@ def _with_product_added(
 
 
 def padded_to(t: Tensor, size: int, dim: int) -> Tensor:
-    """Zeros behind a dim, up to a size."""
+    """Returns t padded with zeros at the end of a dim, up to a size."""
     shape = list(t.shape)
     shape[dim] = size - shape[dim]
     return torch.cat([t, t.new_zeros(shape)], dim)
@@ -218,7 +220,7 @@ def _count(lora: LoRAWeights) -> int:
 
 
 def _with_both_products(lora: LoRAWeights, others: Sequence[LoRAWeights]) -> LoRAWeights:
-    """The adapter with zeros, of rank 1, for matrices that only others have."""
+    """Returns the adapter with zeros of rank 1 for matrices that only other adapters have."""
     own, zeros = _tensors(lora), dict[str, Tensor]()
     for other in others:
         for name, t in _tensors(other).items():
@@ -230,7 +232,7 @@ def _with_both_products(lora: LoRAWeights, others: Sequence[LoRAWeights]) -> LoR
 
 
 def _kind(experts: dict[str, int], num_experts: int) -> LoRAExperts:
-    """Who shares, from the largest expert dim of each tensor."""
+    """Returns LoRAConfig.experts, from the largest expert dim of each tensor."""
     kinds: tuple[LoRAExperts, ...] = ("shared", "outer_shared") if num_experts > 1 else ()
     for kind in kinds:
         if all(size == 1 for name, size in experts.items() if LoRAConfig(experts=kind).shares(name)):

@@ -1,11 +1,9 @@
-"""The layer as one opaque op, without and with a separate shared output: `moe_fn::moe_forward` and
-`moe_fn::moe_forward_shared`.
+"""The whole layer as one op: `moe_fn::moe_forward`, and `moe_fn::moe_forward_shared` with a separate shared output.
 
-Why ops: hosts that want one node per layer (piecewise CUDA graphs, partitioners), chunking where scan does not compile,
-and ranks that read sizes where torch.compile may not (`moe_fn.parallel.sizes`), whose backward then goes through the
-collectives anew. Why two: an op's schema cannot return "a Tensor or a tuple". What would remove them: union returns,
-and scan below func.grad and plain compile. The config travels by value, as its JSON; every weight is an argument. First
-order only: their backward has none, and says so.
+The ops are for callers that need one node per layer (piecewise CUDA graphs, partitioners), for chunks where scan does
+not compile, and for ranks that read sizes where torch.compile cannot (`moe_fn.parallel.sizes`); their backward then
+repeats the collectives. There are two because an op's schema cannot return "a Tensor or a tuple". The config is a JSON
+argument, and every weight is an argument. Only first derivatives exist: a second derivative raises ValueError.
 """
 
 from dataclasses import replace
@@ -23,8 +21,8 @@ from moe_fn.ops.flops import flops_of_kernel
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 from moe_fn.torch_compat import check_draft_export
 
-# x, then routing's input or routing itself: with expert_ids given there is nothing left to route.
-# gate_x: what the gate sees, where it is not x.
+# x, then the inputs of the router or a routing: with expert_ids the op does not route.
+# gate_x: the input of the gate, where it is not x.
 _TOKEN_ARGS = (
     "x",
     "logits",
@@ -53,13 +51,13 @@ def layer_as_op(
     with_shared: bool,
     gate_x: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """(y,) or (shared, routed) from one node. x is free of padding already; routing None means: route inside.
+    """Returns (y,) or (shared, routed) from one node. Padding in x must be zeroed; with routing=None the op routes.
 
-    Of a layer that ranks share, routing is given, and logits may be: they travel.
+    With config.parallel a routing is required; ranks exchange logits if they are given, else the routing.
     """
     check_draft_export("moe_forward")
-    given = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
-    per_token = (x, logits, token_ids, token_mask, *given, adapter_ids, gate_x)
+    routed = (None, None, None) if routing is None else (routing.expert_ids, routing.weights, routing.shared_weights)
+    per_token = (x, logits, token_ids, token_mask, *routed, adapter_ids, gate_x)
     args = (config.json, *per_token, *leaves_of_weights(weights))
     out: Any = moe_forward_shared_op(*args) if with_shared else (moe_forward_op(*args),)
     return tuple(out)
@@ -90,7 +88,7 @@ def _forward_kernel(with_shared: bool, text: str, *args: Any) -> tuple[Tensor, .
     config, tokens, leaves = config_of_json(text), list(args[: len(_TOKEN_ARGS)]), args[len(_TOKEN_ARGS) :]
     chunks = _chunks(config, args[0])
     if len(chunks) == 1:
-        # Contiguous, as the fake says: without shared experts the cut of hidden_padding is a view.
+        # Contiguous, as in the fake: without shared experts the cut of hidden padding is a view.
         return tuple(y.contiguous() for y in _chunk(config, with_shared, [*tokens, *leaves]))
     outs = [args[0].new_empty(args[0].shape) for _ in range(1 + with_shared)]
     for chunk in chunks:
@@ -110,14 +108,14 @@ def _backward_kernel(
         found = {i: args[i].new_zeros(args[i].shape, dtype=accumulation_dtype(args[i].dtype)) for i in wanted}
         for rows in chunks:
             _add(found, rows, _of_chunk(config, grad_shared, grad, wanted, args, rows))
-    # Contiguous, as the fake says.
+    # Contiguous, as in the fake.
     return tuple(
         found[i].to(args[i].dtype).contiguous() if i in found else args[0].new_empty(0) for i in range(len(args))
     )
 
 
 def _add(found: dict[int, Tensor], rows: slice, of_chunk: dict[int, Tensor]) -> None:
-    """A function of its own, so that no chunk's gradients live while those of the next one are computed."""
+    """Adds a chunk's gradients to the sums. A function, so that they are freed before the next chunk's are computed."""
     for i, gradient in of_chunk.items():
         into = found[i][rows] if i < len(_TOKEN_ARGS) else found[i]
         into += gradient
@@ -131,17 +129,17 @@ def _of_chunk(
     args: tuple[Any, ...],
     rows: slice | None,
 ) -> dict[int, Tensor]:
-    """Gradients of the arguments `wanted`, from some tokens; rows None: from all."""
+    """Returns the gradients of the arguments `wanted` from a slice of tokens; rows=None: from all tokens."""
     with_shared, per_token = grad_shared is not None, len(_TOKEN_ARGS)
-    given = [grad_shared, grad] if with_shared else [grad]
+    grads = [grad_shared, grad] if with_shared else [grad]
     chunk = list(args)
     if rows is not None:
-        chunk, given = [*_rows(chunk[:per_token], rows), *chunk[per_token:]], _rows(given, rows)
+        chunk, grads = [*_rows(chunk[:per_token], rows), *chunk[per_token:]], _rows(grads, rows)
     leaves = {i: chunk[i].detach().requires_grad_() for i in wanted}
     with torch.enable_grad():
         outs = _chunk(config, with_shared, [leaves.get(i, a) for i, a in enumerate(chunk)])
-    # without shared experts their part is a constant
-    pairs = [(out, g) for out, g in zip(outs, given, strict=True) if out.requires_grad]
+    # without shared experts the shared output is a constant
+    pairs = [(out, g) for out, g in zip(outs, grads, strict=True) if out.requires_grad]
     if not pairs:
         return {i: torch.zeros_like(leaf) for i, leaf in leaves.items()}
     moved, directions = zip(*pairs, strict=True)
@@ -174,7 +172,7 @@ def _no_forward_mode(inputs: list[Any], *tangents: Any) -> Any:
 
 
 def _loop_over_batch(name: str) -> Any:
-    """vmap of a whole-layer op: a loop over the batch, whose size is static below vmap."""
+    """Returns the vmap rule of a whole-layer op: a loop over the batch, whose size is static under vmap."""
 
     def sample(args: Any, in_dims: Any, number: int) -> Any:
         op = getattr(torch.ops.moe_fn, name).default
