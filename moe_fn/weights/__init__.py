@@ -1,1 +1,1 @@
-"""Shapes, checks and layouts of the layer's weights."""
+"""Shapes, checks, panel layouts and quantization of the layer's weights."""

@@ -1,5 +1,5 @@
-"""Patterns of named axes: "E (G I) X" is [E, G * I, X], each gate before all ups; as in einops, and the same for memory
-and for files.
+"""Patterns of named axes for weights in memory and in files: "E (G I) X" is [E, G * I, X], all gates before all ups, as
+in einops.
 """
 
 import itertools
@@ -7,25 +7,25 @@ import math
 from collections.abc import Mapping
 
 Dims = tuple[tuple[str, ...], ...]  # axes of each dim
-ANY = -1  # the size of an axis that the config does not say
+ANY = -1  # size of an axis that the config does not determine
 
 
 def dims_of(pattern: str) -> Dims:
-    """The axes of each dim of a pattern.
+    """Returns the axes of each dim of a pattern.
 
     >>> dims_of("E (G I) X")
     (('E',), ('G', 'I'), ('X',))
     """
     dims: list[tuple[str, ...]] = []
     inside = False
-    for word in pattern.replace("(", " ( ").replace(")", " ) ").split():
-        if word in "()":
-            inside = word == "("
+    for token in pattern.replace("(", " ( ").replace(")", " ) ").split():
+        if token in "()":
+            inside = token == "("
             dims += [()] if inside else []
         elif inside:
-            dims[-1] += (word,)
+            dims[-1] += (token,)
         else:
-            dims.append((word,))
+            dims.append((token,))
     return tuple(dims)
 
 
@@ -39,7 +39,7 @@ def pattern_of(dims: Dims) -> str:
 
 
 def axes_of(pattern: str) -> tuple[str, ...]:
-    """All axes of a pattern, in order.
+    """Returns all axes of a pattern, in order.
 
     >>> axes_of("E (G I) X")
     ('E', 'G', 'I', 'X')
@@ -48,7 +48,7 @@ def axes_of(pattern: str) -> tuple[str, ...]:
 
 
 def shape_of(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of a tensor of this pattern; ANY where an axis has any size.
+    """Returns the shape of a tensor with this pattern; ANY for dims with an axis of any size.
 
     >>> shape_of("E (G I) X", {"E": 8, "G": 2, "I": 3, "X": 4})
     (8, 6, 4)
@@ -57,7 +57,7 @@ def shape_of(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def size_of(dim: tuple[str, ...], sizes: Mapping[str, int]) -> int:
-    """The size of a dim of these axes.
+    """Returns the size of a dim with these axes.
 
     >>> size_of(("G", "I"), {"G": 2, "I": 3}), size_of(("V",), {"V": ANY})
     (6, -1)

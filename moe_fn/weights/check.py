@@ -1,4 +1,4 @@
-"""Whether weights fit the config: their types, shapes, dtypes and devices."""
+"""Checks of weights against the config: types, shapes, dtypes and devices."""
 
 from typing import Any
 
@@ -16,14 +16,12 @@ Leaves = list[Tensor | None]  # the tensors of MoEWeights in the order of WEIGHT
 
 
 def check_config(where: str, config: Any) -> None:
-    """ValueError for anything but a MoEConfig."""
+    """Raises ValueError unless the config is a MoEConfig."""
     check_kind(where, "config", config, MoEConfig)
 
 
 def check_layer(where: str, config: Any, weights: Any) -> Leaves:
-    """The tensors in the order of WEIGHT_PATHS; ValueError for anything but a MoEConfig and MoEWeights that hold
-    tensors.
-    """
+    """Checks the types of config, weights and tensors; returns the tensors in the order of WEIGHT_PATHS."""
     check_config(where, config)
     check_kind(where, "weights", weights, MoEWeights)
     for name, kind in NESTED_WEIGHTS.items():
@@ -39,8 +37,8 @@ def check_layer(where: str, config: Any, weights: Any) -> Leaves:
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor, any_dtype: bool = False) -> None:
-    """Every weight has the shape that the config gives it, a float dtype (unless any_dtype that of x for matrices) and
-    the device of x.
+    """Checks every weight: the shape by the config, a float dtype (of matrices the dtype of x, unless any_dtype), the
+    device of x.
     """
     leaves = check_layer(where, config, weights)
     _check_leaves(where, config, weights, leaves, x, "x", any_dtype)
@@ -51,9 +49,7 @@ def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor,
 
 
 def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
-    """Every weight that is there has the shape that the config gives it; what else must be there is known when the
-    layer is called.
-    """
+    """Checks the shapes of the weights that are given. Missing weights raise when the layer is called."""
     leaves = check_layer(where, config, weights)
     _check_added_once(where, config, leaves)
     for expected, leaf in zip(expected_weights(config), leaves, strict=True):
@@ -62,7 +58,7 @@ def check_shapes(where: str, config: MoEConfig, weights: MoEWeights) -> None:
 
 
 def check_weights_of_experts(where: str, config: MoEConfig, weights: MoEWeights, rows: Tensor) -> None:
-    """What `experts` reads, plain or prepared: shapes by the config, dtype and device of its rows."""
+    """Checks the weights that `experts` reads, plain or prepared: shapes, and the dtype and device of the rows."""
     paths = EXPERT_PATHS if config.lora is None else tuple(EXPERT_DIMS)
     _check_leaves(where, config, weights, leaves_of_weights(weights), rows, "the rows", False, paths)
 
@@ -77,9 +73,9 @@ def _check_leaves(
     any_dtype: bool,
     paths: tuple[Path, ...] | None = None,
 ) -> None:
-    """The weights of these paths, or all, against the dtype and device of a tensor.
+    """Checks the weights of these paths (None: all) against the dtype and device of the tensor `like`.
 
-    leaves: all tensors of the weights.
+    leaves: all tensors of the weights, in the order of WEIGHT_PATHS.
     """
     _check_added_once(where, config, leaves)
     for expected, leaf in zip(expected_weights(config, is_prepared(weights.gate_up)), leaves, strict=True):
@@ -97,34 +93,35 @@ def _check_leaves(
 
 
 def _check_added_once(where: str, config: MoEConfig, leaves: Leaves) -> None:
-    """Of ranks with slices of the same experts one has their bias: their outputs are summed."""
+    """Raises ValueError for a bias on a rank that must not add it: outputs of slices are summed over ranks, so only the
+    first slice adds biases.
+    """
     if config.parallel is None:
         return
     for expected, leaf in zip(expected_weights(config), leaves, strict=True):
         if expected.added_by_others and leaf is not None:
             raise ValueError(
-                f"{where}: {expected.name} is on a rank with another slice than the first; "
-                "expected None, for the slices' outputs are "
-                "summed, and the first slice adds it (shard_weights and load_moe_weights leave it out)"
+                f"{where}: {expected.name} is on a rank whose slice is not the first; expected None, because outputs "
+                "of slices are summed and the first slice adds it (shard_weights and load_moe_weights leave it out)"
             )
 
 
 def check_weight(where: str, expected: Expected, leaf: Tensor | None, device: torch.device) -> None:
-    """One weight against what it is to be: whether it must be there, its shape, its kind of dtype and the device."""
+    """Checks one weight: presence, shape, dtype and device."""
     name, shape = expected.name, expected.shape
     if leaf is None:
         if expected.required and shape is not None:
-            raise ValueError(f"{where}: {name} is None; expected {_words(shape)}, for the config asks for it")
+            raise ValueError(f"{where}: {name} is None; expected {_format_shape(shape)}, which the config requires")
         return
     if shape is None:
-        raise ValueError(f"{where}: {name} is {sizes_of(leaf)}; expected None, for the config has no use for it")
+        raise ValueError(f"{where}: {name} is {sizes_of(leaf)}; expected None, because the config does not use it")
     if leaf.shape != expected.sizes and not _fits(leaf, shape):
-        raise ValueError(f"{where}: {name} is {sizes_of(leaf)}; expected {_words(shape)}")
+        raise ValueError(f"{where}: {name} is {sizes_of(leaf)}; expected {_format_shape(shape)}")
     if expected.dtypes is None:
         check_dtype(where, name, leaf, "integer" if expected.kind == "integer" else "float")
     elif leaf.dtype not in expected.dtypes:
         raise ValueError(
-            f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, expected.dtypes))}, for config.quant"
+            f"{where}: {name} is {leaf.dtype}; expected {' or '.join(map(str, expected.dtypes))} with config.quant"
         )
     if leaf.device != device:
         raise ValueError(f"{where}: {name} is on {leaf.device}; expected the device of x, {device}")
@@ -136,7 +133,7 @@ def _fits(leaf: Tensor, shape: Shape) -> bool:
     )
 
 
-def _words(shape: Shape) -> str:
+def _format_shape(shape: Shape) -> str:
     names, sizes = (
         ", ".join(name for name, _ in shape),
         ", ".join("any" if size == ANY else str(size) for _, size in shape),
@@ -145,11 +142,11 @@ def _words(shape: Shape) -> str:
 
 
 def check_adapters(where: str, config: MoEConfig, lora: LoRAWeights | None) -> None:
-    """Both matrices of a product or none, and one product at least; ValueError in words."""
+    """Checks that adapters have both matrices of a product or neither, and at least one product."""
     if config.lora is None:
         return
     if lora is None:
-        raise ValueError(f"{where}: weights.lora is None; expected LoRAWeights, for the config asks for them")
+        raise ValueError(f"{where}: weights.lora is None; expected LoRAWeights, because config.lora is given")
     products = {"gate_up": (lora.gate_up_a, lora.gate_up_b), "down": (lora.down_a, lora.down_b)}
     for name, (a, b) in products.items():
         if (a is None) != (b is None):
@@ -158,5 +155,5 @@ def check_adapters(where: str, config: MoEConfig, lora: LoRAWeights | None) -> N
             )
     if all(a is None for a, _ in products.values()):
         raise ValueError(
-            f"{where}: weights.lora has no tensors; expected those of gate_up or of down, for the config asks for them"
+            f"{where}: weights.lora has no tensors; expected those of gate_up or of down, because config.lora is given"
         )

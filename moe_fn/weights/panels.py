@@ -1,7 +1,6 @@
-"""The layout of panels: which output lies where, for weights and for what belongs to their outputs. Permutations alone,
-all invertible.
+"""The memory layout of panels, for weights and for values per output (such as scales): invertible permutations.
 
-A panel has 32 columns, outputs of a matrix; one of a gated gate_up has 16 gates, then the 16 ups that match.
+A panel has 32 columns (outputs of a matrix); in a gated gate_up 16 gates, then the 16 ups that match.
 """
 
 import torch
@@ -10,39 +9,39 @@ from torch import Tensor
 from moe_fn.config import MoEConfig
 
 PANEL = 32  # columns of a panel
-STEP_BYTES = 4  # of a column that lie together
+STEP_BYTES = 4  # contiguous bytes of one column
 
 
 def per_step_of(dtype: torch.dtype) -> int:
-    """Inputs (of codes of 4 bits: pairs) that lie together: as many as fit in 32 bits."""
+    """Returns the number of inputs in a step (of 4-bit codes: pairs): as many as fit into 32 bits, at least 1."""
     return max(STEP_BYTES // dtype.itemsize, 1)
 
 
 def num_panels(config: MoEConfig, name: str) -> int:
-    """Panels of gate_up, or of down."""
+    """Returns the number of panels of gate_up or of down."""
     if name == "down":
         return -(-config.expert_hidden_size // PANEL)
     return -(-config.intermediate_size // (PANEL // config.gate_up_parts))
 
 
 def weight_to_panels(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
-    """[E, outputs, in] -> [E, panels, steps, 32 * d]; bytes of codes are what they are."""
+    """Stores a weight in panels: [E, outputs, in] -> [E, panels, steps, 32 * d]. Packed codes stay packed."""
     per_step = per_step_of(weight.dtype)
     by_panel = _to_panels(config, name, _bytes(weight))
     steps: Tensor = _pad(by_panel, 2, per_step).unflatten(2, (-1, per_step)).unflatten(1, (-1, PANEL))
-    return _seen_as(weight.dtype, steps.transpose(2, 3).flatten(3).contiguous())
+    return _view_as(weight.dtype, steps.transpose(2, 3).flatten(3).contiguous())
 
 
 def weight_from_panels(config: MoEConfig, name: str, panels: Tensor, inputs: int) -> Tensor:
-    """The inverse: [E, panels, steps, 32 * d] -> [E, outputs, inputs]; inputs counts elements of the tensor."""
+    """The inverse of weight_to_panels: [E, panels, steps, 32 * d] -> [E, outputs, inputs]; `inputs` counts elements."""
     columns: Tensor = _bytes(panels).unflatten(3, (PANEL, -1))
     columns = columns.transpose(2, 3).flatten(3).flatten(1, 2).narrow(2, 0, inputs)
-    return _seen_as(panels.dtype, _from_panels(config, name, columns).contiguous())
+    return _view_as(panels.dtype, _from_panels(config, name, columns).contiguous())
 
 
 def convert_panels(panels: Tensor, dtype: torch.dtype, inputs: int) -> Tensor:
-    """[E, panels, steps, 32 * d] of floats in another dtype, with its own d: what weight_to_panels makes of the plain
-    weight in that dtype.
+    """Converts panels [E, panels, steps, 32 * d] of floats to another dtype and its d: equals weight_to_panels of the
+    plain weight in that dtype.
     """
     per_step = per_step_of(dtype)
     by_input = panels.unflatten(3, (PANEL, -1)).transpose(3, 4).flatten(2, 3).narrow(2, 0, inputs)
@@ -51,24 +50,22 @@ def convert_panels(panels: Tensor, dtype: torch.dtype, inputs: int) -> Tensor:
 
 
 def columns_to_panels(config: MoEConfig, name: str, values: Tensor) -> Tensor:
-    """Numbers of outputs, [E, outputs, n] -> [E, panels, n, 32]: those of a panel's columns together."""
+    """Stores values per output in panels: [E, outputs, n] -> [E, panels, n, 32]."""
     by_panel: Tensor = _to_panels(config, name, _bytes(values)).unflatten(1, (-1, PANEL))
-    return _seen_as(values.dtype, by_panel.transpose(2, 3).contiguous())
+    return _view_as(values.dtype, by_panel.transpose(2, 3).contiguous())
 
 
 def columns_from_panels(config: MoEConfig, name: str, panels: Tensor) -> Tensor:
-    """The inverse: [E, panels, n, 32] -> [E, outputs, n]."""
-    return _seen_as(panels.dtype, _from_panels(config, name, _bytes(panels).transpose(2, 3).flatten(1, 2)).contiguous())
+    """The inverse of columns_to_panels: [E, panels, n, 32] -> [E, outputs, n]."""
+    return _view_as(panels.dtype, _from_panels(config, name, _bytes(panels).transpose(2, 3).flatten(1, 2)).contiguous())
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.view(torch.uint8) if t.itemsize == 1 else t  # eight-bit floats cannot do all of this
+    return t.view(torch.uint8) if t.itemsize == 1 else t  # float8 lacks some of these ops
 
 
-def _seen_as(dtype: torch.dtype, t: Tensor) -> Tensor:
-    """The same bits as another dtype; as its own it stays what it is, for a view as a dtype has no gradient, not even
-    as the same one.
-    """
+def _view_as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """Returns t.view(dtype), or t if it has the dtype: view(dtype) has no gradient, even for the same dtype."""
     return t if t.dtype == dtype else t.view(dtype)
 
 
@@ -80,7 +77,7 @@ def _pad(weight: Tensor, dim: int, multiple: int) -> Tensor:
 
 
 def _to_panels(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
-    """Outputs in the order of the panels, padded to whole ones."""
+    """Returns outputs in the order of the panels, padded with zeros to a multiple of the panel size."""
     if name == "down" or config.gate_up_parts == 1:
         return _pad(weight, 1, PANEL)
     gates_and_ups: Tensor = (
@@ -93,7 +90,7 @@ def _to_panels(config: MoEConfig, name: str, weight: Tensor) -> Tensor:
 
 
 def _from_panels(config: MoEConfig, name: str, columns: Tensor) -> Tensor:
-    """Outputs in the order of the weights, without padding."""
+    """Returns outputs in the order of plain weights, without padding."""
     if name == "down":
         return columns.narrow(1, 0, config.expert_hidden_size)
     inner = config.intermediate_size

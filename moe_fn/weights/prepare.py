@@ -1,4 +1,4 @@
-"""Weights in the layout that the native kernels read in order: plain tensors in the same record, made once, by hand."""
+"""Prepared weights: gate_up and down stored in panels, the memory layout of the native kernels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,24 +19,26 @@ from moe_fn.weights.panels import (
     weight_from_panels,
     weight_to_panels,
 )
-from moe_fn.weights.shapes import BESIDE, expected_weights, is_prepared, prepared_shapes
+from moe_fn.weights.shapes import PER_TILE, expected_weights, is_prepared, prepared_shapes
 
 NAMES = ("gate_up", "down")
 
 
 def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
-    """The same weights, gate_up and down laid as the back-end that runs them reads them.
+    """Returns the weights with gate_up and down in the memory layout of the back-end that will compute the experts.
 
         gate_up [E, out, in], down [E, out, in]  ->  [E, panels, steps, 32 * d]:  panel of 32 outputs, step of d inputs
 
     with d = 1 for float32 and 2 for bfloat16 (32 bits), outputs and inputs padded with zeros; a panel of a gated
-    gate_up holds 16 gates and their 16 ups. Codes of 8 and 4 bits are laid by their bytes, 4 of a column together;
-    their scales and zero points become [E, panels, tiles of inputs, 32], one for each column. On other devices, dtypes
-    and back-ends, nothing is to be done and the weights come back as they are. The result goes wherever weights go:
-    compile, export, AOTInductor, `.to` another device, safetensors, gradients. Autocast takes weights that are prepared
-    in its own dtype, and codes, as they are; others it converts in every call. It is for inference: plain weights are
-    laid anew in every call. Prepare after loading, for the copy lies in huge pages, which a tensor read from a file
-    does not: on a virtual machine that reads 10 to 20 % faster. Optimizers work on plain weights.
+    gate_up has 16 gates, then their 16 ups. Codes of 8 and 4 bits have 4 bytes of a column in a step; their scales and
+    zero points become [E, panels, tiles of inputs, 32], one for each column. For other devices, dtypes and back-ends
+    the weights are returned unchanged.
+
+    Prepare weights for inference: with plain weights every call makes the panels again. Prepared weights are ordinary
+    tensors for compile, export, AOTInductor, `.to(device)`, safetensors and gradients. Autocast uses weights that are
+    prepared in its dtype, and codes, without conversion; it converts others in every call. Prepare after loading: the
+    copy is in huge pages, which a tensor read from a file is not, and reads 10 to 20 % faster on a virtual machine.
+    Optimizers need plain weights.
 
     Raises ValueError for shapes that do not fit the config.
 
@@ -58,7 +60,7 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     _check("prepare_weights", config, weights)
     computed = weights.gate_up if config.quant is None else weights.gate_up.new_empty(0, dtype=torch.float32)
     if backend_of(config, computed) != "native" or is_prepared(weights.gate_up) or config.lora is not None:
-        return weights  # adapters run by stages, which read plain weights
+        return weights  # LoRA runs as stages, which read plain weights
     quant = weights.quant
     if config.quant is not None:
         if (
@@ -69,33 +71,33 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         ):
             return weights
         quant = None if quant is None else _quant_to_panels(config, quant)
-    # one after the other: the copy that is laid goes before the next comes
+    # One matrix at a time: the temporary of gate_up is freed before the one of down is made.
     gate_up = _in_huge_pages(gate_up_to_panels(config, weights.gate_up))
     down = _in_huge_pages(down_to_panels(config, weights.down))
     return dataclasses.replace(weights, gate_up=gate_up, down=down, quant=quant)
 
 
-def _in_huge_pages(laid: Tensor) -> Tensor:
-    return laid if torch.compiler.is_compiling() or laid.requires_grad else native.in_huge_pages(laid)
+def _in_huge_pages(panels: Tensor) -> Tensor:
+    return panels if torch.compiler.is_compiling() or panels.requires_grad else native.in_huge_pages(panels)
 
 
 def to_panels(config: MoEConfig, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain gate_up and down as panels, whatever the back-end."""
+    """Returns plain gate_up and down in panels, for any back-end."""
     return gate_up_to_panels(config, gate_up), down_to_panels(config, down)
 
 
 def gate_up_to_panels(config: MoEConfig, gate_up: Tensor) -> Tensor:
-    """Plain gate_up as panels."""
+    """Returns plain gate_up in panels."""
     return weight_to_panels(config, "gate_up", _out_in(config, gate_up))
 
 
 def down_to_panels(config: MoEConfig, down: Tensor) -> Tensor:
-    """Plain down as panels."""
+    """Returns plain down in panels."""
     return weight_to_panels(config, "down", _out_in(config, down))
 
 
 def restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
-    """The plain weights that prepare_weights came from, bit for bit; plain weights come back as they are."""
+    """The inverse of prepare_weights, bit for bit; plain weights are returned unchanged."""
     check_layer("restore_weights", config, weights)
     _check("restore_weights", config.own, weights)
     return _restore_weights(config, weights)
@@ -115,8 +117,7 @@ def _restore_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
 
 
 def convert_experts(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
-    """gate_up and down in another dtype, prepared ones as prepare_weights would lay them; as they are in this dtype,
-    and as codes.
+    """Converts gate_up and down to a dtype; prepared ones stay prepared. Codes are returned unchanged.
 
     Laws
         Converting prepared weights is preparing converted ones.
@@ -134,33 +135,34 @@ def convert_experts(config: MoEConfig, weights: MoEWeights, dtype: torch.dtype) 
 
 
 def _quant_to_panels(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
-    """Scales and zero points, one for each column of a panel."""
+    """Returns scales and zero points in panels, one for each column."""
     tile = (None if config.quant is None else config.quant.tile[0]), 1
 
-    def laid(name: str, values: Tensor) -> Tensor:
+    def to_columns(name: str, values: Tensor) -> Tensor:
         outputs = config.expert_hidden_size if name == "down" else config.gate_up_size
-        of_bytes = values.view(torch.uint8) if values.itemsize == 1 else values
-        every = expand_tiles(of_bytes, tile, halves_of(config, name), outputs, values.shape[2])
-        return columns_to_panels(config, name, every.contiguous().view(values.dtype))
+        as_bytes = values.view(torch.uint8) if values.itemsize == 1 else values
+        per_output = expand_tiles(as_bytes, tile, halves_of(config, name), outputs, values.shape[2])
+        return columns_to_panels(config, name, per_output.contiguous().view(values.dtype))
 
-    return _with_beside(quant, laid)
+    return _map_per_tile(quant, to_columns)
 
 
 def _quant_from_panels(config: MoEConfig, quant: QuantWeights) -> QuantWeights:
-    """The inverse: of each tile, what its first column has."""
+    """The inverse of _quant_to_panels: returns the value of each tile's first column."""
 
-    def lifted(name: str, values: Tensor) -> Tensor:
+    def to_tiles(name: str, values: Tensor) -> Tensor:
         columns = columns_from_panels(config, name, values)
         halves = halves_of(config, name)
         tile = None if config.quant is None else config.quant.tile[0]
         first: Tensor = columns.unflatten(1, (halves, -1))[:, :, :: tile or columns.shape[1] // halves]
         return first.flatten(1, 2).contiguous()
 
-    return _with_beside(quant, lifted)
+    return _map_per_tile(quant, to_tiles)
 
 
-def _with_beside(quant: QuantWeights, change: Callable[[str, Tensor], Tensor]) -> QuantWeights:
-    fields = {f"{name}_{what}": (name, getattr(quant, f"{name}_{what}")) for name in NAMES for what in BESIDE}
+def _map_per_tile(quant: QuantWeights, change: Callable[[str, Tensor], Tensor]) -> QuantWeights:
+    """Returns the record with `change(matrix name, tensor)` of its scales and zero points."""
+    fields = {f"{name}_{kind}": (name, getattr(quant, f"{name}_{kind}")) for name in NAMES for kind in PER_TILE}
     return dataclasses.replace(
         quant, **{field: change(name, t) for field, (name, t) in fields.items() if t is not None}
     )

@@ -1,7 +1,4 @@
-"""The shape and dtype of every weight of a layer by its config: plain or prepared, codes or floats.
-
-Derived from the table of weights.
-"""
+"""Shapes and dtypes of all weights of a layer, plain or prepared, floats or codes, from the table of weights."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -24,16 +21,14 @@ from moe_fn.weights.spec import (
     units_of_weight,
 )
 
-BESIDE = ("scale", "zero_point")  # of codes: what is laid with them
-MATRICES: tuple[Path, Path] = (("gate_up",), ("down",))  # what prepare_weights lays
+PER_TILE = ("scale", "zero_point")  # tensors with one value per tile; prepare_weights stores them in panels
+MATRICES: tuple[Path, Path] = (("gate_up",), ("down",))  # weights that prepare_weights stores in panels
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a weight is to be; shape None: it is not to be there, for another rank adds it or the config has no use for
-    it.
-
-    dtypes None: by its kind.
+    """Expected shape and dtypes of a weight. shape=None: the weight must be None, because the config does not use it or
+    because another rank adds it. dtypes=None: any dtype of its kind.
     """
 
     path: Path
@@ -47,26 +42,24 @@ class Expected:
 
 
 def expected_weights(config: MoEConfig, prepared: bool = False) -> tuple[Expected, ...]:
-    """All weights in the order of WEIGHT_PATHS. prepared: what stands beside codes is that of prepared ones.
+    """Returns all expected weights in the order of WEIGHT_PATHS; prepared: with scales and zero points in panels.
 
-    Derived once a config.
+    Cached by config.
     """
     return _expected_weights(config.json, prepared)
 
 
 def expected_prepared(config: MoEConfig, dtype: torch.dtype) -> tuple[Expected, Expected]:
-    """gate_up and down as prepare_weights lays them in this dtype. Derived once a config."""
+    """Returns the expected prepared gate_up and down in this dtype. Cached by config."""
     return _expected_prepared(config.json, dtype)
 
 
 def expected_shapes(config: MoEConfig) -> dict[Path, tuple[Shape, bool]]:
-    """Shape of every weight that fits the config, and whether it must be there; a weight not in the result
-    must not be.
-    """
+    """Returns (shape, whether it is required) of every weight that the config uses; other weights must be None."""
     return {row.path: (row.shape, row.required) for row in expected_weights(config) if row.shape is not None}
 
 
-# Without tracing: what the table says is a constant of a graph, and costs it no guard.
+# Not traced: the result is a constant of the graph and adds no guards.
 @constant_while_tracing
 def _expected_weights(text: str, prepared: bool) -> tuple[Expected, ...]:
     return _expected_of_json(text, prepared)
@@ -80,12 +73,12 @@ def _expected_prepared(text: str, dtype: torch.dtype) -> tuple[Expected, Expecte
 @functools.lru_cache(maxsize=1024)
 def _expected_of_json(text: str, prepared: bool) -> tuple[Expected, ...]:
     config = config_of_json(text)
-    laid = prepared_beside_shapes(config.own) if prepared else {}
+    in_panels = prepared_shapes_per_tile(config.own) if prepared else {}
     others, sizes = added_by_others(config), own_axis_sizes(config)
     rows = []
     for path in WEIGHT_PATHS:
-        there = WEIGHTS[path].there(config) and path not in others
-        row = _expected(config, path, (laid.get(path) or _shape(config, path, sizes)) if there else None)
+        used = WEIGHTS[path].used(config) and path not in others
+        row = _expected(config, path, (in_panels.get(path) or _shape(config, path, sizes)) if used else None)
         rows.append(replace(row, added_by_others=path in others))
     return tuple(rows)
 
@@ -107,7 +100,7 @@ def _expected(config: MoEConfig, path: Path, shape: Shape | None) -> Expected:
 
 
 def _dtypes_of_quant(quant: QuantConfig) -> dict[Kind, tuple[torch.dtype, ...]]:
-    """Dtypes that codes, and what stands beside them, may have."""
+    """Returns the dtypes of codes, scales and zero points."""
     codes = {"e4m3": torch.float8_e4m3fn, "int8": torch.uint8 if quant.zero_points else torch.int8}
     scales = {
         "float": (torch.float32, torch.bfloat16, torch.float16),
@@ -131,21 +124,21 @@ _NAMES = {
     "slots": "num_physical", "logical": "num_experts", "replicas": "max replicas", "1": "1", "all": "1 of all experts",
 }  # fmt: skip
 _NAMES_OF_TILES = ("num_experts", "tiles of outputs", "tiles of inputs")
-_NAMES_OF_WHOLE = ("num_experts", "halves", "1")
+_NAMES_OF_GLOBAL_SCALE = ("num_experts", "halves", "1")
 
 
 def _shape(config: MoEConfig, path: Path, sizes: dict[str, int]) -> Shape:
-    """Name and size of each dim of a weight, with these sizes of axes."""
+    """Returns (name, size) of each dim of a weight, with these sizes of axes."""
     kind, units = WEIGHTS[path].kind, units_of_weight(config, path)
     shape = []
     for place, (dim, unit) in enumerate(zip(dims_of_weight(config, path), units, strict=True)):
         parts, places = parts_and_places(dim, sizes)
         size = size_of(dim, sizes) if unit == 1 else parts * (1 if unit is None else -(-places // unit))
         name = _name(config, dim)
-        if kind in BESIDE:
+        if kind in PER_TILE:
             name = _NAMES_OF_TILES[place]
         elif kind == "global_scale":
-            name = _NAMES_OF_WHOLE[place]
+            name = _NAMES_OF_GLOBAL_SCALE[place]
         elif unit != 1:
             name = f"{name} / {unit}"
         shape.append((name, size))
@@ -163,12 +156,12 @@ def _name(config: MoEConfig, dim: tuple[str, ...]) -> str:
 
 
 def is_prepared(weight: Tensor) -> bool:
-    """Whether a gate_up or down is one that prepare_weights has laid."""
+    """Whether a gate_up or down is prepared, stored in panels."""
     return weight.ndim == 4
 
 
 def prepared_shapes(config: MoEConfig, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of prepared gate_up and down; dtype: theirs, or of codes any of one byte."""
+    """Returns the shapes of prepared gate_up and down in this dtype (of codes: any dtype of one byte)."""
     per_byte, per_step = (
         (1, per_step_of(dtype)) if config.quant is None else (config.quant.per_byte, per_step_of(torch.uint8))
     )
@@ -179,13 +172,13 @@ def prepared_shapes(config: MoEConfig, dtype: torch.dtype) -> tuple[tuple[int, .
     return shape("gate_up", config.expert_hidden_size), shape("down", config.intermediate_size)
 
 
-def prepared_beside_shapes(config: MoEConfig) -> dict[Path, Shape]:
-    """Shapes of scales and zero points that are laid with codes."""
+def prepared_shapes_per_tile(config: MoEConfig) -> dict[Path, Shape]:
+    """Returns the shapes of scales and zero points in panels."""
     names = ("num_experts", "panels", "tiles of inputs", "columns of a panel")
     shapes: dict[Path, Shape] = {}
     if config.quant is None:
         return shapes
     for name, inner in (("gate_up", config.expert_hidden_size), ("down", config.intermediate_size)):
         sizes = config.num_experts, num_panels(config, name), -(-inner // (config.quant.tile[1] or inner)), PANEL
-        shapes |= {("quant", f"{name}_{what}"): tuple(zip(names, sizes, strict=True)) for what in BESIDE}
+        shapes |= {("quant", f"{name}_{kind}"): tuple(zip(names, sizes, strict=True)) for kind in PER_TILE}
     return shapes
