@@ -1,10 +1,10 @@
-"""The naive reference: the whole layer in float64, one token and one expert at a time.
+"""Reference implementation: the whole layer in float64, one token and one expert at a time.
 
-This package says what the layer means, and judges the fast path; so it imports nothing that it judges, uses no trick,
-and is slow. Gradients to x, the logits and every weight come from autograd. Read `layer.py` first.
+This package defines what the layer computes. It imports nothing of the code that is compared with it, and is slow.
+Gradients of x, the logits and every weight come from autograd. Read `layer.py` first.
 
-Options about speed and precision have no meaning here and are ignored: gate_dtype, score_dtype, chunk_tokens,
-recompute, batch_invariant, backend, opaque.
+Options of speed and precision are ignored: gate_dtype, score_dtype, chunk_tokens, recompute, batch_invariant, backend,
+opaque.
 """
 
 from moe_fn.reference.layer import moe_forward, moe_forward_routed

@@ -1,4 +1,4 @@
-"""Activations of one vector, as `moe_fn.config.ActivationConfig` writes them."""
+"""Reference activations of one vector, as defined by `moe_fn.config.ActivationConfig`."""
 
 import math
 from typing import Literal
@@ -12,7 +12,7 @@ from moe_fn.config import ActivationConfig
 def activate(activation: ActivationConfig, h: Tensor, layout: Literal["packed", "interleaved"] = "packed") -> Tensor:
     """The activation of the gate-and-up product h.
 
-        gated:      f(min(g, limit)) * (clamp(u, -limit, limit) + up_offset), or min(f(g), limit) for the first factor
+        gated:      f(min(g, limit)) * (clamp(u, -limit, limit) + up_offset), or with min(f(g), limit) as first factor
         not gated:  f(h)
 
     h [2 I] float64 (g and u: halves, or even and odd entries) -> [I]; not gated: h [I] -> [I].
@@ -27,7 +27,7 @@ def activate(activation: ActivationConfig, h: Tensor, layout: Literal["packed", 
 
 
 def gate_factor(activation: ActivationConfig, gate: Tensor) -> Tensor:
-    """f(g), limited from above only, before or after f."""
+    """f(g), limited from above, before or after f."""
     if activation.limit is None:
         return gate_function(activation, gate)
     if activation.limit_at == "input":
@@ -45,7 +45,7 @@ def up_factor(activation: ActivationConfig, up: Tensor) -> Tensor:
 
 
 def gate_function(activation: ActivationConfig, g: Tensor) -> Tensor:
-    """The function itself, entry by entry."""
+    """The elementwise function f."""
     if activation.function == "silu":
         return g * torch.sigmoid(activation.alpha * g)
     if activation.function == "gelu":
@@ -58,4 +58,4 @@ def gate_function(activation: ActivationConfig, g: Tensor) -> Tensor:
         return torch.relu(g) ** 2
     if activation.function == "situ" and activation.gate_cap is not None:
         return activation.gate_cap * torch.tanh(g / activation.gate_cap) * torch.sigmoid(g)
-    raise ValueError(f"ActivationConfig.function={activation.function!r}: the reference does not know it")
+    raise ValueError(f"ActivationConfig.function={activation.function!r}: the reference does not implement it")

@@ -1,4 +1,4 @@
-"""What one expert, and the shared experts, make of one token."""
+"""Reference output of one expert, and of the shared experts, for one token."""
 
 from dataclasses import dataclass
 
@@ -27,9 +27,9 @@ class Expert:
 
 
 def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
-    """The experts one by one, as [out, in] matrices whatever the layout."""
+    """The weights of each expert, as [out, in] matrices in any weight_layout."""
 
-    def one_by_one(tensor: Tensor | None) -> list[Tensor | None]:
+    def by_expert(tensor: Tensor | None) -> list[Tensor | None]:
         return [None] * config.num_experts if tensor is None else list(tensor.unbind(0))
 
     def matrices(name: str) -> list[Tensor]:
@@ -39,8 +39,8 @@ def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
 
     quant = weights.quant or QuantWeights()
     columns = zip(
-        matrices("gate_up"), matrices("down"), one_by_one(weights.gate_up_bias), one_by_one(weights.down_bias),
-        one_by_one(weights.expert_norm), one_by_one(quant.gate_up_input_scale), one_by_one(quant.down_input_scale),
+        matrices("gate_up"), matrices("down"), by_expert(weights.gate_up_bias), by_expert(weights.down_bias),
+        by_expert(weights.expert_norm), by_expert(quant.gate_up_input_scale), by_expert(quant.down_input_scale),
         strict=True,
     )  # fmt: skip
     return [
@@ -51,8 +51,8 @@ def experts_of_weights(config: MoEConfig, weights: MoEWeights) -> list[Expert]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """What rounding of inputs needs to know of a call: largest inputs of gate_up and of down, where one scale serves
-    all rows.
+    """Parameters of a call for the rounding of inputs: largest absolute inputs of gate_up and down, where one scale is
+    shared by all rows.
     """
 
     gate_up_amax: float | None = None
@@ -61,7 +61,7 @@ class Rounding:
 
 
 def rounded_input(config: MoEConfig, expert: Expert, name: str, v: Tensor, rounding: Rounding) -> Tensor:
-    """The input of gate_up or down as config.quant.activations rounds it."""
+    """The input of gate_up or down, rounded by config.quant.activations."""
     if config.quant is None or config.quant.activations is None:
         return v
     static = getattr(expert, f"{name}_input_scale")
@@ -76,9 +76,7 @@ def rounded_input(config: MoEConfig, expert: Expert, name: str, v: Tensor, round
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The low-rank matrices of one adapter for one expert: a [rank, in], b [out, rank] of each product, None where it
-    has none.
-    """
+    """The low-rank matrices of one adapter for one expert: a [rank, in] and b [out, rank] of each product, or None."""
 
     gate_up_a: Tensor | None
     gate_up_b: Tensor | None
@@ -87,12 +85,15 @@ class Adapter:
 
 
 def adapter_of_expert(config: MoEConfig, weights: MoEWeights, adapter_id: int, expert_id: int) -> Adapter | None:
-    """The matrices of an adapter for an expert; None for ids of no adapter. An expert dim of 1 is all experts'."""
+    """The matrices of an adapter for an expert; None for ids without an adapter.
+
+    A tensor whose expert dim is 1 is shared by all experts.
+    """
     if config.lora is None or not 0 <= adapter_id < config.lora.num_adapters:
         return None
     lora = weights.lora
     if lora is None:
-        raise ValueError("weights.lora is None; expected tensors, for the config asks for them")
+        raise ValueError("weights.lora is None; expected tensors, since config.lora is given")
 
     def of_expert(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[adapter_id][0 if len(tensor[adapter_id]) == 1 else expert_id]
@@ -113,7 +114,7 @@ def low_rank(a: Tensor | None, b: Tensor | None, v: Tensor) -> Tensor | float:
 def hidden_of_expert(
     config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None, rounding: Rounding | None = None
 ) -> Tensor:
-    """What the second product of an expert gets, before it is rounded: v [Hx] -> [I]."""
+    """The input of an expert's second product, before rounding: v [Hx] -> [I]."""
     h = linear(expert.gate_up, rounded_input(config, expert, "gate_up", v, rounding or Rounding()), expert.gate_up_bias)
     if adapter is not None:
         h = h + low_rank(adapter.gate_up_a, adapter.gate_up_b, v)
@@ -123,13 +124,13 @@ def hidden_of_expert(
 def expert_output(
     config: MoEConfig, expert: Expert, v: Tensor, adapter: Adapter | None = None, rounding: Rounding | None = None
 ) -> Tensor:
-    """One expert on one vector.
+    """The output of one expert for one vector.
 
-        o = down @ activation(gate_up @ v + gate_up_bias) + down_bias, then the expert norm if there is one
+        o = down @ activation(gate_up @ v + gate_up_bias) + down_bias, then the expert norm if configured
 
     With an adapter each matrix W is W + b @ a.
 
-    v [Hx] float64 -> [Hx] float64. Source: semantics.md 3.1; the norm: Muse-Spark.
+    v [Hx] float64 -> [Hx] float64. Source: vLLM's Triton experts; the norm: Muse-Spark.
 
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1, activation="relu")
     >>> expert = Expert(gate_up=torch.tensor([[1.0], [5.0]]), down=torch.tensor([[2.0]]), gate_up_bias=None,
@@ -152,12 +153,12 @@ def expert_output(
 def shared_output(
     shared: SharedExpertsConfig, weights: SharedWeights, x: Tensor, shared_weights: Tensor | None
 ) -> Tensor:
-    """The shared experts on one token: a dense MLP of the original x.
+    """The output of the shared experts for one token: a dense MLP of the original x.
 
         down @ (activation(gate_up @ x + gate_up_bias) * weight of each column) + down_bias, times sigmoid(x . gate) if
-        gated so
+        shared.gate is "sigmoid"
 
-    x [H], shared_weights [count] (where the router weighs them) -> [H]. Source: semantics.md 5.1 (Qwen2-MoE), Inkling.
+    x [H], shared_weights [count] (if shared.gate is "router") -> [H]. Source: Qwen2-MoE, Inkling.
     """
     h = linear(weights.gate_up, x, weights.gate_up_bias)
     a = activate(as_activation(shared.activation), h)

@@ -1,4 +1,4 @@
-"""The whole layer, token by token."""
+"""Reference layer, one token at a time."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,21 +33,21 @@ def moe_forward(
     token_mask: Tensor | None = None,
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """The layer: every token visits its top_k experts, and their outputs are added by routing weight.
+    """The layer: the sum of the outputs of each token's top_k experts, weighted by the router.
 
         y_t = sum over slots (e, w) of w * expert_e(x_t)  + shared experts + zero experts
 
     x [..., H] and logits [..., num_logits] of any float dtype (without logits: x @ router.gate.T + router.bias),
     token_ids [...] ints for hash routing, token_mask [...] bool, False for padding, whose result is 0, adapter_ids
     [...] ints, the LoRA adapter of each token (None: 0) -> [..., H] float64.
-    Source: semantics.md 5; Shazeer et al. 2017 (arXiv 1701.06538).
+    Source: Shazeer et al. 2017 (arXiv 1701.06538); order of operations: vLLM's MoE runner.
 
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1, activation="relu_no_mul")
     >>> weights = MoEWeights(gate_up=torch.ones(2, 1, 1), down=torch.tensor([[[10.0]], [[20.0]]]))
     >>> moe_forward(config, weights, torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0, 5.0], [5.0, 0.0]])).tolist()
     [[20.0], [20.0]]
     """
-    if logits is None:  # they count as logits of x's dtype
+    if logits is None:  # scores are compared as if logits had x's dtype
         logits, logits_dtype = gate_logits(config, float64_weights(weights), x, token_mask), x.dtype
         logits = logits.reshape(*x.shape[:-1], config.num_logits)
     else:
@@ -65,12 +65,12 @@ def moe_forward(
 def moe_forward_routed(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, *, token_mask: Tensor | None = None
 ) -> Tensor:
-    """The layer after routing: `moe_forward` for a routing that somebody else made.
+    """The layer after routing: `moe_forward` for a given routing.
 
         y_t = sum over slots (e, w) of w * expert_e(x_t)  + shared experts + zero experts
 
-    x [..., H], routing.expert_ids and .weights [T, top_k] (slots with other ids than those of experts add nothing),
-    token_mask [...] bool -> [..., H] float64. Source: semantics.md 5.
+    x [..., H], routing.expert_ids and .weights [T, top_k] (slots with ids that are no expert's add nothing),
+    token_mask [...] bool -> [..., H] float64.
 
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=1, activation="relu_no_mul")
     >>> weights = MoEWeights(gate_up=torch.ones(1, 1, 1), down=torch.ones(1, 1, 1))
@@ -98,7 +98,7 @@ def moe_forward_routed(
                     config, weights64, experts, row, slots_of_row, rounding, is_float16=x.dtype == torch.float16
                 )
             )
-        else:  # the row is not read: it may hold anything
+        else:  # padding is not read: it may have any values
             outputs.append(row.new_zeros(config.hidden_size))
     zero = zero_of(x, routing.weights, routing.shared_weights, *leaves_of_weights(weights))
     return (stack_rows(outputs, config.hidden_size, zero) + zero).reshape(*x.shape[:-1], config.hidden_size)
@@ -106,7 +106,7 @@ def moe_forward_routed(
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """The routing of one token: ids (top_k of them), weights [top_k], shared_weights [shared experts], all float64; its
+    """The routing of one token: top_k ids, weights [top_k] and shared_weights [shared experts] in float64, LoRA
     adapter.
     """
 
@@ -117,7 +117,7 @@ class Slots:
 
 
 def slots_of_tokens(config: MoEConfig, routing: Routing) -> list[Slots]:
-    """The routing, token by token."""
+    """The routing of each token."""
     ids = routing.expert_ids.reshape(-1, config.top_k).tolist()
     weights = routing.weights.to(torch.float64).reshape(-1, config.top_k).unbind(0)
     adapters = [0] * len(ids) if routing.adapter_ids is None else routing.adapter_ids.reshape(-1).tolist()
@@ -129,7 +129,7 @@ def slots_of_tokens(config: MoEConfig, routing: Routing) -> list[Slots]:
 
 
 def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """The router's logits gate @ v + bias, v the original x or the routed input.
+    """The router's logits gate @ v + bias, where v is the original x or the routed input.
 
     x [..., H] -> [T, num_logits] float64.
     """
@@ -143,8 +143,8 @@ def gate_logits(config: MoEConfig, weights: MoEWeights, x: Tensor, token_mask: T
         elif config.router.gate_input == "transformed":
             logits.append(linear(gate, routed_input(config, weights, row), router.bias))
         else:
-            seen = rms_norm(row, config.norms.epsilon) if config.norms is not None and config.norms.gate else row
-            logits.append(linear(gate, seen, router.bias))
+            v = rms_norm(row, config.norms.epsilon) if config.norms is not None and config.norms.gate else row
+            logits.append(linear(gate, v, router.bias))
     zero = zero_of(x, gate, router.bias)
     return stack_rows(logits, config.num_logits, zero) + zero
 
@@ -156,7 +156,7 @@ def rounding_of_call(
     tokens: list[tuple[Tensor, Slots]],
     dtype: torch.dtype,
 ) -> Rounding:
-    """Largest inputs of both products over all rows, where activations are rounded with one scale for a call."""
+    """Largest absolute inputs of both products over all rows, where activations are rounded with one scale per call."""
     single = dtype != torch.float64
     activations = None if config.quant is None else config.quant.activations
     if activations is None or activations.granularity != "tensor" or activations.static:
@@ -175,7 +175,7 @@ def rounding_of_call(
 
 @dataclass(frozen=True, kw_only=True)
 class Visit:
-    """One slot of a token that has an expert: the expert, its adapter, what it sees, and how much it counts."""
+    """One slot of a token that has an expert: the expert, its adapter, its input v, and the weight of its output."""
 
     expert: Expert
     adapter: Adapter | None
@@ -184,8 +184,8 @@ class Visit:
 
 
 def visits(config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Tensor, slots: Slots) -> list[Visit]:
-    """The slots (e, w) of one token: expert_e sees v and counts w, or sees w * v and counts 1 with
-    weight_on="input".
+    """The slots (e, w) of one token that have an expert: input v and weight w; with weight_on="input", input w * v and
+    weight 1.
     """
     found = []
     for expert_id, weight in zip(slots.ids, slots.weights.unbind(0), strict=True):
@@ -193,8 +193,8 @@ def visits(config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Ten
             continue  # no expert (-1), or a zero expert
         on_input = config.router.weight_on == "input"
         adapter = adapter_of_expert(config, weights, slots.adapter, expert_id)
-        seen, counts = (weight * v, 1.0) if on_input else (v, weight)
-        found.append(Visit(expert=experts[expert_id], adapter=adapter, v=seen, weight=counts))
+        inputs, factor = (weight * v, 1.0) if on_input else (v, weight)
+        found.append(Visit(expert=experts[expert_id], adapter=adapter, v=inputs, weight=factor))
     return found
 
 
@@ -208,9 +208,9 @@ def token_output(
     *,
     is_float16: bool,
 ) -> Tensor:
-    """The layer on one token: x [H] -> [H]."""
+    """The output of the layer for one token: x [H] -> [H]."""
     v = routed_input(config, weights, x)
-    # what hidden_padding appended is cut off
+    # without the zeros of hidden_padding
     y = routed_sum(config, weights, experts, v, slots, rounding)[: config.routed_size]
     factor, scale_on = config.router.routed_scaling_factor, config.router.scale_on
     scale_shared = scale_on == "output_float16_safe" and is_float16 and config.shared is not None
@@ -219,7 +219,7 @@ def token_output(
     y = routed_output(config, weights, y)
     if config.shared is not None:
         if weights.shared is None:
-            raise ValueError("weights.shared is None; expected weights, for the config asks for them")
+            raise ValueError("weights.shared is None; expected weights, since config.shared is given")
         shared = shared_output(config.shared, weights.shared, x, slots.shared_weights)
         y = y + (shared / factor if scale_shared else shared)
         if config.shared.combine == "average":
@@ -231,7 +231,10 @@ def token_output(
 
 
 def routed_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
-    """What the experts see: x, in the latent space if there is one, with zeros appended. x [H] -> [Hx]."""
+    """The experts' input: x, normalized and projected to the latent space as configured, with hidden_padding zeros.
+
+    x [H] -> [Hx].
+    """
     v = x
     if config.norms is not None and config.norms.input:
         v = rms_norm(v, config.norms.epsilon) * needed(weights.input_norm, "weights.input_norm")
@@ -246,7 +249,7 @@ def routed_input(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
 def routed_sum(
     config: MoEConfig, weights: MoEWeights, experts: list[Expert], v: Tensor, slots: Slots, rounding: Rounding
 ) -> Tensor:
-    """sum over slots of weight * expert(what it sees). v [Hx] -> [Hx]."""
+    """Sum over slots of weight * expert(input): v [Hx] -> [Hx]."""
     total = torch.zeros_like(v)
     for visit in visits(config, weights, experts, v, slots):
         total = total + visit.weight * expert_output(config, visit.expert, visit.v, visit.adapter, rounding)
@@ -254,7 +257,7 @@ def routed_sum(
 
 
 def routed_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
-    """The experts' sum back in the model's space: y [L or H] -> [H]."""
+    """Projection of the experts' sum from the latent space, if any: y [L or H] -> [H]."""
     if config.latent is None:
         return y
     latent = latent_weights(weights)
@@ -264,9 +267,9 @@ def routed_output(config: MoEConfig, weights: MoEWeights, y: Tensor) -> Tensor:
 
 
 def zero_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, slots: Slots) -> Tensor:
-    """sum over the slots of zero experts: w * x, nothing, or w * constant. x [H] -> [H].
+    """Sum over the slots of zero experts: w * x, 0, or w * constant. x [H] -> [H].
 
-    Source: semantics.md 1.6, 1.7.
+    Source: LongCat-Flash (identity), MoNE (constant).
     """
     total = torch.zeros_like(x)
     if config.zero_experts is None:
@@ -284,5 +287,5 @@ def zero_experts(config: MoEConfig, weights: MoEWeights, x: Tensor, slots: Slots
 def latent_weights(weights: MoEWeights) -> LatentWeights:
     """The latent projections, or a ValueError."""
     if weights.latent is None:
-        raise ValueError("weights.latent is None; expected weights, for the config asks for them")
+        raise ValueError("weights.latent is None; expected weights, since config.latent is given")
     return weights.latent

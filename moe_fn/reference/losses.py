@@ -1,4 +1,4 @@
-"""The balancing losses, term by term."""
+"""Reference balancing losses, summed term by term."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from moe_fn.reference.tensors import is_real, zero_of
 
 
 def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
-    """How large the logits are.
+    """Router z-loss.
 
         mean over tokens of log(sum_e exp(z_e))^2
 
@@ -27,11 +27,11 @@ def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor
 def load_balancing_loss(
     scores: Tensor, expert_ids: Tensor, num_experts: int, *, token_mask: Tensor | None = None
 ) -> Tensor:
-    """How far the experts are from equal shares; top_k when they are balanced.
+    """Load-balancing loss; top_k when experts are balanced.
 
         E * sum_e (slots of e / T) * (mean over tokens of scores_e)
 
-    scores [..., E] of any float dtype, expert_ids [..., top_k] ints (-1 counts for nobody), token_mask [...] bool -> []
+    scores [..., E] of any float dtype, expert_ids [..., top_k] ints (-1 is not counted), token_mask [...] bool -> []
     float64, 0 without tokens. Source: Switch, arXiv 2101.03961 eq. 4-6; over all slots as Mixtral in transformers.
 
     >>> load_balancing_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]]), 2)
@@ -49,12 +49,12 @@ def load_balancing_loss(
 def sequence_balancing_loss(
     scores: Tensor, expert_ids: Tensor, num_experts: int, *, token_mask: Tensor | None = None
 ) -> Tensor:
-    """How far the experts are from equal shares inside each sequence; 1 when they are balanced.
+    """Sequence-wise balancing loss; 1 when experts are balanced.
 
         mean over sequences of sum_e f_e P_e,  f_e = E / (k S) * slots of e, P_e = mean over tokens of scores_e /
                                                sum(scores)
 
-    scores [B, S, E] of any float dtype, expert_ids [B, S, k] ints (-1 counts for nobody), token_mask [B, S] bool -> []
+    scores [B, S, E] of any float dtype, expert_ids [B, S, k] ints (-1 is not counted), token_mask [B, S] bool -> []
     float64; a sequence without tokens is 0. Source: DeepSeek-V3, arXiv 2412.19437 eq. 17-20.
 
     >>> sequence_balancing_loss(torch.ones(1, 2, 2), torch.tensor([[[0], [1]]]), 2)
@@ -73,13 +73,13 @@ def sequence_balancing_loss(
 
 
 def real_rows(values: Tensor, token_mask: Tensor | None) -> list[Tensor]:
-    """The rows [values.shape[-1]] of tokens that are no padding, in float64."""
+    """The rows [values.shape[-1]] of tokens that are not padding, in float64."""
     rows = values.to(torch.float64).reshape(-1, values.shape[-1]).unbind(0)
     return [row for row, real in zip(rows, is_real(token_mask, len(rows)), strict=True) if real]
 
 
 def real_ids(expert_ids: Tensor, token_mask: Tensor | None) -> list[int]:
-    """The ids in all slots of tokens that are no padding."""
+    """The ids of all slots of tokens that are not padding."""
     rows = expert_ids.reshape(-1, expert_ids.shape[-1]).tolist()
     return [
         expert_id for row, real in zip(rows, is_real(token_mask, len(rows)), strict=True) if real for expert_id in row
@@ -87,5 +87,5 @@ def real_ids(expert_ids: Tensor, token_mask: Tensor | None) -> list[int]:
 
 
 def count_of(expert: int, ids: list[int]) -> int:
-    """How many slots went to the expert."""
+    """The number of slots of an expert."""
     return sum(expert_id == expert for expert_id in ids)

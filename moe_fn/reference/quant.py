@@ -1,4 +1,4 @@
-"""Codes as float64 numbers, one place at a time; and inputs of products rounded by search through all numbers of a
+"""Reference quantization: codes of weights decoded in float64, and inputs rounded by search over all numbers of a
 format.
 """
 
@@ -31,15 +31,15 @@ def numbers_of(scheme: str) -> list[float]:
 
 
 def matrices(config: MoEConfig, weights: MoEWeights, name: str) -> list[Tensor]:
-    """gate_up or down of each expert, float64 [out, in].
+    """gate_up or down of each expert, decoded: float64 [out, in].
 
         W[n, k] = (q[n, k] - zero[i, j]) * scale[i, j] * global[half of n], (i, j) the tile of (n, k)
 
-    Source: semantics.md 3.4.
+    Source: vLLM's quantization schemes.
     """
     quant, stored = config.quant, weights.quant
     if quant is None or stored is None:
-        raise ValueError("weights.quant is None; expected scales, for config.quant asks for them")
+        raise ValueError("weights.quant is None; expected scales, since config.quant is given")
     codes = getattr(weights, name)
     if quant.scheme in ("int4", "mxfp4", "nvfp4"):
         codes = torch.stack([codes % 16, codes // 16], -1).reshape(codes.shape[0], codes.shape[1], -1)
@@ -78,7 +78,7 @@ def places(quant: QuantConfig, halves: int, outputs: int, inputs: int) -> tuple[
 
 
 def code_values(quant: QuantConfig, codes: Tensor) -> Tensor:
-    """What codes are worth before zero points and scales."""
+    """Values of codes before zero points and scales."""
     if quant.scheme in ("mxfp4", "nvfp4"):
         return torch.tensor(E2M1, dtype=torch.float64, device=codes.device)[codes.to(torch.int64)]
     values = codes.to(torch.float64)
@@ -100,8 +100,7 @@ def rounded(
 ) -> Tensor:
     """v [K] float64, rounded to codes times scales; the gradient passes through.
 
-    Scales and quotients are rounded to float32 where `single`, as the published kernels compute them. Source:
-    semantics.md 3.4.
+    Scales and quotients are rounded to float32 if `single`, as in vLLM's kernels.
 
     >>> a = ActivationQuantConfig(scheme="int8", granularity="token")
     >>> rounded(a, torch.tensor([1.0, 0.4999, -0.0039], dtype=torch.float64)) * 127
@@ -161,7 +160,7 @@ def table_of_e4m3(like: Tensor) -> Tensor:
 
 
 def _log2(value: float, rounding: object) -> int:
-    """Exact floor or ceil of log2, for a positive number; a very low one for 0."""
+    """Exact floor or ceil of log2 of a positive number; -10000 for 0."""
     if value == 0:
         return -10000
     mantissa, exponent = math.frexp(value)
@@ -173,7 +172,7 @@ def _single(value: float, single: bool) -> float:
 
 
 def nearest(table: Tensor, values: Tensor) -> Tensor:
-    """The nearest entries of an ascending table; of two as near, the one of even place counted from 0's. NaN stays."""
+    """The nearest entries of an ascending table; ties go to the entry at an even distance from 0's. NaN stays NaN."""
     zero = int((table == 0).nonzero()[0])
     above = torch.searchsorted(table, values.nan_to_num()).clamp(max=len(table) - 1)
     below = (above - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""From the logits of a token to the experts it visits and how much each counts."""
+"""Reference router: expert ids and weights of each token from its logits."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def route(
     token_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> Routing:
-    """Choose top_k experts for every token, and their weights.
+    """The top_k expert ids of every token and their weights.
 
         z = softcap(logits * multiplier);  ids = top_k(score(z) + correction_bias);  w = score(z)[ids]
         w = w / norm(w) * expert_scale[ids] * routed_scaling_factor
@@ -25,7 +25,7 @@ def route(
     logits [..., num_logits] of any float dtype, token_ids [...] ints, token_mask [...] bool (False: padding) ->
     expert_ids [T, top_k] int64 (-1 on padding), weights [T, top_k] float64 (0 on padding), shared_weights [T, shared
     experts].
-    Source: semantics.md 1 (Mixtral, DeepSeek-V2/V3/V4, Phi-3.5-MoE, Llama-4, Gemma-4, Inkling).
+    Source: Mixtral, DeepSeek-V2/V3/V4, Phi-3.5-MoE, Llama-4, Gemma-4, Inkling.
 
     >>> config = MoEConfig(num_experts=3, top_k=2, hidden_size=1, intermediate_size=1)
     >>> weights = MoEWeights(gate_up=torch.zeros(3, 2, 1), down=torch.zeros(3, 1, 1))
@@ -44,9 +44,9 @@ def route_comparing_in(
     token_ids: Tensor | None,
     token_mask: Tensor | None,
 ) -> Routing:
-    """`route`, where float64 logits may stand for logits of another dtype.
+    """`route` with the comparison of scores in the precision for `logits_dtype`, which may differ from logits.dtype.
 
-    Scores are compared in float32 unless the logits are float64, so that what ties in float32 ties here too.
+    Scores are compared in float32 unless logits_dtype is float64, so that ties in float32 are ties here too.
     """
     compare_in = torch.float64 if logits_dtype == torch.float64 else torch.float32
     router = float64_weights(weights).router or RouterWeights()
@@ -59,13 +59,13 @@ def route_comparing_in(
     for row, ids_of_hash, real in zip(rows, hashed, is_real(token_mask, len(rows)), strict=True):
         if real:
             ids, slot_weights, shared_weights = route_token(config, router, row, ids_of_hash, compare_in)
-        else:  # the row is not read: it may hold anything
+        else:  # padding is not read: it may have any values
             ids, slot_weights, shared_weights = (
                 [-1] * config.top_k,
                 row.new_zeros(config.top_k),
                 row.new_zeros(shared_count),
             )
-        all_ids.append(list(ids))  # a copy: tokens of equal token ids share a row of the table
+        all_ids.append(list(ids))  # a copy: tokens with equal token ids share a row of the table
         all_weights.append(slot_weights)
         all_shared.append(shared_weights)
     if config.router.capacity is not None:
@@ -83,9 +83,10 @@ def route_comparing_in(
 def drop_beyond_capacity(
     config: MoEConfig, capacity: int, sequence: int, ids: list[list[int]], weights: list[Tensor]
 ) -> None:
-    """Ids become -1 and weights 0 (in the lists) once an expert has had its capacity of slots in a sequence of tokens.
+    """Drops slots beyond an expert's capacity in each sequence of tokens: sets ids to -1 and weights to 0 in the lists.
 
-    First choices of all tokens come before second choices. Source: Switch (arXiv 2101.03961), GShard (2006.16668).
+    First choices of all tokens take precedence over second choices. Source: Switch (arXiv 2101.03961), GShard
+    (2006.16668).
     """
     for start in range(0, len(ids), max(sequence, 1)):
         taken = [0] * config.num_experts
@@ -105,7 +106,7 @@ def drop_beyond_capacity(
 def hashed_ids(
     config: MoEConfig, router: RouterWeights, token_ids: Tensor | None, tokens: int
 ) -> list[list[int] | None]:
-    """For every token the experts that its token id stands for; None where the logits choose."""
+    """The expert ids of every token in the hash table of token ids; None unless the selection is "hash"."""
     if config.router.selection != "hash":
         return [None] * tokens
     table = needed(router.expert_ids_of_token, "weights.router.expert_ids_of_token").tolist()
@@ -117,7 +118,7 @@ def hashed_ids(
 def route_token(
     config: MoEConfig, weights: RouterWeights, row: Tensor, ids_of_hash: list[int] | None, compare_in: torch.dtype
 ) -> tuple[list[int], Tensor, Tensor]:
-    """One token: row [num_logits] -> ids (top_k of them), weights [top_k], shared_weights [shared experts or 0]."""
+    """Routing of one token: row [num_logits] -> top_k ids, weights [top_k], shared_weights [shared experts or 0]."""
     router = config.router
     z = row * router.logit_multiplier
     if router.logit_softcap is not None:
@@ -144,14 +145,14 @@ def route_token(
 
 
 def weights_of_ids(router: RouterConfig, z: Tensor, ids: list[int]) -> Tensor:
-    """What the ids score among all choices, or among themselves. An id that is no choice (-1) scores 0."""
+    """Scores of the ids, normalized over all choices or over the ids. The score of an id out of range (-1) is 0."""
     if router.scoring_order == "before_top_k":
         return pick(score(router.scoring, z), ids, missing=0.0)
     return score(router.scoring, pick(z, ids, missing=-torch.inf))
 
 
 def top_k(config: MoEConfig, weights: RouterWeights, z: Tensor, compare_in: torch.dtype) -> tuple[list[int], Tensor]:
-    """The top_k best choices and their scores; correction_bias counts for the choice, not for the scores."""
+    """The top_k best choices and their scores; correction_bias changes the choice, not the scores."""
     router = config.router
     by_logits = router.correction_bias == "logits" or (
         router.scoring_order == "after_top_k" and router.correction_bias == "none"
@@ -173,7 +174,7 @@ def top_k(config: MoEConfig, weights: RouterWeights, z: Tensor, compare_in: torc
 
 
 def best_of_each_group(groups: GroupConfig, values: Tensor, count: int) -> list[int]:
-    """The best count / groups of every group of consecutive choices, group after group."""
+    """The best count / groups of every group of consecutive choices, in the order of groups."""
     size = len(values) // groups.count
     return [
         g * size + i
@@ -183,13 +184,13 @@ def best_of_each_group(groups: GroupConfig, values: Tensor, count: int) -> list[
 
 
 def in_kept_groups(groups: GroupConfig, values: Tensor) -> Tensor:
-    """Which choices [choices] bool are in one of the best groups.
+    """Whether each choice is in one of the best groups: [choices] bool.
 
-    A group is worth its best value, or its two best together.
+    The score of a group is its best value, or the sum of its two best.
     """
     by_group = values.reshape(groups.count, -1)
-    worth = by_group.topk(2).values.sum(1) if groups.score == "top2_sum" else by_group.amax(1)
-    kept = best(worth, groups.top_k)
+    group_scores = by_group.topk(2).values.sum(1) if groups.score == "top2_sum" else by_group.amax(1)
+    kept = best(group_scores, groups.top_k)
     size = by_group.shape[1]
     return torch.tensor([choice // size in kept for choice in range(len(values))], device=values.device)
 
@@ -204,9 +205,9 @@ def norm_of_weights(router: RouterConfig, chosen: Tensor) -> Tensor:
 
 
 def sparsemixer(router: RouterConfig, z: Tensor, compare_in: torch.dtype) -> tuple[list[int], Tensor]:
-    """The two best logits, each weighed by a softmax over the logits near it, the second without the first.
+    """The two best logits, each weighted by a softmax over the logits near it, the second without the first.
 
-    m = z[id];  e is near unless (m - z_e) / max(|z_e|, m) > 2 epsilon.  Source: semantics.md 1.5 (Phi-3.5-MoE).
+    m = z[id];  e is near unless (m - z_e) / max(|z_e|, m) > 2 epsilon.  Source: Phi-3.5-MoE.
     """
     first, second = best(comparable(z, compare_in), 2)
     without_first = torch.where(torch.arange(len(z), device=z.device) == first, -torch.inf, z)
@@ -216,7 +217,7 @@ def sparsemixer(router: RouterConfig, z: Tensor, compare_in: torch.dtype) -> tup
 
 
 def weight_among_near(router: RouterConfig, z: Tensor, candidates: Tensor, chosen: int) -> Tensor:
-    """softmax(candidates, those far from z[chosen] left out)[chosen]. A comparison with NaN is false: it stays."""
+    """softmax(candidates without those far from z[chosen])[chosen]. NaN compares as false, so it is kept."""
     top = z[chosen].detach()
     far = (top - z.detach()) / torch.maximum(z.detach().abs(), top) > 2.0 * router.sparsemixer_epsilon
     return score("softmax", torch.where(far, -torch.inf, candidates))[chosen]
