@@ -1,11 +1,10 @@
-"""Tools to test a layer with: problems drawn by Hypothesis, one table of tolerances, and a check that a function is one
-graph.
+"""Testing tools for MoE layers: Hypothesis strategies, tolerances by dtype, error bounds, checks of compiled graphs.
 
-configs, problems, routings, quants   what to try: Hypothesis strategies over every option of the layer
-weights_for                      random weights that fit a config
-assert_matches, relative_rms     whether numbers are right: relative root-mean-square error, by dtype
-error_bound                      how far from float64 a right layer can be, for one problem, by running error analysis
-assert_one_graph, count_graphs   whether torch.compile makes one graph of it, without breaks
+configs, problems, routings, quants   Hypothesis strategies over every option of the layer
+weights_for                           random weights for a config
+assert_matches, relative_rms          comparison by relative root-mean-square error, with a tolerance by dtype
+error_bound                           rounding-error bound of a layer for one problem, by running error analysis
+assert_one_graph, count_graphs        check that torch.compile makes one graph without breaks; counts of graphs
 """
 
 try:

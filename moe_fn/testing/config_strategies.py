@@ -1,4 +1,4 @@
-"""configs(): Hypothesis strategy of layers over every option."""
+"""Hypothesis strategy of MoEConfigs over every option of the layer."""
 
 import dataclasses
 import functools
@@ -27,15 +27,15 @@ _BOOLEANS = st.booleans()
 
 
 def configs(**fixed: Any) -> SearchStrategy[MoEConfig]:
-    """Configs over the whole option space, small and adversarial, always valid; simple ones first when it shrinks.
+    """Strategy of valid configs over the whole option space: small and adversarial, shrinking to simple ones.
 
     Draws every field of MoEConfig, RouterConfig and the nested configs: num_experts 1 to 8, zero experts 0 to 3, top_k
-    up to all of them, hidden_size 1 to 12, intermediate_size 1 to 8. Only `recompute` (the torch back-end refuses it)
-    stays False.
+    up to all of them, hidden_size 1 to 12, intermediate_size 1 to 8. Not drawn are `recompute` (the torch back-end
+    raises for True) and, unless fixed, norms, quant, lora, parallel and capacity.
 
-    Keywords fix fields, by a value or by a strategy: any field of MoEConfig or of RouterConfig, or `router` for all of
-    the latter. The other options are then drawn so that they go with those; fields that contradict each other raise
-    ValueError. A fixed `groups` or `zero_experts` holds its own sizes, and num_experts and top_k follow it.
+    Keywords fix fields to a value or draw them from a strategy: any field of MoEConfig or RouterConfig, or `router` for
+    all fields of the latter. The other options are then drawn to be compatible; fields that contradict each other raise
+    ValueError. A fixed `groups` or `zero_experts` determines its own sizes, and num_experts and top_k fit it.
 
     >>> from hypothesis import find
     >>> config = find(configs(chunk_tokens=2, scoring=st.sampled_from(["sigmoid", "identity"])),
@@ -53,7 +53,7 @@ def configs(**fixed: Any) -> SearchStrategy[MoEConfig]:
 
 @st.composite
 def _configs(draw: DrawFn, fixed: dict[str, SearchStrategy[Any]]) -> MoEConfig:
-    # Without a draw of its own where nobody fixes it: that would make all the other examples different ones.
+    # lora and quant are not drawn: a draw for them would change all other examples.
     known: Known = {"lora": None, "quant": None} | {name: draw(strategy) for name, strategy in fixed.items()}
     router = known.pop("router", None)
     if router is not None:
@@ -62,8 +62,8 @@ def _configs(draw: DrawFn, fixed: dict[str, SearchStrategy[Any]]) -> MoEConfig:
     _check_given(known)
     for name in OPTIONS:
         if name not in known:
-            # Always one draw of an index, even into a single value: Hypothesis takes fewer draws for simpler, so it
-            # would shrink towards the options that leave the others no choice.
+            # Always draw an index, even into one value: Hypothesis prefers fewer draws, so it would shrink towards
+            # options that leave the others no choice.
             index = draw(_indices(len(OPTIONS[name])))
             fitting = _fitting(known, name, given)
             known[name] = fitting[index % len(fitting)]
@@ -92,7 +92,7 @@ def _fitting(known: Known, name: str, given: frozenset[str]) -> tuple[Any, ...]:
 
 
 def _draw_nested(draw: DrawFn, known: Known, zero_experts: int, given: frozenset[str]) -> None:
-    """Put configs where their kinds stand so far."""
+    """Replaces the kinds of nested configs in `known` by drawn configs."""
     if known["groups"] == "groups":
         known["groups"] = draw(_groups(known["num_experts"] + zero_experts, known["top_k"]))
     if "zero_experts" not in given and known["zero_experts"] is not None:
@@ -118,15 +118,15 @@ def _shared(draw: DrawFn, gate: Any) -> SharedExpertsConfig:
 
 @st.composite
 def _groups(draw: DrawFn, choices: int, top_k: int) -> GroupConfig:
-    """A way to split so many choices into groups in which top_k can be chosen."""
+    """Strategy of GroupConfigs for a number of choices, in which top_k can be chosen."""
     ways = _ways_to_group(choices, top_k)
-    count = draw(_one_of(tuple(ways)))  # first, for of many groups there are many more ways than of two
+    count = draw(_one_of(tuple(ways)))  # drawn first, since there are many more ways for many groups
     return draw(_one_of(ways[count]))  # type: ignore[no-any-return]
 
 
 @functools.lru_cache
 def _ways_to_group(choices: int, top_k: int) -> dict[int, tuple[GroupConfig, ...]]:
-    """By number of groups; one group of all, which limits nothing, is always possible, and last."""
+    """GroupConfigs by number of groups; one group of all choices, which is always possible, is last."""
     ways: dict[int, tuple[GroupConfig, ...]] = {}
     for count in [count for count in (*range(2, choices + 1), 1) if choices % count == 0]:
         plain = (
@@ -150,7 +150,7 @@ def _one_of(values: tuple[Any, ...]) -> SearchStrategy[Any]:
 
 @functools.lru_cache
 def _cached(values: tuple[Any, ...], types: tuple[type, ...]) -> SearchStrategy[Any]:
-    del types  # part of the key: (0.0,) == (False,)
+    del types  # part of the cache's key: (0.0,) == (False,)
     return st.sampled_from(values)
 
 

@@ -1,4 +1,4 @@
-"""What is inside the graphs that torch.compile makes: data-dependent nodes, and sizes that come from values."""
+"""Finds data-dependent nodes, and sizes that depend on values, in the graphs of torch.compile."""
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-# Dynamo's graph is in Python's words; the tags of aten's operators say the same of the graphs after it.
+# Names in Dynamo's graph; in the later graphs the tags of aten's operators say the same.
 _DATA_DEPENDENT_NAMES = {
     "nonzero", "argwhere", "item", "tolist", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount",
     "is_nonzero", "equal",
@@ -21,8 +21,8 @@ _DATA_DEPENDENT_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent
 
 
 def bad_nodes(gm: fx.GraphModule, where: str, forbid: Sequence[str] = ()) -> list[str]:
-    """One line for every node whose work or size depends on values, or whose target starts with a forbidden name;
-    subgraphs too.
+    """One line for every node whose work or size depends on values, or whose target starts with a name in `forbid`;
+    subgraphs included.
 
     >>> bad_nodes(fx.symbolic_trace(lambda x: x.nonzero()), "a graph")
     ['a graph: nonzero depends on data']
@@ -31,7 +31,7 @@ def bad_nodes(gm: fx.GraphModule, where: str, forbid: Sequence[str] = ()) -> lis
     for name, module in gm.named_modules():
         if isinstance(module, fx.GraphModule):
             place = f"{where}, {name}" if name else where
-            # the body of a scan has sizes of its own: its loop counter
+            # the body of a scan has its own symbols, such as the loop counter
             sizes = _new_sizes(module) if not name else iter(())
             found += [f"{place}: {reason}" for reason in (*_bad_targets(module, forbid), *sizes)]
     return found
@@ -69,7 +69,7 @@ def _depends_on_data(node: fx.Node) -> bool:
 
 
 def _has_mask(index: Any) -> bool:
-    """Whether an index is a boolean tensor, or holds one: then the result has as many rows as there are true values."""
+    """Whether an index is or contains a boolean tensor: then the number of rows depends on its values."""
     if isinstance(index, tuple | list):
         return any(_has_mask(part) for part in index)
     value = _value_of(index) if isinstance(index, fx.Node) else None
@@ -81,7 +81,7 @@ def _value_of(node: fx.Node) -> Any:
 
 
 def _new_sizes(gm: fx.GraphModule) -> Iterator[str]:
-    """Sizes that no input of the graph has: they are read from values while it runs."""
+    """Sizes that are not sizes of the graph's inputs: they are read from values at runtime."""
     known: set[Any] = set()
     for node in gm.graph.nodes:
         symbols = _unbacked_symbols(_value_of(node))
@@ -101,15 +101,15 @@ def _unbacked_symbols(value: Any) -> set[Any]:
 
 
 def inspecting_backend(backend: str, forbid: Sequence[str], found: list[str]) -> Callable[..., Any]:
-    """A backend of torch.compile that adds to `found` what is bad in its graphs: Dynamo's, and AOTAutograd's forward
-    and backward.
+    """A backend of torch.compile that appends to `found` the bad nodes of its graphs: Dynamo's, and AOTAutograd's
+    forward and backward.
     """
 
     def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         found.extend(bad_nodes(gm, "backward graph" if options.get("is_backward") else "forward graph", forbid))
         return compile_fx_inner(gm, inputs, **options)
 
-    def look_and_run(where: str) -> Callable[..., Any]:
+    def inspecting_compiler(where: str) -> Callable[..., Any]:
         def compile_nothing(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             found.extend(bad_nodes(gm, where, forbid))
             return boxed_nop(gm, inputs)  # type: ignore[arg-type]
@@ -121,9 +121,8 @@ def inspecting_backend(backend: str, forbid: Sequence[str], found: list[str]) ->
         if backend == "inductor":
             return compile_fx(gm, inputs, inner_compile=compile_inner)
         if backend == "aot_eager":
-            return aot_autograd(fw_compiler=look_and_run("forward graph"), bw_compiler=look_and_run("backward graph"))(
-                gm, inputs
-            )
+            forward, backward = inspecting_compiler("forward graph"), inspecting_compiler("backward graph")
+            return aot_autograd(fw_compiler=forward, bw_compiler=backward)(gm, inputs)
         return gm.forward
 
     return compile_graph

@@ -1,4 +1,4 @@
-"""Whether a function compiles to one graph, at every token count, and computes there what it computes in eager."""
+"""Checks that a function compiles to one graph for every number of tokens, with the results of eager mode."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -21,13 +21,13 @@ from moe_fn.torch_compat import mark_tokens
 Backend = Literal["inductor", "aot_eager", "eager"]
 Args = tuple[Any, ...]
 
-# Compiled code keeps float32 between operations where eager rounds each, and sums in another order; both are honest.
+# Compiled code keeps float32 between operations where eager rounds each, and sums in another order.
 _COMPILED_TOLERANCES = {dtype: 4 * tolerance for dtype, tolerance in TOLERANCES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many graphs torch.compile made, and why it broke off."""
+    """Numbers of graphs and graph breaks of torch.compile, and the reasons of the breaks."""
 
     graphs: int
     breaks: int
@@ -42,13 +42,14 @@ def count_graphs(
     dynamic: bool | None = None,
     backend: Backend = "eager",
 ) -> Counts:
-    """Compile fn, call it with each tuple of arguments in turn, and count. Resets torch._dynamo first, nothing is
-    marked.
+    """Compiles fn, calls it with each tuple of arguments, and counts graphs and breaks. Resets torch._dynamo first.
 
-    >>> def shout(x):
+    Sizes of arguments are not marked as dynamic.
+
+    >>> def with_print(x):
     ...     print("!")
     ...     return x + 1
-    >>> counts = count_graphs(shout, [(torch.ones(2),)])
+    >>> counts = count_graphs(with_print, [(torch.ones(2),)])
     !
     >>> counts.breaks
     1
@@ -72,19 +73,19 @@ def assert_one_graph(
     tolerance: Tolerance = None,
     scale: float = 0.0,
 ) -> None:
-    """Raise AssertionError unless one graph of fn, without breaks or data-dependent work, serves every token count as
-    eager does.
+    """Raises AssertionError unless fn compiles to one graph that matches eager mode for every number of tokens.
 
     fn(*make_args(n)) is compiled once and run at each n of `tokens`. Arguments are pytrees; tensors whose first size is
-    n at every n have it marked (`moe_fn.torch_compat.mark_tokens`). Checked are Dynamo's graph and, but for backend
+    n at every n have it marked (`moe_fn.torch_compat.mark_tokens`). Checks Dynamo's graph and, except for backend
     "eager", AOTAutograd's:
 
-        exactly one graph; no break; no recompilation; no node that reads values to know a size (nonzero, item, boolean
-        mask, bincount, unique, ...), whatever is allowed under fullgraph; results of eager, and gradients if asked for
+        exactly one graph; no graph break; no recompilation; no node whose size depends on values (nonzero, item,
+        boolean mask, bincount, unique, ...), even if fullgraph allows it; results, and with `backward` gradients, equal
+        those of eager mode
 
-    fullgraph  False compiles as a plain torch.compile(model) does, which captures less: test both
-    backward   also the gradients of every tensor that requires one, or of all floating tensors if none does
-    forbid     names with which no operator may start, such as "aten.index_add"
+    fullgraph  False compiles like a plain torch.compile(model), which captures less: test both
+    backward   also compare gradients of every tensor that requires one, or of all floating tensors if none does
+    forbid     prefixes of operator names that must not occur, such as "aten.index_add"
     tolerance, scale   as in `assert_matches`; None: four times TOLERANCES
 
     Resets torch._dynamo before and after.
@@ -104,7 +105,7 @@ def assert_one_graph(
     with ExitStack() as stack:
         stack.callback(torch._dynamo.reset)
         stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
-        # A hit in this cache would skip the compilation that is looked at.
+        # A hit in this cache would skip the inspected compilation.
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         for count, args in calls.items():
             at = f"{name} at {count} tokens"
@@ -112,7 +113,7 @@ def assert_one_graph(
             try:
                 actual = _run(compiled, _copy(args, places, backward), backward)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                raise AssertionError(f"{at}: {_words(error)}{_also(counter, found)}") from error
+                raise AssertionError(f"{at}: {_summary(error)}{_also(counter, found)}") from error
             table = _COMPILED_TOLERANCES if tolerance is None else tolerance
             _assert_same_results(at, actual, expected, table, scale)
         _assert_clean(name, _counts(counter), found)
@@ -154,10 +155,8 @@ def _assert_same_results(at: str, actual: Args, expected: Args, tolerance: Toler
 
 
 def _token_places(make_args: Callable[[int], Args], calls: dict[int, Args]) -> tuple[int, ...]:
-    """Which leaves of the arguments have tokens first: those whose first size follows the count, so [3, ...] of 3
-    experts is not one.
-    """
-    if len(calls) == 1:  # one count alone cannot tell
+    """Indices of the argument leaves whose dim 0 is tokens: its size is n for every n, unlike [3, ...] of 3 experts."""
+    if len(calls) == 1:  # one count is ambiguous
         calls = calls | {count + 1: make_args(count + 1) for count in calls}
     leaves = {count: tree_leaves(args) for count, args in calls.items()}
     shortest = min(map(len, leaves.values()))
@@ -172,7 +171,7 @@ def _token_places(make_args: Callable[[int], Args], calls: dict[int, Args]) -> t
 
 
 def _copy(args: Args, marked: tuple[int, ...], backward: bool) -> Args:
-    """Arguments of their own for one run, as leaves of autograd."""
+    """A copy of the arguments for one run, as leaves of autograd."""
     leaves, structure = tree_flatten(args)
     asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
     copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -192,7 +191,7 @@ def _run(fn: Callable[..., Any], args: Args, backward: bool) -> tuple[Any, list[
     outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not inputs or not outputs:
         raise AssertionError("backward=True, but no result depends on a floating tensor among the arguments")
-    # No two entries alike, so that a gradient of the wrong row or column shows.
+    # All entries differ, so that a gradient of the wrong row or column is detected.
     seeds = [
         torch.arange(1, o.numel() + 1, device=o.device, dtype=torch.float64).cos().reshape(o.shape).to(o.dtype)
         for o in outputs
@@ -201,7 +200,7 @@ def _run(fn: Callable[..., Any], args: Args, backward: bool) -> tuple[Any, list[
     return result, [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients, strict=True)]
 
 
-def _words(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {_shorten(str(error))}"
 
 

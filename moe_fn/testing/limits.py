@@ -1,4 +1,4 @@
-"""A limit on the CPU time of a test: a loop that never ends fails by name instead of hanging."""
+"""CPU-time limit of a test: an endless loop raises instead of hanging."""
 
 import signal
 import threading
@@ -8,17 +8,18 @@ from types import FrameType
 
 
 class TookTooLong(BaseException):
-    """No Exception: Hypothesis would take it for a failure to make smaller, and run the endless loop again
-    and again.
+    """The CPU-time limit was exceeded.
+
+    Not an Exception: Hypothesis would try to shrink it, and run the endless loop again and again.
     """
 
 
 @contextmanager
 def at_most_cpu_seconds(seconds: float, what: str) -> Iterator[None]:
-    """TookTooLong where the code inside uses more of this process's CPU than that; others on the machine do not count.
+    """Raises TookTooLong if the code inside uses more CPU time of this process; other processes do not count.
 
-    Python code alone is interrupted (Triton's interpreter is), in the main thread, where there are timers: not on
-    Windows.
+    It interrupts Python code only (such as Triton's interpreter), in the main thread, and not on Windows, which has no
+    such timers.
 
     >>> with at_most_cpu_seconds(0.05, "a loop"):
     ...     while True:

@@ -1,4 +1,4 @@
-"""Whether numbers are right: relative root-mean-square error against a better computation, one tolerance per dtype."""
+"""Comparison of results by relative root-mean-square error, with one tolerance per dtype."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Relative RMS error of honest code against float64, weights scaled by 1/sqrt(fan_in). Measured: float32 2-5e-7,
-# bfloat16 5-6e-3 (flat from width 64 to 2048); the nearest wrong activation is 0.17 away, a missing factor of 0.6 is
-# 0.4 away.
+# Limits of the relative RMS error of correct code against float64, weights scaled by 1/sqrt(fan_in). Measured: float32
+# 2-5e-7, bfloat16 5-6e-3 (constant from width 64 to 2048). The error of the closest wrong activation is 0.17, that of a
+# missing factor of 0.6 is 0.4.
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -17,17 +17,16 @@ TOLERANCES: dict[torch.dtype, float] = {
     torch.float16: 2e-3,
 }
 
-# How much worse than the tolerance one row may be, so that one bad row among many does not hide in the mean.
+# Limit of the error of one row, in tolerances: the mean over many rows would hide one bad row.
 ROW_FACTOR = 20.0
-# Where zeros are expected there is nothing to be relative to: entries up to this many tolerances are taken for zero.
+# Where zeros are expected the relative error is undefined: entries up to this many tolerances count as zero.
 ZERO_BOUND = 1e-2
 
 Tolerance = float | Mapping[torch.dtype, float] | None
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """rms(actual - expected) / rms(expected), in float64; where expected is all zeros, 0 if actual is too and else
-    infinite.
+    """rms(actual - expected) / rms(expected), in float64; if expected is all zeros, 0 if actual is too, else infinite.
 
     >>> relative_rms(torch.tensor([3.0, 4.0]) * 0.9, torch.tensor([3.0, 4.0]))  # doctest: +ELLIPSIS
     0.1000000...
@@ -39,18 +38,17 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 def assert_matches(
     actual: Any, expected: Any, *, tolerance: Tolerance = None, scale: float = 0.0, name: str = ""
 ) -> None:
-    """Raise AssertionError unless `actual` is `expected`, up to the rounding that its dtype excuses.
+    """Raises AssertionError unless `actual` equals `expected` up to the rounding of its dtype.
 
-        rms(actual - expected) <= tolerance * max(rms(expected), scale), and no row is worse than 20 times that
+        rms(actual - expected) <= tolerance * max(rms(expected), scale), and no row exceeds 20 times that
 
-    Tensors, None, numbers, and dataclasses, tuples, lists and dicts of them. Shapes are equal; integers and bools are
-    exact; NaN and infinities stand in the same places; zeros are zeros. `expected` is often wider (float64): the dtype
-    of `actual` says the tolerance.
+    Accepts tensors, None, numbers, and dataclasses, tuples, lists and dicts of them. Shapes must be equal; integers and
+    bools exact; NaN and infinities in the same places; zeros zero. `expected` may be wider (float64): the dtype of
+    `actual` selects the tolerance.
 
     tolerance  a number, or a table by dtype; None: TOLERANCES
-    scale      size of the terms that were summed. Terms of size 1 may cancel to 0.01 and honestly keep the error of the
-               terms; in tiny tensors, and in gradients that are zero but for rounding, this happens: say scale=1.0
-               there (0.0: nothing is excused)
+    scale      magnitude of the terms of a sum. Terms of size 1 may cancel to 0.01 and keep the rounding error of the
+               terms, as in tiny tensors and in gradients that are zero except for rounding: pass scale=1.0 there
 
     >>> assert_matches(torch.ones(3) + 1e-7, torch.ones(3, dtype=torch.float64))
     >>> assert_matches(torch.ones(3) * 0.6, torch.ones(3), name="y")

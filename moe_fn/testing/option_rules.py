@@ -1,9 +1,8 @@
-"""Which values of the options go together: the table that `configs()` draws from, so that what it draws is valid by
-construction.
+"""Tables of option values and of their compatibility, from which `configs()` draws valid MoEConfigs.
 
-Options are drawn one after another, each from the values that go with what is known by then: fields that the caller
-fixed, and options drawn before. Nested configs stand here for their kind ("groups", "latent", the gate of the shared
-experts, ...) until they are drawn.
+Options are drawn one after another, each from the values compatible with those known before: fields fixed by the
+caller, and options drawn earlier. Nested configs are represented by their kind ("groups", "latent", the gate of the
+shared experts, ...) until they are drawn.
 """
 
 import functools
@@ -23,7 +22,7 @@ from moe_fn.config import (
 Known = dict[str, Any]
 
 # Values of each option, in the order of drawing; the first is the simplest, and Hypothesis shrinks towards it.
-# Multipliers and softcaps are those for which values.py promises that scores tie exactly or differ clearly.
+# Multipliers and softcaps are those for which values.py guarantees that scores tie exactly or differ clearly.
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "selection": ("top_k", "top_k", "top_k", "hash", "sparsemixer"),
     "groups": (None, None, "groups"),
@@ -50,24 +49,24 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "activation": ("gated", "plain"),
     "gate_up_layout": ("packed", "interleaved"),
     "weight_layout": ("out_in", "in_out"),
-    # Epsilons are large: small ones multiply the rounding error of a tiny vector by 1/sqrt(epsilon), and would not show
-    # in the numbers.
+    # Epsilons are large: small ones multiply the rounding error of a tiny vector by 1/sqrt(epsilon), and would have no
+    # visible effect on results.
     "expert_norm": (None, ExpertNormConfig(epsilon=0.01), ExpertNormConfig(epsilon=0.5, scale="before")),
     "chunk_tokens": (None, None, None, 1, 2, 3, 8),
-    "backend": ("auto", "torch"),  # not "native", which refuses float64
+    "backend": ("auto", "torch"),  # not "native", which raises for float64
     "opaque": (False, False, True),
-    "norms": (None,),  # not drawn: a norm of everything breaks the laws of sums; fix it to test it
-    "quant": (None,),  # not drawn: codes have no gradients, which many laws look at; `quants` draws them
-    "parallel": (None,),  # wants ranks
-    "lora": (None,),  # likewise: fix it to test it
-    "capacity": (None,),  # likewise: with it a token depends on those before it
-    "recompute": (False,),  # not True, which the torch back-end refuses
+    "norms": (None,),  # not drawn: a norm of the output breaks the laws of sums; fix it to test it
+    "quant": (None,),  # not drawn: codes have no gradients, which many laws test; `quants` draws them
+    "parallel": (None,),  # not drawn: it needs ranks
+    "lora": (None,),  # not drawn: fix it to test it
+    "capacity": (None,),  # not drawn: with it a token depends on those before it
+    "recompute": (False,),  # not True: the torch back-end raises for it
     "batch_invariant": (False, False, True),
 }
 
 
 def goes_with(known: Known, name: str, value: Any) -> bool:
-    """Whether option `name` may have this value, given those that are known.
+    """Whether `value` of option `name` is compatible with the known options.
 
     >>> goes_with({"selection": "sparsemixer"}, "renormalize", True)
     False
@@ -82,7 +81,7 @@ def goes_with(known: Known, name: str, value: Any) -> bool:
 
 
 def sizes_of(known: Known) -> tuple[tuple[int, int, int], ...]:
-    """All (num_experts, zero experts, top_k) that go with the known options; small ones, experts 1 to 8.
+    """All (num_experts, zero experts, top_k) compatible with the known options, for num_experts 1 to 8.
 
     >>> sizes_of({"num_experts": 1, "top_k": 2, "zero_experts": "identity"})
     ((1, 1, 2), (1, 2, 2), (1, 3, 2))
@@ -94,7 +93,7 @@ def sizes_of(known: Known) -> tuple[tuple[int, int, int], ...]:
         if not isinstance(zero, ZeroExpertsConfig)
         else (zero.count,)
     )
-    counts = (0,) if known.get("weight_on") == "input" else counts  # they bypass the experts, and their inputs
+    counts = (0,) if known.get("weight_on") == "input" else counts  # zero experts bypass the experts' inputs
     groups = known.get("groups")
     fixed = groups if isinstance(groups, GroupConfig) else None
     return _sizes(known.get("num_experts"), counts, known.get("top_k"), two, fixed)
@@ -110,7 +109,7 @@ def _sizes(
 
 
 def groups_fit(groups: GroupConfig, choices: int, top_k: int) -> bool:
-    """Whether so many choices split into these groups, and top_k can be chosen in them."""
+    """Whether the number of choices splits into these groups and top_k can be chosen in them."""
     if choices % groups.count or (groups.score == "top2_sum" and choices < 2 * groups.count):
         return False
     return top_k <= groups.top_k * (choices // groups.count) and (groups.limit == "groups" or top_k % groups.count == 0)
@@ -137,9 +136,8 @@ def _holds(rule: Callable[..., bool], names: tuple[str, ...], known: Known) -> b
 
 
 _RULES_OF_SIZES = ("selection", "weight_on", "zero_experts")
-# What `RouterConfig` and `MoEConfig` demand, each rule a function of the options that it names. What follows from two
-# rules together has a rule too (no renormalize_order with sparsemixer), so that no draw leaves a later one without a
-# value.
+# The constraints of `RouterConfig` and `MoEConfig`, each a function of the options that it names. Consequences of two
+# constraints are listed too (no renormalize_order with sparsemixer), so that every later option keeps a valid value.
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool]], ...] = (
     (("selection", "scoring"), lambda selection, scoring: selection != "sparsemixer" or scoring == "softmax"),
     (("selection", "scoring_order"), lambda selection, order: selection != "sparsemixer" or order == "before_top_k"),
@@ -173,7 +171,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool]], ...] = (
 
 
 def custom_activations() -> dict[bool, tuple[ActivationConfig, ...]]:
-    """Parameter sets that no preset has, by whether they are gated; limits are low enough to act on numbers near 1."""
+    """Activations that are no presets, by whether they are gated; limits are low enough to act on values near 1."""
     gated = (
         ActivationConfig(limit=0.5),
         ActivationConfig(limit=0.25, limit_at="output"),

@@ -1,4 +1,4 @@
-"""One drawn problem: everything that a layer's forward takes."""
+"""MoEProblem: the arguments of one call of the layer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from moe_fn.records import MoEWeights
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MoEProblem:
-    """A config and tensors that fit it: what `problems()` draws, and what `moe_fn.moe_forward` takes.
+    """A config and the tensors of a call of `moe_fn.moe_forward`, as drawn by `problems()`.
 
     x [..., H]; logits [..., num_logits], or None where the gate is inside the layer; token_ids [...] int64 for hash
-    routing; token_mask [...] bool, False on padding, whose rows of x and logits hold NaN and infinities; adapter_ids
+    routing; token_mask [...] bool, False on padding, whose rows of x and logits are NaN and infinities; adapter_ids
     [...] int64 for LoRA.
 
     >>> import torch
@@ -37,15 +37,15 @@ class MoEProblem:
     adapter_ids: Tensor | None = None
 
     def replace(self, **changes: Any) -> Self:
-        """The problem with some fields changed."""
+        """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def with_config(self, **changes: Any) -> Self:
-        """The problem with other fields of its config."""
+        """A copy with some fields of its config changed."""
         return self.replace(config=dataclasses.replace(self.config, **changes))
 
     def of_tokens(self, index: Tensor) -> Self:
-        """The problem of some of its tokens, laid flat."""
+        """The problem with only the tokens at `index`, flattened."""
 
         def chosen(name: str, extra: int) -> Tensor | None:
             value = getattr(self, name)
@@ -55,7 +55,7 @@ class MoEProblem:
         return self.replace(**rows, **{name: chosen(name, 0) for name in ("token_ids", "token_mask", "adapter_ids")})
 
     def call(self, fn: Callable[..., Any]) -> Any:
-        """fn(config, weights, x, logits, token_ids=..., token_mask=...), and adapter_ids=... where there are any."""
+        """fn(config, weights, x, logits, token_ids=..., token_mask=...), and adapter_ids=... if given."""
         adapters = {} if self.adapter_ids is None else {"adapter_ids": self.adapter_ids}
         return fn(
             self.config,
@@ -68,9 +68,7 @@ class MoEProblem:
         )
 
     def __repr__(self) -> str:
-        """Short enough to read in a failing test: what differs from the defaults, and tensors by shape unless they are
-        small.
-        """
+        """Fields that differ from the defaults; tensors by shape, and up to 8 elements by value."""
         parts = [f"config={_changes(self.config)}", f"weights={_contents(self.weights)}"]
         for name in ("x", "logits", "token_ids", "token_mask", "adapter_ids"):
             value = getattr(self, name)
@@ -80,21 +78,21 @@ class MoEProblem:
 
 
 def _changes(config: Any) -> str:
-    words = []
+    parts = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default:
-            words.append(f"{field.name}={_changes(value) if dataclasses.is_dataclass(value) else repr(value)}")
-    return f"{type(config).__name__}({', '.join(words)})"
+            parts.append(f"{field.name}={_changes(value) if dataclasses.is_dataclass(value) else repr(value)}")
+    return f"{type(config).__name__}({', '.join(parts)})"
 
 
 def _contents(weights: Any) -> str:
-    words = []
+    parts = []
     for field in dataclasses.fields(weights):
         value = getattr(weights, field.name)
         if value is not None:
-            words.append(f"{field.name}={_short(value) if isinstance(value, Tensor) else _contents(value)}")
-    return f"{type(weights).__name__}({', '.join(words)})"
+            parts.append(f"{field.name}={_short(value) if isinstance(value, Tensor) else _contents(value)}")
+    return f"{type(weights).__name__}({', '.join(parts)})"
 
 
 def _short(value: Tensor) -> str:

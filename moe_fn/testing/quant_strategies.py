@@ -1,4 +1,4 @@
-"""quants(): Hypothesis strategy of every way to store experts in few bits."""
+"""Hypothesis strategy of QuantConfigs over every quantization scheme."""
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
@@ -8,11 +8,12 @@ from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES, ActivationQuantConf
 
 @st.composite
 def quants(draw: DrawFn, activations: bool = True, of_call: bool = True) -> QuantConfig:
-    """Every scheme, granularity, zero point and rounding of activations that go together; small groups and blocks, odd
-    ones too.
+    """Strategy of all valid combinations of scheme, granularity, zero points and rounding of activations.
+
+    Groups and blocks are small, and odd ones occur.
 
     activations  False: weights only
-    of_call      False: without scales of all rows of a call, which chunks and ranks do not have
+    of_call      False: no scales that are shared by all rows of a call, which chunks and ranks do not support
 
     >>> from hypothesis import find
     >>> find(quants(), lambda quant: quant.granularity == "block").block_shape

@@ -1,6 +1,4 @@
-"""Random codes and scales that fit a config; made as such, not by quantizing, so that every code and odd scales are
-among them.
-"""
+"""Random quantized weights for a config: drawn as codes and scales, so that every code and unusual scales occur."""
 
 import math
 
@@ -16,24 +14,24 @@ Size = tuple[int, int, int]
 def codes_for(
     config: MoEConfig, like: dict[str, Tensor], generator: torch.Generator
 ) -> tuple[dict[str, Tensor], QuantWeights]:
-    """gate_up and down as codes on the device of `like` (their floats, [E, out, in]), and what belongs to them.
+    """gate_up and down as codes on the device of `like` (float weights [E, out, in]), and their QuantWeights.
 
-    Numbers that the codes stand for have about the deviation of 1/sqrt(fan in).
+    The decoded weights have a standard deviation of about 1/sqrt(fan in).
     """
     quant = config.quant
     if quant is None:
         raise ValueError("codes_for: config.quant is None; expected a QuantConfig")
     codes: dict[str, Tensor] = {}
-    beside: dict[str, Tensor | None] = {}
+    scales: dict[str, Tensor | None] = {}
     for name, floats in like.items():
         device, size = floats.device, (floats.shape[0], floats.shape[1], floats.shape[2])
         halves = config.gate_up_parts if name == "gate_up" and config.gate_up_layout == "packed" else 1
         codes[name], spread = _codes(quant, size, generator)
         shape = (size[0], halves * _tiles(size[1] // halves, quant.tile[0]), _tiles(size[2], quant.tile[1]))
-        made = _beside(quant, shape, halves, 1 / (spread * math.sqrt(size[2])), generator)
+        made = _scales_of_codes(quant, shape, halves, 1 / (spread * math.sqrt(size[2])), generator)
         codes[name] = codes[name].to(device)
-        beside |= {f"{name}_{what}": None if t is None else t.to(device) for what, t in made.items()}
-    return codes, QuantWeights(**beside)
+        scales |= {f"{name}_{what}": None if t is None else t.to(device) for what, t in made.items()}
+    return codes, QuantWeights(**scales)
 
 
 def _tiles(size: int, tile: int | None) -> int:
@@ -41,7 +39,7 @@ def _tiles(size: int, tile: int | None) -> int:
 
 
 def _codes(quant: QuantConfig, size: Size, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Random codes, and the deviation of the numbers that they stand for."""
+    """Random codes, and the standard deviation of their values."""
     experts, outputs, inputs = size
     if quant.row.bits == 4:
         packed = torch.randint(0, 256, (experts, outputs, inputs // 2), generator=generator, dtype=torch.uint8)
@@ -54,10 +52,10 @@ def _codes(quant: QuantConfig, size: Size, generator: torch.Generator) -> tuple[
     ), 74.0
 
 
-def _beside(
+def _scales_of_codes(
     quant: QuantConfig, shape: Size, halves: int, unit: float, generator: torch.Generator
 ) -> dict[str, Tensor | None]:
-    """Scales near `unit`, zero points near the middle, static scales of activations that reach about 4."""
+    """Scales near `unit`, zero points near the middle, static scales for activations up to about 4."""
     factor = torch.rand(shape, generator=generator) + 0.5
     scale, above = unit * factor, None
     if quant.row.scale == "e8m0":
@@ -67,7 +65,7 @@ def _beside(
             (factor * 100).to(torch.float8_e4m3fn),
             unit / 100 * (torch.rand(shape[0], halves, 1, generator=generator) + 0.5),
         )
-    elif quant.scheme == "int4":  # the published formats have positive scales, ours may not be
+    elif quant.scheme == "int4":  # published formats have positive scales; negative ones are valid too
         scale = scale * torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1)
     middle = 2 ** (quant.row.bits - 1)
     zero = (

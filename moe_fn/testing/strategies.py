@@ -1,4 +1,4 @@
-"""problems() and routings(): Hypothesis strategies of what a layer takes."""
+"""Hypothesis strategies of the arguments of a layer: problems() and routings()."""
 
 import dataclasses
 from typing import Any, Literal
@@ -29,8 +29,8 @@ _TOKENS = st.integers(0, 17)
 _SEEDS = st.integers(0, 2**32 - 1)
 _BOOLEANS = st.booleans()
 _EVERY_CONFIG = configs_strategy()
-# In narrow dtypes, scores or a gate in the dtype of the input round so coarsely that the choice of experts is not that
-# of float64.
+# In narrow dtypes, rounding of scores or of a gate in the input's dtype is so coarse that the choice of experts differs
+# from that in float64.
 _NARROW_CONFIGS = configs_strategy(score_dtype="float32", gate_dtype="float32")
 _MASKED = st.sampled_from(("none", "none", "some", "some", "all"))
 _VOCABULARY = 16
@@ -43,18 +43,17 @@ def problems(
     logits: Logits = "any",
     device: torch.device | str = "cpu",
 ) -> SearchStrategy[MoEProblem]:
-    """Whole problems: a config, weights that fit it, inputs, and logits or a gate inside the layer.
+    """Strategy of problems: a config, weights that fit it, inputs, and logits or a gate inside the layer.
 
-    configs  of the layers; None: `configs()`, for bfloat16 and float16 with gate_dtype and score_dtype "float32"
-    tokens   how many, 0 and 1 among them; as [T] or, sometimes, leading dims [B, S]
-    logits   "grid": values that tie exactly or are far apart (`values.py` says how, and why): spread, few, one expert
-             wins all, or all equal; "gate": None, and a gate inside the layer with exact products; "any": either;
-             "normal": continuous, near-ties possible. A gate that sees a latent space (gate_input="transformed") always
-             is
+    configs  strategy of configs; None: `configs()`, for bfloat16 and float16 with gate_dtype and score_dtype "float32"
+    tokens   strategy of the number of tokens, including 0 and 1; they have shape [T] or sometimes [B, S]
+    logits   "grid": values that tie exactly or are far apart (see `values.py`): spread, few values, one expert for all
+             tokens, or all equal; "gate": None, with a gate inside the layer whose products are exact; "any": either;
+             "normal": continuous, near-ties possible. With gate_input="transformed" near-ties are always possible
 
-    Sometimes there is a token_mask, and padding then holds NaN and infinities in x and logits; hash routing has
-    token_ids. Optional weights come and go; a config with LoRA (fixed, for `configs()` draws none) has adapter_ids.
-    Numbers come from a drawn seed; sizes and options shrink.
+    Some problems have a token_mask, with NaN and infinities in x and logits of padding; hash routing has token_ids.
+    Optional weights are sometimes omitted; a config with LoRA (which `configs()` does not draw) has adapter_ids. Values
+    come from a drawn seed; sizes and options shrink.
 
     >>> from hypothesis import find
     >>> find(problems(tokens=st.just(3), logits="grid"), lambda problem: problem.config.num_experts > 1).x[...,
@@ -99,7 +98,7 @@ def _problems(
 def _with_adapters(
     draw: DrawFn, config: MoEConfig, problem: MoEProblem, leading: tuple[int, ...], generator: torch.Generator
 ) -> MoEProblem:
-    """Ids of adapters, of none and of one that there is not; sometimes adapters of one product alone."""
+    """The problem with adapter ids, including -1 and one out of range, and sometimes adapters of only one product."""
     lora, without = problem.weights.lora, draw(st.sampled_from((None, None, "gate_up", "down")))
     if lora is not None and without is not None:
         lora = dataclasses.replace(lora, **{f"{without}_a": None, f"{without}_b": None})
@@ -123,7 +122,7 @@ def _kinds_of_logits(logits: Logits) -> SearchStrategy[str]:
 
 @st.composite
 def _weights(draw: DrawFn, config: MoEConfig, generator: torch.Generator, dtype: torch.dtype, kind: str) -> MoEWeights:
-    """Weights of which the optional ones come and go, with an exact gate if the gate is used."""
+    """Weights with optional ones sometimes omitted, and an exact gate if the gate is used."""
     bias, scales = draw(_BOOLEANS), draw(_BOOLEANS)
     weights = weights_for(config, generator, dtype=dtype, bias=bias, scales=scales, vocabulary=_VOCABULARY)
     router = weights.router
@@ -132,7 +131,7 @@ def _weights(draw: DrawFn, config: MoEConfig, generator: torch.Generator, dtype:
     if kind == "gate":
         bias_of_gate = exact_gate_bias(router.gate[:, 0], generator) if bias or needs_gate_bias(config.router) else None
         router = dataclasses.replace(router, gate=exact_gate(router.gate, generator), bias=bias_of_gate)
-    else:  # whoever brings logits has the gate elsewhere
+    else:  # the gate is outside the layer where logits are given
         router = dataclasses.replace(router, gate=None, bias=None)
     empty = all(getattr(router, field.name) is None for field in dataclasses.fields(router))
     return dataclasses.replace(weights, router=None if empty else router)
@@ -150,12 +149,11 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 @st.composite
 def routings(draw: DrawFn, config: MoEConfig, tokens: int | None = None, dtype: torch.dtype = torch.float32) -> Routing:
-    """Routings that somebody else's router may make: ids in any order, twice in a row of a token, -1 for none, or all
-    on one expert.
+    """Strategy of arbitrary routings: ids in any order, repeated within a token, -1 for no expert, all one expert.
 
     expert_ids [tokens, top_k] int64 in -1 .. num_choices - 1; weights of `dtype`, some negative, above one or zero;
-    shared_weights where the config has them. tokens=None draws 0 to 17. Ids are drawn as rows, so a failing case
-    shrinks to few tokens; weights from a seed.
+    shared_weights if the config has them. tokens=None draws 0 to 17. Ids are drawn as rows, so a failing case shrinks
+    to few tokens; weights come from a seed.
 
     >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=3, intermediate_size=5)
     >>> from hypothesis import find

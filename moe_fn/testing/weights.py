@@ -1,4 +1,4 @@
-"""Random weights that fit a config."""
+"""Random weights for a config."""
 
 import functools
 import math
@@ -11,12 +11,12 @@ from moe_fn.records import LatentWeights, LoRAWeights, MoEWeights, RouterWeights
 from moe_fn.testing.quant_weights import codes_for
 from moe_fn.weights.spec import plain_sizes
 
-# Correction biases are -1, 0 or 1 times this. Together with the grid of logits in `values.py` it keeps sums of scores
-# and biases, of one expert and of two, more than 1e-5 apart or exactly equal, so float32 and float64 choose alike
-# (test_testing.py checks the table).
+# Correction biases are -1, 0 or 1 times this. With the grid of logits in `values.py`, sums of scores and biases, of one
+# expert and of two, are equal or more than 1e-5 apart, so float32 and float64 choose the same experts (test_testing.py
+# checks the table).
 BIAS_STEP = 605 / 1024
-# Softmax scores depend on the whole row, and no step suits all rows; with this one, scores (at most 1 in sum) decide
-# inside a level only.
+# Softmax scores depend on the whole row, and no such step fits all rows; with this one, scores (whose sum is at most 1)
+# only decide between experts with equal biases.
 SOFTMAX_BIAS_STEP = 1.5
 
 
@@ -31,18 +31,19 @@ def weights_for(
     scales: bool = True,
     vocabulary: int = 16,
 ) -> MoEWeights:
-    """Random weights that fit the config: all that it requires, a router gate, and by flag what is optional.
+    """Random weights for a config: the required tensors, a router gate, and by flag the optional ones.
 
-    seed           a number, or a CPU generator (which advances); the numbers do not depend on the device
+    seed           a number, or a CPU generator (which advances); values do not depend on the device
     dtype          of the layer; the router's gate, bias, correction_bias and expert_scale are float32 for narrower
                    dtypes
-    requires_grad  of every floating tensor but router.correction_bias, which no gradient reaches
+    requires_grad  of every floating tensor except router.correction_bias, which has no gradient
     bias           optional biases: of the experts, the shared experts, the latent projections, and the gate
     scales         other optional tensors: router.expert_scale, latent.input_norm, latent.output_norm
     vocabulary     rows of router.expert_ids_of_token, for hash routing; ids of a token are distinct
 
-    With config.quant gate_up and down are random codes, every code among them, with scales that keep numbers near 1.
-    Matrices are normal with deviation 1/sqrt(fan in), so numbers stay near 1 at any width; scales lie in 0.5 .. 1.5.
+    With config.quant gate_up and down are random codes over all code values, with scales that keep values near 1.
+    Matrices are normal with standard deviation 1/sqrt(fan in), so values stay near 1 at any width; scales are in 0.5 ..
+    1.5.
 
     >>> config = MoEConfig(num_experts=4, top_k=2, hidden_size=3, intermediate_size=5)
     >>> weights = weights_for(config, seed=1, bias=False)
@@ -127,7 +128,7 @@ def _lora(config: MoEConfig, make: "_Maker") -> LoRAWeights | None:
 
 
 class _Maker:
-    """Makes tensors on the CPU, where seeds mean the same everywhere, and moves them."""
+    """Makes random tensors on the CPU, so that a seed gives the same values for every device, and moves them."""
 
     def __init__(
         self, generator: torch.Generator, dtype: torch.dtype, device: torch.device, requires_grad: bool

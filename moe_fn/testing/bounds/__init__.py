@@ -1,4 +1,4 @@
-"""The bound of a layer's rounding error, by running error analysis: every number carries how far off it may be."""
+"""Bounds of a layer's rounding error, by running error analysis: every value carries an error bound."""
 
 from moe_fn.testing.bounds.layer import Bound, error_bound, logits_again
 

@@ -1,4 +1,4 @@
-"""The activation between an expert's products, as balls."""
+"""Error bounds of the activation between an expert's products."""
 
 import dataclasses
 
@@ -9,18 +9,17 @@ from moe_fn.config import ActivationConfig
 from moe_fn.reference.activation import gate_function, up_factor
 from moe_fn.testing.bounds.ball import Ball, Units, monotone, plus, rounded, times, wide
 
-# Own error of a gate function f: at most so many roundings of |g|, for |f(g)| <= |g| and gelu's 1 + erf cancels down to
-# them.
+# Error of a gate function f itself, in roundings of |g|: |f(g)| <= |g|, and gelu's 1 + erf cancels to about that.
 _OWN_ROUNDINGS = 10
-_KINKS = ("relu",)  # whose derivative jumps at 0
+_KINKS = ("relu",)  # functions whose derivative jumps at 0
 
 
 def activated(units: Units, activation: ActivationConfig, h: Ball, layout: str) -> tuple[Ball, Tensor]:
     """The activation of h [..., gate_up], not yet stored, and whether its derivative may jump within the ball: bool
     [..., I].
 
-    f is Lipschitz, so its ends over the interval bound it, but for turning points: there the second derivative does, at
-    most alpha.
+    The values of f at the ends of the interval bound it, except at turning points, which are bounded by the second
+    derivative, at most alpha.
     """
     if not activation.gated:
         return _gate(units, activation, h), _near(h, 0.0) if activation.function in _KINKS else torch.zeros_like(

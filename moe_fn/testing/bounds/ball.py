@@ -1,11 +1,12 @@
-"""Numbers with a bound of their error: what a computation in floating point may give instead of the exact value.
+"""Ball arithmetic: values with bounds of their floating-point error.
 
-A `Ball` holds the value that float64 gives and a radius: any computation that rounds as `Units` says lies within it.
-Functions here do not round by themselves; `wide` and `stored` do, at the places where the layer does. Model of a
-rounded sum or product (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., 2.2 and 3.1):
+A `Ball` has the value in float64 and a radius: the result of any computation that rounds as in `Units` is within it.
+Functions here do not add rounding errors, except `rounded`, `wide` and `stored`, which are called where the layer
+rounds, and sums and products. Model of rounded operations (Higham, Accuracy and Stability of Numerical Algorithms, 2nd
+ed., 2.2 and 3.1):
 
-    fl(a op b) = (a op b)(1 + d), |d| <= u;     |fl(sum of n products) - exact| <= gamma_n * sum |w| |x|, gamma_n = n u
-                                                / (1 - n u)
+    fl(a op b) = (a op b)(1 + d), |d| <= u
+    |fl(sum of n products) - exact| <= gamma_n * sum |w| |x|,  gamma_n = n u / (1 - n u)
 
 The second holds for every order of summation, so for every kernel.
 """
@@ -19,13 +20,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Units:
-    """Unit roundoffs: of what is stored, in the layer's dtype, and of what is computed, in float32 or wider; and the
-    least number.
+    """Unit roundoffs of stored values (in the layer's dtype) and of computed ones (in float32 or wider), and the
+    absolute error near 0.
     """
 
     stored: float
     wide: float
-    least: float  # half the distance of numbers next to zero, or all of it where small ones are flushed to zero
+    least: float  # half the smallest subnormal, or the smallest normal number where subnormals are flushed to zero
 
 
 UNITS = {
@@ -38,18 +39,18 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Ball:
-    """value and radius, float64 tensors that broadcast; a radius of 0 is exact, an infinite one says nothing."""
+    """value and radius, float64 tensors that broadcast; radius 0 means exact, an infinite radius means no bound."""
 
     value: Tensor
     radius: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Ball":
-        """The ball of a rearrangement: a view, a gather, a selection."""
+        """The ball after a rearrangement: a view, a gather, a selection."""
         return Ball(change(self.value), change(self.radius.expand_as(self.value)))
 
 
 def exact(value: Tensor) -> Ball:
-    """A number that is what it is."""
+    """The ball of an exact value."""
     return Ball(value, torch.zeros_like(value))
 
 
@@ -63,17 +64,17 @@ def gamma(terms: int, unit: float) -> float:
 
 
 def rounded(a: Ball, unit: float, least: float = 0.0) -> Ball:
-    """The ball of what is rounded once."""
+    """The ball after one rounding."""
     return Ball(a.value, a.radius + unit * (a.value.abs() + a.radius) + least)
 
 
 def wide(units: Units, a: Ball, operations: int = 1) -> Ball:
-    """Rounded as results of float32 (or wider) operations are, so many times."""
+    """The ball after roundings of a number of operations in float32 (or wider)."""
     return rounded(a, gamma(operations, units.wide))
 
 
 def stored(units: Units, a: Ball) -> Ball:
-    """Rounded as what is kept in the layer's dtype."""
+    """The ball after rounding to the layer's dtype."""
     return rounded(a, units.stored, units.least)
 
 
@@ -88,7 +89,7 @@ def times(a: Ball, b: Ball) -> Ball:
 
 
 def over(a: Ball, b: Ball) -> Ball:
-    """a / b, not rounded, for positive b; where b may be zero the radius is infinite.
+    """a / b, not rounded, for positive b; the radius is infinite where b may be zero.
 
     >>> over(exact(torch.tensor(1.0)), Ball(torch.tensor(2.0), torch.tensor(3.0))).radius
     tensor(inf)
@@ -125,8 +126,9 @@ def summed(units: Units, a: Ball, dim: int) -> Ball:
 
 
 def monotone(a: Ball, function: Callable[[Tensor], Tensor], curvature: float = 0.0) -> Ball:
-    """function(a), not rounded: its ends are those of the interval, but for turning points, which a second derivative
-    bounds.
+    """function(a), not rounded, bounded by its values at the ends of the interval.
+
+    curvature: a bound of the second derivative, for functions with turning points.
 
     >>> monotone(Ball(torch.tensor(0.0), torch.tensor(1.0)), torch.relu).radius
     tensor(1.)

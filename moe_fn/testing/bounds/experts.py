@@ -1,4 +1,4 @@
-"""Experts, adapters and shared experts as balls: tokens [T, ...], slots [T, top_k, ...]."""
+"""Error bounds of experts, LoRA adapters and shared experts: tokens [T, ...], slots [T, top_k, ...]."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from moe_fn.testing.bounds.inputs import coded
 
 @dataclass(frozen=True)
 class Outcome:
-    """A ball, and what in the computation was undecided: codes of rounded inputs, derivatives of activations."""
+    """A ball; tied: whether a code of rounded inputs is undecided; jumps: whether an activation's derivative is."""
 
     ball: Ball
     tied: bool
@@ -26,7 +26,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Slots:
-    """ids [T, top_k] of experts, 0 where there is none; present [T, top_k] bool; adapters [T], -1 for none."""
+    """ids [T, top_k] of experts, 0 for slots without one; present [T, top_k] bool; adapters [T], -1 for none."""
 
     ids: Tensor
     present: Tensor
@@ -40,10 +40,10 @@ class Slots:
 def expert_rows(
     units: Units, config: MoEConfig, weights: MoEWeights, v: Ball, slots: Slots, single: bool, ranks: int = 1
 ) -> Outcome:
-    """What the experts make of v [T, top_k, Hx]: [T, top_k, Hx].
+    """The experts' outputs for v [T, top_k, Hx]: [T, top_k, Hx].
 
-    rows = down @ act(gate_up @ v + bias) + bias, each product stored once in the layer's dtype, the rest in float32;
-    over ranks each has a part of the sums, which is stored, sent and added in the layer's dtype
+    rows = down @ act(gate_up @ v + bias) + bias, each product stored once in the layer's dtype, the rest in float32.
+    With several ranks, each has a part of the sums, which is stored, sent and added in the layer's dtype.
     """
     hidden, tied = _product(units, config, weights, "gate_up", v, slots, single)
     hidden = _with_adapters(units, weights.lora, "gate_up", v, hidden, slots)
@@ -60,7 +60,7 @@ def expert_rows(
 
 
 def in_parts(units: Units, y: Ball, matrix: Ball, v: Ball, ranks: int) -> Ball:
-    """y = matrix @ v as a sum of what ranks store: ranks + 1 roundings more of |matrix| |v|, and of y itself."""
+    """y = matrix @ v as a sum of parts stored by ranks: ranks + 1 more roundings of |matrix| |v|, and of y itself."""
     if ranks == 1:
         return y
     size = product(units, Ball(matrix.value.abs(), matrix.radius), Ball(v.value.abs(), v.radius))
@@ -82,7 +82,7 @@ def _product(
 
 
 def _largest(config: MoEConfig, v: Ball, slots: Slots) -> Ball | None:
-    """The largest magnitude of all rows that have an expert, where inputs share one scale that each call computes."""
+    """The largest magnitude over rows with an expert, where all inputs of a call share one scale; else None."""
     if config.quant is None or not config.quant.rounds_by_call:
         return None
     some = slots.present.unsqueeze(-1).expand_as(v.value)
@@ -94,7 +94,8 @@ def _largest(config: MoEConfig, v: Ball, slots: Slots) -> Ball | None:
 def _matrices(units: Units, config: MoEConfig, weights: MoEWeights, name: str, slots: Slots) -> Ball:
     """The matrix of each slot's expert.
 
-    Codes become numbers of the layer's dtype; with zero points, of a difference that is larger.
+    Decoded weights are rounded to the layer's dtype; with zero points, the error is that of a difference of larger
+    terms.
     """
     experts = torch.stack([getattr(expert, name) for expert in experts_of_weights(config, weights)])
     radius = torch.zeros_like(experts)
@@ -140,7 +141,7 @@ def _normed(units: Units, config: MoEConfig, rows: Ball, scale: Ball) -> Ball:
 def shared_rows(
     units: Units, shared: SharedExpertsConfig, weights: SharedWeights, x: Ball, of_router: Ball | None, ranks: int = 1
 ) -> Outcome:
-    """What the shared experts make of x [T, H]."""
+    """The shared experts' output for x [T, H]."""
     hidden = stored(units, product(units, exact(weights.gate_up), x))
     hidden = hidden if weights.gate_up_bias is None else wide(units, plus(hidden, exact(weights.gate_up_bias)))
     a, jumps = activated(units, as_activation(shared.activation), hidden, "packed")

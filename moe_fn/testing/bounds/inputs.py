@@ -1,4 +1,4 @@
-"""Inputs that are rounded to codes, as balls: where a number may lie on either side of a tie, both codes are inside."""
+"""Error bounds of quantized inputs: where a value may be on either side of a tie, the ball has both codes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from moe_fn.config import ActivationQuantConfig
 from moe_fn.reference.quant import nearest, numbers_of, scale_of
 from moe_fn.testing.bounds.ball import Ball
 
-Ends = tuple[Tensor, Tensor, Tensor]  # of an interval, with its float64 number in the middle
+Ends = tuple[Tensor, Tensor, Tensor]  # lower end of an interval, float64 value, upper end
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What numbers are divided by, `above` first (1 but for nvfp4), and what their codes are multiplied with."""
+    """Values are divided by `above` (1 except for nvfp4), then by `scale`; codes are multiplied by `step`."""
 
     above: Ends
     scale: Ends
@@ -29,11 +29,11 @@ def coded(
 
         code' in [round((v - r) / s), round((v + r) / s)]
 
-    with s between the scales of the largest magnitude less its radius and more its radius.
+    with s between the scales of the largest magnitude minus and plus its radius.
 
     static [...]: a scale for each row, or None; of_call: the largest magnitude of all rows of the call, where they
-    share a scale. Rounding is monotone, so the ends of an interval bound what happens inside it: at ties, and with
-    scales that are powers of two.
+    share a scale. Rounding is monotone, so the ends of an interval bound its interior, also at ties and with
+    power-of-two scales.
     """
     size = config.group_size or v.value.shape[-1]
     groups = v.map(lambda t: _by_group(t, size))
@@ -78,8 +78,8 @@ def _of_largest(config: ActivationQuantConfig, largest: Ball, static: Tensor | N
 
 
 def _of_nvfp4(largest: Ball, static: Tensor | None, single: bool) -> Scales:
-    """Scales of groups are e4m3, times the one above; that of a row without a static one is its largest magnitude /
-    (448 * 6).
+    """Scales of nvfp4: e4m3 scales of groups, times `above`, which without a static scale is the largest magnitude of
+    the row / (448 * 6).
     """
     table = torch.tensor(numbers_of("fp8_e4m3"), dtype=torch.float64)
     row = Ball(largest.value.amax(-2, keepdim=True), largest.radius.amax(-2, keepdim=True))

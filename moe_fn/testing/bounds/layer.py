@@ -1,4 +1,4 @@
-"""error_bound: how far from float64 a right layer can be, for one problem, computed and not guessed."""
+"""Error bound of the whole layer for one problem, by running error analysis."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -31,13 +31,15 @@ from moe_fn.testing.problem import MoEProblem
 
 @dataclass(frozen=True)
 class Bound:
-    """What a layer of a dtype may give.
+    """The possible outputs of a layer in a dtype.
 
-    value [..., H] float64, radius [..., H]: |y - value| <= radius for every right y; infinite where a division may be
-    by zero. logits [T, num_logits]: of the gate inside the layer, or as given; expert_ids [T, top_k]: the reference's
-    choice
-    tied   a code of rounded inputs is undecided: one as right may be a whole step away, and radius covers it
-    jumps  a derivative is undecided (relu or a limit within the radius): gradients may differ by more than rounding
+    value       [..., H] float64
+    radius      [..., H]: |y - value| <= radius for every right y; infinite where a divisor may be zero
+    logits      [T, num_logits]: of the gate inside the layer, or as given
+    expert_ids  [T, top_k]: the reference's choice
+    tied        a code of rounded inputs is undecided: right codes may differ by a whole step, which radius covers
+    jumps       a derivative is undecided (relu or a limit within the radius): gradients may differ by more than
+                rounding
     """
 
     value: Tensor
@@ -49,15 +51,15 @@ class Bound:
 
 
 def error_bound(problem: MoEProblem, ranks: int = 1, logits: Ball | None = None) -> Bound:
-    """The layer of a problem in float64, and how far from it a layer may be that rounds as the contract says, op by op.
+    """The output of a problem in float64, and a bound of the error of a layer that rounds by the contract, op by op.
 
         |y - value| <= radius:   products gamma_(n+1) |W| |x| + |W| r_x + u |y|; functions f([x - r, x + r]); sums
                                  gamma_k sum |w o|
 
     Running error analysis (Wilkinson; Higham, Accuracy and Stability of Numerical Algorithms, 3.3): every value carries
-    its bound through the same formulae. Sums in float32 or wider in any order; what is kept between ops is rounded to
-    the dtype of x. ranks: over how many the sums are spread, each of which stores its part. logits: what the router
-    gets, instead of the problem's. Which experts are chosen is the reference's choice: it is right or wrong, not near.
+    its bound through the same formulas. The contract: sums in float32 or wider in any order; values between ops are
+    rounded to the dtype of x. ranks: the number of ranks that share the sums, each of which stores its part. logits:
+    the router's input, instead of the problem's. The chosen experts are the reference's: a choice has no error bound.
 
     Laws
         The error of the layer is within its bound.
@@ -81,7 +83,9 @@ def error_bound(problem: MoEProblem, ranks: int = 1, logits: Ball | None = None)
     chosen, ids = _choices(problem, logits)
     w, shared_w = routing_weights(units, config, router, logits, chosen.expert_ids, chosen.weights)
     routed = _routed(units, config, weights, v, ids, w, _adapters(problem, len(ids)), ranks)
-    y, jumps = _around(units, config, weights, x, routed.ball, shared_w, problem.x.dtype == torch.float16, ranks)
+    y, jumps = _scaled_and_shared(
+        units, config, weights, x, routed.ball, shared_w, problem.x.dtype == torch.float16, ranks
+    )
     y = _zero_experts(units, config, weights, x, y, ids, w)
     if config.norms is not None and config.norms.output and weights.output_norm is not None:
         y = stored(units, wide(units, times(norm(units, y, config.norms.epsilon), exact(weights.output_norm))))
@@ -90,7 +94,7 @@ def error_bound(problem: MoEProblem, ranks: int = 1, logits: Ball | None = None)
 
 
 def _choices(problem: MoEProblem, logits: Ball) -> tuple[Routing, Tensor]:
-    """The routing before experts are full, and the ids that are left after: [T, top_k]."""
+    """The routing without a capacity, and the ids [T, top_k] with it."""
     config, dtype = problem.config, problem.x.dtype if problem.logits is None else problem.logits.dtype
     z = logits.value.reshape(*problem.x.shape[:-1], config.num_logits)
     boundless = dataclasses.replace(config, router=dataclasses.replace(config.router, capacity=None))
@@ -112,10 +116,10 @@ def _adapters(problem: MoEProblem, tokens: int) -> Tensor:
 def _logits(units: Units, problem: MoEProblem, router: RouterWeights, x: Ball, v: Ball, real: Tensor) -> Ball:
     if problem.logits is not None:
         return exact(_real_rows(problem.logits, problem.config.num_logits, real))
-    return gate_logits(units, problem.config, router, _seen_by_gate(units, problem.config, x, v))
+    return gate_logits(units, problem.config, router, _gate_input(units, problem.config, x, v))
 
 
-def _seen_by_gate(units: Units, config: MoEConfig, x: Ball, v: Ball) -> Ball:
+def _gate_input(units: Units, config: MoEConfig, x: Ball, v: Ball) -> Ball:
     if config.router.gate_input == "transformed":
         return v
     normed = config.norms is not None and config.norms.gate
@@ -123,14 +127,14 @@ def _seen_by_gate(units: Units, config: MoEConfig, x: Ball, v: Ball) -> Ball:
 
 
 def logits_again(problem: MoEProblem, logits: Tensor) -> Ball:
-    """Logits of the gate inside the layer, and how far off them the same gate may be in another batch, where products
-    sum otherwise.
+    """Logits of the gate inside the layer, with a bound of their difference in another batch, where products may be
+    summed in another order.
     """
     config, units = problem.config, UNITS[problem.x.dtype]
     weights = float64_weights(problem.weights)
     real = _real_tokens(problem)
     x = exact(_real_rows(problem.x, config.hidden_size, real))
-    seen = _seen_by_gate(units, config, x, _routed_input(units, config, weights, x))
+    seen = _gate_input(units, config, x, _routed_input(units, config, weights, x))
     radius = 2 * gate_logits(units, config, weights.router or RouterWeights(), exact(seen.value)).radius
     return Ball(_real_rows(logits, config.num_logits, real), radius)
 
@@ -164,7 +168,7 @@ def _latent_norm(units: Units, config: MoEConfig, scale: Tensor | None, v: Ball)
 def _routed(
     units: Units, config: MoEConfig, weights: MoEWeights, v: Ball, ids: Tensor, w: Ball, adapters: Tensor, ranks: int
 ) -> Outcome:
-    """sum over slots of w * expert(v), or of expert(w * v)."""
+    """The sum over slots of w * expert(v), or of expert(w * v)."""
     present = (ids >= 0) & (ids < config.num_experts)
     slots = Slots(torch.where(present, ids, 0), present, adapters)
     each = v.map(lambda t: t.unsqueeze(1).expand(-1, config.top_k, -1))
@@ -179,7 +183,7 @@ def _routed(
     return dataclasses.replace(rows, ball=total)
 
 
-def _around(
+def _scaled_and_shared(
     units: Units,
     config: MoEConfig,
     weights: MoEWeights,
@@ -189,7 +193,7 @@ def _around(
     is_float16: bool,
     ranks: int,
 ) -> tuple[Ball, bool]:
-    """The scale on the output, back from the latent space, and the shared experts."""
+    """Applies the scale on the output, the projection from the latent space, and the shared experts."""
     factor, scale_on = config.router.routed_scaling_factor, config.router.scale_on
     scale_shared = scale_on == "output_float16_safe" and is_float16 and config.shared is not None
     y = stored(units, scaled(y, factor)) if scale_on != "weights" and not scale_shared else y
@@ -197,8 +201,8 @@ def _around(
     if config.shared is None or weights.shared is None:
         return y, False
     shared = shared_rows(units, config.shared, weights.shared, x, of_router, ranks)
-    beside = stored(units, scaled(shared.ball, 1 / factor)) if scale_shared else shared.ball
-    both = stored(units, wide(units, plus(y, beside)))
+    addend = stored(units, scaled(shared.ball, 1 / factor)) if scale_shared else shared.ball
+    both = stored(units, wide(units, plus(y, addend)))
     return scaled(both, 0.5) if config.shared.combine == "average" else both, shared.jumps
 
 

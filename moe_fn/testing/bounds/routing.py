@@ -1,4 +1,4 @@
-"""Logits and routing weights as balls. Which experts are chosen is given: a choice is right or wrong, not near."""
+"""Error bounds of logits and routing weights, for a given choice of experts."""
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ from moe_fn.testing.bounds.ball import (
     wide,
 )
 
-_OWN_ROUNDINGS = 8  # of a score function, relative to its value; softmax adds those of a sum, and of exp's argument
+_OWN_ROUNDINGS = 8  # of a score function, relative to its value; softmax adds those of its sum and of exp's argument
 
 
 def gate_logits(units: Units, config: MoEConfig, router: RouterWeights, seen: Ball) -> Ball:
     """gate @ seen + bias: [T, num_logits], in float32 or the layer's dtype."""
     if router.gate is None:
-        raise ValueError("weights.router.gate is None; expected a gate, for there are no logits")
+        raise ValueError("weights.router.gate is None; expected a gate, since there are no logits")
     own = _units_of(units, config.router.gate_dtype)
     gate = Ball(router.gate, own.stored * router.gate.abs()) if own.stored > own.wide else exact(router.gate)
     z = stored(own, product(own, gate, seen))
@@ -45,8 +45,7 @@ def routing_weights(
     """Weights of the chosen experts [T, top_k] and of shared ones: w = score(z)[ids] / norm * expert_scale[ids] *
     gamma.
 
-    ids [T, top_k], -1 for none; weights [T, top_k] those of the reference, where a 0 says that the choice counts
-    nothing.
+    ids [T, top_k], -1 for none; weights [T, top_k] of the reference, 0 for choices without effect.
     """
     options = config.router
     own = _units_of(units, options.score_dtype)
@@ -103,7 +102,7 @@ def _score(own: Units, scoring: str, z: Ball) -> Ball:
 
 
 def _softmax(own: Units, z: Ball) -> Ball:
-    """exp(z - max) / sum: an error of the arguments by r is a factor of at most exp(2 r)."""
+    """exp(z - max) / sum: an error r of the arguments changes the result by a factor of at most exp(2 r)."""
     value = torch.softmax(z.value, -1)
     radius, size = (
         z.radius.amax(-1, keepdim=True),
@@ -134,7 +133,7 @@ def _joined(a: Ball, b: Ball) -> Ball:
 
 
 def _norm(own: Units, options: RouterConfig, chosen: Ball) -> Ball:
-    """D = max(norm of the scores + epsilon, minimum), or 1: a norm moves by no more than the sum of the moves."""
+    """D = max(norm of the scores + epsilon, minimum), or 1: a norm changes by at most the sum of the changes."""
     order, terms = options.renormalize_order, chosen.value.shape[-1]
     value = torch.linalg.vector_norm(chosen.value, order, -1, keepdim=True)
     total = rounded(
