@@ -1,4 +1,4 @@
-"""Numbers in few bits: weights as codes and scales, inputs rounded to what a product takes.
+"""Quantization: weights as codes and scales, inputs of products rounded to codes.
 
 Pure functions on tensors.
 """

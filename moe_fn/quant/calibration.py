@@ -1,4 +1,4 @@
-"""What is known of the inputs of the experts' products before their weights are rounded."""
+"""Calibration statistics: mean squares and largest magnitudes of the inputs of the experts' products."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of the inputs of gate_up [.., Hx] and of down [.., I], as `moe_fn.calibrate` has seen them."""
+    """Statistics of the inputs of gate_up [.., Hx] and of down [.., I], returned by `moe_fn.calibrate`."""
 
     gate_up_mean_square: Tensor  # [E, Hx] float32
     gate_up_amax: Tensor  # [E]

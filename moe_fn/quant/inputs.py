@@ -1,4 +1,4 @@
-"""What the inputs of a product are rounded to: the published formulae, a row of a table each."""
+"""Rounding of the inputs of products to codes and scales: the published formulas, one row of a table each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_fn.config import ActivationQuantConfig
 from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero
 
-_E4M3_LEAST = 1 / (448 * 512)  # of a token's scale, as vLLM's kernel has it
+_E4M3_LEAST = 1 / (448 * 512)  # least scale of a token, as in vLLM's kernel
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,19 @@ class RoundedRows:
     group_size: int
 
     def floats(self) -> Tensor:
-        """[R, K]."""
-        return self.codes * _spread(self.scale, self.group_size, self.codes.shape[-1])
+        """The rows as floats [R, K]."""
+        return self.codes * _expand_scale(self.scale, self.group_size, self.codes.shape[-1])
 
 
 def rounded_rows(
     config: ActivationQuantConfig, rows: Tensor, present: Tensor, static_scale: Tensor | None
 ) -> RoundedRows:
-    """Rows [R, K] as codes and scales. present [R, 1] bool: rows that count in a scale of all; static_scale [R, 1], or
-    None.
+    """Rows [R, K] as codes and scales.
 
-        scale = f(the largest magnitude of what shares it);  codes = round(row / scale), saturating
+        scale = f(largest magnitude of the inputs that share it);  codes = round(row / scale), saturating
 
-    In float32, or in float64 for float64 rows. Source: semantics of vLLM 0.33, OCP microscaling formats 1.0,
-    compressed-tensors (nvfp4).
+    present [R, 1] bool: rows that count for a scale of all rows; static_scale [R, 1], or None. Computed in float32, or
+    in float64 for float64 rows. Source: vLLM 0.33, OCP microscaling formats 1.0, compressed-tensors (nvfp4).
     """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     size = config.group_size or rows.shape[-1]
@@ -61,12 +60,12 @@ def round_to(scheme: str, units: Tensor) -> Tensor:
 
 
 def straight_through(rounded: Tensor, rows: Tensor) -> Tensor:
-    """`rounded`, with the gradient of `rows`: adding rows - rows, which is 0, moves no bit."""
+    """`rounded` with the gradient of `rows`: rows - rows is 0, so adding it changes no bit."""
     return rounded.detach() + (rows - rows.detach())
 
 
 def _units_of_nvfp4(groups: Tensor, amax: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers to be rounded to e2m1, and the scales of groups: e4m3 times the one above."""
+    """Values to be rounded to e2m1, and the scales of groups: e4m3 scales times the scale `above` them."""
     scale = round_to("fp8_e4m3", amax / (6 * above))
     units = groups / above.unsqueeze(-1) / scale.unsqueeze(-1)
     return torch.where(scale.unsqueeze(-1) == 0, 0, units), scale * above
@@ -77,7 +76,7 @@ def _power_of_two(exponents: Tensor) -> Tensor:
 
 
 Scales = Callable[[Tensor], Tensor]
-_SCALES: dict[tuple[str, str], Scales] = {  # of the largest magnitude
+_SCALES: dict[tuple[str, str], Scales] = {  # largest magnitude -> scale
     ("fp8_e4m3", "tensor"): lambda amax: amax.clamp(min=1e-10) / 448,
     ("fp8_e4m3", "token"): lambda amax: (amax / 448).clamp(min=_E4M3_LEAST),
     ("fp8_e4m3", "group"): lambda amax: amax.clamp(min=1e-10) / 448,
@@ -90,11 +89,11 @@ _SCALES: dict[tuple[str, str], Scales] = {  # of the largest magnitude
 
 
 def _by_group(rows: Tensor, size: int) -> Tensor:
-    """[R, K] -> [R, groups, size], zeros behind the last."""
+    """[R, K] -> [R, groups, size], padded with zeros."""
     padded: Tensor = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % size))
     groups: Tensor = padded.unflatten(-1, (-1, size))
     return groups
 
 
-def _spread(scale: Tensor, size: int, inputs: int) -> Tensor:
+def _expand_scale(scale: Tensor, size: int, inputs: int) -> Tensor:
     return scale.repeat_interleave(size, -1).narrow(-1, 0, inputs) if scale.shape[-1] > 1 else scale

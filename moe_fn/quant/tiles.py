@@ -1,23 +1,24 @@
-"""Which weights share a scale: tensor, channel, group and block are one thing, a tile of (outputs, inputs)."""
+"""Tiles of weights that share a scale: tensor, channel, group and block are tiles of (outputs, inputs)."""
 
 import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
 
-Tile = tuple[int | None, int | None]  # None: all there are
+Tile = tuple[int | None, int | None]  # (outputs, inputs); None: all
 WHOLE: Tile = (None, None)
 
 
 def halves_of(config: MoEConfig, name: str) -> int:
-    """Parts of a matrix's outputs that are tiled apart: gate and up of a packed gate_up, which checkpoints bring one by
-    one.
+    """The number of parts of a matrix's outputs that are tiled separately.
+
+    2 for gate and up of a packed gate_up, which checkpoints store as separate tensors.
     """
     return config.gate_up_parts if name == "gate_up" and config.gate_up_layout == "packed" else 1
 
 
 def scale_shape(tile: Tile, halves: int, outputs: int, inputs: int) -> tuple[int, int]:
-    """Scales of one matrix: (tiles along the outputs, along the inputs).
+    """Shape of one matrix's scales: (tiles along the outputs, tiles along the inputs).
 
     >>> scale_shape((128, 128), 2, 2 * 192, 256)
     (4, 2)
@@ -27,7 +28,7 @@ def scale_shape(tile: Tile, halves: int, outputs: int, inputs: int) -> tuple[int
 
 
 def expand_tiles(scale: Tensor, tile: Tile, halves: int, outputs: int, inputs: int) -> Tensor:
-    """Each tile's number at all its places: [E, tiles, tiles] -> [E, outputs, inputs].
+    """Repeats the value of each tile over the tile: [E, tiles, tiles] -> [E, outputs, inputs].
 
     >>> expand_tiles(torch.tensor([[[1, 2]]]), (1, 2), 1, 1, 3).tolist()
     [[[1, 1, 2]]]
@@ -47,9 +48,7 @@ def _repeated(t: Tensor, dim: int, times: int) -> Tensor:
 
 
 def by_tile(weight: Tensor, tile: Tile, halves: int) -> Tensor:
-    """The numbers of each tile, zeros where it reaches past the matrix: [E, outputs, inputs] -> [E, tiles, tiles,
-    numbers].
-    """
+    """The weights of each tile, padded with zeros at the edges: [E, outputs, inputs] -> [E, tiles, tiles, weights]."""
     of_half, inputs = weight.shape[1] // halves, weight.shape[2]
     out, inner = tile[0] or of_half, tile[1] or inputs
     by_half: Tensor = weight.unflatten(1, (halves, of_half))

@@ -1,6 +1,4 @@
-"""Rows on their way between ranks: codes and scales in one row of bytes, where the experts would round them to codes
-anyway.
-"""
+"""Rows sent between ranks as bytes of codes and scales, where the experts would round their inputs to codes anyway."""
 
 from collections.abc import Callable
 
@@ -11,15 +9,14 @@ from moe_fn.config import ActivationQuantConfig, MoEConfig
 from moe_fn.quant.inputs import RoundedRows, rounded_rows
 from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_floor, pack_halves, unpack_halves
 
-_BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # exponents; the others are float32
+_BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # e8m0 exponents; scales of other schemes are float32
 
 
 def travelling(config: MoEConfig, dtype: torch.dtype, weighted: bool) -> ActivationQuantConfig | None:
-    """How rows of a dtype travel: rounded as the first product will round them, or as they are (None).
+    """The quantization of rows that are sent, which is that of the first product's inputs; None: sent unrounded.
 
-    As they are where a scale is an expert's own (static), where weights are still to be multiplied with what arrives,
-    where there are adapters, which see inputs that are not rounded, and in float64, whose scales have more digits than
-    those that travel.
+    Unrounded where scales differ by expert (static), where routing weights are multiplied with the received rows, where
+    LoRA adapters need unrounded inputs, and in float64, whose scales are wider than those that are sent.
 
     Laws
         Rows arrive as the experts round them.
@@ -31,7 +28,7 @@ def travelling(config: MoEConfig, dtype: torch.dtype, weighted: bool) -> Activat
 
 
 def bytes_of_row(a: ActivationQuantConfig, width: int) -> int:
-    """Bytes of a row of `width` numbers.
+    """Bytes of a row of `width` elements.
 
     >>> bytes_of_row(ActivationQuantConfig(scheme="int8", granularity="token"), 64)
     68
@@ -48,13 +45,13 @@ def to_bytes(a: ActivationQuantConfig, rows: Tensor) -> Tensor:
     if _packed(a):
         codes = pack_halves(torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)))
     scale = encode_e8m0(log2_floor(rounded.scale)) if a.scheme in _BYTES_OF_SCALE else rounded.scale.to(torch.float32)
-    return torch.cat([codes.view(torch.uint8), _laid_out(scale).view(torch.uint8)], 1)
+    return torch.cat([codes.view(torch.uint8), _contiguous_copy(scale).view(torch.uint8)], 1)
 
 
 def from_bytes(a: ActivationQuantConfig, data: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The rows that to_bytes(a, rows) stands for: [R, width]."""
+    """The inverse of to_bytes, up to rounding: [R, bytes_of_row] uint8 -> [R, width]."""
     size = -(-width // 2) if _packed(a) else width
-    codes, scale = data.narrow(1, 0, size), _laid_out(data.narrow(1, size, data.shape[1] - size))
+    codes, scale = data.narrow(1, 0, size), _contiguous_copy(data.narrow(1, size, data.shape[1] - size))
     values = (
         unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[ELEMENTS[a.scheme]])
     )
@@ -63,10 +60,10 @@ def from_bytes(a: ActivationQuantConfig, data: Tensor, width: int, dtype: torch.
     return RoundedRows(numbers, scales, a.group_size or width).floats().to(dtype)
 
 
-def _laid_out(t: Tensor) -> Tensor:
-    """A copy that may be viewed as another dtype.
+def _contiguous_copy(t: Tensor) -> Tensor:
+    """A contiguous copy, which can be viewed as another dtype.
 
-    contiguous() leaves no row and one row as they are, with any stride at any offset.
+    contiguous() returns 0 rows and 1 row as they are, with any stride and offset.
     """
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -79,12 +76,12 @@ _DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
 
 
 def packed(a: ActivationQuantConfig | None, rows: Tensor) -> Tensor:
-    """What travels: rows, or their bytes, which have no gradient."""
+    """The tensor to send: rows, or their bytes, which have no gradient."""
     return rows if a is None else to_bytes(a, rows.detach())
 
 
 def unpacked(
     a: ActivationQuantConfig | None, data: Tensor, rows: Tensor, arrived_as: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """What arrived, as rows like those that were sent; arrived_as(rows, received) gives it their gradient."""
+    """The received rows in the dtype of `rows`; arrived_as(rows, received) attaches the gradient of the collective."""
     return data if a is None else arrived_as(rows, from_bytes(a, data, rows.shape[1], rows.dtype))

@@ -107,7 +107,7 @@ BUGS = (
     PlantedBug(
         "rows_arrive_as_the_experts_round_them",
         "bytes of no row lie as they did",
-        wire._laid_out,
+        wire._contiguous_copy,
         instead(lambda t: t.contiguous()),
     ),
     PlantedBug(
