@@ -123,7 +123,7 @@ def on_ranks(draw: Any) -> tuple[Block, ParallelConfig, Any]:
 
 
 @law(on_ranks(), SHARD_BYTES)
-def test_loading_by_the_config_is_sharding_the_whole(dealt: Any, shard_bytes: int) -> None:
+def test_loading_with_config_parallel_equals_sharding_the_whole(dealt: Any, shard_bytes: int) -> None:
     block, parallel, placement = dealt
     config, whole = dataclasses.replace(block.config, parallel=parallel), block.weights
     with folder() as path:

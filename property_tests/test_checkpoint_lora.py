@@ -435,7 +435,7 @@ FOLDERS: dict[str, tuple[Any, dict[str, Tensor]]] = {
     "alpha_pattern is 'x'": (PLAIN | {"alpha_pattern": {"a": "x"}}, GOOD),
     "holds a list": ([], GOOD),
     "no adapter below": (PLAIN, renamed(PREFIX, "model.layers.4.mlp")),
-    "lora_A.weight is alone; expected": (PLAIN, dict(list(GOOD.items())[:1])),
+    "has only .*lora_A.weight; expected both": (PLAIN, dict(list(GOOD.items())[:1])),
     "has model.layers.3.mlp.gate.lora_A.weight; expected only": (
         PLAIN,
         GOOD | {f"{PREFIX}.gate.lora_A.weight": torch.ones(2, 2)},
@@ -445,13 +445,13 @@ FOLDERS: dict[str, tuple[Any, dict[str, Tensor]]] = {
     "are \\[2, 12\\] and \\[16, 2\\]; expected \\[3, 12\\] and \\[16, 3\\]": (PLAIN | {"r": 3}, GOOD),
     "is I64 \\[2, 12\\]": (PLAIN, {name: t.to(torch.int64) for name, t in GOOD.items()}),
     "is F32 \\[2, 12, 1\\]": (PLAIN, {name: t.unsqueeze(2) for name, t in GOOD.items()}),
-    "expected one form": (PLAIN, GOOD | renamed("experts.1.down_proj", "experts")),
+    "expected one of the two forms": (PLAIN, GOOD | renamed("experts.1.down_proj", "experts")),
     "expected target_parameters to name one": (PLAIN, renamed("experts.1.down_proj", "experts")),
     "are \\[2, 12\\] and \\[16, 2\\]; expected \\[8, 12\\] and \\[16, 8\\] of down_proj": (
         PLAIN | {"target_parameters": ["mlp.experts.down_proj"]},
         renamed("experts.1.down_proj", "experts"),
     ),
-    "a product has two adapters": (PLAIN, GOOD | renamed("down_proj", "w2")),
+    "has two adapters; expected adapters of gate and up": (PLAIN, GOOD | renamed("down_proj", "w2")),
 }
 
 

@@ -188,7 +188,7 @@ def test_modelopt_alone_may_say_what_experts_are(tmp_path: Path) -> None:
 
 
 @law(st.sampled_from(sorted(FORMATS)), st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]))
-def test_what_a_file_has_as_floats_is_floats_whatever_the_words_say(name: str, dtype: torch.dtype) -> None:
+def test_tensors_stored_as_floats_are_floats_whatever_quantization_config_says(name: str, dtype: torch.dtype) -> None:
     tensors = {f"{PREFIX}.gate.weight": torch.randn(E, X), f"{PREFIX}.gate.e_score_correction_bias": torch.zeros(E)}
     for module in (*(f"experts.{e}" for e in range(E)), "shared_experts"):
         tensors |= {f"{PREFIX}.{module}.{matrix}.weight": torch.randn(size).to(dtype) for matrix, size in SIZES.items()}

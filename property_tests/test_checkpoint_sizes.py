@@ -278,7 +278,7 @@ def test_layers_come_one_by_one_and_say_so(tmp_path: Path, capsys: pytest.Captur
         == f"1/2 {tmp_path.name}: model.layers.1.block_sparse_moe\n2/2 {tmp_path.name}: model.layers.0.block_sparse_moe\n"  # noqa: E501
     )
     assert len(list(load_moe_layers(tmp_path, [0], progress=False))) == 1 and not capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"no mixture of experts in layer 7; expected one of 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"no experts in layer 7; expected one of 0, 1, 2"):
         next(load_moe_layers(tmp_path, [0, 7]))
     with pytest.raises(ValueError, match=r"gate.weight is missing"):
         list(load_moe_layers(tmp_path, progress=False))

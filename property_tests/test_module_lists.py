@@ -144,7 +144,7 @@ def listed_names(draw: Callable[[Any], Any]) -> tuple[str, str, str]:
 
 
 @law(listed_names(), st.booleans())
-def test_a_list_leaves_out_what_its_tool_leaves_out(drawn: tuple[str, str, str], any_number: bool) -> None:
+def test_a_list_excludes_what_its_tool_excludes(drawn: tuple[str, str, str], any_number: bool) -> None:
     name, piece, before = drawn
     for tool, says in OF_TOOL.items():
         number, start = ("*", before) if tool == "modelopt" else (r"\d+", before.replace("*", ".*"))

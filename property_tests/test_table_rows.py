@@ -45,7 +45,7 @@ def test_numbers_of_every_dtype_have_the_bytes_that_safetensors_says(dtype: str,
     if more:
         with pytest.raises(safetensors.SafetensorError):
             safetensors.deserialize(data)
-        with pytest.raises(ValueError, match=rf"w lies in {size} bytes; expected {size - 1}, for it is {dtype} \[8\]"):
+        with pytest.raises(ValueError, match=rf"w has {size} bytes; expected {size - 1} for {dtype} \[8\]"):
             read_header(tmp_path / "w.safetensors")
     else:
         assert safetensors.deserialize(data)[0][1]["dtype"] == dtype

@@ -1,8 +1,7 @@
-"""Checkpoints as they are published: folders of safetensors, whatever the family calls its tensors, to MoEWeights and
-back.
+"""Loads published safetensors checkpoints into `MoEWeights`, and saves them.
 
-Names and axes are data (`moe_fn.checkpoint.layout_table`), and so are formats of quantized ones
-(`moe_fn.checkpoint.quantized.formats`). Needs `pip install moe_fn[checkpoint]`.
+Names and axes of tensors are rows of a table (`moe_fn.checkpoint.layout_table`), and so are the formats of quantized
+ones (`moe_fn.checkpoint.quantized.formats`). Needs `pip install moe_fn[checkpoint]`.
 """
 
 from moe_fn.checkpoint.layers import MoELayer, load_moe_layer, load_moe_layers, moe_layers

@@ -1,8 +1,8 @@
-"""python -m moe_fn.checkpoint inspect PATH: the Mixture-of-Experts layers of a checkpoint, from config.json and the
-headers of its files.
+"""python -m moe_fn.checkpoint inspect PATH: prints the Mixture-of-Experts layers of a checkpoint, from config.json and
+the headers of its files.
 
-Layers in a row that are alike share a line. The exit status is 1 if a layer could not be loaded, 2 if there is no
-checkpoint to read, or one whose names are not known.
+Consecutive layers that differ only in their index share a line. The exit status is 1 if a layer could not be loaded,
+2 if there is no checkpoint to read or its tensor names are unknown.
 """
 
 import argparse
@@ -22,14 +22,14 @@ _SIZES = ("num_experts", "top_k", "hidden_size", "intermediate_size")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Runs the command and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_fn.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="print the model's Mixture-of-Experts layers")
     inspect.add_argument("path", help="a checkpoint folder, or a .safetensors file")
-    inspect.add_argument("--json", action="store_true", help="every layer, as JSON")
+    inspect.add_argument("--json", action="store_true", help="print every layer as JSON")
     options = parser.parse_args(arguments)
     try:
         layers = moe_layers(options.path)
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def as_json(layer: MoELayer) -> dict[str, Any]:
-    """A layer as plain values; options are those fields of its config that differ from the defaults."""
+    """The layer as JSON values; `options` are the fields of its config that differ from the defaults."""
     values = dataclasses.asdict(dataclasses.replace(layer, config=None))
     config = layer.config
     return values | {
@@ -51,7 +51,7 @@ def as_json(layer: MoELayer) -> dict[str, Any]:
 
 
 def options_of(config: MoEConfig) -> dict[str, Any]:
-    """Fields that differ from the defaults, nested ones by their dotted names; sizes are no options.
+    """Fields that differ from the defaults, without the sizes; nested fields have dotted names.
 
     >>> options_of(MoEConfig(num_experts=8, top_k=2, hidden_size=4, intermediate_size=4, weight_layout="in_out"))
     {'weight_layout': 'in_out'}
@@ -78,7 +78,7 @@ def _differing(name: str, value: Any, default: Any) -> dict[str, Any]:
 
 
 def table(layers: list[MoELayer]) -> str:
-    """The table that inspect prints, with what is special about the layers below it."""
+    """The table that `inspect` prints, followed by the options and problems of each group of layers."""
     if not layers:
         return "no Mixture-of-Experts layers"
     groups = [list(group) for _, group in itertools.groupby(layers, key=_alike)]
@@ -97,7 +97,7 @@ def table(layers: list[MoELayer]) -> str:
 
 
 def _alike(layer: MoELayer) -> tuple[Any, ...]:
-    """Layers of one stack that differ in their indices only."""
+    """The key that groups layers of one stack which differ in their index only."""
     return dataclasses.replace(
         layer, index=0, prefix=_stack(layer), problem=(layer.problem or "").replace(layer.prefix, "")
     ), layer.config
@@ -113,12 +113,12 @@ def _row(group: list[MoELayer]) -> tuple[str, ...]:
     if len(group) not in (1, last.index - first.index + 1):
         indices = ",".join(str(layer.index) for layer in group)
     sizes = ("?",) * 5 if config is None else _sizes(config)
-    numbers = first.dtype if config is None or config.quant is None else _quant(config.quant)
-    return indices, first.family, first.layout or "?", *sizes, numbers, _bytes(first.bytes)
+    dtype = first.dtype if config is None or config.quant is None else _quant(config.quant)
+    return indices, first.family, first.layout or "?", *sizes, dtype, _bytes(first.bytes)
 
 
 def _quant(quant: QuantConfig) -> str:
-    """How the experts are stored, in short.
+    """Abbreviated description of the experts' quantization.
 
     >>> _quant(QuantConfig(scheme="int4", granularity="group", group_size=128, zero_points=True))
     'int4 group 128, zero points'
@@ -135,15 +135,15 @@ def _quant(quant: QuantConfig) -> str:
 
 def _sizes(config: MoEConfig) -> tuple[str, ...]:
     shared = config.shared
-    words = "-" if shared is None else f"{shared.count} x {shared.intermediate_size}"
-    return str(config.num_experts), str(config.top_k), str(config.hidden_size), str(config.intermediate_size), words
+    of_shared = "-" if shared is None else f"{shared.count} x {shared.intermediate_size}"
+    return str(config.num_experts), str(config.top_k), str(config.hidden_size), str(config.intermediate_size), of_shared
 
 
 def _notes(group: list[MoELayer]) -> list[str]:
     first = group[0]
     options = {} if first.config is None else options_of(first.config)
-    words = ", ".join(f"{name}={value}" for name, value in options.items()) or "none"
-    lines = ["", f"{_row(group)[0]}  {_stack(first)}", f"  options  {words}"]
+    listed = ", ".join(f"{name}={value}" for name, value in options.items()) or "none"
+    lines = ["", f"{_row(group)[0]}  {_stack(first)}", f"  options  {listed}"]
     return lines if first.problem is None else [*lines, f"  problem  {first.problem}"]
 
 

@@ -1,5 +1,5 @@
-"""Which modules of a block an adapter is of: by the names in its file, held to the config's sizes and the adapter's
-ranks.
+"""Maps the tensors of a LoRA adapter file to modules of a block, and checks them against the config's sizes and the
+adapter's ranks.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ _PARTS = {
 _NAME = re.compile(
     rf"(?:moe\.)?experts\.(?:(0|[1-9]\d{{0,8}})\.({'|'.join(_PARTS)})\.|(base_layer\.)?)lora_([AB])\.weight"
 )
-# A block without a name of its own lies beside attention and the rest of its layer; these are what of the layer belongs
-# to it.
+# Prefixes of names that belong to a block without a module of its own: its tensors share a prefix with attention and
+# the rest of the layer.
 _OF_NAMELESS_BLOCKS = tuple({beginning for layout in LAYOUTS if not layout.block for beginning in layout.owned})
 GateUpLayout = Literal["packed", "interleaved"]
 WeightLayout = Literal["out_in", "in_out"]
@@ -38,7 +38,7 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Kept:
-    """How the model keeps parameters of all experts; weight_layout is None where the caller does not say."""
+    """Layout of the model's parameters that hold all experts; weight_layout is None if the caller did not pass it."""
 
     weight_layout: WeightLayout | None
     gate_up_layout: GateUpLayout
@@ -46,24 +46,27 @@ class Kept:
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the model that has an adapter: of one expert, or (expert None) a parameter of all."""
+    """A module of the model that has an adapter: of one expert, or (expert None) a parameter that holds all experts."""
 
     expert: int | None
     part: str  # "gate", "up", "gate_up" or "down"
     name: str  # in the model
-    turned: bool = False  # A is of the outputs, B of the inputs
+    turned: bool = False  # A has the outputs and B the inputs
 
 
 def modules_of_block(
     folder: Path, prefix: str, header: Mapping[str, TensorInfo], config: MoEConfig, adapter: AdapterConfig, kept: Kept
 ) -> dict[Module, tuple[str, str]]:
-    """Names of A and B of each module of the block; ValueError for all that is not of its experts, or does not fit."""
+    """Names of the A and B tensors of each module of the block.
+
+    Raises ValueError for adapters of anything but the block's experts, and for shapes or ranks that do not match.
+    """
     found = _names(folder, prefix, header)
     modules: dict[Module, tuple[str, str]] = {}
-    unclear = dict[Module, tuple[str, str]]()  # inputs and outputs are as many
+    unclear = dict[Module, tuple[str, str]]()  # as many inputs as outputs: shapes do not tell A's side
     for (expert, part), sides in found.items():
         if set(sides) != {"A", "B"}:
-            raise ValueError(f"{folder}: {next(iter(sides.values()))} is alone; expected lora_A and lora_B")
+            raise ValueError(f"{folder} has only {next(iter(sides.values()))}; expected both lora_A and lora_B")
         a, b = header[sides["A"]], header[sides["B"]]
         for name, info in ((sides["A"], a), (sides["B"], b)):
             if len(info.shape) != 2 or info.dtype not in FLOATS:
@@ -88,13 +91,14 @@ def modules_of_block(
         "gate_up" in parts and parts & {"gate", "up"}
     ):
         raise ValueError(
-            f"{folder}: below {prefix}.experts a product has two adapters; expected gates and ups apart, or in one"
+            f"{folder}: a product of {prefix}.experts has two adapters; expected adapters of gate and up, or one of "
+            "gate_up"
         )
     return modules
 
 
 def _names(folder: Path, prefix: str, header: Mapping[str, TensorInfo]) -> dict[tuple[str | None, str], dict[str, str]]:
-    """Names of A and B by expert and part, as they are called."""
+    """Names of the A and B tensors, by the expert and the part in the name."""
     found: dict[tuple[str | None, str], dict[str, str]] = {}
     owned = _OF_NAMELESS_BLOCKS if prefix.rpartition(".")[2].isdecimal() else ("",)
     for name in header:
@@ -104,17 +108,17 @@ def _names(folder: Path, prefix: str, header: Mapping[str, TensorInfo]) -> dict[
         match = _NAME.fullmatch(below.removeprefix(prefix + "."))
         if match is None:
             raise ValueError(
-                f"{folder}: the adapter has {name}; expected only adapters of the block's experts, for others have "
-                "none here"
+                f"{folder}: the adapter has {name}; expected only adapters of the block's experts (routers and shared "
+                "experts have none)"
             )
         expert, part, inner, side = match.groups()
         found.setdefault((expert, part or inner or ""), {})[side] = name
     if not found:
-        raise ValueError(f"{folder} has no adapter below {prefix}.experts; expected one, as PEFT names them")
+        raise ValueError(f"{folder} has no adapter below {prefix}.experts; expected one with PEFT's names")
     if len({expert is None for expert, _ in found}) > 1:
         raise ValueError(
-            f"{folder}: below {prefix}.experts are adapters of single experts and of parameters of all; "
-            "expected one form"
+            f"{folder} has adapters below {prefix}.experts of single experts and of parameters that hold all experts; "
+            "expected one of the two forms"
         )
     return found
 
@@ -122,21 +126,20 @@ def _names(folder: Path, prefix: str, header: Mapping[str, TensorInfo]) -> dict[
 def _is_turned(
     folder: Path, module: Module, others: set[Module], config: MoEConfig, adapter: AdapterConfig, kept: Kept
 ) -> bool:
-    """Of a product with as many inputs as outputs: as the other parameter of the same experts, or as its
-    peft did it.
+    """Whether A has the outputs, for a product with as many inputs as outputs: as in the other parameter of the same
+    experts, else by the adapter's peft_version.
     """
     turned = next((other.turned for other in others), None)
     if turned is None:
         turned = is_of_outputs(adapter.version, config, kept.weight_layout, kept.gate_up_layout)
     if turned is None:
         layout = kept.weight_layout or (
-            config.weight_layout if config.quant is None else "unknown, for it is quantized"
+            config.weight_layout if config.quant is None else "unknown (the config is quantized)"
         )
         raise ValueError(
-            f"{folder}: {module.name} has as many inputs as outputs, and which of them A is of is not known of "
-            "peft_version "
-            f"{adapter.version!r} with weight_layout {layout}; expected the model's weight_layout=, or an adapter of "
-            "both products"
+            f"{folder}: {module.name} has as many inputs as outputs, and peft_version {adapter.version!r} with "
+            f"weight_layout {layout} does not determine which of them A has; expected the model's weight_layout=, or "
+            "an adapter of both products"
         )
     return turned
 
@@ -153,7 +156,7 @@ def _single(
     gated = config.gate_up_parts == 2
     if not gated and part in ("gate_proj", "w3"):
         raise ValueError(
-            f"{folder}: the adapter is of {part}; expected up_proj or w1 alone, for the activation is not gated"
+            f"{folder}: the adapter is of {part}; expected up_proj or w1 only, because the activation is not gated"
         )
     module = Module(
         expert, _PARTS[part] if gated or _PARTS[part] == "down" else "gate_up", f"{prefix}.experts.{expert}.{part}"
@@ -163,7 +166,8 @@ def _single(
     (size, out), rank = _sizes(config, module.part), adapter.rank_of(module.name)
     if shapes != ((rank, size), (out, rank)):
         raise ValueError(
-            f"{folder}: A and B of {module.name} are {_words(shapes)}; expected {_words(((rank, size), (out, rank)))}"
+            f"{folder}: A and B of {module.name} are {_shapes_text(shapes)}; "
+            f"expected {_shapes_text(((rank, size), (out, rank)))}"
         )
     return module
 
@@ -171,7 +175,7 @@ def _single(
 def _parameter(
     folder: Path, prefix: str, inner: str, count: int, shapes: Shapes, config: MoEConfig, adapter: AdapterConfig
 ) -> Module:
-    """Which parameter it is that all experts' adapters are of; the outer one of two is down_proj."""
+    """The parameter of all experts that an adapter is of; with two adapters the outer one is of down_proj."""
     targets = [name.rpartition(".") for name in adapter.parameters]
     here = f".{prefix}.experts"
     names = [name for path, _, name in targets if not path or here.endswith(f".{path}")] or [
@@ -187,16 +191,16 @@ def _parameter(
         straight = ((rows, size), (out, rows))
         if shapes in (straight, ((rows, out), (size, rows))):
             fits.append(dataclasses.replace(module, turned=shapes != straight))
-        expected.append(f"{_words(straight)} of {name}")
+        expected.append(f"{_shapes_text(straight)} of {name}")
     if len({module.part for module in fits}) == 1:
         return fits[0]
     if fits:
         expected = [f"target_parameters to name one for {prefix}.experts, not {' and '.join(dict.fromkeys(names))}"]
     raise ValueError(
-        f"{folder}: A and B of {prefix}.experts are {_words(shapes)}; expected "
+        f"{folder}: A and B of {prefix}.experts are {_shapes_text(shapes)}; expected "
         f"{' or '.join(expected) or 'target_parameters to name one'}"
     )
 
 
-def _words(shapes: Shapes) -> str:
+def _shapes_text(shapes: Shapes) -> str:
     return f"{list(shapes[0])} and {list(shapes[1])}"

@@ -1,9 +1,8 @@
-"""Where an element lies: a tensor in a file and one in memory have patterns of the same axes (`moe_fn.weights.spec`
-lists them).
+"""Axis patterns of tensors in files and in memory, written as in einops, and views that map one onto the other.
 
-Files have more: 2 two, T banks of experts (text, vision), P bytes of a block (gpt-oss). "E (G I) X" is [E, G * I, X]
-with all gates before all ups, "E (I G) X" has them alternate, "(E I) X" is flat: as in einops. A copy from one pattern
-to another needs no code of its own: both sides are brought into the order of the axes of one of them.
+The axes are those of `moe_fn.weights.spec`; files have three more: 2 (two numbers), T (banks of experts: text, vision)
+and P (bytes of a block, gpt-oss). "E (G I) X" is [E, G * I, X] with all gates before all ups, in "E (I G) X" they
+alternate, "(E I) X" is flat. A copy between two patterns permutes both sides to the same order of axes.
 """
 
 import itertools
@@ -17,13 +16,13 @@ from moe_fn.records import Path
 from moe_fn.weights.axes import axes_of, dims_of, pattern_of
 from moe_fn.weights.spec import WEIGHTS, axis_sizes, dims_of_weight
 
-Ranges = Mapping[str, tuple[int, int]]  # start and stop along axes; all of an axis that is not in it
-# places along an axis that one element is for; None: all of them; 1 where it is not said
+Ranges = Mapping[str, tuple[int, int]]  # start and stop along each axis; an axis without an entry is whole
+# Positions along an axis that one element covers; None: all of them; an axis without an entry: 1
 Units = tuple[tuple[str, int | None], ...]
 
 
 def in_units(sizes: Mapping[str, int], units: Units) -> dict[str, int]:
-    """Elements along each axis.
+    """The number of elements along each axis.
 
     >>> in_units({"X": 65, "I": 4}, (("X", 32), ("I", None)))
     {'X': 3, 'I': 1}
@@ -32,7 +31,7 @@ def in_units(sizes: Mapping[str, int], units: Units) -> dict[str, int]:
 
 
 def ranges_in_units(ranges: Ranges, units: Units) -> dict[str, tuple[int, int]]:
-    """The elements that the places in the ranges are in.
+    """The ranges of elements that cover these ranges of positions.
 
     >>> ranges_in_units({"X": (4, 12), "I": (1, 2)}, (("X", 8), ("I", None)))
     {'X': (0, 2), 'I': (0, 1)}
@@ -46,9 +45,9 @@ def ranges_in_units(ranges: Ranges, units: Units) -> dict[str, tuple[int, int]]:
 
 
 def by_axes(t: Tensor, pattern: str, sizes: Mapping[str, int], order: Sequence[str]) -> Tensor:
-    """A view of t with one dim for each axis of `order`; axes that the pattern lacks have size 1.
+    """A view of t with one dim for each axis of `order`; axes that are not in the pattern have size 1.
 
-    t has the pattern and these sizes. Every axis of the pattern that is not in `order` must have size 1.
+    t has this pattern and these sizes. Every axis of the pattern that is not in `order` must have size 1.
     """
     axes = axes_of(pattern)
     t = t.view([sizes[axis] for axis in axes]) if t.is_contiguous() else _unflatten(t, pattern, sizes)
@@ -69,7 +68,7 @@ def _unflatten(t: Tensor, pattern: str, sizes: Mapping[str, int]) -> Tensor:
 
 
 def of_axes(t: Tensor, order: Sequence[str], pattern: str) -> Tensor:
-    """The inverse of by_axes: one dim for each axis of `order` -> a tensor of the pattern, contiguous."""
+    """The inverse of by_axes: a contiguous tensor of the pattern, from one with one dim for each axis of `order`."""
     axes = axes_of(pattern)
     order = [*order, *(axis for axis in axes if axis not in order)]
     t = t.reshape([*t.shape, *[1] * (len(order) - t.ndim)])
@@ -84,8 +83,9 @@ def of_axes(t: Tensor, order: Sequence[str], pattern: str) -> Tensor:
 
 
 def spans(pattern: str, sizes: Mapping[str, int], ranges: Ranges) -> tuple[slice, ...]:
-    """Where the ranges lie along each dim; of a dim of several axes, those before one that is cut must be a single
-    place.
+    """The slice of each dim that holds the ranges.
+
+    In a dim of several axes, the ranges of all axes before one that is cut must have length 1.
 
     >>> spans("E (G I) X", {"E": 8, "G": 2, "I": 6, "X": 4}, {"E": (3, 4), "G": (1, 2), "I": (2, 5)})
     (slice(3, 4, None), slice(8, 11, None), slice(0, 4, None))
@@ -101,9 +101,7 @@ def spans(pattern: str, sizes: Mapping[str, int], ranges: Ranges) -> tuple[slice
 
 
 def rectangles(pattern: str, sizes: Mapping[str, int], ranges: Ranges) -> Iterator[dict[str, tuple[int, int]]]:
-    """The ranges, split until each part is one rectangle of the tensor: "E (G I) X" cut along I is two, for gates and
-    for ups.
-    """
+    """The ranges, split into rectangles of the tensor: "E (G I) X" cut along I gives two, gates and ups."""
     cut = {axis for axis, (start, stop) in ranges.items() if (start, stop) != (0, sizes[axis])}
     outer = [axis for dim in dims_of(pattern) for place, axis in enumerate(dim) if cut & set(dim[place + 1 :])]
     whole = {axis: ranges.get(axis, (0, sizes[axis])) for axis in axes_of(pattern)}
@@ -112,7 +110,7 @@ def rectangles(pattern: str, sizes: Mapping[str, int], ranges: Ranges) -> Iterat
 
 
 def sizes_of(config: MoEConfig) -> dict[str, int]:
-    """The size of every axis, of those that only files have too."""
+    """The size of every axis, including those that only files have."""
     return axis_sizes(config) | {"2": 2, "T": 2, "P": 16}
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder: config.json, model.safetensors or shards with an index, and which tensor is in which file."""
+"""Opens a checkpoint folder: config.json, model.safetensors or shards with an index, and the file of each tensor."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,21 +17,26 @@ Headers = Mapping[str, Mapping[str, TensorInfo]]  # tensors of a file
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """folder, the parsed config.json if there is one, the file of every tensor, and the parsed hf_quant_config.json if
-    there is one.
+    """A checkpoint folder with its parsed JSON files.
+
+    config          config.json, None without one
+    file_of_tensor  the file that holds each tensor
+    quant           hf_quant_config.json, None without one
+    is_whole        False for one file of several
     """
 
     folder: Path
     config: Mapping[str, Any] | None
     file_of_tensor: Mapping[str, str]
     quant: Mapping[str, Any] | None = None
-    is_whole: bool = True  # not one file of several
+    is_whole: bool = True
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at a path: a folder, or one .safetensors file. Reads the index, or the header of the only file.
+    """Opens the checkpoint at a path: a folder, or one .safetensors file. Reads the index, or the header of the only
+    file.
 
-    Raises ValueError for a path without safetensors, and for an index that is no JSON or names files outside of the
+    Raises ValueError for a path without safetensors, and for an index that is not JSON or names files outside the
     folder.
     """
     path = Path(path)
@@ -46,25 +51,24 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_headers(checkpoint: Checkpoint, files: Iterable[str]) -> Headers:
-    """The headers of some files of a checkpoint, all of them checked.
+    """The checked headers of these files of a checkpoint.
 
-    Raises ValueError as read_header does, and where the index says that a file has a tensor which it has not.
+    Raises ValueError as read_header does, and if the index lists a tensor in a file that does not have it.
     """
     headers = {file: read_header(checkpoint.folder / file) for file in dict.fromkeys(files)}
     for name, file in checkpoint.file_of_tensor.items():
         if file in headers and name not in headers[file]:
             raise ValueError(
-                f"{checkpoint.folder / INDEX} says that {name} is in {file}; expected it there, but the file does not "
-                "have it"
+                f"{checkpoint.folder / INDEX} lists {name} in {file}, but the file does not have it; expected it there"
             )
     return headers
 
 
 def tensors_below(checkpoint: Checkpoint, headers: Headers, beginnings: Iterable[str]) -> dict[str, TensorInfo]:
-    """All tensors of these files whose names begin so.
+    """All tensors of these files whose names begin with one of `beginnings`.
 
-    Raises ValueError for one that a file has and the index does not list there: it would be loaded from somewhere else,
-    or not at all.
+    Raises ValueError for a tensor that the index does not list in its file: it would be loaded from another file, or
+    not at all.
     """
     beginnings = tuple(beginnings)
     found = {}
@@ -76,14 +80,14 @@ def tensors_below(checkpoint: Checkpoint, headers: Headers, beginnings: Iterable
                 listed = checkpoint.file_of_tensor.get(name)
                 there = "does not list it" if listed is None else f"lists it in {listed}"
                 raise ValueError(
-                    f"{checkpoint.folder / file} has {name}, but the index {there}; expected every tensor in one place"
+                    f"{checkpoint.folder / file} has {name}, but the index {there}; expected every tensor in one file"
                 )
             found[name] = tensor
     return found
 
 
 def full_name(prefix: str, name: str) -> str:
-    """A name in the file, from one below the prefix.
+    """The name in the file of a tensor that is named relative to the prefix.
 
     >>> full_name("model.layers.3.moe", "../share_expert.up_proj.weight")
     'model.layers.3.share_expert.up_proj.weight'
@@ -94,35 +98,37 @@ def full_name(prefix: str, name: str) -> str:
 
 
 def model_types(config: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Every model_type in a config.json, those of nested configs too."""
+    """Every model_type in a config.json, including those of nested configs."""
     if config is None:
         return ()
     own = (config["model_type"],) if isinstance(config.get("model_type"), str) else ()
     return own + tuple(name for value in config.values() if isinstance(value, Mapping) for name in model_types(value))
 
 
-def quant_words(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """What the checkpoint says of its quantization: quantization_config in config.json, or in a config nested there,
-    and ModelOpt's file.
+def quant_dict_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The quantization settings of a checkpoint: quantization_config of config.json, or of a config nested in it, and
+    ModelOpt's hf_quant_config.json.
 
-    An expert_dtype that config.json has outside of it counts (DeepSeek-V4). Where config.json says fp8 and ModelOpt's
-    file is there, some modules of an fp8 model were quantized anew: the words are those of both.
+    expert_dtype is also read from config.json outside quantization_config (DeepSeek-V4). If config.json says fp8 and
+    ModelOpt's file exists, some modules of an fp8 model were requantized, and the two are merged.
 
-    Raises ValueError where two of them contradict one another.
+    Raises ValueError if two of them contradict each other.
     """
     config = checkpoint.config or {}
-    found = list(_quant_words(config))
+    found = list(_quant_dicts(config))
     if checkpoint.quant is not None:
-        words = checkpoint.quant.get("quantization")
-        if not isinstance(words, Mapping):
-            raise ValueError(f"{checkpoint.folder / QUANT}: quantization is {words!r:.80}; expected a JSON object")
+        quant_dict = checkpoint.quant.get("quantization")
+        if not isinstance(quant_dict, Mapping):
+            raise ValueError(f"{checkpoint.folder / QUANT}: quantization is {quant_dict!r:.80}; expected a JSON object")
         anew = bool(found) and found[0].get("quant_method") == "fp8"
-        found = [{**words, **found[0]}, *found[1:]] if anew else [*found, {"quant_method": "modelopt", **words}]
-    for words in found[1:]:
+        found = (
+            [{**quant_dict, **found[0]}, *found[1:]] if anew else [*found, {"quant_method": "modelopt", **quant_dict}]
+        )
+    for quant_dict in found[1:]:
         for name in ("quant_method", "quant_algo"):
-            if name in words and name in found[0] and words[name] != found[0][name]:
+            if name in quant_dict and name in found[0] and quant_dict[name] != found[0][name]:
                 raise ValueError(
-                    f"{checkpoint.folder} says {name} {found[0][name]!r} and {words[name]!r}; expected one"
+                    f"{checkpoint.folder} has {name} {found[0][name]!r} and {quant_dict[name]!r}; expected one"
                 )
     if not found:
         return None
@@ -131,28 +137,28 @@ def quant_words(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A config and those nested in it."""
+    """A config and the configs nested in it."""
     return [config, *(value for value in config.values() if isinstance(value, Mapping))]
 
 
-def _quant_words(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+def _quant_dicts(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     for name in ("quantization_config", "compression_config"):
-        words = config.get(name)
-        if words is not None and not isinstance(words, Mapping):
-            raise ValueError(f"{name} in config.json is {words!r:.80}; expected a JSON object")
-        if words:
+        quant_dict = config.get(name)
+        if quant_dict is not None and not isinstance(quant_dict, Mapping):
+            raise ValueError(f"{name} in config.json is {quant_dict!r:.80}; expected a JSON object")
+        if quant_dict:
             yield (
-                words
-                if "quant_method" in words or name == "quantization_config"
-                else {"quant_method": "compressed-tensors", **words}
+                quant_dict
+                if "quant_method" in quant_dict or name == "quantization_config"
+                else {"quant_method": "compressed-tensors", **quant_dict}
             )
     for value in config.values():
         if isinstance(value, Mapping) and "model_type" in value:
-            yield from _quant_words(value)
+            yield from _quant_dicts(value)
 
 
 def dtype_of_floats(config: Mapping[str, Any] | None) -> torch.dtype:
-    """The dtype that a model computes in, by its config.json; bfloat16 where that does not say."""
+    """The dtype that a model computes in, from its config.json; bfloat16 if there is none."""
     for part in _parts(config or {}):
         name = str(part.get("dtype", part.get("torch_dtype"))).removeprefix("torch.")
         if name in _DTYPES:
@@ -168,7 +174,7 @@ def _only_file(folder: Path) -> Path:
         others = sorted(
             file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf") for file in folder.glob(pattern)
         )
-        pickles = f" ({', '.join(others[:3])}: only safetensors are read, no pickles)" if others else ""
+        pickles = f" ({', '.join(others[:3])}: pickles are not read)" if others else ""
         found = ", ".join(file.name for file in files[:3]) or f"no .safetensors{pickles}"
         raise ValueError(f"{folder} has {found}; expected {SINGLE}, or shards with {INDEX}")
     return files[0]
@@ -177,12 +183,10 @@ def _only_file(folder: Path) -> Path:
 def _files_of_index(path: Path) -> dict[str, str]:
     files = read_json(path).get("weight_map")
     if not isinstance(files, Mapping):
-        raise ValueError(f"{path}: weight_map is {files!r:.60}; expected the file of every tensor")
+        raise ValueError(f"{path}: weight_map is {files!r:.60}; expected an object from tensor names to files")
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file or file in (".", "..") or "\\" in file or "\0" in file:
             raise ValueError(f"{path}: {name} is in {file!r:.120}; expected the name of a file in the same folder")
         if not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{path}: {name} is in {file!r:.120}; expected a .safetensors file, for pickles are not read"
-            )
+            raise ValueError(f"{path}: {name} is in {file!r:.120}; expected a .safetensors file (pickles are not read)")
     return dict(files)

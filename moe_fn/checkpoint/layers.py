@@ -1,5 +1,5 @@
-"""Which layers of a checkpoint are mixtures of experts: by the names of their tensors; what they compute, by
-config.json.
+"""Finds the Mixture-of-Experts layers of a checkpoint by the names of their tensors, and loads them with the config
+that config.json describes.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from moe_fn.families import config_of_layer
 from moe_fn.records import MoEWeights
 
 _LAYER = r"(?P<layer>(?:.+\.)?(?:layers|blocks|block|h)\.(?P<index>\d+)(?:\.layer\.\d+)?)"
-# The last product of what layers of such models have in a mixture's place: a dense network, or attention (Nemotron-H).
+# Output projections of modules that replace the experts in other layers: a dense MLP, or attention (Nemotron-H).
 _NO_EXPERTS = r"\.(?:mlp|feed_forward|ffn|mixer)\.(?:down_proj|out_proj|o_proj|w2|wo|fc2|linear_fc2)(?:\.|$)"
 
 
 @dataclass(frozen=True)
 class MoELayer:
-    """A layer of a checkpoint. problem says why it cannot be loaded; then config or layout may be None.
+    """A layer of a checkpoint. `problem` says why it cannot be loaded; then config or layout may be None.
 
-    index   of the layer, as its name has it        prefix  what the names of its tensors begin with
-    family  model_type of config.json               layout  the row of `moe_fn.checkpoint.LAYOUTS`
-    dtype   of its experts, as the file calls it    bytes   of all tensors that would be loaded
+    index   of the layer, as in its name              prefix  of the names of its tensors
+    family  model_type of config.json                 layout  name of the row of `moe_fn.checkpoint.LAYOUTS`
+    dtype   of its experts, by the format's name      bytes   of all tensors that would be loaded
     """
 
     index: int
@@ -48,23 +48,23 @@ class MoELayer:
 
 
 def moe_layers(path: str | Path) -> list[MoELayer]:
-    """The Mixture-of-Experts layers of a checkpoint, in order; headers are read and checked, tensors are not.
+    """The Mixture-of-Experts layers of a checkpoint, in order. Headers are read and checked, tensors are not.
 
-    Raises ValueError for a folder without safetensors, for headers that lie, and where there are experts under names
-    that are not known: names say so, or config.json does. What is wrong with one layer is in its `problem`. A model
-    without experts has no layers.
+    Raises ValueError for a folder without safetensors, for headers that do not match their files, and if the tensor
+    names or config.json indicate experts but no known layout has such names. An error of a single layer is its
+    `problem`. A model without experts has no layers.
 
     >>> import json, tempfile
     >>> from moe_fn import RouterWeights
     >>> from moe_fn.checkpoint import save_moe_weights
-    >>> words = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 3,
+    >>> values = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": 3,
     ...     "intermediate_size": 4}
     >>> weights = MoEWeights(gate_up=torch.randn(2, 8, 3), down=torch.randn(2, 3, 4),
     ...     router=RouterWeights(gate=torch.randn(2, 3)))
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_moe_weights(folder, "model.layers.0.block_sparse_moe", config_of_layer(words, 0), weights,
+    ...     save_moe_weights(folder, "model.layers.0.block_sparse_moe", config_of_layer(values, 0), weights,
     ...         layout="mixtral")
-    ...     _ = (Path(folder) / "config.json").write_text(json.dumps(words))
+    ...     _ = (Path(folder) / "config.json").write_text(json.dumps(values))
     ...     (layer,) = moe_layers(folder)
     ...     config, loaded = load_moe_layer(folder, layer.index)
     >>> layer.prefix, layer.config == config, torch.equal(loaded.down, weights.down)
@@ -88,15 +88,14 @@ def load_moe_layer(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[MoEConfig, MoEWeights]:
-    """The config and the weights of a layer: by its index, or by its prefix where two stacks of layers have the same
-    indices.
+    """The config and the weights of a layer, by its index, or by its prefix if two stacks of layers share indices.
 
-    parallel says which ranks share the layer, and which this one is: it is in the config, and the weights are this
-    rank's. The other arguments are those of load_moe_weights; sizes of the config are those of the whole layer,
-    whatever the slices.
+    parallel describes the ranks that share the layer: it becomes config.parallel, and the weights are this rank's part.
+    The other arguments are those of load_moe_weights. The config has the sizes of the whole layer even if only slices
+    are loaded.
 
-    Raises ValueError as load_moe_weights and `moe_fn.families.config_of_layer` do, for a layer that is no mixture of
-    experts, and for one that parallel does not divide.
+    Raises ValueError as load_moe_weights and `moe_fn.families.config_of_layer` do, for a layer without experts, and for
+    a layer that cannot be divided between these ranks.
     """
     checkpoint = open_checkpoint(path)
     prefix, index = _find(checkpoint, layer)
@@ -114,19 +113,20 @@ def load_moe_layers(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, MoEConfig, MoEWeights]]:
-    """Layer after layer, as (prefix, config, weights); None: all of them. Only the layer that is being made is held
-    here.
+    """Iterates over layers as (prefix, config, weights); layers=None iterates over all. The iterator holds only the
+    layer that is being loaded.
 
-    parallel, as for load_moe_layer, is every layer's; copies of experts (num_physical) are each layer's own, and
-    load_moe_layer's matter. progress shows on stderr which layer is read, as a bar on a terminal, as lines elsewhere.
+    parallel applies to every layer, as in load_moe_layer. Replicated experts (num_physical) are refused: their
+    placement differs between layers, so load_moe_layer takes it. progress prints the layer that is being read to
+    stderr: a bar on a terminal, lines otherwise.
 
-    Raises ValueError as load_moe_layer does; all layers that are asked for are found before the first is loaded.
+    Raises ValueError as load_moe_layer does, for any of the layers before the first is loaded.
     """
     checkpoint = open_checkpoint(path)
     wanted = list(_prefixes(checkpoint).items()) if layers is None else [_find(checkpoint, layer) for layer in layers]
     if parallel is not None and parallel.num_physical is not None:
         raise ValueError(
-            "load_moe_layers: parallel.num_physical is given; expected load_moe_layer, with the placement of each layer"
+            "load_moe_layers: parallel.num_physical is given; expected None (load_moe_layer takes a layer's placement)"
         )
     configs = [dataclasses.replace(_config(checkpoint, prefix, index), parallel=parallel) for prefix, index in wanted]
     try:
@@ -140,7 +140,7 @@ def load_moe_layers(
 
 
 def _prefixes(checkpoint: Checkpoint) -> dict[str, int]:
-    """The prefix of every block, with the index of its layer, in the order of the names."""
+    """The prefix of every block with the index of its layer, sorted by name."""
     rows = layouts_of_family(model_types(checkpoint.config))
     for candidates in (rows, LAYOUTS):
         anchors = "|".join(sorted({_anchor(row) for row in candidates}))
@@ -163,9 +163,7 @@ def _prefixes(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _refuse_unknown_names(checkpoint: Checkpoint, rows: Sequence[Layout]) -> None:
-    """ValueError for a checkpoint whose names, or whose config.json, say that there are experts, though no row has
-    their names.
-    """
+    """Raises ValueError if tensor names or config.json indicate experts: no row of the table has their names."""
     named = [name for name in checkpoint.file_of_tensor if re.search(r"(?:^|[._])experts(?:[._]|$)", name)]
     some = named or (_names_without_experts(checkpoint, rows) if checkpoint.is_whole else [])
     if not some:
@@ -173,25 +171,25 @@ def _refuse_unknown_names(checkpoint: Checkpoint, rows: Sequence[Layout]) -> Non
     family = (model_types(checkpoint.config) or ("?",))[0]
     expected = list(dict.fromkeys(".".join(filter(None, ("layers.N", row.block, row.anchor))) for row in rows))
     raise ValueError(
-        f"{checkpoint.folder} has experts ({'by its tensors' if named else 'by its config.json'}), but not under names "
-        "that are known of "
-        f"model_type {family!r}: it has {', '.join(some[:3])}; expected one such as {', '.join(expected[:4])}"
+        f"{checkpoint.folder} has experts ({'by its tensors' if named else 'by its config.json'}), but no names that "
+        f"are known for model_type {family!r}: it has {', '.join(some[:3])}; expected names like "
+        f"{', '.join(expected[:4])}"
     )
 
 
 def _names_without_experts(checkpoint: Checkpoint, rows: Sequence[Layout]) -> list[str]:
-    """Names of a layer of which config.json makes a mixture of two experts or more, with nothing known in the mixture's
-    place.
+    """Names of the first layer that has at least two experts according to config.json, but no known tensor of experts
+    or of a dense MLP that replaces them.
     """
     names: dict[tuple[int, str], list[str]] = {}
     filled = set[str]()
-    # a dense feed-forward network lies beside the mixture, and is not in its place
-    beside = not all(row.block for row in rows)
+    # Blocks without a name of their own have a dense MLP in addition to the experts, not instead of them.
+    has_dense_mlp_too = not all(row.block for row in rows)
     for name in checkpoint.file_of_tensor:
         match = re.match(_LAYER, name)
         if match is not None and len(match["index"]) < 10:
             names.setdefault((int(match["index"]), match["layer"]), []).append(name)
-            if not beside and re.match(_NO_EXPERTS, name[match.end() :]):
+            if not has_dense_mlp_too and re.match(_NO_EXPERTS, name[match.end() :]):
                 filled.add(match["layer"])
     for index, layer in sorted(names):
         with contextlib.suppress(ValueError):
@@ -218,8 +216,8 @@ def _find(checkpoint: Checkpoint, layer: int | str) -> tuple[str, int]:
                 f"{checkpoint.folder} has {len(found)} layers {layer!r}; expected one of the prefixes "
                 f"{', '.join(p for p, _ in found)}"
             )
-        indices = ", ".join(map(str, dict.fromkeys(there.values()))) or "none at all"
-        raise ValueError(f"{checkpoint.folder} has no mixture of experts in layer {layer!r}; expected one of {indices}")
+        indices = f"one of {', '.join(map(str, dict.fromkeys(there.values())))}" if there else "a model with experts"
+        raise ValueError(f"{checkpoint.folder} has no experts in layer {layer!r}; expected {indices}")
     return found[0]
 
 

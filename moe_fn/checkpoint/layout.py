@@ -1,6 +1,4 @@
-"""What a row of the layout table is made of: which tensor of a file holds what of MoEWeights, under which name, with
-which axes.
-"""
+"""Rows of the layout table: which tensor of a file holds which part of `MoEWeights`, with its name and axes."""
 
 from dataclasses import dataclass
 
@@ -11,21 +9,20 @@ from moe_fn.records import Path
 
 @dataclass(frozen=True)
 class Entry:
-    """One name, or one for each expert, and what the tensor of that name holds.
+    """A tensor of a file, or one for each expert, and the part of MoEWeights that it holds.
 
-    weight    the tensor of MoEWeights that it is, or is a part of
-    name      below the block's prefix; {e} is an expert, {second} an expert of a second bank; "../" steps out of the
-              block
+    weight    path in MoEWeights of the tensor that it is, or is a part of
+    name      relative to the block's prefix; {e} is an expert, {second} an expert of a second bank; "../" is the parent
+              of the block
     axes      its pattern (`moe_fn.checkpoint.axes`)
-    pins      places on axes that the pattern lacks, or has of which one is wanted: ("G", 0) is the gate, ("G", 1) the
-              up
-    optional  a file need not have it
-    offset    the file holds the values less this (norms that multiply by 1 + weight); such a tensor is float32 in
-              memory
-    scales    it multiplies what the entries before it made, divided by the root of its length (the norm of Gemma-4's
-              gate)
-    coding    of a tensor that is part of a quantized matrix: a row of `moe_fn.checkpoint.quantized.codings.CODINGS`
-    units     places along axes that one of its elements is for: eight in a word, 128 that share a scale
+    pins      fixed indices on axes that the pattern does not have, or from which one index is taken: ("G", 0) is the
+              gate, ("G", 1) the up
+    optional  whether a file may lack it
+    offset    is added to the file's values (norms that multiply by 1 + weight); such a tensor is float32 in memory
+    scales    whether the tensor of the entries before it is multiplied by it, divided by the square root of its length
+              (the norm of Gemma-4's gate)
+    coding    for a tensor of a quantized matrix: a row of `moe_fn.checkpoint.quantized.codings.CODINGS`
+    units     positions along axes that one of its elements covers: 8 codes in an int32, 128 that share a scale
     """
 
     weight: Path
@@ -41,16 +38,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a family's blocks lie in a file.
+    """The tensors of a family's blocks in a file.
 
     name      of this row
     families  values of model_type
-    block     what stands between a layer and the names, "" for nothing: "model.layers.3" + "mlp"
+    block     name of the block's module in its layer, as "mlp" in "model.layers.3.mlp"; "" for none
     entries   its tensors
-    others    names below the prefix that are no part of MoEWeights ("gate.*": all that begin so); {z} is a zero expert
-    owned     beginnings of names below the prefix where anything unknown is an error
-    methods   how matrices of this block are quantized, by their paths; only in rows that `checkpoint.quantized.layout`
-              made of others
+    others    names relative to the prefix that are not part of MoEWeights ("gate.*": every name with this beginning);
+              {z} is a zero expert
+    owned     beginnings of names, relative to the prefix, with which an unknown tensor is an error
+    methods   quantization methods of this block's matrices, by their paths; only in rows that
+              `checkpoint.quantized.layout` derived from others
     """
 
     name: str
@@ -63,17 +61,19 @@ class Layout:
 
     @property
     def savable(self) -> bool:
-        """Whether the tensors of a file can be made of those in memory: not of half of one, nor of a product of two."""
+        """Whether the file's tensors can be computed from MoEWeights: not if one holds two banks of experts, or a
+        weight is the product of two.
+        """
         return not any(entry.scales or dict(entry.pins).keys() & {"T"} for entry in self.entries)
 
     @property
     def anchor(self) -> str:
-        """The name of the last product, which every mixture of experts has."""
+        """The name of the down projection, which every block has."""
         return next(entry.name for entry in self.entries if entry.weight == ("down",))
 
 
 def of_first_expert(name: str) -> str:
-    """An entry's name with an expert's number: that of the first, in whichever bank.
+    """An entry's name for expert 0, of the first or the second bank.
 
     >>> of_first_expert("experts.{e}.w2.weight")
     'experts.0.w2.weight'
@@ -82,7 +82,7 @@ def of_first_expert(name: str) -> str:
 
 
 def per_expert(gate: str, up: str, down: str, experts: str = "experts.{e}.") -> tuple[Entry, ...]:
-    """Three matrices an expert: [I, X], [I, X] and [X, I]."""
+    """Entries of three matrices per expert: [I, X], [I, X] and [X, I]."""
     return (
         Entry(("gate_up",), f"{experts}{gate}.weight", "I X", (("G", 0),)),
         Entry(("gate_up",), f"{experts}{up}.weight", "I X", (("G", 1),)),
@@ -91,7 +91,7 @@ def per_expert(gate: str, up: str, down: str, experts: str = "experts.{e}.") -> 
 
 
 def ungated(up: str, down: str, experts: str = "experts.{e}.", bias: bool = False) -> tuple[Entry, ...]:
-    """Two matrices an expert, and two biases."""
+    """Entries of two matrices per expert, and optionally two biases."""
     matrices = (
         Entry(("gate_up",), f"{experts}{up}.weight", "I X", (("G", 0),)),
         Entry(("down",), f"{experts}{down}.weight", "X I"),
@@ -104,7 +104,7 @@ def ungated(up: str, down: str, experts: str = "experts.{e}.", bias: bool = Fals
 
 
 def fused(gate_up: str, down: str, rows: str = "G I", transposed: bool = False) -> tuple[Entry, ...]:
-    """One tensor for the first products of all experts, and one for the last."""
+    """Entries of one gate_up tensor and one down tensor that hold all experts."""
     return (
         Entry(("gate_up",), gate_up, f"E X ({rows})" if transposed else f"E ({rows}) X"),
         Entry(("down",), down, "E I X" if transposed else "E X I"),
@@ -114,7 +114,9 @@ def fused(gate_up: str, down: str, rows: str = "G I", transposed: bool = False) 
 def router(
     gate: str, correction: str | None = None, *, bias: str | None = None, ids: str | None = None
 ) -> tuple[Entry, ...]:
-    """The gate, and by name the selection bias, the bias of the logits, and the table of hash routing."""
+    """Entries of the router's gate and, if named, the selection bias, the bias of the logits, and the table of hash
+    routing.
+    """
     found = (
         (("router", "gate"), gate, "C W"),
         (("router", "correction_bias"), correction, "D"),
@@ -132,7 +134,7 @@ def shared(
     *,
     sigmoid: str | None = None,
 ) -> tuple[Entry, ...]:
-    """A dense gated MLP, with optional biases, and the vector of a sigmoid gate."""
+    """Entries of a dense gated MLP with optional biases and, if named, the vector of a sigmoid gate."""
     matrices = (
         Entry(("shared", "gate_up"), f"{module}.{gate}.weight", "(N M) H", (("B", 0),)),
         Entry(("shared", "gate_up"), f"{module}.{up}.weight", "(N M) H", (("B", 1),)),
@@ -145,7 +147,7 @@ def shared(
 
 
 def ungated_shared(module: str, up: str, down: str) -> tuple[Entry, ...]:
-    """A dense MLP without a gate."""
+    """Entries of a dense MLP without a gate."""
     return (
         Entry(("shared", "gate_up"), f"{module}.{up}.weight", "(N M) H", (("B", 0),)),
         Entry(("shared", "down"), f"{module}.{down}.weight", "H (N M)"),
@@ -155,7 +157,7 @@ def ungated_shared(module: str, up: str, down: str) -> tuple[Entry, ...]:
 
 
 def latent(down: str, up: str, input_norm: str | None = None, offset: float = 0.0) -> tuple[Entry, ...]:
-    """The projections into and out of a latent space, with optional biases, and the norm of what goes in."""
+    """Entries of the projections into and out of a latent space with optional biases and, if named, the input norm."""
     found = (
         Entry(("latent", "input"), f"{down}.weight", "L H"),
         Entry(("latent", "output"), f"{up}.weight", "H L"),

@@ -1,4 +1,4 @@
-"""The loader: folders of safetensors to MoEWeights, whole or as the part of a rank."""
+"""Loads `MoEWeights` from safetensors, whole or one rank's part."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,41 +30,40 @@ def load_moe_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> MoEWeights:
-    """The weights of a block in a checkpoint, or the part of them that a rank has.
+    """The weights of a block in a checkpoint, whole or one rank's part.
 
-    With config.parallel they are this rank's: what `moe_fn.shard_weights` makes of the whole, of which only these bytes
-    are read.
+    With config.parallel the result equals `moe_fn.shard_weights` of the whole weights, but only this rank's bytes are
+    read.
 
     path                 a folder with model.safetensors, or with shards and an index; or one .safetensors file
-    prefix               what the names of the block begin with: "model.layers.3.mlp"
-    config               of the whole block; its weight_layout and gate_up_layout are those of the result; its quant is
-                         the checkpoint's
-    layout               a row of `moe_fn.checkpoint.LAYOUTS`, or its name; None: by model_type in config.json, and by
-                         names
+    prefix               of the names of the block's tensors: "model.layers.3.mlp"
+    config               of the whole block; the result has its weight_layout and gate_up_layout; its quant is the
+                         checkpoint's
+    layout               a row of `moe_fn.checkpoint.LAYOUTS`, or its name; None: chosen by model_type in config.json,
+                         and by tensor names
     experts              without config.parallel: ids of the experts to load, in this order, repeats allowed; None: all
-    intermediate         likewise: of every expert, these columns of the first product and rows of the last; None: all
-    shared_intermediate  the same of every shared expert
-    placement            with parallel.num_physical: which expert is in which slot (`moe_fn.balance`), of this layer
-    dtype                of the result, but for the router, codes and their scales; None: as in the file
+    intermediate         without config.parallel: columns of every expert's gate_up and rows of its down; None: all
+    shared_intermediate  the same for every shared expert
+    placement            with parallel.num_physical: this layer's placement of experts in slots (`moe_fn.balance`)
+    dtype                of the result, except the router, codes and their scales; None: as in the file
 
-    down_bias comes with the slice of the experts that begins at 0, and with no other; the shared experts' with theirs:
-    outputs of slices are summed, and a bias is to be in the sum once. All else that has no such axis is whole on every
-    rank: router, latent projections. The files are mapped and only the bytes of the slices are read; every tensor is
-    allocated once, its pieces are copied into place.
+    down_bias is loaded only with the slice of intermediate that begins at 0, because the outputs of slices are summed
+    and the sum has the bias once; the same holds for the shared experts' down_bias. Tensors without these axes (router,
+    latent projections) are whole on every rank. Files are memory-mapped and only the bytes of the slices are read;
+    every tensor is allocated once, and pieces are copied into it.
 
-    Codes and scales of quantized experts are laid as `QuantWeights` has them, and never rounded anew; of a gate and its
-    up that say different input scales, the larger counts. config.quant.activations may be another than the
-    checkpoint's, or None. Shared experts and latent projections that are quantized become floats: of `dtype`, or of
-    config.json's.
+    Codes and scales of quantized experts are rearranged for `QuantWeights` and never rounded again. If gate and up have
+    different input scales, the larger one is used. config.quant.activations may differ from the checkpoint's, or be
+    None. Quantized shared experts and latent projections are dequantized, to `dtype` or config.json's dtype.
 
-    Raises ValueError before anything is allocated: for files that are cut short or whose headers lie, and for every
-    tensor of the block that is missing, surplus, mis-shaped or of a wrong dtype, with what was expected; for methods of
-    quantization that are not known or contradict the tensors; for slices of experts that cut through what shares a
-    scale or a byte, and slices by hand with config.parallel.
+    Raises ValueError before anything is allocated: for files that are cut short or do not match their headers; for
+    every missing or unexpected tensor of the block, and every wrong shape or dtype with the expected one; for unknown
+    quantization methods, or ones that contradict the tensors; for slices of experts that split a tile with one scale or
+    a byte; and for slices together with config.parallel.
 
     Laws
         Slices of ranks make up the whole.
-        Loading by the config is sharding the whole.
+        Loading with config.parallel equals sharding the whole.
 
     Source: the safetensors format (github.com/huggingface/safetensors); names as transformers 5.23 converts them.
 
@@ -95,7 +94,7 @@ def load_from(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> MoEWeights:
-    """load_moe_weights of a checkpoint that is open."""
+    """load_moe_weights for an opened checkpoint."""
     check_config("load_moe_weights", config)
     whole = dataclasses.replace(config, parallel=None)
     plan = plan_of_block(checkpoint, headers_of_block(checkpoint, prefix), prefix, whole, layout)

@@ -1,5 +1,5 @@
-"""Which tensors of a file are which of a block: checked for the whole block, from headers alone, before anything is
-allocated.
+"""Matches the tensors of a file with a row of the layout table: shapes and dtypes of a whole block are checked from the
+headers before anything is allocated.
 """
 
 import dataclasses
@@ -30,9 +30,7 @@ _QUANTIZED = re.compile(
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor in a file that is, or is a part of, one of MoEWeights; expert is the one that its name says, None
-    without one.
-    """
+    """A tensor in a file that is, or is a part of, a tensor of MoEWeights; expert is the one in its name, or None."""
 
     entry: Entry
     expert: int | None
@@ -42,11 +40,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to read: the parts of each tensor of MoEWeights, its place and dtype, the sizes of the axes. Parts of a
-    weight hold all of it.
+    """What to read: sizes of the axes, and for each tensor of MoEWeights its parts, its place and its dtype.
 
-    Of a quantized matrix that is no expert, what it is decoded from: paths one longer than its own. `checks` are looked
-    at, no more.
+    The parts of a weight hold all of it. A quantized matrix other than the experts' is decoded from several tensors,
+    whose paths have one more element than its own. `checks` are redundant tensors that are compared, not loaded.
     """
 
     layout: Layout
@@ -58,13 +55,13 @@ class Plan:
 
 
 def beginnings_of(layout: Layout, prefix: str) -> tuple[str, ...]:
-    """Beginnings of the names of all tensors that a block of this layout may have."""
+    """Beginnings of the names of all tensors that a block with this layout may have."""
     outside = [entry.name.split("{")[0] for entry in layout.entries if entry.name.startswith("../")]
     return tuple(dict.fromkeys(full_name(prefix, name) for name in ("", *layout.owned, *outside)))
 
 
 def names_of(entry: Entry, config: MoEConfig, most: int | None = None) -> Iterator[tuple[int | None, str]]:
-    """The names of an entry, with the expert that each is of; of the first `most` experts."""
+    """The names of an entry with the expert of each, for the first `most` experts."""
     experts = range(config.num_experts if most is None else min(config.num_experts, most))
     if "{e}" in entry.name:
         yield from ((e, entry.name.replace("{e}", str(e))) for e in experts)
@@ -75,28 +72,28 @@ def names_of(entry: Entry, config: MoEConfig, most: int | None = None) -> Iterat
 
 
 def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, TensorInfo]) -> Plan | list[str]:
-    """The plan for a block, or what is wrong with it: every missing, surplus and mis-shaped tensor, and every wrong
+    """The plan for reading a block, or its problems: every missing or unexpected tensor, wrong shape and wrong
     dtype.
     """
     allowed, problems = expected_shapes(config), list[str]()
     sizes, others, parts = sizes_of(config), set(_others(layout, prefix, config, tensors)), dict[Path, list[Part]]()
     known = set(others)
-    most = len(tensors) + 1  # of more experts than tensors one is missing, and a config may say any number
+    most = len(tensors) + 1  # enough for one missing name, however many experts the config has
     for entry in layout.entries:
         named = [(expert, full_name(prefix, name)) for expert, name in names_of(entry, config, most)]
         known.update(name for _, name in named)
         if base_of(entry.weight) not in allowed:
             surplus = [name for _, name in named if name in tensors and name not in others]
-            problems += [f"{name} is there; expected none, for the config has no use for it" for name in surplus]
+            problems += [f"{name} is there; expected none, because the config does not use it" for name in surplus]
             continue
         found = [
-            Part(_as_it_lies(entry, sizes, tensors[name]), expert, name, tensors[name])
+            Part(_with_unit_dims(entry, sizes, tensors[name]), expert, name, tensors[name])
             for expert, name in named
             if name in tensors
         ]
         if found or not entry.optional:
             problems += [
-                f"{name} is missing; expected {_words(entry, sizes)}" for _, name in named if name not in tensors
+                f"{name} is missing; expected {_expected(entry, sizes)}" for _, name in named if name not in tensors
             ]
         parts.setdefault(entry.weight, []).extend(found)
     problems += _halves(layout, prefix, parts) + _gates(layout, sizes, parts)
@@ -107,7 +104,7 @@ def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, 
         if name not in known and name.startswith(owned)
     ]
     problems += [
-        f"no tensor of the layout {layout.name!r} is weights.{'.'.join(path)}; expected one, for the config asks for it"
+        f"no tensor of the layout {layout.name!r} is weights.{'.'.join(path)}; expected one, as the config needs it"
         for path, (_, required) in allowed.items()
         if required and path not in {base_of(path) for path in parts}
     ]
@@ -119,9 +116,9 @@ def match(layout: Layout, prefix: str, config: MoEConfig, tensors: Mapping[str, 
     return problems or Plan(layout, sizes, found_parts, places_of(config, layout), dtypes, checks)
 
 
-def _as_it_lies(entry: Entry, sizes: Mapping[str, int], info: TensorInfo) -> Entry:
-    """Single numbers, and columns of them, lie with as many dims of one as their writers liked: the axes follow the
-    file.
+def _with_unit_dims(entry: Entry, sizes: Mapping[str, int], info: TensorInfo) -> Entry:
+    """The entry with the file's dims of size 1: tools store single numbers and columns with different numbers of
+    them.
     """
     shape = shape_of(entry.axes, in_units(sizes, entry.units)) if entry.coding else info.shape
     if shape == info.shape or [size for size in shape if size != 1] != [size for size in info.shape if size != 1]:
@@ -156,17 +153,17 @@ def _is_in(number: str, first: int, stop: int) -> bool:
 
 
 def _halves(layout: Layout, prefix: str, parts: Mapping[Path, Sequence[Part]]) -> list[str]:
-    """Optional tensors of which one part is there and another is not."""
+    """Problems of optional tensors that have one part in the file but not another."""
     found = {part.entry for of_path in parts.values() for part in of_path}
     return [
-        f"{full_name(prefix, entry.name)} is missing; expected it beside {parts[entry.weight][0].name}"
+        f"{full_name(prefix, entry.name)} is missing; expected it with {parts[entry.weight][0].name}"
         for entry in layout.entries
         if entry.optional and entry not in found and parts.get(entry.weight)
     ]
 
 
 def _gates(layout: Layout, sizes: Mapping[str, int], parts: Mapping[Path, Sequence[Part]]) -> list[str]:
-    """Tensors of which the layout has other parts than the config: gates and ups, or one of both."""
+    """Problems of tensors that have gates and ups in the layout but not in the config, or the reverse."""
     problems = []
     for path, axis in itertools.product(parts, "GB"):
         pinned = {
@@ -175,28 +172,31 @@ def _gates(layout: Layout, sizes: Mapping[str, int], parts: Mapping[Path, Sequen
         if pinned and pinned != set(range(sizes[axis])):
             gated = "gates and ups" if len(pinned) == 2 else "no gates"
             problems.append(
-                f"weights.{'.'.join(path)} has {gated} in the layout {layout.name!r}; expected an activation to match"
+                f"weights.{'.'.join(path)} has {gated} in the layout {layout.name!r}; expected an activation that is "
+                f"{'gated' if len(pinned) == 2 else 'not gated'}"
             )
     return problems
 
 
 def _fitted(parts: Mapping[Path, Sequence[Part]], sizes: Mapping[str, int]) -> tuple[dict[str, int], list[str]]:
-    """The sizes, with those that the file decides, and which tensors do not fit them."""
+    """The sizes, completed with those that only the file has, and problems of shapes that differ from them."""
     fitted, problems = dict(sizes), []
     for part in (part for found in parts.values() for part in found):
         for dim, size in zip(dims_of(part.entry.axes), part.info.shape, strict=False):
             fitted |= {axis: size for axis in dim if fitted[axis] == ANY}
         if shape_of(part.entry.axes, in_units(fitted, part.entry.units)) != part.info.shape:
-            problems.append(f"{part.name} is {list(part.info.shape)}; expected {_words(part.entry, fitted)}")
+            problems.append(f"{part.name} is {list(part.info.shape)}; expected {_expected(part.entry, fitted)}")
         problems += _straddling(part, fitted)
     return fitted, problems
 
 
 def _straddling(part: Part, sizes: Mapping[str, int]) -> list[str]:
-    """Elements for places of two gates, ups or shared experts at once, which no slice can have."""
+    """Problems of elements that cover positions of both gates and ups, or of two shared experts: slices cannot split
+    them.
+    """
     units = dict(part.entry.units)
     return [
-        f"{part.name} has elements for {units[dim[-1]]} places along {' '.join(dim)}; "
+        f"{part.name} has elements for {units[dim[-1]]} positions along {' '.join(dim)}; "
         f"expected {sizes[dim[-1]]} to be a multiple"
         for dim in dims_of(part.entry.axes)
         if (units.get(dim[-1]) or 1) > 1
@@ -206,9 +206,9 @@ def _straddling(part: Part, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _dtypes(parts: Mapping[Path, Sequence[Part]]) -> tuple[dict[Path, torch.dtype], list[str]]:
-    """The dtype of each tensor in memory.
+    """The dtype of each tensor in memory, and problems of dtypes.
 
-    The parts of a tensor have one dtype, and so have all matrices of the block.
+    The parts of a tensor must have the same dtype, and so must all matrices of the block.
     """
     dtypes: dict[Path, torch.dtype] = {}
     problems = []
@@ -234,7 +234,7 @@ def _dtypes(parts: Mapping[Path, Sequence[Part]]) -> tuple[dict[Path, torch.dtyp
 
 
 def quantized(prefix: str, layouts: Sequence[Layout], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Names of tensors below the prefix that only a quantized checkpoint has."""
+    """Names of tensors below the prefix that occur only in quantized checkpoints."""
     names = [name for layout in layouts for name in (*layout.others, *(entry.name for entry in layout.entries))]
     known = {full_name(prefix, name) for name in names}
     below = {name: info for name, info in tensors.items() if name.startswith(prefix + ".") and name not in known}
@@ -245,7 +245,7 @@ def quantized(prefix: str, layouts: Sequence[Layout], tensors: Mapping[str, Tens
 
 
 def strangers(layout: Layout, prefix: str, tensors: Mapping[str, TensorInfo]) -> int:
-    """How many tensors below the prefix have a name that is none of the layout's, whatever the config."""
+    """The number of tensors below the prefix whose names are not in the layout, for any config."""
     names = [entry.name for entry in layout.entries] + list(layout.others)
     known = re.compile(
         "|".join(
@@ -255,6 +255,6 @@ def strangers(layout: Layout, prefix: str, tensors: Mapping[str, TensorInfo]) ->
     return sum(name.startswith(prefix + ".") and known.fullmatch(name) is None for name in tensors)
 
 
-def _words(entry: Entry, sizes: Mapping[str, int]) -> str:
+def _expected(entry: Entry, sizes: Mapping[str, int]) -> str:
     sizes = in_units(sizes, entry.units)
     return f"{entry.axes} = {['any' if size == ANY else size for size in shape_of(entry.axes, sizes)]}".replace("'", "")

@@ -1,4 +1,4 @@
-"""Lists of modules in a model's config, each looked through as the tool does that writes it."""
+"""Matches module names against the lists in quantization_config, with the rules of the tool that wrote each list."""
 
 import fnmatch
 import math
@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-_LINEAR = ("Linear", "LinearBase", "FusedMoE")  # classes that experts are, for whoever writes lists of targets
-_MOST_STEPS = 10**8  # of a list, for one name: seconds
+_LINEAR = ("Linear", "LinearBase", "FusedMoE")  # class names that stand for experts in lists of targets
+_MOST_STEPS = 10**8  # of matching one name against a list: seconds
 _GROUP = re.compile(r"\(\?(?:P?<\w+>|[:=!]|<[=!])")
 _ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)
 _OF_EXPRESSIONS = frozenset("\\[](){}^$|?*+")
@@ -16,12 +16,12 @@ _OF_EXPRESSIONS = frozenset("\\[](){}^$|?*+")
 
 @dataclass(frozen=True)
 class ListRule:
-    """How a tool tells whether a list has a module.
+    """The rule by which a tool decides whether a list has a module.
 
-    keys         the words of quantization_config that are such lists
-    text         whether an entry, as text, has a module of this name
-    expression   the regular expression that an entry is beside, from the name's beginning on; None where it is none
-    containers   whether the module that holds all experts is looked up too: where that one is listed, so are they
+    keys         keys of quantization_config that hold such lists
+    text         whether an entry matches the module's name as text
+    expression   the regular expression of an entry, matched from the beginning of the name; None if it has none
+    containers   whether an entry for the module that holds all experts also matches each expert
     """
 
     keys: tuple[str, ...]
@@ -33,11 +33,11 @@ class ListRule:
 def is_listed(module: str, entries: Iterable[str], rule: ListRule) -> bool:
     """Whether a list has a module.
 
-    Raises ValueError for what is no regular expression, and for those that could take very long: nobody vouches for a
-    model's config.
+    Raises ValueError for invalid regular expressions, and for those whose matching could take very long, because a
+    model's config is not trusted.
 
     Laws
-        A list leaves out what its tool leaves out.
+        A list excludes what its tool excludes.
 
     >>> is_listed("model.layers.1.mlp.experts.0.gate_proj", ["lm_head", "model.layers.1.mlp.experts"],
     ...     COMPRESSED_TENSORS)
@@ -51,8 +51,7 @@ def is_listed(module: str, entries: Iterable[str], rule: ListRule) -> bool:
     if sum(steps_of(expression, module) for expression in expressions) > _MOST_STEPS:
         raise ValueError(
             f"a list of modules in quantization_config, {', '.join(map(repr, entries))!r:.200}, could take very long "
-            "to look through; "
-            "expected regular expressions without repeated groups, with few repeats and alternatives"
+            "to match; expected regular expressions without repeated groups, with few repeats and alternatives"
         )
     return any(
         any(rule.text(name, entry) for entry in entries)
@@ -62,8 +61,7 @@ def is_listed(module: str, entries: Iterable[str], rule: ListRule) -> bool:
 
 
 def target_of(module: str, targets: Iterable[str]) -> str | None:
-    """The target that a linear module has, of compressed-tensors': its name before an expression, and that before its
-    class.
+    """The first of compressed-tensors' targets that matches a linear module: names, then expressions, then classes.
 
     >>> target_of("mlp.experts.0.up_proj", ["Linear", "re:.*self_attn.*", "re:.*experts.*"])
     're:.*experts.*'
@@ -74,7 +72,7 @@ def target_of(module: str, targets: Iterable[str]) -> str | None:
 
 
 def container_of(module: str) -> str:
-    """The module that holds all experts, of one in it; "" where there is none.
+    """The name of the module that holds all experts, from the name of a module in it; "" if there is none.
 
     >>> container_of("model.layers.1.mlp.experts.0.up_proj"), container_of("model.layers.1.mlp.shared_experts.up_proj")
     ('model.layers.1.mlp.experts', '')
@@ -84,7 +82,7 @@ def container_of(module: str) -> str:
 
 
 def matches_from_start(expression: str, text: str) -> bool:
-    """re.match. ValueError for what is no regular expression, and for one that could take very long."""
+    """Whether re.match matches. Raises ValueError for an invalid expression, and for one that could take very long."""
     if steps_of(expression, text) > _MOST_STEPS:
         raise ValueError(
             f"{expression!r:.200} could take very long to match; expected an expression with fewer repeats"
@@ -93,13 +91,13 @@ def matches_from_start(expression: str, text: str) -> bool:
         return re.match(expression, text) is not None
     except (re.error, OverflowError, RecursionError):
         raise ValueError(
-            f"{expression!r:.200} is no regular expression; expected one, in the list of modules of quantization_config"
+            f"{expression!r:.200} in a list of modules of quantization_config is no regular expression; expected one"
         ) from None
 
 
 def steps_of(expression: str, text: str) -> float:
-    """No fewer steps than a backtracking match takes: ways to share the text out among the repeats, times ways through
-    the alternatives.
+    """An upper bound of the steps of a backtracking match: ways to divide the text among the repeats, times ways
+    through the alternatives.
 
     >>> steps_of("model.layers.3", "x" * 9), steps_of(".*", "x" * 9), steps_of(".*a.*", "x" * 9), steps_of("(.*)*",
     ...     "x" * 9)
@@ -128,8 +126,8 @@ def _after_re(entry: str) -> str | None:
 
 
 def _up_to_the_end_of_a_part(entry: str) -> str | None:
-    """transformers': any entry is an expression; names alone are compared as text, which is faster, and so is what is
-    none.
+    """The expression of an entry in transformers, where every entry is one; None for plain names and invalid
+    expressions, which are compared as text.
     """
     if not _OF_EXPRESSIONS & set(entry):
         return None
@@ -151,9 +149,9 @@ def _begins_or_ends(name: str, entry: str) -> bool:
     return all(sign in (other, ".") for sign, other in zip(entry, name, strict=False))
 
 
-# Each as its tool has it: compressed-tensors 0.20 (`match_name`), transformers 5.23 (`should_convert_module`), AutoAWQ
-# 0.2.7 (`exclude_layers_to_not_quantize`: parts of names. vLLM looks up the container, transformers whole parts),
-# ModelOpt 0.47 (fnmatch).
+# Source of each rule: compressed-tensors 0.20 (`match_name`), transformers 5.23 (`should_convert_module`), AutoAWQ
+# 0.2.7 (`exclude_layers_to_not_quantize` matches substrings; for the same list vLLM looks up the container and
+# transformers matches whole components), ModelOpt 0.47 (fnmatch).
 COMPRESSED_TENSORS = ListRule(("ignore",), operator.eq, _after_re)
 TRANSFORMERS = ListRule(
     ("modules_to_not_convert", "ignored_layers"), _begins_or_ends, _up_to_the_end_of_a_part, containers=True

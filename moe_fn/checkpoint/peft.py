@@ -1,17 +1,18 @@
-"""LoRA adapters as PEFT saves them: a folder with adapter_config.json and adapter_model.safetensors, to LoRAWeights.
+"""Loads LoRA adapters saved by PEFT (adapter_config.json and adapter_model.safetensors) into `LoRAWeights`.
 
-PEFT has two forms for experts, and both are read (names below the block's prefix; PEFT puts "base_model.model." before
-it):
+PEFT has two forms for experts, and both are read (names relative to the block's prefix; PEFT puts "base_model.model."
+before it):
 
     a module for each expert    experts.{e}.{gate_proj,up_proj,down_proj}.lora_A.weight [r, in], .lora_B.weight [out, r]
                                 (or w1, w3, w2 for gate, up and down)
     a parameter of all experts  experts[.base_layer].lora_A.weight [E r, in], row e r + j; .lora_B.weight [out, r E],
                                 column j E + e
-    (target_parameters)         of both products, base_layer's is gate_up_proj; of one, adapter_config.json says which
+    (target_parameters)         with adapters of both products base_layer is gate_up_proj; with one,
+                                adapter_config.json names it
 
-Up to peft 0.18 `in` and `out` of the second form are exchanged for models that keep [E, out, in]: such are turned over.
-Shapes tell, of the parameter or of the other one of the same experts; where they do not, peft's version does
-(`moe_fn.checkpoint.peft_versions`).
+Up to peft 0.18 `in` and `out` of the second form are exchanged for models that store [E, out, in]; such adapters are
+transposed. They are recognized by the shape of the parameter, or of the other parameter of the same experts, and if
+both are square by peft's version (`moe_fn.checkpoint.peft_versions`).
 """
 
 import functools
@@ -43,31 +44,29 @@ def load_lora(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> LoRAWeights:
-    """The adapter of a block in a PEFT folder, ready for `moe_fn.add_lora`; alpha / rank (or alpha / sqrt(rank)) is
-    folded into B.
+    """The adapter of a block in a PEFT folder, for `moe_fn.add_lora`; B is multiplied by alpha / rank (or
+    alpha / sqrt(rank)).
 
     path            the folder that save_pretrained wrote
-    prefix          what the names of the block begin with, in the file: "model.layers.3.mlp"
-    config          of the whole block; its gate_up_layout is that of the result
-    gate_up_layout  of the model's gate_up_proj, where the adapter is of that; None: the config's
-    weight_layout   of the model's parameters of all experts, which matters where shapes do not tell inputs from
-                    outputs; None: the config's
+    prefix          of the names of the block in the model: "model.layers.3.mlp"
+    config          of the whole block; the result has its gate_up_layout
+    gate_up_layout  of the model's gate_up_proj, if the adapter is of that; None: the config's
+    weight_layout   of the model's parameters that hold all experts; used if inputs and outputs have the same size;
+                    None: the config's
     dtype           of the result; None: as in the file
 
-    Ranks and alphas may differ (rank_pattern, alpha_pattern): smaller ranks are padded with zeros, and experts that the
-    adapter leaves out get zeros. Separate adapters of gate and up become one of both ranks together, block-diagonal in
-    B.
+    Ranks and alphas may differ (rank_pattern, alpha_pattern): smaller ranks are padded with zeros, and experts without
+    an adapter get zeros. Separate adapters of gate and up become one with the sum of their ranks, block-diagonal in B.
 
-    Raises ValueError before any tensor is read: for a folder without an adapter of this block, shapes or ranks that do
-    not fit, adapters of the block's router or shared experts (which have none here), and for what plain LoRA is not:
-    DoRA, biases, a beginning that changes the base weights (pissa, olora, ...). Nothing in the folder is trusted;
-    patterns are matched only in forms that cannot take long.
+    Raises ValueError before any tensor is read: for a folder without an adapter of this block, for wrong shapes or
+    ranks, for adapters of the block's router or shared experts, and for anything but plain LoRA: DoRA, biases,
+    initializations that change the base weights (pissa, olora, ...). Nothing in the folder is trusted; patterns whose
+    matching could take long are refused.
 
     Laws
         An adapter of PEFT is loaded as it was saved.
 
-    Source: peft 0.21.2 (ParamWrapper, transformers_weight_conversion); the tests compare with what peft itself
-    computes.
+    Source: peft 0.21.2 (ParamWrapper, transformers_weight_conversion); the tests compare with peft's own outputs.
     """
     folder = Path(path)
     adapter = read_adapter_config(folder)
@@ -102,7 +101,7 @@ def _read(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> dict[Module, Factors]:
-    """A [E or 1, rank, in] and B [E or 1, out, rank] of each module, scaled."""
+    """A [E or 1, rank, in] and scaled B [E or 1, out, rank] of each module."""
     factors: dict[Module, Factors] = {}
     dtypes: set[torch.dtype] = set()
     with open_tensors(file) as opened:
@@ -120,7 +119,7 @@ def _read(
 
 
 def _of_experts(factors: Mapping[Module, Factors], part: str, experts: int) -> Factors | None:
-    """The factors of one product, of all experts; None where there are none."""
+    """A [E, rank, in] and B [E, out, rank] of one product; None if it has no adapter."""
     chosen = {module.expert: pair for module, pair in factors.items() if module.part == part}
     if not chosen or None in chosen:
         return chosen.get(None)
@@ -132,7 +131,7 @@ def _of_experts(factors: Mapping[Module, Factors], part: str, experts: int) -> F
 
 
 def _gate_and_up(gate: Factors | None, up: Factors | None) -> Factors | None:
-    """Both in one: A's on top of each other, B's block-diagonal, gates first."""
+    """The adapter of gate_up from those of gate and up: A concatenated, B block-diagonal, gates first."""
     either = gate or up
     if either is None:
         return None
@@ -145,7 +144,7 @@ def _gate_and_up(gate: Factors | None, up: Factors | None) -> Factors | None:
 
 
 def _in_layout(b: Tensor, found: str, wanted: str) -> Tensor:
-    """Rows of gate_up's B, gates then ups or alternating, in the other order where it is wanted."""
+    """gate_up's B with its rows in the wanted layout: gates then ups ("packed"), or alternating ("interleaved")."""
     if found == wanted:
         return b
     by_half: Tensor = b.unflatten(1, (2, -1) if found == "packed" else (-1, 2))

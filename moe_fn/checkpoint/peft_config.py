@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what of it matters, checked, for nothing in it is trusted."""
+"""Reads and validates PEFT's adapter_config.json; its values are not trusted."""
 
 import math
 import re
@@ -11,22 +11,22 @@ from moe_fn.checkpoint.safetensors_files import read_json
 from moe_fn.layer.lora import scaling_of
 
 CONFIG = "adapter_config.json"
-# What changes the function and is not plain LoRA; each is there under its name and false, null or empty in plain ones.
+# Options that change the function from plain LoRA; false, null or empty in adapters of plain LoRA.
 _OTHERS = (
     "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
     "kasa_config",
     "velora_config", "monteclora_config", "megatron_config", "layer_replication",
 )  # fmt: skip
-# Ways to begin that leave the base weights as they were; the others (pissa, olora, corda, loftq, lora_ga) take
-# something out of them.
+# Values of init_lora_weights that leave the base weights unchanged; others (pissa, olora, corda, loftq, lora_ga)
+# subtract from them.
 _BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 _MOST_PATTERNS, _LONGEST_PATTERN, _MOST_REPEATS = 100_000, 300, 4
-_PLAIN = re.compile(r"[\w.\\*+^$|-]*")  # no groups, no braces: repeats do not nest, so that no match takes long
+_PLAIN = re.compile(r"[\w.\\*+^$|-]*")  # without groups and braces repeats cannot nest, and matching is fast
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Ranks and factors of an adapter, and the parameters that it is of."""
+    """Ranks, scaling factors and target parameters of an adapter."""
 
     where: str
     rank: int
@@ -38,18 +38,18 @@ class AdapterConfig:
     version: str | None = None  # of the peft that wrote it
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module, or a parameter, by its name in the model."""
+        """The rank of a module or a parameter, by its name in the model."""
         return int(_first_match(self.rank_pattern, module, self.rank))
 
     def scaling_of(self, module: str) -> float:
-        """What B A is multiplied by, for a module by its name in the model."""
+        """The factor of B A for a module, by its name in the model."""
         return scaling_of(
             float(_first_match(self.alpha_pattern, module, self.alpha)), self.rank_of(module), self.rank_stabilised
         )
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """The config of an adapter folder. ValueError for anything but plain LoRA, and for values that are none."""
+    """The config of an adapter folder. Raises ValueError for anything but plain LoRA, and for invalid values."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} has no {CONFIG}; expected a folder that PEFT's save_pretrained wrote")
     where = str(folder / CONFIG)
@@ -58,15 +58,15 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise ValueError(f"{where}: peft_type is {values.get('peft_type')!r:.80}; expected 'LORA'")
     for name in _OTHERS:
         if values.get(name):
-            raise ValueError(f"{where}: {name} is {values[name]!r:.80}; expected none: only plain LoRA is known")
+            raise ValueError(f"{where}: {name} is {values[name]!r:.80}; expected none: only plain LoRA is supported")
     if values.get("bias", "none") != "none":
-        raise ValueError(f"{where}: bias is {values['bias']!r:.80}; expected 'none': biases are not the adapter's here")
+        raise ValueError(f"{where}: bias is {values['bias']!r:.80}; expected 'none': adapters have no biases here")
     beginning = values.get("init_lora_weights", True)
     if not isinstance(beginning, bool | str) or beginning not in _BEGINNINGS:
         raise ValueError(
             f"{where}: init_lora_weights is {beginning!r:.80}, which changes the base weights; "
-            f"expected one of {_BEGINNINGS}, or an "
-            "adapter converted to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"expected one of {_BEGINNINGS}, or an adapter converted to plain LoRA (save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
         )
     stabilised = values.get("use_rslora", False)
     parameters = values.get("target_parameters") or []
@@ -111,10 +111,10 @@ def _number(where: str, name: str, value: Any) -> float:
 
 
 def _pattern(where: str, name: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A table by patterns of names, each of which compiles and is quick to match."""
+    """An object from patterns of names to values; every pattern compiles and is fast to match."""
     found = values.get(name) or {}
     if not isinstance(found, dict) or len(found) > _MOST_PATTERNS:
-        raise ValueError(f"{where}: {name} is {found!r:.80}; expected values by names of modules")
+        raise ValueError(f"{where}: {name} is {found!r:.80}; expected an object from names of modules to values")
     for key in found:
         if not _is_quick(key):
             raise ValueError(
@@ -135,9 +135,7 @@ def _is_quick(pattern: str) -> bool:
 
 
 def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that is the end of the name, from a dot on; only a name itself is looked up by
-    itself.
-    """
+    """The value of the first pattern that matches the name or its end after a dot, as in PEFT; else the default."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value

@@ -1,18 +1,16 @@
-"""Which side of a product A is of, in adapters of parameters that hold all experts, where shapes do not tell: by peft's
-version.
+"""Decides by peft's version whether A of an adapter has a product's inputs or outputs, if both have the same size.
 
-PEFT takes the last dims of a parameter [E, m, n] for (inputs, outputs) or for (outputs, inputs), whatever the model
-means by them. A is of
+PEFT reads the last dims of a parameter [E, m, n] as (inputs, outputs) or (outputs, inputs), independent of the model.
+A has
 
-    peft            model keeps [E, out, in] keeps [E, in, out], is_transposed keeps [E, in, out], does not say so
-                    (Llama-4)
-    up to 0.18      outputs                     inputs                               inputs
-    0.19.0          outputs                     outputs                              inputs
-    from 0.19.1     inputs                      inputs                               outputs
+    peft            model has [E, out, in]      [E, in, out], is_transposed      [E, in, out] without is_transposed
+                                                                                 (Llama-4)
+    up to 0.18      outputs                     inputs                           inputs
+    0.19.0          outputs                     outputs                          inputs
+    from 0.19.1     inputs                      inputs                           outputs
 
-Source: ParamWrapper in peft 0.17.1, 0.18.0, 0.18.1, 0.19.0, 0.19.1, 0.20.0, 0.21.0, 0.21.1 and 0.21.2. Up to 0.17
-adapters do not say their version; the models of that time that kept all experts in one parameter kept them as [E, in,
-out].
+Source: ParamWrapper in peft 0.17.1, 0.18.0, 0.18.1, 0.19.0, 0.19.1, 0.20.0, 0.21.0, 0.21.1 and 0.21.2. Adapters of peft
+up to 0.17 do not have a version; models of that time with all experts in one parameter stored them as [E, in, out].
 """
 
 import re
@@ -21,7 +19,7 @@ from collections.abc import Iterable
 from moe_fn.config import MoEConfig
 
 _Release = tuple[int, int, int]
-# From this release on: whether A is of the outputs, for each of _MODELS.
+# Since this release: whether A has the outputs, for each of _MODELS.
 _OF_OUTPUTS: tuple[tuple[_Release, tuple[bool, bool, bool]], ...] = (
     ((0, 0, 0), (True, False, False)),
     ((0, 19, 0), (True, True, False)),
@@ -35,10 +33,10 @@ _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?(?P<rest>.*)", re.DO
 def is_of_outputs(
     version: str | None, config: MoEConfig, weight_layout: str | None, gate_up_layout: str
 ) -> bool | None:
-    """Whether A is of the outputs in an adapter of this peft; None where that cannot be known.
+    """Whether A has the outputs in an adapter of this version of peft; None if that is not determined.
 
-    weight_layout and gate_up_layout are the model's; None: the config's, but not a quantized one's, which lie otherwise
-    than its floats.
+    weight_layout and gate_up_layout are the model's; None: the config's, unless it is quantized, because codes have
+    another layout than floats.
 
     >>> config = MoEConfig(num_experts=4, top_k=1, hidden_size=8, intermediate_size=4)
     >>> is_of_outputs("0.18.1", config, None, "packed"), is_of_outputs("0.21.2", config, None, "packed")
@@ -56,17 +54,17 @@ def is_of_outputs(
 
 
 def _models(config: MoEConfig, weight_layout: str | None, gate_up_layout: str) -> tuple[int, ...]:
-    """The columns that a model may be in. Quantized ones are not taken for a Llama-4."""
+    """The columns of the table that a model may be in; quantized models are not Llama-4."""
     if gate_up_layout == "interleaved" and weight_layout != "out_in":
-        return (_IN_OUT,)  # gpt-oss: no other model of transformers has gates and ups by turns
+        return (_IN_OUT,)  # gpt-oss: the only model of transformers with alternating gates and ups
     if weight_layout is None and config.quant is not None:
         return _OUT_IN, _IN_OUT
     return (_OUT_IN,) if (weight_layout or config.weight_layout) == "out_in" else (_IN_OUT, _IN_OUT_SILENT)
 
 
 def _releases(version: str) -> list[_Release]:
-    """The release that a version is, or those that one in between may be like: what goes by 0.18.1.dev0
-    became 0.19.0.
+    """The release of a version; for a development version the releases that it may behave like: 0.18.1.dev0 became
+    0.19.0.
     """
     match = _VERSION.fullmatch(version)
     if match is None:

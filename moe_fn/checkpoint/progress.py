@@ -1,4 +1,4 @@
-"""Where the run is, on stderr: a bar on a terminal, else a line for each step."""
+"""Progress of loading layers on stderr: a bar on a terminal, a line for each step otherwise."""
 
 import sys
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ _WIDTH = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """total steps, of which done are over; label says which one is running."""
+    """The number of steps, the number of finished ones, and a label for the running one."""
 
     total: int
     done: int
     label: str
 
     def say(self, what: str) -> None:
-        """Shows what is being done now."""
+        """Prints the running step."""
         text = f"{self.done + 1}/{self.total} {self.label}: {what}"
         if sys.stderr.isatty():
             filled = _WIDTH * self.done // self.total
@@ -26,7 +26,7 @@ class Progress:
 
 
 def clear() -> None:
-    """Removes the bar."""
+    """Clears the bar from the terminal."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
         sys.stderr.flush()

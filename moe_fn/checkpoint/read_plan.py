@@ -1,6 +1,4 @@
-"""Doing what a plan says: every tensor is allocated once, and pieces of the mapped files are copied into
-their places.
-"""
+"""Reads the tensors of a plan: each is allocated once, and pieces of memory-mapped files are copied into it."""
 
 import dataclasses
 import itertools
@@ -22,22 +20,22 @@ from moe_fn.checkpoint.slices import Slices, is_added_here
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, weights_of_leaves
 from moe_fn.weights.axes import axes_of, shape_of
 
-# Pages of a mapped file count as this process' memory until the mapping goes: it is made anew after a piece, or this
-# many bytes of them.
+# Pages of a mapped file count as this process' memory until it is unmapped: the file is mapped again after one piece,
+# or after pieces of this many bytes together.
 _WINDOW = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One rectangle of a tensor in a file, and where it belongs."""
+    """One rectangle of a tensor in a file, and its index along E in memory."""
 
     part: Part
     ranges: Ranges  # along the axes of the file's tensor
-    place: int | None  # along E of the tensor in memory; None for all
+    place: int | None  # index along E of the tensor in memory; None for all
 
 
 def read_weights(folder: FilePath, plan: Plan, slices: Slices, dtype: torch.dtype | None, device: Any) -> MoEWeights:
-    """The weights that a plan describes, those slices of them."""
+    """The slices of the weights that a plan describes."""
     plan = dataclasses.replace(
         plan, parts={path: parts for path, parts in plan.parts.items() if is_added_here(slices, path)}
     )
@@ -68,7 +66,7 @@ def read_weights(folder: FilePath, plan: Plan, slices: Slices, dtype: torch.dtyp
 
 
 def _check_tiles(plan: Plan, slices: Slices) -> None:
-    """Slices of experts that stay codes begin and end where bytes and tiles do."""
+    """Raises ValueError if a slice of experts that stay quantized splits a byte or a tile with one scale."""
     start, stop = slices.intermediate
     for path in plan.parts:
         unit = dict(plan.places[path].units).get("I") or 1
@@ -79,9 +77,7 @@ def _check_tiles(plan: Plan, slices: Slices) -> None:
 
 
 def _whole_tiles(plan: Plan, slices: Slices) -> Slices:
-    """The slices, with what shares a scale or a byte with the shared experts' places: those are decoded, and cut
-    afterwards.
-    """
+    """The slices with the shared experts' range widened to whole tiles and bytes: they are dequantized, then cut."""
     units = [dict(plan.places[path].units).get("M") or 1 for path in plan.parts if base_of(path) != path]
     unit, (start, stop) = math.lcm(*units), slices.shared_intermediate
     return dataclasses.replace(
@@ -90,15 +86,14 @@ def _whole_tiles(plan: Plan, slices: Slices) -> Slices:
 
 
 def _turn(found: tuple[Path, Piece]) -> tuple[bool, str, int]:
-    """In the order of the files; what scales others after them."""
+    """Sorts pieces by file and position; pieces that scale others come last."""
     part = found[1].part
     return part.entry.scales, part.info.file, part.info.start
 
 
 def _keeps(path: Path, plan: Plan) -> bool:
-    """The router stays as it is in the file: a correction bias of bfloat16 could not be balanced.
-
-    So do codes and their scales.
+    """Whether a tensor keeps the dtype of the file: the router (a bfloat16 correction bias could not be balanced),
+    codes, and scales.
     """
     return path[0] == "router" or any(part.entry.coding for part in plan.parts[path])
 
@@ -129,7 +124,7 @@ def _copy_pieces(
 ) -> None:
     regions = [_region(piece, plan.sizes) for _, piece in pieces]
     extents = [_extent(piece.part.info, region) for (_, piece), region in zip(pieces, regions, strict=True)]
-    scratch = torch.empty(max(extents), dtype=torch.uint8)  # takes no memory until it is written to
+    scratch = torch.empty(max(extents), dtype=torch.uint8)  # pages are allocated when they are written
     done = 0
     while done < len(pieces):
         with open_tensors(file) as opened:
@@ -149,7 +144,7 @@ def _region(piece: Piece, sizes: Mapping[str, int]) -> tuple[slice, ...]:
 
 
 def _extent(info: TensorInfo, region: Sequence[slice]) -> int:
-    """Bytes from the first to the last of a rectangle: the pages between its rows are mapped with them."""
+    """Bytes from the first to the last of a rectangle: pages between its rows are mapped too."""
     first = last = 0
     for size, part in zip(info.shape, region, strict=True):
         first, last = first * size + part.start, last * size + part.stop - 1
@@ -168,7 +163,7 @@ def _copy_piece(
     entry, units = piece.part.entry, place.units
     local, ranges = in_units(slices.sizes(sizes), units), ranges_in_units(piece.ranges, units)
     starts = ranges_in_units(slices.ranges, units)
-    # what is left is a matrix, in its own order
+    # batch axes first; a matrix is left, in its own order
     order = sorted(axes_of(place.pattern), key=lambda axis: axis not in "EGNB")
     target = by_axes(target, place.pattern, local, order)
     pins = dict(entry.pins) | ({} if piece.place is None else {"E": piece.place})
@@ -195,7 +190,9 @@ def _copy_piece(
 
 
 def _in_rows(t: Tensor, scratch: Tensor) -> Tensor:
-    """A transposed piece, laid in rows: torch transposes into a whole matrix far faster than into a part of one."""
+    """A transposed piece, copied to contiguous rows: torch transposes into a whole matrix far faster than into a
+    part.
+    """
     flat = t.squeeze()
     if (
         flat.ndim not in (2, 3)

@@ -1,7 +1,6 @@
-"""Headers of safetensors files: read, and checked so that nothing behind them has to be trusted.
+"""Reads and validates the headers of safetensors files, which are not trusted.
 
-A file is 8 bytes of length, little-endian, that many bytes of JSON, and the tensors: one after the other, no byte
-unused.
+A file is the length of its header (8 bytes, little-endian), the header (JSON), and the tensors' bytes without gaps.
 """
 
 import contextlib
@@ -15,14 +14,14 @@ from typing import Any
 
 import torch
 
-# Bits of an element.
+# Bits per element.
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8,
     "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6,
     "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-# What weights, and tables of ids, may be.
+# Dtypes of weights, and of tables of ids.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 _LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -31,7 +30,7 @@ _DEEPEST = 64
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor. start and stop are bytes after the header."""
+    """A tensor's entry in a header. start and stop are bytes after the header."""
 
     file: str
     dtype: str
@@ -43,9 +42,8 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file, in its order.
 
-    Raises ValueError for a file that is missing, cut short or longer than its header says, and for a header that is no
-    JSON, names a tensor twice, or whose offsets overlap, leave gaps or run past the end: which file, what came, what
-    was expected.
+    Raises ValueError for a file that is missing, or shorter or longer than its header says, and for a header that is
+    not JSON, names a tensor twice, or whose offsets overlap, leave gaps or run past the end.
     """
     where, size = str(path), size_of_file(path)
     with path.open("rb") as file:
@@ -66,9 +64,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """safetensors' handle on a file whose header has been read.
+    """The file opened by safetensors, after its header has been read.
 
-    ValueError for what its parser refuses and ours does not.
+    Raises ValueError for files that safetensors' parser refuses and `read_header` accepts.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -80,7 +78,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def size_of_file(path: Path) -> int:
-    """Bytes of a regular file, behind links if need be."""
+    """The size in bytes of a regular file; links are followed."""
     try:
         found = path.stat()
     except OSError as error:
@@ -91,13 +89,13 @@ def size_of_file(path: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a regular file holds."""
+    """The JSON object in a regular file."""
     size_of_file(path)
     return parse_json(str(path), path.read_bytes())
 
 
 def parse_json(where: str, text: bytes) -> dict[str, Any]:
-    """A JSON object, no name twice."""
+    """Parses a JSON object. Raises ValueError for invalid JSON, deep nesting, repeated names, or another type."""
     twice: list[str] = []
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,14 +112,14 @@ def parse_json(where: str, text: bytes) -> dict[str, Any]:
     if not _is_shallow(value):
         raise ValueError(f"{where} nests lists and objects deeper than {_DEEPEST}; expected a JSON object without such")
     if twice:
-        raise ValueError(f"{where}: {twice[0]!r} is there twice; expected every name once")
+        raise ValueError(f"{where} has {twice[0]!r} twice; expected every name once")
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds a {type(value).__name__}; expected a JSON object")
     return value
 
 
 def _is_shallow(value: Any) -> bool:
-    """Whether what walks down a value, its repr too, stays far from the depth that Python allows."""
+    """Whether recursion over a value, as in its repr, stays far below Python's recursion limit."""
     level = [value]
     for _ in range(_DEEPEST):
         lists = [inner for inner in level if isinstance(inner, dict | list)]
@@ -138,14 +136,12 @@ def _tensor(where: str, file: str, name: str, said: Any) -> TensorInfo:
         raise ValueError(f"{where}: {name} has dtype {dtype!r:.40}; expected one of {', '.join(BITS)}")
     bits, taken = math.prod(shape) * BITS[dtype], offsets[1] - offsets[0]
     if bits != 8 * taken:
-        raise ValueError(
-            f"{where}: {name} lies in {taken} bytes; expected {-(-bits // 8)}, for it is {dtype} {list(shape)}"
-        )
+        raise ValueError(f"{where}: {name} has {taken} bytes; expected {-(-bits // 8)} for {dtype} {list(shape)}")
     return TensorInfo(file, dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _are_counts(values: Any) -> bool:
-    """A short list of whole numbers that an address can hold, so that no product of them takes long."""
+    """Whether a value is a list of at most 64 integers in [0, 2**63), so that their product is fast to compute."""
     return (
         isinstance(values, list)
         and len(values) <= 64
@@ -168,4 +164,4 @@ def _check_places(where: str, tensors: Mapping[str, TensorInfo], size: int) -> N
             )
         end = tensor.stop
     if end != size:
-        raise ValueError(f"{where} has {size - end} bytes behind its last tensor; expected none")
+        raise ValueError(f"{where} has {size - end} bytes after its last tensor; expected none")

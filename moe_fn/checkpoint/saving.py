@@ -1,4 +1,4 @@
-"""MoEWeights back into a folder, in a published layout: the loader's inverse."""
+"""Saves `MoEWeights` as safetensors in a published layout: the inverse of loading."""
 
 import dataclasses
 import functools
@@ -33,15 +33,15 @@ def save_moe_weights(
     layout: Layout | str,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes the tensors of a block below a prefix, as the layout has them: model.safetensors, or shards with an index
-    over that size.
+    """Writes the tensors of a block below a prefix, in a layout: to model.safetensors, or above max_shard_bytes to
+    shards with an index.
 
-    path is a folder. Blocks that it has already stay, and the index is made or widened. config.json is the caller's. A
-    file or an index is there whole or not at all. Beside the weights one shard's worth of memory is taken, where the
-    layout lies otherwise than they do.
+    path is a folder. Existing blocks in it are kept, and the index is created or extended. config.json is not written.
+    Each file and the index is written atomically. At most one shard of memory is used in addition to the weights, if
+    the layout has other axes than they do.
 
-    Raises ValueError for weights that do not fit the config, that the layout has no name for, that are codes
-    (config.quant), or that the folder has already.
+    Raises ValueError for weights that do not match the config, have no name in the layout, are quantized
+    (config.quant), or exist in the folder already.
 
     Laws
         Saving undoes loading.
@@ -74,7 +74,7 @@ def save_moe_weights(
 
 @dataclass(frozen=True)
 class _Outgoing:
-    """A tensor of a file, made when its turn comes."""
+    """A tensor of a file; `make` computes it when it is written."""
 
     name: str
     bytes: int
@@ -84,23 +84,22 @@ class _Outgoing:
 def _check(layout: Layout, config: MoEConfig, leaves: Mapping[Path, Tensor]) -> None:
     if config.quant is not None:
         raise ValueError(
-            "save_moe_weights: config.quant is not None; expected floats (dequantize_weights), for codes are not "
-            "written"
+            "save_moe_weights: config.quant is not None; expected floats (dequantize_weights): codes are not written"
         )
     if not layout.savable:
         raise ValueError(
-            f"save_moe_weights: the layout {layout.name!r} has tensors that hold more than a block; "
-            "expected another one"
+            f"save_moe_weights: the layout {layout.name!r} has tensors that hold more than a block; expected another "
+            "layout"
         )
-    whole = dataclasses.replace(config, parallel=None)  # a rank's part has other shapes, and is refused by them
+    whole = dataclasses.replace(config, parallel=None)  # a rank's part has other shapes and is refused for them
     allowed, patterns, sizes = expected_shapes(whole), patterns_of(config), sizes_of(config)
     named = {entry.weight for entry in layout.entries}
     for path, leaf in leaves.items():
         where = f"save_moe_weights: weights.{'.'.join(path)}"
         shape = shape_of(patterns[path], sizes) if path in allowed else ()
         if path not in allowed or path not in named:
-            reader = "the config" if path not in allowed else f"the layout {layout.name!r}"
-            raise ValueError(f"{where} is {list(leaf.shape)}; expected None, for {reader} has no place for it")
+            owner = "the config" if path not in allowed else f"the layout {layout.name!r}"
+            raise ValueError(f"{where} is {list(leaf.shape)}; expected None, because {owner} does not have it")
         if leaf.ndim != len(shape) or any(
             size not in (ANY, found) for size, found in zip(shape, leaf.shape, strict=True)
         ):
@@ -108,7 +107,7 @@ def _check(layout: Layout, config: MoEConfig, leaves: Mapping[Path, Tensor]) -> 
     for entry in layout.entries:
         where = f"save_moe_weights: weights.{'.'.join(entry.weight)}"
         if entry.weight in allowed and not entry.optional and entry.weight not in leaves:
-            raise ValueError(f"{where} is None; expected it, for the layout {layout.name!r} has {entry.name}")
+            raise ValueError(f"{where} is None; expected a tensor: the layout {layout.name!r} has {entry.name}")
 
 
 def _outgoing(layout: Layout, prefix: str, config: MoEConfig, leaves: Mapping[Path, Tensor]) -> Iterator[_Outgoing]:
@@ -127,7 +126,7 @@ def _outgoing(layout: Layout, prefix: str, config: MoEConfig, leaves: Mapping[Pa
 def _tensor(
     entry: Entry, expert: int | None, leaf: Tensor, pattern: str, sizes: Mapping[str, int], dtype: torch.dtype
 ) -> Tensor:
-    """What a file has under an entry's name."""
+    """The tensor that a file holds under an entry's name."""
     order = axes_of(pattern)
     t = by_axes(leaf, pattern, sizes, order)
     for axis, place in [*entry.pins, *([("E", expert)] if expert is not None else [])]:
@@ -137,7 +136,7 @@ def _tensor(
         if not torch.equal(first.expand_as(t), t):
             raise ValueError(
                 f"save_moe_weights: weights.{'.'.join(entry.weight)} differs between experts; "
-                f"expected one, for {entry.name}"
+                f"expected equal values, which {entry.name} holds once"
             )
         t = first
     t = t - entry.offset if entry.offset else t
@@ -160,7 +159,7 @@ def _write(folder: FilePath, there: dict[str, str], shards: Iterable[list[_Outgo
         _write_file(folder / SINGLE, shards[0])
         return
     numbers = (number for number in itertools.count(1) if not (folder / _shard_name(number)).exists())
-    # beside an index, a file of this name would be taken for the whole checkpoint by others
+    # Other readers take a file of this name for the whole checkpoint, even if there is an index.
     if SINGLE in there.values():
         moved = _shard_name(next(numbers))
         (folder / SINGLE).replace(folder / moved)

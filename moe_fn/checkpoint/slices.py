@@ -1,4 +1,4 @@
-"""What of a block is wanted: slices said by hand, or a rank's part as `shard_weights` cuts it."""
+"""The slices of a block to load: given as arguments, or one rank's part as in `shard_weights`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from moe_fn.weights.spec import WEIGHTS
 
 @dataclass(frozen=True)
 class Wanted:
-    """The arguments of load_moe_weights that say which part of a block to load."""
+    """The arguments of load_moe_weights that select a part of a block."""
 
     experts: Sequence[int] | None = None
     intermediate: slice | None = None
@@ -23,42 +23,42 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Slices:
-    """What of a block a rank wants: its experts, and places along the intermediates."""
+    """The part of a block to load: experts, and ranges of the intermediate dimensions."""
 
     experts: Sequence[int]
     intermediate: tuple[int, int]
     shared_intermediate: tuple[int, int]
 
     def sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The sizes of what the rank gets, of those of the whole."""
+        """The sizes of the part, from those of the whole."""
         return (
             dict(sizes) | {"E": len(self.experts)} | {axis: stop - start for axis, (start, stop) in self.ranges.items()}
         )
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
-        """The places along the axes that slices cut."""
+        """The ranges of the axes that slices cut."""
         return {"I": self.intermediate, "M": self.shared_intermediate}
 
 
 def is_added_here(slices: Slices, path: Path) -> bool:
-    """Whether a tensor is this rank's at all: biases of a last product are the first slice's."""
-    row = WEIGHTS.get(path)  # none for what a matrix is decoded from
+    """Whether these slices include a tensor: the bias of a down projection belongs to the first slice only."""
+    row = WEIGHTS.get(path)  # None for tensors that a matrix is decoded from
     return row is None or row.added_after is None or slices.ranges[row.added_after][0] == 0
 
 
 def slices_of(config: MoEConfig, wanted: Wanted) -> Slices:
-    """The slices that these arguments, or config.parallel, stand for; None is all.
+    """The slices that these arguments or config.parallel select; all by default.
 
-    Raises ValueError for what the block does not have, and for a part that is said twice.
+    Raises ValueError for slices that are out of range, and for arguments together with config.parallel.
     """
     if config.parallel is None:
         return _slices_by_hand(config, wanted)
     for name in ("experts", "intermediate", "shared_intermediate"):
         if getattr(wanted, name) is not None:
             raise ValueError(
-                f"{name} is {getattr(wanted, name)!r:.80} with config.parallel; "
-                "expected None, for that says this rank's part"
+                f"{name} is {getattr(wanted, name)!r:.80} with config.parallel; expected None, because config.parallel "
+                "selects this rank's part"
             )
     (slices, number), (slices_of_shared, shared) = config.parallel.slices, config.parallel.slices_of_shared
     width = config.intermediate_size // slices
@@ -74,7 +74,7 @@ def _slices_by_hand(config: MoEConfig, wanted: Wanted) -> Slices:
     experts = wanted.experts
     if wanted.placement is not None:
         raise ValueError("placement would have no effect; expected None, or a config with parallel.num_physical")
-    # a range, for a config may say any number
+    # a range: the config's number of experts may be arbitrarily large
     chosen = range(config.num_experts) if experts is None else tuple(experts)
     if experts is not None and not (chosen and all(type(e) is int and 0 <= e < config.num_experts for e in chosen)):
         raise ValueError(f"experts is {experts!r:.80}; expected ids in 0..{config.num_experts - 1}, at least one")
@@ -91,22 +91,17 @@ def _bounds(name: str, wanted: slice | None, size: int) -> tuple[int, int]:
         return 0, size
     start, stop = 0 if wanted.start is None else wanted.start, size if wanted.stop is None else wanted.stop
     if type(start) is not int or type(stop) is not int or wanted.step not in (None, 1) or not 0 <= start < stop <= size:
-        raise ValueError(
-            f"{name} is {wanted!r}; expected a slice without a step, of at least one of the {size} places there are"
-        )
+        raise ValueError(f"{name} is {wanted!r}; expected a nonempty slice of 0..{size}, without a step")
     return start, stop
 
 
 def _experts_of_rank(config: MoEConfig, placement: Placement | None) -> tuple[int, ...]:
-    """This rank's experts in its order; of its slots where experts have copies."""
+    """This rank's experts in its order, or the experts of its slots if experts are replicated."""
     parallel = config.parallel
     if parallel is None or (parallel.num_physical is None) != (placement is None):
         num_physical = None if parallel is None else parallel.num_physical
         there = "None" if placement is None else "given"
-        raise ValueError(
-            f"placement is {there} with parallel.num_physical={num_physical}; expected both or neither: "
-            "which expert is where"
-        )
+        raise ValueError(f"placement is {there} with parallel.num_physical={num_physical}; expected both or neither")
     mine = experts_of_rank(config, parallel)
     if placement is None:
         return mine
@@ -122,7 +117,7 @@ def _experts_of_rank(config: MoEConfig, placement: Placement | None) -> tuple[in
 
 
 def with_placement(weights: MoEWeights, placement: Placement | None) -> MoEWeights:
-    """The weights with the tensors that say where copies are, beside the router."""
+    """The weights with the placement's tensors in `router`."""
     if placement is None:
         return weights
     tensors = {

@@ -895,25 +895,25 @@ if importlib.util.find_spec("safetensors") is not None:
             after(lambda found, *a: replace(found, experts=tuple(range(len(found.experts))))),
         ),
         PlantedBug(
-            "loading_by_the_config_is_sharding_the_whole",
+            "loading_with_config_parallel_equals_sharding_the_whole",
             "every slice has the biases of the last products",
             slices.is_added_here,
             instead(lambda *a: True),
         ),
         PlantedBug(
-            "loading_by_the_config_is_sharding_the_whole",
+            "loading_with_config_parallel_equals_sharding_the_whole",
             "every rank has the adapters of the first slice",
             lora._of_rank,
             before(lambda config, *rest: (_on_the_first_slice(config), *rest)),
         ),
         PlantedBug(
-            "loading_by_the_config_is_sharding_the_whole",
+            "loading_with_config_parallel_equals_sharding_the_whole",
             "config.parallel is ignored",
             slices.slices_of,
             before(lambda config, wanted: (replace(config, parallel=None), replace(wanted, placement=None))),
         ),
         PlantedBug(
-            "loading_by_the_config_is_sharding_the_whole",
+            "loading_with_config_parallel_equals_sharding_the_whole",
             "a placement of copies is ignored",
             slices._experts_of_rank,
             before(

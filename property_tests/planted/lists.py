@@ -20,7 +20,7 @@ def _whole_parts(name: str, entry: str) -> bool:
     return f".{entry.strip('.')}." in f".{name}."
 
 
-LISTS = "a_list_leaves_out_what_its_tool_leaves_out"
+LISTS = "a_list_excludes_what_its_tool_excludes"
 BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
         LISTS, "AutoAWQ's entries are whole parts of names", module_patterns.is_listed,
@@ -43,8 +43,8 @@ BUGS: tuple[PlantedBug, ...] = (
         _by_rule(module_patterns.MODELOPT, containers=False),
     ),
     PlantedBug(
-        "what_a_file_has_as_floats_is_floats_whatever_the_words_say",
-        "words alone say what is quantized",
+        "tensors_stored_as_floats_are_floats_whatever_quantization_config_says",
+        "quantization_config alone says what is quantized",
         methods.method_of,
         lambda f: lambda words, name, of_experts, **known: f(words, name, of_experts, fused=known.get("fused", False)),
     ),

@@ -1,1 +1,1 @@
-"""How quantized experts stand in files, and how they are read."""
+"""Published formats of quantized experts, and their conversion to `QuantWeights`."""

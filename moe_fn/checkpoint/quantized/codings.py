@@ -1,8 +1,6 @@
-"""How numbers lie in a quantized file's tensors, and the functions that lay them as `MoEWeights` and `QuantWeights`
-have them.
+"""Storage formats of quantized tensors in checkpoint files, and their conversion to the layout of `QuantWeights`.
 
-Nothing is rounded here, but for the inverse of a global scale: codes change places and offsets, scales their dtype for
-a wider one.
+Only the inverse of a global scale is rounded: codes are rearranged and shifted, scales are cast to a wider dtype.
 """
 
 import functools
@@ -16,13 +14,15 @@ from torch import Tensor
 from moe_fn.quant.numbers import decode_e8m0, unpack_halves
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of eight is in this nibble
+_AWQ_PLACE = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds column j of eight
 
 
 @dataclass(frozen=True)
 class Coding:
-    """dtypes  in memory, of each that a file may have
-    decode   from a piece of the file to one in memory; along `dim` of the piece every element becomes `times` elements
+    """Storage format of one tensor.
+
+    dtypes  dtype in memory for each dtype that a file may have
+    decode  converts a piece of the file to memory; along `dim` of the piece every element becomes `times` elements
     """
 
     dtypes: Mapping[str, torch.dtype]
@@ -32,22 +32,25 @@ class Coding:
 
 
 def _as_bytes(t: Tensor) -> Tensor:
-    """[..., n] int32 -> [..., 4 n], the low byte first, whatever order the machine has."""
-    # Of a single column any stride passes as contiguous, and a view as bytes wants 1.
-    laid: Tensor = (
+    """[..., n] int32 to [..., 4 n] uint8, low bytes first on any machine."""
+    # A single column is contiguous with any stride, but view(uint8) needs stride 1.
+    in_bytes: Tensor = (
         t.contiguous().flatten().as_strided((t.numel(),), (1,)).view(torch.uint8).unflatten(0, (*t.shape[:-1], -1))
     )
-    return laid if sys.byteorder == "little" else laid.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+    return in_bytes if sys.byteorder == "little" else in_bytes.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
 
 
 def _other_sign(t: Tensor) -> Tensor:
-    """q + 128 of q, and the other way round: the same bits but the first."""
+    """int8 q to uint8 q + 128, and uint8 q to int8 q - 128: the top bit is flipped."""
     codes: Tensor = t.contiguous().view(torch.uint8) ^ 128
     return codes if t.dtype == torch.int8 else codes.view(torch.int8)
 
 
 def _unpack(t: Tensor, bits: int, dim: int) -> Tensor:
-    """int32, each 32 / bits codes along dim, the low bits first -> uint8, one code each."""
+    """Unpacks int32 with 32 / bits codes each along dim, low bits first.
+
+    Returns uint8 with one code per byte.
+    """
     if dim == -2:
         return _unpack(t.transpose(-1, -2), bits, -1).transpose(-1, -2)
     return _as_bytes(t) if bits == 8 else unpack_halves(_as_bytes(t))
@@ -55,12 +58,12 @@ def _unpack(t: Tensor, bits: int, dim: int) -> Tensor:
 
 def _unpack_awq(t: Tensor) -> Tensor:
     eights: Tensor = unpack_halves(_as_bytes(t)).unflatten(-1, (-1, 8))
-    # an index of all at once takes 16 times as long
+    # indexing with the whole permutation takes 16 times as long
     return torch.stack([eights[..., place] for place in _AWQ_PLACE], -1).flatten(-2)
 
 
 def _plus_1(codes: Tensor, bits: int) -> Tensor:
-    """GPTQ's first format has zero points less one; of 2^bits - 1 that is 0."""
+    """Zero points of GPTQ's first format, which stores them less 1 modulo 2^bits."""
     zeros: Tensor = (codes + 1) & (2**bits - 1)
     return zeros
 
@@ -80,14 +83,15 @@ CODINGS: dict[str, Coding] = {
     "blocks": Coding({"U8": torch.uint8}, lambda t: t.flatten(-2), -1, 16),
     "float": Coding(_FLOATS),
     "float32": Coding(dict.fromkeys(_FLOATS, torch.float32), lambda t: t.to(torch.float32)),
-    "float32, agreed": Coding(dict.fromkeys(_FLOATS, torch.float32), lambda t: t.to(torch.float32)),  # by gate and up
+    # equal for gate and up
+    "float32, agreed": Coding(dict.fromkeys(_FLOATS, torch.float32), lambda t: t.to(torch.float32)),
     "inverse": Coding(dict.fromkeys(_FLOATS, torch.float32), lambda t: 1 / t.to(torch.float32)),
     "e8m0, spread": Coding(
         {"F8_E8M0": torch.float32, "U8": torch.float32, **_FLOATS},
         lambda t: t if t.is_floating_point() and t.itemsize > 1 else decode_e8m0(t.view(torch.uint8), torch.float32),
     ),
     "awq": Coding({"I32": torch.uint8}, _unpack_awq, -1, 8),
-    "rows of words": _unpacked(8, -2),  # bytes of one code or two, as memory has them the other way round
+    "rows of words": _unpacked(8, -2),  # bytes of one or two codes, transposed in memory
     "rows of words, shifted": Coding({"I32": torch.int8}, lambda t: _other_sign(_unpack(t, 8, -2)), -2, 4),
     **{f"rows of {bits} bits": _unpacked(bits, -2) for bits in (4, 8)},
     **{f"columns of {bits} bits": _unpacked(bits, -1) for bits in (4, 8)},
@@ -98,21 +102,21 @@ CODINGS: dict[str, Coding] = {
 
 
 def check_sizes(where: str, t: Tensor, sizes: tuple[int, ...]) -> None:
-    """compressed-tensors' weight_shape."""
+    """Raises ValueError if compressed-tensors' weight_shape differs from the config's sizes."""
     if tuple(map(int, t)) != sizes:
-        raise ValueError(f"{where} is {list(map(int, t))}; expected {list(sizes)}, as the config has it")
+        raise ValueError(f"{where} is {list(map(int, t))}; expected {list(sizes)} as in the config")
 
 
 def check_order(where: str, t: Tensor, group: int | None) -> None:
-    """GPTQ's g_idx: without act-order, each group is `group` inputs in a row."""
+    """Raises ValueError if GPTQ's g_idx has act-order: expected are groups of `group` consecutive inputs."""
     expected = torch.arange(t.numel()) // (group or t.numel())
     if not torch.equal(t.to(torch.int64).flatten(), expected):
-        raise ValueError(f"{where} puts inputs into other groups than {group} in a row; expected no act-order")
+        raise ValueError(f"{where} has groups other than {group} consecutive inputs; expected no act-order")
 
 
 def check_zeros(where: str, zeros: Tensor, middle: int) -> None:
-    """Zero points of a symmetric method."""
+    """Raises ValueError if a zero point of a symmetric method differs from the middle of the range."""
     if bool((zeros != middle).any()):
         raise ValueError(
-            f"{where} has zero points other than {middle}; expected that one everywhere, for the config says symmetric"
+            f"{where} has zero points other than {middle}; expected {middle}, because the config says symmetric"
         )

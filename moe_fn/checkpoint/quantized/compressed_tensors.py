@@ -1,12 +1,12 @@
-"""A group of compressed-tensors' config_groups to a QuantConfig and a row of FORMATS."""
+"""Converts a group of compressed-tensors' config_groups to a `QuantConfig` and a row of FORMATS."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from moe_fn.checkpoint.quantized.formats import Method, Words
+from moe_fn.checkpoint.quantized.formats import Method, QuantDict
 from moe_fn.config import ActivationQuantConfig, QuantConfig
 
-# (type, bits, what of a scale tells the scheme) -> scheme
+# (type, bits, group size if it determines the scheme) -> scheme
 _SCHEMES = {
     ("float", 8, None): "fp8_e4m3", ("float", 8, 32): "mxfp8", ("float", 4, 16): "nvfp4", ("float", 4, 32): "mxfp4",
     ("int", 8, None): "int8", ("int", 4, None): "int4",
@@ -22,17 +22,17 @@ _FORMATS = {
 }  # fmt: skip
 
 
-def method_of_group(words: Words, group: Mapping[str, Any]) -> Method:
-    """The method of a group; ValueError where it, or its format, is none that is read."""
+def method_of_group(quant_dict: QuantDict, group: Mapping[str, Any]) -> Method:
+    """The method of a group. Raises ValueError for schemes and formats that are not supported."""
     weights, inputs, layout = (
         group.get("weights"),
         group.get("input_activations"),
-        str(group.get("format") or words.get("format")),
+        str(group.get("format") or quant_dict.get("format")),
     )
     if not isinstance(weights, Mapping) or group.get("output_activations"):
         raise _refuse(group, "weights, and no output_activations")
     if str(weights.get("actorder") or None) in ("group", "dynamic", "True"):
-        raise _refuse(weights, "no actorder that lets inputs change places")
+        raise _refuse(weights, "no actorder that permutes inputs")
     scheme, symmetric = _scheme(weights), weights.get("symmetric", True)
     stored = _FORMATS.get((layout, scheme))
     if stored is None:
@@ -48,24 +48,24 @@ def method_of_group(words: Words, group: Mapping[str, Any]) -> Method:
     return Method(quant, stored if symmetric else f"{stored}, zeros")
 
 
-def _refuse(words: Any, expected: str) -> Exception:
-    return ValueError(f"quantization_config.config_groups has {dict(words)!r:.300}; expected {expected}")
+def _refuse(settings: Any, expected: str) -> Exception:
+    return ValueError(f"quantization_config.config_groups has {dict(settings)!r:.300}; expected {expected}")
 
 
-def _scheme(words: Mapping[str, Any]) -> Any:
+def _scheme(settings: Mapping[str, Any]) -> Any:
     """The scheme of weights, or of activations."""
-    kind, bits, size = str(words.get("type", "int")).lower(), words.get("num_bits", 8), words.get("group_size")
-    bytes_of_scale = "uint8" in str(words.get("scale_dtype")) or "e8m0" in str(words.get("scale_dtype"))
+    kind, bits, size = str(settings.get("type", "int")).lower(), settings.get("num_bits", 8), settings.get("group_size")
+    bytes_of_scale = "uint8" in str(settings.get("scale_dtype")) or "e8m0" in str(settings.get("scale_dtype"))
     tells = size if kind == "float" and (bits == 4 or bytes_of_scale) else None
     if (kind, bits, tells) not in _SCHEMES:
-        raise _refuse(words, "float 8, float 4 in groups of 16 or 32, int 8 or int 4")
+        raise _refuse(settings, "float 8, float 4 in groups of 16 or 32, int 8 or int 4")
     return _SCHEMES[kind, bits, tells]
 
 
-def _strategy(words: Mapping[str, Any]) -> str:
-    """As compressed-tensors infers it where it is not said."""
-    size = words.get("group_size")
-    return str(words.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group"))
+def _strategy(settings: Mapping[str, Any]) -> str:
+    """The strategy, inferred as in compressed-tensors if it is not given."""
+    size = settings.get("group_size")
+    return str(settings.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group"))
 
 
 def _tiles(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _activations(inputs: Mapping[str, Any]) -> ActivationQuantConfig:
     if not inputs.get("symmetric", True):
         raise _refuse(inputs, "inputs without zero points")
     if strategy in ("group", "tensor_group"):
-        # "local": the scale above those of groups is loaded
+        # dynamic "local": the global scale is static and loaded
         static = dynamic is not True and strategy == "tensor_group"
         return ActivationQuantConfig(
             scheme=_scheme(inputs), granularity="group", group_size=inputs.get("group_size"), static=static

@@ -1,4 +1,4 @@
-"""Pieces of quantized matrices: from a file's elements to those in memory, and what must be said of them beside."""
+"""Decodes pieces of quantized matrices from a file's elements to codes in memory, and validates redundant tensors."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,18 @@ from moe_fn.records import Path
 from moe_fn.weights.axes import axes_of, dims_of
 
 INPUT_SCALES: frozenset[Path] = frozenset((("quant", "gate_up_input_scale"), ("quant", "down_input_scale")))
-_AGREE = 1e-5  # how far the input scales of a gate and its up may be apart: what their writers hold them to
+_AGREE = 1e-5  # tolerance between the input scales of gate and up, as in compressed-tensors
 
 
 def to_codes(entry: Entry, source: Tensor, ranges: Ranges, units: Units, order: Sequence[str]) -> Tensor:
-    """A piece of a file as elements of memory, for the places in the ranges, with one dim for each axis of `order`."""
+    """A piece of a file as codes or scales in memory, for these ranges of positions, with one dim for each axis of
+    `order`.
+    """
     coding, after = CODINGS[entry.coding], dict(entry.units)
     pieces = ranges_in_units(ranges, entry.units)
     lengths = {axis: stop - start for axis, (start, stop) in pieces.items()}
     starts = {axis: start for axis, (start, _) in pieces.items()}
-    pattern = entry.axes.removesuffix(" P")  # a block's bytes are places of its inputs in memory
+    pattern = entry.axes.removesuffix(" P")  # in memory a block's bytes continue the axis of the inputs
     axes = axes_of(pattern)
     if coding.times > 1:
         split = dims_of(pattern)[coding.dim][-1]
@@ -47,25 +49,25 @@ def to_codes(entry: Entry, source: Tensor, ranges: Ranges, units: Units, order: 
 
 
 def put_input_scale(part: Part, source: Tensor, target: Tensor) -> bool:
-    """Gate and up see the same inputs, so both say how those are rounded: the larger of their scales. Whether the part
-    is such a scale.
+    """Copies the larger of the target and an input scale into the target: gate and up have the same inputs, which are
+    rounded with the larger of both scales. Returns whether the part is an input scale.
 
-    Raises ValueError where compressed-tensors' gate and up do not agree.
+    Raises ValueError if the scales of compressed-tensors' gate and up differ.
     """
     if part.entry.weight not in INPUT_SCALES:
         return False
     other = target.to(source.device)  # 0 before the first of the two
     if part.entry.coding == "float32, agreed" and bool(((other - source).abs() > _AGREE).logical_and(other != 0).any()):
         raise ValueError(
-            f"{part.name} is {float(source.flatten()[0])}; expected {float(other.flatten()[0])}, as the other half has "
-            "it"
+            f"{part.name} is {float(source.flatten()[0])}; expected {float(other.flatten()[0])} as in the other half "
+            "of gate_up"
         )
     target.copy_(torch.maximum(other, source))
     return True
 
 
 def check_parts(folder: FilePath, plan: Plan, experts: Sequence[int]) -> None:
-    """Looks at what must not say anything new, of these experts."""
+    """Validates redundant tensors (g_idx, shapes, zero points) of these experts."""
     wanted = [part for part in plan.checks if part.expert is None or part.expert in experts]
     for file, parts in itertools.groupby(sorted(wanted, key=lambda part: part.info.file), lambda part: part.info.file):
         with open_tensors(folder / file) as opened:
@@ -84,7 +86,7 @@ def _check_part(where: str, t: Tensor, part: Part, plan: Plan) -> None:
 
 
 def _sizes(part: Part, plan: Plan) -> tuple[int, ...]:
-    """Outputs and inputs of the matrix that a part is of."""
+    """The sizes (outputs, inputs) of the matrix that a part belongs to."""
     codes = next(
         entry
         for entry in plan.layout.entries
@@ -96,9 +98,9 @@ def _sizes(part: Part, plan: Plan) -> tuple[int, ...]:
 def decode_others(
     plan: Plan, weights: dict[Path, Tensor], dtype: torch.dtype | None, read: Slices, wanted: Slices
 ) -> None:
-    """Makes floats of the quantized matrices that are no experts, for their products take floats; their codes go.
+    """Replaces the codes of quantized matrices other than the experts' by floats, which their products take.
 
-    Whole tiles of them have been read; what is wanted of those is cut out of the floats.
+    Whole tiles have been read; the wanted slice is cut from the floats.
     """
     start, stop = (place - read.shared_intermediate[0] for place in wanted.shared_intermediate)
     for path, method in plan.layout.methods:

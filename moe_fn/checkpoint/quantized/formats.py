@@ -1,5 +1,5 @@
-"""The published formats of a quantized matrix, a row each: which tensors it is in a file, under which names, with which
-axes, coded how.
+"""The published formats of a quantized matrix, one row each: its tensors in a file with their names, axes and
+codings.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from moe_fn.checkpoint.quantized.codings import CODINGS
 from moe_fn.checkpoint.safetensors_files import FLOATS
 from moe_fn.config import ActivationQuantConfig, QuantConfig
 
-Words = Mapping[str, Any]  # of quantization_config
+QuantDict = Mapping[str, Any]  # quantization_config of config.json
 MXFP4 = QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
 MXFP8 = QuantConfig(
     scheme="mxfp8", granularity="group", group_size=32,
@@ -20,7 +20,7 @@ MXFP8 = QuantConfig(
 
 @dataclass(frozen=True)
 class Method:
-    """How a module's weight is quantized: `stored` is a row of FORMATS."""
+    """Quantization of a module's weight; `stored` names a row of FORMATS."""
 
     quant: QuantConfig
     stored: str
@@ -28,7 +28,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Module:
-    """What `moe_fn.checkpoint.quantized.methods.method_of` is asked about."""
+    """A module of the checkpoint, with the dtypes of its tensors by the suffixes of their names."""
 
     name: str
     of_experts: bool
@@ -37,12 +37,12 @@ class Module:
 
     @property
     def floats(self) -> bool:
-        """Whether the file has floats of it."""
+        """Whether the file stores it as floats."""
         return self.dtypes.get("" if self.fused else ".weight") in FLOATS
 
     @property
     def codes(self) -> str | None:
-        """The name that codes of it have in the file behind its own; None where it has none."""
+        """The suffix of the name of its codes in the file; None if it has none."""
         found = (suffix for suffix in CODES if self.dtypes.get(suffix, "F32") not in FLOATS)
         return next(found, None)
 
@@ -51,13 +51,12 @@ class Module:
 class Stored:
     """One tensor of a matrix.
 
-    role    codes, scale, zero_point, global_scale or input_scale; "check sizes", "check order", "check zeros": it says
-            nothing new, but must not say something else
-    suffix  what its name has behind that of the module; several, where writers differ
-    dims    "out/8 in": outputs, eight in an element, and inputs; "/tile": as many as share a scale; "1": a single
-            number
+    role    codes, scale, zero_point, global_scale or input_scale; "check sizes", "check order" and "check zeros" are
+            redundant tensors that are validated
+    suffix  of its name, after the module's name; several if tools differ
+    dims    "out/8 in": outputs, eight per element, and inputs; "/tile": as many as share a scale; "1": a single number
     coding  row of `CODINGS`
-    fused   what its name has behind that of a tensor that holds all experts; None where no such files are published
+    fused   suffix of its name, after that of a tensor that holds all experts; None if no such files are published
     """
 
     role: str
@@ -67,7 +66,7 @@ class Stored:
     fused: str | None = None
 
     def suffixes(self, fused: bool) -> tuple[str, ...]:
-        """What its name may have behind that of a module, or of a tensor of all experts."""
+        """The possible suffixes of its name, for a module or for a tensor that holds all experts."""
         return self.suffix if not fused else () if self.fused is None else (self.fused,)
 
 
@@ -89,7 +88,7 @@ def _input(*suffix: str, coding: str = "float32") -> Stored:
 
 def _gptq(bits: int, less: str, symmetric: bool) -> tuple[Stored, ...]:
     words, zeros = 32 // bits, f"columns of {bits} bits{less}"
-    shifted = ", shifted" if symmetric and bits == 8 else ""  # int8 around 0; int4 stays around 8
+    shifted = ", shifted" if symmetric and bits == 8 else ""  # int8 codes are centered at 0, int4 codes at 8
     return (
         _codes(".qweight", f"in/{words} out", f"rows of words{shifted}"),
         _scale(".scales", dims="in/tile out"),
@@ -154,7 +153,7 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
     "mxfp4 blocks": (
         _codes("_blocks", "out in/32 P", "blocks", fused="_blocks"), _scale("_scales", coding="bytes", fused="_scales"),
     ),
-    # GPTQ (and its second format, whose zero points are as they are) and AutoAWQ
+    # GPTQ (its second format stores zero points without an offset) and AutoAWQ
     **{
         f"gptq{version} {bits} bits{', symmetric' if symmetric else ''}": _gptq(bits, less, symmetric)
         for version, less in (("", ", less 1"), (" v2", "")) for bits in (4, 8) for symmetric in (False, True)
@@ -173,7 +172,7 @@ FORMATS: dict[str, tuple[Stored, ...]] = {
     "modelopt mxfp8": (_codes(".weight", "out in", "fp8"), _scale(".weight_scale", coding="bytes")),
 }  # fmt: skip
 
-# What may stand for ".weight", and behind the name of a fused tensor
+# Suffixes of codes that replace ".weight", and those after the name of a fused tensor
 CODES_SUFFIXES = tuple(
     sorted({suffix for row in FORMATS.values() for s in row if s.role == "codes" for suffix in s.suffix} - {"_blocks"})
 )
@@ -186,7 +185,7 @@ _NEEDED = ("codes", "scale", "zero_point", "global_scale")
 
 
 def fits(method: Method, module: Module) -> bool:
-    """Whether the file has of a module what a method stores."""
+    """Whether the file has the tensors that a method stores for a module, with their dtypes."""
     return all(
         any(module.dtypes.get(suffix) in CODINGS[stored.coding].dtypes for suffix in stored.suffixes(module.fused))
         for stored in FORMATS[method.stored]

@@ -1,6 +1,4 @@
-"""A row of the layout table as a quantized checkpoint has it: each matrix in several tensors, as its method
-lays them.
-"""
+"""Derives a row of the layout table for a quantized checkpoint: its method stores each matrix in several tensors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +7,7 @@ from dataclasses import dataclass
 from moe_fn.checkpoint.axes import Units, patterns_of
 from moe_fn.checkpoint.folder import full_name
 from moe_fn.checkpoint.layout import Entry, Layout, of_first_expert
-from moe_fn.checkpoint.quantized.formats import FORMATS, SUFFIXES, Method, Stored, Words
+from moe_fn.checkpoint.quantized.formats import FORMATS, SUFFIXES, Method, QuantDict, Stored
 from moe_fn.checkpoint.quantized.methods import method_of
 from moe_fn.checkpoint.safetensors_files import TensorInfo
 from moe_fn.config import MoEConfig
@@ -18,52 +16,50 @@ from moe_fn.weights.axes import axes_of, dims_of
 from moe_fn.weights.spec import WEIGHTS
 
 EXPERTS: tuple[Path, ...] = (("gate_up",), ("down",))
-# The matrices that are products, and the axis along which each is multiplied. Those that are no experts are read as
-# floats.
+# Matrices of products, and the axis of each one's inputs. Those that are not experts are read as floats.
 _INPUTS: dict[Path, str] = {
     path: axes_of(row.axes)[-1]
     for path, row in WEIGHTS.items()
     if row.kind in ("codes", "compute") and path[0] != "lora"
 }
 MATRICES = tuple(_INPUTS)
-CODED = ("codes", "scale", "zero_point", "global_scale")  # what a matrix that is no expert is decoded from
+CODED = ("codes", "scale", "zero_point", "global_scale")  # tensors from which a matrix other than experts is decoded
 Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
 class Place:
-    """How a tensor lies in memory: its pattern, and what its elements are for."""
+    """Layout of a tensor in memory: its pattern, and the positions that one element covers."""
 
     pattern: str
     units: Units = ()
 
 
 def base_of(path: Path) -> Path:
-    """The weight that a part of a coded matrix, or a check of it, belongs to."""
+    """The path of the weight that a part of a quantized matrix, or a redundant tensor, belongs to."""
     return path[:-1] if path[-1] in CODED or is_check(path) else path
 
 
 def is_check(path: Path) -> bool:
-    """Whether tensors of this path are only looked at."""
+    """Whether tensors of this path are redundant: validated, not loaded."""
     return path[-1].startswith("check ")
 
 
-def quantized_layout(row: Layout, prefix: str, words: Words, num_experts: int, tensors: Tensors) -> Layout:
-    """The row with the tensors that the method of each matrix has; the same row where nothing is quantized.
+def quantized_layout(row: Layout, prefix: str, quant_dict: QuantDict, num_experts: int, tensors: Tensors) -> Layout:
+    """The row with the tensors of each matrix's method; the same row if nothing is quantized.
 
-    Raises ValueError for methods that are not known or contradict one another, and for those that no published file has
-    in this row.
+    Raises ValueError for methods that are unknown or contradict each other, and for those that no published file
+    combines with this row.
     """
     entries: list[Entry] = []
     others, methods = list(row.others), dict[Path, Method]()
     for path in _INPUTS:
-        found = _method(row, path, prefix, words, num_experts, tensors)
+        found = _method(row, path, prefix, quant_dict, num_experts, tensors)
         methods |= {} if found is None else {path: found}
     first, last = (methods.get(path) for path in EXPERTS)
     if first != last:
         raise ValueError(
-            f"{prefix}: the experts' first product is {_name(first)}, their last {_name(last)}; "
-            "expected the same of both"
+            f"{prefix}: the experts' gate_up is {_name(first)}, their down {_name(last)}; expected the same for both"
         )
     for entry in row.entries:
         if entry.weight not in methods:
@@ -76,10 +72,12 @@ def quantized_layout(row: Layout, prefix: str, words: Words, num_experts: int, t
     return dataclasses.replace(row, entries=tuple(entries), others=tuple(others), methods=tuple(methods.items()))
 
 
-def _method(row: Layout, path: Path, prefix: str, words: Words, num_experts: int, tensors: Tensors) -> Method | None:
+def _method(
+    row: Layout, path: Path, prefix: str, quant_dict: QuantDict, num_experts: int, tensors: Tensors
+) -> Method | None:
     entries = [entry for entry in row.entries if entry.weight == path]
     names = sorted({full_name(prefix, name) for entry in entries for name in _names(entry, num_experts)})
-    found = {name.removesuffix(".weight"): _method_of_name(name, path, words, tensors) for name in names}
+    found = {name.removesuffix(".weight"): _method_of_name(name, path, quant_dict, tensors) for name in names}
     if len(set(found.values())) > 1:
         first = next(iter(found))
         other = next(module for module, method in found.items() if method != found[first])
@@ -87,14 +85,14 @@ def _method(row: Layout, path: Path, prefix: str, words: Words, num_experts: int
     return next(iter(found.values()), None)
 
 
-def _method_of_name(name: str, path: Path, words: Words, tensors: Tensors) -> Method | None:
+def _method_of_name(name: str, path: Path, quant_dict: QuantDict, tensors: Tensors) -> Method | None:
     module, fused = name.removesuffix(".weight"), not name.endswith(".weight")
     dtypes = {suffix: tensors[module + suffix].dtype for suffix in SUFFIXES if module + suffix in tensors}
-    return method_of(words, module, path in EXPERTS, fused=fused, dtypes=dtypes)
+    return method_of(quant_dict, module, path in EXPERTS, fused=fused, dtypes=dtypes)
 
 
 def _names(entry: Entry, num_experts: int) -> list[str]:
-    """Of the first expert and the last: where a list has some in between, their tensors tell."""
+    """Names for the first and the last expert; other experts are checked by their tensors."""
     return [entry.name.replace("{e}", str(e)).replace("{second}", str(e + num_experts)) for e in (0, num_experts - 1)]
 
 
@@ -103,7 +101,7 @@ def _name(method: Method | None) -> str:
 
 
 def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: Tensors) -> Entry | str:
-    """The entry of one tensor of a matrix; the name alone where it is of no use."""
+    """The entry of one tensor of a quantized matrix; only its name if it is not used."""
     fused = not entry.name.endswith(".weight")
     names = [entry.name.removesuffix(".weight") + suffix for suffix in stored.suffixes(fused)]
     name = next((name for name in names if full_name(prefix, of_first_expert(name)) in tensors), next(iter(names), ""))
@@ -113,7 +111,7 @@ def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: T
     if not name:
         raise ValueError(
             f"{full_name(prefix, entry.name)} holds all experts, quantized by {method.stored!r}; "
-            "expected experts one by one"
+            "expected one tensor for each expert"
         )
     axes, units = _axes(entry, stored, method)
     weight = _path_of_role(entry.weight, stored.role)
@@ -121,7 +119,7 @@ def _entry(entry: Entry, stored: Stored, method: Method, prefix: str, tensors: T
 
 
 def _path_of_role(path: Path, role: str) -> Path:
-    """Where a part of a matrix goes: experts stay codes, others are decoded from theirs."""
+    """The path of a part of a matrix: experts stay codes, other matrices are decoded from theirs."""
     whole = (*path, role)
     if path not in EXPERTS or is_check(whole):
         return whole
@@ -133,10 +131,10 @@ def _axes(entry: Entry, stored: Stored, method: Method) -> tuple[str, Units]:
     lead, outputs, inputs = _split(entry.axes, entry.weight)
     if stored.dims in ("1", "2"):
         return stored.dims, ()
-    # gpt-oss' floats are transposed, its blocks are not
+    # gpt-oss' floats are transposed, its mxfp4 blocks are not
     if dims_of(entry.axes)[-1] != inputs and method.stored != "mxfp4 blocks":
         raise ValueError(
-            f"{entry.name} has its inputs before its outputs; expected quantized matrices the other way round"
+            f"{entry.name} has its inputs before its outputs; expected outputs before inputs in a quantized matrix"
         )
     pattern, units = list(lead), list[tuple[str, int | None]]()
     for token in stored.dims.split():
@@ -149,7 +147,7 @@ def _axes(entry: Entry, stored: Stored, method: Method) -> tuple[str, Units]:
 
 
 def _split(pattern: str, path: Path) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The dim of experts if there is one, the dim of the outputs and that of the inputs."""
+    """The dim of the experts if there is one, the dim of the outputs, and the dim of the inputs."""
     dims = [dim for dim in dims_of(pattern) if dim != ("E",)]
     lead = ("E",) if len(dims) < len(dims_of(pattern)) else ()
     inputs = next(dim for dim in dims if _INPUTS[path] in dim)
@@ -157,14 +155,15 @@ def _split(pattern: str, path: Path) -> tuple[tuple[str, ...], tuple[str, ...], 
 
 
 def _units(dim: tuple[str, ...], unit: int | None) -> Units:
-    inner = [axis for axis in dim if axis not in "GBE"]  # gates and ups, and experts, share nothing
+    inner = [axis for axis in dim if axis not in "GBE"]  # gates and ups, and experts, do not share elements
     return tuple((axis, None) for axis in inner) if unit is None else ((inner[-1], unit),) if unit > 1 else ()
 
 
 def places_of(config: MoEConfig, layout: Layout) -> dict[Path, Place]:
-    """Where the tensors of a layout go: those of MoEWeights, and what matrices that are no experts are decoded from.
+    """The places in memory of a layout's tensors: those of MoEWeights, and those from which matrices other than experts
+    are decoded.
 
-    Raises ValueError where the experts' gates and ups alternate in memory and share scales, as no tile can.
+    Raises ValueError if the experts' gates and ups alternate in memory and several outputs share a scale.
     """
     patterns = patterns_of(config)
     places = {path: Place(pattern) for path, pattern in patterns.items()}
@@ -173,8 +172,8 @@ def places_of(config: MoEConfig, layout: Layout) -> dict[Path, Place]:
         mixed = path == ("gate_up",) and config.gate_up_layout == "interleaved"
         if mixed and (quant.tile[0] != 1 or quant.row.scale == "e4m3"):
             raise ValueError(
-                f"gate_up_layout is 'interleaved' with {method.stored!r}; expected 'packed', for ups have scales of "
-                "their own"
+                f"gate_up_layout is 'interleaved' with {method.stored!r}; expected 'packed', because gates and ups "
+                "have separate scales"
             )
         _, outputs, inputs = _split(patterns[path], path)
         tile, whole = quant.tile, (*_units(outputs, None), *_units(inputs, None))

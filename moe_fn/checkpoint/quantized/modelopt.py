@@ -1,10 +1,12 @@
-"""ModelOpt's words to a QuantConfig and a row of FORMATS: one algorithm for a model, or one for each of its modules."""
+"""Converts ModelOpt's settings to a `QuantConfig` and a row of FORMATS: one algorithm for a model, or one per
+module.
+"""
 
 import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from moe_fn.checkpoint.quantized.formats import MXFP8, Method, Module, Words
+from moe_fn.checkpoint.quantized.formats import MXFP8, Method, Module, QuantDict
 from moe_fn.config import ActivationQuantConfig, QuantConfig
 
 _NVFP4_INPUTS = ActivationQuantConfig(scheme="nvfp4", granularity="group", group_size=16, static=True)
@@ -24,26 +26,24 @@ _ALGORITHMS: dict[str, Method] = {
 _MIXED = "MIXED_PRECISION"
 
 
-def modelopt(words: Words, module: Module) -> Method | None:
-    """The method of a module; None where the words have no algorithm for it, as where only the KV cache is
-    quantized.
-    """
-    algorithm, layers = words.get("quant_algo"), words.get("quantized_layers")
-    of_experts = algorithm_of_experts(words)
+def modelopt(quant_dict: QuantDict, module: Module) -> Method | None:
+    """The method of a module; None without an algorithm for it, for example if only the KV cache is quantized."""
+    algorithm, layers = quant_dict.get("quant_algo"), quant_dict.get("quantized_layers")
+    of_experts = algorithm_of_experts(quant_dict)
     if algorithm is None or str(algorithm).upper() != _MIXED:
         algorithm = of_experts if module.of_experts and of_experts is not None else algorithm
-        return None if algorithm is None else _method(algorithm, words.get("group_size"))
+        return None if algorithm is None else _method(algorithm, quant_dict.get("group_size"))
     if not layers and of_experts is not None:
-        return _method(of_experts, words.get("group_size")) if module.of_experts else None
+        return _method(of_experts, quant_dict.get("group_size")) if module.of_experts else None
     if not isinstance(layers, Mapping) or not all(isinstance(layer, Mapping) for layer in layers.values()):
         raise _refuse("quantized_layers", layers, f"an algorithm for each layer, with {_MIXED}")
     found = [layers[name] for name in _names(module.name) if name in layers]
     return _method(found[-1].get("quant_algo"), found[-1].get("group_size")) if found else None
 
 
-def algorithm_of_experts(words: Words) -> Any:
-    """What NVFP4 releases of fp8 models say of their experts alone."""
-    return words.get("moe_quant_algo") or None
+def algorithm_of_experts(quant_dict: QuantDict) -> Any:
+    """The algorithm for experts only, which NVFP4 releases of fp8 models have."""
+    return quant_dict.get("moe_quant_algo") or None
 
 
 def _method(algorithm: Any, size: Any) -> Method:
@@ -51,16 +51,16 @@ def _method(algorithm: Any, size: Any) -> Method:
     if method is None:
         raise _refuse("quant_algo", algorithm, f"one of {', '.join(_ALGORITHMS)}")
     if size not in (None, 0, method.quant.group_size):
-        raise _refuse("group_size", size, f"{method.quant.group_size}, which {algorithm} fixes")
+        raise _refuse("group_size", size, f"{method.quant.group_size}, the group size of {algorithm}")
     return method
 
 
 def _names(module: str) -> list[str]:
-    """A module and all that it is in, the outermost first; with a language model in a larger one under either of its
-    names.
+    """The names of a module and of the modules that contain it, outermost first; for a language model in a larger
+    model, under both of its prefixes.
     """
-    inside, beside = "model.language_model.", "language_model.model."
-    other = module.replace(inside, beside, 1) if module.startswith(inside) else module.replace(beside, inside, 1)
+    new, old = "model.language_model.", "language_model.model."
+    other = module.replace(new, old, 1) if module.startswith(new) else module.replace(old, new, 1)
     both = zip(*(itertools.accumulate(name.split("."), "{}.{}".format) for name in (other, module)), strict=True)
     return list(itertools.chain.from_iterable(both))
 

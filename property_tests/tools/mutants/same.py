@@ -83,7 +83,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "An alias that only annotations name.": (("quant/inputs.py", "Scales = None"),),
     "Every object has a __module__.": (("integrations/transformers/reading.py", 'getattr(hook, "__module__", )'),),
-    "A name has that part once.": (("checkpoint/quantized/modelopt.py", "module.replace(beside, inside, )"),),
+    "A name has that part once.": (("checkpoint/quantized/modelopt.py", "module.replace(old, new, )"),),
     "It divides zeros: a norm that is not above 0 is one of zeros.": ((ROUTE, "torch.where(total > 0, total, 2)"),),
 }
 
