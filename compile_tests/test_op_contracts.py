@@ -20,8 +20,8 @@ from torch.library import opcheck
 import moe_fn
 from compile_tests.cases import Case
 from moe_fn.config import QuantConfig, RouterConfig
-from moe_fn.kernels.native import library as native
-from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.native import support as native
+from moe_fn.kernels.triton import support as gpu
 from moe_fn.records import leaves_of_weights
 
 for _module in pkgutil.walk_packages(moe_fn.__path__, "moe_fn."):  # an op exists once its module is imported

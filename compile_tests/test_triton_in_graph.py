@@ -16,7 +16,7 @@ import moe_fn
 from compile_tests.cases import Case, as_leaves
 from compile_tests.graphs import graphs_of, ops
 from moe_fn import ActivationQuantConfig, MoEWeights, QuantConfig
-from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.triton import support as gpu
 from moe_fn.testing import assert_matches, assert_one_graph
 
 if gpu.problem("cpu", torch.float32):

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
-from moe_fn.kernels.native import library as native
-from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.native import library
+from moe_fn.kernels.native import support as native
+from moe_fn.kernels.torch import support as plain
+from moe_fn.kernels.triton import support as gpu
 from moe_fn.torch_compat import constant_while_tracing
 
 
@@ -30,8 +32,8 @@ def backends() -> tuple[BackendInfo, ...]:
     >>> [info.name for info in backends()]
     ['torch', 'native', 'triton']
     """
-    problem, library = native.problem("cpu", torch.float32), native.active()
-    chosen = problem is None and library.level != "plain"
+    problem, found = native.problem("cpu", torch.float32), library.active()
+    chosen = problem is None and found.level != "plain"
     on_gpu, on_cpu = (gpu.problem(device, torch.float32) for device in ("cuda", "cpu"))
     gpu_there = on_gpu is None and torch.cuda.is_available()
     return (
@@ -53,7 +55,7 @@ def backends() -> tuple[BackendInfo, ...]:
             devices=("cpu",),
             chosen_by_auto_on=("cpu",) if chosen else (),
             reason=problem
-            or f"C++ kernels for float32 and bfloat16, instruction-set level {library.level}, in {library.path}",
+            or f"C++ kernels for float32 and bfloat16, instruction-set level {found.level}, in {found.path}",
         ),
         BackendInfo(
             name="triton",
@@ -79,22 +81,22 @@ def _of_triton(on_gpu: str | None, on_cpu: str | None, gpu_there: bool) -> str:
 
 # A constant for torch.compile: the choice is made while tracing, and the graph holds the ops of one back-end.
 @constant_while_tracing
-def _choose(backend: str, device: str, dtype: torch.dtype) -> tuple[str, str | None]:
+def _choose(backend: str, device: str, dtype: torch.dtype, invariant: bool) -> tuple[str, str | None]:
     """The back-end that runs, and what is wrong with it."""
-    if backend == "torch":
-        return "torch", None
     if backend == "triton" or (backend == "auto" and device != "cpu"):
         problem = gpu.problem(device, dtype)
-        return ("torch", None) if problem and backend == "auto" else ("triton", problem)
-    problem = native.problem(device, dtype)
-    if backend == "native":
-        return "native", problem
-    return ("torch" if problem or native.best_level() == "plain" else "native"), None
+        if problem is None or backend == "triton":
+            return "triton", problem
+    elif backend != "torch":
+        problem = native.problem(device, dtype)
+        if backend == "native" or (problem is None and library.best_level() != "plain"):
+            return "native", problem
+    return "torch", plain.problem(device, dtype, invariant)
 
 
 def runs(backend: str, config: MoEConfig, x: Tensor) -> bool:
     """Whether `backend` is the one of a call and can compute with x; never raises."""
-    return _choose(config.backend, x.device.type, x.dtype) == (backend, None)
+    return _choose(config.backend, x.device.type, x.dtype, config.batch_invariant) == (backend, None)
 
 
 def backend_of(config: MoEConfig, x: Tensor) -> str:
@@ -103,7 +105,7 @@ def backend_of(config: MoEConfig, x: Tensor) -> str:
     Raises ValueError where the named one cannot run: the choice is never changed in silence.
     """
     name: str
-    name, problem = _choose(config.backend, x.device.type, x.dtype)
+    name, problem = _choose(config.backend, x.device.type, x.dtype, config.batch_invariant)
     if problem is not None:
         raise ValueError(f"MoEConfig.backend={config.backend!r}: {problem}")
     return name

@@ -17,7 +17,7 @@ import moe_fn
 from moe_fn import LoRAConfig, MoEConfig, RouterConfig, Routing, balance
 from moe_fn.config import ZeroExpertsConfig
 from moe_fn.kernels.native import library as native
-from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.triton import support as gpu
 from moe_fn.testing import weights_for
 
 # As many experts as int8, or uint8, can just say: the words for none, -1 and num_experts, and sums with it, do not fit.

@@ -18,7 +18,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights, Routing
 from moe_fn.config import ActivationQuantConfig, QuantConfig, as_activation
 from moe_fn.fused import routed_experts
-from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native import support
 from moe_fn.testing import assert_matches, quants, weights_for
 from moe_fn.weights.quantize import dequantize_weights
 
@@ -142,7 +142,7 @@ def test_preparing_codes_is_undone_and_changes_nothing(
 ) -> None:
     config, weights, x, routing = problem(quant, (3, 2, 36, 20), tokens, "silu", interleaved, dtype)
     prepared = moe_fn.prepare_weights(config, weights)
-    taken = native.quant_problem(quant.json, 36, 20, "cpu") is None
+    taken = support.quant_problem(quant.json, 36, 20, "cpu") is None
     assert taken == (prepared is not weights) == (prepared.gate_up.ndim == 4)
     restored = moe_fn.restore_weights(config, prepared)
     assert restored.quant is not None and weights.quant is not None
@@ -189,7 +189,7 @@ def test_what_the_kernels_do_not_take_runs_by_stages_and_says_why() -> None:
         ),
         (QuantConfig(scheme="mxfp8", granularity="group", group_size=32, activations=rounded), "mxfp8 activations"),
     ):
-        assert words in str(native.quant_problem(quant.json, 64, 64, "cpu"))
+        assert words in str(support.quant_problem(quant.json, 64, 64, "cpu"))
     config, weights, x, routing = problem(QUANTS[0], (2, 1, 64, 32), 3, "silu", False, torch.float32)
     assert weights.quant is not None
     short = dataclasses.replace(weights.quant, gate_up_scale=weights.quant.gate_up_scale[:, :-1])  # type: ignore[index]

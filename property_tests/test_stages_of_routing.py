@@ -12,7 +12,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, RouterWeights, Routing, SharedExpertsConfig, reference
 from moe_fn.config import ZeroExpertsConfig
 from moe_fn.kernels.native import library as native
-from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.triton import support as gpu
 from moe_fn.stages._scores import scores_of_logits
 from moe_fn.stages.route import _weights_of_ids, router_logits
 from moe_fn.testing import assert_matches, configs

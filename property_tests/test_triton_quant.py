@@ -26,9 +26,9 @@ from moe_fn.kernels.triton.quant.inputs import quantize_by_expert, quantize_rows
 from moe_fn.kernels.triton.quant.layer import QuantProblem, forward
 from moe_fn.kernels.triton.quant.matrix import QuantMatrix, matrix_of
 from moe_fn.kernels.triton.quant.products import quantized_product
-from moe_fn.kernels.triton.quant.support import problem
 from moe_fn.kernels.triton.quant.tiles import TABLES, coded_tile, rows_of_coded
 from moe_fn.kernels.triton.slots import SortedSlots
+from moe_fn.kernels.triton.support import problem_on
 from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Tile
 from moe_fn.ops.quantized_matmul import quantized_matmul
 from moe_fn.quant.codes import Codes, decoded, encoded
@@ -374,5 +374,5 @@ def test_every_row_of_the_tables_gives_tiles_for_every_size() -> None:
     ],
 )  # fmt: skip
 def test_what_the_kernels_do_not_compute_is_said(quant: QuantConfig, arch: str, words: str | None) -> None:
-    found = problem(quant, (70, 40), arch)
+    found = problem_on(quant.json, (70, 40), arch)
     assert (found is None) if words is None else found is not None and words in found

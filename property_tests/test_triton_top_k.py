@@ -16,7 +16,7 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
 from moe_fn.config import GroupConfig, MoEConfig, RouterConfig, SharedExpertsConfig, ZeroExpertsConfig
-from moe_fn.kernels.triton.support import LANES, MOST_GROUPS, covers
+from moe_fn.kernels.triton.support import LANES, MOST_GROUPS, router_problem
 from moe_fn.kernels.triton.top_k import route_top_k
 from moe_fn.records import MoEWeights, RouterWeights
 from moe_fn.stages.route import route
@@ -131,7 +131,7 @@ def assert_same_routing(config: MoEConfig, logits: Tensor, bias: Tensor | None) 
     """Ids are equal, or differ where scores do by less than 1e-6: exp is not the same to the last bit in numpy, torch
     and a GPU.
     """
-    assert covers(config, logits.dtype)
+    assert router_problem(config.json, logits.dtype) is None
     (ids, weights), (expected_ids, expected_weights) = both(config, logits, bias)
     assert (
         ids.dtype == torch.int64 and weights.dtype == torch.float32 and ids.shape == weights.shape == expected_ids.shape
@@ -189,7 +189,8 @@ def test_sizes_at_the_edges(choices: int, top_k: int) -> None:
 
 def test_what_is_not_covered_is_said() -> None:
     def covered(dtype: torch.dtype = torch.float32, choices: int = 8, top_k: int = 2, **router: object) -> bool:
-        return covers(config_of(choices, top_k, RouterConfig(**router)), dtype)  # type: ignore[arg-type]
+        config = config_of(choices, top_k, RouterConfig(**router))  # type: ignore[arg-type]
+        return router_problem(config.json, dtype) is None
 
     assert covered() and covered(torch.bfloat16) and covered(torch.float16) and covered(choices=LANES)
     assert covered(score_dtype="input")
@@ -212,10 +213,7 @@ def test_what_is_not_covered_is_said() -> None:
         router=RouterConfig(scoring="sigmoid"),
         shared=shared,
     )
-    assert not covers(by_router, torch.float32)
-    of_another_row = RouterConfig()
-    object.__setattr__(of_another_row, "scoring", "softplus")  # a scoring that stages and reference might know one day
-    assert not covers(config_of(8, 2, of_another_row), torch.float32)
+    assert router_problem(by_router.json, torch.float32) is not None
 
 
 def test_every_option_has_its_case() -> None:

@@ -14,8 +14,8 @@ from moe_fn.kernels.triton import up
 from moe_fn.kernels.triton.quant import inputs, products
 from moe_fn.kernels.triton.quant import up as quant_up
 from moe_fn.kernels.triton.quant.inputs import CASTS_E4M3
-from moe_fn.kernels.triton.quant.support import NO_E4M3
 from moe_fn.kernels.triton.quant.tiles import plainer, rows_of_coded, swaps
+from moe_fn.kernels.triton.support import NO_E4M3
 from moe_fn.kernels.triton.tile_tables import Tile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -17,6 +17,7 @@ from moe_fn.balance.plan_moves import Moves, transfers
 from moe_fn.balance.slots import fields_of_slots
 from moe_fn.checks import check_kind
 from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native import support as kernels
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
 from moe_fn.weights.shapes import MATRICES, is_prepared
 from moe_fn.weights.spec import EXPERT_PATHS
@@ -148,7 +149,7 @@ def weights_after_moves(weights: MoEWeights, moves: Moves, rank: int, received: 
             if moves.gpu_of(move.target) == rank:
                 for t in moved.values():
                     t[move.target % per_gpu].copy_(t[move.source % per_gpu])
-    if is_prepared(weights.gate_up) and native.problem(weights.gate_up.device.type, weights.gate_up.dtype) is None:
+    if is_prepared(weights.gate_up) and kernels.problem(weights.gate_up.device.type, weights.gate_up.dtype) is None:
         # in huge pages, as prepare_weights returns them
         moved |= {path: native.in_huge_pages(moved[path]) for path in MATRICES}
     return _with_tensors(weights, moved)

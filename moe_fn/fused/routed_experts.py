@@ -16,8 +16,11 @@ from torch import Tensor
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.fused.schema import NUM_FLOATS, packed, unpacked, with_floats
-from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native import call as native
+from moe_fn.kernels.native import support as on_cpu
+from moe_fn.kernels.torch import support as in_torch
 from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.triton import support as on_gpu
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.arithmetic import ARITHMETIC
 from moe_fn.ops.define import Kernel, vjp
@@ -88,12 +91,11 @@ def _why_unfused(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
         return "an expert_norm"
     if config.lora is not None:  # adapters need another order of rows
         return "lora"
-    if backend not in BY_OP:
-        return f"back-end {backend!r}"
     if in_forward_mode():
         return "forward mode"
-    if config.quant is None:
-        return None
+    problem = EXPERTS_PROBLEMS[backend](config.json)
+    if problem is not None or config.quant is None:
+        return problem
     if config.quant.activations is not None and _differentiates(weights, x, routing.weights):
         return "gradients through activations that are rounded"
     return QUANT_PROBLEMS[backend](
@@ -101,9 +103,14 @@ def _why_unfused(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
     )
 
 
+EXPERTS_PROBLEMS: dict[str, Callable[[str], str | None]] = {
+    "torch": in_torch.experts_problem,
+    "native": on_cpu.experts_problem,
+    "triton": on_gpu.experts_problem,
+}
 QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {
-    "native": native.quant_problem,
-    "triton": gpu.quant_problem,
+    "native": on_cpu.quant_problem,
+    "triton": on_gpu.quant_problem,
 }
 
 

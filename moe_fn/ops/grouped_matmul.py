@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native import call as native
+from moe_fn.kernels.native import support as on_cpu
 from moe_fn.kernels.torch import grouped
 from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.triton import support as on_gpu
 from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
 from moe_fn.ops.flops import rows_with_expert
 
@@ -179,8 +181,8 @@ triton_matmul, triton_outer = _define(
 
 GROUPED: dict[str, GroupedOps] = {
     "torch": GroupedOps(torch_matmul, torch_outer),
-    "native": GroupedOps(native_matmul, native_outer, native.DTYPES),
-    "triton": GroupedOps(triton_matmul, triton_outer, gpu.DTYPES),
+    "native": GroupedOps(native_matmul, native_outer, on_cpu.DTYPES),
+    "triton": GroupedOps(triton_matmul, triton_outer, on_gpu.DTYPES),
 }
 
 

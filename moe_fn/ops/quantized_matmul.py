@@ -15,6 +15,7 @@ from moe_fn.config import QuantConfig
 from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.torch import quantized
 from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.triton.support import decodes
 from moe_fn.ops.define import Kernel, batch_end_to_end, batch_to_front, define_op
 from moe_fn.ops.flops import rows_with_expert
 from moe_fn.ops.grouped_matmul import GROUPED
@@ -74,7 +75,7 @@ def _kernel(
     quant: str, halves: int, transposed: bool, segments: int, weight_sets: int, invariant: bool,
 ) -> Tensor:  # fmt: skip
     one_set = transposed and segments == 1 and weight_sets == 1
-    if backend == "triton" and one_set and gpu.decodes(quant, weight.shape[2] * quant_of_json(quant).per_byte):
+    if backend == "triton" and one_set and decodes(quant, weight.shape[2] * quant_of_json(quant).per_byte):
         parts = weight, scale, zero_point, global_scale
         product: Tensor = gpu.run("quantized_matmul", rows, *parts, ends, quant_of_json(quant), halves, invariant)
         return product

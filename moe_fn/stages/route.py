@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_fn.backends import backend_of, runs
 from moe_fn.config import MoEConfig
-from moe_fn.kernels.triton.support import covers
+from moe_fn.kernels.triton.support import router_problem
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.dense import dense_product, product_of_all
 from moe_fn.ops.route_top_k import define_route_top_k
@@ -87,7 +87,7 @@ def _route(
     if (
         runs("triton", config, logits)
         and extra.expert_scale is None
-        and covers(config, logits.dtype)
+        and router_problem(config.json, logits.dtype) is None
         and not in_forward_mode()
     ):
         check_draft_export("route_top_k")

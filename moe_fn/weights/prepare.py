@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig
 from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native.support import quant_problem
 from moe_fn.quant.tiles import expand_tiles, halves_of
 from moe_fn.records import MoEWeights, QuantWeights
 from moe_fn.weights.check import check_layer
@@ -63,12 +64,8 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
         return weights  # LoRA runs as stages, which read plain weights
     quant = weights.quant
     if config.quant is not None:
-        if (
-            native.quant_problem(
-                config.quant.json, config.expert_hidden_size, config.intermediate_size, computed.device.type
-            )
-            is not None
-        ):
+        sizes = config.expert_hidden_size, config.intermediate_size
+        if quant_problem(config.quant.json, *sizes, computed.device.type) is not None:
             return weights
         quant = None if quant is None else _quant_to_panels(config, quant)
     # One matrix at a time: the temporary of gate_up is freed before the one of down is made.

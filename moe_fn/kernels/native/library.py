@@ -16,21 +16,17 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.native.building import library_file
 from moe_fn.kernels.native.trust import private_folder, user
-from moe_fn.torch_compat import constant_while_tracing, cpu_has
+from moe_fn.torch_compat import cpu_has
 
 SOURCES = Path(__file__).parent / "sources"
-DTYPES = (torch.float32, torch.bfloat16)
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 # What each level is compiled with, best first. Of CPUs with bfloat16 products Cooper Lake alone lacks VBMI, which
@@ -130,43 +126,6 @@ def _active() -> Library:
     else:
         _log.warning("moe_fn: no native CPU kernels (%s); torch's own products run instead", found.problem)
     return found
-
-
-def problem(device: str, dtype: torch.dtype) -> str | None:
-    """Why the kernels do not run for this device and dtype; None if they do. Builds them on first use."""
-    if device != "cpu":
-        return f"the native kernels run on the CPU, not on {device}"
-    if dtype not in DTYPES:
-        return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
-    return active().problem
-
-
-@constant_while_tracing
-def quant_problem(quant: str, hidden: int, intermediate: int, device: str) -> str | None:
-    """Why the kernels do not compute quantized experts (`QuantConfig.text`); None if they do.
-
-    A decoder takes 32 bits of codes at once.
-    """
-    config = quant_of_json(quant)
-    tile, together, a = config.tile[1], 4 * config.per_byte, config.activations
-    if tile is not None and tile % together and tile < max(hidden, intermediate):
-        return f"quant: a scale of {tile} inputs; the native kernels take multiples of {together}"
-    if a is not None and (a.scheme, a.granularity, a.static) != ("int8", "token", False):
-        scale = "static" if a.static else "computed"
-        return (
-            f"quant: {a.scheme} activations, {scale} scale of a {a.granularity}; "
-            "the native kernels take int8, computed for a token"
-        )
-    return None
-
-
-def run(name: str, otherwise: Callable[..., Any], like: Tensor, *rest: Any) -> Any:
-    """The library's op on (like, *rest), or where it cannot run for such a tensor, `otherwise`.
-
-    What moe_fn's native ops run until the library is in their place, which the first call sees to.
-    """
-    function = otherwise if problem(like.device.type, like.dtype) else getattr(active().ops, name)
-    return function(like, *rest)
 
 
 def probes() -> Probes | None:

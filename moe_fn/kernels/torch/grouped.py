@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_fn.kernels.torch.support import problem
 from moe_fn.numerics import accumulation_dtype
 
 BLOCK_ROWS = 64  # rows of a block off the CPU; a group wastes at most one block
@@ -29,11 +30,9 @@ def grouped_matmul(
     if transposed:
         weight = weight.transpose(1, 2)
     if rows.device.type != "cpu":
-        if invariant:
-            raise ValueError(
-                f"MoEConfig.batch_invariant=True: torch's products on {rows.device.type} choose their kernels by the "
-                "batch"
-            )
+        wrong = problem(rows.device.type, rows.dtype, invariant)
+        if wrong is not None:
+            raise ValueError(f"grouped_matmul: {wrong}")
         return blocked_matmul(rows, weight, ends, segments, weight_sets)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     done = 0

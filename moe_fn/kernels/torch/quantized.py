@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_fn.config import QuantConfig
 from moe_fn.kernels.torch.grouped import _groups, grouped_matmul
+from moe_fn.kernels.torch.support import quant_problem
 from moe_fn.quant.codes import Codes, decoded
 
 Product = Callable[[Tensor, Tensor], Tensor]  # rows [R, K], weight [K, N] -> [R, N]
@@ -22,6 +23,9 @@ def quantized_matmul(
     """The product of `moe_fn.ops.quantized_matmul`; off the CPU all experts are decoded: which of them are hit is not
     known there.
     """
+    wrong = quant_problem(quant.json)
+    if wrong is not None:
+        raise ValueError(f"quantized_matmul: {wrong}")
     if rows.device.type != "cpu":
         return grouped_matmul(rows, decoded(quant, stored, halves, rows.dtype), ends, transposed, segments, weight_sets)
     columns = stored.codes.shape[1] if transposed else stored.codes.shape[2] * quant.per_byte

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The router in one launch: logits -> expert ids and weights, equal to moe_fn.route where `coverage.covers` says so.
+"""The router in one launch: logits -> expert ids and weights, equal to moe_fn.route where `router_problem` is None.
 
 A row of logits is a row of a tile: groups side by side, each filled up to a power of two, so that lane g * SIDE + i
 holds choice g * SIZE + i and lanes are in the order of ids. What is chosen are the largest keys, and no two keys are
@@ -135,7 +135,7 @@ def route_top_k(config: MoEConfig, logits: Tensor, correction_bias: Tensor | Non
     """moe_fn.route in one launch: logits [T, num_choices] -> ids int64 [T, top_k], best first, and weights float32 [T,
     top_k].
 
-    correction_bias [num_choices], added in float32, or None. Only for a config that `covers` accepts; nothing is
+    correction_bias [num_choices], added in float32, or None. Only for a config without a `router_problem`; nothing is
     differentiable.
     """
     num_tokens, top_k = logits.shape[0], config.top_k
