@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,44 @@ def _page(name: str) -> Path:
     if not page.exists():
         pytest.skip("installed without the repository")
     return page
+
+
+# Folders whose docstrings, comments and messages are in plain English of the field ("": the files at the root).
+PLAIN_FOLDERS = ("", "config", "stages", "layer", "weights")
+PLAIN = [path for path in SOURCES if path.relative_to(PACKAGE).parent.as_posix().replace(".", "") in PLAIN_FOLDERS]
+_DIALECT = re.compile(r"\b(whoever|nobody|lies|laid|told|words of|beside it)\b", re.IGNORECASE)
+_TEXT_TOKENS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+# Terms of the field that the first sentence of a module may use instead of one of the glossary.
+_FIELD_TERMS = (
+    "accumulation", "activation", "argument", "back-end", "config", "dtype", "gate", "gradient", "graph", "kernel",
+    "layer", "logit", "loss", "matrix", "norm", "op", "product", "quantization", "router", "routing", "shape", "stage",
+    "tensor", "torch", "weight",
+)  # fmt: skip
+
+
+def ids_of(paths: list[Path]) -> list[str]:
+    return [path.relative_to(PACKAGE).as_posix() for path in paths]
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=ids_of(PLAIN))
+def test_text_avoids_the_words_of_the_dialect(path: Path) -> None:
+    with path.open("rb") as file:
+        texts = [(t.start[0], t.string) for t in tokenize.tokenize(file.readline) if t.type in _TEXT_TOKENS]
+    found = [(line, word) for line, text in texts for word in _DIALECT.findall(re.sub(r"\s+", " ", text))]
+    assert found == [], f"{path.name}: (line, word) {found}; expected other words"
+
+
+def glossary() -> list[str]:
+    section = _page("docs/architecture.md").read_text().partition("## Glossary")[2].partition("\n## ")[0]
+    return re.findall(r"^\| (\w+) \|", section, re.MULTILINE)[1:]  # without the header
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=ids_of(PLAIN))
+def test_the_first_sentence_of_a_module_uses_a_term_of_the_field(path: Path) -> None:
+    terms = (*glossary(), *_FIELD_TERMS)
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    first = re.split(r"\.\s|\n\n", docstring)[0]
+    assert re.search(rf"\b({'|'.join(terms)})(e?s)?\b", first, re.IGNORECASE), f"{path.name}: {first!r}"
 
 
 def test_importing_does_not_import_the_compiler() -> None:
