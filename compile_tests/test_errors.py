@@ -35,7 +35,7 @@ WRONG = {
     "boolean logits": Wrong(lambda w, x, z: (w, x, z > 0), "expected a floating-point dtype"),
     "other dtype": Wrong(lambda w, x, z: (w, x.to(torch.bfloat16), z), "expected the dtype of x, torch.bfloat16"),
     "no logits and no gate": Wrong(
-        lambda w, x, z: (replace(w, router=None), x, None), "logits is None and weights.router.gate too"
+        lambda w, x, z: (replace(w, router=None), x, None), "logits and weights.router.gate are None"
     ),
     "gate_up of another size": Wrong(
         lambda w, x, z: (replace(w, gate_up=w.gate_up[:, 1:]), x, z), "weights.gate_up is (8, 23, 16)"

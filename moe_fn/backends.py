@@ -1,4 +1,4 @@
-"""What computes the experts, visibly: no environment variable, no silent fall-back."""
+"""Back-ends that compute the experts: which are available, and which one a call uses. There is no silent fallback."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from moe_fn.torch_compat import constant_while_tracing
 
 @dataclass(frozen=True, kw_only=True)
 class BackendInfo:
-    """One row of `backends()`."""
+    """A back-end: one row of `backends()`."""
 
     name: str
     available: bool
@@ -25,9 +25,9 @@ class BackendInfo:
 
 
 def backends() -> tuple[BackendInfo, ...]:
-    """What `MoEConfig.backend` may name, whether it runs here, where "auto" chooses it, and why.
+    """Returns the back-ends of `MoEConfig.backend`: whether each is available here, where "auto" chooses it, and why.
 
-    Builds the native kernels if they have not been built on this machine yet.
+    Builds the native kernels if this machine has not built them yet.
 
     >>> [info.name for info in backends()]
     ['torch', 'native', 'triton']
@@ -82,7 +82,7 @@ def _of_triton(on_gpu: str | None, on_cpu: str | None, gpu_there: bool) -> str:
 # A constant for torch.compile: the choice is made while tracing, and the graph holds the ops of one back-end.
 @constant_while_tracing
 def _choose(backend: str, device: str, dtype: torch.dtype, invariant: bool) -> tuple[str, str | None]:
-    """The back-end that runs, and what is wrong with it."""
+    """Returns (the back-end of a call, the reason why it cannot run or None)."""
     if backend == "triton" or (backend == "auto" and device != "cpu"):
         problem = gpu.problem(device, dtype)
         if problem is None or backend == "triton":
@@ -95,14 +95,14 @@ def _choose(backend: str, device: str, dtype: torch.dtype, invariant: bool) -> t
 
 
 def runs(backend: str, config: MoEConfig, x: Tensor) -> bool:
-    """Whether `backend` is the one of a call and can compute with x; never raises."""
+    """Whether a call uses this back-end, and it supports the device and dtype of x; never raises."""
     return _choose(config.backend, x.device.type, x.dtype, config.batch_invariant) == (backend, None)
 
 
 def backend_of(config: MoEConfig, x: Tensor) -> str:
-    """The back-end of a call: what the config names, or what "auto" chooses for the device and dtype of x.
+    """Returns the back-end of a call: the one that the config names, or that "auto" chooses by device and dtype of x.
 
-    Raises ValueError where the named one cannot run: the choice is never changed in silence.
+    Raises ValueError if the named back-end cannot run; it is never replaced silently.
     """
     name: str
     name, problem = _choose(config.backend, x.device.type, x.dtype, config.batch_invariant)

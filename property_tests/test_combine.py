@@ -36,7 +36,7 @@ def test_combine_is_linear_in_the_routing_weights(case: Case) -> None:
 
 
 @law(CASES)
-def test_slots_of_no_expert_contribute_nothing_whatever_they_hold(case: Case) -> None:
+def test_slots_of_no_expert_contribute_nothing_even_nan(case: Case) -> None:
     config, routing = case
     rows, d = rows_for(case), moe_fn.dispatch(config, torch.zeros(len(routing.weights), WIDTH), routing)
     garbage = rows.clone()

@@ -236,7 +236,7 @@ WRONG: dict[str, Any] = {
     "adapter_ids would have no effect": lambda: call(
         dataclasses.replace(CONFIG, lora=None), dataclasses.replace(WEIGHTS, lora=None)
     ),
-    "weights.lora.gate_up_a is .*; expected None, for the config": lambda: call(
+    "weights.lora.gate_up_a is .*; expected None, because the config": lambda: call(
         dataclasses.replace(CONFIG, lora=None), ids=None
     ),
     "weights.lora is None": lambda: call(weights=dataclasses.replace(WEIGHTS, lora=None)),

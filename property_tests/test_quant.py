@@ -104,7 +104,7 @@ def test_every_way_to_quantize_equals_the_reference(scheme: str) -> None:
 
 
 @law(WEIGHT_ONLY)
-def test_quantized_layers_equal_those_of_the_floats_that_codes_stand_for(problem: MoEProblem) -> None:
+def test_a_quantized_layer_equals_the_layer_of_the_dequantized_weights(problem: MoEProblem) -> None:
     config, weights = moe_fn.dequantize_weights(problem.config, problem.weights)
     ours, theirs = with_gradients(problem), with_gradients(problem.replace(config=config, weights=weights))
     found = []
@@ -132,7 +132,7 @@ def _leaf(t: Tensor) -> Tensor:
 
 
 @law(PROBLEMS)
-def test_gradients_pass_the_rounding_of_inputs(problem: MoEProblem) -> None:
+def test_gradients_pass_through_the_rounding_of_inputs(problem: MoEProblem) -> None:
     """As those of the reference do, to which the rounding is an addend without gradient; where no code and no
     derivative is undecided.
     """
@@ -182,7 +182,7 @@ def test_rows_arrive_however_they_are_rounded(count: int, width: int) -> None:
 
 
 @law(quants(activations=False), st.integers(0, 2**20), st.booleans())
-def test_codes_are_the_nearest_ones(quant: QuantConfig, seed: int, tied: bool) -> None:
+def test_codes_are_the_nearest_to_the_weights(quant: QuantConfig, seed: int, tied: bool) -> None:
     config, weights, floats = (halfway if tied else drawn)(quant, seed)
     _, again = moe_fn.dequantize_weights(config, weights)
     for name in ("gate_up", "down"):
@@ -241,7 +241,7 @@ def steps(config: MoEConfig, weights: MoEWeights, name: str) -> Tensor:
 
 
 @law(quants(activations=False), st.integers(0, 2**20))
-def test_quantizing_what_was_dequantized_changes_nothing(quant: QuantConfig, seed: int) -> None:
+def test_quantizing_dequantized_weights_changes_nothing(quant: QuantConfig, seed: int) -> None:
     config, weights, _ = drawn(quant, seed)
     plain, floats = moe_fn.dequantize_weights(config, weights)
     _, again = moe_fn.dequantize_weights(*moe_fn.quantize_weights(plain, floats, quant))
@@ -250,7 +250,7 @@ def test_quantizing_what_was_dequantized_changes_nothing(quant: QuantConfig, see
 
 
 @law(quants(activations=False), st.integers(0, 2**20))
-def test_calibrated_rounding_errs_no_more(quant: QuantConfig, seed: int) -> None:
+def test_calibration_does_not_increase_the_rounding_error(quant: QuantConfig, seed: int) -> None:
     """Not in what was looked at: of each expert's rows, the mean square that a weight is multiplied with."""
     config, weights, floats = drawn(quant, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -73,7 +73,7 @@ def test_the_gate_computes_in_its_dtype(dtype: torch.dtype, precision: Any, has_
 @pytest.mark.parametrize("router", (None, RouterWeights()))
 def test_a_layer_without_logits_needs_a_gate(router: RouterWeights | None) -> None:
     config = layer()
-    with pytest.raises(ValueError, match=r"logits is None and weights.router.gate too; expected one of them"):
+    with pytest.raises(ValueError, match=r"logits and weights.router.gate are None; expected one of them"):
         router_logits(config, weights_of(config, router), random(5, 16))
 
 

@@ -1,4 +1,4 @@
-"""Which activation: its parameters, and the published names for sets of them."""
+"""Config of the activation: its parameters, and presets with published names."""
 
 import functools
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ActivationName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationConfig:
-    """Parameters of `moe_fn.stages._activation.activate`.
+    """Parameters of the experts' activation, `moe_fn.stages._activation.activate`.
 
         g' = min(g, limit), u' = clamp(u, -limit, limit)     limit_at="input"; "output": min(f(g), limit)
         gated:      f(g') * (u' + up_offset)                 with u' = up_cap * tanh(u' / up_cap) if up_cap
@@ -62,11 +62,11 @@ class ActivationConfig:
 
     @property
     def gate_up_parts(self) -> int:
-        """Outputs of gate_up that one intermediate is made of: a gate and an up, or one alone."""
+        """Outputs of gate_up per intermediate: 2 (gate and up) for a gated activation, else 1."""
         return 2 if self.gated else 1
 
 
-# Published names for parameter sets; a new one is one line.
+# Presets by their published names; a new preset is one row.
 PRESETS: dict[str, ActivationConfig] = {
     "silu": ActivationConfig(),
     "gelu": ActivationConfig(function="gelu"),
@@ -84,7 +84,7 @@ PRESETS: dict[str, ActivationConfig] = {
 
 
 def as_activation(activation: ActivationConfig | ActivationName) -> ActivationConfig:
-    """The parameters that a name stands for; a config stands for itself."""
+    """Returns the preset with this name; a config is returned unchanged."""
     if isinstance(activation, ActivationConfig):
         return activation
     check_choice("activation", activation, tuple(PRESETS))

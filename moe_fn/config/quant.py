@@ -1,4 +1,4 @@
-"""How the experts' weights are stored in few bits, and what their inputs are rounded to."""
+"""Config of quantization: the codes and scales of the experts' weights, and the rounding of their inputs."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ ActivationGranularity = Literal["tensor", "token", "group"]
 
 @dataclass(frozen=True)
 class SchemeRow:
-    """What a scheme is made of: the numbers, how many bits, its scales, and what goes with it."""
+    """A quantization scheme: element type, bits, scale type, and the options that it supports."""
 
     element: Literal["e4m3", "int8", "int4", "e2m1"]
     bits: int
@@ -36,7 +36,7 @@ SCHEMES: dict[str, SchemeRow] = {
     "mxfp8": SchemeRow("e4m3", 8, "e8m0", ("group",), 32, False, ("mxfp8",)),
     "nvfp4": SchemeRow("e2m1", 4, "e4m3", ("group",), 16, False, ("nvfp4",)),
 }
-# Granularities of each activation scheme, and the group size that it fixes.
+# Granularities and the fixed group size of each activation scheme.
 ACTIVATION_SCHEMES: dict[str, tuple[tuple[str, ...], int | None]] = {
     "fp8_e4m3": (("tensor", "token", "group"), None),
     "int8": (("tensor", "token", "group"), None),
@@ -48,12 +48,11 @@ ACTIVATION_SCHEMES: dict[str, tuple[tuple[str, ...], int | None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationQuantConfig:
-    """What the inputs of both products are rounded to, before they are multiplied; gradients pass as if they were not.
+    """Rounding of the inputs of both products, with straight-through gradients.
 
     granularity  inputs that share a scale: all rows of a call ("tensor"), a row ("token"), `group_size` numbers of a
                  row ("group")
-    static       the scale is a weight, one for each expert (nvfp4: the one above those of groups); otherwise each call
-                 computes it
+    static       the scale is a weight, one for each expert (nvfp4: the global scale); otherwise each call computes it
     power_of_two_scales  scales are rounded up to powers of two (fp8 groups: DeepSeek's ue8m0)
 
     >>> ActivationQuantConfig(scheme="mxfp8", granularity="group", group_size=32).group_size
@@ -92,15 +91,15 @@ class ActivationQuantConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """How gate_up and down are stored: W[e, n, k] = (q - zero) * scale, a scale for each tile of a matrix
-    (`QuantWeights` has shapes).
+    """Quantization of gate_up and down: W[e, n, k] = (q - zero_point) * scale, with a scale for each tile of a matrix
+    (`QuantWeights` has the shapes).
 
-    scheme       fp8_e4m3, int8, int4; mxfp4 and mxfp8 (OCP: a power of two for 32 inputs); nvfp4 (fp8 scale for 16, and
-                 one above)
-    granularity  the tile: all outputs and inputs ("tensor", of gate and up apart), one output ("channel"), `group_size`
-                 inputs of one output ("group"), `block_shape` = (outputs, inputs) ("block")
-    zero_points  int4 and int8 may have one beside each scale; codes are then unsigned
-    activations  what inputs are rounded to; None: they are not ("weight-only", w8a16, w4a16)
+    scheme       fp8_e4m3, int8, int4; mxfp4 and mxfp8 (OCP: a power-of-two scale for 32 inputs); nvfp4 (an fp8 scale
+                 for 16 inputs and a global scale)
+    granularity  the tile: "tensor": all outputs and inputs, gate and up separate; "channel": one output; "group":
+                 `group_size` inputs of one output; "block": `block_shape` = (outputs, inputs)
+    zero_points  for int4 and int8: a zero point for each scale; codes are then unsigned
+    activations  rounding of the inputs; None: inputs are not rounded ("weight-only", w8a16, w4a16)
 
     Raises ValueError for combinations that no published format has.
 
@@ -122,7 +121,7 @@ class QuantConfig:
         row = SCHEMES[self.scheme]
         check_choice("QuantConfig.granularity", self.granularity, row.granularities)
         check_group_size("QuantConfig", self.granularity, self.group_size, row.group_size)
-        if isinstance(self.block_shape, list):  # JSON knows no tuples
+        if isinstance(self.block_shape, list):  # from JSON
             object.__setattr__(self, "block_shape", tuple(self.block_shape))
         self._check_block()
         check_bool("QuantConfig.zero_points", self.zero_points)
@@ -138,7 +137,7 @@ class QuantConfig:
                 self.activations.scheme,
                 row.activations,
             )
-        # Not a field: what ops take, ready before any tracing (json does not trace).
+        # Not a field: ops take the config as JSON. Made here because Dynamo cannot trace the json module.
         object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self), sort_keys=True))
 
     def _check_block(self) -> None:
@@ -146,7 +145,7 @@ class QuantConfig:
         if (self.granularity == "block") != (block is not None):
             raise ValueError(
                 f"QuantConfig.block_shape is {block!r} with granularity={self.granularity!r}; "
-                "expected one with 'block' alone"
+                "expected one only with 'block'"
             )
         if block is not None:
             if not isinstance(block, tuple) or len(block) != 2:
@@ -161,31 +160,31 @@ class QuantConfig:
 
     @property
     def rounds_by_call(self) -> bool:
-        """Whether activations share a scale that is computed from all rows of a call, so that tokens act on one
-        another.
+        """Whether inputs share a scale that is computed from all rows of a call: a token's output then depends on the
+        other tokens.
         """
         return self.activations is not None and self.activations.is_of_call
 
     @property
     def row(self) -> SchemeRow:
-        """What the scheme is made of."""
+        """The row of SCHEMES."""
         return SCHEMES[self.scheme]
 
     @property
     def tile(self) -> tuple[int | None, int | None]:
-        """(outputs, inputs) that share a scale; None: all there are."""
+        """(outputs, inputs) that share a scale; None: all."""
         if self.granularity == "block" and self.block_shape is not None:
             return self.block_shape
         return {"tensor": (None, None), "channel": (1, None)}.get(self.granularity, (1, self.group_size))
 
     @property
     def per_byte(self) -> int:
-        """Numbers in a byte of the payload."""
+        """Number of codes in a byte."""
         return 8 // self.row.bits
 
 
 def check_group_size(where: str, granularity: str, size: object, fixed: int | None) -> None:
-    """A group_size where there are groups alone, and the one that a scheme fixes."""
+    """Raises ValueError unless group_size is given exactly with granularity="group", with the scheme's fixed size."""
     if granularity != "group":
         if size is not None:
             raise ValueError(f"{where}.group_size is {size!r} with granularity={granularity!r}; expected None")
@@ -197,7 +196,7 @@ def check_group_size(where: str, granularity: str, size: object, fixed: int | No
 
 @functools.lru_cache
 def quant_of_json(text: str) -> QuantConfig:
-    """The config that an op's string argument stands for."""
+    """Returns the config of an op's JSON argument. Cached."""
     values = json.loads(text)
     activations = values.pop("activations")
     return QuantConfig(**values, activations=None if activations is None else ActivationQuantConfig(**activations))

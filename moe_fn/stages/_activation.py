@@ -1,4 +1,4 @@
-"""What stands between an expert's two products: a table of functions."""
+"""The activation between an expert's two products: a table of gate functions."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_fn.config import ActivationConfig
 from moe_fn.ops.arithmetic import ARITHMETIC, Arithmetic
 
-# f(g): a new gate function is one line. All of them map 0 to 0, so rows of no expert stay zero.
+# f(g): a new gate function is one row. All of them map 0 to 0, so that rows of no expert stay zero.
 GATE_FUNCTIONS: dict[str, Callable[[Arithmetic, ActivationConfig, Tensor], Tensor]] = {
     "silu": lambda m, c, g: g * m.sigmoid(c.alpha * g) if c.alpha != 1.0 else m.silu(g),
     "gelu": lambda m, c, g: m.gelu(g),
@@ -24,7 +24,7 @@ GATE_FUNCTIONS: dict[str, Callable[[Arithmetic, ActivationConfig, Tensor], Tenso
 def activate(
     activation: ActivationConfig, h: Tensor, layout: str = "packed", arithmetic: Arithmetic = ARITHMETIC[False]
 ) -> Tensor:
-    """Apply the activation to the first product, `h [..., 2I] -> [..., I]` gated or `[..., I] -> [..., I]` plain.
+    """Applies the activation to pre-activations: `h [..., 2I] -> [..., I]` if gated, else `[..., I] -> [..., I]`.
 
     Computes in the dtype of `h`; callers pass float32 (or wider) and round once afterwards.
     Source: the models named in `ActivationConfig`; silu gating is Shazeer 2020, arXiv 2002.05202.

@@ -22,7 +22,7 @@ def combine(config: MoEConfig, rows: Tensor, dispatched: Dispatched, routing: Ro
 
     Laws
         Combine is linear in the routing weights.
-        Slots of no expert contribute nothing whatever they hold.
+        Slots of no expert contribute nothing, even NaN.
         Combine undoes dispatch.
 
     Source: semantics of TopKWeightAndReduce in vLLM's modular kernel, in its most precise variant.

@@ -1,6 +1,6 @@
-"""route: logits -> Routing.
+"""route: from logits to expert ids and routing weights.
 
-By torch's ops, or by one op where a kernel knows the router; why an op: `moe_fn.ops.route_top_k`.
+Computed by torch's ops, or by one op where a kernel supports the router (`moe_fn.ops.route_top_k`).
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def route(
     token_mask: Tensor | None = None,
     leading: tuple[int, ...] | None = None,
 ) -> Routing:
-    """Choose experts for every token, and how much each counts.
+    """Chooses experts for every token, and their routing weights.
 
         z = f32(logits) * logit_multiplier, soft-capped;   s = score(z), NaN and infinite scores are 0
         ids = the top_k largest of s + correction_bias (in the best groups), ties to the lowest id
@@ -39,12 +39,12 @@ def route(
                       routed_scaling_factor
 
     logits [tokens, config.num_logits], any float dtype; token_ids [tokens] integers, for hash routing; token_mask
-    [tokens] bool, False for padding, which gets ids -1 and weights 0; leading: dims that the tokens had, whose last is
-    a sequence, where a capacity counts (None: all are one). Returns ids int64 [tokens, top_k], weights float32 (float64
-    for float64). Other forms (scores after the choice, sparsemixer, hash, per-group choice): `RouterConfig`,
-    `GroupConfig`.
+    [tokens] bool, False for padding, which gets ids -1 and weights 0; leading: dims of the tokens before flattening,
+    whose last is the sequence, for a capacity (None: one sequence). Returns ids int64 [tokens, top_k], weights float32
+    (float64 for float64). `RouterConfig` and `GroupConfig` have the other forms: scores after the choice, sparsemixer,
+    hash, per-group choice.
 
-    Raises ValueError for shapes and dtypes that do not fit the config, and for router weights that it would ignore.
+    Raises ValueError for shapes and dtypes that do not fit the config, and for router weights that have no effect.
 
     Laws
         Routing equals the reference.
@@ -107,16 +107,16 @@ def _route(
 
 
 def _within_capacity(config: MoEConfig, routing: Routing, capacity: int, leading: tuple[int, ...] | None) -> Routing:
-    """Slots beyond an expert's capacity go nowhere.
+    """Drops slots beyond an expert's capacity: id -1, weight 0.
 
-    Counted with comparisons and a running sum: [slots, experts] numbers, no sync.
+    Positions come from comparisons and a cumulative sum of [slots, experts] numbers, without a host sync.
     """
     ids = routing.expert_ids
     in_order = (
         (ids.unsqueeze(0) if leading is None else ids.view(*leading, ids.shape[-1])).transpose(-1, -2).flatten(-2)
     )
     taken = in_order.unsqueeze(-1) == torch.arange(config.num_experts, device=ids.device)
-    # 1, 2, ...; 0 for those who want no expert
+    # 1, 2, ...; 0 for slots without an expert
     place = (taken.to(torch.int32).cumsum(-2, dtype=torch.int32) * taken).sum(-1)
     fits = (place <= capacity).unflatten(-1, (ids.shape[-1], -1)).transpose(-1, -2).reshape(ids.shape)
     return dataclasses.replace(
@@ -125,7 +125,7 @@ def _within_capacity(config: MoEConfig, routing: Routing, capacity: int, leading
 
 
 def _weights_of_ids(config: MoEConfig, logits: Tensor, correction_bias: Tensor | None, ids: Tensor) -> Tensor:
-    """What the chosen experts weigh, as a function of the logits."""
+    """Returns the routing weights of given expert ids, as a function of the logits."""
     extra = RouterWeights(correction_bias=correction_bias)
     return routing_weights(config, extra, logits, lambda z: (ids, top_k_weights(config, extra, z, ids)))[1]
 
@@ -134,14 +134,14 @@ route_top_k_op = define_route_top_k(_weights_of_ids)
 
 
 def router_logits(config: MoEConfig, weights: MoEWeights, x: Tensor) -> Tensor:
-    """The gate inside the layer: x @ gate.T + bias, in float32 or in the dtype of x: [tokens, width] -> [tokens,
+    """Returns the logits of the gate, x @ gate.T + bias, in float32 or in the dtype of x: [tokens, width] -> [tokens,
     num_logits].
     """
     router = weights.router
     if router is None or router.gate is None:
-        raise ValueError("moe_forward: logits is None and weights.router.gate too; expected one of them")
+        raise ValueError("moe_forward: logits and weights.router.gate are None; expected one of them")
     dtype = accumulation_dtype(x.dtype) if config.router.gate_dtype == "float32" else x.dtype
     x, gate = x.to(dtype), router.gate.to(dtype)
-    # On a CPU torch's own product of 1 token, on one core, costs 100 us more than one with an expert.
+    # On a CPU torch's product of 1 token runs on one core and takes 100 us longer than the native product.
     logits = product_of_all(config, x, gate) if backend_of(config, x) == "native" else dense_product(config, x, gate)
     return logits if router.bias is None else logits + router.bias.to(dtype)

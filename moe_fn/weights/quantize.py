@@ -1,4 +1,4 @@
-"""quantize_weights and dequantize_weights: floats to codes and scales, and back."""
+"""Quantization of the experts' weights: floats to codes and scales, and back."""
 
 import dataclasses
 
@@ -20,29 +20,29 @@ from moe_fn.weights.spec import WEIGHTS, own_axis_sizes
 def quantize_weights(
     config: MoEConfig, weights: MoEWeights, quant: QuantConfig | None = None, calibration: Calibration | None = None
 ) -> tuple[MoEConfig, MoEWeights]:
-    """(config, weights) with gate_up and down as codes and scales, each rounded to the nearest code.
+    """Returns (config, weights) with gate_up and down rounded to the nearest codes, and their scales.
 
-        scale = the least that leaves no weight of a tile out of the codes' range;  q = round(W / scale)
+        scale = the smallest with all weights of a tile in the codes' range;  q = round(W / scale)
 
-    weights are floats in any layout that the config has; the result's weight_layout is "out_in". quant None:
-    config.quant. Scales that are floats are float32, those of groups in the dtype of the weights. Biases, the router
-    and shared experts stay as they are. int4 without zero points maps the weight of largest magnitude to -8, so a scale
-    may be negative: steps are an eighth smaller than with -7..7.
+    weights are floats in the layouts of the config; the result's weight_layout is "out_in". quant=None: config.quant.
+    Float scales are float32, those of groups have the dtype of the weights. Biases, the router and shared experts do
+    not change. int4 without zero points maps the weight of largest magnitude to -8, so a scale may be negative: steps
+    are an eighth smaller than with -7..7.
 
-    calibration   what the experts see of some tokens (`moe_fn.calibrate`): of FACTORS times the least scale each tile
-                  then takes the one with the least sum of mean_square * (W - what the code stands for)^2, and static
-                  scales of inputs cover what was seen
+    calibration   statistics of the experts' inputs (`moe_fn.calibrate`): each tile then takes, of FACTORS times the
+                  smallest scale, the one with the smallest sum of mean_square * (W - dequantized W)^2, and static
+                  scales cover the largest inputs of the calibration
 
-    Raises ValueError where there is no quant, the weights are codes already, or scales are static and nothing is known
-    of the inputs.
+    Raises ValueError if there is no quant, if the weights are codes already, and for static scales without a
+    calibration.
 
     Laws
-        Codes are the nearest ones.
-        Quantizing what was dequantized changes nothing.
-        Calibrated rounding errs no more.
+        Codes are the nearest to the weights.
+        Quantizing dequantized weights changes nothing.
+        Calibration does not increase the rounding error.
         Quantized layers equal the reference.
-        Quantized layers equal those of the floats that codes stand for.
-        Gradients pass the rounding of inputs.
+        A quantized layer equals the layer of the dequantized weights.
+        Gradients pass through the rounding of inputs.
 
     Source: OCP microscaling formats 1.0 (mxfp4, mxfp8); compressed-tensors (nvfp4, zero points); ggml (int4's scale).
 
@@ -55,7 +55,7 @@ def quantize_weights(
     check_layer("quantize_weights", config, weights)
     quant = config.quant if quant is None else quant
     if quant is None:
-        raise ValueError("quantize_weights: config.quant is None; expected one there, or as the third argument")
+        raise ValueError("quantize_weights: config.quant is None; expected one, or a third argument")
     check_kind("quantize_weights", "quant", quant, QuantConfig)
     if calibration is not None:
         check_kind("quantize_weights", "calibration", calibration, Calibration)
@@ -65,43 +65,44 @@ def quantize_weights(
         if weight.ndim != 3 or not weight.is_floating_point() or weight.itemsize == 1:
             raise ValueError(
                 f"quantize_weights: weights.{name} is {weight.dtype} with {weight.ndim} dims; "
-                "expected plain floats with 3"
+                "expected floats with 3 dims, not prepared"
             )
     if config.weight_layout == "in_out":
         parts = {name: weight.transpose(1, 2) for name, weight in parts.items()}
     _check_sizes("quantize_weights", config, parts, 1)
     if calibration is None and quant.activations is not None and quant.activations.static:
         raise ValueError(
-            "quantize_weights: quant.activations.static=True; expected a calibration, which says what inputs there are"
+            "quantize_weights: quant.activations.static=True; expected a calibration, for the scales of the inputs"
         )
-    seen = {name: None if calibration is None else getattr(calibration, f"{name}_mean_square") for name in NAMES}
-    made = {
-        name: encoded(quant, weight.detach(), halves_of(config, name), seen[name]) for name, weight in parts.items()
+    mean_squares = {
+        name: None if calibration is None else getattr(calibration, f"{name}_mean_square") for name in NAMES
     }
-    beside = {
+    encoded_parts = {
+        name: encoded(quant, weight.detach(), halves_of(config, name), mean_squares[name])
+        for name, weight in parts.items()
+    }
+    scales = {
         f"{name}_{field}": getattr(codes, field)
-        for name, codes in made.items()
+        for name, codes in encoded_parts.items()
         for field in ("scale", "zero_point", "global_scale")
     }
     if calibration is not None and quant.activations is not None and quant.activations.static:
-        beside |= {
+        scales |= {
             f"{name}_input_scale": static_scale(quant.activations, getattr(calibration, f"{name}_amax"))
             for name in NAMES
         }
-    return result, dataclasses.replace(
-        weights, gate_up=made["gate_up"].codes, down=made["down"].codes, quant=QuantWeights(**beside)
-    )
+    gate_up, down = (encoded_parts[name].codes for name in NAMES)
+    return result, dataclasses.replace(weights, gate_up=gate_up, down=down, quant=QuantWeights(**scales))
 
 
 def dequantize_weights(
     config: MoEConfig, weights: MoEWeights, dtype: torch.dtype = torch.float32
 ) -> tuple[MoEConfig, MoEWeights]:
-    """(config, weights) with the floats that the codes stand for, and no quant; inputs of products are then no longer
-    rounded either.
+    """Returns (config, weights) with dequantized weights and without quant: inputs of products are not rounded either.
 
         W = (q - zero_point) * scale * global_scale, in float32, rounded once to dtype
 
-    Raises ValueError where config.quant is None.
+    Raises ValueError if config.quant is None.
 
     >>> from moe_fn import QuantConfig
     >>> config = MoEConfig(num_experts=1, top_k=1, hidden_size=4, intermediate_size=4)
@@ -114,14 +115,14 @@ def dequantize_weights(
     if not dtype.is_floating_point or dtype.itemsize == 1:
         raise ValueError(f"dequantize_weights: dtype is {dtype}; expected float64, float32, bfloat16 or float16")
     if config.quant is None:
-        raise ValueError("dequantize_weights: config.quant is None; expected one, for weights that are codes")
+        raise ValueError("dequantize_weights: config.quant is None; expected a QuantConfig, for codes")
     _check_sizes("dequantize_weights", config, {name: getattr(weights, name) for name in NAMES}, config.quant.per_byte)
     gate_up, down = (decoded(config.quant, codes_of(weights, name), halves_of(config, name), dtype) for name in NAMES)
     return dataclasses.replace(config, quant=None), dataclasses.replace(weights, gate_up=gate_up, down=down, quant=None)
 
 
 def _check_sizes(where: str, config: MoEConfig, parts: dict[str, Tensor], per_byte: int) -> None:
-    """[E, out, in], `per_byte` numbers of an output in an element."""
+    """Checks [E, out, in], with `per_byte` inputs in an element."""
     sizes = own_axis_sizes(config)
     for name, part in parts.items():
         experts, outputs, inputs = shape_of(WEIGHTS[(name,)].axes, sizes)
@@ -131,8 +132,6 @@ def _check_sizes(where: str, config: MoEConfig, parts: dict[str, Tensor], per_by
 
 
 def static_scale(activations: ActivationQuantConfig, amax: Tensor) -> Tensor:
-    """Scales of inputs that reach amax: the largest of their codes stands for it (nvfp4: with the largest scale of a
-    group).
-    """
+    """Returns static scales of inputs: the largest code is amax (nvfp4: together with the largest group scale)."""
     largest = 448 * 6 if activations.scheme == "nvfp4" else NUMBERS[ELEMENTS[activations.scheme]].largest
     return one_if_zero(amax / largest).to(torch.float32)

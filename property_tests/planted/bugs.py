@@ -443,7 +443,7 @@ BUGS = (
         ),
     ),
     PlantedBug(
-        "slots_of_no_expert_contribute_nothing_whatever_they_hold",
+        "slots_of_no_expert_contribute_nothing_even_nan",
         "masked by a product with 0",
         combine._combine,
         instead(

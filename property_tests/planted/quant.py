@@ -35,7 +35,7 @@ def _another(values: Any, which: Any) -> Any:
     return values, (which + 3) % len(values)
 
 
-FLOATS = "quantized_layers_equal_those_of_the_floats_that_codes_stand_for"
+FLOATS = "a_quantized_layer_equals_the_layer_of_the_dequantized_weights"
 BUGS = (
     PlantedBug(
         "quantized_layers_equal_the_reference",
@@ -93,7 +93,7 @@ BUGS = (
         after(lambda y, *a: y * 1.01),
     ),
     PlantedBug(
-        "gradients_pass_the_rounding_of_inputs",
+        "gradients_pass_through_the_rounding_of_inputs",
         "rounding has no gradient",
         inputs.straight_through,
         instead(lambda r, x: r),
@@ -111,17 +111,22 @@ BUGS = (
         instead(lambda t: t.contiguous()),
     ),
     PlantedBug(
-        "codes_are_the_nearest_ones", "codes are rounded down", codes.encoded, _with_number("int8", _round_down)
+        "codes_are_the_nearest_to_the_weights",
+        "codes are rounded down",
+        codes.encoded,
+        _with_number("int8", _round_down),
     ),
     PlantedBug(
-        "codes_are_the_nearest_ones",
+        "codes_are_the_nearest_to_the_weights",
         "a tie beyond the last code wraps",
         numbers.codes_around,
         instead(lambda zeros, units, top: (units.round() + zeros).to(torch.uint8)),
     ),
-    PlantedBug("calibrated_rounding_errs_no_more", "another scale is taken", codes._chosen, before(_another)),
     PlantedBug(
-        "quantizing_what_was_dequantized_changes_nothing",
+        "calibration_does_not_increase_the_rounding_error", "another scale is taken", codes._chosen, before(_another)
+    ),
+    PlantedBug(
+        "quantizing_dequantized_weights_changes_nothing",
         "scales leave room for an eighth more",
         codes._amax,
         after(lambda amax, *a: amax * 1.125),
