@@ -60,7 +60,7 @@ def check_and_flatten(
     low = autocast_dtype(x)
     check_weights(where, config, weights, x, any_dtype=low is not None)
     weights = weights if low is None else _in_autocast(config, weights, low, runs_experts)
-    given, computed = x, x if low is None else x.to(low)
+    original, computed = x, x if low is None else x.to(low)
     if logits is not None:
         check_per_token(where, "logits", logits, x, ("num_logits", config.num_logits), "float")
     if not routed:
@@ -70,7 +70,7 @@ def check_and_flatten(
     adapter_ids = check_adapter_ids(where, config, x, adapter_ids)
     leading = tuple(x.shape[:-1])
     if x.ndim > 2:
-        given, computed = given.flatten(0, -2), computed.flatten(0, -2)
+        original, computed = original.flatten(0, -2), computed.flatten(0, -2)
         logits = None if logits is None else logits.flatten(0, -2)
         token_ids = None if token_ids is None else token_ids.flatten()
         token_mask = None if token_mask is None else token_mask.flatten()
@@ -80,7 +80,7 @@ def check_and_flatten(
     unrounded = (
         low not in (None, x.dtype) and config.router.gate_dtype == "float32" and config.router.gate_input == "original"
     )
-    gate_x = without_padding(given, token_mask) if unrounded and logits is None and not routed else computed
+    gate_x = without_padding(original, token_mask) if unrounded and logits is None and not routed else computed
     return Call(weights, computed, gate_x, logits, token_ids, token_mask, leading, x.dtype, adapter_ids, where)
 
 

@@ -114,10 +114,10 @@ class _Chunked(torch.autograd.Function):
             return tuple(torch.zeros_like(args[i], dtype=accumulation_dtype(args[i].dtype)) for i in of_weights)
 
         sums, pieces = _scan(ctx.config, step, zeros(), args[0])
-        found = {i: g.to(args[i].dtype) for i, g in zip(of_weights, sums, strict=True)} | dict(
+        computed = {i: g.to(args[i].dtype) for i, g in zip(of_weights, sums, strict=True)} | dict(
             zip(per_token, pieces, strict=True)
         )
-        return None, None, *(found.get(i) for i in range(len(args)))
+        return None, None, *(computed.get(i) for i in range(len(args)))
 
 
 def _with_spare_row(tensors: Any) -> list[Tensor | None]:
@@ -149,8 +149,8 @@ def _scan(config: MoEConfig, step: Callable[[Any, Tensor], Any], carry: Any, x: 
 
         # At least two chunks, because 0 and 1 specialize: one graph for every number of tokens.
         carry, pieces = scan(body, carry, torch.arange(tokens // size + 2, device=device))
-        every = torch.arange(tokens, device=device)  # narrow would add a guard tokens <= chunks * size
-        return carry, tree_map(lambda piece: piece.flatten(0, 1).index_select(0, every), pieces)
+        all_rows = torch.arange(tokens, device=device)  # narrow would add a guard tokens <= chunks * size
+        return carry, tree_map(lambda piece: piece.flatten(0, 1).index_select(0, all_rows), pieces)
     collected = []
     for first in range(0, max(tokens, 1), size):
         carry, piece = step(carry, torch.arange(first, min(first + size, tokens), device=device))

@@ -95,17 +95,19 @@ def add_lora(config: MoEConfig, weights: MoEWeights, adapters: Sequence[LoRAWeig
             "add_lora: adapters is empty, not a sequence, or has an element without tensors; "
             "expected a sequence of LoRAWeights"
         )
-    every = [_with_both_products(lora, adapters) for lora in adapters]
-    ranks = [t.shape[2 if name.endswith("a") else 3] for lora in every for name, t in _tensors(lora).items()]
-    sizes = {name: max(_tensors(lora)[name].shape[1] for lora in every) for name in _tensors(every[0])}
+    completed = [_with_both_products(lora, adapters) for lora in adapters]
+    ranks = [t.shape[2 if name.endswith("a") else 3] for lora in completed for name, t in _tensors(lora).items()]
+    sizes = {name: max(_tensors(lora)[name].shape[1] for lora in completed) for name in _tensors(completed[0])}
     kind = _kind(sizes, config.num_experts)
-    lora_config = LoRAConfig(num_adapters=sum(_count(lora) for lora in every), rank=max(ranks), experts=kind)
+    lora_config = LoRAConfig(num_adapters=sum(_count(lora) for lora in completed), rank=max(ranks), experts=kind)
 
     def padded(name: str, t: Tensor) -> Tensor:
         t = padded_to(t, lora_config.rank, 2 if name.endswith("a") else 3)
         return t.expand(-1, 1 if lora_config.shares(name) else config.num_experts, -1, -1) if t.shape[1] == 1 else t
 
-    tensors = {name: torch.cat([padded(name, _tensors(lora)[name]) for lora in every]) for name in _tensors(every[0])}
+    tensors = {
+        name: torch.cat([padded(name, _tensors(lora)[name]) for lora in completed]) for name in _tensors(completed[0])
+    }
     config = dataclasses.replace(config, lora=lora_config)
     weights = dataclasses.replace(weights, lora=_of_rank(config, weights, LoRAWeights(**tensors)))
     check_shapes("add_lora", config, weights)
@@ -117,9 +119,11 @@ def _of_rank(config: MoEConfig, weights: MoEWeights, lora: LoRAWeights) -> LoRAW
     parallel, lora_config = config.parallel, config.lora
     if parallel is None or lora_config is None:
         return lora
-    whole = dataclasses.replace(config, parallel=None, quant=None)
-    gate_up, down = (torch.empty(plain_sizes(whole, (name,)), device="meta") for name in ("gate_up", "down"))
-    check_shapes("add_lora, adapters of the whole layer", whole, MoEWeights(gate_up=gate_up, down=down, lora=lora))
+    whole_layer = dataclasses.replace(config, parallel=None, quant=None)
+    gate_up, down = (torch.empty(plain_sizes(whole_layer, (name,)), device="meta") for name in ("gate_up", "down"))
+    check_shapes(
+        "add_lora, adapters of the whole layer", whole_layer, MoEWeights(gate_up=gate_up, down=down, lora=lora)
+    )
     if parallel.num_physical is not None:
         experts = placement_of_weights(weights).logical_of_physical
         tensors = _tensors(lora).items()

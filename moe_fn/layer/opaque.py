@@ -103,21 +103,22 @@ def _backward_kernel(
     config, wanted = config_of_json(text), [i for i, need in enumerate(needed) if need]
     chunks = _chunks(config, args[0])
     if len(chunks) == 1:
-        found = _of_chunk(config, grad_shared, grad, wanted, args, None)
+        gradients = _of_chunk(config, grad_shared, grad, wanted, args, None)
     else:
-        found = {i: args[i].new_zeros(args[i].shape, dtype=accumulation_dtype(args[i].dtype)) for i in wanted}
+        gradients = {i: args[i].new_zeros(args[i].shape, dtype=accumulation_dtype(args[i].dtype)) for i in wanted}
         for rows in chunks:
-            _add(found, rows, _of_chunk(config, grad_shared, grad, wanted, args, rows))
+            _add(gradients, rows, _of_chunk(config, grad_shared, grad, wanted, args, rows))
     # Contiguous, as in the fake.
     return tuple(
-        found[i].to(args[i].dtype).contiguous() if i in found else args[0].new_empty(0) for i in range(len(args))
+        gradients[i].to(args[i].dtype).contiguous() if i in gradients else args[0].new_empty(0)
+        for i in range(len(args))
     )
 
 
-def _add(found: dict[int, Tensor], rows: slice, of_chunk: dict[int, Tensor]) -> None:
+def _add(gradients: dict[int, Tensor], rows: slice, of_chunk: dict[int, Tensor]) -> None:
     """Adds a chunk's gradients to the sums. A function, so that they are freed before the next chunk's are computed."""
     for i, gradient in of_chunk.items():
-        into = found[i][rows] if i < len(_TOKEN_ARGS) else found[i]
+        into = gradients[i][rows] if i < len(_TOKEN_ARGS) else gradients[i]
         into += gradient
 
 
@@ -143,8 +144,8 @@ def _of_chunk(
     if not pairs:
         return {i: torch.zeros_like(leaf) for i, leaf in leaves.items()}
     moved, directions = zip(*pairs, strict=True)
-    found = torch.autograd.grad(moved, tuple(leaves.values()), directions, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    gradients = torch.autograd.grad(moved, tuple(leaves.values()), directions, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def _backward_fake(grad_shared: Any, grad: Any, needed: list[bool], text: str, *args: Any) -> tuple[Tensor, ...]:
@@ -156,8 +157,8 @@ def _gradients(inputs: list[Any], needed: Any, grad_shared: Tensor | None, grad:
     wanted = [bool(need and a is not None and a.is_floating_point()) for a, need in zip(args, needed[1:], strict=True)]
     if not any(wanted):
         return (None,) * len(inputs)
-    found = moe_backward_op(grad_shared, grad, wanted, text, *args)
-    return None, *(g if want else None for g, want in zip(found, wanted, strict=True))
+    gradients = moe_backward_op(grad_shared, grad, wanted, text, *args)
+    return None, *(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
 _EXPECTED = "expected MoEConfig(opaque=False, batch_invariant=False), and in a graph chunk_tokens=None"
