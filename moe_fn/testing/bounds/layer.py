@@ -53,8 +53,9 @@ class Bound:
 def error_bound(problem: MoEProblem, ranks: int = 1, logits: Ball | None = None) -> Bound:
     """The output of a problem in float64, and a bound of the error of a layer that rounds by the contract, op by op.
 
-        |y - value| <= radius:   products gamma_(n+1) |W| |x| + |W| r_x + u |y|; functions f([x - r, x + r]); sums
-                                 gamma_k sum |w o|
+        |y - value| <= radius, of products:   gamma_(n+1) |W| |x| + |W| r_x + u |y|
+                               of functions:  f([x - r, x + r])
+                               of sums:       gamma_k sum |w o|
 
     Running error analysis (Wilkinson; Higham, Accuracy and Stability of Numerical Algorithms, 3.3): every value carries
     its bound through the same formulas. The contract: sums in float32 or wider in any order; values between ops are
