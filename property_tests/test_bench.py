@@ -222,7 +222,7 @@ def test_who_is_absent_refuses_or_fails_is_named_with_the_reason(capsys: pytest.
     ("arguments", "words"),
     [
         (["--shape", "8,2,64"], "--shape 8,2,64: expected four integers E,k,H,I"),
-        (["--shape", "8,9,64,32"], "top_k=9; expected at most the 8 experts"),
+        (["--shape", "8,9,64,32"], "top_k=9; expected at most 8"),
         (["--model", "gpt-7"], "--model gpt-7: expected some of mixtral-8x7b"),
         (["--tokens", "1,x"], "--tokens 1,x: expected positive integers"),
         (["--tokens", "0"], "--tokens 0: expected positive integers"),
@@ -481,8 +481,8 @@ def test_what_does_not_fit_is_said() -> None:
     rows = contestants_of_names("moe_fn eager")
     outcomes = {"moe_fn eager": Outcome(status="timed", median_ms=0.5)}
     cells = (dataclasses.replace(on_gpu().cells[0], outcomes=outcomes),)
-    some = on_gpu(cells=cells, left_out={32768: "takes about 99 GB beside the weights; 70 GB are free"})
-    assert "- 32768 tokens are left out: takes about 99 GB beside the weights" in markdown((some,), rows, {})
+    some = on_gpu(cells=cells, left_out={32768: "takes about 99 GB besides the weights; 70 GB are free"})
+    assert "- 32768 tokens are left out: takes about 99 GB besides the weights" in markdown((some,), rows, {})
     assert "- 32768 tokens are left out" in markdown((dataclasses.replace(some, cells=()),), rows, {})
     small_config, config = model_of_shape(SHAPE).config, model_of_name("mixtral-8x7b").config
     assert step_bytes(small_config, 1, torch.bfloat16, False) == 2 * (8 * 64 + 2 * (2 * 64 + 3 * 32))

@@ -1,15 +1,15 @@
-"""Times the layer beside everything else that computes one, on your own machine: `python -m moe_fn.bench --list`.
+"""Benchmark of the layer against other implementations, on your own machine: `python -m moe_fn.bench --list`.
 
-In one run, contestants taking turns: how long each takes, whether its answer is right, and how near the machine's floor
-it is.
+In one run, contestants take turns; the report has the time of each, whether its result is right, and its share of the
+machine's floor, the time that memory bandwidth and arithmetic allow.
 
-    models        the real shapes of published families        problem      random weights and inputs of one of them
-    contestants   who can be timed, one row each                checking     their answers against `moe_fn.reference`
-    floor         what memory and arithmetic allow              timing       turns, medians, the clock of a device
-    combination   one model x dtype x threads, start to end     results      the records of it
-    memory        what a training step keeps                    report, plot, machine      what comes out
+    models        shapes of published families                  problem      random weights and inputs of a model
+    contestants   implementations to time, one row each         checking     comparison with `moe_fn.reference`
+    floor         least time by bandwidth and arithmetic        timing       turns, medians, the clock of a device
+    combination   one run of a model, dtype and thread count    results      records of the results
+    memory        activation memory of a training step          report, plot, machine      output
 
-On a GPU the floor's probes and the clock are those of floor_cuda and timing_cuda; the rest is the same.
+On a GPU, floor_cuda and timing_cuda replace the floor's probes and the clock.
 
-Nothing else in moe_fn imports it.
+No other module of moe_fn imports it.
 """

@@ -1,9 +1,9 @@
-"""python -m moe_fn.bench: who computes a Mixture-of-Experts layer how fast on this machine, and how fast it could be.
+"""python -m moe_fn.bench: times implementations of a Mixture-of-Experts layer on this machine.
 
-For each model, dtype and number of threads: every contestant is held to the reference, then they take turns, with
-inputs (so the routing) that change from call to call. Prints medians, the share of the machine's floor, and the best
-other contestant over moe_fn. On a GPU (--device cuda) they are replays of CUDA graphs with a cold cache; who cannot be
-captured is marked with a *.
+For each model, dtype and number of threads, every contestant is compared with the reference; then contestants take
+turns, with inputs (and so a routing) that change from call to call. Prints medians, the share of the machine's floor
+(the least time that bandwidth and arithmetic allow), and the time of the best other contestant over that of moe_fn. On
+a GPU (--device cuda) calls are replays of CUDA graphs with a cold cache; a * marks contestants that cannot be captured.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 
 
 def main(arguments: list[str] | None = None, table: tuple[Contestant, ...] = CONTESTANTS) -> int:
-    """The command; 1 if a contestant's answer was wrong or a combination failed, 2 if it cannot run here, else 0."""
+    """Runs the command; returns 1 if a result was wrong or a combination failed, 2 if the device is missing, else 0."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.list:
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None, table: tuple[Contestant, ...] = CON
         print(f"{name} is left out: {reason}", file=sys.stderr)
     about = machine(torch.device(options.device))
     if (load := load_average()) is not None and load > 0.5:
-        print(f"load average {load}: other programs are running, and the times will be theirs too", file=sys.stderr)
+        print(f"load average {load}: other programs are running and will distort the times", file=sys.stderr)
     results = _results(combinations, rows, alone=len(combinations) == 1)
     clear()
     print(json.dumps(about))
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", default="1,4,16,64,256,1024", help="numbers of tokens, comma-separated")
     parser.add_argument("--dtype", default="bf16", help=f"some of {','.join(DTYPES)}")
-    parser.add_argument("--quant", default="none", help=f"how experts are stored, some of {','.join(QUANTS)}")
+    parser.add_argument("--quant", default="none", help=f"quantization of the experts, some of {','.join(QUANTS)}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--threads", default=str(torch.get_num_threads()), help="numbers of threads, comma-separated; default: torch's"
@@ -157,7 +157,7 @@ def _check(options: argparse.Namespace) -> None:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device {options.device}: expected cpu or cuda")
     if options.backward and options.quant != "none":
-        raise ValueError(f"--quant {options.quant} with --backward: expected none, for codes have no gradients")
+        raise ValueError(f"--quant {options.quant} with --backward: expected none, since codes have no gradients")
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"{option} {path}: the folder does not exist")
@@ -184,18 +184,14 @@ def _results(combinations: tuple[Combination, ...], rows: tuple[Contestant, ...]
 
 
 def _result(combination: Combination, rows: tuple[Contestant, ...], progress: Progress, alone: bool) -> Result:
-    """The combination, in a fresh process if there are several: some libraries know weights by their address, and keep
-    what they know.
-    """
+    """The result of a combination, in a new process if there are several: some libraries cache weights by address."""
     try:
         if alone:
             return run_combination(combination, rows, progress.say)
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
             return pool.submit(run_combination, combination, rows, progress.say).result()
-    except (
-        Exception
-    ) as error:  # a process that was ended, memory, a contestant that breaks while it is timed: the others' times stand
+    except Exception as error:  # a killed process, no memory, an error during timing: the other combinations go on
         traceback.print_exception(error)
         return _failure(combination, f"failed: {type(error).__name__}: {error}")
 

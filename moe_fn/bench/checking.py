@@ -1,4 +1,4 @@
-"""Whether a contestant's answer is the layer: a fast wrong one is no contestant."""
+"""Compares a contestant's result with the reference: wrong results are not timed."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from moe_fn.bench.problem import Problem, TokenInput, weights_of_experts
 from moe_fn.config import MoEConfig, RouterConfig
 from moe_fn.records import MoEWeights, Routing, leaves_of_weights, weights_of_leaves
 
-TOKENS = 4  # that are checked; the reference is slow
-TOKENS_OF_CODES = 2  # slower still, there
-# Relative error of the median token. The median, because a tie among rounded logits may go either way.
+TOKENS = 4  # number of checked tokens; the reference is slow
+TOKENS_OF_CODES = 2  # the same with quantized experts, where the reference is slower
+# Limits of the relative error of the median token. The median, since a tie of rounded logits may go either way.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-5}
-# Where inputs are rounded, by what to. Rounding alone moves y by 1 to 2 % (int8, a scale for each token) and 4 %
-# (e4m3), and contestants share scales among other numbers than the reference does, or do not round.
+# Limits where inputs are rounded, by their scheme. Rounding alone changes y by 1 to 2 % (int8, a scale per token) and
+# 4 % (e4m3), and contestants use scales of other granularities than the reference, or do not round.
 TOLERANCE_OF_ROUNDED = {"int8": 4e-2, "fp8_e4m3": 8e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the reference says of the first TOKENS tokens: y and, where gradients are timed, x_grad; both [<= TOKENS, H]
+    """The reference's results for the first TOKENS tokens: y and, if gradients are timed, x_grad; both [<= TOKENS, H]
     float64.
 
-    worst: whether the worst token has to be within the tolerance, not the median one.
+    worst: whether the worst token must be within the tolerance, instead of the median one.
     """
 
     y: Tensor
@@ -34,9 +34,7 @@ class Expected:
 
 
 def expected_of(problem: Problem, token_input: TokenInput) -> Expected:
-    """The reference, one token at a time and with that token's experts only: a whole layer in float64 may not fit in
-    memory.
-    """
+    """The reference's results, one token at a time with only its experts: a layer in float64 may not fit in memory."""
     outputs: list[Tensor] = []
     grads: list[Tensor] = []
     for token in range(min(TOKENS if problem.config.quant is None else TOKENS_OF_CODES, len(token_input.x))):
@@ -50,16 +48,14 @@ def expected_of(problem: Problem, token_input: TokenInput) -> Expected:
 
 
 def relative_error(actual: Tensor, expected: Tensor, worst: bool = False) -> float:
-    """|actual - expected| / |expected| of the median (or worst) token; more tokens than expected has are
-    not looked at.
-    """
+    """|actual - expected| / |expected| of the median (or worst) token of the first len(expected) tokens."""
     difference = actual[: len(expected)].detach().to(expected) - expected
     errors = difference.norm(dim=-1) / expected.norm(dim=-1)
     return float(errors.max() if worst else errors.median())
 
 
 def tolerance_of(problem: Problem) -> float:
-    """The largest relative error of an answer that counts as right."""
+    """The largest relative error of a right result."""
     activations = None if problem.config.quant is None else problem.config.quant.activations
     tolerance = TOLERANCE[problem.dtype]
     return tolerance if activations is None else max(tolerance, TOLERANCE_OF_ROUNDED[activations.scheme])
@@ -82,10 +78,10 @@ def _routing_of_layer(problem: Problem, x: Tensor) -> Routing:
     bias = 0.0 if router.bias is None else router.bias.detach().to("cpu", torch.float64)
     logits = x @ router.gate.detach().to("cpu", torch.float64).T + bias
     if config.router.gate_dtype == "input":
-        logits = logits.to(problem.dtype)  # what rounding makes a tie is one
+        logits = logits.to(problem.dtype)  # ties after rounding are ties here too
     correction = None if router.correction_bias is None else router.correction_bias.detach().cpu()
     alone = dataclasses.replace(router, gate=None, bias=None, correction_bias=correction)
-    empty = torch.empty(0)  # the reference's router does not look at the experts
+    empty = torch.empty(0)  # the reference's router does not use the experts
     return moe_fn.reference.route(config, MoEWeights(gate_up=empty, down=empty, router=alone), logits)
 
 

@@ -1,4 +1,4 @@
-"""How the calls of a device are timed: the type of a clock, of which each device has its own."""
+"""Type of the clock that times calls on a device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +11,11 @@ How = Literal["wall", "graph", "events"]
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """A contestant's calls, one for each input, as the clock will time them.
+    """A contestant's calls, one for each input, ready to be timed.
 
-    how      "wall": as they are, with the host's clock; "graph": replays of CUDA graphs; "events": as they are, between
-             CUDA events
-    reason   why they are not graphs, where the clock would have liked that
-    outputs  what a graph of the first input writes when it is replayed
+    how      "wall": calls, by the host's clock; "graph": replays of CUDA graphs; "events": calls, between CUDA events
+    reason   why they are not graphs, on a device whose clock uses graphs
+    outputs  the outputs that a replay of the first input's graph writes
     """
 
     runs: tuple[Run, ...]
@@ -27,11 +26,11 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """How a device's calls are timed.
+    """The clock of a device.
 
     time    milliseconds of one call
-    ready   what a contestant's calls are turned into, before the turns
-    launch  the least that can be timed, where that is not nothing
+    ready   prepares a contestant's calls before the turns
+    launch  a call with the least measurable time, if that is not 0
     """
 
     time: Timer

@@ -1,5 +1,5 @@
-"""One model in one dtype with one number of threads: every contestant built, checked and timed at every number of
-tokens.
+"""Benchmark of one combination of model, dtype and threads: builds, checks and times every contestant at every number
+of tokens.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ from moe_fn.bench.reader import Reader
 from moe_fn.bench.results import Cell, Combination, Outcome, Result
 from moe_fn.bench.timing import METHODS, clock_of_device, percentile, take_turns
 
-SPARE_BYTES = 2 * 10**9  # for activations, and for the check
-FLOOR, LAUNCH = "floor", "launch"  # take their turns like contestants
+SPARE_BYTES = 2 * 10**9  # memory kept free for activations and for the check
+FLOOR, LAUNCH = "floor", "launch"  # timed in turns like contestants
 Say = Callable[[str], None]
 
 
 def run_combination(combination: Combination, rows: tuple[Contestant, ...], say: Say) -> Result:
-    """Everything about one combination. rows are installed contestants; say is told what is being done."""
+    """The result of one combination. rows: installed contestants; say: receives progress messages."""
     torch.set_num_threads(combination.threads)
     quant = QUANTS[combination.quant]
     rows = tuple(row for row in rows if takes_part(row, quant))
@@ -75,18 +75,18 @@ def run_combination(combination: Combination, rows: tuple[Contestant, ...], say:
 
 
 def needed_bytes(combination: Combination) -> int:
-    """Memory that the weights take, and their gradients; codes twice, when those of each expert become one tensor."""
+    """Bytes of the weights, and of their gradients; twice the codes, while those of each expert are concatenated."""
     copies = 3 if combination.backward else 1 if combination.quant == "none" else 2
     return copies * weight_bytes(combination.config, DTYPES[combination.dtype])
 
 
 def _no_room(problem: Problem, tokens: int) -> str | None:
-    """Why so many tokens do not fit into a GPU's memory; a CPU's may be lent out."""
+    """Why this number of tokens does not fit into a GPU's memory, or None; not checked on a CPU."""
     needed = step_bytes(problem.config, tokens, problem.dtype, problem.backward)
     available = available_bytes(problem.device)
     if problem.device.type == "cpu" or available is None or needed <= available:
         return None
-    return f"takes about {needed / 1e9:.0f} GB beside the weights; {available / 1e9:.0f} GB are free"
+    return f"takes about {needed / 1e9:.0f} GB besides the weights; {available / 1e9:.0f} GB are free"
 
 
 def _built(row: Contestant, problem: Problem) -> Layer | Outcome:
@@ -102,17 +102,17 @@ def _built(row: Contestant, problem: Problem) -> Layer | Outcome:
         )
     try:
         return row.build(problem)
-    except ImportError as error:  # it is there, and something that it needs is not
-        return Outcome(status="refused", reason=f"not installed: {_said(error)}")
-    except Exception as error:  # another package's: whatever it is, the others go on
+    except ImportError as error:  # a dependency of an installed contestant is missing
+        return Outcome(status="refused", reason=f"not installed: {_first_line(error)}")
+    except Exception as error:  # any error of another package: the other contestants go on
         return _failed(error)
 
 
 def _failed(error: Exception) -> Outcome:
-    return Outcome(status="failed", reason=_said(error))
+    return Outcome(status="failed", reason=_first_line(error))
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
@@ -126,7 +126,7 @@ def _cell(
     tokens: int,
     say: Say,
 ) -> Cell:
-    torch._dynamo.reset()  # each number of tokens gets a graph of its own, for everybody who is compiled
+    torch._dynamo.reset()  # compiled contestants get a graph for each number of tokens
     clock, inputs = clock_of_device(problem.device), token_inputs(problem, tokens)
     expected = expected_of(problem, inputs[0])
     outcomes: dict[str, Outcome] = {}
@@ -179,7 +179,7 @@ def _run_of_turn(steps: tuple[Callable[[], tuple[Tensor, ...]], ...]) -> Callabl
 
 
 def _step(layer: Layer, token_input: TokenInput) -> Callable[[], tuple[Tensor, ...]]:
-    """What is timed: (y,), or with gradients (y, gradient of x, of every leaf) of sum(y * grad)."""
+    """The timed function: returns (y,), or with gradients (y, gradients of sum(y * grad) in x and every leaf)."""
     forward = layer.bind(token_input)
     x, grad = token_input.x, token_input.grad
     if grad is None:
@@ -195,9 +195,7 @@ def _step(layer: Layer, token_input: TokenInput) -> Callable[[], tuple[Tensor, .
 def _checked(
     layer: Layer, inputs: tuple[TokenInput, ...], expected: Expected, tolerance: float, clock: Clock
 ) -> tuple[Outcome, tuple[Run, ...]]:
-    """What its answers are worth, as it is called and as it will be timed, and the calls to time: none if they are not
-    right.
-    """
+    """The outcome of a contestant's check, of a plain call and of one as timed; the calls to time, none if wrong."""
     try:
         steps = tuple(_step(layer, token_input) for token_input in inputs)
         outcome = _judged(steps[0](), expected, tolerance)

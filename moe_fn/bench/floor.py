@@ -1,11 +1,12 @@
-"""The floor: no layer can be faster than its weights can be read, or its products computed, on this machine.
+"""Floor of a layer's time: the time to read its weights or to compute its products on this machine.
 
-    floor(T) = max(distinct experts x bytes / read bandwidth,  T k x 2 m H I / GEMM rate) m = 3 matrices, 2 if not gated
+    floor(T) = max(distinct experts x bytes / read bandwidth,  T k x 2 m H I / GEMM rate)
 
-Bytes of an expert: of its m H I numbers or, where they are quantized, of its codes and scales. The GEMM rate is that of
-the dtype of x; where inputs are rounded to int8, that of products of int8 too, if it is higher.
+m is the number of matrices: 3, or 2 if not gated. Bytes of an expert are those of its m H I weights or, if quantized,
+of its codes and scales. The GEMM rate is that of the dtype of x; where inputs are rounded to int8, that of int8
+products if it is higher.
 
-Both rates are measured in the run that they judge: memory gets faster and slower with what the neighbours do.
+Both rates are measured in the same run as the contestants: on a shared machine bandwidth changes with its load.
 """
 
 import contextlib
@@ -22,14 +23,14 @@ from moe_fn.config import MoEConfig, QuantConfig
 from moe_fn.kernels.native import library as native
 
 LEAST_BUFFER_BYTES = 2**26
-_SIZE = 1536  # of the matrices whose product is timed
+_SIZE = 1536  # size of the square matrices whose product is timed
 _INT8_SIZE = 3072  # torch._int_mm packs in every call: at 1536 it is no faster than bf16, at 2048 1.5 times
 
 
 def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
-    """The fastest way to read that there is: the native loop on a CPU, else torch.sum.
+    """The fastest way to read memory: the native loop on a CPU, else torch.sum.
 
-    num_bytes: what a turn will read at most.
+    num_bytes: the most that a turn reads.
     """
     if device.type == "cuda":
         from moe_fn.bench.floor_cuda import reader_on_cuda
@@ -43,7 +44,7 @@ def reader_of_device(device: torch.device, num_bytes: int) -> Reader:
 
 
 def gemm_rates(dtype: torch.dtype, device: torch.device, quant: QuantConfig | None = None) -> dict[str, float]:
-    """GFLOP/s of each way to measure it; the best of them all is the rate."""
+    """GFLOP/s by each way to measure it; the GEMM rate is the largest."""
     if device.type == "cuda":
         from moe_fn.bench.floor_cuda import gemm_rates_on_cuda
 
@@ -59,9 +60,7 @@ def gemm_rates(dtype: torch.dtype, device: torch.device, quant: QuantConfig | No
 
 
 def read_bytes(config: MoEConfig, distinct: float, dtype: torch.dtype, backward: bool) -> float:
-    """Bytes of weights to move: those of the experts hit; with gradients those twice, and a gradient for
-    every expert.
-    """
+    """Bytes of weights to move: those of `distinct` experts; with gradients twice those and all experts' gradients."""
     return (2 * distinct + config.num_experts if backward else distinct) * expert_bytes(config, dtype)
 
 

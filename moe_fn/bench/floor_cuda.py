@@ -1,4 +1,4 @@
-"""A GPU's two rates: what reads memory fastest, and what torch.mm reaches."""
+"""Rates of a GPU for the floor: the fastest read of memory, and torch.mm."""
 
 import itertools
 from collections.abc import Callable
@@ -15,10 +15,10 @@ Reduction = Callable[[Tensor], Tensor]
 
 
 def reader_on_cuda(device: torch.device) -> Reader:
-    """The fastest of a few reductions of a gigabyte, or of a quarter of what is free.
+    """The fastest of a few reductions of a gigabyte, or of a quarter of the free memory.
 
-    A turn reads all of it, and its time is scaled to the bytes that are asked for: a GPU that is asked for the 75 MB of
-    eight experts spends half of the time on beginning and ending, and the floor would forgive everybody as much.
+    A turn reads the whole buffer, and its time is scaled to the requested bytes: when a GPU reads the 75 MB of eight
+    experts, half of the time is launch and tail, which would make the floor too high.
     """
     size = min(BUFFER_BYTES, torch.cuda.mem_get_info(device)[0] // 4) // (4 * _ROW) * (4 * _ROW)
     buffer = torch.ones(size // 4, device=device)
@@ -27,15 +27,16 @@ def reader_on_cuda(device: torch.device) -> Reader:
     for name, way in ways.items():
         try:
             times[name] = best_ms(lambda way=way: way(buffer))  # type: ignore[misc]
-        except Exception:  # torch.compile without a compiler: the other ways are there
+        except Exception:  # torch.compile without a compiler: use the other ways
             continue
     best = min(times, key=lambda name: times[name])
     return Reader(name=best, buffer=buffer, read=lambda buffer, first, count: ways[best](buffer), whole=True)
 
 
 def gemm_rates_on_cuda(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """GFLOP/s of torch.mm with random values (ones draw less power and run at a higher clock), second matrix as it is
-    or transposed.
+    """GFLOP/s of torch.mm with the second matrix as it is or transposed.
+
+    With random values, since ones draw less power and run at a higher clock.
     """
     size = gemm_size(torch.cuda.mem_get_info(device)[0], dtype.itemsize)
     generator = torch.Generator(device).manual_seed(0)
@@ -49,7 +50,7 @@ def gemm_rates_on_cuda(dtype: torch.dtype, device: torch.device) -> dict[str, fl
 
 
 def gemm_size(free_bytes: int, itemsize: int) -> int:
-    """The side of three square matrices that fit into half of the memory: 8192, or as many times half of it as needed.
+    """The size of three square matrices that fit into half of the memory: 8192, halved as often as needed.
 
     >>> gemm_size(80 * 10**9, 2), gemm_size(10**9, 4)
     (8192, 4096)

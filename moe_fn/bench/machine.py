@@ -1,4 +1,4 @@
-"""What a measurement is worth nothing without: machine, versions, commit, date."""
+"""Facts recorded with a measurement: machine, versions, commit, date."""
 
 import datetime
 import os
@@ -31,7 +31,7 @@ Facts = dict[str, str | int | float | dict[str, str] | None]
 
 
 def machine(device: torch.device) -> Facts:
-    """The machine, in words."""
+    """Facts about the machine, versions of packages, commit and date, as plain values."""
     versions = {name: version for name in _DISTRIBUTIONS if (version := version_of(name)) is not None}
     return {
         "cpu": _cpu_model(),
@@ -48,7 +48,7 @@ def machine(device: torch.device) -> Facts:
 
 
 def load_average() -> float | None:
-    """How many processes wanted a core, on average over the last minute; None where the system does not say."""
+    """The load average of the last minute; None where the system has none."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
@@ -56,7 +56,7 @@ def load_average() -> float | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory of the device that a process can still have, where the system says so."""
+    """Free memory of the device for a process; None where it is unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -80,7 +80,7 @@ def _gpu_facts(device: torch.device) -> Facts:
 
 
 def driver_facts(uuid: str) -> dict[str, str] | None:
-    """Driver and clocks of the GPU with that id, as nvidia-smi says them; None where it says nothing."""
+    """Driver and clocks of the GPU with that id, from nvidia-smi; None if it fails."""
     command = [
         "nvidia-smi",
         f"--query-gpu={','.join(_DRIVER_FACTS)}",
@@ -117,7 +117,7 @@ def _commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed package may lie inside somebody else's checkout.
+    # An installed package may be inside another project's checkout.
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     commit = git("rev-parse", "--short", "HEAD")

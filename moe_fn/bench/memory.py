@@ -1,4 +1,4 @@
-"""What a training step keeps for its gradients, beside what SonicMoE keeps (arXiv 2512.14080)."""
+"""Activation memory of a training step, and SonicMoE's formula (arXiv 2512.14080) for comparison."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +11,9 @@ from moe_fn.config import MoEConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes.
+    """Activation memory in bytes.
 
-    kept: x, and what the forward pass leaves for the backward pass; peak: the most that both took beside weights and
-    input.
+    kept: x and the tensors saved for the backward pass; peak: the peak of both passes besides weights and input.
     """
 
     kept: int
@@ -22,7 +21,7 @@ class Memory:
 
 
 def sonic_bytes(config: MoEConfig, tokens: int, itemsize: int) -> int:
-    """What SonicMoE keeps: x and the pre-activations of gate and up, 2 (T H + 2 T k I) bytes in bf16.
+    """Bytes that SonicMoE keeps: x and the pre-activations of gate and up, 2 (T H + 2 T k I) bytes in bf16.
 
     >>> config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=32)
     >>> sonic_bytes(config, 10, 2) == 2 * (10 * 64 + 2 * 10 * 2 * 32)
@@ -32,7 +31,7 @@ def sonic_bytes(config: MoEConfig, tokens: int, itemsize: int) -> int:
 
 
 def memory_of_step(x: Tensor, grad: Tensor, leaves: tuple[Tensor, ...], forward: Callable[[], Tensor]) -> Memory | None:
-    """Of one forward and backward pass that has been called before; None where torch does not count (on a CPU)."""
+    """Activation memory of a forward and backward pass, after a warm-up; None on a CPU, where torch has no count."""
     if x.device.type != "cuda":
         return None
     torch.cuda.synchronize()

@@ -1,6 +1,4 @@
-"""The shapes of published layers: the routed experts and their router, without shared experts (which are a
-dense MLP).
-"""
+"""Shapes of published MoE layers: routed experts and router, without shared experts (which are a dense MLP)."""
 
 from dataclasses import dataclass
 
@@ -9,7 +7,7 @@ from moe_fn.config import ActivationName, GroupConfig, MoEConfig, RouterConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A layer by name; biases: of gate_up, down and the router."""
+    """A named layer; biases: whether gate_up, down and the router have biases."""
 
     name: str
     config: MoEConfig
@@ -33,7 +31,7 @@ def model_of_shape(text: str) -> Model:
 
 
 def model_of_name(name: str) -> Model:
-    """The row of that name."""
+    """The model with that name in MODELS."""
     for model in MODELS:
         if model.name == name:
             return model
@@ -41,11 +39,11 @@ def model_of_name(name: str) -> Model:
 
 
 def matrices(config: MoEConfig) -> int:
-    """How many H x I matrices an expert has: gate, up and down, or up and down."""
+    """The number of H x I matrices of an expert: 3 for gate, up and down, or 2 for up and down."""
     return config.gate_up_parts + 1
 
 
-# The gate computes in the dtype of x, as transformers has it for these families.
+# The gate computes in the dtype of x, as in transformers for these families.
 _SOFTMAX = RouterConfig(gate_dtype="input")
 _SOFTMAX_AS_IT_IS = RouterConfig(gate_dtype="input", renormalize=False)
 _TOP_K_THEN_SOFTMAX = RouterConfig(gate_dtype="input", scoring_order="after_top_k")
@@ -111,7 +109,7 @@ MODELS: tuple[Model, ...] = (
     _model("deepseek-v2-lite", 64, 6, 2048, 1408, _SOFTMAX_AS_IT_IS),
     _model("deepseek-v2", 160, 6, 5120, 1536, _DEEPSEEK_V2),
     _model("deepseek-v3", 256, 8, 7168, 2048, _DEEPSEEK_V3),
-    # One of eight machines: 32 of the experts, each with as many rows as that machine sees of eight times the tokens.
+    # One of 8 machines: 32 of the experts, each with as many rows as on that machine for 8 times the tokens.
     _model("deepseek-v3-32", 32, 8, 7168, 2048, _DEEPSEEK_V3),
     _model("deepseek-v4-flash", 256, 6, 4096, 2048, _DEEPSEEK_V4),
     _model("kimi-k2", 384, 8, 7168, 2048, _sigmoid(2.827)),

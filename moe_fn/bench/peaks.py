@@ -1,25 +1,25 @@
-"""The most memory that a layer takes beside weights and inputs, on a CPU, as formulas; `property_tests/test_peaks.py`
-measures them.
+"""Peak memory of a layer on a CPU besides weights and inputs, by formulas; `property_tests/test_peaks.py` measures it.
 
-R = tokens * top_k rows, H hidden_size, I intermediate_size, E experts, s bytes of an element, f of an accumulated one
-(4), Y what the threads sum up in, f bytes for each of some columns of every token. Without biases, all ids on experts,
-silu, gated.
+R = tokens * top_k rows, H hidden_size, I intermediate_size, E experts, s bytes of an element, f bytes of an accumulated
+one (4), Y bytes of the threads' sums, f for each token and some columns. Without biases, all ids on experts, silu,
+gated. "or" means the larger one.
 
     native, forward   R I s + T H s + Y                       hidden rows, the result
-        codes         and R I s + T H s once more rows as the decoded weights take them; s = 1 where inputs are rounded
-        chunks        3 T H s, or 2 T H s and one chunk x with a spare row, results of chunks, the same laid end to end
-        opaque chunks T H s and one chunk
-    native, step      2 R I s kept (recompute: 0), and T H s, and in the backward pass 5 R I s + T H s + Y, or if that
-                      is more 3 R I s + T H s + 3 E H I s d hidden, weighted activations, rows of d hidden again,
-                      gradients
+        codes         R I s + T H s more                      rows in the layout for decoded weights; s = 1 where inputs
+                                                              are rounded
+        chunks        3 T H s, or 2 T H s + one chunk         x with a spare row, results of chunks, their concatenation
+        opaque chunks T H s + one chunk
+    native, step      2 R I s saved (recompute: 0) + T H s + the backward pass, which is
+                      5 R I s + T H s + Y, or                 gradient of hidden rows, weighted activations, packed
+                      3 R I s + T H s + 3 E H I s             rows of that gradient, gradients
         chunks        4 T H s + 3 E H I f + the step of a chunk, or 4 T H s + 3 E H I (2 f + s), or 5 T H s + 3 E H I f
-        opaque chunks T H (s + f) + 3 E H I f + the step of a chunk      sums of gradients are of f bytes each
+        opaque chunks T H (s + f) + 3 E H I f + the step of a chunk      sums of gradients have f bytes per element
     stages, forward   R H s + 4 R I f,  or 2 R H (s + f) + T H s
-    stages, step      in `step_peak`
-    prepare_weights   4 E H I s what is laid, and once more in huge pages, gate_up before down
+    stages, step      see `step_peak`
+    prepare_weights   4 E H I s                               panels of gate_up and their copy in huge pages
 
-Indices take 32 R bytes. The router, whose numbers are gone before experts begin, takes some 40 bytes an entry of
-logits, and a thread's packed rows and panels at most 2 MB: both are left out.
+Indices take 32 R bytes. Not counted: the router, which frees about 40 bytes per entry of logits before the experts run,
+and a thread's packed rows and panels, at most 2 MB.
 """
 
 from dataclasses import replace
@@ -29,14 +29,14 @@ import torch
 from moe_fn.config import MoEConfig, QuantConfig
 
 PANEL = 32  # output columns of a panel
-CHUNK = 16  # floats that a packed row is rounded up to
-_INDICES = 32  # bytes of a row: its id, weight, token and places
+CHUNK = 16  # a packed row is rounded up to a multiple of so many floats
+_INDICES = 32  # bytes per row: its id, weight, token and positions
 
 
 def forward_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int = 1) -> int:
-    """Bytes at the peak of moe_forward without gradients, its result among them.
+    """Peak bytes of moe_forward without gradients, including its result.
 
-    config.backend is "native" or "torch"; with "native" weights may be codes, and chunk_tokens may be given.
+    config.backend is "native" or "torch"; with "native", weights may be quantized, and chunk_tokens may be given.
 
     >>> config = MoEConfig(num_experts=8, top_k=4, hidden_size=256, intermediate_size=512, backend="native")
     >>> forward_peak(config, 8192, torch.float32) / 1e6  # hidden rows 67.1, result 8.4, sums 4.2, indices 1.0
@@ -46,8 +46,8 @@ def forward_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: in
     if config.chunk_tokens is not None:
         whole, of_chunk = tokens * config.hidden_size * dtype.itemsize, forward_peak(*_chunk(config), dtype, threads)
         indices = tokens * config.top_k * _INDICES
-        # The op fills its result. Else x has a spare row, and results are beside the last chunk, or laid end to end
-        # after it.
+        # The op writes into its result. Otherwise x has a spare row, and results of chunks exist besides the last
+        # chunk, or besides their concatenation after it.
         return whole + of_chunk if config.opaque else indices + max(2 * whole + of_chunk, 3 * whole)
     rows, size = tokens * config.top_k, dtype.itemsize
     wide, hidden, inner = _wide(dtype), config.hidden_size, config.intermediate_size
@@ -64,12 +64,11 @@ def forward_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: in
 
 
 def step_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int = 1) -> int:
-    """Bytes at the peak of a forward and backward pass, the result and the gradients of x, logits, gate_up and down
-    among them.
+    """Peak bytes of a forward and backward pass, including the result and the gradients of x, logits, gate_up and down.
 
-        native   as above
-        stages   T H s + R H (s + 4 f) + R I (3 f + s), in the gradients of the sum;  in those of the activation
-                 T H s + 2 R H s + R I (5 f, or 6 f where s < f) + E H I s
+        native   see the table of this module
+        stages   T H s + R H (s + 4 f) + R I (3 f + s) in the gradients of the sum, or
+                 T H s + 2 R H s + R I (5 f, or 6 f where s < f) + E H I s in those of the activation
 
     >>> config = MoEConfig(num_experts=8, top_k=4, hidden_size=256, intermediate_size=512, backend="native",
     ...     recompute=True)
@@ -79,8 +78,8 @@ def step_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int =
     _check(config, tokens)
     if config.quant is not None or (config.chunk_tokens is not None and config.backend == "torch"):
         raise ValueError(
-            "step_peak: quant, or chunk_tokens with backend='torch'; expected neither, for there is no formula of such "
-            "a step"
+            "step_peak: quant, or chunk_tokens with backend='torch'; expected neither, since there is no formula for "
+            "such a step"
         )
     if config.chunk_tokens is not None:
         return _step_in_chunks(config, tokens, dtype, threads)
@@ -99,9 +98,7 @@ def step_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int =
 
 
 def _step_in_chunks(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int) -> int:
-    """Sums of the weights' gradients, and of everything else as much as a chunk; what x, results and gradients are laid
-    into.
-    """
+    """Peak of a step in chunks: sums of the weights' gradients, a chunk, and the concatenations of chunks."""
     chunk = step_peak(
         replace(config, chunk_tokens=None, opaque=False, recompute=True), config.chunk_tokens or 0, dtype, threads
     )
@@ -111,19 +108,19 @@ def _step_in_chunks(config: MoEConfig, tokens: int, dtype: torch.dtype, threads:
         _wide(dtype),
     )
     whole, sums, cast = tokens * config.hidden_size * size, numbers * wide, numbers * size if size < wide else 0
-    beside = 2 * tokens * config.top_k * _INDICES
-    if config.opaque:  # the result, gradients of x and weights in sums; at the end once more where they are narrower
+    indices = 2 * tokens * config.top_k * _INDICES
+    if config.opaque:  # the result, and sums of gradients of x and weights; at the end their copies in narrower dtypes
         kept = whole + whole // size * wide + sums
-        return beside + kept + max(chunk, whole + cast if cast else 0)
-    # The result, x and its gradient with a spare row, and gradients of chunks, which are laid end to end at the end.
-    # Sums of other dtypes cast what they add, down last.
+        return indices + kept + max(chunk, whole + cast if cast else 0)
+    # The result, x and its gradient with a spare row, and gradients of chunks, which are concatenated at the end.
+    # Sums in a wider dtype cast their addends, that of down last.
     added = 2 * sums + numbers * size + (sums // 3 if cast else 0)
-    return beside + max(4 * whole + max(sums + chunk, added), 5 * whole + sums + cast)
+    return indices + max(4 * whole + max(sums + chunk, added), 5 * whole + sums + cast)
 
 
 def prepare_peak(config: MoEConfig, dtype: torch.dtype) -> int:
-    """Bytes at the peak of prepare_weights beside the plain weights: the result, and one matrix that is laid but not
-    yet in huge pages.
+    """Peak bytes of prepare_weights besides the plain weights: the result, and one matrix in panels that is not yet in
+    huge pages.
 
     >>> config = MoEConfig(num_experts=8, top_k=4, hidden_size=256, intermediate_size=512)
     >>> prepare_peak(config, torch.float32) == 4 * 8 * (2 * 512 * 256 + 2 * 512 * 256)
@@ -160,7 +157,7 @@ def _rounded(size: int) -> int:
 
 
 def _sums(config: MoEConfig, tokens: int, threads: int) -> int:
-    """Y: every thread sums all tokens' outputs for some columns at a time, in float32."""
+    """Y: each thread sums the outputs of all tokens for some columns at a time, in float32."""
     panels = _up(config.hidden_size, PANEL) // PANEL
     each = min(max(panels // (2 * threads), 1), 8)
     tasks = min(panels, _up(_up(panels, each) // each, threads))
@@ -168,15 +165,15 @@ def _sums(config: MoEConfig, tokens: int, threads: int) -> int:
 
 
 def _coded(config: MoEConfig, quant: QuantConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Rows of x and hidden rows as decoded weights take them, in bytes where inputs are rounded; and what codes need
-    beside.
+    """Bytes of rows of x and hidden rows in the layout for decoded weights, as int8 where inputs are rounded, with the
+    scales and sums that some schemes need.
     """
     as_bytes = quant.activations is not None
-    beside = as_bytes or quant.zero_points or (quant.scheme == "int4" and dtype == torch.bfloat16)
+    has_sums = as_bytes or quant.zero_points or (quant.scheme == "int4" and dtype == torch.bfloat16)
 
     def row(inputs: int) -> int:
         tile = quant.tile[1] or inputs
         spans = _up(inputs, tile) // tile
-        return _rounded(inputs * (1 if as_bytes else dtype.itemsize)) + (_rounded(4 * (1 + spans)) if beside else 0)
+        return _rounded(inputs * (1 if as_bytes else dtype.itemsize)) + (_rounded(4 * (1 + spans)) if has_sums else 0)
 
     return tokens * row(config.hidden_size) + tokens * config.top_k * row(config.intermediate_size)

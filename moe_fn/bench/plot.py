@@ -1,4 +1,4 @@
-"""Time over tokens, both logarithmic, one panel for each combination, the floor a dashed line."""
+"""Plot of time over tokens on logarithmic axes, one panel per combination, with the floor as a dashed line."""
 
 import importlib
 from pathlib import Path
@@ -13,7 +13,7 @@ _COLUMNS = 3
 
 
 def plot(results: tuple[Result, ...], rows: tuple[Contestant, ...], path: Path) -> None:
-    """Writes the picture."""
+    """Writes the plot to `path`."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
@@ -56,4 +56,4 @@ def _draw(panel: Any, result: Result, rate: float, rows: tuple[Contestant, ...])
     panel.set_xlabel("tokens")
     panel.set_ylabel("ms")
     panel.grid(True, which="both", alpha=0.2)
-    panel.legend(fontsize=6)  # one each: not everybody is in every panel
+    panel.legend(fontsize=6)  # one per panel, since panels have different contestants

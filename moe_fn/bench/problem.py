@@ -1,4 +1,4 @@
-"""What every contestant of a combination gets: one layer's weights, and inputs that change from call to call."""
+"""Weights and inputs of a benchmark: one layer's random weights, and inputs that change from call to call."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,14 +18,15 @@ from moe_fn.weights.spec import EXPERT_PATHS
 
 Part = Literal["experts", "layer"]
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-INPUTS = 8  # that calls cycle through: with one input, the experts of a few tokens would stay in the cache
+INPUTS = 8  # calls cycle through as many inputs: with one, the experts of a few tokens would stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One layer. part "experts": ids and weights are given; "layer": the router's gate is part of what is timed.
+    """One layer to time.
 
-    dtype: of x, and of the weights, where config.quant does not say otherwise.
+    part    "experts": ids and weights are given; "layer": the router's gate is timed too
+    dtype   of x, and of the weights unless config.quant is given
     """
 
     config: MoEConfig
@@ -39,9 +40,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInput:
-    """x [T, H], the gate's logits [T, E] and the routing they give; grad [T, H] is dloss/dy where gradients
-    are timed.
-    """
+    """x [T, H], the gate's logits [T, E] and their routing; grad [T, H] is dloss/dy if gradients are timed."""
 
     x: Tensor
     logits: Tensor
@@ -58,9 +57,7 @@ def problem_of_model(
     backward: bool,
     quant: QuantConfig | None = None,
 ) -> Problem:
-    """The model's layer with random weights of variance 1 / fan_in, the same ones in every run, then quantized where
-    that is asked for.
-    """
+    """The model's layer with random weights of variance 1 / fan_in, the same in every run, and quantized by `quant`."""
     config, weights = quantized_config(model.config, quant), _random_weights(model, quant, dtype, device)
     for leaf in leaves_of_weights(weights):
         if leaf is not None and backward:
@@ -71,7 +68,7 @@ def problem_of_model(
 
 
 def weights_of_experts(weights: MoEWeights, which: slice | Tensor) -> MoEWeights:
-    """All that belongs to those experts, and nothing else."""
+    """The weights of these experts only, without router and other weights."""
     leaves = zip(WEIGHT_PATHS, leaves_of_weights(weights), strict=True)
     return weights_of_leaves(
         [None if leaf is None or path not in EXPERT_PATHS else leaf[which] for path, leaf in leaves]
@@ -79,12 +76,12 @@ def weights_of_experts(weights: MoEWeights, which: slice | Tensor) -> MoEWeights
 
 
 def config_of_one(config: MoEConfig) -> MoEConfig:
-    """The config of a single expert of these."""
+    """The config of a layer with a single one of the experts."""
     return dataclasses.replace(config, num_experts=1, top_k=1, router=RouterConfig(), shared=None, zero_experts=None)
 
 
 def token_inputs(problem: Problem, tokens: int) -> tuple[TokenInput, ...]:
-    """INPUTS different inputs of so many tokens."""
+    """INPUTS different inputs with this number of tokens."""
     generator = torch.Generator(problem.device).manual_seed(tokens)
 
     def normal() -> Tensor:
@@ -105,7 +102,7 @@ def token_inputs(problem: Problem, tokens: int) -> tuple[TokenInput, ...]:
 
 
 def distinct_experts(token_input: TokenInput) -> int:
-    """How many experts the tokens visit, all together: their weights have to be read."""
+    """The number of distinct experts in the routing, whose weights must be read."""
     return len(token_input.routing.expert_ids.unique())
 
 
@@ -115,9 +112,7 @@ def weight_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
 
 
 def step_bytes(config: MoEConfig, tokens: int, dtype: torch.dtype, backward: bool) -> int:
-    """Roughly what so many tokens take beside the weights: the inputs, and rows copied, gate_up, activated and down,
-    forward or both.
-    """
+    """Approximate bytes of a step besides the weights: inputs, and rows around each product and activation."""
     inputs = INPUTS * tokens * config.hidden_size * (2 if backward else 1)
     rows = tokens * config.top_k * (2 * config.hidden_size + 3 * config.intermediate_size)
     return (inputs + rows * (3 if backward else 1)) * dtype.itemsize
@@ -161,7 +156,7 @@ def _floats(config: MoEConfig, noise: Tensor, gate_up: tuple[int, int], down: tu
 def _codes(
     config: MoEConfig, quant: QuantConfig, noise: Tensor, gate_up: tuple[int, int], down: tuple[int, int]
 ) -> MoEWeights:
-    """The codes of those floats, made one expert at a time: all of them in float32 may not fit in memory."""
+    """The codes of the weights of `_floats`, made one expert at a time: all in float32 may not fit in memory."""
     plain = dataclasses.replace(config_of_one(config), weight_layout="out_in", quant=None)
     made = []
     for expert in range(config.num_experts):
@@ -171,7 +166,5 @@ def _codes(
 
 
 def _window(noise: Tensor, expert: int, shape: tuple[int, int]) -> Tensor:
-    """Each expert is a shifted window of the same noise: drawing a gigabyte of normal numbers takes longer than timing
-    it.
-    """
+    """An expert's values: a shifted window of the same noise, since drawing a gigabyte takes longer than timing it."""
     return noise[977 * expert : 977 * expert + shape[0] * shape[1]].view(shape)

@@ -1,4 +1,4 @@
-"""Ways to quantize experts that can be timed, by name, and the bytes that an expert then takes."""
+"""Named quantizations of experts for the benchmark, and the bytes of a quantized expert."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ _FP8 = ActivationQuantConfig(scheme="fp8_e4m3", granularity="token")
 _FP8_OF_128 = ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=128)
 _BLOCK = (128, 128)  # DeepSeek's
 
-# What inputs are rounded to is the last part of a name; without one they are not.
+# The last part of a name is the scheme of rounded inputs; without one they are not rounded.
 QUANTS: dict[str, QuantConfig | None] = {
     "none": None,
     "int8": QuantConfig(scheme="int8", granularity="channel"),
@@ -31,19 +31,19 @@ QUANTS: dict[str, QuantConfig | None] = {
 
 
 def check_quant(name: str) -> str:
-    """The name, if there is such a row."""
+    """The name; ValueError if QUANTS does not have it."""
     if name not in QUANTS:
         raise ValueError(f"expected some of {', '.join(QUANTS)}, separated by commas")
     return name
 
 
 def quantized_config(config: MoEConfig, quant: QuantConfig | None) -> MoEConfig:
-    """The config of the layer with its experts in that form; codes lie [E, out, in]."""
+    """The config with quantized experts; codes have the layout [E, out, in]."""
     return config if quant is None else dataclasses.replace(config, quant=quant, weight_layout="out_in")
 
 
 def expert_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
-    """Bytes of one expert's matrices: floats of that dtype, or codes and all that is read beside them.
+    """Bytes of one expert's matrices: floats of that dtype, or codes with scales and zero points.
 
     >>> config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=32)
     >>> expert_bytes(config, torch.bfloat16) == 3 * 64 * 32 * 2
@@ -56,7 +56,7 @@ def expert_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
 
 
 def _itemsize(quant: QuantConfig | None, name: str, dtype: torch.dtype) -> int:
-    """Bytes of a number, as quantize_weights stores it for floats of that dtype."""
+    """Bytes of an element as stored by quantize_weights for floats of that dtype."""
     if quant is None:
         return dtype.itemsize
     if name.endswith(("global_scale", "input_scale")):

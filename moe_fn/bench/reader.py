@@ -1,18 +1,19 @@
-"""A buffer larger than the caches, read at other addresses in every turn."""
+"""Reads a buffer larger than the caches, at other addresses in every turn, to measure memory bandwidth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-BUFFER_BYTES = 2**30  # more than any cache holds
+BUFFER_BYTES = 2**30  # larger than any cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A buffer that is read at other addresses in every turn; name says with what.
+    """A buffer that is read at other addresses in every turn.
 
-    whole: a turn reads all of it whatever it is asked for, and its time counts by `share`.
+    name   how it is read
+    whole  a turn always reads the whole buffer, and its time is multiplied by `share`
     """
 
     name: str
@@ -21,13 +22,13 @@ class Reader:
     whole: bool = False
 
     def share(self, num_bytes: float) -> float:
-        """Which part of a turn's time so many bytes take."""
+        """The fraction of a turn's time for this number of bytes."""
         return num_bytes / (self.buffer.numel() * self.buffer.itemsize) if self.whole else 1.0
 
     def run_of_turn(self, turn: int, num_bytes: int) -> Callable[[], None]:
-        """The call that reads so many bytes.
+        """The call that reads `num_bytes` in this turn.
 
-        Turns follow one another through the buffer, and begin again at its end.
+        Turns read consecutive ranges of the buffer, and wrap around at its end.
         """
         size = self.buffer.numel() * self.buffer.itemsize
         if self.whole:

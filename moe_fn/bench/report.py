@@ -1,4 +1,4 @@
-"""Tables and JSON of the results."""
+"""Benchmark reports: Markdown tables and JSON."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moe_fn.bench.results import Cell, Result, result_as_json
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """How a device's times are written: digits of a millisecond, and whether TFLOP/s are."""
+    """Format of a device's times: digits of a millisecond, and whether TFLOP/s are shown."""
 
     digits: int
     tflops: bool
@@ -23,7 +23,7 @@ STYLES = {"cpu": Style(digits=3, tflops=False), "cuda": Style(digits=4, tflops=T
 
 
 def title(result: Result) -> str:
-    """The result's combination, in words."""
+    """A title for the result's combination."""
     done = result.combination
     what = "forward and backward" if done.backward else "forward"
     where = f"{done.threads} thread{'s' if done.threads > 1 else ''}" if done.device == "cpu" else done.device
@@ -32,7 +32,7 @@ def title(result: Result) -> str:
 
 
 def gemm_rate(result: Result, results: tuple[Result, ...]) -> float:
-    """GFLOP/s: the best that any of the result's probes saw in this run, for the result's dtype, device and threads."""
+    """GFLOP/s: the largest rate of the result's probes over all results with the same dtype, device and threads."""
     same = (result.combination.dtype, result.combination.device, result.combination.threads)
     alike = [
         other
@@ -46,10 +46,9 @@ def gemm_rate(result: Result, results: tuple[Result, ...]) -> float:
 
 
 def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, Any]:
-    """The cell's floor in ms, our time's share of it, TFLOP/s, and other times over ours; None where there is none.
+    """The cell's floor in ms, its share of our time, TFLOP/s, and ratios of other times to ours; None where missing.
 
-    best_other_over_ours: of the best other contestant; unquantized_over_ours: our own with the floats that codes stand
-    for.
+    best_other_over_ours: time of the best other contestant; unquantized_over_ours: our own time with decoded weights.
     """
     floor = floor_ms(cell.read_ms, cell.flops, rate)
     times = {name: outcome.median_ms for name, outcome in cell.outcomes.items() if outcome.median_ms is not None}
@@ -67,7 +66,7 @@ def summary(cell: Cell, rate: float, rows: tuple[Contestant, ...]) -> dict[str, 
 
 
 def geomean(values: list[float | None]) -> float | None:
-    """The geometric mean of those that are there.
+    """The geometric mean of the values that are not None.
 
     >>> geomean([1.0, None, 4.0])
     2.0
@@ -77,7 +76,7 @@ def geomean(values: list[float | None]) -> float | None:
 
 
 def markdown(results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: dict[str, str]) -> str:
-    """A table for each result, geometric means, and who did not take part and why."""
+    """A table for each result, geometric means, and absent contestants with reasons."""
     blocks = [_table(result, gemm_rate(result, results), rows) for result in results]
     summaries = [summary(cell, gemm_rate(result, results), rows) for result in results for cell in result.cells]
     if len(results) > 1:
@@ -98,7 +97,7 @@ def as_json(
     about: dict[str, Any],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything, as plain values."""
+    """Results, machine and options as plain values."""
     values = []
     for result in results:
         rate = gemm_rate(result, results)
@@ -114,7 +113,7 @@ def _table(result: Result, rate: float, rows: tuple[Contestant, ...]) -> str:
     left_out = "\n".join(f"- {tokens} tokens are left out: {reason}" for tokens, reason in result.left_out.items())
     if result.failure is not None or not result.cells:
         return f"### {title(result)}\n\n{result.failure or left_out}"
-    rows = tuple(row for row in rows if row.name in result.cells[0].outcomes)  # the others were not asked
+    rows = tuple(row for row in rows if row.name in result.cells[0].outcomes)  # others do not take part
     style = STYLES[result.combination.device.split(":")[0]]
     mine = next((row.name for row in rows if row.ours), "ours")
     speed = ["TFLOP/s"] if style.tflops else []
@@ -140,7 +139,7 @@ def _table(result: Result, rate: float, rows: tuple[Contestant, ...]) -> str:
 
 
 def _overview(results: tuple[Result, ...], rows: tuple[Contestant, ...]) -> str:
-    """One line for each way to quantize."""
+    """A table with one line for each model, dtype and quantization."""
     tokens = sorted({cell.tokens for result in results for cell in result.cells})
     lines = [["model", "x", "quant", *(f"T={count}" for count in tokens)], ["--"] * (3 + len(tokens))]
     for result in results:
@@ -169,7 +168,7 @@ def _measured(result: Result, rate: float) -> str:
 
 
 def _memory(result: Result, rows: tuple[Contestant, ...]) -> str:
-    """What a training step keeps for its gradients and takes at most, in MB, where it was counted."""
+    """A table of activation memory in MB, kept and peak, where it was counted."""
     done = result.combination
     named = [row.name for row in rows if any(cell.outcomes[row.name].memory is not None for cell in result.cells)]
     if not named:
@@ -200,7 +199,7 @@ def _entry(cell: Cell, row: Contestant, style: Style) -> str:
 
 
 def _notes(result: Result) -> str:
-    """Why a contestant has no time, or not that of a graph, each reason once with the tokens that it holds for."""
+    """Reasons for missing times and for times without a graph, each once with its numbers of tokens."""
     tokens: dict[tuple[str, str, str], list[int]] = {}
     for cell in result.cells:
         for name, outcome in cell.outcomes.items():

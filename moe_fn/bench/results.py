@@ -1,4 +1,4 @@
-"""What is to be timed, and what came of it."""
+"""Records of the benchmark: combinations to time and their results."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from moe_fn.config import MoEConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """What one process times. seconds: for each number of tokens, all contestants together; quant: a name in QUANTS."""
+    """The settings of one process. seconds: per number of tokens, for all contestants; quant: a name in QUANTS."""
 
     model: Model
     dtype: str
@@ -28,17 +28,17 @@ class Combination:
 
     @property
     def config(self) -> MoEConfig:
-        """The model's, its experts quantized as asked for."""
+        """The model's config with quantized experts."""
         return quantized_config(self.model.config, QUANTS[self.quant])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a contestant at one number of tokens. Milliseconds if timed; error is relative, and of y or x's
-    gradient.
+    """The outcome of a contestant at one number of tokens, with milliseconds if timed.
 
-    how, why: the way it was timed, and why not as a graph, where that is the device's way; memory: of a training step,
-    where counted.
+    error     relative error of y or of x's gradient
+    how, why  how it was timed, and why not as a graph, on a device that uses graphs
+    memory    of a training step, where counted
     """
 
     status: Literal["timed", "wrong", "failed", "refused"]
@@ -56,10 +56,11 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One number of tokens. read_ms: median time to read bytes; both of the experts that the inputs visit,
-    distinct_experts on average.
+    """Results for one number of tokens.
 
-    launch_ms: the least that can be timed, a graph of one kernel of one value; None where that is nothing.
+    distinct_experts, bytes  of the experts in the inputs' routings, means over the inputs
+    read_ms                  median time to read these bytes
+    launch_ms                least measurable time, a graph of one kernel on one value; None where it is 0
     """
 
     tokens: int
@@ -73,10 +74,11 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A combination's cells. gemm_gflops: what each probe of the GEMM rate said, one number a cell; read_with: what
-    read memory.
+    """Results of a combination.
 
-    left_out: why there is no cell, by number of tokens.
+    gemm_gflops  rates of each probe, one value per cell
+    read_with    how memory was read
+    left_out     reasons for missing cells, by number of tokens
     """
 
     combination: Combination
@@ -89,7 +91,7 @@ class Result:
 
 
 def result_as_json(result: Result) -> dict[str, Any]:
-    """Plain values."""
+    """The result as plain values."""
     values: dict[str, Any] = dataclasses.asdict(result)
     combination: dict[str, Any] = values.pop("combination")
     model = result.combination.model

@@ -1,9 +1,9 @@
-"""python -m moe_fn.bench.sweep --model qwen3-30b-a3b: which tiles are fastest on this GPU, as rows for
+"""python -m moe_fn.bench.sweep --model qwen3-30b-a3b: finds the fastest tiles on this GPU, and prints rows for
 moe_fn.kernels.triton.tile_tables.
 
-For each kernel and number of tokens, the table's tile and its neighbours take turns, each with a cold L2; a neighbour
-replaces it where it is faster by more than MARGIN. Nothing is written: paste the rows, then compile them ahead of time,
-which tells spills and budgets.
+For each kernel and number of tokens, the table's tile and its neighbours are timed in turns with a cold L2 cache; a
+neighbour replaces the tile if it is faster by more than MARGIN. No file is written: paste the rows, then compile them
+ahead of time, which reports spills and budgets.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from moe_fn.config import as_activation
 from moe_fn.kernels.triton import tiles
 from moe_fn.kernels.triton.tile_tables import ARCHITECTURES, Tile
 
-MARGIN = 0.03  # what a tile must win to replace the table's: medians repeat to 1 or 2 %
-ACCUMULATORS = 128  # float32 of a thread at most: with more, nothing is left of 255 registers for the loads
+MARGIN = 0.03  # a tile must be faster by this to replace the table's: medians repeat within 1 to 2 %
+ACCUMULATORS = 128  # float32 values per thread at most: more leave too few of 255 registers for loads
 Launch = Callable[[Tile], Run]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Median milliseconds of each tile for one problem of a kind of kernel; chosen: what the tables say today."""
+    """Median milliseconds of each tile for one problem and kind of kernel; chosen: the tile in the tables."""
 
     kind: str
     rows_per_expert: float
@@ -42,9 +42,7 @@ class Measured:
 
 
 def candidates(kind: str, chosen: Tile, dtype_bytes: int, arch: str) -> tuple[Tile, ...]:
-    """The tile and those that differ from it in one or two fields, each halved or doubled, as far as they
-    can be good.
-    """
+    """The tile, and plausible ones that differ from it in one or two fields, each halved or doubled."""
     found = [chosen]
     for steps in itertools.product(*[(-1, 0, 1)] * 4, (-1, 0, 1, 2)):
         if 1 <= sum(step != 0 for step in steps) <= 2:
@@ -59,7 +57,7 @@ def _plausible(kind: str, tile: Tile, dtype_bytes: int, arch: str) -> bool:
         return False
     if kind.startswith("decode"):
         bytes_under_way = tile.rows * tile.columns * tile.inner * dtype_bytes * tile.stages
-        sensible = tile.rows == 1 if "up" in kind else tile.rows >= 1  # the up-projection has no use for rows
+        sensible = tile.rows == 1 if "up" in kind else tile.rows >= 1  # the up-projection uses one row
         return sensible and tile.columns >= 1 and tile.inner >= 16 and 4096 <= bytes_under_way <= 98304
     fits = tiles.shared_memory(tile, dtype_bytes, arch) <= ARCHITECTURES[arch].shared_memory
     small = tile.rows * tile.columns <= ACCUMULATORS * 32 * tile.warps
@@ -81,9 +79,7 @@ def best_tile(problems: Sequence[Measured]) -> Tile:
 
 
 def table_rows(measured: Iterable[Measured], arch: str, dtype_bytes: int) -> str:
-    """Rows of tile_tables for what was measured: neighbours with the same tile are one row, borders are geometric
-    means.
-    """
+    """Rows of tile_tables for the measurements; neighbours with one tile share a row, limits are geometric means."""
     lines = []
     of_kind: dict[str, dict[float, list[Measured]]] = {}
     for one in measured:
@@ -101,7 +97,7 @@ def table_rows(measured: Iterable[Measured], arch: str, dtype_bytes: int) -> str
 
 
 def launches(model: Model, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Tile, Launch]]:
-    """For each kind of kernel, its tile and what runs it with another one; random routing, all experts alike."""
+    """For each kind of kernel, its tile and a launch with a given tile; random routing, uniform over experts."""
     from moe_fn.kernels.triton.down_backward import down_backward
     from moe_fn.kernels.triton.metadata import sort_slots
     from moe_fn.kernels.triton.outer import grouped_outer
@@ -172,7 +168,7 @@ def _decode_launches(
 
 
 def _matrices(model: Model, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H], gate_up [E, H, N] and down [E, I, H], laid out as the model's weights are."""
+    """x [T, H], gate_up [E, H, N] and down [E, I, H], in the memory layout of the model's weights."""
     config = model.config
     experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
     columns = config.gate_up_size
@@ -188,7 +184,7 @@ def _matrices(model: Model, tokens: int, dtype: torch.dtype, device: torch.devic
 def measure(
     model: Model, tokens: int, dtype: torch.dtype, device: torch.device, timer: Timer, seconds: float
 ) -> list[Measured]:
-    """Every kind of kernel of the layer, with every candidate that compiles; seconds for each kind."""
+    """Times every kind of kernel of the layer with every candidate that compiles; `seconds` for each kind."""
     found = []
     for kind, (chosen, launch) in launches(model, tokens, dtype, device).items():
         runs: dict[str, Callable[[int], Run]] = {}
@@ -197,7 +193,7 @@ def measure(
             run = launch(tile)
             try:
                 run()
-            except Exception as error:  # what does not compile or fit is no candidate; the table's own tile has to
+            except Exception as error:  # candidates that do not compile or fit are skipped; the table's tile must run
                 if tile == chosen:
                     raise
                 print(f"{kind} {tile}: {type(error).__name__}", file=sys.stderr)
@@ -214,7 +210,7 @@ def measure(
 
 
 def report(one: Measured, model: Model, tokens: int) -> str:
-    """The three fastest tiles of a problem, and the table's."""
+    """A line with the three fastest tiles of a problem and the table's."""
     fastest = "; ".join(_timed(one, tile) for tile in sorted(one.times, key=lambda tile: one.times[tile])[:3])
     return f"{model.name} T={tokens} {one.kind}: {fastest}; in the table: {_timed(one, one.chosen)}"
 
@@ -224,7 +220,7 @@ def _timed(one: Measured, tile: Tile) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m moe_fn.bench.sweep", description=__doc__)
     parser.add_argument("--model", default="qwen3-30b-a3b", help="names as of moe_fn.bench, comma-separated")
     parser.add_argument("--shape", action="append", default=[], help="E,k,H,I; repeatable")

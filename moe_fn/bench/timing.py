@@ -1,4 +1,4 @@
-"""Turns, medians, and the clock of a device."""
+"""Timing of contestants in turns, percentiles, and the clock of a device."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +8,10 @@ import torch
 from moe_fn.bench.clock import Clock, Ready, Run, Timer
 
 TURNS = 5  # at least
-WARM_UP_SECONDS = 1.0  # at most, but for one call, for each contestant
+WARM_UP_SECONDS = 1.0  # limit per contestant, but at least one call
 
 
-# By type of device, in words.
+# How calls are timed, by type of device.
 METHODS = {
     "cpu": "the host's clock around a call",
     "cuda": "a CUDA graph for each input, replayed between two events on a stream that is busy until then; before each "
@@ -21,7 +21,7 @@ METHODS = {
 
 
 def clock_of_device(device: torch.device) -> Clock:
-    """The device's clock; a new one for each number of tokens."""
+    """A new clock of the device; one is made for each number of tokens."""
     if device.type == "cuda":
         from moe_fn.bench.timing_cuda import clock_on_cuda
 
@@ -32,10 +32,10 @@ def clock_of_device(device: torch.device) -> Clock:
 def take_turns(
     runs: Mapping[str, Callable[[int], Run]], timer: Timer, seconds: float, inputs: int
 ) -> dict[str, tuple[float, ...]]:
-    """Milliseconds of every turn by name. runs[name](turn) makes ready, untimed, what that turn calls.
+    """Milliseconds of every turn by name. runs[name](turn) returns, untimed, the call of that turn.
 
-    Everybody runs once a turn, for a shared machine is fast in one second and slow in the next; the order rotates, for
-    the one before leaves its traces in the cache. Until so many seconds are over, but at least TURNS turns.
+    Every contestant runs once per turn, since the speed of a shared machine changes from second to second; the order
+    rotates, since each contestant changes the cache for the next. Runs for `seconds`, and at least TURNS turns.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -52,7 +52,7 @@ def take_turns(
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that so many per cent of the values are not above, between two of them in proportion.
+    """A percentile of the values, with linear interpolation.
 
     >>> percentile([4.0, 1.0, 2.0], 50), percentile([0.0, 10.0], 90)
     (2.0, 9.0)
@@ -65,9 +65,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def _warm_up(run_of_turn: Callable[[int], Run], inputs: int) -> None:
-    """Every input once, as far as the time goes: some libraries lay an expert's weights out when it is
-    first visited.
-    """
+    """Runs every input once within WARM_UP_SECONDS: some libraries convert an expert's weights at its first use."""
     end = time.perf_counter() + WARM_UP_SECONDS
     for turn in range(inputs):
         run_of_turn(turn)()

@@ -1,9 +1,9 @@
-"""The clock of a GPU: replays of CUDA graphs between events, with nothing of the layer left in the L2 cache.
+"""Clock of a GPU: replays of CUDA graphs between events, with a cold L2 cache.
 
-Every input of a contestant is captured as a graph of its own, so the routing changes from turn to turn and no copy into
-static buffers is timed or waited for. A contestant that waits for the device (`.item()`, `nonzero`) cannot be captured:
-it is found by torch's sync debug mode before a capture is tried, because a capture that broke leaves the allocator in a
-worse state, and it is timed call by call, which is what its users pay.
+Every input of a contestant is captured as its own graph, so the routing changes from turn to turn without copies into
+static buffers. A contestant with host syncs (`.item()`, `nonzero`) cannot be captured: torch's sync debug mode detects
+it before a capture, because a failed capture leaves the allocator in a bad state, and it is timed call by call, as its
+users run it.
 """
 
 import functools
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from moe_fn.bench.clock import Clock, Ready, Run, Timer
 
-LEAST_FLUSH_BYTES = 2**28  # also what keeps the GPU busy while the host launches: 0.1 ms and more
+LEAST_FLUSH_BYTES = 2**28  # also keeps the GPU busy while the host launches: 0.1 ms and more
 
 
 def flush_bytes(cache_bytes: int) -> int:
-    """Size of the buffer that pushes everything else out of a cache of so many bytes.
+    """Size of a buffer that evicts everything else from a cache of `cache_bytes`.
 
     >>> flush_bytes(50 * 2**20) // 2**20, flush_bytes(126 * 2**20) // 2**20
     (256, 504)
@@ -28,20 +28,20 @@ def flush_bytes(cache_bytes: int) -> int:
 
 
 def clock_on_cuda(device: torch.device) -> Clock:
-    """The clock; its graphs share one pool of memory, which is safe because one replay ends before another begins."""
+    """The clock. Its graphs share one memory pool, which is safe because each replay ends before the next begins."""
     if device.index is not None:
         torch.cuda.set_device(device)
     gc.collect()
-    torch.cuda.empty_cache()  # what the graphs of the number of tokens before held
+    torch.cuda.empty_cache()  # memory of the graphs of the previous number of tokens
     pool, stream, one = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.zeros(1, device=device)
     _on_stream(stream, one.zero_)
-    launch, _ = _capture(pool, stream, one.zero_)  # kept by the clock: a pool without a graph would be given up
+    launch, _ = _capture(pool, stream, one.zero_)  # kept by the clock: a pool without a graph would be freed
     ready = functools.partial(_ready, pool, stream)
     return Clock(time=cold_timer(device), ready=ready, launch=launch)
 
 
 def cold_timer(device: torch.device) -> Timer:
-    """Milliseconds on the GPU of a call that finds nothing of its own in the L2 cache."""
+    """A timer of milliseconds on the GPU of a call with a cold L2 cache."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     return functools.partial(_time, torch.zeros(flush_bytes(cache) // 4, device=device))
 
@@ -49,7 +49,7 @@ def cold_timer(device: torch.device) -> Timer:
 def _time(buffer: Tensor, run: Run) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     buffer.zero_()
-    buffer.sum()  # a cache full of written lines would have to write them back while the contestant runs
+    buffer.sum()  # reads: dirty cache lines would be written back while the contestant runs
     start.record()
     run()
     end.record()
@@ -59,7 +59,7 @@ def _time(buffer: Tensor, run: Run) -> float:
 
 def _ready(pool: Any, stream: torch.cuda.Stream, runs: tuple[Run, ...]) -> Ready:
     for run in runs:
-        _on_stream(stream, run)  # as torch asks for before a capture; what tunes itself does it now
+        _on_stream(stream, run)  # warm-up that torch requires before a capture; autotuning runs now
     reason = _why_not_captured(stream, runs[0])
     if reason is None:
         try:
@@ -76,7 +76,7 @@ def _ready(pool: Any, stream: torch.cuda.Stream, runs: tuple[Run, ...]) -> Ready
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its advice.
+    """The first line of an error's message.
 
     >>> first_line(RuntimeError("CUDA error: operation not permitted when stream is capturing\\nCompile with ..."))
     'CUDA error: operation not permitted when stream is capturing'
@@ -85,7 +85,7 @@ def first_line(error: Exception) -> str:
 
 
 def _capture(pool: Any, stream: torch.cuda.Stream, run: Run) -> tuple[Run, Any]:
-    """(replay, what it writes); where the second is dropped, the next graph writes there too."""
+    """(replay, its outputs); if the outputs are dropped, the next graph reuses their memory."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         outputs = run()
@@ -93,7 +93,7 @@ def _capture(pool: Any, stream: torch.cuda.Stream, run: Run) -> tuple[Run, Any]:
 
 
 def _why_not_captured(stream: torch.cuda.Stream, run: Run) -> str | None:
-    """How the call waits for the device, or None."""
+    """The error of the call's host sync, or None."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -108,7 +108,7 @@ def _why_not_captured(stream: torch.cuda.Stream, run: Run) -> str | None:
 
 
 def _on_stream(stream: torch.cuda.Stream, run: Run) -> None:
-    """Calls it on the stream, after what was asked of the current one and before what comes."""
+    """Calls `run` on the stream, ordered after earlier and before later work on the current stream."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()

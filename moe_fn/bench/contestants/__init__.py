@@ -1,4 +1,4 @@
-"""Who can be timed: one row each. A contestant's own package is imported when it is built, never before."""
+"""Table of contestants: implementations to time. A contestant's package is imported only when it is built."""
 
 from moe_fn.bench.contestants.entry import Contestant
 from moe_fn.bench.contestants.ggml_kernels import GGML
@@ -20,7 +20,7 @@ CONTESTANTS: tuple[Contestant, ...] = (*OURS, *TRANSFORMERS, *TORCH_GROUPED, *ON
 
 
 def contestants_of_device(device: str, table: tuple[Contestant, ...] = CONTESTANTS) -> tuple[Contestant, ...]:
-    """The rows that are offered there.
+    """The rows for a device.
 
     >>> [row.name for row in contestants_of_device("cuda:0") if row.ours]
     ['moe_fn', 'moe_fn eager', 'moe_fn invariant', 'moe_fn torch', 'moe_fn unquantized']

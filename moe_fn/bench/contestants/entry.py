@@ -1,4 +1,4 @@
-"""What a row of the table of contestants is, and what several rows need."""
+"""Record of a contestant, and helpers that several contestants use."""
 
 import importlib.metadata
 import importlib.util
@@ -15,14 +15,15 @@ from moe_fn.config.activation import PRESETS
 from moe_fn.records import MoEWeights, leaves_of_weights
 
 Run = Callable[[], Tensor]
-UNQUANTIZED = "moe_fn unquantized"  # our own time with the floats that codes stand for
+UNQUANTIZED = "moe_fn unquantized"  # moe_fn with decoded weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A contestant that has its weights. bind makes an input ready, untimed; calling what it returns gives y [T, H].
+    """A contestant with its weights.
 
-    leaves: the tensors to differentiate, beside x.
+    bind    prepares an input, untimed, and returns the call that computes y [T, H]
+    leaves  the tensors to differentiate, besides x
     """
 
     bind: Callable[[TokenInput], Run]
@@ -33,13 +34,13 @@ class Layer:
 class Contestant:
     """One row.
 
-    installed  why it cannot run here at all, or None
-    refuses    why it cannot do this problem with so many tokens, or None
-    devices    where it is offered
-    build      the layer; what it raises is reported, and the others go on
-    takes      whether it takes part where experts are floats, where they are codes, or in both
-    copies     how many more times the weights it holds in memory, and copies_of_floats, how many times what codes stand
-               for
+    installed  the reason why it cannot run on this machine, or None
+    refuses    the reason why it cannot compute this problem with this number of tokens, or None
+    devices    device types that it supports
+    build      makes the layer; errors are reported, and the other contestants go on
+    takes      whether it takes part with float experts, with quantized ones, or with both
+    copies     the number of extra copies of the weights in memory
+    copies_of_floats  the number of copies of decoded weights
     """
 
     name: str
@@ -54,23 +55,23 @@ class Contestant:
 
 
 def takes_part(row: Contestant, quant: QuantConfig | None) -> bool:
-    """Whether it is asked at all, for experts quantized so."""
+    """Whether the contestant takes part with this quantization of experts."""
     return row.takes in ("both", "floats" if quant is None else "codes")
 
 
 def always_installed() -> str | None:
-    """For what needs nothing but torch."""
+    """`installed` of contestants that only need torch."""
     return None
 
 
 def missing(*modules: str) -> str | None:
-    """Which of these packages cannot be found, as a reason."""
+    """A reason with the packages that cannot be found, or None."""
     absent = [name for name in modules if not _is_there(name)]
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
 def _is_there(module: str) -> bool:
-    """Whether it could be imported; of a dotted name the packages before the dot are."""
+    """Whether a module can be found; imports the parent packages of a dotted name."""
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:
@@ -86,18 +87,18 @@ def version_of(distribution: str) -> str | None:
 
 
 def activation_name(config: MoEConfig) -> str | None:
-    """The published name of the config's activation, or None if it has none."""
+    """The preset name of the config's activation, or None."""
     activation = as_activation(config.activation)
     return next((name for name, preset in PRESETS.items() if preset == activation), None)
 
 
 def refuses_weight_on_input(problem: Problem) -> str | None:
-    """For those who weigh what experts give, not what they get."""
+    """Reason of contestants that weight the experts' outputs, not inputs; None if it does not apply."""
     return "weighs the experts' output only" if problem.config.router.weight_on == "input" else None
 
 
 def only_on_cpu_forward(problem: Problem) -> str | None:
-    """For ops of a CPU library without gradients."""
+    """Reason of CPU libraries without gradients; None if it does not apply."""
     if problem.device.type != "cpu":
         return f"runs on cpu, not {problem.device.type}"
     return "has no gradients" if problem.backward else None
@@ -113,7 +114,7 @@ def trained_leaves(weights: MoEWeights, with_router: bool) -> tuple[Tensor, ...]
 
 
 def out_in(config: MoEConfig, weight: Tensor) -> Tensor:
-    """The weight as [E, out, in], contiguous; the same tensor if it is so already."""
+    """The weight as contiguous [E, out, in]; the same tensor if it has that layout already."""
     return weight.transpose(1, 2).contiguous() if config.weight_layout == "in_out" else weight
 
 
@@ -133,7 +134,7 @@ def packed(rows: Tensor) -> Tensor:
 
 
 def rows_as_wanted(problem: Problem, rows: Tensor) -> Tensor:
-    """gate_up [E, 2 I, ...] as these libraries want it: gates, then ups; for swigluoai alternating."""
+    """gate_up [E, 2 I, ...] in the layout of these libraries: gates, then ups; interleaved for swigluoai."""
     wanted = "interleaved" if activation_name(problem.config) == "swigluoai" else "packed"
     if wanted == problem.config.gate_up_layout:
         return rows

@@ -1,13 +1,13 @@
-"""ggml (llama.cpp): MUL_MAT_ID, swiglu, MUL_MAT_ID, weighted sum, the graph that llama.cpp builds for experts.
+"""Contestant ggml (llama.cpp): MUL_MAT_ID, swiglu, MUL_MAT_ID, weighted sum, as in llama.cpp's graph of experts.
 
-Its library is that of ggml-py or llama-cpp-python; both are built when they are installed. Codes are the same, in
-ggml's blocks of 32:
+The library is that of ggml-py or llama-cpp-python, which compile it on installation. The codes are those of the
+problem, in ggml's blocks of 32:
 
     q4_0   float16 scale, 16 bytes: byte i has input i in its low half and input i + 16 in its high half, zero 8
     q8_0   float16 scale, 32 bytes
     mxfp4  e8m0 scale, 16 bytes as in q4_0, e2m1
 
-It rounds the inputs of both products to int8 in groups of 32, whoever asks. Its other floats are float32.
+It always rounds the inputs of both products to int8 in groups of 32. Its other floats are float32.
 """
 
 import functools
@@ -33,7 +33,7 @@ from moe_fn.quant.numbers import pack_halves, unpack_halves
 
 _BLOCK = 32
 _F32, _I32 = 0, 26  # enum ggml_type
-# (scheme, granularity, group size) -> ggml's type, and whether llama.cpp lays it out anew on x86
+# (scheme, granularity, group size) -> ggml's type, and whether llama.cpp repacks it on x86
 _TYPES = {
     ("int4", "group", _BLOCK): (2, True),
     ("int8", "channel", None): (8, False),
@@ -61,7 +61,7 @@ def blocks_of(quant: QuantConfig, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _blocks(problem: Problem, quant: QuantConfig, name: str) -> Tensor:
-    """Of all experts, made one at a time."""
+    """The blocks of all experts, made one expert at a time."""
     stored, made = codes_of(problem.weights, name), []
     for codes, scale in zip(stored.codes, stored.scale, strict=True):
         if name == "gate_up" and problem.config.gate_up_layout == "interleaved":
@@ -121,7 +121,7 @@ def _build(problem: Problem) -> Layer:
 def _graph(
     lib: Library, backend: int, problem: Problem, gate_up: int, down: int, tokens: int
 ) -> tuple[int, dict[str, int]]:
-    """What computes y for so many tokens; the tensors to fill, and y's. Dims are ggml's, the innermost first."""
+    """The graph of y for this number of tokens, and its input tensors and y. Dims are ggml's, innermost first."""
     config, top_k = problem.config, problem.config.top_k
     context = lib.context()
     call = functools.partial(lib.call_in, context)
@@ -154,13 +154,13 @@ def _graph(
 def _refuses(problem: Problem, tokens: int) -> str | None:
     config, quant = problem.config, problem.config.quant
     if quant is None or _type(quant) is None:
-        return "has none of these codes with these scales, of those that it has here: q4_0, q8_0, mxfp4"
+        return "supports q4_0, q8_0 and mxfp4 here, not these codes and scales"
     if problem.dtype != torch.bfloat16 and quant.activations is None:
-        return f"rounds inputs to int8, too coarse beside {problem.dtype}"
+        return f"rounds inputs to int8, which is too coarse for {problem.dtype}"
     if quant.activations is not None and quant.activations.scheme != "int8":
         return "rounds inputs to int8"
     if activation_name(config) != "silu" or problem.weights.gate_up_bias is not None:
-        return "is written here for gated silu without biases"
+        return "supports gated silu without biases here"
     if config.hidden_size % _BLOCK or config.intermediate_size % _BLOCK:
         return f"its blocks are {_BLOCK} inputs"
     return only_on_cpu_forward(problem) or refuses_weight_on_input(problem) or refuses_router(problem)

@@ -1,4 +1,4 @@
-"""ggml's shared library, called through ctypes: of its C interface what a graph of experts takes."""
+"""ctypes bindings of ggml's shared library: the functions for a graph of experts."""
 
 import ctypes
 import importlib.util
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 _POINTER, _INT, _LONG, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
-_PARTS = ("ggml-base", "ggml-cpu", "ggml")  # in the order in which they need each other
+_PARTS = ("ggml-base", "ggml-cpu", "ggml")  # in the order of their dependencies
 _PACKAGES = ("ggml", "llama_cpp")
-_CONTEXT_BYTES = 2**22  # of the descriptions of a graph's tensors, which lie elsewhere
+_CONTEXT_BYTES = 2**22  # for descriptions of a graph's tensors, without their data
 
-# What a function returns, and what it gets.
+# Return type and argument types of each function.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_new_tensor_2d": (_POINTER, (_POINTER, _INT, _LONG, _LONG)),
     "ggml_new_tensor_3d": (_POINTER, (_POINTER, _INT, _LONG, _LONG, _LONG)),
@@ -47,27 +47,25 @@ class _InitParams(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """Its functions by name."""
+    """The library's functions by name."""
 
     functions: dict[str, Callable[..., Any]]
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """What the function says; pointers are integers."""
+        """Calls a function; pointers are integers."""
         return self.functions[name](*arguments)
 
     def call_in(self, context: int, name: str, *arguments: Any) -> Any:
-        """The same, of a function whose first argument is a context."""
+        """Calls a function whose first argument is a context."""
         return self.call(name, context, *arguments)
 
     def context(self) -> int:
-        """A new place for descriptions of tensors."""
+        """A new context for descriptions of tensors."""
         found: int = self.call("ggml_init", _InitParams(_CONTEXT_BYTES, None, True))
         return found
 
     def repacking(self, backend: int) -> int:
-        """The memory that lays weights out for this CPU when they are written, as llama.cpp prefers it; the plain kind
-        without one.
-        """
+        """The buffer type that repacks weights for this CPU on writing, as in llama.cpp; else the default one."""
         device = self.call("ggml_backend_get_device", backend)
         of_name = self.call(
             "ggml_backend_reg_get_proc_address", self.call("ggml_backend_dev_backend_reg", device), _EXTRA
@@ -84,11 +82,11 @@ class Library:
 
 _EXTRA = b"ggml_backend_dev_get_extra_bufts"
 _LOG = ctypes.CFUNCTYPE(None, _INT, ctypes.c_char_p, _POINTER)
-_silent = _LOG(lambda level, text, context: None)  # lives as long as the library, which keeps its address
+_silent = _LOG(lambda level, text, context: None)  # module level, since the library keeps its address
 
 
 def found_library() -> Path | None:
-    """The folder that has it."""
+    """The folder of ggml's library, or None."""
     for package in _PACKAGES:
         spec = importlib.util.find_spec(package)
         for place in (spec.submodule_search_locations or ()) if spec is not None else ():

@@ -1,6 +1,6 @@
-"""Liger-Kernel's fused MoE: SonicMoE's algorithm in plain Triton, and the nearest relative of ours.
+"""Contestant Liger-Kernel, fused MoE: SonicMoE's algorithm in Triton, the implementation most similar to moe_fn's.
 
-Releases read the number of tiles on the host (`.item()`), so they cannot be captured and are timed call by call.
+Its releases read the number of tiles on the host (`.item()`), so it cannot be captured and is timed call by call.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What the libraries for GPUs have in common: they take x, ids and weights of the experts, and compute y."""
+"""Helpers for GPU libraries that compute y from x, expert ids and routing weights."""
 
 import functools
 from collections.abc import Callable
@@ -17,9 +17,7 @@ Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, H], ids [T, k], we
 def layer_of_experts(
     problem: Problem, experts: Experts, ids_dtype: torch.dtype, leaves: tuple[Tensor, ...] = ()
 ) -> Layer:
-    """The layer, with the router in front of it if that is part of the problem; the ids come in the dtype that the
-    library wants.
-    """
+    """The layer of a library, with a router before it if that is part of the problem; ids have dtype `ids_dtype`."""
 
     def whole(token_input: TokenInput) -> Tensor:
         routing = routing_of(problem, token_input)
@@ -35,7 +33,7 @@ def layer_of_experts(
 
 
 def refuses_of_library(problem: Problem, activations: tuple[str, ...], biases: bool, gradients: bool) -> str | None:
-    """What a library cannot do: other activations, biases, gradients, another router than softmax in front of it."""
+    """The reason why a library cannot compute a problem (activation, biases, gradients, router), or None."""
     if activation_name(problem.config) not in activations:
         return f"has {' and '.join(activations)}, not {problem.config.activation}"
     if not biases and (problem.weights.gate_up_bias is not None or problem.weights.down_bias is not None):
@@ -43,5 +41,5 @@ def refuses_of_library(problem: Problem, activations: tuple[str, ...], biases: b
     if problem.backward and not gradients:
         return "has no gradients"
     if problem.backward and problem.part == "layer":
-        return "is timed here with given ids and weights only, where gradients are"
+        return "is timed with gradients only for given ids and weights"
     return refuses_weight_on_input(problem) or refuses_router(problem)

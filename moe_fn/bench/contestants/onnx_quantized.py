@@ -1,12 +1,12 @@
-"""What ONNX Runtime's op com.microsoft.QMoE gets, as its schema documents it; its CPU kernel takes integers alone
-(1.31).
+"""Arguments of ONNX Runtime's op com.microsoft.QMoE, by its schema; its CPU kernel supports integer codes only (1.31).
 
-    gate_up [E, 2 I, H * bits / 8], down [E, H, I * bits / 8] uint8: codes with zero 2^(bits - 1), of 4 bits the even
-    input in the low half scales [E, out], with block_size (inputs that share one) [E, out, in / block_size]
+    gate_up  [E, 2 I, H * bits / 8] uint8, down [E, H, I * bits / 8] uint8: codes with zero 2^(bits - 1); of two 4-bit
+             codes in a byte, the even input is in the low half
+    scales   [E, out]; with block_size, the number of inputs that share a scale, [E, out, in / block_size]
 
-The floats are exact where inputs are: answers are 5e-7 from the reference in float32. accuracy_level=4 allows int8
-inputs, rounded in groups of block_size. Scales of whole columns are for floats at every level, groups of 8-bit codes
-for int8 inputs.
+With unrounded inputs the results are exact: 5e-7 from the reference in float32. accuracy_level=4 allows int8 inputs,
+rounded in groups of block_size. With scales of whole columns inputs are never rounded, with groups of 8-bit codes they
+always are.
 """
 
 import torch
@@ -30,7 +30,7 @@ def codes_and_scales(quant: QuantConfig, weights: MoEWeights) -> dict[str, Tenso
 
 
 def attributes_of_quant(quant: QuantConfig) -> dict[str, object]:
-    """The op's attributes beside those of MoE."""
+    """The op's attributes in addition to those of MoE."""
     found: dict[str, object] = {
         "expert_weight_bits": quant.row.bits,
         "accuracy_level": 0 if quant.activations is None else 4,
@@ -39,7 +39,7 @@ def attributes_of_quant(quant: QuantConfig) -> dict[str, object]:
 
 
 def refuses_quant(config: MoEConfig) -> str | None:
-    """Why the op does not take experts quantized so, or None."""
+    """The reason why the op does not support this quantization, or None."""
     quant = config.quant
     if (
         quant is None

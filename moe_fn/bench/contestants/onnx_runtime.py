@@ -1,9 +1,7 @@
-"""ONNX Runtime: its contrib op com.microsoft.MoE in a model of that one node (with the gate's product before it for the
-layer).
+"""Contestant ONNX Runtime: a model with its contrib op com.microsoft.MoE (and, for the layer, the gate's product).
 
-QMoE where experts are quantized. It has no bfloat16: there it gets float32, and what turns x into that is not timed. It
-takes any routing, as a row of weights for each token; without that it weighs by what sums to one, whatever
-normalize_routing_weights says.
+QMoE where experts are quantized. There is no bfloat16: x is converted to float32, untimed. QMoE takes any routing, as a
+row of weights for each token; without one its weights always sum to one, whatever normalize_routing_weights is.
 """
 
 import functools
@@ -29,8 +27,8 @@ from moe_fn.bench.contestants.routers import is_softmax, renormalizes
 from moe_fn.bench.problem import Problem, TokenInput
 from moe_fn.records import RouterWeights
 
-# The op's attributes. Its swiglu is gate * sigmoid(alpha * gate) * (up + beta), rows interleaved (swiglu_fusion=1);
-# its gelu is another than torch's (1e-4 apart), so it is left out.
+# The op's attributes. Its swiglu is gate * sigmoid(alpha * gate) * (up + beta), rows interleaved (swiglu_fusion=1); its
+# gelu differs from torch's by 1e-4, so it is not used.
 _ATTRIBUTES: dict[str, dict[str, object]] = {
     "silu": {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0},
     "swigluoai": {
@@ -104,25 +102,25 @@ def _model(problem: Problem, weights: dict[str, Tensor]) -> Any:
 
 
 def _routing_inputs(problem: Problem) -> tuple[str, ...]:
-    """Inputs [T, E] of the graph beside x."""
+    """Names of the graph's inputs [T, E], besides x."""
     if problem.part == "layer":
         return ()
     return ("logits",) if problem.config.quant is None else ("logits", "routing_weights")
 
 
 def _feeds(problem: Problem, token_input: TokenInput) -> dict[str, Tensor]:
-    """Values of the inputs. Where the op takes weights, the logits say who was chosen, and no more."""
+    """Values of the inputs. Where the op takes routing weights, the logits are 1 for chosen experts, else 0."""
     values, routing = {"x": token_input.x, "logits": token_input.logits}, token_input.routing
     if problem.config.quant is not None and problem.part == "experts":
-        nobody = torch.zeros(token_input.logits.shape)
-        values["logits"] = nobody.scatter(1, routing.expert_ids, 1.0)
-        values["routing_weights"] = nobody.scatter(1, routing.expert_ids, routing.weights.float())
+        zeros = torch.zeros(token_input.logits.shape)
+        values["logits"] = zeros.scatter(1, routing.expert_ids, 1.0)
+        values["routing_weights"] = zeros.scatter(1, routing.expert_ids, routing.weights.float())
     names = ("x", *_routing_inputs(problem))
     return {name: values[name].to(_dtype(problem)) for name in names}
 
 
 def _outside(onnx: Any, name: str, tensor: Tensor) -> Any:
-    """An initializer whose values are handed over when the session is made: a model file holds 2 GB at most."""
+    """An initializer whose values are passed when the session is made: a model file is limited to 2 GB."""
     dtype = getattr(onnx.TensorProto, _DTYPES[tensor.dtype])
     proto = onnx.TensorProto(name=name, data_type=dtype, dims=tensor.shape, data_location=onnx.TensorProto.EXTERNAL)
     location = proto.external_data.add()
@@ -135,7 +133,7 @@ def _build(problem: Problem) -> Layer:
     weights = _weights(problem)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = problem.threads
-    # Its threads would go on spinning while the next contestant is timed.
+    # Otherwise its threads keep spinning while the next contestant is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     values = [runtime.OrtValue.ortvalue_from_numpy(tensor.numpy()) for tensor in weights.values()]
     options.add_external_initializers(list(weights), values)
@@ -162,7 +160,7 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
     if not takes_weights and not is_softmax(config.router):
         return "its MoE op routes by softmax and top-k only"
     if not takes_weights and config.quant is not None and not renormalizes(config.router):
-        return "its QMoE op weighs by what sums to one"
+        return "the weights of its QMoE op always sum to one"
     if activation_name(config) not in _ATTRIBUTES:
         return f"its MoE op does not have this activation, {config.activation}"
     return only_on_cpu_forward(problem) or refuses_weight_on_input(problem)

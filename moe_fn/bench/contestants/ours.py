@@ -1,7 +1,6 @@
-"""moe_fn itself, compiled and eager, with weights as they are and laid out for its kernels, batch-invariant, and its
-plain torch back-end.
+"""Contestants of moe_fn: compiled and eager, with plain and prepared weights, batch-invariant, and the torch back-end.
 
-Where experts are quantized: with the codes, and with the floats that they stand for.
+With quantized experts: with the codes, and with the decoded weights.
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ def _build(problem: Problem, compiled: bool, prepared: bool, changes: Mapping[st
 
 
 def floats_of(problem: Problem) -> tuple[MoEConfig, MoEWeights]:
-    """What the codes stand for, made one expert at a time, as `problem` makes them."""
+    """The config and weights with decoded experts, decoded one at a time, as `problem` encodes them."""
     config, weights = problem.config, problem.weights
     hidden, inner, outputs = config.hidden_size, config.intermediate_size, weights.gate_up.shape[1]
     gate_up = torch.empty((config.num_experts, outputs, hidden), dtype=problem.dtype, device=problem.device)
@@ -52,7 +51,7 @@ def floats_of(problem: Problem) -> tuple[MoEConfig, MoEWeights]:
 
 
 def _refuses(problem: Problem, tokens: int, plain: bool) -> str | None:
-    return None if not plain or not problem.backward else "is moe_fn: gradients go to the weights as they are"
+    return None if not plain or not problem.backward else "is moe_fn: gradients are of plain weights"
 
 
 def _row(
@@ -78,7 +77,7 @@ def _row(
 
 OURS: tuple[Contestant, ...] = (
     _row("moe_fn", compiled=True, devices=("cpu", "cuda")),
-    # the kernels of a GPU read weights as they are
+    # kernels for GPUs read plain weights
     _row("moe_fn plain", compiled=True, devices=("cpu",), prepared=False),
     _row("moe_fn eager", compiled=False, devices=("cpu", "cuda")),
     _row("moe_fn invariant", compiled=True, devices=("cpu", "cuda"), changes={"batch_invariant": True}),

@@ -1,11 +1,11 @@
-"""What one writes with torch alone where experts are quantized: an expert at a time, with the products that torchao
-calls on a CPU.
+"""Contestant written in plain torch for quantized experts: a loop over experts with the products that torchao uses on a
+CPU.
 
     int8, a scale for each output:  torch._weight_int8pack_mm(x, codes [out, in], scales [out])
     int4 groups:                    torch._weight_int4pack_mm_for_cpu(x, packed codes, group size, scales and zeros
                                     [groups, out, 2])
 
-Scales are in the dtype of x; a number is (code - 8) * scale + zero in the second.
+Scales are in the dtype of x; in the second, a weight is (code - 8) * scale + zero.
 """
 
 import functools
@@ -30,11 +30,11 @@ from moe_fn.quant.numbers import unpack_halves
 
 Product = Callable[[Tensor], Tensor]
 _GROUPS = (32, 64, 128, 256)
-_OUTPUTS = 16  # that the int4 product wants a multiple of
+_OUTPUTS = 16  # sizes must be multiples of it for the int4 product
 
 
 def _products(problem: Problem, name: str) -> list[Product]:
-    """The product of each expert with its gate_up, or down."""
+    """The product of each expert with its gate_up or down."""
     stored = codes_of(problem.weights, name)
     scale = stored.scale.to(problem.dtype)
     experts = range(problem.config.num_experts)
@@ -46,10 +46,10 @@ def _products(problem: Problem, name: str) -> list[Product]:
             for expert in experts
         ]
     int4 = torch._weight_int4pack_mm_for_cpu
-    beside = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(1, 2).contiguous()
+    scales_and_zeros = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(1, 2).contiguous()
     pack = torch._convert_weight_to_int4pack_for_cpu
     packed = [pack(unpack_halves(stored.codes[expert]).to(torch.int32), 1) for expert in experts]
-    return [functools.partial(_called, int4, (packed[expert], size, beside[expert])) for expert in experts]
+    return [functools.partial(_called, int4, (packed[expert], size, scales_and_zeros[expert])) for expert in experts]
 
 
 def _called(function: Callable[..., Tensor], rest: tuple[object, ...], rows: Tensor) -> Tensor:
@@ -88,15 +88,15 @@ def _build(problem: Problem) -> Layer:
 def _refuses(problem: Problem, tokens: int) -> str | None:
     config, weights, quant = problem.config, problem.weights, problem.config.quant
     if activation_name(config) != "silu" or config.gate_up_layout != "packed" or weights.gate_up_bias is not None:
-        return "is written here for packed gated silu without biases"
+        return "supports packed gated silu without biases here"
     if quant is None or quant.activations is not None or quant.zero_points:
-        return "torch's products take inputs as they are"
+        return "torch's products do not round inputs and have no zero points"
     groups = quant.scheme == "int4" and quant.group_size in _GROUPS
     if not groups and (quant.scheme, quant.granularity) != ("int8", "channel"):
         return "torch has products of int8 with a scale for each output, and of int4 in groups"
     sizes = (config.hidden_size, config.intermediate_size)
     if groups and any(size % (quant.group_size or 1) or size % _OUTPUTS for size in sizes):
-        return f"torch's product wants sizes divisible by {quant.group_size}"
+        return f"torch's product needs sizes divisible by {quant.group_size}"
     return only_on_cpu_forward(problem) or refuses_weight_on_input(problem) or refuses_router(problem)
 
 

@@ -1,4 +1,4 @@
-"""The router that a user writes in front of a library's experts."""
+"""Router in plain torch for libraries that only compute experts."""
 
 import dataclasses
 
@@ -13,24 +13,24 @@ _SOFTMAX = RouterConfig()
 
 
 def refuses_router(problem: Problem) -> str | None:
-    """The reason if the router is part of the problem, and is another one than softmax and top-k."""
+    """The reason if the router is part of the problem and is not softmax and top-k; else None."""
     if problem.part == "experts" or is_softmax(problem.config.router):
         return None
     return "its router here is softmax and top-k only"
 
 
 def is_softmax(router: RouterConfig) -> bool:
-    """Softmax and top-k in either order, renormalised or not."""
+    """Whether the router is softmax and top-k in either order, renormalized or not."""
     return dataclasses.replace(router, renormalize=True, scoring_order="before_top_k", gate_dtype="float32") == _SOFTMAX
 
 
 def renormalizes(router: RouterConfig) -> bool:
-    """Whether the chosen weights sum to one; a softmax over the chosen logits is that too."""
+    """Whether the chosen weights sum to one, as they also do with a softmax over the chosen logits."""
     return router.renormalize or router.scoring_order == "after_top_k"
 
 
 def route_by_softmax(problem: Problem, x: Tensor) -> Routing:
-    """x [T, H] -> softmax, top-k."""
+    """The routing of x [T, H] by softmax and top-k."""
     router = problem.weights.router or RouterWeights()
     if router.gate is None:
         raise ValueError("problem.weights.router.gate is None; expected the gate of the layer")
@@ -42,5 +42,5 @@ def route_by_softmax(problem: Problem, x: Tensor) -> Routing:
 
 
 def routing_of(problem: Problem, token_input: TokenInput) -> Routing:
-    """The routing that was given, or the router's."""
+    """The given routing, or with part "layer" the router's."""
     return route_by_softmax(problem, token_input.x) if problem.part == "layer" else token_input.routing

@@ -1,4 +1,4 @@
-"""ScatterMoE's two products over sorted slots, put together as its own GLUMLP does (github.com/shawntan/scattermoe)."""
+"""Contestant ScatterMoE: its two products over sorted slots, as in its GLUMLP (github.com/shawntan/scattermoe)."""
 
 import importlib
 
@@ -28,7 +28,7 @@ def _build(problem: Problem) -> Layer:
 
 def _refuses(problem: Problem, tokens: int) -> str | None:
     if problem.config.gate_up_layout != "packed":
-        return "is written here for gates first, then ups"
+        return "supports packed gate_up here (gates, then ups)"
     return refuses_of_library(problem, ("silu",), biases=False, gradients=True)
 
 

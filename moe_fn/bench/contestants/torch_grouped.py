@@ -1,4 +1,4 @@
-"""What one writes with torch alone: sort, grouped_mm, silu(gate) * up, grouped_mm, weighted sum."""
+"""Contestant written in plain torch: sort, grouped_mm, silu(gate) * up, grouped_mm, weighted sum."""
 
 import functools
 
@@ -17,7 +17,7 @@ from moe_fn.bench.contestants.entry import (
 from moe_fn.bench.contestants.routers import refuses_router, route_by_softmax
 from moe_fn.bench.problem import Problem, TokenInput
 
-# On a GPU this tries Triton's grouped products beside CUTLASS's; the graphs are the clock's.
+# On a GPU this mode tries Triton's grouped products besides CUTLASS's; CUDA graphs are made by the clock.
 COMPILE_MODES = {"cpu": None, "cuda": "max-autotune-no-cudagraphs"}
 
 
@@ -59,9 +59,9 @@ def _build(problem: Problem, compiled: bool) -> Layer:
 def _refuses(problem: Problem, tokens: int, compiled: bool) -> str | None:
     config, weights = problem.config, problem.weights
     if activation_name(config) != "silu" or config.gate_up_layout != "packed" or config.weight_layout != "out_in":
-        return "is written here for packed gated silu, [E, out, in], only"
+        return "supports packed gated silu with weights [E, out, in] here"
     if weights.gate_up_bias is not None or weights.down_bias is not None:
-        return "is written here without biases"
+        return "has no biases here"
     if compiled and problem.dtype != torch.bfloat16:
         return "torch compiles grouped_mm for bf16 only"
     return refuses_weight_on_input(problem) or refuses_router(problem)

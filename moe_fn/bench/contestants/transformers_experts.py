@@ -1,4 +1,4 @@
-"""transformers: the experts modules and blocks of its own models, with each of its implementations."""
+"""Contestants of transformers: experts modules and blocks of its models, with each of its implementations."""
 
 import functools
 import importlib
@@ -93,7 +93,7 @@ def _build(problem: Problem, implementation: str, compiled: bool) -> Layer:
         x, routing = token_input.x, token_input.routing
         if layer:
             return functools.partial(of_block, x.unsqueeze(0))
-        # Its routers hand the weights over in the dtype of x.
+        # Its routers return weights in the dtype of x.
         return functools.partial(function, x, routing.expert_ids, routing.weights.to(x.dtype))
 
     return Layer(bind=bind, leaves=tuple(module.parameters()))
@@ -101,7 +101,7 @@ def _build(problem: Problem, implementation: str, compiled: bool) -> Layer:
 
 def _refuses(problem: Problem, tokens: int, implementation: str) -> str | None:
     if not (_is_like_qwen3(problem) or _is_like_gpt_oss(problem)):
-        return "has no block that this adapter knows for these activations, layouts and biases"
+        return "has no supported block with this activation, layout and biases"
     if problem.part == "layer" and not is_softmax(problem.config.router):
         return "the block used here routes by softmax and top-k"
     if implementation == "batched_mm":

@@ -1,9 +1,11 @@
-"""OpenAI's triton_kernels (in Triton's repository, and inside vLLM's package), in each form that its interface has had.
+"""Contestant triton_kernels by OpenAI (in Triton's repository and in vLLM's package), in each version of its interface:
 
-    3.5   routing(logits, k, expt_indx=ids), matmul_ogs 3.6 topk(logits, k, y_indx=ids), matmul_ogs later topk, matmul
+    3.5    routing(logits, k, expt_indx=ids), matmul_ogs
+    3.6    topk(logits, k, y_indx=ids), matmul_ogs
+    later  topk, matmul
 
-Its own kernels sort the slots: topk is handed the ids, and does the rest of its work. Its fused activation is gate *
-sigmoid(alpha gate) * (up + 1), gates and ups alternating; for silu the 1 is taken away by a bias of -1, in float32, and
+Its own kernels sort the slots: topk gets the ids and does the rest of its work. Its fused activation is gate *
+sigmoid(alpha gate) * (up + 1) with interleaved gates and ups; for silu a bias of -1, in float32, cancels the 1, and
 alpha is 1.
 """
 
@@ -35,7 +37,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _in_out(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """gate_up [E, H, 2 I] with gates and ups alternating, down [E, I, H] and their biases in float32."""
+    """Interleaved gate_up [E, H, 2 I], down [E, I, H] and their biases in float32."""
     config, weights = problem.config, problem.weights
     transposed = config.weight_layout == "out_in"
     rows = weights.gate_up if transposed else weights.gate_up.transpose(1, 2)
@@ -61,7 +63,7 @@ def _act(module: ModuleType, problem: Problem) -> Any:
 
 
 class _ByMatmul:
-    """After 3.6."""
+    """The interface after 3.6."""
 
     def __init__(self, problem: Problem) -> None:
         self.matmul, self.topk = _module("matmul"), _module("topk").topk
@@ -94,7 +96,7 @@ class _ByMatmul:
 
 
 class _ByMatmulOgs:
-    """3.5 and 3.6."""
+    """The interface of 3.5 and 3.6."""
 
     def __init__(self, problem: Problem) -> None:
         self.ogs, self.tensor = _module("matmul_ogs"), _module("tensor")
@@ -139,7 +141,7 @@ def _build(problem: Problem) -> Layer:
 
 def _refuses(problem: Problem, tokens: int) -> str | None:
     if problem.dtype not in (torch.bfloat16, torch.float16):
-        return "is for 16 bits and fewer"
+        return "supports dtypes of 16 bits and fewer"
     if problem.config.top_k & (problem.config.top_k - 1):
         return f"sorts a power of 2 of choices, not {problem.config.top_k}"
     return refuses_of_library(problem, tuple(_ALPHA_AND_LIMIT), biases=True, gradients=False)

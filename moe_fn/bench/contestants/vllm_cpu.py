@@ -1,6 +1,6 @@
-"""vLLM's op for CPUs, cpu_fused_moe.
+"""Contestant vLLM on CPUs: its op cpu_fused_moe.
 
-Only the library is loaded: the package pins an older transformers and much else.
+Only the shared library is loaded, since the package pins an older transformers and other dependencies.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from moe_fn.bench.contestants.entry import Contestant, Layer, missing, out_in, r
 from moe_fn.bench.contestants.zen import layer_of_op, refuses_of_library
 from moe_fn.bench.problem import Problem
 
-_ALIGNMENT = 32  # of hidden_size and intermediate_size
+_ALIGNMENT = 32  # hidden_size and intermediate_size must be multiples of it
 
 
 def _library() -> Path | None:
@@ -49,7 +49,7 @@ def _build(problem: Problem) -> Layer:
 def _refuses(problem: Problem, tokens: int) -> str | None:
     config = problem.config
     if config.hidden_size % _ALIGNMENT or config.intermediate_size % _ALIGNMENT:
-        return f"its op wants sizes divisible by {_ALIGNMENT}"
+        return f"its op needs sizes divisible by {_ALIGNMENT}"
     return refuses_of_library(problem, tokens, (torch.bfloat16, torch.float16, torch.float32))
 
 

