@@ -1,8 +1,8 @@
-"""Tokens through experts that other ranks have, and back: one function a format, a table of them.
+"""Formats of dispatch between ranks: each sends tokens to the ranks of their experts and combines the results.
 
-Where the experts round their inputs, rows travel as codes and scales (`moe_fn.quant.wire`); what comes back are sums,
-as they are. Each calls `shared_fn` once, between the beginning and the end of a collective: what it computes can go on
-while tokens travel.
+Where the experts round their inputs, rows are sent as codes and scales (`moe_fn.quant.wire`); results are sent
+unrounded. Each format calls `shared_fn` once, between the start of a collective and its wait, so that the shared
+experts overlap with communication.
 """
 
 import functools
@@ -26,13 +26,13 @@ from moe_fn.stages.combine import _combine
 from moe_fn.stages.dispatch import weighted
 from moe_fn.stages.route import _route
 
-Overflow = Tensor | None  # how many slots of this rank found no room
-SharedFn = Callable[[], Tensor | None]  # the shared experts' output, which needs no other rank's tokens
-Result = tuple[Tensor, Tensor | None, Overflow]  # routed, what shared_fn() computed, overflow
+Overflow = Tensor | None  # the number of slots of this rank dropped by the capacity
+SharedFn = Callable[[], Tensor | None]  # computes the shared experts, which need no other rank's tokens
+Result = tuple[Tensor, Tensor | None, Overflow]  # routed, result of shared_fn(), overflow
 
 
 def _own_ids(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> Tensor:
-    """Ids among this rank's experts, -1 for all others."""
+    """Ids as numbers of this rank's experts, -1 for all others."""
     parallel = config.parallel
     mine = parallel.ep.rank if parallel is not None and parallel.ep is not None else 0
     rank, own = places_of_experts(config, weights, ids)
@@ -42,7 +42,7 @@ def _own_ids(config: MoEConfig, weights: MoEWeights, ids: Tensor) -> Tensor:
 def _compute(
     config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor, adapter_ids: Tensor | None
 ) -> Tensor:
-    """This rank's part of y for tokens x [T, Hx], own ids and weights [T, K], adapters [T] -> [T, Hx]."""
+    """The part of y from this rank's experts: x [T, Hx], own ids and weights [T, K], adapters [T] -> [T, Hx]."""
     routing = Routing(expert_ids=ids, weights=w, adapter_ids=adapter_ids)
     if config.router.weight_on == "output":
         return routed_experts(config.own, weights, x, routing)
@@ -52,14 +52,14 @@ def _compute(
 def one_rank(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
 ) -> Result:
-    """All experts are here, and nothing travels."""
+    """Format None: this rank has all experts, without communication."""
     return routed_experts(config, weights, x, routing), shared_fn(), None
 
 
 def replicated(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
 ) -> Result:
-    """Every rank of ep has the tokens: own experts on all of them, and a sum.
+    """Format "replicated": every rank of ep has all tokens, computes its own experts, and results are summed.
 
     Bytes sent: 2 (n-1)/n T X (letters: `traffic`).
     """
@@ -76,10 +76,10 @@ def replicated(
 def all_gather(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
 ) -> Result:
-    """Everybody's tokens to everybody, own experts on all of them, sums scattered back.
+    """Format "all_gather": gathers tokens of all ranks, computes own experts on them, and reduce-scatters the results.
 
-    Bytes sent: (n-1) M (X + K w + 8 K) there, or (n-1) M (X + E b + 8) with logits, and (n-1) M X back (letters:
-    `traffic`).
+    Bytes sent: (n-1) M (X + K w + 8 K) for tokens, or (n-1) M (X + E b + 8) with logits, and (n-1) M X for results
+    (letters: `traffic`).
     """
     group = token_group(config)
     tokens = x.shape[0]
@@ -95,8 +95,8 @@ def all_gather(
     rows = unpacked(codes, rows, x, lambda rows, received: rounded_collectives.as_gathered(rows, received, group))
     ids, adapter_ids = _ids_and_adapters(ids - 1, config.top_k if logits is None else 1)
     if logits is not None:
-        everybody = _route(config, weights, w, None, None)
-        ids, w = torch.where(ids < 0, -1, everybody.expert_ids), everybody.weights
+        gathered = _route(config, weights, w, None, None)
+        ids, w = torch.where(ids < 0, -1, gathered.expert_ids), gathered.weights
     y = _compute(config, weights, rows, _own_ids(config, weights, ids), w, adapter_ids)
     return collectives.scatter_ranks(y, group).narrow(0, 0, tokens), shared, None
 
@@ -104,9 +104,10 @@ def all_gather(
 def all_to_all(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
 ) -> Result:
-    """Each choice of each token to its expert's rank and back; sizes from the data, so one wait for the device.
+    """Format "all_to_all": sends each slot to its expert's rank and the result back, with one host sync for sizes.
 
-    Bytes sent, of S slots that leave this rank: 8 (n-1) of counts, S (X + 8) there and S X back (letters: `traffic`).
+    Bytes sent, for S slots of other ranks' experts: 8 (n-1) for counts, S (X + 8) for slots, S X for results (letters:
+    `traffic`).
     """
     group = _ep(config)
     sorted_ = _by_rank(config, weights, x, routing, group)
@@ -132,12 +133,11 @@ def all_to_all(
 def all_to_all_static(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None, shared_fn: SharedFn
 ) -> Result:
-    """The same in blocks of C slots for each pair of ranks, empty places without an expert: no sizes from the data, no
-    wait.
+    """Format "all_to_all_static": all_to_all with padded blocks of C slots for each pair of ranks, without host syncs.
 
-    Bytes sent: (n-1) C (X + 8) there, (n-1) C X back (letters: `traffic`). Slots beyond C of a pair are dropped, and
-    counted in the last result. Why not a block for each expert: it would hold num_experts * max_tokens rows where this
-    holds n * max_tokens * top_k, and rows of no expert cost the kernels nothing.
+    Bytes sent: (n-1) C (X + 8) for slots, (n-1) C X for results (letters: `traffic`). Slots beyond C of a pair are
+    dropped, and counted in the last result. Blocks for each expert would have num_experts * max_tokens rows instead of
+    n * max_tokens * top_k; rows of padding have no expert, so kernels skip them.
     """
     group, capacity = _ep(config), _capacity(config)
     check_room(x.shape[0], config.parallel.max_tokens if config.parallel and config.parallel.max_tokens else x.shape[0])
@@ -148,7 +148,7 @@ def all_to_all_static(
     place = torch.arange(capacity, device=x.device)
     row_of_place = (starts.unsqueeze(1) + place).flatten()
     taken = (place < counts.unsqueeze(1)).flatten()
-    row_of_place = torch.where(taken, row_of_place, slots)  # one row of zeros stands behind all others
+    row_of_place = torch.where(taken, row_of_place, slots)  # index of the row of zeros after all others
     rows = _with_spare(sorted_.rows).index_select(0, row_of_place)
     ids = torch.where(taken.unsqueeze(1), _with_spare(sorted_.ids_of_row).index_select(0, row_of_place), -1)
     codes = travelling(config, x.dtype, weighted=True)
@@ -164,7 +164,7 @@ def all_to_all_static(
 
 @dataclass(frozen=True)
 class SortedByRank:
-    """Slots in the order of the ranks that they go to; those of no expert come last, with ep's size for a rank."""
+    """Slots sorted by the rank of their expert; slots without an expert are last, with ep's size as their rank."""
 
     rows: Tensor  # [R, Hx]
     ids_of_row: Tensor  # [R, 1 or 2]: number of the expert on its rank; adapter
@@ -189,19 +189,19 @@ def _by_rank(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing
 
 
 def _of_slots(config: MoEConfig, weights: MoEWeights, rows: Tensor, ids_of_row: Tensor) -> Tensor:
-    """Rows that came, through their experts, unweighted: weights stay with the token."""
+    """The experts' outputs for received rows, unweighted: routing weights stay on the token's rank."""
     own_ids, adapter_ids = _ids_and_adapters(ids_of_row, 1)
     ones = torch.ones(rows.shape[0], 1, dtype=accumulation_dtype(rows.dtype), device=rows.device)
     return routed_experts(config.own, weights, rows, Routing(expert_ids=own_ids, weights=ones, adapter_ids=adapter_ids))
 
 
 def _ids_and_adapters(ids: Tensor, columns: int) -> tuple[Tensor, Tensor | None]:
-    """Columns of ids, and the one behind them: ids of adapters, where they travel along."""
+    """The first `columns` columns of ids, and the next one, the adapter ids, if there is one."""
     return ids.narrow(1, 0, columns), ids.select(1, columns) if ids.shape[1] > columns else None
 
 
 def _combined(config: MoEConfig, rows: Tensor, sorted_: SortedByRank, routing: Routing) -> Tensor:
-    """The weighted sum over a token's slots, at its own rank."""
+    """The weighted sum over a token's slots, on its own rank."""
     d = Dispatched(
         rows=rows, expert_ends=sorted_.rank_of_row, slot_of_row=sorted_.slot_of_row, row_of_slot=sorted_.row_of_slot
     )
@@ -209,26 +209,27 @@ def _combined(config: MoEConfig, rows: Tensor, sorted_: SortedByRank, routing: R
 
 
 def _counts(sorted_ranks: Tensor, ranks: int) -> Tensor:
-    """How many rows go to each rank."""
+    """The number of rows for each rank."""
     ends = ends_of_keys(sorted_ranks, ranks)
     return torch.diff(ends, prepend=ends.new_zeros(1))
 
 
 def _places_in_blocks(rank_of_row: Tensor, starts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Where the result of each row stands among blocks of `capacity` places a rank, behind all of them where it was not
-    sent; and how many
-    had a rank to go to and found no room."""
+    """Index of each row's result in blocks of `capacity` rows per rank, and the number of dropped rows.
+
+    The index of rows that are not sent is that of the row after all blocks.
+    """
     ranks = starts.shape[0]
     own_place = torch.arange(rank_of_row.shape[0], device=rank_of_row.device) - _with_spare(starts).index_select(
         0, rank_of_row
     )
-    goes = rank_of_row < ranks
-    fits = goes & (own_place < capacity)
-    return torch.where(fits, rank_of_row * capacity + own_place, ranks * capacity), (goes & ~fits).sum()
+    has_rank = rank_of_row < ranks
+    fits = has_rank & (own_place < capacity)
+    return torch.where(fits, rank_of_row * capacity + own_place, ranks * capacity), (has_rank & ~fits).sum()
 
 
 def _with_spare(rows: Tensor) -> Tensor:
-    """The rows and one of zeros, for indices to nothing."""
+    """The rows and one more row of zeros, for indices of missing rows."""
     return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
 
 
@@ -250,7 +251,7 @@ def can_drop_slots(config: MoEConfig) -> bool:
 
 def _ep(config: MoEConfig) -> RankGroup:
     if config.parallel is None or config.parallel.ep is None:
-        raise ValueError("MoEConfig.parallel.ep is None; expected the ranks that experts are on")
+        raise ValueError("MoEConfig.parallel.ep is None; expected the group of ranks that have the experts")
     return config.parallel.ep
 
 

@@ -1,4 +1,4 @@
-"""Matrices as codes and scales: encoded and decoded tile by tile."""
+"""Quantized matrices: encoding to codes and scales, and decoding, tile by tile."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ NAMES = ("gate_up", "down")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codes:
-    """One of gate_up and down as it is stored."""
+    """gate_up or down as codes, with scales and optional zero points."""
 
     codes: Tensor
     scale: Tensor
@@ -35,11 +35,11 @@ class Codes:
 
 
 def codes_of(weights: MoEWeights, name: str) -> Codes:
-    """What of the weights makes up gate_up, or down."""
+    """The codes, scales and zero points of gate_up or down."""
     quant = weights.quant
     scale = None if quant is None else getattr(quant, f"{name}_scale")
     if quant is None or scale is None:
-        raise ValueError(f"weights.quant.{name}_scale is None; expected a tensor, for config.quant asks for it")
+        raise ValueError(f"weights.quant.{name}_scale is None; expected a tensor, since config.quant is given")
     return Codes(
         codes=getattr(weights, name),
         scale=scale,
@@ -49,7 +49,7 @@ def codes_of(weights: MoEWeights, name: str) -> Codes:
 
 
 def decoded(quant: QuantConfig, stored: Codes, halves: int, dtype: torch.dtype) -> Tensor:
-    """The floats: [E, outputs, inputs] in dtype, computed in float32 or wider."""
+    """Decoded weights: [E, outputs, inputs] in dtype, computed in float32 or wider."""
     wide, row = accumulation_dtype(dtype), quant.row
     codes = _apart(quant, stored.codes)
     size = codes.shape[1], codes.shape[2]
@@ -68,18 +68,19 @@ def decoded(quant: QuantConfig, stored: Codes, halves: int, dtype: torch.dtype) 
 
 
 def decode_scale(quant: QuantConfig, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as floats, whatever they are stored as."""
+    """Scales as floats, decoded from their storage format."""
     return decode_e8m0(scale, dtype) if quant.row.scale == "e8m0" else scale.to(dtype)
 
 
-# Of the least scale that leaves no weight of a tile out of range, those that are tried: few large weights may be cut
-# for many small ones.
+# Factors of the least scale with no weight of a tile out of range: clipping few large weights can reduce the error of
+# many small ones.
 FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def encoded(quant: QuantConfig, weight: Tensor, halves: int, importance: Tensor | None = None) -> Codes:
-    """The codes nearest to [E, outputs, inputs] floats, and their scales; with the importance of inputs [E, inputs] the
-    best of FACTORS.
+    """The nearest codes of float weights [E, outputs, inputs], and their scales.
+
+    With the importance of inputs [E, inputs], each tile has the scale of FACTORS with the least weighted squared error.
     """
     if importance is None:
         return _encoded(quant, weight, halves, 1.0)
@@ -91,7 +92,7 @@ def encoded(quant: QuantConfig, weight: Tensor, halves: int, importance: Tensor 
     best = torch.stack(errors).argmin(0)  # of each tile
     of_weight = expand_tiles(best, quant.tile, halves, weight.shape[1], weight.shape[2])
     zero_points = [codes.zero_point for codes in found if codes.zero_point is not None]
-    # One by one: the two codes of a byte may lie in two tiles.
+    # Unpacked: the two codes of a byte may be in two tiles.
     chosen = _chosen([_apart(quant, codes.codes) for codes in found], of_weight)
     return Codes(
         codes=pack_halves(chosen) if quant.row.bits == 4 else chosen,
@@ -102,12 +103,12 @@ def encoded(quant: QuantConfig, weight: Tensor, halves: int, importance: Tensor 
 
 
 def _apart(quant: QuantConfig, codes: Tensor) -> Tensor:
-    """Each code an element of its own."""
+    """Codes with one element each: 4-bit codes are unpacked."""
     return unpack_halves(codes) if quant.row.bits == 4 else codes
 
 
 def _chosen(values: list[Tensor], which: Tensor) -> Tensor:
-    """At each place the value of that number; formats that cannot be gathered as bytes."""
+    """Elementwise values[which], gathered as bytes where gather does not support the dtype."""
     bits = torch.stack([v.view(torch.uint8) if v.element_size() == 1 else v for v in values])
     return bits.gather(0, which.unsqueeze(0)).squeeze(0).view(values[0].dtype)
 

@@ -1,6 +1,4 @@
-"""Number formats of few bits: the nearest code of a float, ties to even, and the float of a code; exact,
-bit for bit.
-"""
+"""Number formats of few bits: rounding to the nearest code, ties to even, and decoding, exact in every bit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,12 +26,12 @@ def _of_table(values: tuple[float, ...], codes: Tensor, dtype: torch.dtype) -> T
 
 
 def decode_e2m1(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Floats of codes 0..15."""
+    """The floats of codes 0..15."""
     return _of_table((*E2M1, *(-value for value in E2M1)), codes, dtype)
 
 
 def encode_e2m1(values: Tensor) -> Tensor:
-    """Codes 0..15. A tie goes to the even code: up from 0.75, 1.75 and 3.5, down from the others."""
+    """The nearest codes 0..15. Ties go to the even code: up from 0.75, 1.75 and 3.5, down from the others."""
     m = values.abs()
     code = torch.zeros_like(m, dtype=torch.uint8)
     for bound in (0.25, 1.25, 2.5, 5.0):
@@ -67,13 +65,13 @@ ELEMENTS = {"fp8_e4m3": "e4m3", "int8": "int8", "mxfp8": "e4m3", "mxfp4": "e2m1"
 def decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """2^(S - 127); NaN for S = 255.
 
-    By a table: exponent bits alone would make S = 0 a zero, and exp2 is not exact everywhere.
+    Uses a table: exponent bits alone would decode S = 0 as 0, and exp2 is not exact on every device.
     """
     return _of_table((*(2.0 ** (code - 127) for code in range(255)), torch.nan), codes, dtype)
 
 
 def encode_e8m0(exponents: Tensor) -> Tensor:
-    """The code of 2^exponent, for whole exponents, from 0 (2^-127) to 254 (2^127); NaN gives 255."""
+    """The code of 2^exponent, for integral exponents, from 0 (2^-127) to 254 (2^127); 255 for NaN."""
     codes = torch.nan_to_num(exponents.clamp(-127, 127), nan=128.0) + 127
     return codes.to(torch.uint8)
 
@@ -95,12 +93,12 @@ def _log2(values: Tensor, exponent: Tensor) -> Tensor:
 
 
 def one_if_zero(scale: Tensor) -> Tensor:
-    """Zeros have any scale: 1."""
+    """The scale, with 0 (of tiles that are all zeros) replaced by 1."""
     return torch.where(scale == 0, 1, scale)
 
 
 def pack_halves(codes: Tensor) -> Tensor:
-    """Codes 0..15 two in a byte, the even one in the low half: [..., 2 n] -> [..., n]."""
+    """Packs two codes 0..15 into a byte, the even one in the low half: [..., 2 n] -> [..., n]."""
     pairs: Tensor = codes.unflatten(-1, (-1, 2))
     return pairs[..., 0] | (pairs[..., 1] << 4)
 
@@ -116,10 +114,10 @@ def unpack_halves(packed: Tensor) -> Tensor:
 
 
 def codes_around(zeros: Tensor, units: Tensor, top: int) -> Tensor:
-    """uint8 in 0..top of weights in steps of their scale, with zero points.
+    """The codes in 0..top, uint8, of weights in units of their scale, with zero points `zeros`.
 
-    Where a weight and its zero point both lie halfway between two codes, both may be rounded up: to one beyond the
-    last.
+    The clamp is needed where a weight and its zero point are both halfway between two codes: both may be rounded up, to
+    top + 1.
 
     >>> codes_around(torch.tensor(4.0), torch.tensor([-4.0, 0.6, 11.5]), 15).tolist()
     [0, 5, 15]
