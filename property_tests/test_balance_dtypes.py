@@ -24,7 +24,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @law(st.sampled_from(FLOATS), st.integers(0, 300), st.booleans(), SEEDS)
-def test_losses_of_narrow_numbers_are_those_of_wide_ones(
+def test_losses_in_narrow_dtypes_equal_those_in_float64(
     dtype: torch.dtype, tokens: int, masked: bool, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)

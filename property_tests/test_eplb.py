@@ -160,7 +160,7 @@ def test_gpus_are_balanced_within_the_proven_bound(cluster: Cluster) -> None:
 
 
 @law(st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(0, 12)))
-def test_greedy_replication_is_the_best_there_is(case: tuple[list[int], int]) -> None:
+def test_greedy_replication_is_optimal(case: tuple[list[int], int]) -> None:
     load, extra = case
     slots = balance.replicate(load, len(load) + extra)
     count = Counter(slots)
@@ -187,7 +187,7 @@ def test_packs_differ_by_the_heaviest_item_at_most(case: tuple[list[float], int]
 
 
 @law(clusters())
-def test_never_worse_than_the_previous_placement(cluster: Cluster) -> None:
+def test_a_placement_is_never_worse_than_the_previous_one(cluster: Cluster) -> None:
     previous = cluster.place(cluster.load)
     new = cluster.place(cluster.later, previous)
     fresh = fullest(cluster.place(cluster.later), cluster.later, cluster.num_gpus)
@@ -441,7 +441,7 @@ def test_moves_turn_the_previous_placement_into_the_new_one(case: tuple[Placemen
 
 
 @law(placements())
-def test_a_gpu_gets_an_expert_once_and_only_if_it_had_none(case: tuple[Placement, Placement, int]) -> None:
+def test_a_gpu_receives_an_expert_at_most_once_and_only_if_it_lacks_it(case: tuple[Placement, Placement, int]) -> None:
     previous, new, gpus = case
     moves = balance.transfers(previous, new, gpus)
     old = previous.logical_of_physical.tolist()
@@ -454,7 +454,7 @@ def test_a_gpu_gets_an_expert_once_and_only_if_it_had_none(case: tuple[Placement
 
 
 @law(placements())
-def test_the_busiest_sender_sends_as_little_as_it_can(case: tuple[Placement, Placement, int]) -> None:
+def test_the_busiest_sender_has_the_fewest_possible_transfers(case: tuple[Placement, Placement, int]) -> None:
     previous, new, gpus = case
     moves = balance.transfers(previous, new, gpus)
     old, had = previous.logical_of_physical.tolist(), by_gpu(previous, gpus)

@@ -324,7 +324,7 @@ def test_losses_equal_the_reference(problem: MoEProblem) -> None:
 
 
 @law(st.lists(st.integers(0, 9), min_size=1, max_size=8))
-def test_the_bias_of_loaded_experts_sinks_and_of_idle_ones_rises(load: list[int]) -> None:
+def test_the_bias_of_overloaded_experts_falls_and_of_idle_ones_rises(load: list[int]) -> None:
     bias = torch.zeros(len(load))
     updated = moe_fn.balance.update_correction_bias(bias, torch.tensor(load), 0.25)
     mean = sum(load) / len(load)

@@ -5,9 +5,9 @@ losses and biases are float32 (float64): the largest float16 is 65,504, and bflo
 
 Laws
     Losses equal the reference.
-    Losses of narrow numbers are those of wide ones.
+    Losses in narrow dtypes equal those in float64.
     A bias in any dtype moves by exact loads.
-    The bias of loaded experts sinks and of idle ones rises.
+    The bias of overloaded experts falls and of idle ones rises.
 """
 
 import math

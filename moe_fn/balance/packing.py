@@ -54,8 +54,8 @@ def place_experts(
     Laws
         Every expert is placed.
         GPUs are balanced within the proven bound.
-        Greedy replication is the best there is.
-        Never worse than the previous placement.
+        Greedy replication is optimal.
+        A placement is never worse than the previous one.
         Relabelling experts relabels the placement.
         Experts that stay on a GPU keep their slots.
         Layers are placed one by one.

@@ -39,7 +39,7 @@ def checked_placement(where: str, placement: Placement) -> Placement:
 
 
 def checked_load(where: str, name: str, load: Tensor) -> Tensor:
-    """The load in a dtype for sums: int64, float32 or float64; ValueError for a dtype without numbers."""
+    """The load in a dtype for sums: int64, float32 or float64; ValueError for other dtypes than integers and floats."""
     check_kind(where, name, load, Tensor)
     if load.is_floating_point():
         return load.to(accumulation_dtype(load.dtype))

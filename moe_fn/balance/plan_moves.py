@@ -51,8 +51,8 @@ def transfers(previous: Placement, new: Placement, num_gpus: int) -> Moves:
 
     Laws
         Moves turn the previous placement into the new one.
-        A GPU gets an expert once and only if it had none.
-        The busiest sender sends as little as it can.
+        A GPU receives an expert at most once and only if it lacks it.
+        The busiest sender has the fewest possible transfers.
 
     >>> import torch
     >>> from moe_fn.balance import placement_of_slots

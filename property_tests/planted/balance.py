@@ -22,7 +22,7 @@ def _in_the_dtype_of_the_bias(bias: torch.Tensor, load: torch.Tensor, rate: floa
 
 BUGS = (
     PlantedBug(
-        "losses_of_narrow_numbers_are_those_of_wide_ones",
+        "losses_in_narrow_dtypes_equal_those_in_float64",
         "sums in the dtype of the scores",
         numerics.accumulation_dtype,
         instead(lambda dtype: dtype),
@@ -62,13 +62,13 @@ BUGS = (
         instead(_as_they_come),
     ),
     PlantedBug(
-        "greedy_replication_is_the_best_there_is",
+        "greedy_replication_is_optimal",
         "experts get replicas in turn",
         packing.replicate,
         instead(lambda load, slots: [slot % len(load) for slot in range(slots)]),
     ),
     PlantedBug(
-        "never_worse_than_the_previous_placement",
+        "a_placement_is_never_worse_than_the_previous_one",
         "the worse of the two is kept",
         packing._fullest,
         after(lambda most, *a: -most),
@@ -156,13 +156,13 @@ BUGS = (
         after(lambda m, *a: replace(m, repeats=())),
     ),
     PlantedBug(
-        "a_gpu_gets_an_expert_once_and_only_if_it_had_none",
+        "a_gpu_receives_an_expert_at_most_once_and_only_if_it_lacks_it",
         "every slot is sent its own copy",
         balance.transfers,
         after(lambda m, *a: replace(m, transfers=m.transfers + m.copies, copies=())),
     ),
     PlantedBug(
-        "the_busiest_sender_sends_as_little_as_it_can",
+        "the_busiest_sender_has_the_fewest_possible_transfers",
         "the first who has it sends it",
         balance.balanced_senders,
         instead(lambda choices, *a: [gpus[0] for gpus in choices]),

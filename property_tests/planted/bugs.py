@@ -751,7 +751,7 @@ BUGS = (
         after(lambda loss, scores, ids, *a: loss / ids.shape[-1]),
     ),
     PlantedBug(
-        "the_bias_of_loaded_experts_sinks_and_of_idle_ones_rises",
+        "the_bias_of_overloaded_experts_falls_and_of_idle_ones_rises",
         "the wrong sign",
         balance.update_correction_bias,
         before(lambda b, load, rate: (b, load, -rate)),
