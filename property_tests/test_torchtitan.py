@@ -182,9 +182,9 @@ def test_other_dispatchers_and_wrapped_experts_stay_and_the_report_says_why() ->
     class MXFP8GroupedExperts(stated.GroupedExperts):
         pass
 
-    with pytest.raises(ValueError, match="MXFP8GroupedExperts is none of the classes"):
+    with pytest.raises(ValueError, match="MXFP8GroupedExperts is not a known class"):
         titan.replace_grouped_experts(stated.build_moe(MXFP8GroupedExperts))
-    with pytest.raises(ValueError, match=r"a Linear; found none"):
+    with pytest.raises(ValueError, match=r"a Linear has no experts .*: found none"):
         titan.replace_grouped_experts(nn.Linear(1, 1))
 
 
@@ -192,9 +192,9 @@ def test_errors_say_where_what_came_and_what_was_expected() -> None:
     moe = stated.build_moe()
     state = moe.state_dict()
     name = "routed_experts.inner_experts.w3_EFD"
-    with pytest.raises(ValueError, match=rf"missing \['{name}'\], surplus \['w4'\]"):
+    with pytest.raises(ValueError, match=rf"\['{name}'\] are missing and \['w4'\] are unknown"):
         titan.weights_of_state({n: t for n, t in state.items() if n != name} | {"w4": state[name]})
-    with pytest.raises(ValueError, match=r"weights\.constants has no place"):
+    with pytest.raises(ValueError, match=r"weights\.constants is not in"):
         titan.state_of_weights(dataclasses.replace(titan.weights_of_state(state), constants=torch.zeros(1)))
     with pytest.raises(ValueError, match="got Linear; expected GroupedExperts"):
         titan.experts_class(nn.Linear)
@@ -204,7 +204,7 @@ def test_errors_say_where_what_came_and_what_was_expected() -> None:
     with pytest.raises(ValueError, match="_debug_force_load_balance is True; expected False"):
         titan.config_of_moe(moe)
     moe.routed_experts.inner_experts.w3_EFD = nn.Parameter(torch.zeros(8, 3, 16))
-    with pytest.raises(ValueError, match=r"w3_EFD is \(8, 3, 16\); expected what fits w2_EDF, \(8, 16, 24\)"):
+    with pytest.raises(ValueError, match=r"w3_EFD is \(8, 3, 16\); expected a shape .* w2_EDF, \(8, 16, 24\)"):
         titan.replace_grouped_experts(moe)
 
 
@@ -212,7 +212,7 @@ def test_a_bias_under_tensor_parallelism_is_refused() -> None:
     experts = stated.build_moe(stated.GptOssGroupedExperts).routed_experts.inner_experts
     titan.replace_grouped_experts(experts)
     experts.mlp2_weight_EDF = nn.Parameter(experts.mlp2_weight_EDF[..., :12].clone())
-    with pytest.raises(ValueError, match="add the bias once a rank"):
+    with pytest.raises(ValueError, match="add the bias on every rank"):
         experts(torch.randn(1, 16), torch.tensor([1] + [0] * 7))
 
 

@@ -85,7 +85,7 @@ def test_every_row_equals_its_config_and_weights(row: BlockRow) -> None:
 def test_what_is_no_mixture_is_refused_with_a_reason(name: str) -> None:
     row = next(row for row in ROWS if row.name == name)
     block = make_block(row, 0)
-    with pytest.raises(ValueError, match=f"from_block: {row.block}.* is not for moe_fn: .{{20,}}"):
+    with pytest.raises(ValueError, match=f"from_block: {row.block}.* is not supported: .{{20,}}"):
         from_block(block)
     report = replace_moe_blocks(block)
     assert not report.replaced and report.left
@@ -122,7 +122,7 @@ def test_gradients_of_a_replaced_block_are_its_own(row: BlockRow) -> None:
 
 
 @law(st.sampled_from(ONE_OF_A_KIND), st.integers(0, 2**20), st.sampled_from(sorted(WAYS)), st.booleans())
-def test_what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name(
+def test_hooks_and_adapters_below_a_replaced_block_take_effect_or_are_refused_by_name(
     row: BlockRow, n: int, way: str, first: bool
 ) -> None:
     """Values and gradients of the block as it is, with the same thing on the same module; refused only where the block
@@ -190,7 +190,7 @@ def test_replacing_keeps_the_state_and_restoring_undoes_it() -> None:
 
 
 def test_noise_of_training_is_refused() -> None:
-    for name, words in (("mixtral-plain", "noise of training"), ("phimoe-plain", "samples its experts in training")):
+    for name, words in (("mixtral-plain", "noise in training"), ("phimoe-plain", "samples its experts in training")):
         row = next(row for row in ROWS if row.name == name)
         block = make_block(dataclasses.replace(row, options={**row.options, "router_jitter_noise": 0.1}), 0)
         replace_moe_blocks(block)

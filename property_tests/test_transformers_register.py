@@ -320,7 +320,7 @@ def test_quantized_distributed_and_misfitting_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="gate_up"):
         call(module)
     module.gate_up_proj = nn.Parameter(whole[:, :, 1:])
-    with pytest.raises(ValueError, match="gate_up_proj takes 15 columns and down_proj gives 16"):
+    with pytest.raises(ValueError, match="gate_up_proj has 15 inputs and down_proj has 16 outputs"):
         call(module)
     given = tokens_of(module)
     module.gate_up_proj = nn.Parameter(whole)
@@ -330,7 +330,7 @@ def test_quantized_distributed_and_misfitting_weights_are_refused() -> None:
         settings_of_experts()
     )
     own._apply_gate = lambda gate_up: gate_up
-    with pytest.raises(ValueError, match="its gate gives 24 columns; expected 12"):
+    with pytest.raises(ValueError, match="its gate returns 24 columns; expected 12"):
         call(randomised(own, torch.float32))
 
 

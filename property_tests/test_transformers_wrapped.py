@@ -91,7 +91,7 @@ def test_what_configure_changed_and_nobody_would_do_is_refused() -> None:
         block(x)
         hang(block, "gate", "forward hook")
         with pytest.raises(
-            ValueError, match=f"configure changed {change}, and its own forward runs, for gate has hooks"
+            ValueError, match=f"configure changed {change}, but its own forward runs, because gate has hooks"
         ):
             block(x)
         with pytest.raises(ValueError, match=f"configure changed {change}"):
@@ -103,7 +103,7 @@ def test_what_configure_changed_and_nobody_would_do_is_refused() -> None:
     replace_moe_blocks(muse, lambda config: dataclasses.replace(config, chunk_tokens=3))
     hang(muse, "gate", "forward hook")
     with pytest.raises(
-        ValueError, match="MuseSparkExperts: experts with a gate or norm of their own run without options"
+        ValueError, match="MuseSparkExperts: experts with their own gate or norm do not support options"
     ):
         muse(x)
 
@@ -119,8 +119,8 @@ def test_a_class_of_somebodys_own_keeps_its_forward() -> None:
     block, x = block_of("qwen3_moe")
     cls: Any = type(block)
     block.__class__ = type("Mine", (cls,), {"forward": lambda self, x: louder(cls.forward(self, x))})
-    assert "forward of its own, beside Qwen3MoeSparseMoeBlock" in str(replace_moe_blocks(block))
-    with pytest.raises(ValueError, match="from_block: Mine: it has forward of its own"):
+    assert "it overrides forward of Qwen3MoeSparseMoeBlock" in str(replace_moe_blocks(block))
+    with pytest.raises(ValueError, match="from_block: Mine: it overrides forward"):
         from_block(block)
     block.__class__ = type("Named", (cls,), {})
     assert replace_moe_blocks(block).replaced and is_read(block)
@@ -129,7 +129,7 @@ def test_a_class_of_somebodys_own_keeps_its_forward() -> None:
     assert relative_rms(block(x), louder(expected)) <= TOLERANCE
     taken, _ = block_of("qwen3_moe")
     taken.forward = lambda x: x
-    assert "somebody replaced its forward" in str(replace_moe_blocks(taken))
+    assert "its forward is replaced already" in str(replace_moe_blocks(taken))
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "zaya"])
@@ -200,7 +200,7 @@ def test_dropout_that_is_on_is_refused_where_the_experts_cannot_be_called() -> N
             module.p = 0.5
     replace_moe_blocks(block)
     block(x)
-    with pytest.raises(ValueError, match=r"experts.expert_0.dropout drops in training \(p=0.5\)"):
+    with pytest.raises(ValueError, match=r"experts.expert_0.dropout is active in training \(p=0.5\)"):
         block.train()(x)
 
 

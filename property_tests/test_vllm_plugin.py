@@ -357,4 +357,4 @@ def test_the_real_method_takes_our_experts_where_they_fit() -> None:
         made_method = method(moe)
     assert isinstance(made_method, UnquantizedFusedMoEMethod) and made_method.experts_cls is plug.experts_class()
     moe.moe_backend = "triton"
-    assert plugin.why_not(host, moe) == "moe_backend='triton' was asked for"
+    assert plugin.why_not(host, moe) == "moe_backend is 'triton'"

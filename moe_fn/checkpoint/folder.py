@@ -120,9 +120,11 @@ def quant_dict_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         quant_dict = checkpoint.quant.get("quantization")
         if not isinstance(quant_dict, Mapping):
             raise ValueError(f"{checkpoint.folder / QUANT}: quantization is {quant_dict!r:.80}; expected a JSON object")
-        anew = bool(found) and found[0].get("quant_method") == "fp8"
+        requantized = bool(found) and found[0].get("quant_method") == "fp8"
         found = (
-            [{**quant_dict, **found[0]}, *found[1:]] if anew else [*found, {"quant_method": "modelopt", **quant_dict}]
+            [{**quant_dict, **found[0]}, *found[1:]]
+            if requantized
+            else [*found, {"quant_method": "modelopt", **quant_dict}]
         )
     for quant_dict in found[1:]:
         for name in ("quant_method", "quant_algo"):

@@ -50,14 +50,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, _LONGEST_HEADER):
-            said = f"says that its header has {length} bytes" if len(prefix) == 8 else "has no header"
-            raise ValueError(f"{where} {said}, but the file has {size} bytes; expected a safetensors file")
+            problem = f"says that its header has {length} bytes" if len(prefix) == 8 else "has no header"
+            raise ValueError(f"{where} {problem}, but the file has {size} bytes; expected a safetensors file")
         text = file.read(length)
     header = parse_json(where, text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{where}: __metadata__ is {metadata!r:.100}; expected strings by name")
-    tensors = {name: _tensor(where, path.name, name, said) for name, said in header.items()}
+    tensors = {name: _tensor(where, path.name, name, entry) for name, entry in header.items()}
     _check_places(where, tensors, size - 8 - length)
     return tensors
 
@@ -127,11 +127,11 @@ def _is_shallow(value: Any) -> bool:
     return not any(isinstance(inner, dict | list) for inner in level)
 
 
-def _tensor(where: str, file: str, name: str, said: Any) -> TensorInfo:
-    said = said if isinstance(said, Mapping) else {}
-    dtype, shape, offsets = said.get("dtype"), said.get("shape"), said.get("data_offsets")
+def _tensor(where: str, file: str, name: str, entry: Any) -> TensorInfo:
+    entry = entry if isinstance(entry, Mapping) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{where}: {name} is {said!r:.200}; expected dtype, shape and data_offsets")
+        raise ValueError(f"{where}: {name} is {entry!r:.200}; expected dtype, shape and data_offsets")
     if dtype not in BITS:
         raise ValueError(f"{where}: {name} has dtype {dtype!r:.40}; expected one of {', '.join(BITS)}")
     bits, taken = math.prod(shape) * BITS[dtype], offsets[1] - offsets[0]

@@ -819,13 +819,13 @@ if importlib.util.find_spec("transformers") is not None:
             ),
         ),
         PlantedBug(
-            "what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name",
+            "hooks_and_adapters_below_a_replaced_block_take_effect_or_are_refused_by_name",
             "hooks and forwards of its own do not count",
             below_block.why_called_itself,
             lambda why: lambda module, cls, *rest: None if type(module) is cls else why(module, cls, *rest),
         ),
         PlantedBug(
-            "what_hangs_on_a_module_below_a_replaced_block_counts_or_is_refused_by_name",
+            "hooks_and_adapters_below_a_replaced_block_take_effect_or_are_refused_by_name",
             "what is below a module is not looked at",
             below_block.why_called,
             before(

@@ -56,10 +56,10 @@ def _scheme(settings: Mapping[str, Any]) -> Any:
     """The scheme of weights, or of activations."""
     kind, bits, size = str(settings.get("type", "int")).lower(), settings.get("num_bits", 8), settings.get("group_size")
     bytes_of_scale = "uint8" in str(settings.get("scale_dtype")) or "e8m0" in str(settings.get("scale_dtype"))
-    tells = size if kind == "float" and (bits == 4 or bytes_of_scale) else None
-    if (kind, bits, tells) not in _SCHEMES:
+    group_size = size if kind == "float" and (bits == 4 or bytes_of_scale) else None
+    if (kind, bits, group_size) not in _SCHEMES:
         raise _refuse(settings, "float 8, float 4 in groups of 16 or 32, int 8 or int 4")
-    return _SCHEMES[kind, bits, tells]
+    return _SCHEMES[kind, bits, group_size]
 
 
 def _strategy(settings: Mapping[str, Any]) -> str:

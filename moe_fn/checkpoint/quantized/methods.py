@@ -105,15 +105,15 @@ def _fp8(quant_dict: QuantDict, module: Module) -> Method:
     if dtype not in (None, "fp8", "fp4"):
         raise _refuse("expert_dtype", dtype, "'fp8' or 'fp4'")
     own = [eight] if not module.of_experts else [four, eight] if dtype == "fp4" else [eight, four]
-    anew, of_experts = (
+    requantized, of_experts = (
         modelopt(quant_dict, module),
         modelopt({"moe_quant_algo": algorithm_of_experts(quant_dict)}, module),
     )
     left_out = is_listed(module.name, _listed(quant_dict, MODELOPT), MODELOPT)  # by ModelOpt alone
-    said = [method for method in (*own, anew, of_experts) if method is not None]
-    if anew is not None and not left_out:
-        said.insert(0, anew)
-    return next((method for method in said if fits(method, module)), said[0])
+    candidates = [method for method in (*own, requantized, of_experts) if method is not None]
+    if requantized is not None and not left_out:
+        candidates.insert(0, requantized)
+    return next((method for method in candidates if fits(method, module)), candidates[0])
 
 
 def _fp8_itself(quant_dict: QuantDict) -> Method:

@@ -1,17 +1,17 @@
-"""torchtitan's Mixture-of-Experts on moe_fn: experts, local token dispatcher, router config, whole layer.
+"""torchtitan's Mixture-of-Experts layer on moe_fn: experts, local token dispatcher, router config, whole layer.
 
-Their split is ours: RoutedExperts is `token_dispatcher.dispatch`, `inner_experts`, `token_dispatcher.combine`. Three
-ways in:
+torchtitan has the same stages: RoutedExperts is `token_dispatcher.dispatch`, `inner_experts`,
+`token_dispatcher.combine`. There are three ways to use moe_fn:
 
-    replace_grouped_experts(model)          in place, on a built model that is not parallelized yet; names and tensors
-                                            stay
-    --override.imports moe_fn.integrations.torchtitan.overrides.grouped_experts    at their config, before anything is
-                                                                                   built
-    moe_forward(config_of_moe(moe), weights_of_state(moe.state_dict()), x)         their layer as our pure function
+    replace_grouped_experts(model)          in place, on a built model before parallelization; names and tensors are
+                                            unchanged
+    --override.imports moe_fn.integrations.torchtitan.overrides.grouped_experts    in torchtitan's config, before the
+                                                                                   model is built
+    moe_forward(config_of_moe(moe), weights_of_state(moe.state_dict()), x)         the layer as a pure function
 
-Written against torchtitan 0.3.0 (wheel of 2026-09-03). Nothing here imports torchtitan, but for `overrides`: classes
-are made of the base class that is there. Run on one CPU process, with torchtitan's own classes, with fully_shard, and
-with DTensor parameters of a group of one. Never run: several ranks (expert parallelism keeps torchtitan's dispatchers),
+Written against torchtitan 0.3.0 (wheel of 2026-09-03). Only `overrides` imports torchtitan; classes are derived from
+the base class that is passed in. Tested in one CPU process with torchtitan's classes, with fully_shard, and with
+DTensor parameters on a mesh of size 1. Not tested: several ranks (expert parallelism keeps torchtitan's dispatchers),
 its trainer, its `parallelize`, GPUs.
 """
 

@@ -1,4 +1,6 @@
-"""LocalTokenDispatcher: tokens to rows sorted by expert and back, on one rank."""
+"""torchtitan's LocalTokenDispatcher on moe_fn: dispatch of tokens to rows sorted by expert, and combine, on one
+rank.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -15,9 +17,7 @@ from moe_fn.stages.dispatch import dispatch
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchMetadata:
-    """What combine_rows needs beside the rows: an explicit value, like their LocalDispatchMetadata, whose names it
-    answers to.
-    """
+    """The arguments of combine_rows other than the rows; it has the fields of torchtitan's LocalDispatchMetadata."""
 
     routing: Routing
     expert_ends: Tensor
@@ -42,11 +42,11 @@ def dispatch_tokens(
     topk_expert_ids_TK: Tensor,
     num_local_tokens_per_expert_E: Tensor,
 ) -> tuple[Tensor, Tensor, DispatchMetadata]:
-    """LocalTokenDispatcher.dispatch as a function: (rows [T * K, D] sorted by expert, the counts as they came,
+    """LocalTokenDispatcher.dispatch as a function: returns (rows [T * K, D] sorted by expert, the counts unchanged,
     metadata).
 
-    Rows of one expert keep the order of their tokens, as with their stable argsort. Weights are applied by
-    combine_rows.
+    Rows of one expert are in the order of their tokens, as with torchtitan's stable argsort. combine_rows applies the
+    routing weights.
 
     >>> import torch
     >>> config = MoEConfig(num_experts=2, top_k=2, hidden_size=1, intermediate_size=1)
@@ -67,10 +67,10 @@ def dispatch_tokens(
 
 
 def combine_rows(config: MoEConfig, routed_output_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-    """LocalTokenDispatcher.combine as a function: the weighted sum of each token's rows, [T * K, D] -> [T, D].
+    """LocalTokenDispatcher.combine as a function: the weighted sum of each token's rows, [T * K, D] to [T, D].
 
-    Summed in float32 in the order of the choices and rounded once; theirs rounds each addend, and sums in the dtype of
-    the rows.
+    It is summed in float32 in the order of the choices and rounded once; torchtitan rounds each addend and sums in the
+    dtype of the rows.
     """
     d = Dispatched(
         rows=routed_output_RD,
@@ -82,15 +82,15 @@ def combine_rows(config: MoEConfig, routed_output_RD: Tensor, metadata: Dispatch
 
 
 def config_of_dispatcher(dispatcher: Any) -> MoEConfig:
-    """Only num_experts and top_k are read; a dispatcher knows no other size."""
+    """A config with num_experts and top_k of a dispatcher; other sizes are 1, because they are not read."""
     return MoEConfig(num_experts=dispatcher.num_experts, top_k=dispatcher.top_k, hidden_size=1, intermediate_size=1)
 
 
 @functools.lru_cache
 def dispatcher_class(base: Any) -> Any:
-    """A subclass of torchtitan's LocalTokenDispatcher that dispatches and combines by moe_fn, with a Config of its own.
+    """A subclass of torchtitan's LocalTokenDispatcher that dispatches and combines with moe_fn, and its Config.
 
-    Raises ValueError for another base class: those of expert parallelism talk to other ranks, and stay.
+    Raises ValueError for another base class: dispatchers of expert parallelism communicate and are not replaced.
     """
     if base.__name__ != "LocalTokenDispatcher":
         raise ValueError(f"dispatcher_class: got {base.__name__}; expected LocalTokenDispatcher itself")
@@ -118,6 +118,6 @@ def dispatcher_class(base: Any) -> Any:
         "dispatch": dispatch,
         "combine": combine,
         "__module__": __name__,
-        "__doc__": "Dispatch by moe_fn.",
+        "__doc__": "Dispatch and combine with moe_fn.",
     }
     return type(f"MoeFn{base.__name__}", (base,), members | config_member(base))

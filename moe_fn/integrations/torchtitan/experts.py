@@ -1,4 +1,4 @@
-"""GroupedExperts: rows sorted by expert through their experts."""
+"""torchtitan's GroupedExperts on moe_fn: the experts' products over rows sorted by expert."""
 
 import dataclasses
 import functools
@@ -24,17 +24,17 @@ def experts_of_rows(
     config: MoEConfig, gate_up: tuple[Tensor, ...], down: Tensor, x_RD: Tensor, num_tokens_per_expert_E: Tensor,
     gate_up_bias: Tensor | None = None, down_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What GroupedExperts.forward computes, as a function of its weights: each row through the network of its expert.
+    """GroupedExperts.forward as a function of its weights: the MLP of each row's expert.
 
         y[r] = down[e] @ activation(gate[e] @ x[r], up[e] @ x[r]),  e the expert of row r
 
     gate_up is (gate_up [E, 2F, D],) or (w1 [E, F, D], w3 [E, F, D]); down [E, D, F]; x_RD [R, D] sorted by expert;
-    num_tokens_per_expert_E [E] counts. Returns [R, D]; rows beyond the counts are never read and give 0. All of one
-    dtype, which it computes in: nothing is cast to bfloat16. Gradients go to the rows and all weights.
+    num_tokens_per_expert_E [E] are counts. Returns [R, D]; rows beyond the counts are not read and give 0. All tensors
+    have one dtype, in which it computes: nothing is cast to bfloat16. Gradients flow to the rows and all weights.
 
-    Two weights stay two, with one product each, for joining them would copy every expert in every call. One core of a
-    Zen 5, 64 experts of 512 x 1024, 1024 rows, ms: two weights 57 in float32 and 31 in bfloat16, one weight 54 and 27,
-    joined in the call 194 and 93.
+    Separate w1 and w3 have one product each, because concatenating them would copy every expert in every call. On one
+    core of a Zen 5 with 64 experts of 512 x 1024 and 1024 rows, in ms: two weights 57 in float32 and 31 in bfloat16,
+    one weight 54 and 27, concatenated in the call 194 and 93.
 
     >>> config = MoEConfig(num_experts=2, top_k=1, hidden_size=1, intermediate_size=1)
     >>> w1, w3, w2 = torch.ones(2, 1, 1), torch.tensor([[[1.0]], [[2.0]]]), torch.ones(2, 1, 1)
@@ -58,9 +58,9 @@ def experts_of_rows(
 def experts_class(base: Any, compute_dtype: torch.dtype | None = None) -> Any:
     """A subclass of torchtitan's GroupedExperts, FusedGroupedExperts or GptOssGroupedExperts whose forward is moe_fn's.
 
-    Parameters, their names, initialisation, sharding and state-dict hooks are the base class's; it has a Config of its
-    own, so that it can be built and overridden as theirs can. It computes in compute_dtype, or in the dtype of autocast
-    where that is on, or in the dtype of the rows; theirs always in bfloat16. The result has the dtype of the rows.
+    Parameters, their names, initialization, sharding and state-dict hooks are the base class's. It has its own Config,
+    so that it can be built and overridden like torchtitan's. It computes in compute_dtype, else in autocast's dtype,
+    else in the dtype of the rows; torchtitan always computes in bfloat16. The result has the dtype of the rows.
 
     Raises ValueError for another base class.
     """
@@ -82,13 +82,13 @@ def experts_class(base: Any, compute_dtype: torch.dtype | None = None) -> Any:
         "__init__": init,
         "forward": forward,
         "__module__": __name__,
-        "__doc__": f"{base.__name__}, computed by moe_fn.",
+        "__doc__": f"{base.__name__}, computed with moe_fn.",
     }
     return type(f"MoeFn{base.__name__}", (base,), members | config_member(base))
 
 
 def config_member(base: Any) -> dict[str, Any]:
-    """torchtitan wires a class to the Config in its own body, a slotted dataclass; a base without one needs none."""
+    """The nested Config (a slotted dataclass) that torchtitan expects in a class body; empty if the base has none."""
     if not hasattr(base, "Config"):
         return {}
     return {"Config": dataclasses.dataclass(kw_only=True, slots=True)(type("Config", (base.Config,), {}))}
@@ -99,16 +99,16 @@ def _forward(
 ) -> Tensor:
     dtype = compute_dtype or autocast_dtype(x_RD) or x_RD.dtype
 
-    def local(name: str | None) -> Any:  # like theirs: dynamic row counts cannot be DTensors
+    def local(name: str | None) -> Any:  # as in torchtitan: dynamic row counts cannot be DTensors
         tensor = None if name is None else getattr(module, name)
         if tensor is None:
             return None
         tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if is_wrapper(tensor):  # torchao's, that makes torch's grouped product another one
+        if is_wrapper(tensor):  # for example torchao's, which overrides torch's grouped product
             kind = type(tensor).__name__
             raise ValueError(
-                f"{type(module).__name__}: {name} is a {kind}; expected a plain tensor, not one that computes in its "
-                "own way"
+                f"{type(module).__name__}: {name} is a {kind}; expected a plain tensor, not a subclass that overrides "
+                "operations"
             )
         return tensor.to(dtype)
 
@@ -118,7 +118,7 @@ def _forward(
         raise ValueError(
             f"{type(module).__name__}: {layout.down} is {tuple(down.shape)} on this rank; "
             f"expected {config.intermediate_size} columns, "
-            "for tensor parallelism would add the bias once a rank: shard the experts instead"
+            "because tensor parallelism would add the bias on every rank: shard the experts instead"
         )
     with autocast_off(x_RD):
         y = experts_of_rows(

@@ -1,4 +1,4 @@
-"""How torchtitan's expert classes keep their weights: one row each."""
+"""Weight layouts of torchtitan's expert classes, one row each."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from moe_fn.config.activation import PRESETS, ActivationConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsLayout:
-    """Names of the parameters of one class of theirs, and what its forward computes of them.
+    """Names of the parameters of one of torchtitan's classes, and the activation of its forward.
 
-    gate_up         one name of [E, 2F, D] (or [E, F, 2, D], which is the same memory, interleaved), or two of [E, F,
-                    D]: gate, up
-    down            [E, D, F];  biases [E, 2F] and [E, D]
-    limit           the attribute that holds the limit of the activation
+    gate_up         one name for [E, 2F, D] (or [E, F, 2, D], the same memory with gates and ups interleaved), or two
+                    for [E, F, D]: gate, up
+    down            name for [E, D, F]; the biases are [E, 2F] and [E, D]
+    limit           attribute that holds the limit of the activation
     """
 
     class_name: str
@@ -30,13 +30,13 @@ class ExpertsLayout:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every parameter of the class."""
+        """Names of all parameters of the class."""
         return tuple(name for name in (*self.gate_up, self.down, self.gate_up_bias, self.down_bias) if name is not None)
 
 
 LAYOUTS = (
     ExpertsLayout(class_name="GroupedExperts", gate_up=("w1_EFD", "w3_EFD"), down="w2_EDF"),
-    # overrides/fused_swiglu.py: one parameter in memory, w1 and w3 in checkpoints
+    # torchtitan's overrides/fused_swiglu.py: one parameter in memory, w1 and w3 in checkpoints
     ExpertsLayout(class_name="FusedGroupedExperts", gate_up=("w13",), down="w2_EDF", gate_up_layout="interleaved"),
     ExpertsLayout(
         class_name="GptOssGroupedExperts",
@@ -52,14 +52,14 @@ LAYOUTS = (
 
 
 def layout_of_class(base: type) -> ExpertsLayout | None:
-    """The row of a class, None for any other: a subclass computes something else, such as MXFP8GroupedExperts."""
+    """The row of a class by its name; None for others, as subclasses like MXFP8GroupedExperts compute differently."""
     return next((layout for layout in LAYOUTS if layout.class_name == base.__name__), None)
 
 
 def config_of_experts(layout: ExpertsLayout, experts: nn.Module, top_k: int = 1) -> MoEConfig:
-    """What the experts compute, from the shapes of their parameters (of DTensors: the whole shapes).
+    """The config of the experts, from the shapes of their parameters (global shapes for DTensors).
 
-    Raises ValueError naming the parameter that is missing or has no such shape.
+    Raises ValueError that names a parameter which is missing or has a wrong shape.
     """
     down: Any = getattr(experts, layout.down, None)
     if down is None or down.ndim != 3:
@@ -77,7 +77,8 @@ def config_of_experts(layout: ExpertsLayout, experts: nn.Module, top_k: int = 1)
             or weight.numel() != wanted
         ):
             raise ValueError(
-                f"{type(experts).__name__}.{name} is {_shape(weight)}; expected what fits {layout.down}, {_shape(down)}"
+                f"{type(experts).__name__}.{name} is {_shape(weight)}; expected a shape that matches {layout.down}, "
+                f"{_shape(down)}"
             )
     activation = (
         layout.activation

@@ -1,4 +1,4 @@
-"""torchtitan's MoE layer as our config and weights: what moe_forward needs to compute the whole of it."""
+"""Converts torchtitan's MoE layer to a `MoEConfig` and `MoEWeights` for moe_forward, and its state dict both ways."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,8 +11,7 @@ from moe_fn.config import GroupConfig, MoEConfig, RouterConfig, SharedExpertsCon
 from moe_fn.integrations.torchtitan.layouts import config_of_experts, layout_of_class
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights, weights_of_leaves
 
-# Where each tensor of ours is in their state_dict; two names: halves of ours, along the last dimension but one (biases:
-# the last).
+# Names in torchtitan's state_dict for each path of MoEWeights; two names are halves along dim -2 (biases: dim -1).
 _AROUND: dict[Path, tuple[str, ...]] = {
     ("router", "gate"): ("router.gate.weight",),
     ("router", "bias"): ("router.gate.bias",),
@@ -39,10 +38,10 @@ _GPT_OSS: dict[Path, tuple[str, ...]] = {
 def router_config(router: Any, *, expert_bias: bool) -> RouterConfig:
     """The RouterConfig of a TokenChoiceTopKRouter, or of its Config; expert_bias: whether the layer has expert_bias_E.
 
-    score_func is the scoring, route_norm the renormalisation (+ 1e-20), route_scale the routed scaling factor,
-    num_expert_groups and num_limited_groups the groups (sum of the two best, -inf outside). The gate is float32, as
-    theirs is on a GPU; on a CPU torch has no autocast to float32, and theirs stays in the dtype of x. Raises ValueError
-    for their forced balance, which is for timing.
+    score_func is the scoring, route_norm the renormalization (+ 1e-20), route_scale the routed scaling factor,
+    num_expert_groups and num_limited_groups the groups (sum of the two best scores, -inf outside). The gate is computed
+    in float32, as in torchtitan on a GPU; on a CPU torch has no autocast to float32, and torchtitan computes it in the
+    dtype of x. Raises ValueError for torchtitan's forced load balance, which is for benchmarks.
 
     >>> from types import SimpleNamespace
     >>> router = SimpleNamespace(score_func="sigmoid", route_norm=True, route_scale=2.5, num_expert_groups=8,
@@ -52,7 +51,7 @@ def router_config(router: Any, *, expert_bias: bool) -> RouterConfig:
     """
     if getattr(router, "_debug_force_load_balance", False):
         raise ValueError(
-            "router_config: router._debug_force_load_balance is True; expected False, for it does not route by scores"
+            "router_config: router._debug_force_load_balance is True; expected False: it does not route by scores"
         )
     groups = None
     if router.num_expert_groups is not None:
@@ -68,16 +67,16 @@ def router_config(router: Any, *, expert_bias: bool) -> RouterConfig:
 
 
 def config_of_moe(moe: Any) -> MoEConfig:
-    """The MoEConfig of a built MoE of torchtitan: experts, router, and shared experts with or without a sigmoid gate.
+    """The MoEConfig of torchtitan's MoE module: experts, router, and shared experts with or without a sigmoid gate.
 
-    Raises ValueError for experts or shared experts of a class that is none of the published ones.
+    Raises ValueError for unknown classes of experts or shared experts.
     """
     inner = moe.routed_experts.inner_experts
     layout = layout_of_class(type(inner))
     if layout is None:
         raise ValueError(
-            f"config_of_moe: inner_experts is a {type(inner).__name__}; expected a class of LAYOUTS, before it is "
-            "replaced"
+            f"config_of_moe: inner_experts is a {type(inner).__name__}; expected a class of LAYOUTS that is not "
+            "replaced yet"
         )
     return dataclasses.replace(
         config_of_experts(layout, inner, top_k=moe.router.top_k),
@@ -97,10 +96,10 @@ def _shared_config(shared: Any) -> SharedExpertsConfig | None:
 
 
 def weights_of_state(state: Mapping[str, Tensor], prefix: str = "") -> MoEWeights:
-    """The weights of one layer from a state_dict of theirs, below a prefix such as "layers.1.moe.".
+    """The weights of one layer from torchtitan's state_dict, below a prefix such as "layers.1.moe.".
 
-    w1 and w3 are joined, once, to a new tensor; all else is shared. state_of_weights is the inverse.
-    Raises ValueError naming the tensors below the prefix that are missing, and those that no layer has.
+    w1 and w3 are concatenated to a new tensor; all other tensors are shared. state_of_weights is the inverse.
+    Raises ValueError that names missing and unknown tensors below the prefix.
     """
     found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     experts = _GPT_OSS if any("mlp1" in name for name in found) else _PLAIN
@@ -110,8 +109,8 @@ def weights_of_state(state: Mapping[str, Tensor], prefix: str = "") -> MoEWeight
     surplus = sorted(set(found) - {n for pair in names.values() for n in pair})
     if missing or surplus:
         raise ValueError(
-            f"weights_of_state: below {prefix!r} missing {sorted(set(missing))}, surplus {surplus}; "
-            "expected none of either"
+            f"weights_of_state: below {prefix!r} {sorted(set(missing))} are missing and {surplus} are unknown; "
+            "expected the tensors of one layer"
         )
 
     def joined(path: Path) -> Tensor | None:
@@ -122,9 +121,10 @@ def weights_of_state(state: Mapping[str, Tensor], prefix: str = "") -> MoEWeight
 
 
 def state_of_weights(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]:
-    """The inverse of weights_of_state: views of the weights under their names. Biases on the experts mean gpt-oss.
+    """The inverse of weights_of_state: views of the weights by torchtitan's names; those of gpt-oss if gate_up has a
+    bias.
 
-    Raises ValueError for a weight that their layer has no place for.
+    Raises ValueError for a weight that torchtitan's layer does not have.
 
     >>> state = state_of_weights(MoEWeights(gate_up=torch.ones(2, 6, 4), down=torch.ones(2, 4, 3)), "moe.")
     >>> state["moe.routed_experts.inner_experts.w3_EFD"].shape
@@ -136,9 +136,7 @@ def state_of_weights(weights: MoEWeights, prefix: str = "") -> dict[str, Tensor]
         if leaf is None:
             continue
         if path not in names:
-            raise ValueError(
-                f"state_of_weights: weights.{'.'.join(path)} has no place in a torchtitan layer; expected None"
-            )
+            raise ValueError(f"state_of_weights: weights.{'.'.join(path)} is not in a torchtitan layer; expected None")
         parts = leaf.chunk(len(names[path]), _half_dim(path)) if len(names[path]) > 1 else (leaf,)
         state |= {prefix + name: part for name, part in zip(names[path], parts, strict=True)}
     return state

@@ -1,4 +1,4 @@
-"""Swapping torchtitan's experts and dispatchers in a built model."""
+"""Replaces torchtitan's experts and dispatchers in a built model."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,23 +13,22 @@ from moe_fn.integrations.torchtitan.layouts import config_of_experts, layout_of_
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """What replace_grouped_experts did: names of modules, and why others stayed."""
+    """Names of the modules that replace_grouped_experts replaced, and of those it kept with the reason."""
 
     experts: tuple[str, ...]
     dispatchers: tuple[str, ...]
-    kept: tuple[tuple[str, str], ...]  # (name, why)
+    kept: tuple[tuple[str, str], ...]  # (name, reason)
 
 
 def replace_grouped_experts(model: nn.Module, *, compute_dtype: torch.dtype | None = None) -> Replaced:
-    """Have moe_fn compute the routed experts of a torchtitan model, in place; returns what was swapped and what stayed,
-    and why.
+    """Replaces the routed experts and local dispatchers of a torchtitan model in place. Returns what was replaced, and
+    what was kept with the reason.
 
-    Modules keep their identity and only change their class: parameters, buffers, their names, state_dict, optimizers
-    that hold them, hooks, initialisation and sharding stay what they were. Call it before `parallelize` and before
-    torch.compile, for both wrap the forward that is there. compute_dtype as in experts_class (torch.bfloat16: what
-    torchtitan computes in).
+    Only the class of a module changes: parameters, buffers, their names, state_dict, optimizers that hold them, hooks,
+    initialization and sharding stay the same. Call it before `parallelize` and before torch.compile, because both wrap
+    the current forward. compute_dtype is that of experts_class (torchtitan computes in torch.bfloat16).
 
-    Raises ValueError where nothing could be swapped: what was found, and why it stayed.
+    Raises ValueError if no experts could be replaced, with the reasons.
     """
     swapped: list[str] = []
     dispatchers: list[str] = []
@@ -53,18 +52,19 @@ def replace_grouped_experts(model: nn.Module, *, compute_dtype: torch.dtype | No
             kept.append((place, f"{kind.__name__} is not LocalTokenDispatcher"))
     if not swapped:
         raise ValueError(
-            f"replace_grouped_experts: no experts to swap in a {type(model).__name__}; found {kept or 'none'}"
+            f"replace_grouped_experts: a {type(model).__name__} has no experts that can be replaced: found "
+            f"{kept or 'none'}; expected a class of LAYOUTS"
         )
     return Replaced(experts=tuple(swapped), dispatchers=tuple(dispatchers), kept=tuple(kept))
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Why experts cannot be swapped; None for those that can, and for what is no experts at all."""
+    """The reason why experts cannot be replaced; None if they can, and for modules that are not experts."""
     kind = type(module).__name__
     if kind.startswith("MoeFn"):
         return f"{kind} runs on moe_fn already"
     if layout_of_class(type(module)) is None:
-        return f"{kind} is none of the classes that are known" if kind.endswith("GroupedExperts") else None
+        return f"{kind} is not a known class" if kind.endswith("GroupedExperts") else None
     if getattr(module, "_parallelized", False) or "forward" in vars(module):
-        return f"{kind} has a wrapped forward: expected to be called before parallelize"
+        return f"{kind} has a wrapped forward; expected a model before parallelize"
     return None

@@ -1,8 +1,8 @@
-"""moe_fn inside Hugging Face transformers (`pip install "moe_fn[transformers]"`).
+"""Experts and Mixture-of-Experts blocks of Hugging Face transformers on moe_fn (`pip install "moe_fn[transformers]"`).
 
-`register`     model.set_experts_implementation("moe_fn"): the model's own routers and blocks, with our experts
-`from_block`   a live block as a config and weights
-`replace_moe_blocks`, `restore_moe_blocks`   whole blocks, routing included, in place
+`register`     model.set_experts_implementation("moe_fn"): the model's routers and blocks with moe_fn's experts
+`from_block`   a config and weights from a module
+`replace_moe_blocks`, `restore_moe_blocks`   replaces whole blocks with their routing, in place
 """
 
 from moe_fn.integrations.transformers.blocks import from_block

@@ -1,4 +1,4 @@
-"""from_block: a live Mixture-of-Experts block of transformers as a config and weights of ours."""
+"""from_block: reads a `MoEConfig` and `MoEWeights` from a Mixture-of-Experts block (a module) of transformers."""
 
 import functools
 from typing import Any
@@ -20,27 +20,26 @@ from moe_fn.integrations.transformers.tensors import Plan, Sizes, plan_of_block,
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, weights_of_leaves
 
 _PLAIN = (bool, int, float, str, type(None))
-# families whose block is a whole decoder layer: of its modules those count that hold a tensor of ours
+# Families whose block is a whole decoder layer; only its modules that hold tensors of MoEWeights are checked.
 _LAYERS = ("gemma4_text",)
 
 
 def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
-    """The config and the weights of a block, such that moe_forward(config, weights, x) is what the block adds to the
-    model.
+    """The config and the weights with which moe_forward computes the output of a block.
 
         moe_forward(*from_block(block), x) == block(x)      float32: relative error <= 1e-5, the same experts
 
-    block: any of the classes that `moe_fn.families` lists (for Gemma-4 the decoder layer, whose experts branch is
-    meant: from the residual to the norm of what the experts return). Weights are the block's own parameters, not
-    copies, except where the block keeps them in another form: gates and ups apart (shared experts, dbrx), experts apart
-    (Switch), norms around zero (Muse-Spark). Hash layers want token_ids. Zaya's router is a network with a state: hand
-    moe_forward the logits that its gate returns. What a block does in training only (jitter of its input, Phi's
-    sampling) is not part of the config.
+    block is an instance of a class that `moe_fn.families` lists. For Gemma-4 it is the decoder layer, of which the
+    experts branch is computed: from the residual to the norm of the experts' output. Weights are the block's
+    parameters, not copies, unless the block stores them in another form: separate gates and ups (shared experts, dbrx),
+    separate experts (Switch), norms stored as weight - 1 (Muse-Spark). Hash layers need token_ids. Zaya's router is a
+    network with a state: pass the logits of its gate to moe_forward. Operations of training only (jitter of the input,
+    Phi's sampling) are not part of the config.
 
-    Raises ValueError for a block that is not known, for one that is no token-choice mixture of feed-forward experts,
-    saying why, and where the block computes something else than its parameters say, naming the module: an adapter, a
-    hook, a forward of its own, a class that is not known, a parameter that is quantized or a shard. Parametrizations
-    are computed, and then are what they were.
+    Raises ValueError for an unknown block, for one that is not a token-choice mixture of feed-forward experts, with the
+    reason, and if the block does not compute what its parameters determine, with the module's name: an adapter, a hook,
+    another forward, an unknown class, a quantized or sharded parameter. Parametrizations are computed and stay on the
+    module.
 
     Laws
         A block of transformers equals its config and weights.
@@ -50,22 +49,22 @@ def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
     >>> import torch
     >>> from transformers import Qwen3MoeConfig
     >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-    >>> words = Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=4, num_experts=4, num_experts_per_tok=2,
+    >>> hf_config = Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=4, num_experts=4, num_experts_per_tok=2,
     ...     norm_topk_prob=True)
-    >>> config, weights = from_block(Qwen3MoeSparseMoeBlock(words))
+    >>> config, weights = from_block(Qwen3MoeSparseMoeBlock(hf_config))
     >>> config.num_experts, config.top_k, weights.gate_up.shape
     (4, 2, torch.Size([4, 8, 8]))
     """
     family = family_of_module(block)
     if family.refused:
-        raise ValueError(f"from_block: {type(block).__name__} is not for moe_fn: {family.refused}")
+        raise ValueError(f"from_block: {type(block).__name__} is not supported: {family.refused}")
     plan = plan_of_block(family.names[0], block)
     why = why_not_known(block) or why_no_floats(block, plan) or why_called(block, kind_of_block(family, block, plan))
     why = why or why_not_plain(block)
     if why is not None:
         wanted = (
-            "expected modules that compute what their parameters say: merge adapters and remove hooks first, or call "
-            "the block"
+            "expected modules that compute what their parameters determine: merge adapters and remove hooks first, or "
+            "call the block"
         )
         raise ValueError(f"from_block: {type(block).__name__}: {why}; {wanted}")
     config = config_of_block(family, block, plan)
@@ -73,37 +72,41 @@ def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
 
 
 def family_of_module(module: nn.Module) -> Family:
-    """The family's row, by the class of a module or a class that it derives from."""
+    """The family of a module, by its class or a base class."""
     known = known_class(module)
     return family_of_block(type(module).__name__ if known is None else known.__name__)
 
 
 def known_class(module: nn.Module) -> type | None:
-    """The module's class, or the first that it derives from, which is in the table."""
+    """The first class in the module's MRO that is in the table of families; None without one."""
     return next((cls for cls in type(module).__mro__ if is_known(cls)), None)
 
 
 def why_not_known(block: nn.Module) -> str | None:
-    """Why a block is not what the table says of the class that it derives from; None for one that is."""
+    """The reason why a block differs from the known class that it derives from: methods it overrides; None without
+    one.
+    """
     known = known_class(block)
     own = [] if known is None else overridden(type(block), known)
-    return None if known is None or not own else f"it has {', '.join(own)} of its own, beside {known.__name__}"
+    return None if known is None or not own else f"it overrides {', '.join(own)} of {known.__name__}"
 
 
 def why_no_floats(block: nn.Module, plan: Plan) -> str | None:
-    """Why the experts have no weights for us; None if they have: modules of quantized experts have other names."""
+    """The reason why the experts' weights cannot be read: modules of quantized experts have other names; None if they
+    can.
+    """
     missing = [path for path in ("gate_up", "down") if path not in dict(plan)]
     experts = type(without_wrappers(getattr(block, "experts", block))).__name__
-    return f"{experts} has no tensor that is {' or '.join(missing)}; expected experts of floats" if missing else None
+    return f"{experts} has no tensor for {' or '.join(missing)}; expected experts of floats" if missing else None
 
 
 def kind_of_block(
     family: Family, block: nn.Module, plan: Plan, leave: tuple[str, ...] = (), alone: tuple[str, ...] = ()
 ) -> Kind:
-    """The modules whose parameters are read in place of calling them, as they are now.
+    """The classes of the modules whose parameters are read instead of calling them, at this time.
 
-    leave: names of modules that are called. alone: names of modules that are called, but whose outputs are not all
-    used: they themselves count, what is below them does not.
+    leave: names of modules that are called and not checked. alone: names of modules that are checked without their
+    children, because they are called and only some of their outputs are used.
     """
     read = {name.split(".")[0] for _, source in plan for name in source.names}
     others = tuple(name for name in block._modules if name not in read) if family.names[0] in _LAYERS else ()
@@ -111,7 +114,7 @@ def kind_of_block(
 
 
 def is_known(cls: type) -> bool:
-    """Whether a class is one of the blocks in the table, refused ones too."""
+    """Whether a class is a block in the table of families, including refused ones."""
     try:
         family_of_block(cls.__name__)
     except ValueError:
@@ -120,7 +123,7 @@ def is_known(cls: type) -> bool:
 
 
 def config_of_block(family: Family, block: nn.Module, plan: Plan) -> MoEConfig:
-    """The config: options from the block's attributes and its model's config, sizes from its tensors."""
+    """The config of a block: options from its attributes and its model's config, sizes from its tensors."""
     shapes = _shapes(block, plan)
     shared = next(
         (m for name in ("shared_experts", "shared_expert", "shared_mlp") if (m := _module(block, name)) is not None),
@@ -137,14 +140,14 @@ def config_of_block(family: Family, block: nn.Module, plan: Plan) -> MoEConfig:
 
 
 def weights_of_block(config: MoEConfig, block: nn.Module, plan: Plan) -> MoEWeights:
-    """The weights, of the tensors that the block has now; differentiable, and traced by torch.compile."""
+    """The weights from the block's current tensors; differentiable, and traceable by torch.compile."""
     sizes = Sizes(config.num_experts, config.num_logits)
     found = {path: tensor_of(block, source, sizes) for path, source in plan if _wanted(config, path)}
     return weights_of_leaves([found.get(".".join(path)) for path in WEIGHT_PATHS])
 
 
 def _wanted(config: MoEConfig, path: str) -> bool:
-    """Whether the config reads a tensor that the block has: one may be there and be ignored."""
+    """Whether the config uses a tensor of the block; some blocks have tensors that they ignore."""
     needs = {
         "router.correction_bias": config.router.correction_bias != "none",
         "router.expert_ids_of_token": config.router.selection == "hash",
@@ -154,7 +157,7 @@ def _wanted(config: MoEConfig, path: str) -> bool:
 
 
 def _shapes(block: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that sizes are read from; the number of experts is that of down."""
+    """Shapes of the tensors from which sizes are read; the number of experts is that of down."""
     sources = dict(plan)
     one = Sizes(num_experts=_num_experts(block), num_logits=1)
     wanted = ("down", "shared.down", "latent.input")
@@ -167,8 +170,8 @@ def _num_experts(block: nn.Module) -> int:
 
 
 def look_in(block: nn.Module, first: nn.Module | None = None) -> Look:
-    """Words of a block: with a dot in front attributes of its modules, otherwise options of the configs that its
-    modules hold.
+    """A lookup in a block: names with a leading dot are attributes of its modules, others are options of the configs
+    that its modules hold.
     """
     names = ("gate", "router", "experts", "experts.mlp", "experts.expert_0")
     inside = (_module(block, name) for name in names)
@@ -192,12 +195,12 @@ def _module(block: nn.Module, path: str) -> nn.Module | None:
 
 
 def _plain(value: Any, layer: Any) -> Any:
-    """Numbers and words, the layer's own of a list, and the name of an activation, or its class's; anything else is no
-    option.
+    """The value of an option: numbers and strings, the layer's element of a list, and the name of an activation module
+    or of its class; MISSING for other types.
     """
     if isinstance(value, list | tuple):
         value = value[layer] if layer is not None and layer < len(value) else MISSING
-    # one that has no name is not what the config says: then the class's name is refused in words
+    # An activation without a known name differs from the config's: its class's name is refused with an error.
     if isinstance(value, nn.Module):
         return _name_of_activation(value)
     return value if isinstance(value, _PLAIN) else MISSING

@@ -1,4 +1,6 @@
-"""Our experts in transformers' ExpertsInterface: routers, blocks, checkpoints and `generate` stay the model's own."""
+"""moe_fn's experts in transformers' ExpertsInterface; routers, blocks, checkpoints and `generate` remain the
+model's.
+"""
 
 import functools
 import json
@@ -23,29 +25,29 @@ from moe_fn.stages.combine import combine
 from moe_fn.stages.dispatch import dispatch
 from moe_fn.torch_compat import constant_while_tracing
 
-# How experts may run, where their module is called by the model's own code: of these options of MoEConfig.
+# Options of MoEConfig that experts honor if the model's own code calls their module.
 RUNNING = ("chunk_tokens", "recompute", "opaque", "backend")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def register(name: str = "moe_fn") -> None:
-    """Make `name` an experts implementation of transformers, for every model whose experts are in its interface.
+    """Registers `name` as an experts implementation of transformers, for every model that uses its ExpertsInterface.
 
         y[t] = sum over j of  weights[t, j] * norm(down[e] @ gate(up[e] @ x[t] + b) + c),   e = ids[t, j]
 
-    Afterwards `model.set_experts_implementation(name)` and `from_pretrained(..., experts_implementation=name)` compute
-    so. All that an experts module may ask for is honoured: layouts, biases, no gate, a gate or norm of its own, ids of
-    other ranks (num_experts and beyond, or below 0: they add nothing, whatever their weight), any integer and float
-    dtypes, top_k beyond num_experts, no tokens. Gates and activations that are ours too run in the fused op of the
-    back-end (`moe_fn.backends`); any other is called as it is, between grouped products. Nothing is kept on the module.
+    `model.set_experts_implementation(name)` and `from_pretrained(..., experts_implementation=name)` select it. It
+    supports everything that an experts module may define: layouts, biases, no gate, its own gate or norm, ids of other
+    ranks (num_experts and above, or below 0: they add nothing, for any weight), any integer and float dtypes, top_k
+    above num_experts, no tokens. Known gates and activations run in the fused op of the back-end (`moe_fn.backends`);
+    others are called between grouped products. The module is not modified.
 
     Rounding: the products compute in the dtype of the experts' weights (under autocast, in autocast's) and accumulate
-    in float32; gates, biases, routing weights and the sum over experts are float32, rounded once, where transformers
-    rounds every step. A gate or norm of the module's own sees the dtype that the products compute in. The result has
-    the dtype of the input; float64 stays float64.
+    in float32; gates, biases, routing weights and the sum over experts are float32 and rounded once, where transformers
+    rounds every step. The module's own gate or norm gets the dtype in which the products compute. The result has the
+    dtype of the input; float64 stays float64.
 
-    Raises ValueError if the name is taken, and when a module is called whose weights are quantized, distributed or of
-    other shapes. A second call changes nothing.
+    Raises ValueError if the name is taken. Calls raise ValueError for quantized or distributed weights, and for wrong
+    shapes. Registering twice has no effect.
 
     Source: the interface is transformers.integrations.moe.ExpertsInterface (5.20 and later).
 
@@ -65,15 +67,15 @@ def register(name: str = "moe_fn") -> None:
     from transformers.integrations.moe import ExpertsInterface
 
     if not isinstance(name, str) or not name:
-        raise ValueError(f"register: name is {name!r}; expected a word")
-    # Modules with float8 weights look here: with us in it they say what is wrong, and do not claim that the name is
-    # unknown.
+        raise ValueError(f"register: name is {name!r}; expected a nonempty str")
+    # Modules with float8 weights look names up here: registered, experts_forward raises an error about the weights
+    # instead of transformers' "unknown name".
     interfaces = (ExpertsInterface, FP8ExpertsInterface)
     if name == "eager" or any(
         interface().get(name, experts_forward) is not experts_forward for interface in interfaces
     ):
         raise ValueError(
-            f"register: {name!r} is an implementation that transformers has; expected a name of its own, such as "
+            f"register: {name!r} is an implementation of transformers; expected a name that is not taken, such as "
             "'moe_fn'"
         )
     for interface in interfaces:
@@ -81,14 +83,16 @@ def register(name: str = "moe_fn") -> None:
 
 
 def running_of(config: MoEConfig) -> str:
-    """How a config's experts run, as the word that experts_forward takes."""
+    """The options of a config's experts as JSON, the argument `running` of experts_forward."""
     return json.dumps({name: getattr(config, name) for name in (*RUNNING, "batch_invariant")})
 
 
 def experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, running: str = "{}"
 ) -> Tensor:
-    """What transformers calls for each experts module: x [T, H], ids and weights [T, K] -> [T, H] in the dtype of x."""
+    """The forward that transformers calls for each experts module: x [T, H], ids and weights [T, K] to [T, H] in the
+    dtype of x.
+    """
     part: Any = module
     gate, act = _gate_of(module), _act_of(module)
     weights = _weights_of(module)
@@ -115,7 +119,7 @@ def experts_forward(
         return moe_forward_routed(config, weights, x, routing).to(hidden_states.dtype)
     if config.chunk_tokens is not None or config.recompute or config.batch_invariant or config.opaque:
         raise ValueError(
-            f"{_name(module)}: experts with a gate or norm of their own run without options; expected none of {running}"
+            f"{_name(module)}: experts with their own gate or norm do not support options; expected none of {running}"
         )
     return by_stages_of_module(module, config, weights, x, routing).to(hidden_states.dtype)
 
@@ -123,10 +127,9 @@ def experts_forward(
 def by_stages_of_module(
     module: nn.Module, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing
 ) -> Tensor:
-    """Dispatch, product, the module's own gate, product, the module's own norm, combine.
+    """The experts of a module with its own gate or norm: dispatch, product, gate, product, norm, combine.
 
-    Rows of no expert are ones where code that is not ours sees them: zeros may have no finite gradient there (a norm, a
-    root).
+    Rows without an expert are 1 in the module's gate and norm, because gradients may not be finite at 0 (norm, sqrt).
     """
     part: Any = module
     check_x(_name(module), config, x)
@@ -145,7 +148,7 @@ def by_stages_of_module(
     rows = part._apply_gate(rows) if part.has_gate else part.act_fn(rows)
     if rows.shape[-1] != config.intermediate_size:
         raise ValueError(
-            f"{_name(module)}: its gate gives {rows.shape[-1]} columns; expected {config.intermediate_size}"
+            f"{_name(module)}: its gate returns {rows.shape[-1]} columns; expected {config.intermediate_size}"
         )
     rows = product(rows, weights.down, weights.down_bias)
     if part.has_post_expert_norm:
@@ -153,8 +156,9 @@ def by_stages_of_module(
     return combine(config, rows, dispatched, routing)
 
 
-# Configs by their text. Dynamo cannot make a config, and what it is handed as a constant must be a word: so they are
-# made outside of what it traces and looked up inside. Equal modules share one, and a graph guards on its identity.
+# Configs by their repr. Dynamo cannot trace the construction of a config, and constants that it is given must be
+# strings: configs are made outside the traced code and looked up inside. Equal modules share one, and a graph guards on
+# its identity.
 _CONFIGS: dict[str, MoEConfig] = {}
 
 
@@ -169,7 +173,9 @@ def _key_of_config(
 def _make_config(
     running: str, known: bool, gated: bool, in_out: bool, gate: object, act: object, *texts: str | None
 ) -> str:
-    """The key of the config; texts are num_experts, top_k, the inner sizes of down, then the numbers of the gate."""
+    """Makes a config and returns its key; texts are num_experts, top_k, the inner sizes of down and the numbers of the
+    gate.
+    """
     numbers = tuple(None if text is None else float.fromhex(text) for text in texts)
     experts, top_k, *inner = (int(n or 0) for n in numbers[:4])
     hidden, intermediate = reversed(inner) if in_out else inner
@@ -191,7 +197,9 @@ def _make_config(
 
 
 def _text(number: float | None) -> str | None:
-    """The number exactly. Dynamo makes a symbol of one that differs between layers or calls, never of a text."""
+    """The number as a string, exactly: Dynamo makes numbers that differ between layers or calls symbolic, never
+    strings.
+    """
     return None if number is None else float(number).hex()
 
 
@@ -205,15 +213,13 @@ def _number(module: nn.Module, place: str | None) -> float | None:
 
 
 def _gate_of(module: nn.Module) -> object:
-    """The function behind `module._apply_gate`; None if the module has one of its own, beside its class."""
+    """The function `_apply_gate` of the module's class; None if the instance overrides it."""
     cls: Any = type(module)
     return None if "_apply_gate" in module.__dict__ else cls._apply_gate
 
 
 def _act_of(module: nn.Module) -> object:
-    """The class of act_fn, or act_fn if it is a function; None if there is none, and if it must be called, for a hook
-    for example.
-    """
+    """The class of act_fn, or act_fn if it is a function; None without one, or if it must be called (hooks)."""
     act = getattr(module, "act_fn", None)
     if isinstance(act, nn.Module):
         return type(act) if calls_known_modules_only(act) else None
@@ -221,7 +227,7 @@ def _act_of(module: nn.Module) -> object:
 
 
 def _weights_of(module: nn.Module) -> MoEWeights:
-    """The module's own parameters, none copied."""
+    """The module's parameters, not copied."""
     part: Any = module
     up = "gate_up_proj" if part.has_gate else "up_proj"
     gate_up, down = getattr(part, up), part.down_proj
@@ -238,8 +244,8 @@ def _weights_of(module: nn.Module) -> MoEWeights:
     ends = (gate_up.shape[1], down.shape[2]) if part.is_transposed else (gate_up.shape[2], down.shape[1])
     if ends[0] != ends[1]:
         raise ValueError(
-            f"{_name(module)}: {up} takes {ends[0]} columns and down_proj gives {ends[1]}; "
-            "expected the hidden size of both"
+            f"{_name(module)}: {up} has {ends[0]} inputs and down_proj has {ends[1]} outputs; "
+            "expected the hidden size for both"
         )
     gate_up_bias, down_bias = (getattr(part, f"{up}_bias"), part.down_proj_bias) if part.has_bias else (None, None)
     for name, tensor in (

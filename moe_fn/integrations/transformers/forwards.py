@@ -1,4 +1,4 @@
-"""A forward of ours on a module, beside the one of its class: put there, recognised, and taken away again."""
+"""Sets, recognizes and removes a forward of moe_fn on a block's modules, which overrides the forward of their class."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,14 +7,14 @@ from torch import nn
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of its class, bound to it."""
+    """The forward of the module's class, bound to the module."""
     return type(module).forward.__get__(module)  # type: ignore[no-any-return]
 
 
 def has_own_forward(module: nn.Module, ours: tuple[Any, ...]) -> bool:
-    """Whether somebody else put a forward on the module, which setting ours would take away.
+    """Whether the module has a forward that is neither its class's nor in `ours`, and that set_forward would overwrite.
 
-    Where accelerate did, what its forward calls is looked at, for ours is set there.
+    With accelerate's hook this is the forward that the hook calls, because set_forward sets that one.
     """
     forward = module.__dict__.get(_slot(module))
     if forward is None or getattr(forward, "func", None) in ours:
@@ -23,12 +23,12 @@ def has_own_forward(module: nn.Module, ours: tuple[Any, ...]) -> bool:
 
 
 def set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """The module calls it from now on; below a hook of accelerate, if there is one."""
+    """Sets the module's forward, inside accelerate's hook if there is one."""
     setattr(module, _slot(module), forward)
 
 
 def unset_forward(module: nn.Module, ours: tuple[Any, ...]) -> bool:
-    """The module calls the forward of its class again; whether it called one of ours."""
+    """Restores the forward of the module's class. Returns whether the module had one of `ours`."""
     slots = [slot for slot in ("forward", "_old_forward") if getattr(module.__dict__.get(slot), "func", None) in ours]
     for slot in slots:
         if slot == "forward":
@@ -39,5 +39,7 @@ def unset_forward(module: nn.Module, ours: tuple[Any, ...]) -> bool:
 
 
 def _slot(module: nn.Module) -> str:
-    """accelerate.hooks.add_hook_to_module sets a forward that calls `_old_forward` between the hook's two halves."""
+    """The attribute to set: with a hook of accelerate its forward calls `_old_forward` between pre- and
+    post-forward.
+    """
     return "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"

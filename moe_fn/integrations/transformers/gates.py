@@ -1,9 +1,8 @@
-"""What stands between the two products of an experts module of transformers, in our words: tables, and how a module is
-looked up.
+"""Tables that map the gates and activations of transformers' experts to an `ActivationConfig`.
 
-A gate is known by its code and not by its class: a copy of it in somebody's own model is known too, and a newer version
-that computes something else is not. What is not known is None here, and the module computes it by itself
-(`experts.by_stages_of_module`).
+A gate is recognized by its source code and not by its class: a copy in another model is recognized too, and a newer
+version that computes something else is not. For an unknown gate the lookup returns None, and the module's own gate is
+called (`experts.by_stages_of_module`).
 """
 
 import ast
@@ -16,19 +15,18 @@ from moe_fn.config import ActivationConfig
 from moe_fn.config.activation import GateFunction
 from moe_fn.torch_compat import constant_while_tracing
 
-NUMBERS = ("limit", "alpha", "gate_cap", "up_cap")  # fields of ActivationConfig that are attributes of a module
+NUMBERS = ("limit", "alpha", "gate_cap", "up_cap")  # fields of ActivationConfig whose values are attributes of a module
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One `_apply_gate`: its code, as ast.unparse writes it, and what it computes.
+    """One `_apply_gate`: its code in the form of ast.unparse, and the activation that it computes.
 
-    The fields named in NUMBERS say where the number is: the name of an attribute of the module, dotted where it is
-    further in.
+    The fields in NUMBERS are names of attributes of the module that hold the number, dotted for nested modules.
     """
 
     code: str
-    function: GateFunction | None = None  # None: act_fn says it
+    function: GateFunction | None = None  # None: given by act_fn
     limit: str | None = None
     alpha: str | None = None
     gate_cap: str | None = None
@@ -42,9 +40,9 @@ _CLAMPS = "gate = gate.clamp({none}max=self.{0})\nup = up.clamp(min=-self.{0}, m
 _SIGMOID = "glu = gate * torch.sigmoid(gate * self.{0})\n"
 
 GATES: tuple[Gate, ...] = (
-    # The decorator's own, of 56 classes.
+    # The default of the decorator, used by 56 classes.
     Gate(code=_HALVES.format("gate_up_out") + "return self.act_fn(gate) * up"),
-    # Beam computes it in float32, as we always do.
+    # Beam computes it in float32, as moe_fn always does.
     Gate(code=_HALVES.format("gate_up") + "return (self.act_fn(gate.float()) * up.float()).to(gate.dtype)"),
     # DeepSeek-V4.
     Gate(
@@ -99,7 +97,7 @@ GATES: tuple[Gate, ...] = (
     ),
 )
 
-# act_fn, by the full name of its class or of itself -> our function, and silu's alpha.
+# The full name of act_fn or its class -> function of ActivationConfig, and silu's alpha.
 ACTIVATIONS: dict[str, tuple[GateFunction, float]] = {
     "transformers.activations.SiLUActivation": ("silu", 1.0),
     "torch.nn.modules.activation.SiLU": ("silu", 1.0),
@@ -116,13 +114,13 @@ ACTIVATIONS: dict[str, tuple[GateFunction, float]] = {
 }
 
 _GATE_OF_CODE = {gate.code: gate for gate in GATES}
-_PLAIN = Gate(code="")  # experts that are not gated: act_fn alone
+_PLAIN = Gate(code="")  # experts that are not gated: only act_fn
 
 
 @constant_while_tracing
 def places_of_numbers(gated: bool, gate: object, act: object) -> tuple[str | None, ...] | None:
-    """Where the module's NUMBERS are; None if `gate` (the function _apply_gate) or `act` (act_fn, or its class) is not
-    known.
+    """Names of the attributes with the module's NUMBERS; None if `gate` (the function _apply_gate) or `act` (act_fn, or
+    its class) is unknown.
     """
     found = _known(gated, gate, act)
     return None if found is None else tuple(getattr(found[0], name) for name in NUMBERS)
@@ -135,7 +133,7 @@ def activation_of(
     found = _known(gated, gate, act)
     if found is None:
         raise ValueError(
-            f"activation_of: {gate} with {act} is not in the tables; expected what places_of_numbers knows"
+            f"activation_of: {gate} with {act} is not in the tables; expected a gate that places_of_numbers finds"
         )
     row, function, alpha = found
     limit, own_alpha, gate_cap, up_cap = numbers
@@ -166,7 +164,7 @@ def _known(gated: bool, gate: object, act: object) -> tuple[Gate, GateFunction, 
 
 
 def _code_of(function: object) -> str:
-    """The body without docstring, comments and layout; "" where there is no source to read."""
+    """The body of a function without docstring, comments and formatting; "" without source."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body  # type: ignore[arg-type]
     except (OSError, TypeError, SyntaxError, ValueError):

@@ -1,12 +1,10 @@
-"""Whether reading a module's parameters is equal to calling it: decided here, for every module below a block and for
-activations.
+"""Decides whether reading a module's parameters is equivalent to calling it, for modules of a block and activations.
 
-A block that moe_fn computes reads the parameters of the modules below it, and calls none of them. That is the same only
-as long as a module is what it was known as: of its class, with the forward of that class, without hooks, with plain
-tensors for parameters. Adapters (PEFT), weight norm, pruning, offloading (accelerate), sharding (FSDP2, ZeRO-3),
-quantized layers (bitsandbytes, torchao), and somebody's own subclass all break one of these. What then happens is the
-caller's: the module is called, or refused by its name. Parametrizations (torch.nn.utils.parametrize) break none:
-reading computes them.
+A block that moe_fn computes reads the parameters of its modules and does not call them. That is equivalent only while a
+module has its known class with the forward of that class, no hooks, and plain tensors as parameters. Adapters (PEFT),
+weight norm, pruning, offloading (accelerate), sharding (FSDP2, ZeRO-3), quantized layers (bitsandbytes, torchao) and
+user subclasses violate one of these conditions. The caller then calls the module or refuses it by name.
+Parametrizations (torch.nn.utils.parametrize) violate none: reading computes them.
 """
 
 from collections.abc import Iterable
@@ -18,23 +16,23 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from moe_fn.torch_compat import is_fake
 
-# Where forwards are written that our tables know.
+# Modules (files) with the forwards of the known classes.
 _KNOWN = ("torch.nn.modules.", "transformers.models.", "transformers.activations")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A module as it is known: its class, None for one that is not, and what is below it."""
+    """A module's known class (None if it is unknown) and the kinds of its children."""
 
     cls: type | None
     children: tuple[tuple[str, "Kind"], ...] = ()
 
 
-def kind_of(module: nn.Module, beside: type, leave: Iterable[str] = (), alone: Iterable[str] = ()) -> Kind:
-    """The module's kind, seen through wrappers that hold it as a base_layer.
+def kind_of(module: nn.Module, block: type, leave: Iterable[str] = (), alone: Iterable[str] = ()) -> Kind:
+    """The module's kind; wrappers with a base_layer are skipped.
 
-    Of the modules directly below it those in `leave` are left out, and those in `alone` count without what is below
-    them. beside: a class that is known; what its file defines is known too.
+    Children in `leave` are left out, and those in `alone` are included without their own children. block: a known
+    class; classes of the same file are known too.
     """
     module = without_wrappers(module)
     cls = type_before_parametrizations(module)
@@ -43,20 +41,20 @@ def kind_of(module: nn.Module, beside: type, leave: Iterable[str] = (), alone: I
         for name, child in module._modules.items()
         if child is not None and name not in (*leave, "parametrizations")
     ]
-    kinds = {name: kind_of(child, beside) for name, child in below}
+    kinds = {name: kind_of(child, block) for name, child in below}
     children = tuple((name, Kind(kind.cls) if name in alone else kind) for name, kind in kinds.items())
-    return Kind(cls if _is_known(cls, beside) else None, children)
+    return Kind(cls if _is_known(cls, block) else None, children)
 
 
 def without_wrappers(module: Any) -> Any:
-    """What PEFT's layers hold: they keep what they adapt as base_layer."""
+    """The module inside PEFT's layers, which keep the adapted module as base_layer."""
     while isinstance(module, nn.Module) and isinstance(module._modules.get("base_layer"), nn.Module):
         module = module._modules["base_layer"]
     return module
 
 
 def overridden(cls: type, known: type) -> list[str]:
-    """Methods that a subclass of a known class has of its own, in place of those that make up that class."""
+    """Names of the known class's methods that a subclass overrides."""
     before = cls.__mro__.index(known)
     own = {name for c in cls.__mro__[:before] for name in vars(c) if not name.startswith("__") or name == "__call__"}
     made_of = [c for c in cls.__mro__[before:] if c not in (nn.Module, object)]
@@ -65,19 +63,19 @@ def overridden(cls: type, known: type) -> list[str]:
 
 
 def same_method(method: Any, known: Any) -> bool:
-    """Whether it is the known method: transformers wraps the forward of each class that derives from one of
-    its layers.
+    """Whether a method is the known one, or transformers' wrapper of it: it wraps the forward of subclasses of its
+    layers.
     """
     if method is known:
         return True
     return getattr(method, "__wrapped__", None) is known and method.__globals__["__name__"].startswith("transformers.")
 
 
-def _is_known(cls: type, beside: type) -> bool:
+def _is_known(cls: type, block: type) -> bool:
     files = (
         c
         for c in cls.__mro__
-        if c is not nn.Module and (c.__module__.startswith(_KNOWN) or c.__module__ == beside.__module__)
+        if c is not nn.Module and (c.__module__.startswith(_KNOWN) or c.__module__ == block.__module__)
     )
     known = next(files, None)
     return known is not None and not overridden(cls, known)
@@ -86,17 +84,17 @@ def _is_known(cls: type, beside: type) -> bool:
 def why_called(
     module: nn.Module, kind: Kind, ours: tuple[Any, ...] = (), recorded: str = "", above: str = "", idle: bool = False
 ) -> str | None:
-    """The first module below this one that must be called, by name, and why; None where reading the parameters of all
-    is the same.
+    """The name of the first module below this one that must be called, and the reason; None if reading all parameters
+    is equivalent.
 
-    This module itself is not looked at. ours: functions of ours that may stand in for a forward, for they read in turn.
-    recorded: the name of the one module that is called, and so may have the hooks by which transformers records
-    outputs; without it all may have them, for the caller calls none. idle: nothing runs now.
+    This module itself is not checked. ours: functions of moe_fn that may replace a forward, because they read too.
+    recorded: the name of the module that is called, and may have hooks with which transformers records outputs; without
+    a name all modules may have them, because the caller calls none. idle: the model is not running.
     """
     for name, child_kind in kind.children:
         child, path = module._modules.get(name), above + name
         if child is None:
-            return f"{path} is gone"
+            return f"{path} was removed"
         why = why_called_itself(child, child_kind.cls, ours, not recorded or path == recorded) or why_not_plain(
             child, idle
         )
@@ -111,11 +109,11 @@ def why_called(
 def why_called_itself(
     module: nn.Module, cls: type | None, ours: tuple[Any, ...] = (), recorded: bool = False
 ) -> str | None:
-    """Why this one module must be called; None where reading its parameters is the same."""
+    """The reason why this module must be called; None if reading its parameters is equivalent."""
     if cls is None or (
         type(module) is not cls and not (is_parametrized(module) and type_before_parametrizations(module) is cls)
     ):
-        return f"is a {_full_name(type(module))}" + ("" if cls is None else f", where a {_full_name(cls)} is known")
+        return f"is a {_full_name(type(module))}" + ("" if cls is None else f", not a {_full_name(cls)}")
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     if module._forward_hooks and not (recorded and all(_records(hook) for hook in module._forward_hooks.values())):
@@ -126,16 +124,16 @@ def why_called_itself(
         and getattr(forward, "func", None) not in ours
         and getattr(forward, "__func__", None) is not type(module).forward
     ):
-        return "has a forward of its own"
+        return "has its own forward"
     if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-        return f"drops in training (p={module.p})"
+        return f"is active in training (p={module.p})"
     return None
 
 
 def why_not_plain(module: nn.Module, idle: bool = False) -> str | None:
-    """Which parameter or buffer is no plain tensor; None where all are.
+    """The first parameter or buffer that is not a plain tensor; None if all are.
 
-    idle: FSDP2's shards may be whole when the module runs.
+    idle: the model is not running, and FSDP2's shards (DTensors) are accepted because they may be gathered in forward.
     """
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
@@ -145,8 +143,8 @@ def why_not_plain(module: nn.Module, idle: bool = False) -> str | None:
 
 
 def calls_known_modules_only(module: nn.Module) -> bool:
-    """Whether a module that our tables know may be computed from its numbers: it and those below it are as
-    they come.
+    """Whether a module and all modules below it are unmodified classes of torch or transformers, so that reading them
+    is equivalent to calling them.
     """
     parts = module.modules()
     return all(
@@ -159,10 +157,7 @@ def _full_name(cls: type) -> str:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor of torch's own: no shard, no codes, no class that computes in its own way.
-
-    Those of tracing are.
-    """
+    """Whether it is a plain tensor: not sharded, quantized or another subclass. Fake tensors of tracing are plain."""
     return type(tensor) in (nn.Parameter, Tensor, nn.Buffer) or is_fake(tensor)
 
 

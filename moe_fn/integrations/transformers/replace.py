@@ -1,6 +1,4 @@
-"""replace_moe_blocks: whole blocks of a model, routing included, computed by moe_fn; in place, and nothing else of the
-model changes.
-"""
+"""replace_moe_blocks: replaces the forwards of a model's Mixture-of-Experts blocks in place."""
 
 import functools
 from collections.abc import Callable
@@ -35,9 +33,9 @@ from moe_fn.integrations.transformers.tensors import plan_of_block
 
 @dataclass(frozen=True)
 class Replaced:
-    """One block whose forward is ours: its name in the model, its class, and the config that it became.
+    """One replaced block: its name in the model, its class, and its config.
 
-    called: why its own forward runs, with our experts in it; None where all of it is ours.
+    called: the reason why the block's own forward still runs, with moe_fn's experts; None if moe_fn computes all of it.
     """
 
     name: str
@@ -48,7 +46,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Report:
-    """What replace_moe_blocks did. `left`: names of blocks that stay as they are, and why."""
+    """The result of replace_moe_blocks; `left` has the names of blocks that are not replaced, with reasons."""
 
     replaced: tuple[Replaced, ...]
     left: tuple[tuple[str, str], ...]
@@ -60,36 +58,35 @@ class Report:
             lines.append(
                 f"  {r.name}: {r.block}, {c.top_k} of {c.num_experts} experts, {c.hidden_size} x {c.intermediate_size}"
             )
-            lines += [] if r.called is None else [f"    its own forward with our experts, for {r.called}"]
+            lines += [] if r.called is None else [f"    its own forward with moe_fn's experts, because {r.called}"]
         return "\n".join([*lines, *(f"  {name} left: {why}" for name, why in self.left)])
 
 
 def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoEConfig] = lambda config: config) -> Report:
-    """Every Mixture-of-Experts block in the model gets a forward of ours; returns what was replaced and what was left,
+    """Replaces the forward of every Mixture-of-Experts block in the model. Returns the replaced blocks, and those left
     with reasons.
 
-    The modules stay, with their names, parameters and buffers: state dicts, optimizers, hooks of the block,
-    `save_pretrained` and recorded router logits work on, and `restore_moe_blocks` undoes it. configure: changes each
-    block's config, for example `lambda config: dataclasses.replace(config, chunk_tokens=512)`. Gemma-4's layers, which
-    hold their experts among other things, get our experts in their own; blocks that are no token-choice mixtures are
-    left, and named.
+    Modules keep their names, parameters and buffers: state dicts, optimizers, hooks of the block, `save_pretrained` and
+    recorded router logits still work, and `restore_moe_blocks` undoes it. configure changes each block's config, for
+    example `lambda config: dataclasses.replace(config, chunk_tokens=512)`. In Gemma-4's layers, which have experts
+    among other modules, router and experts are replaced. Blocks that are not token-choice mixtures are left and listed.
 
-    A replaced block reads the parameters of the modules below it and does not call them, as long as that is the same.
-    In every call it looks whether it is: no hooks on them, no forward or class of their own (PEFT's adapters, quantized
-    layers, accelerate's offloading, FSDP2 on a part of the block), no parameters that are shards or codes, no dropout
-    that is on. Where it is not, the block's own forward runs, calls its modules, and has our experts in theirs. Blocks
-    whose experts cannot be called so (dbrx, jetmoe, llama4, longcat_flash, step3p5, switch; any whose experts are
-    codes) are left, and named, or raise where it happens later. Parametrizations are read as what they make. Adapters
-    of PEFT may come before or after; hooks for all modules at once (register_module_forward_hook) see the block alone,
-    and torch.compile does not look again for hooks that come after it, here as anywhere.
+    A replaced block reads the parameters of its modules and does not call them, while that is equivalent. Every call
+    checks it: no hooks on the modules, no other forward or class (PEFT's adapters, quantized layers, accelerate's
+    offloading, FSDP2 on a part of the block), no sharded or quantized parameters, no active dropout. Otherwise the
+    block's own forward runs, calls its modules, and only the experts are moe_fn's. Blocks whose experts cannot be
+    called separately (dbrx, jetmoe, llama4, longcat_flash, step3p5, switch; any with quantized experts) are left and
+    listed, or raise if it happens later. Parametrizations are computed. PEFT's adapters may be added before or after.
+    Global hooks (register_module_forward_hook) see only the block, and torch.compile ignores hooks that are added after
+    compilation, as for any module.
 
-    Raises ValueError when a replaced block runs in training with noise (jitter, Phi's sampling) that moe_forward does
-    not have; when its own forward would have to run and experts cannot be called, or are no plain tensors, or
-    `configure` changed more than how experts run (chunk_tokens, recompute, opaque, backend).
+    Raises ValueError if a replaced block runs in training with noise (jitter, Phi's sampling) that moe_forward does not
+    add, and if its own forward has to run but experts cannot be called, are not plain tensors, or `configure` changed
+    more than chunk_tokens, recompute, opaque and backend.
 
     Laws
         A replaced model computes the same.
-        What hangs on a module below a replaced block counts, or is refused by name.
+        Hooks and adapters below a replaced block take effect or are refused by name.
 
     >>> import torch, transformers
     >>> config = transformers.Qwen3MoeConfig(
@@ -108,7 +105,7 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
     for name, module in model.named_modules():
         if not any(is_known(cls) for cls in type(module).__mro__):
             if "experts" in module._modules and ("gate" in module._modules or "router" in module._modules):
-                left.append((name, f"{type(module).__name__} is not a block that is known"))
+                left.append((name, f"{type(module).__name__} is not a known block"))
             continue
         family = family_of_module(module)
         if family.refused:
@@ -123,7 +120,7 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
             continue
         try:
             own = config_of_block(family, module, plan)
-        except ValueError as error:  # a word or an activation that is not known
+        except ValueError as error:  # an unknown option or activation
             left.append((name, str(error)))
             continue
         config = configure(own)
@@ -138,17 +135,17 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
 
 
 def restore_moe_blocks(model: nn.Module) -> int:
-    """Undo replace_moe_blocks; returns how many modules got their own forward back."""
+    """Undoes replace_moe_blocks. Returns the number of modules whose forward was restored."""
     return sum(unset_forward(module, OURS) for module in model.modules())
 
 
 def _why_taken(block: nn.Module) -> str | None:
-    return "somebody replaced its forward; expected that of its class" if has_own_forward(block, OURS) else None
+    return "its forward is replaced already; expected that of its class" if has_own_forward(block, OURS) else None
 
 
 def _swap(block: nn.Module, swap: Swap, called: str | None) -> None:
-    """Ours on the block, on its router and on its experts: by themselves these do what they did, the experts with our
-    products.
+    """Sets forwards on the block, its router and its experts. Called by other code, router and experts compute the same
+    as before, the experts with moe_fn's products.
     """
     whole = swap.shape.returns != "the layer's own"
     if called is not None:

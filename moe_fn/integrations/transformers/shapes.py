@@ -1,6 +1,4 @@
-"""How a family's block is called, what it returns, and where its router stands: what the code around it expects of a
-replaced one.
-"""
+"""Call signatures and outputs of each family's blocks, which a replaced block must keep."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """How a family's block is called and what it returns, where that is not (hidden) -> y.
+    """The signature of a family's block; the default is (hidden) -> y.
 
     router     name of the module whose output transformers records as router_logits
-    logits_at  where it looks for them in what the router returns
-    stateful   the router keeps a state from layer to layer, and stays the model's own
-    returns    what the block's callers want; of a Gemma-4 layer they want the layer's own, and router and experts alone
-               are ours
-    jitter     attributes of noise that the block adds to its input in training, which moe_forward has not
+    logits_at  their index in the router's output
+    stateful   whether the router passes a state from layer to layer; such a router is not replaced
+    returns    the output of the block, a key of RETURNS; for a Gemma-4 layer its own forward makes the output, and only
+               router and experts are replaced
+    jitter     attributes of noise that the block adds to its input in training, which moe_forward does not
     """
 
     router: str = "gate"
@@ -47,7 +45,7 @@ SHAPES: dict[str, Shape] = {  # by the first name of a family
     "zaya": Shape(stateful=True, returns="y, states"),
 }
 
-# (y [..., H], logits [T, L], weights [T, K], what else the router gave) -> what the block returns
+# (y [..., H], logits [T, L], weights [T, K], the router's state) -> the output of the block
 RETURNS: dict[str, Callable[[Tensor, Tensor, Tensor, Any], Any]] = {
     "y": lambda y, logits, weights, rest: y,
     "y, weights": lambda y, logits, weights, rest: (y, weights),

@@ -1,4 +1,4 @@
-"""What a replaced block and its router run, and all that they know beside the module."""
+"""The forwards of a replaced block, its router and its experts, and the record that they use."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,13 +22,15 @@ from moe_fn.weights.shapes import expected_shapes
 
 @dataclass(frozen=True)
 class Swap:
-    """All that a replaced block's forward knows beside the block.
+    """The arguments of a replaced block's forward other than the block.
 
-    kind: the modules that it reads, as they were known. experts_apart: whether the block's own forward, where it must
-    run, comes back to us for its experts. shared: name of the block's module of shared experts, where it runs as it is
-    and `config` has none: its gates and ups are modules of their own, which moe_forward would join in every call (13 %
-    of the bytes of a token of Qwen3-Next). changed: fields of the config that are not the block's own. cls: the block's
-    class.
+    cls            the block's class
+    kind           classes of the modules that it reads
+    experts_apart  whether the block's own forward calls moe_fn's experts
+    shared         name of the block's module of shared experts if it is called and `config` has none: its gate and up
+                   are separate modules, which moe_forward would concatenate in every call (13 % of the bytes of a token
+                   of Qwen3-Next)
+    changed        fields of the config that differ from the block's own
     """
 
     cls: type[nn.Module]
@@ -41,16 +43,16 @@ class Swap:
     changed: tuple[str, ...] = ()
 
     def why_called(self, block: nn.Module, idle: bool = False) -> str | None:
-        """Which module below the block is not what its parameters say, and why; None where the block may be read."""
+        """The name of a module that must be called, and the reason; None if the block's parameters may be read."""
         if not same_method(type(block).forward, self.cls.forward):
-            return f"it is a {type(block).__name__}, and was a {self.cls.__name__}"
+            return f"it is a {type(block).__name__} and was a {self.cls.__name__}"
         if not idle and (why := why_not_plain(block)) is not None:
             return f"it {why}"
         return why_called(block, self.kind, OURS, self.shape.router, idle=idle)
 
 
 def swap_of_block(family: Family, block: nn.Module, plan: Plan, own: MoEConfig, config: MoEConfig) -> Swap:
-    """What the forward of a block needs, given the config that it has and the one that it shall have."""
+    """The Swap of a block, from its own config and the configured one."""
     shape = SHAPES.get(family.names[0], Shape())
     shared = _shared_apart(config, plan) if config.shared == own.shared else None
     if shared is not None:
@@ -76,7 +78,7 @@ def swap_of_block(family: Family, block: nn.Module, plan: Plan, own: MoEConfig, 
 
 
 def _shared_apart(config: MoEConfig, plan: Plan) -> str | None:
-    """The name of the block's shared experts, where they may run as they are."""
+    """The name of the block's shared experts if the module can be called and its output added; else None."""
     shared = config.shared
     apart = next(
         (source.names for path, source in plan if path == "shared.gate_up" and source.form == "end to end"), None
@@ -88,29 +90,28 @@ def _shared_apart(config: MoEConfig, plan: Plan) -> str | None:
 
 
 def check_honoured(block: nn.Module, swap: Swap, why: str, honoured: tuple[str, ...] = ()) -> None:
-    """ValueError where the block's own forward runs, and configure changed more than how the experts run: that would be
-    lost.
-    """
+    """Raises ValueError if the block's own forward runs and `configure` changed options that it would ignore."""
     lost = [name for name in swap.changed if name not in (*RUNNING, *honoured)]
     if lost:
         kind = type(block).__name__
         raise ValueError(
-            f"{kind}: configure changed {', '.join(lost)}, and its own forward runs, for {why}; expected only {RUNNING}"
+            f"{kind}: configure changed {', '.join(lost)}, but its own forward runs, because {why}; expected changes "
+            f"of {RUNNING} only"
         )
 
 
 def block_forward(block: nn.Module, swap: Swap, *args: Any, **by_name: Any) -> Any:
-    """A replaced block: hidden_states [..., H] -> y of that shape, or what the block's callers expect beside it.
+    """The forward of a replaced block: hidden_states [..., H] to y of that shape, with the other outputs of its class.
 
-    Where a module below must be called, the block's own forward calls them all, and its experts module comes back to
-    ours.
+    If a module below must be called, the block's own forward calls all of them, and its experts run on moe_fn.
     """
     why = swap.why_called(block)
     if why is None:
         return _whole_block(block, swap, *args, **by_name)
     if not swap.experts_apart:
         wanted = (
-            "expected modules that compute what their parameters say: merge adapters, wrap or offload the whole block"
+            "expected modules that compute what their parameters determine: merge adapters, wrap or offload the whole "
+            "block"
         )
         raise ValueError(f"{type(block).__name__}: {why}; {wanted}, or restore_moe_blocks first")
     check_honoured(block, swap, why)
@@ -138,16 +139,17 @@ def _whole_block(
 
 
 def _shared_output(block: Any, name: str, x: Tensor) -> Tensor:
-    """The block's own shared experts, times their own gate if they have one."""
+    """The output of the block's shared experts, times their sigmoid gate if they have one."""
     y: Tensor = getattr(block, name)(x)
     gate = getattr(block, "shared_expert_gate", None)
     return y if gate is None else torch.sigmoid(gate(x)) * y
 
 
 def router_forward(router: nn.Module, swap: Swap, *args: Any, **by_name: Any) -> Any:
-    """A replaced router.
+    """The forward of a replaced router.
 
-    From _whole_block (x, weights, token_ids): a module, so that whoever records router logits sees them.
+    _whole_block calls the router module with (x, weights, token_ids), so that hooks that record router logits run;
+    other calls run the router's own forward.
     """
     if len(args) < 2 or not isinstance(args[1], MoEWeights):
         return type(router).forward(router, *args, **by_name)
@@ -159,17 +161,17 @@ def router_forward(router: nn.Module, swap: Swap, *args: Any, **by_name: Any) ->
 def replaced_experts_forward(
     experts: nn.Module, cls: type[nn.Module], running: str, *args: Any, **by_name: Any
 ) -> Tensor:
-    """The experts of a replaced block, when its own forward calls them."""
-    if not same_method(type(experts).forward, cls.forward):  # somebody gave them another class since
+    """The forward of a replaced block's experts, when the block's own forward calls them."""
+    if not same_method(type(experts).forward, cls.forward):  # the module has another class since
         y: Tensor = type(experts).forward(experts, *args, **by_name)
         return y
     return experts_forward(experts, *args, **by_name, running=running)
 
 
 def swap_of_router(swap: Swap, router: nn.Module) -> Swap:
-    """What the router's forward needs, of what its block's does.
+    """The Swap of a router, from that of its block.
 
-    The router alone is read, so that a copy of it copies no experts.
+    Its forward refers to the router only, so that a copy of the router does not copy experts.
     """
     above = f"{swap.shape.router}."
     own = [(path, source) for path, source in swap.plan if path.startswith("router.")]
@@ -180,7 +182,9 @@ def swap_of_router(swap: Swap, router: nn.Module) -> Swap:
 
 
 def gemma_router_forward(router: nn.Module, swap: Swap, hidden_states: Tensor) -> Any:
-    """Gemma-4's router, which its layer calls: (probabilities, weights, ids). swap: that of swap_of_router."""
+    """The forward of Gemma-4's replaced router, which its layer calls: returns (probabilities, weights, ids). swap is
+    that of swap_of_router.
+    """
     why = swap.why_called(router)
     if why is not None:
         check_honoured(router, swap, why)
@@ -190,9 +194,8 @@ def gemma_router_forward(router: nn.Module, swap: Swap, hidden_states: Tensor) -
 
 
 def _with_empty_experts(swap: Swap, router: nn.Module, x: Tensor) -> MoEWeights:
-    """The router's weights.
-
-    moe_route checks the experts' too, but does not read them: they are tensors of the right shapes, unfilled.
+    """The router's weights, with experts' weights of the right shapes without memory: moe_route checks their shapes but
+    does not read them.
     """
     weights, shapes = weights_of_block(swap.config, router, swap.plan), expected_shapes(swap.config)
     empty = {
@@ -204,7 +207,7 @@ def _with_empty_experts(swap: Swap, router: nn.Module, x: Tensor) -> MoEWeights:
 
 
 def _pack(shape: Shape, logits: Tensor, routing: Routing) -> tuple[Any, ...]:
-    """The logits, flat, where transformers looks for them; what we need comes after."""
+    """The router's output: flat logits at the index where transformers records them, then logits and routing."""
     return (
         *([None] * shape.logits_at),
         logits.flatten(0, -2),
@@ -224,14 +227,16 @@ def _refuse_noise(block: nn.Module, swap: Swap) -> None:
     if not block.training:
         return
     if swap.config.router.selection == "sparsemixer":
-        raise ValueError(f"{type(block).__name__} samples its experts in training, moe_fn does not; expected eval()")
+        raise ValueError(
+            f"{type(block).__name__} samples its experts in training; expected eval(): moe_fn does not sample"
+        )
     for path in swap.shape.jitter:
         value: Any = block
         for name in path.split("."):
             value = getattr(value, name, None)
         if isinstance(value, float | int) and value > 0:
             raise ValueError(
-                f"{type(block).__name__}.{path} is {value}: noise of training that moe_fn does not add; "
+                f"{type(block).__name__}.{path} is {value}, noise in training that moe_fn does not add; "
                 "expected 0 or eval()"
             )
 

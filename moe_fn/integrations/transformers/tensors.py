@@ -1,4 +1,4 @@
-"""Where transformers' blocks keep the tensors that `MoEWeights` holds: names that most share, and those that differ, by
+"""Names of the tensors in transformers' blocks for each path of `MoEWeights`: common names, and differences by
 family.
 """
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from moe_fn.integrations.transformers.reading import without_wrappers
 
-# A way to make one of our tensors of a block's: (its tensors, config-free sizes) -> ours. A new way is a line.
+# A conversion from tensors of a block to one of MoEWeights: (tensors, sizes) -> tensor.
 Form = Callable[[tuple[Tensor, ...], "Sizes"], Tensor]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What tensors may be expanded to."""
+    """Sizes that tensors may be expanded to."""
 
     num_experts: int
     num_logits: int
@@ -26,7 +26,7 @@ FORMS: dict[str, Form] = {
     "as it is": lambda t, sizes: t[0],
     "flat": lambda t, sizes: t[0].flatten(),
     "end to end": lambda t, sizes: torch.cat(t),
-    "one plus": lambda t, sizes: 1.0 + t[0],  # norms that keep their scale around 0
+    "one plus": lambda t, sizes: 1.0 + t[0],  # norms that store weight - 1
     "one plus, to every expert": lambda t, sizes: (1.0 + t[0]).expand(sizes.num_experts, -1),
     "to every expert": lambda t, sizes: t[0].expand(sizes.num_experts, -1),
     "to every logit": lambda t, sizes: t[0].expand(sizes.num_logits),
@@ -38,14 +38,14 @@ FORMS: dict[str, Form] = {
     "stacked gates and ups": lambda t, sizes: torch.cat([part.flatten(0, 1) for part in t]),
     "stacked downs": lambda t, sizes: t[0].transpose(0, 1).flatten(1),
     "stack": lambda t, sizes: torch.stack(t),
-    # gate, scale: the router's norm has its scale in the gate, divided by the root of the width
+    # gate, scale: the scale of the router's norm is multiplied into the gate, divided by the square root of the width
     "scaled gate": lambda t, sizes: t[0] * t[1] * t[0].shape[-1] ** -0.5,
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of ours: a form, and names of the block's tensors (with {e}: of every expert in order)."""
+    """The source of one tensor of MoEWeights: a form, and names of the block's tensors ({e}: each expert in order)."""
 
     form: str
     names: tuple[str, ...]
@@ -60,7 +60,7 @@ def _of(form: str, *names: str) -> tuple[Source, ...]:
 
 
 _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
-# by the dotted path of our tensor; the first source whose tensors are there is taken
+# By the dotted path in MoEWeights; the first source whose tensors exist is used.
 Sources = Mapping[str, tuple[Source, ...]]
 
 COMMON: Sources = {
@@ -106,7 +106,7 @@ _GEMMA: Sources = {
     "output_norm": _is("post_feedforward_layernorm_2.weight"),
 }
 
-# By the first name of a family (`moe_fn.families`), what differs.
+# Differences by the first name of a family (`moe_fn.families`).
 OF_FAMILY: Mapping[str, Sources] = {
     "gemma4_text": _GEMMA,
     "axk1": {"output_norm": _is("post_mlp_layernorm.weight")},
@@ -119,7 +119,7 @@ OF_FAMILY: Mapping[str, Sources] = {
         "shared.gate_up": _of("stacked gates and ups", "shared_experts.gate_proj", "shared_experts.up_proj"),
         "shared.down": _of("stacked downs", "shared_experts.down_proj"),
     },
-    # One bias of the block, added once; so is a bias of every expert, for its routing weights sum to one.
+    # The block adds one bias once; a bias of every expert gives the same, because the routing weights sum to 1.
     "jetmoe": {
         "gate_up": _is("input_linear.weight"),
         "down": _is("output_linear.weight"),
@@ -143,14 +143,14 @@ OF_FAMILY: Mapping[str, Sources] = {
         "down": _of("stack", "experts.expert_{e}.wo.weight"),
         "router.bias": _is("router.classifier.bias"),
     },
-    "zaya": {"router.gate": ()},  # its router is a network of its own, with a state: logits are the caller's
+    "zaya": {"router.gate": ()},  # the router is a network with a state: the caller passes logits
 }
 
-Plan = tuple[tuple[str, Source], ...]  # our dotted path, and where it comes from
+Plan = tuple[tuple[str, Source], ...]  # dotted path in MoEWeights, and its source
 
 
 def plan_of_block(family: str, block: nn.Module) -> Plan:
-    """Which source each tensor of ours has in this block; tensors that it does not have are left out."""
+    """The source in this block of each tensor of MoEWeights, without the tensors that it does not have."""
     sources = {**COMMON, **OF_FAMILY.get(family, {})}
     found = (
         (path, next((s for s in alternatives if _there(block, s)), None)) for path, alternatives in sources.items()
@@ -159,7 +159,7 @@ def plan_of_block(family: str, block: nn.Module) -> Plan:
 
 
 def tensor_of(block: nn.Module, source: Source, sizes: Sizes) -> Tensor:
-    """Our tensor, from the block's own."""
+    """A tensor of MoEWeights, from the block's tensors."""
     return FORMS[source.form](tuple(_get(block, name) for name in _names(block, source)), sizes)
 
 

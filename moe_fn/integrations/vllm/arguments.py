@@ -1,11 +1,11 @@
-"""From the arguments of a host's experts to a call of moe_fn: pure, and without the host.
+"""Converts the arguments of vLLM's experts to those of moe_forward_routed, in pure functions without vLLM.
 
-SGLang's runners carry the same values under other names, so that one function serves both (read in its source, never
-run): `MoeRunnerCore.run(runner_input, quant_info, running_state)`, or a function registered by `@register_fused_func`,
-would call it with hidden_states of the dispatch output, its StandardTopKOutput's topk_weights and topk_ids,
-quant_info's w13_weight and w2_weight as w1 and w2 with their biases, and of MoeRunnerConfig activation (with "_no_mul"
-where is_gated is False), apply_router_weight_on_input, and gemm1_clamp_limit and gemm1_alpha as options.
-routed_scaling_factor would be multiplied onto topk_weights.
+SGLang's runners have the same values under other names, so that the same function can be used (its source was read, it
+was not run): `MoeRunnerCore.run(runner_input, quant_info, running_state)`, or a function registered with
+`@register_fused_func`, would pass hidden_states of the dispatch output, topk_weights and topk_ids of its
+StandardTopKOutput, w13_weight and w2_weight of quant_info as w1 and w2 with their biases, and from MoeRunnerConfig
+activation (with "_no_mul" if is_gated is False), apply_router_weight_on_input, and gemm1_clamp_limit and gemm1_alpha as
+options. routed_scaling_factor would be multiplied into topk_weights.
 """
 
 import functools
@@ -27,7 +27,7 @@ GateUpLayout = Literal["packed", "interleaved"]
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
-    """vLLM's ApplyMoEActivationConfig, by value: what some activations read beside their name."""
+    """The values of vLLM's ApplyMoEActivationConfig: parameters of some activations."""
 
     clamp_limit: float | None = None
     alpha: float = 1.0
@@ -38,7 +38,7 @@ class ActivationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsCall:
-    """What moe_forward_routed takes beside the tokens."""
+    """The arguments of moe_forward_routed other than the tokens."""
 
     config: MoEConfig
     weights: MoEWeights
@@ -60,7 +60,7 @@ def _uninterleaved(o: ActivationOptions) -> ActivationConfig:
 def _given(name: str, value: float | None) -> float:
     if value is None:
         raise ValueError(
-            f"activation_of_name: options.{name} is None; expected a number, for this activation has no default"
+            f"activation_of_name: options.{name} is None; expected a number: this activation has no default"
         )
     return value
 
@@ -69,7 +69,7 @@ def _preset(name: str) -> Callable[[ActivationOptions], ActivationConfig]:
     return lambda _: PRESETS[name]
 
 
-# vLLM's MoEActivation values, as apply_moe_activation computes them; it has no "relu2" either, only "relu2_no_mul".
+# Values of vLLM's MoEActivation, as in apply_moe_activation; vLLM has "relu2_no_mul" but no "relu2".
 ACTIVATIONS: dict[str, tuple[GateUpLayout, Callable[[ActivationOptions], ActivationConfig]]] = {
     "silu": ("packed", lambda o: ActivationConfig(limit=o.clamp_limit)),
     "gelu": ("packed", _preset("gelu")),
@@ -86,10 +86,9 @@ ACTIVATIONS: dict[str, tuple[GateUpLayout, Callable[[ActivationOptions], Activat
 
 
 def activation_of_name(name: str, options: ActivationOptions | None = None) -> tuple[ActivationConfig, GateUpLayout]:
-    """The activation that vLLM means by a name, and how it reads the columns of w1's product.
+    """The activation of vLLM's name, and the layout of gates and ups in the columns of w1's product.
 
-    Raises ValueError for a name that is none of ACTIVATIONS, and for an option that the activation needs and has not
-    got.
+    Raises ValueError for a name that is not in ACTIVATIONS, and for a missing option that the activation needs.
 
     >>> activation_of_name("silu", ActivationOptions(clamp_limit=10.0))[0].limit
     10.0
@@ -110,10 +109,9 @@ def config_of_sizes(
     activation: str,
     options: ActivationOptions | None = None,
 ) -> MoEConfig:
-    """The config of a layer whose routing comes from the host; made once for every kind of layer, for it is asked for
-    in every call.
+    """The config of a layer that is routed by the host; cached, because every call needs it.
 
-    A rank may have fewer experts than a token chooses: those elsewhere are choices that add nothing.
+    A rank may have fewer experts than top_k: experts on other ranks are choices that add nothing.
 
     >>> config_of_sizes(num_experts=2, top_k=8, hidden_size=4, intermediate_size=4, activation="silu").num_choices
     8
@@ -143,15 +141,15 @@ def call_of_arguments(
     w1_bias: Tensor | None = None,
     w2_bias: Tensor | None = None,
 ) -> ExpertsCall:
-    """What FusedMoEExpertsModular.apply gets, as weights and routing of `moe_forward_routed(config, weights,
-    hidden_states, routing)`.
+    """The arguments of FusedMoEExpertsModular.apply as those of `moe_forward_routed(config, weights, hidden_states,
+    routing)`.
 
-    w1 [E, N, K] and w2 [E, K, I] of the experts here, N = 2 I or I; topk_weights and topk_ids [M, topk];
-    expert_map [all experts]: the place here of each expert, -1 for one that is elsewhere. Such slots, and ids of -1,
-    add nothing. With apply_router_weight_on_input the host has multiplied hidden_states already, and the weights count
-    as one.
+    w1 [E, N, K] and w2 [E, K, I] of this rank's experts, N = 2 I or I; topk_weights and topk_ids [M, topk]; expert_map
+    [all experts]: the index on this rank of each expert, -1 for experts of other ranks. Slots of those, and of ids -1,
+    add nothing. With apply_router_weight_on_input the host has multiplied hidden_states already, and the weights are
+    taken as 1.
 
-    Nothing is checked here: moe_forward_routed does.
+    The arguments are not checked here; moe_forward_routed checks them.
 
     >>> config = config_of_sizes(num_experts=2, top_k=2, hidden_size=4, intermediate_size=4, activation="silu")
     >>> w1, w2, ids = torch.ones(2, 8, 4), torch.ones(2, 4, 4), torch.tensor([[0, 3], [1, 2]])

@@ -1,4 +1,4 @@
-"""The modular experts class: vLLM's interface on the outside, one call of moe_fn inside."""
+"""A modular experts class with vLLM's interface that calls moe_forward_routed."""
 
 import functools
 import inspect
@@ -15,13 +15,13 @@ _QUANT_SCALES = ("a1q_scale", "a2_scale")
 
 
 class _Experts:
-    """Everything that is not vLLM's; stands before the base class, and so implements what is abstract there."""
+    """Mixin with moe_fn's part of the class; it precedes vLLM's base class and implements its abstract methods."""
 
     host: Host
 
     def __init__(self, moe_config: Any, quant_config: Any) -> None:
         super().__init__(moe_config, quant_config)  # type: ignore[call-arg]
-        # The layer's config as the host announces it: tracing `apply` could not make one.
+        # The layer's config is made here, from the host's config: Dynamo cannot trace its construction in `apply`.
         self.moe_fn_config = _config(
             self, moe_config.num_local_experts, moe_config.experts_per_token, moe_config.hidden_dim,
             moe_config.intermediate_size_per_partition, moe_config.activation,
@@ -49,14 +49,14 @@ class _Experts:
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        """Tensor parallelism, and experts spread over ranks that all see all tokens; no all-to-all, for none has been
-        run.
+        """Tensor parallelism, and expert parallelism in which all ranks have all tokens; not all-to-all, which has not
+        been tested.
         """
         return not (moe_parallel_config.use_all2all_kernels or moe_parallel_config.use_passthrough_all2all)
 
     @staticmethod
     def _supports_batch_invariance() -> bool:
-        return False  # moe_fn's back-ends do not promise it
+        return False  # moe_fn's back-ends do not guarantee it
 
     @staticmethod
     def supports_lora() -> bool:
@@ -76,7 +76,7 @@ class _Experts:
         expert_tokens_meta: Any,
         activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """No workspaces, the output [M, K]: moe_fn allocates what it needs."""
+        """Empty workspaces and the output [M, K]: moe_fn allocates its own."""
         return (0,), (0,), (M, K)
 
     def apply(
@@ -86,14 +86,10 @@ class _Experts:
         workspace13: Tensor,
         workspace2: Tensor, expert_tokens_meta: Any, apply_router_weight_on_input: bool,
     ) -> None:  # fmt: skip
-        """Writes the weighted and reduced output [M, K]; one copy of it is the price of an interface that gives the
-        buffer.
-        """
+        """Writes the weighted and reduced output [M, K]; it is copied once, because the interface passes the buffer."""
         for name, scale in zip(_QUANT_SCALES, (a1q_scale, a2_scale), strict=True):
             if scale is not None:
-                raise ValueError(
-                    f"MoeFnExperts.apply: {name} is given; expected None, for moe_fn's experts are not quantized"
-                )
+                raise ValueError(f"MoeFnExperts.apply: {name} is given; expected None: these experts are not quantized")
         if w1.ndim != 3 or w2.ndim != 3 or topk_ids.ndim != 2:
             shapes = [tuple(t.shape) for t in (w1, w2, topk_ids)]
             raise ValueError(f"MoeFnExperts.apply: w1, w2, topk_ids are {shapes}; expected 3, 3 and 2 dimensions")
@@ -138,14 +134,13 @@ def _config(
 
 
 def experts_class(host: Host | None = None) -> Any:
-    """MoeFnExperts, a subclass of vLLM's FusedMoEExpertsModular; of the vLLM that is installed, or of the parts in
-    `host`.
+    """MoeFnExperts, a subclass of vLLM's FusedMoEExpertsModular, from the installed vLLM or from the parts in `host`.
 
-    It takes unquantized experts in the Standard activation format on CPUs and CUDA devices, with every activation of
-    ACTIVATIONS, biases, and an expert_map. It refuses, by vLLM's predicates: quantization, LoRA, batch invariance,
+    It supports unquantized experts in the Standard activation format on CPUs and CUDA devices, with every activation of
+    ACTIVATIONS, biases, and an expert_map. By vLLM's predicates it refuses quantization, LoRA, batch invariance and
     all-to-all communication.
 
-    Raises ImportError without vLLM; ValueError for a version or an interface that it was not written for.
+    Raises ImportError without vLLM, and ValueError for a version or an interface that it was not written for.
     """
     return _class_of(installed_host() if host is None else host)
 
@@ -153,12 +148,12 @@ def experts_class(host: Host | None = None) -> Any:
 @functools.lru_cache
 def _class_of(host: Host) -> Any:
     check_interface(host)
-    members = {"host": host, "__module__": __name__, "__doc__": "Experts computed by moe_fn."}
+    members = {"host": host, "__module__": __name__, "__doc__": "Experts computed with moe_fn."}
     return type("MoeFnExperts", (_Experts, host.experts), members)
 
 
 def check_interface(host: Host) -> None:
-    """ValueError unless the base class asks for no more than is here, in the same words."""
+    """Raises ValueError if the base class has abstract methods or parameters that are not implemented here."""
     unknown = sorted(name for name in getattr(host.experts, "__abstractmethods__", ()) if not hasattr(_Experts, name))
     if unknown:
         raise ValueError(
@@ -168,5 +163,5 @@ def check_interface(host: Host) -> None:
         theirs, ours = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (host.experts, _Experts))
         if theirs != ours:
             raise ValueError(
-                f"MoeFnExperts: {name} of vLLM {host.version} takes {theirs}; expected {ours}, as in vLLM {VERSIONS}"
+                f"MoeFnExperts: {name} of vLLM {host.version} takes {theirs}; expected {ours} as in vLLM {VERSIONS}"
             )

@@ -1,4 +1,4 @@
-"""The parts of vLLM that the experts class needs, as values, and the versions that it was written against."""
+"""The parts of vLLM that the experts class uses, and the supported versions."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _FIRST, _BEYOND = (0, 32), (0, 34)
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What the class needs of vLLM, as values."""
+    """The objects of vLLM that the experts class uses."""
 
     version: str
     experts: Any  # modular_kernel.FusedMoEExpertsModular
@@ -20,7 +20,7 @@ class Host:
 
 
 def check_version(version: str) -> None:
-    """ValueError unless it is one of VERSIONS.
+    """Raises ValueError for a version outside VERSIONS.
 
     >>> check_version("0.33.1+cpu")
     >>> check_version("0.9.2")
@@ -33,7 +33,7 @@ def check_version(version: str) -> None:
 
 
 def installed_host() -> Host:
-    """The parts of the vLLM that is installed. ImportError without it, ValueError for a version that does not fit."""
+    """The parts of the installed vLLM. Raises ImportError without vLLM, ValueError for an unsupported version."""
     import vllm
 
     check_version(vllm.__version__)
