@@ -167,15 +167,15 @@ def test_what_root_has_built_is_for_every_user(open_path: Path) -> None:
     for closed, mode in ((path, 0o500), (folder, 0o700)):
         closed.chmod(mode)
         told = answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
-        assert f"PermissionError: user {NOBODY} may not read {closed}; expected the library readable" in told
+        assert f"PermissionError: user {NOBODY} may not read {closed}; expected a library that all users" in told
 
 
 @AS_ROOT
 def test_a_folder_that_cannot_be_written_says_what_is_missing(open_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = private_folder(open_path / "moe_fn")
     words = (
-        f"PermissionError: no whole {NAME} in {folder}, where user {NOBODY} may not write (Permission denied); "
-        "expected it built"
+        f"PermissionError: {folder} has no intact {NAME}, and user {NOBODY} may not write there (Permission denied); "
+        "expected a library that was built there"
     )
     assert words in answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
     path = library_file(folder, NAME, build)
@@ -184,10 +184,10 @@ def test_a_folder_that_cannot_be_written_says_what_is_missing(open_path: Path, m
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(open_path / "closed" / "folder"))
     (open_path / "closed").mkdir(mode=0o700)
     told = answer(*child(native._folder, NOBODY))
-    assert f"user {NOBODY} may not make or enter {open_path}/closed/folder (Permission denied); expected" in told
+    assert f"user {NOBODY} may not create or enter {open_path}/closed/folder (Permission denied); expected" in told
     folder.chmod(0o775)
     told = answer(*child(lambda: private_folder(folder), NOBODY))
-    assert f"{folder} is writable for more than its owner, and user {NOBODY} cannot close it" in told
+    assert f"{folder} has mode 775, and user {NOBODY} cannot change it" in told
 
 
 def folder_with(monkeypatch: pytest.MonkeyPatch, **environment: str | None) -> Path:
@@ -218,7 +218,7 @@ def test_the_working_folder_is_never_the_place(tmp_path: Path, monkeypatch: pyte
         folder_with(monkeypatch, HOME=str(home), XDG_CACHE_HOME=relative, TORCH_EXTENSIONS_DIR=str(asked))
         == asked / "moe_fn"
     )
-    with pytest.raises(ValueError, match=r"folder for extensions is '.*moe_fn'; expected an absolute path"):
+    with pytest.raises(ValueError, match=r"directory for extensions is '.*moe_fn'; expected an absolute path"):
         folder_with(monkeypatch, HOME=str(home), TORCH_EXTENSIONS_DIR=relative)
     with pytest.raises(ValueError, match=r"expected an absolute path"):
         folder_with(monkeypatch, HOME="home", XDG_CACHE_HOME=relative)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import moe_fn
-from moe_fn.kernels.native.trust import only_ours, private_folder
+from moe_fn.kernels.native.trust import is_trusted, private_folder
 
 PACKAGE = Path(moe_fn.__file__).parent
 AS_ROOT = os.name == "posix" and os.geteuid() == 0
@@ -75,8 +75,8 @@ assert after == before, [(a, b) for a, b in zip(before, after) if a != b]
 """
 REFUSED = """
 native = next(info for info in moe_fn.backends() if info.name == "native")
-assert os.name != "posix" or "PermissionError" in native.reason and "is writable for everybody" in native.reason, native.reason
-"""  # noqa: E501
+assert os.name != "posix" or "PermissionError" in native.reason and "is world-writable" in native.reason, native.reason
+"""
 
 
 def test_import_and_torch_backend_write_load_start_and_reach_nothing(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_new_folder_is_ours_to_write_and_an_open_one_is_closed(tmp_path: Path)
     tmp_path.joinpath("a").chmod(0o777)
     with pytest.raises(
         PermissionError,
-        match=r"a is writable for everybody, who could put a library there; expected a folder of one user",
+        match=r"a is world-writable; expected a directory of one user",
     ):
         private_folder(tmp_path / "a" / "b")
     tmp_path.joinpath("a").chmod(0o1777)  # as /tmp: nobody removes what is another's
@@ -139,14 +139,14 @@ def test_a_new_folder_is_ours_to_write_and_an_open_one_is_closed(tmp_path: Path)
 
 def test_libraries_that_others_may_have_written_are_not_loaded(tmp_path: Path) -> None:
     file, link = tmp_path / "library.so", tmp_path / "link.so"
-    assert not only_ours(file)
+    assert not is_trusted(file)
     file.write_bytes(b"")
     file.chmod(0o755)
     link.symlink_to(file)
-    assert only_ours(file) and not only_ours(link)
+    assert is_trusted(file) and not is_trusted(link)
     for mode in (0o775, 0o757):
         file.chmod(mode)
-        assert not only_ours(file)
+        assert not is_trusted(file)
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="only root gives files away")
@@ -154,9 +154,9 @@ def test_folders_and_libraries_of_other_users_are_refused(tmp_path: Path) -> Non
     file = tmp_path / "library.so"
     file.write_bytes(b"")
     os.chown(file, 12345, -1)
-    assert not only_ours(file)
+    assert not is_trusted(file)
     os.chown(tmp_path, 12345, -1)
     with pytest.raises(
-        PermissionError, match=r"belongs to user 12345, who could put a library there; expected your own"
+        PermissionError, match=r"belongs to user 12345; expected this user's or root's"
     ):
         private_folder(tmp_path / "moe_fn")

@@ -1,4 +1,4 @@
-"""The native kernels as the kernels of moe_fn's ops: the library is built and put in their place on first use."""
+"""CPU kernels of moe_fn's ops before the library is loaded: the first call builds and installs it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,9 @@ from moe_fn.kernels.native.support import problem
 
 
 def run(name: str, otherwise: Callable[..., Any], like: Tensor, *rest: Any) -> Any:
-    """The library's op on (like, *rest), or where it cannot run for such a tensor, `otherwise`.
+    """Calls the library's op with (like, *rest), or `otherwise` if the kernels do not support the tensor `like`.
 
-    What moe_fn's native ops run until the library is in their place, which the first call sees to.
+    moe_fn's native ops run this until the first call installs the library's kernels.
     """
     function = otherwise if problem(like.device.type, like.dtype) else getattr(active().ops, name)
     return function(like, *rest)

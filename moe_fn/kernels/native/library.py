@@ -1,10 +1,10 @@
-"""The CPU kernels: a C++ library built on first use from the sources beside this file, one for each instruction-set
-level.
+"""Builds and loads the C++ kernels for CPUs: one library for each instruction-set level, compiled on first use from
+`sources/`.
 
-The compiler is the one that torch.compile needs on a CPU anyway, run by torch's own extension builder. The library is
-kept where torch keeps extensions, in a folder that nobody else may write into (`native.trust`), under a name that holds
-the level, a hash of the sources and all else that it depends on, and a digest of itself (`native.building`). Without
-sources, a compiler or such a folder there is a reason instead.
+torch's extension builder runs the compiler that torch.compile also needs on a CPU. The library is stored in torch's
+directory for extensions, which must be writable only by this user (`native.trust`). Its name has the level, a hash of
+the sources and of everything else that it depends on, and a digest of its contents (`native.building`). Without
+sources, a compiler or such a directory `Library.problem` has the reason.
 """
 
 import contextlib
@@ -29,25 +29,25 @@ from moe_fn.torch_compat import cpu_has
 SOURCES = Path(__file__).parent / "sources"
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-# What each level is compiled with, best first. Of CPUs with bfloat16 products Cooper Lake alone lacks VBMI, which
-# decodes fp8; "plain" is what the compiler's plain target has (SSE2 on x86-64, NEON on Arm).
+# Compiler flags of each level, best first. VBMI decodes fp8; of the CPUs with bfloat16 products only Cooper Lake lacks
+# it. "plain" is the compiler's default target (SSE2 on x86-64, NEON on Arm).
 LEVELS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "plain": (),
 }
-# -g0: Python's own flags ask for symbols, which take half of the time and nine tenths of the file.
+# -g0: Python's default flags add debug symbols, which take half of the compile time and nine tenths of the file.
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-g0")
 
 _log = logging.getLogger("moe_fn")
-# functools.cache lets threads that find nothing all compute: each would run the compiler
+# With functools.cache alone, threads that call at the same time would each run the compiler.
 _first_use = threading.RLock()
 
 
 @dataclass(frozen=True)
 class Library:
-    """The kernels of a level, or why there are none."""
+    """The kernels of a level, or the reason (`problem`) why there are none."""
 
     level: str
     path: Path | None
@@ -61,27 +61,27 @@ class Library:
 
 @dataclass(frozen=True)
 class Probes:
-    """What the benchmark measures the machine with."""
+    """Microbenchmarks of the machine for the benchmark."""
 
     library: Library
 
     def empty(self, num_bytes: int) -> Tensor:
-        """Memory to read, in huge pages where there are any."""
+        """An uninitialized uint8 tensor, in huge pages if available."""
         out: Tensor = self.library.ops.empty_like(torch.empty(num_bytes, dtype=torch.uint8))  # type: ignore[attr-defined]
         return out
 
     def read(self, tensor: Tensor, first_byte: int, num_bytes: int) -> int:
-        """Read the bytes of a tensor with all threads, two streams each; a checksum."""
+        """Reads the bytes of a tensor with all threads, two streams each. Returns a checksum."""
         return int(self.library.ops.read(tensor, first_byte, num_bytes))  # type: ignore[attr-defined]
 
     def gemm(self, dtype: torch.dtype, repeats: int) -> float:
-        """GFLOP/s of all threads on the inner loop of the kernels, out of cache."""
+        """GFLOP/s of all threads in the kernels' inner loop, with operands in cache."""
         return float(self.library.ops.gemm(dtype == torch.bfloat16, repeats))  # type: ignore[attr-defined]
 
 
 @functools.cache
 def best_level() -> str:
-    """The best level that this CPU runs."""
+    """The best level that this CPU supports."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "plain"
     if cpu_has("avx512"):
@@ -91,9 +91,9 @@ def best_level() -> str:
 
 
 def library(level: str) -> Library:
-    """The library of a level, loaded; built if it is not there yet or damaged, or if somebody else may have written it.
+    """The loaded library of a level. It is built if it is missing, damaged, or another user could have written it.
 
-    Threads that come first together build it once.
+    Threads that call at the same time build it once.
     """
     with _first_use:
         return _library(level)
@@ -105,15 +105,13 @@ def _library(level: str) -> Library:
         name = f"moe_fn_{level}_{_fingerprint(level)}"
         path = library_file(_folder(), name, lambda to: _build(level, name, to))
         torch.ops.load_library(path)
-    except (
-        Exception
-    ) as error:  # whatever a compiler, a loader or a full disk has to say: torch's own products are the answer to all
+    except Exception as error:  # any error of the compiler, the loader or the file system: torch's products run instead
         return Library(level, None, f"{type(error).__name__}: {_short(error)}")
     return Library(level, path, None)
 
 
 def active() -> Library:
-    """The library of this CPU's best level, in place as the CPU kernels of moe_fn's ops."""
+    """The library of this CPU's best level, installed as the CPU kernels of moe_fn's ops."""
     with _first_use:
         return _active()
 
@@ -129,15 +127,13 @@ def _active() -> Library:
 
 
 def probes() -> Probes | None:
-    """The benchmark's probes, where there is a library."""
+    """The benchmark's probes; None without a library."""
     found = active()
     return Probes(found) if found.problem is None else None
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
-    """A copy of a CPU tensor in huge pages, where the system gives them: they read 10 to 20 % faster on a virtual
-    machine.
-    """
+    """A copy of a CPU tensor in huge pages if the system has them: reads are 10 to 20 % faster on a virtual machine."""
     copy: Tensor = active().ops.empty_like(tensor)  # type: ignore[attr-defined]
     return copy.copy_(tensor)
 
@@ -145,7 +141,7 @@ def in_huge_pages(tensor: Tensor) -> Tensor:
 def _fingerprint(level: str) -> str:
     if not SOURCES.is_dir():
         raise FileNotFoundError(
-            f"no C++ sources at {SOURCES}; expected a folder, which a zip and most frozen applications do not have"
+            f"no C++ sources at {SOURCES}; expected a directory (zip files and most frozen applications have none)"
         )
     libc = "".join(platform.libc_ver())  # machines and containers may share a folder
     text = [torch.__version__, sys.platform, platform.machine(), libc, level, *LEVELS[level], *FLAGS]
@@ -154,10 +150,10 @@ def _fingerprint(level: str) -> str:
 
 
 def _folder() -> Path:
-    """Where torch keeps extensions: TORCH_EXTENSIONS_DIR, or a folder in the user's cache.
+    """torch's directory for extensions: TORCH_EXTENSIONS_DIR, or a directory in the user's cache.
 
-    Never below the working folder, where the files of others may lie: torch takes an empty or relative XDG_CACHE_HOME
-    from there, here it counts as none, as its specification says.
+    An empty or relative XDG_CACHE_HOME is ignored, as its specification requires: torch takes it relative to the
+    working directory, which may have files of other users.
     """
     from torch import _appdirs
     from torch.utils import cpp_extension
@@ -165,8 +161,10 @@ def _folder() -> Path:
     try:
         folder = Path(cpp_extension._get_build_directory("moe_fn", verbose=False))  # makes it
     except OSError as error:
-        who = f"{user()} may not make or enter {error.filename} ({error.strerror})"
-        raise PermissionError(f"{who}; expected a folder of this user's own in TORCH_EXTENSIONS_DIR") from error
+        raise PermissionError(
+            f"{user()} may not create or enter {error.filename} ({error.strerror}); expected a directory of this user "
+            "in TORCH_EXTENSIONS_DIR"
+        ) from error
     usual = Path(cpp_extension.get_default_build_root())
     if folder.is_relative_to(usual) and not os.path.isabs(_appdirs.user_cache_dir("torch_extensions")):
         with contextlib.suppress(OSError):  # they are not empty
@@ -177,16 +175,17 @@ def _folder() -> Path:
         with contextlib.suppress(OSError):
             folder.rmdir()
         raise ValueError(
-            f"torch's folder for extensions is {str(folder)!r}; expected an absolute path (TORCH_EXTENSIONS_DIR, HOME)"
+            f"torch's directory for extensions is {str(folder)!r}; expected an absolute path (TORCH_EXTENSIONS_DIR, "
+            "HOME)"
         )
     return private_folder(folder)
 
 
 def _build(level: str, name: str, path: Path) -> None:
-    """Compile a level's library to `path`, <name>.so in a folder for this alone.
+    """Compiles a level's library to `path`, <name>.so in an empty directory.
 
-    Not cpp_extension.load: it wants a ninja on the PATH, and its lock file, left by a killed process, makes the next
-    one wait forever.
+    cpp_extension.load is not used: it needs ninja on the PATH, and a lock file left by a killed process blocks the next
+    one forever.
     """
     from setuptools import Distribution, Extension
     from torch.utils import cpp_extension
