@@ -43,7 +43,7 @@ def ways_to_round(scheme: str) -> Iterator[ActivationQuantConfig | None]:
     """
     yield None
     for rounded in SCHEMES[scheme].activations:
-        granularities, size = ACTIVATION_SCHEMES[rounded]
+        granularities, size = ACTIVATION_SCHEMES[rounded].granularities, ACTIVATION_SCHEMES[rounded].group_size
         for granularity, static, powers in itertools.product(granularities, (False, True), (False, True)):
             group_size = (size or 4) if granularity == "group" else None
             with contextlib.suppress(ValueError):  # there is no such way

@@ -9,12 +9,13 @@ import torch
 
 import moe_fn
 from moe_fn import ActivationQuantConfig, MoEConfig, QuantConfig, RouterConfig
-from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
+from moe_fn.config.quant import ACTIVATION_SCHEMES, ELEMENTS, SCALES, SCHEMES
 from moe_fn.quant.codes import decode_scale
 from moe_fn.quant.inputs import rounded_rows
-from moe_fn.quant.numbers import ELEMENTS, NUMBERS
+from moe_fn.quant.numbers import NUMBERS
 from moe_fn.quant.tiles import by_tile, expand_tiles, halves_of
 from moe_fn.quant.wire import travelling
+from moe_fn.reference.quant import VALUES
 from moe_fn.testing import weights_for
 
 SIZES: dict[str, Any] = {"num_experts": 2, "top_k": 1, "hidden_size": 64, "intermediate_size": 32}
@@ -32,10 +33,12 @@ def quants_of(scheme: str) -> Iterator[QuantConfig]:
 
 
 def activations_of(scheme: str) -> Iterator[ActivationQuantConfig]:
-    granularities, size = ACTIVATION_SCHEMES[scheme]
-    for granularity in granularities:
+    row = ACTIVATION_SCHEMES[scheme]
+    for granularity in row.granularities:
         yield ActivationQuantConfig(
-            scheme=scheme, granularity=granularity, group_size=(size or 16) if granularity == "group" else None
+            scheme=scheme,
+            granularity=granularity,
+            group_size=(row.group_size or 16) if granularity == "group" else None,
         )
 
 
@@ -75,8 +78,8 @@ def test_scales_take_the_largest_weight_of_a_tile_to_the_largest_code(scheme: st
 def test_scales_take_the_largest_input_to_the_largest_code(scheme: str) -> None:
     rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [30.0], [0.0]])
     largest, slack = (
-        NUMBERS[ELEMENTS[scheme]].largest,
-        SLACK[{"mxfp8": "e8m0", "mxfp4": "e8m0", "nvfp4": "e4m3"}.get(scheme, "float")],
+        NUMBERS[ACTIVATION_SCHEMES[scheme].element].largest,
+        SLACK[ACTIVATION_SCHEMES[scheme].scale],
     )
     for activations in activations_of(scheme):
         found = rounded_rows(activations, rows, torch.ones(3, 1, dtype=torch.bool), None)
@@ -109,7 +112,7 @@ def test_every_leaf_beside_codes_has_one_shape_and_its_dtypes(scheme: str) -> No
 
 def statics_of(scheme: str) -> Iterator[QuantConfig]:
     for rounded in SCHEMES[scheme].activations:
-        if rounded == "nvfp4" or "tensor" in ACTIVATION_SCHEMES[rounded][0]:
+        if rounded == "nvfp4" or "tensor" in ACTIVATION_SCHEMES[rounded].granularities:
             sizes = {"granularity": "group", "group_size": 16} if rounded == "nvfp4" else {"granularity": "tensor"}
             for quant in quants_of(scheme):
                 yield dataclasses.replace(
@@ -139,3 +142,20 @@ def test_codes_decode_to_the_dtype_that_is_asked_for(name: str) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         assert number.decode(number.encode(torch.tensor([0.0, 1.0, -2.0])), dtype).dtype == dtype
         assert number.decode(number.encode(torch.tensor([0.0, 1.0, -2.0])), dtype).tolist() == [0.0, 1.0, -2.0]
+
+
+def test_the_tables_are_those_of_the_publications() -> None:
+    """Reference and strategies read the rows too, so what is in them is said here once more."""
+    found = {name: (row.element, row.bits, row.scale, row.group_size) for name, row in SCHEMES.items()}
+    assert found == {
+        "fp8_e4m3": ("e4m3", 8, "float", None),
+        "int8": ("int8", 8, "float", None),
+        "int4": ("int4", 4, "float", None),
+        "mxfp4": ("e2m1", 4, "e8m0", 32),  # OCP microscaling formats 1.0
+        "mxfp8": ("e4m3", 8, "e8m0", 32),
+        "nvfp4": ("e2m1", 4, "e4m3", 16),  # compressed-tensors
+    }
+    for name, inputs in ACTIVATION_SCHEMES.items():
+        assert (inputs.element, inputs.bits, inputs.scale, inputs.group_size) == found[name], name
+    assert set(ELEMENTS) == set(NUMBERS) == set(VALUES) == {row.element for row in SCHEMES.values()}
+    assert set(SCALES) == {row.scale for row in SCHEMES.values()}

@@ -156,7 +156,5 @@ def test_folders_and_libraries_of_other_users_are_refused(tmp_path: Path) -> Non
     os.chown(file, 12345, -1)
     assert not is_trusted(file)
     os.chown(tmp_path, 12345, -1)
-    with pytest.raises(
-        PermissionError, match=r"belongs to user 12345; expected this user's or root's"
-    ):
+    with pytest.raises(PermissionError, match=r"belongs to user 12345; expected this user's or root's"):
         private_folder(tmp_path / "moe_fn")

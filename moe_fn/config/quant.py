@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from moe_fn.checks import check_bool, check_choice, check_int
 
 Scheme = Literal["fp8_e4m3", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"]
@@ -15,34 +17,80 @@ ActivationGranularity = Literal["tensor", "token", "group"]
 
 
 @dataclass(frozen=True)
-class SchemeRow:
-    """A quantization scheme: element type, bits, scale type, and the options that it supports."""
+class Element:
+    """A number format of codes: bits of a code, and dtype of a tensor of codes; two codes of 4 bits share a byte.
 
-    element: Literal["e4m3", "int8", "int4", "e2m1"]
+    `moe_fn.quant.numbers` decodes codes; `moe_fn.reference.quant` has its own decoders.
+    """
+
     bits: int
-    scale: Literal["float", "e8m0", "e4m3"]
+    dtype: torch.dtype
+
+
+ELEMENTS: dict[str, Element] = {
+    "e4m3": Element(8, torch.float8_e4m3fn),
+    "int8": Element(8, torch.int8),
+    "int4": Element(4, torch.uint8),
+    "e2m1": Element(4, torch.uint8),
+}
+# Dtypes of scales; "e8m0" are exponents, "e4m3" have one float32 scale above them.
+SCALES: dict[str, tuple[torch.dtype, ...]] = {
+    "float": (torch.float32, torch.bfloat16, torch.float16),
+    "e8m0": (torch.uint8,),
+    "e4m3": (torch.float8_e4m3fn,),
+}
+
+
+@dataclass(frozen=True)
+class CodeRow:
+    """Codes and their scales: a key of ELEMENTS, a key of SCALES, granularities, and the group size (None: any)."""
+
+    element: str
+    scale: str
     granularities: tuple[str, ...]
-    group_size: int | None  # None: any
-    zero_points: bool
-    activations: tuple[str, ...]
+    group_size: int | None
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return ELEMENTS[self.element].bits
+
+    @property
+    def has_global_scale(self) -> bool:
+        """Whether there is a float32 scale above the scales."""
+        return self.scale == "e4m3"
+
+
+@dataclass(frozen=True)
+class SchemeRow(CodeRow):
+    """Weights: also whether codes may have zero points, and the schemes of activations that go with them."""
+
+    zero_points: bool = False
+    activations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ActivationRow(CodeRow):
+    """Inputs of products: also whether scales of groups may be powers of two."""
+
+    power_of_two_scales: bool = False
 
 
 _ANY = get_args(Granularity)
 SCHEMES: dict[str, SchemeRow] = {
-    "fp8_e4m3": SchemeRow("e4m3", 8, "float", _ANY, None, False, ("fp8_e4m3",)),
-    "int8": SchemeRow("int8", 8, "float", _ANY, None, True, ("int8",)),
-    "int4": SchemeRow("int4", 4, "float", _ANY, None, True, ("int8", "fp8_e4m3")),
-    "mxfp4": SchemeRow("e2m1", 4, "e8m0", ("group",), 32, False, ("mxfp4", "mxfp8", "fp8_e4m3")),
-    "mxfp8": SchemeRow("e4m3", 8, "e8m0", ("group",), 32, False, ("mxfp8",)),
-    "nvfp4": SchemeRow("e2m1", 4, "e4m3", ("group",), 16, False, ("nvfp4",)),
+    "fp8_e4m3": SchemeRow("e4m3", "float", _ANY, None, False, ("fp8_e4m3",)),
+    "int8": SchemeRow("int8", "float", _ANY, None, True, ("int8",)),
+    "int4": SchemeRow("int4", "float", _ANY, None, True, ("int8", "fp8_e4m3")),
+    "mxfp4": SchemeRow("e2m1", "e8m0", ("group",), 32, False, ("mxfp4", "mxfp8", "fp8_e4m3")),
+    "mxfp8": SchemeRow("e4m3", "e8m0", ("group",), 32, False, ("mxfp8",)),
+    "nvfp4": SchemeRow("e2m1", "e4m3", ("group",), 16, False, ("nvfp4",)),
 }
-# Granularities and the fixed group size of each activation scheme.
-ACTIVATION_SCHEMES: dict[str, tuple[tuple[str, ...], int | None]] = {
-    "fp8_e4m3": (("tensor", "token", "group"), None),
-    "int8": (("tensor", "token", "group"), None),
-    "mxfp8": (("group",), 32),
-    "mxfp4": (("group",), 32),
-    "nvfp4": (("group",), 16),
+ACTIVATION_SCHEMES: dict[str, ActivationRow] = {
+    "fp8_e4m3": ActivationRow("e4m3", "float", ("tensor", "token", "group"), None, True),
+    "int8": ActivationRow("int8", "float", ("tensor", "token", "group"), None),
+    "mxfp8": ActivationRow("e4m3", "e8m0", ("group",), 32),
+    "mxfp4": ActivationRow("e2m1", "e8m0", ("group",), 32),
+    "nvfp4": ActivationRow("e2m1", "e4m3", ("group",), 16),
 }
 
 
@@ -68,20 +116,27 @@ class ActivationQuantConfig:
     def __post_init__(self) -> None:
         where = "ActivationQuantConfig"
         check_choice(f"{where}.scheme", self.scheme, tuple(ACTIVATION_SCHEMES))
-        granularities, size = ACTIVATION_SCHEMES[self.scheme]
-        check_choice(f"{where}.granularity", self.granularity, granularities)
-        check_group_size(where, self.granularity, self.group_size, size)
+        row = self.row
+        check_choice(f"{where}.granularity", self.granularity, row.granularities)
+        check_group_size(where, self.granularity, self.group_size, row.group_size)
         for name in ("static", "power_of_two_scales"):
             check_bool(f"{where}.{name}", getattr(self, name))
-        if self.static and self.granularity != "tensor" and self.scheme != "nvfp4":
+        if self.static and self.granularity != "tensor" and not row.has_global_scale:
             raise ValueError(
-                f"{where}.static=True with granularity={self.granularity!r}; expected granularity='tensor', or nvfp4"
+                f"{where}.static=True with granularity={self.granularity!r}; expected granularity='tensor', or "
+                + " or ".join(name for name, row in ACTIVATION_SCHEMES.items() if row.has_global_scale)
             )
-        if self.power_of_two_scales and (self.scheme != "fp8_e4m3" or self.granularity != "group"):
+        if self.power_of_two_scales and not (row.power_of_two_scales and self.granularity == "group"):
             raise ValueError(
                 f"{where}.power_of_two_scales=True with {self.scheme!r}, {self.granularity!r}; "
-                "expected groups of fp8_e4m3"
+                "expected groups of "
+                + " or ".join(n for n, row in ACTIVATION_SCHEMES.items() if row.power_of_two_scales)
             )
+
+    @property
+    def row(self) -> ActivationRow:
+        """The row of the scheme."""
+        return ACTIVATION_SCHEMES[self.scheme]
 
     @property
     def is_of_call(self) -> bool:
@@ -126,7 +181,8 @@ class QuantConfig:
         self._check_block()
         check_bool("QuantConfig.zero_points", self.zero_points)
         if self.zero_points and not row.zero_points:
-            raise ValueError(f"QuantConfig.zero_points=True with scheme={self.scheme!r}; expected int4 or int8")
+            having = " or ".join(sorted(name for name, other in SCHEMES.items() if other.zero_points))
+            raise ValueError(f"QuantConfig.zero_points=True with scheme={self.scheme!r}; expected {having}")
         if self.activations is not None:
             if not isinstance(self.activations, ActivationQuantConfig):
                 raise ValueError(

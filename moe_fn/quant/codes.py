@@ -1,6 +1,7 @@
 """Quantized matrices: encoding to codes and scales, and decoding, tile by tile."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,16 +9,7 @@ from torch import Tensor
 from moe_fn.config import QuantConfig
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.quant import numbers
-from moe_fn.quant.numbers import (
-    NUMBERS,
-    decode_e8m0,
-    encode_e8m0,
-    log2_ceil,
-    log2_floor,
-    one_if_zero,
-    pack_halves,
-    unpack_halves,
-)
+from moe_fn.quant.numbers import NUMBERS, Number, decode_e8m0, encode_e8m0, one_if_zero, pack_halves, unpack_halves
 from moe_fn.quant.tiles import WHOLE, Tile, by_tile, expand_tiles
 from moe_fn.records import MoEWeights
 
@@ -119,11 +111,8 @@ def _encoded(quant: QuantConfig, weight: Tensor, halves: int, factor: float) -> 
     zero_point = global_scale = None
     if quant.zero_points:
         scale, zero_point = _scale_and_zero(tiles, 2**row.bits - 1)
-    elif row.scale == "e4m3":
-        # the one above is of all weights, whatever the factor
-        scale, global_scale = _scales_of_nvfp4(wide, tiles, halves)
     else:
-        scale = _SCALES[row.element, row.scale](tiles)
+        scale, global_scale = SCALES[row.scale](NUMBERS[row.element], wide, tiles, halves)
     if row.scale == "float" and quant.granularity == "group" and weight.dtype in (torch.bfloat16, torch.float16):
         scale = scale.to(weight.dtype)
     step = expand_tiles(decode_scale(quant, scale, torch.float32), quant.tile, halves, *weight.shape[1:])
@@ -147,29 +136,28 @@ def _amax(tiles: Tensor) -> Tensor:
     return tiles.abs().amax(-1)
 
 
-def _scale_of_int4(tiles: Tensor) -> Tensor:
-    largest = tiles.gather(-1, tiles.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    return one_if_zero(largest / -8)
-
-
-_SCALES = {
-    ("e4m3", "float"): lambda tiles: one_if_zero(_amax(tiles) / 448),
-    ("int8", "float"): lambda tiles: one_if_zero(_amax(tiles) / 127),
-    ("int4", "float"): _scale_of_int4,
-    ("e4m3", "e8m0"): lambda tiles: encode_e8m0(log2_ceil(_amax(tiles) / 448)),
-    # 2^2 is the largest power of two in e2m1
-    ("e2m1", "e8m0"): lambda tiles: encode_e8m0(log2_floor(_amax(tiles)) - 2),
-}
-
-
 def _scale_and_zero(tiles: Tensor, top: int) -> tuple[Tensor, Tensor]:
     least, most = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
     scale = one_if_zero((most - least) / top)
     return scale, (-least / scale).round().clamp(0, top).to(torch.uint8)
 
 
-def _scales_of_nvfp4(wide: Tensor, tiles: Tensor, halves: int) -> tuple[Tensor, Tensor]:
-    """Scales of the groups in e4m3, the largest of them 448, above them one of each half in float32."""
-    global_scale = one_if_zero(_amax(by_tile(wide, WHOLE, halves)) / (448 * 6))
+def _float_scale(number: Number, tiles: Tensor) -> Tensor:
+    return _amax(tiles) / number.largest if number.scale is None else number.scale(tiles)
+
+
+def _two_levels(number: Number, wide: Tensor, tiles: Tensor, halves: int) -> tuple[Tensor, Tensor]:
+    """Scales of the tiles in e4m3, the largest of them 448, and above them one of each half in float32, which is that
+    of the weights `wide` whatever factor the tiles have.
+    """
+    global_scale = one_if_zero(_amax(by_tile(wide, WHOLE, halves)) / (448 * number.largest))
     above = expand_tiles(global_scale, WHOLE, halves, tiles.shape[1], tiles.shape[2])
-    return (_amax(tiles) / 6 / above).clamp(max=448).to(torch.float8_e4m3fn), global_scale
+    return (_amax(tiles) / number.largest / above).clamp(max=448).to(torch.float8_e4m3fn), global_scale
+
+
+# Scales of tiles, and the one above: a row for each of moe_fn.config.quant.SCALES.
+SCALES: dict[str, Callable[[Number, Tensor, Tensor, int], tuple[Tensor, Tensor | None]]] = {
+    "float": lambda number, wide, tiles, halves: (one_if_zero(_float_scale(number, tiles)), None),
+    "e8m0": lambda number, wide, tiles, halves: (encode_e8m0(number.exponent_of(_amax(tiles))), None),
+    "e4m3": _two_levels,
+}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import ActivationQuantConfig
-from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_ceil, log2_floor, one_if_zero
+from moe_fn.quant.numbers import NUMBERS, Number, decode_e8m0, encode_e8m0, log2_ceil, one_if_zero
 
 _E4M3_LEAST = 1 / (448 * 512)  # least scale of a token, as in vLLM's kernel
 
@@ -39,23 +39,29 @@ def rounded_rows(
     size = config.group_size or rows.shape[-1]
     groups = _by_group(wide, size)
     amax = groups.abs().amax(-1)
-    if config.scheme == "nvfp4":
-        above = static_scale if static_scale is not None else one_if_zero(amax.amax(-1, keepdim=True) / (448 * 6))
-        units, scale = _units_of_nvfp4(groups, amax, above)
+    row, number = config.row, NUMBERS[config.row.element]
+    if row.has_global_scale:
+        largest = NUMBERS[row.scale].largest * number.largest
+        above = static_scale if static_scale is not None else one_if_zero(amax.amax(-1, keepdim=True) / largest)
+        units, scale = _units_of_two_levels(row.scale, number, groups, amax, above)
     else:
         if config.granularity == "tensor" and static_scale is None:
             amax = torch.where(present, amax, 0).amax(0, keepdim=True) if rows.shape[0] else amax.new_zeros(1, 1)
-        scale = static_scale if static_scale is not None else _SCALES[config.scheme, config.granularity](amax)
+        if static_scale is not None:
+            scale = static_scale
+        elif row.scale == "e8m0":
+            scale = _power_of_two(number.exponent_of(amax))
+        else:
+            scale = _SCALES[row.element, config.granularity](amax)
         if config.power_of_two_scales:
             scale = _power_of_two(log2_ceil(scale))
         units = groups / scale.unsqueeze(-1)
-    codes = round_to(config.scheme, units).flatten(1).narrow(1, 0, rows.shape[1])
+    codes = round_to(number, units).flatten(1).narrow(1, 0, rows.shape[1])
     return RoundedRows(codes, scale, size)
 
 
-def round_to(scheme: str, units: Tensor) -> Tensor:
-    """The nearest number of the scheme, as a float; saturating."""
-    number = NUMBERS[ELEMENTS[scheme]]
+def round_to(number: Number, units: Tensor) -> Tensor:
+    """The nearest number of a format, as a float; saturating."""
     return number.decode(number.encode(units), units.dtype)
 
 
@@ -64,9 +70,11 @@ def straight_through(rounded: Tensor, rows: Tensor) -> Tensor:
     return rounded.detach() + (rows - rows.detach())
 
 
-def _units_of_nvfp4(groups: Tensor, amax: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-    """Values to be rounded to e2m1, and the scales of groups: e4m3 scales times the scale `above` them."""
-    scale = round_to("fp8_e4m3", amax / (6 * above))
+def _units_of_two_levels(
+    stored: str, number: Number, groups: Tensor, amax: Tensor, above: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values to be rounded, and the scales of groups: `stored` numbers times the scale `above` them."""
+    scale = round_to(NUMBERS[stored], amax / (number.largest * above))
     units = groups / above.unsqueeze(-1) / scale.unsqueeze(-1)
     return torch.where(scale.unsqueeze(-1) == 0, 0, units), scale * above
 
@@ -76,15 +84,13 @@ def _power_of_two(exponents: Tensor) -> Tensor:
 
 
 Scales = Callable[[Tensor], Tensor]
-_SCALES: dict[tuple[str, str], Scales] = {  # largest magnitude -> scale
-    ("fp8_e4m3", "tensor"): lambda amax: amax.clamp(min=1e-10) / 448,
-    ("fp8_e4m3", "token"): lambda amax: (amax / 448).clamp(min=_E4M3_LEAST),
-    ("fp8_e4m3", "group"): lambda amax: amax.clamp(min=1e-10) / 448,
+_SCALES: dict[tuple[str, str], Scales] = {  # largest magnitude -> float scale
+    ("e4m3", "tensor"): lambda amax: amax.clamp(min=1e-10) / 448,
+    ("e4m3", "token"): lambda amax: (amax / 448).clamp(min=_E4M3_LEAST),
+    ("e4m3", "group"): lambda amax: amax.clamp(min=1e-10) / 448,
     ("int8", "tensor"): lambda amax: (amax / 127).clamp(min=1e-10),
     ("int8", "token"): lambda amax: amax.clamp(min=1e-10) / 127,
     ("int8", "group"): lambda amax: amax.clamp(min=1e-10) / 127,
-    ("mxfp8", "group"): lambda amax: _power_of_two(log2_ceil(amax / 448)),
-    ("mxfp4", "group"): lambda amax: _power_of_two(log2_floor(amax) - 2),
 }
 
 

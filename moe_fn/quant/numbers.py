@@ -11,13 +11,22 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of the codes 0..7;
 
 @dataclass(frozen=True)
 class Number:
-    """A format: its largest magnitude, the floats that codes stand for, and the codes nearest to floats (`round`
-    saturates).
+    """A number format: its largest magnitude, the floats of codes, and the nearest codes of floats (saturating).
+
+    scale     of tiles [..., numbers]: the float scale of each; None: the largest magnitude / largest
+    exponent  of the largest magnitude of tiles: log2 of the power of two that scales each; None: the least that leaves
+              none out of range
     """
 
     largest: float
     decode: Callable[[Tensor, torch.dtype], Tensor]
     encode: Callable[[Tensor], Tensor]
+    scale: Callable[[Tensor], Tensor] | None = None
+    exponent: Callable[[Tensor], Tensor] | None = None
+
+    def exponent_of(self, amax: Tensor) -> Tensor:
+        """log2 of the power of two that scales numbers up to amax."""
+        return log2_ceil(amax / self.largest) if self.exponent is None else self.exponent(amax)
 
 
 def _of_table(values: tuple[float, ...], codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,20 +55,25 @@ def encode_e4m3(values: Tensor) -> Tensor:
     return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
+def _scale_of_int4(tiles: Tensor) -> Tensor:
+    """Takes the weight of largest magnitude to -8: two's complement has no +8."""
+    return tiles.gather(-1, tiles.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
+
+
 NUMBERS: dict[str, Number] = {
     "e4m3": Number(448.0, lambda codes, dtype: codes.to(dtype), encode_e4m3),
     "int8": Number(
         127.0, lambda codes, dtype: codes.to(dtype), lambda values: values.round().clamp(-128, 127).to(torch.int8)
     ),
     "int4": Number(
-        8.0, lambda codes, dtype: codes.to(dtype) - 8, lambda values: (values.round().clamp(-8, 7) + 8).to(torch.uint8)
+        8.0,
+        lambda codes, dtype: codes.to(dtype) - 8,
+        lambda values: (values.round().clamp(-8, 7) + 8).to(torch.uint8),
+        scale=_scale_of_int4,
     ),
-    "e2m1": Number(6.0, decode_e2m1, encode_e2m1),
+    # 2^2 is the largest power of two in e2m1
+    "e2m1": Number(6.0, decode_e2m1, encode_e2m1, exponent=lambda amax: log2_floor(amax) - 2),
 }
-
-
-# of the schemes of activations
-ELEMENTS = {"fp8_e4m3": "e4m3", "int8": "int8", "mxfp8": "e4m3", "mxfp4": "e2m1", "nvfp4": "e2m1"}
 
 
 def decode_e8m0(codes: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import ActivationQuantConfig, MoEConfig
+from moe_fn.config.quant import ELEMENTS
 from moe_fn.quant.inputs import RoundedRows, rounded_rows
-from moe_fn.quant.numbers import ELEMENTS, NUMBERS, decode_e8m0, encode_e8m0, log2_floor, pack_halves, unpack_halves
-
-_BYTES_OF_SCALE = {"mxfp8": 1, "mxfp4": 1}  # e8m0 exponents; scales of other schemes are float32
+from moe_fn.quant.numbers import NUMBERS, decode_e8m0, encode_e8m0, log2_floor, pack_halves, unpack_halves
 
 
 def travelling(config: MoEConfig, dtype: torch.dtype, weighted: bool) -> ActivationQuantConfig | None:
@@ -34,17 +33,17 @@ def bytes_of_row(a: ActivationQuantConfig, width: int) -> int:
     68
     """
     groups = -(-width // (a.group_size or width))
-    return (-(-width // 2) if _packed(a) else width) + groups * _BYTES_OF_SCALE.get(a.scheme, 4)
+    return (-(-width // 2) if _packed(a) else width) + groups * (1 if _exponents(a) else 4)
 
 
 def to_bytes(a: ActivationQuantConfig, rows: Tensor) -> Tensor:
     """Rows [R, K] as uint8 [R, bytes_of_row]: their codes, then their scales."""
     present = torch.ones(rows.shape[0], 1, dtype=torch.bool, device=rows.device)
     rounded = rounded_rows(a, rows, present, None)
-    codes = NUMBERS[ELEMENTS[a.scheme]].encode(rounded.codes)
+    codes = NUMBERS[a.row.element].encode(rounded.codes)
     if _packed(a):
         codes = pack_halves(torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)))
-    scale = encode_e8m0(log2_floor(rounded.scale)) if a.scheme in _BYTES_OF_SCALE else rounded.scale.to(torch.float32)
+    scale = encode_e8m0(log2_floor(rounded.scale)) if _exponents(a) else rounded.scale.to(torch.float32)
     return torch.cat([codes.view(torch.uint8), _contiguous_copy(scale).view(torch.uint8)], 1)
 
 
@@ -53,10 +52,12 @@ def from_bytes(a: ActivationQuantConfig, data: Tensor, width: int, dtype: torch.
     size = -(-width // 2) if _packed(a) else width
     codes, scale = data.narrow(1, 0, size), _contiguous_copy(data.narrow(1, size, data.shape[1] - size))
     values = (
-        unpack_halves(codes).narrow(1, 0, width) if _packed(a) else codes.contiguous().view(_DTYPES[ELEMENTS[a.scheme]])
+        unpack_halves(codes).narrow(1, 0, width)
+        if _packed(a)
+        else codes.contiguous().view(ELEMENTS[a.row.element].dtype)
     )
-    numbers = NUMBERS[ELEMENTS[a.scheme]].decode(values, torch.float32)
-    scales = decode_e8m0(scale, torch.float32) if a.scheme in _BYTES_OF_SCALE else scale.view(torch.float32)
+    numbers = NUMBERS[a.row.element].decode(values, torch.float32)
+    scales = decode_e8m0(scale, torch.float32) if _exponents(a) else scale.view(torch.float32)
     return RoundedRows(numbers, scales, a.group_size or width).floats().to(dtype)
 
 
@@ -69,10 +70,12 @@ def _contiguous_copy(t: Tensor) -> Tensor:
 
 
 def _packed(a: ActivationQuantConfig) -> bool:
-    return ELEMENTS[a.scheme] == "e2m1"
+    return a.row.bits == 4
 
 
-_DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+def _exponents(a: ActivationQuantConfig) -> bool:
+    """Whether scales travel as exponents, in a byte each; the others are float32."""
+    return a.row.scale == "e8m0"
 
 
 def packed(a: ActivationQuantConfig | None, rows: Tensor) -> Tensor:

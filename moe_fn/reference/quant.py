@@ -8,26 +8,29 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig, as_activation
+from moe_fn.config.quant import ELEMENTS
 from moe_fn.records import MoEWeights
 from moe_fn.reference.tensors import needed
 
-E2M1 = [sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+_MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+_POSITIVE = [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+_POSITIVE[-1] = math.nan
+# The number of every code of a format, in the order of the codes as unsigned integers.
+VALUES: dict[str, list[float]] = {
+    "e4m3": _POSITIVE + [-value for value in _POSITIVE],
+    "int8": [float(code - 256 if code > 127 else code) for code in range(256)],
+    "int4": [float(code - 8) for code in range(16)],
+    "e2m1": _MAGNITUDES + [-value for value in _MAGNITUDES],
+}
 
 
-def numbers_of(scheme: str) -> list[float]:
+def numbers_of(element: str) -> list[float]:
     """Every number of a format, ascending.
 
-    >>> numbers_of("mxfp4")[-3:], numbers_of("fp8_e4m3")[-2:], len(numbers_of("int8"))
+    >>> numbers_of("e2m1")[-3:], numbers_of("e4m3")[-2:], len(numbers_of("int8"))
     ([3.0, 4.0, 6.0], [416.0, 448.0], 256)
     """
-    if scheme in ("mxfp4", "nvfp4"):
-        return sorted(set(E2M1))
-    if scheme == "int8":
-        return [float(i) for i in range(-128, 128)]
-    positive = [m / 8 * 2.0**-6 for m in range(8)] + [
-        (1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)
-    ]
-    return sorted({sign * value for value in positive[:-1] for sign in (1.0, -1.0)})  # the last one is NaN
+    return sorted({value + 0.0 for value in VALUES[element] if not math.isnan(value)})
 
 
 def matrices(config: MoEConfig, weights: MoEWeights, name: str) -> list[Tensor]:
@@ -41,7 +44,7 @@ def matrices(config: MoEConfig, weights: MoEWeights, name: str) -> list[Tensor]:
     if quant is None or stored is None:
         raise ValueError("weights.quant is None; expected scales, since config.quant is given")
     codes = getattr(weights, name)
-    if quant.scheme in ("int4", "mxfp4", "nvfp4"):
+    if len(VALUES[quant.row.element]) == 16:
         codes = torch.stack([codes % 16, codes // 16], -1).reshape(codes.shape[0], codes.shape[1], -1)
     halves = (
         2 if name == "gate_up" and as_activation(config.activation).gated and config.gate_up_layout == "packed" else 1
@@ -78,16 +81,17 @@ def places(quant: QuantConfig, halves: int, outputs: int, inputs: int) -> tuple[
 
 
 def code_values(quant: QuantConfig, codes: Tensor) -> Tensor:
-    """Values of codes before zero points and scales."""
-    if quant.scheme in ("mxfp4", "nvfp4"):
-        return torch.tensor(E2M1, dtype=torch.float64, device=codes.device)[codes.to(torch.int64)]
-    values = codes.to(torch.float64)
-    return values - 8 if quant.scheme == "int4" and not quant.zero_points else values
+    """Values of codes before zero points and scales; codes with zero points are integers."""
+    if quant.zero_points:
+        return codes.to(torch.float64)
+    table = torch.tensor(VALUES[quant.row.element], dtype=torch.float64, device=codes.device)
+    stored = codes.to(ELEMENTS[quant.row.element].dtype)  # weights of floats come as float64
+    return table[stored.view(torch.uint8).to(torch.int64)]
 
 
 def scales(quant: QuantConfig, scale: Tensor) -> Tensor:
     """Scales as float64; those of mx schemes are exponents."""
-    return 2.0 ** (scale.to(torch.float64) - 127) if quant.scheme.startswith("mx") else scale.to(torch.float64)
+    return 2.0 ** (scale.to(torch.float64) - 127) if quant.row.scale == "e8m0" else scale.to(torch.float64)
 
 
 def rounded(
@@ -107,7 +111,7 @@ def rounded(
     tensor([127.0000,  63.0000,   0.0000], dtype=torch.float64)
     """
     size = config.group_size or v.numel()
-    table = torch.tensor(numbers_of(config.scheme), dtype=torch.float64, device=v.device)
+    table = torch.tensor(numbers_of(config.row.element), dtype=torch.float64, device=v.device)
     pieces = []
     for group in v.detach().split(size):
         largest = float(group.abs().max()) if group.numel() else 0.0
@@ -156,7 +160,7 @@ def scale_of(config: ActivationQuantConfig, largest: float, single: bool) -> flo
 
 def table_of_e4m3(like: Tensor) -> Tensor:
     """All numbers of e4m3."""
-    return torch.tensor(numbers_of("fp8_e4m3"), dtype=torch.float64, device=like.device)
+    return torch.tensor(numbers_of("e4m3"), dtype=torch.float64, device=like.device)
 
 
 def _log2(value: float, rounding: object) -> int:

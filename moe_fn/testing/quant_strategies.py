@@ -36,15 +36,15 @@ def quants(draw: DrawFn, activations: bool = True, of_call: bool = True) -> Quan
 @st.composite
 def _activations(draw: DrawFn, schemes: tuple[str, ...], of_call: bool) -> ActivationQuantConfig:
     scheme = draw(st.sampled_from(schemes))
-    granularities, fixed = ACTIVATION_SCHEMES[scheme]
-    granularity = draw(st.sampled_from(granularities))
+    row = ACTIVATION_SCHEMES[scheme]
+    granularity = draw(st.sampled_from(row.granularities))
     groups = granularity == "group"
-    may_be_static = granularity == "tensor" or scheme == "nvfp4"
+    may_be_static = granularity == "tensor" or row.has_global_scale
     static = may_be_static and ((granularity == "tensor" and not of_call) or draw(st.booleans()))
     return ActivationQuantConfig(
         scheme=scheme,  # type: ignore[arg-type]
         granularity=granularity,  # type: ignore[arg-type]
-        group_size=(fixed or draw(st.integers(1, 9))) if groups else None,
+        group_size=(row.group_size or draw(st.integers(1, 9))) if groups else None,
         static=static,
-        power_of_two_scales=scheme == "fp8_e4m3" and groups and draw(st.booleans()),
+        power_of_two_scales=row.power_of_two_scales and groups and draw(st.booleans()),
     )

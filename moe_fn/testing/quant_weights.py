@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, QuantConfig
+from moe_fn.config.quant import ELEMENTS
 from moe_fn.records import QuantWeights
+from moe_fn.reference.quant import VALUES, numbers_of
 
 Size = tuple[int, int, int]
 
@@ -39,17 +41,19 @@ def _tiles(size: int, tile: int | None) -> int:
 
 
 def _codes(quant: QuantConfig, size: Size, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Random codes, and the standard deviation of their values."""
+    """Random codes (normal values where codes are floats, else uniform codes), and the standard deviation of their
+    values.
+    """
     experts, outputs, inputs = size
-    if quant.row.bits == 4:
-        packed = torch.randint(0, 256, (experts, outputs, inputs // 2), generator=generator, dtype=torch.uint8)
-        return packed, 3.0 if quant.row.element == "e2m1" else 4.6
-    if quant.row.element == "e4m3":
-        return (torch.randn(size, generator=generator) * 100).clamp(-448, 448).to(torch.float8_e4m3fn), 100.0
-    low, high = (0, 256) if quant.zero_points else (-128, 128)
-    return torch.randint(low, high, size, generator=generator).to(
-        torch.uint8 if quant.zero_points else torch.int8
-    ), 74.0
+    element, values = ELEMENTS[quant.row.element], torch.tensor(VALUES[quant.row.element], dtype=torch.float64)
+    if element.dtype.is_floating_point:
+        largest = float(values.nan_to_num().max())
+        deviation = largest / 4.48
+        codes = (torch.randn(size, generator=generator) * deviation).clamp(-largest, largest)
+        return codes.to(element.dtype), deviation
+    size = (experts, outputs, inputs * element.bits // 8)
+    codes = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    return codes if quant.zero_points else codes.view(element.dtype), float(values.std())
 
 
 def _scales_of_codes(
@@ -60,12 +64,12 @@ def _scales_of_codes(
     scale, above = unit * factor, None
     if quant.row.scale == "e8m0":
         scale = (127 + math.floor(math.log2(unit)) + torch.randint(-1, 2, shape, generator=generator)).to(torch.uint8)
-    elif quant.row.scale == "e4m3":
+    elif quant.row.has_global_scale:
         scale, above = (
             (factor * 100).to(torch.float8_e4m3fn),
             unit / 100 * (torch.rand(shape[0], halves, 1, generator=generator) + 0.5),
         )
-    elif quant.scheme == "int4":  # published formats have positive scales; negative ones are valid too
+    elif quant.row.element == "int4":  # published formats have positive scales; negative ones are valid too
         scale = scale * torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1)
     middle = 2 ** (quant.row.bits - 1)
     zero = (
@@ -73,6 +77,7 @@ def _scales_of_codes(
     )
     static = None
     if quant.activations is not None and quant.activations.static:
-        largest = {"fp8_e4m3": 448, "int8": 127, "nvfp4": 448 * 6}[quant.activations.scheme]
+        row = quant.activations.row
+        largest = numbers_of(row.element)[-1] * (numbers_of(row.scale)[-1] if row.has_global_scale else 1)
         static = 4 / largest * (torch.rand(shape[0], generator=generator) + 0.5)
     return {"scale": scale, "zero_point": zero, "global_scale": above, "input_scale": static}

@@ -9,7 +9,7 @@ from moe_fn.checks import check_kind
 from moe_fn.config import ActivationQuantConfig, MoEConfig, QuantConfig
 from moe_fn.quant.calibration import Calibration
 from moe_fn.quant.codes import NAMES, codes_of, decoded, encoded
-from moe_fn.quant.numbers import ELEMENTS, NUMBERS, one_if_zero
+from moe_fn.quant.numbers import NUMBERS, one_if_zero
 from moe_fn.quant.tiles import halves_of
 from moe_fn.records import MoEWeights, QuantWeights
 from moe_fn.weights.axes import shape_of
@@ -133,5 +133,6 @@ def _check_sizes(where: str, config: MoEConfig, parts: dict[str, Tensor], per_by
 
 def static_scale(activations: ActivationQuantConfig, amax: Tensor) -> Tensor:
     """Returns static scales of inputs: the largest code is amax (nvfp4: together with the largest group scale)."""
-    largest = 448 * 6 if activations.scheme == "nvfp4" else NUMBERS[ELEMENTS[activations.scheme]].largest
+    row = activations.row
+    largest = NUMBERS[row.element].largest * (NUMBERS[row.scale].largest if row.has_global_scale else 1)
     return one_if_zero(amax / largest).to(torch.float32)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, QuantConfig, config_of_json
+from moe_fn.config.quant import ELEMENTS, SCALES
 from moe_fn.records import WEIGHT_PATHS, Path, Shape
 from moe_fn.torch_compat import constant_while_tracing
 from moe_fn.weights.axes import size_of
@@ -101,15 +102,9 @@ def _expected(config: MoEConfig, path: Path, shape: Shape | None) -> Expected:
 
 def _dtypes_of_quant(quant: QuantConfig) -> dict[Kind, tuple[torch.dtype, ...]]:
     """Returns the dtypes of codes, scales and zero points."""
-    codes = {"e4m3": torch.float8_e4m3fn, "int8": torch.uint8 if quant.zero_points else torch.int8}
-    scales = {
-        "float": (torch.float32, torch.bfloat16, torch.float16),
-        "e8m0": (torch.uint8,),
-        "e4m3": (torch.float8_e4m3fn,),
-    }
     return {
-        "codes": (codes.get(quant.row.element, torch.uint8),),
-        "scale": scales[quant.row.scale],
+        "codes": (torch.uint8 if quant.zero_points else ELEMENTS[quant.row.element].dtype,),
+        "scale": SCALES[quant.row.scale],
         "zero_point": (torch.uint8,),
         "global_scale": (torch.float32,),
         "input_scale": (torch.float32,),

@@ -67,7 +67,7 @@ _MATRICES = {"gate_up": "E (G I) X", "down": "E X I"}
 _TENSORS_OF_CODES: dict[Kind, Callable[[MoEConfig], bool]] = {
     "scale": lambda c: c.quant is not None,
     "zero_point": lambda c: c.quant is not None and c.quant.zero_points,
-    "global_scale": lambda c: c.quant is not None and c.quant.row.scale == "e4m3",
+    "global_scale": lambda c: c.quant is not None and c.quant.row.has_global_scale,
     "input_scale": _static,
 }
 _ROWS = {

@@ -74,7 +74,7 @@ def _inputs_granularity(inputs: str, granularity: str) -> bool:
     name, _, static = granularity.partition(" ")
     if inputs == "None" or name == "None":
         return inputs == name
-    return name in ACTIVATION_SCHEMES[inputs][0] and (not static or name == "tensor" or inputs == "nvfp4")
+    return name in ACTIVATION_SCHEMES[inputs].granularities and (not static or name == "tensor" or inputs == "nvfp4")
 
 
 def _through_quant(granularity: str, inputs: str) -> bool:

@@ -46,9 +46,11 @@ def coded(
     )
     above = None if static is None else static[..., None, None]
     scales = (
-        _of_nvfp4(largest, above, single) if config.scheme == "nvfp4" else _of_largest(config, largest, above, single)
+        _of_nvfp4(largest, above, single)
+        if config.row.has_global_scale
+        else _of_largest(config, largest, above, single)
     )
-    table = torch.tensor(numbers_of(config.scheme), dtype=torch.float64)
+    table = torch.tensor(numbers_of(config.row.element), dtype=torch.float64)
     low, middle, high = (
         [_codes(table, groups.value + sign * groups.radius, scales.above[i], scales.scale[i], single) for i in places]
         for sign, places in ((-1.0, (0, 2)), (0.0, (1,)), (1.0, (0, 2)))
@@ -81,7 +83,7 @@ def _of_nvfp4(largest: Ball, static: Tensor | None, single: bool) -> Scales:
     """Scales of nvfp4: e4m3 scales of groups, times `above`, which without a static scale is the largest magnitude of
     the row / (448 * 6).
     """
-    table = torch.tensor(numbers_of("fp8_e4m3"), dtype=torch.float64)
+    table = torch.tensor(numbers_of("e4m3"), dtype=torch.float64)
     row = Ball(largest.value.amax(-2, keepdim=True), largest.radius.amax(-2, keepdim=True))
     found = [_single(t / (448 * 6), single) for t in _ends(row)] if static is None else [static] * 3
     low, middle, high = (torch.where(t == 0, 1.0, t) for t in found)
