@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import torchtitan_interface as stated
 from torch import Tensor, nn
 
 import moe_fn
+import shared_tests.torchtitan_interface as stated
 from compile_tests.graphs import graphs_of, new_sizes, ops, reading_values
 from moe_fn.integrations.torchtitan import replace_grouped_experts
 from moe_fn.testing import assert_one_graph

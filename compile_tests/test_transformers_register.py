@@ -14,12 +14,11 @@ from torch.export import Dim
 
 transformers = pytest.importorskip("transformers")
 
-from transformers_experts import module_of, own_class, randomised, settings_of_experts, tokens_of  # noqa: E402
-from transformers_models import make_model, make_token_ids  # noqa: E402
-
 from compile_tests.graphs import graphs_of, name_of, nodes, ops  # noqa: E402
 from moe_fn.integrations.transformers import experts, register  # noqa: E402
 from moe_fn.testing import assert_matches, assert_one_graph  # noqa: E402
+from shared_tests.transformers_experts import module_of, own_class, randomised, settings_of_experts, tokens_of  # noqa: E402
+from shared_tests.transformers_models import make_model, make_token_ids  # noqa: E402
 
 register()
 

@@ -7,15 +7,15 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from hung_on_modules import hang
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from transformers_models import make_model, make_token_ids
-from zoo import ROWS, make_block, make_input
 
 from moe_fn.integrations.transformers import replace_moe_blocks
 from moe_fn.testing import assert_matches
+from shared_tests.hung_on_modules import hang
+from shared_tests.transformers_models import make_model, make_token_ids
+from shared_tests.zoo import ROWS, make_block, make_input
 
 # Groups and shared experts, biases and interleaved, clamps and hash layers, states between layers.
 MODELS = ("deepseek_v3", "gpt_oss", "deepseek_v4", "zaya")

@@ -2,10 +2,10 @@
 
     python examples/coverage.py [--write docs/families.md] [--seeds 3] [--only mixtral,gpt_oss]
 
-It runs in a checkout, with what `pip install -e ".[dev]"` brings: blocks, models and checks are those of
-`property_tests`. Each variant of each family is a tiny block of transformers, in float32, every parameter and buffer
-random; it is run by its own code and by moe_forward(*from_block(block), x). --write replaces the text between the
-markers of a file.
+It runs in a checkout, with what `pip install -e ".[dev]"` brings: blocks and models are those of `shared_tests`, checks
+those of `property_tests`. Each variant of each family is a tiny block of transformers, in float32, every parameter and
+buffer random; it is run by its own code and by moe_forward(*from_block(block), x). --write replaces the text between
+the markers of a file.
 """
 
 import argparse
@@ -22,17 +22,18 @@ import transformers
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "property_tests"))
 
 from test_transformers_laws import KNOWN, TOLERANCE, TWO_BANKS, compared
 from test_transformers_zoo import classes_in_sources
-from zoo import ROWS, BlockRow, make_block, make_input, run_block
-from zoo.models import MODELS
 
 from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.integrations.transformers import register, replace_moe_blocks
 from moe_fn.integrations.transformers.blocks import family_of_module
 from moe_fn.testing.matching import relative_rms
+from shared_tests.zoo import ROWS, BlockRow, make_block, make_input, run_block
+from shared_tests.zoo.models import MODELS
 
 TABLES = {
     "A": "softmax, then top-k",

@@ -23,8 +23,6 @@ from checkpoints import same_bits  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 from transformers.core_model_loading import revert_weight_conversion  # noqa: E402
-from zoo import TOKEN_CHOICE, BlockRow, make_block, make_config, make_input, randomise, run_block  # noqa: E402
-from zoo.build import module_of  # noqa: E402
 
 from moe_fn import MoEConfig, MoEWeights, moe_forward  # noqa: E402
 from moe_fn.checkpoint import (  # noqa: E402
@@ -38,6 +36,8 @@ from moe_fn.checkpoint import (  # noqa: E402
 )
 from moe_fn.families import FAMILIES, config_of_layer  # noqa: E402
 from moe_fn.integrations.transformers import from_block  # noqa: E402
+from shared_tests.zoo import TOKEN_CHOICE, BlockRow, make_block, make_config, make_input, randomise, run_block  # noqa: E402
+from shared_tests.zoo.build import module_of  # noqa: E402
 
 # What a model calls its block, where it is not mlp
 BLOCK_OF_FAMILY = {

@@ -18,14 +18,14 @@ pytest.importorskip("safetensors")
 from checkpoints import same_bits  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_checkpoint_families import APART, write  # noqa: E402
-from zoo import ROWS, BlockRow, make_block  # noqa: E402
-from zoo.build import make_config  # noqa: E402
 
 from moe_fn import MoEConfig, MoEWeights, RouterWeights, SharedExpertsConfig, SharedWeights  # noqa: E402
 from moe_fn.checkpoint import LAYOUTS, Layout, load_moe_weights, moe_layers  # noqa: E402
 from moe_fn.checkpoint.choose_layout import headers_of_block, plan_of_block  # noqa: E402
 from moe_fn.checkpoint.folder import open_checkpoint  # noqa: E402
 from moe_fn.integrations.transformers import from_block  # noqa: E402
+from shared_tests.zoo import ROWS, BlockRow, make_block  # noqa: E402
+from shared_tests.zoo.build import make_config  # noqa: E402
 
 Tensors = dict[str, Tensor]
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 SOURCES = [
     path.as_posix()
-    for folder in ("moe_fn", "property_tests", "compile_tests", "examples")
+    for folder in ("moe_fn", "property_tests", "compile_tests", "shared_tests", "examples")
     for path in (ROOT / folder).rglob("*.*")
 ]
 _BLOCK = re.compile(

@@ -11,11 +11,11 @@ from support import law
 from test_family_files import words_in
 from test_family_words import FIRST, Words, block_of, layer_of, names_of, ours, theirs, words_of, words_read
 from torch import nn
-from zoo import ROWS, BlockRow
 
 from moe_fn.families import FAMILIES, config_of_layer, family_of_block
 from moe_fn.families.composite import PARTS
 from moe_fn.integrations.transformers import from_block
+from shared_tests.zoo import ROWS, BlockRow
 
 OF_TYPE = {words_of(row)["model_type"]: row for row in FIRST}
 SEVERAL = [outer for outer, parts in PARTS.items() if len(parts) > 1]

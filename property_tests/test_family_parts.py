@@ -17,12 +17,12 @@ from test_checkpoint_families import check, on_disk
 from test_family_words import EACH, FIRST, Words, layer_of, names_of, ours, theirs, words_of, words_read
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from zoo import TOKEN_CHOICE, BlockRow, make_block
 
 from moe_fn.checkpoint import load_moe_layer, moe_layers
 from moe_fn.families import FAMILIES, config_of_layer
 from moe_fn.families.composite import PARTS, Part
 from moe_fn.families.defaults import CONFIG_CLASSES
+from shared_tests.zoo import TOKEN_CHOICE, BlockRow, make_block
 
 OF_TYPE = {words_of(row)["model_type"]: row for row in FIRST}
 SINGLE = [

@@ -18,14 +18,14 @@ import torch
 pytest.importorskip("transformers")
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from zoo import TOKEN_CHOICE, BlockRow, make_config, make_input, randomise, run_block
-from zoo.build import module_of
 
 from moe_fn import MoEConfig, moe_forward
 from moe_fn.families import config_of_layer
 from moe_fn.families.defaults import CONFIG_CLASSES
 from moe_fn.families.words import MISSING
 from moe_fn.integrations.transformers import from_block
+from shared_tests.zoo import TOKEN_CHOICE, BlockRow, make_config, make_input, randomise, run_block
+from shared_tests.zoo.build import module_of
 
 Words = dict[str, Any]
 # Rows whose block is what config_of_layer describes: two banks are refused

@@ -115,6 +115,37 @@ def test_no_import_closes_a_circle_and_folders_stand_on_few_storeys() -> None:
     assert max(storey.values()) <= 14, storey
 
 
+def first_names_imported_by(path: Path) -> set[str]:
+    """The first name of every absolute import of a file: "torch" of `import torch.fx`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+    return found
+
+
+def test_property_tests_and_compile_tests_do_not_import_each_other() -> None:
+    """Helpers of both are in shared_tests, which imports neither. property_tests is itself on the path."""
+    folders = {name: PACKAGE.parent / name for name in ("property_tests", "compile_tests", "shared_tests")}
+    if not all(folder.is_dir() for folder in folders.values()):
+        pytest.skip("installed without the repository")
+    own = {path.stem for path in folders["property_tests"].iterdir() if path.suffix == ".py" or path.is_dir()}
+    forbidden = {
+        "property_tests": {"compile_tests"},
+        "compile_tests": {"property_tests", *own},
+        "shared_tests": {"property_tests", "compile_tests", *own},
+    }
+    found = [
+        f"{path.relative_to(PACKAGE.parent)} imports {name}"
+        for folder, names in forbidden.items()
+        for path in sorted(folders[folder].rglob("*.py"))
+        for name in sorted(first_names_imported_by(path) & names)
+    ]
+    assert found == []
+
+
 def test_few_files_stand_outside_of_folders() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 7
 

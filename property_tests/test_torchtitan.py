@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torchtitan_interface as stated
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moe_fn
+import shared_tests.torchtitan_interface as stated
 from moe_fn.integrations import torchtitan as titan
 from moe_fn.testing import relative_rms
 

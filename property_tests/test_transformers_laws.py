@@ -9,15 +9,15 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from hung_on_modules import OF_PARAMETERS, WAYS, hang, names_of
 from hypothesis import strategies as st
 from support import law
 from torch import Tensor, nn
-from zoo import ROWS, BlockResult, BlockRow, make_block, make_input, run_block
 
 import moe_fn
 from moe_fn.integrations.transformers import from_block, replace_moe_blocks, restore_moe_blocks
 from moe_fn.testing.matching import relative_rms
+from shared_tests.hung_on_modules import OF_PARAMETERS, WAYS, hang, names_of
+from shared_tests.zoo import ROWS, BlockResult, BlockRow, make_block, make_input, run_block
 
 # No token-choice mixture of feed-forward experts; and transformers' nllb_moe, whose own routing is not what it says.
 REFUSED = ("jetmoe-attention", "nllb_moe-capacity", "doge-not-normalised", "doge-normalised", "vitpose_backbone-heads")

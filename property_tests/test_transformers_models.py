@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
-from transformers_models import MODELS, make_model, make_token_ids
 
 from moe_fn.families import config_of_layer
 from moe_fn.integrations.transformers import replace_moe_blocks
 from moe_fn.testing.matching import relative_rms
+from shared_tests.transformers_models import MODELS, make_model, make_token_ids
 
 TOLERANCE = 2e-5
 

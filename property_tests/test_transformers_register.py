@@ -19,10 +19,14 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from hung_on_modules import OF_PARAMETERS, WAYS, hang  # noqa: E402
 from torch.testing._internal.two_tensor import TwoTensor  # noqa: E402
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation  # noqa: E402
-from transformers_experts import (  # noqa: E402
+
+from moe_fn.integrations.transformers import experts, register  # noqa: E402
+from moe_fn.integrations.transformers.gates import ACTIVATIONS, places_of_numbers  # noqa: E402
+from moe_fn.testing import assert_matches  # noqa: E402
+from shared_tests.hung_on_modules import OF_PARAMETERS, WAYS, hang  # noqa: E402
+from shared_tests.transformers_experts import (  # noqa: E402
     ACTS,
     CLASSES,
     Tokens,
@@ -33,11 +37,7 @@ from transformers_experts import (  # noqa: E402
     settings_of_experts,
     tokens_of,
 )
-from transformers_models import MODELS, make_model, make_token_ids  # noqa: E402
-
-from moe_fn.integrations.transformers import experts, register  # noqa: E402
-from moe_fn.integrations.transformers.gates import ACTIVATIONS, places_of_numbers  # noqa: E402
-from moe_fn.testing import assert_matches  # noqa: E402
+from shared_tests.transformers_models import MODELS, make_model, make_token_ids  # noqa: E402
 
 register()
 

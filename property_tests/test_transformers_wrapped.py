@@ -13,15 +13,15 @@ pytest.importorskip("transformers")
 
 import torch
 import torch.distributed as dist
-from hung_on_modules import OF_PARAMETERS, WAYS, hang, louder
 from torch import Tensor, nn
-from transformers_models import make_model, make_token_ids
-from zoo import ROWS, make_block, make_input, run_block
 
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights
 from moe_fn.integrations.transformers import experts, from_block, replace_moe_blocks, restore_moe_blocks, swapped
 from moe_fn.testing.matching import relative_rms
+from shared_tests.hung_on_modules import OF_PARAMETERS, WAYS, hang, louder
+from shared_tests.transformers_models import make_model, make_token_ids
+from shared_tests.zoo import ROWS, make_block, make_input, run_block
 
 TOLERANCE = 1e-5
 IDS = make_token_ids(2)

@@ -16,8 +16,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from transformers_models import MODELS, make_model, make_token_ids  # noqa: E402
-from zoo import ROWS, TOKEN_CHOICE, BlockResult, BlockRow, make_block, make_config, make_input, run_block  # noqa: E402
+from shared_tests.transformers_models import MODELS, make_model, make_token_ids  # noqa: E402
+from shared_tests.zoo import ROWS, TOKEN_CHOICE, BlockResult, BlockRow, make_block, make_config, make_input, run_block  # noqa: E402
 
 ALL = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 CHOOSING = pytest.mark.parametrize("row", TOKEN_CHOICE, ids=lambda row: row.name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tools import ROOT
 
-COPIED = ("moe_fn", "property_tests", "compile_tests", "pyproject.toml")
+COPIED = ("moe_fn", "property_tests", "compile_tests", "shared_tests", "pyproject.toml")
 LINKED = ("docs", "examples", "README.md", "CHANGELOG.md", "SECURITY.md", "Makefile", ".ci")
 
 

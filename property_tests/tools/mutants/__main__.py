@@ -54,7 +54,7 @@ def import_what_others_made() -> None:
     )
     for name in names.stdout.decode().split():
         first = name.split(".")[0]
-        ours = first in ("moe_fn", "__main__") or any(
+        ours = first in ("moe_fn", "shared_tests", "__main__") or any(
             (ROOT / "property_tests" / own).exists() for own in (first, f"{first}.py")
         )
         if not ours and name not in sys.modules:

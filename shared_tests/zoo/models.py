@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.tables import without
+from shared_tests.zoo.tables import without
 
 
 @dataclass(frozen=True, eq=False)  # a row is itself: its mapping does not hash

@@ -4,8 +4,9 @@ import importlib
 from typing import Any
 
 import torch
-from zoo import randomise
-from zoo.models import MODELS, ModelRow
+
+from shared_tests.zoo import randomise
+from shared_tests.zoo.models import MODELS, ModelRow
 
 __all__ = ["MODELS", "ModelRow", "make_model", "make_token_ids"]
 

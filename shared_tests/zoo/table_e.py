@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from zoo.tables import MIXTRAL, ROW, family, twins
+from shared_tests.zoo.tables import MIXTRAL, ROW, family, twins
 
 _V4 = {
     "hidden_size": 32,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.row import BlockRow
+from shared_tests.zoo.row import BlockRow
 
 # The first pattern that a tensor's name in the block matches says how it is drawn: the middle of a uniform draw and its
 # half width. Matrices that match none are normal with the standard deviation gain / sqrt(fan in). A norm's weight keeps

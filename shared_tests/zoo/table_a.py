@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from zoo.tables import MIXTRAL, QWEN, QWEN_SHARED, ROW, family, twins, without
+from shared_tests.zoo.tables import MIXTRAL, QWEN, QWEN_SHARED, ROW, family, twins, without
 
 _GELU = {"hidden_act": "gelu_pytorch_tanh"}
 _NORM_OR_NOT = {"not-normalised": {"norm_topk_prob": False}, "normalised": {"norm_topk_prob": True}}

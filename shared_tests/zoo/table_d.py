@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from zoo.tables import DEEPSEEK, MIXTRAL, QWEN, QWEN_SHARED, ROW, family, twins, without
+from shared_tests.zoo.tables import DEEPSEEK, MIXTRAL, QWEN, QWEN_SHARED, ROW, family, twins, without
 
 _ROUTER = replace(ROW, router="router")
 _M3 = {**MIXTRAL, "num_experts_per_tok": 3, "dense_intermediate_size": 40, "shared_intermediate_size": 20}

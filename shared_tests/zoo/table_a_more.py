@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from zoo.tables import DEEPSEEK, GROUPS, ROW, family, twins
+from shared_tests.zoo.tables import DEEPSEEK, GROUPS, ROW, family, twins
 
 _GREEDY = {
     "greedy": {"topk_method": "greedy", "routed_scaling_factor": 1.0},

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from zoo.tables import MIXTRAL, ROW, family
+from shared_tests.zoo.tables import MIXTRAL, ROW, family
 
 _ROUTER = replace(ROW, router="router")
 _SWIGLU = {"plain": {}, "limit-bites": {"swiglu_limit": 0.5}, "alpha": {"swiglu_alpha": 0.8, "swiglu_limit": 1.0}}

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from zoo.tables import DEEPSEEK, GROUPS, ROW, family, without
+from shared_tests.zoo.tables import DEEPSEEK, GROUPS, ROW, family, without
 
 _ONE_GROUP = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
 _GROUPED = {**GROUPS, "norm_topk_prob": True, "routed_scaling_factor": 2.5}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from zoo.row import BlockRow
+from shared_tests.zoo.row import BlockRow
 
 # Arguments of configs in the words that several families share. Tiny sizes, not all alike.
 MIXTRAL = {"hidden_size": 64, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2}

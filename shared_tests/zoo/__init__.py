@@ -2,15 +2,15 @@
 integration's tests.
 """
 
-from zoo.build import make_block, make_config, make_input, randomise
-from zoo.row import BlockResult, BlockRow
-from zoo.run import run_block
-from zoo.table_a import ROWS_A
-from zoo.table_a_more import ROWS_A_MORE
-from zoo.table_b import ROWS_B
-from zoo.table_c import ROWS_C
-from zoo.table_d import ROWS_D
-from zoo.table_e import ROWS_E
+from shared_tests.zoo.build import make_block, make_config, make_input, randomise
+from shared_tests.zoo.row import BlockResult, BlockRow
+from shared_tests.zoo.run import run_block
+from shared_tests.zoo.table_a import ROWS_A
+from shared_tests.zoo.table_a_more import ROWS_A_MORE
+from shared_tests.zoo.table_b import ROWS_B
+from shared_tests.zoo.table_c import ROWS_C
+from shared_tests.zoo.table_d import ROWS_D
+from shared_tests.zoo.table_e import ROWS_E
 
 ROWS = (*ROWS_A, *ROWS_A_MORE, *ROWS_B, *ROWS_C, *ROWS_D, *ROWS_E)
 REFUSED = tuple(row for row in ROWS if row.refused)

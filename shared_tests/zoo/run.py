@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.row import BlockResult, BlockRow
+from shared_tests.zoo.row import BlockResult, BlockRow
 
 ExtraInputs = dict[str, Tensor]
 Chosen = tuple[Tensor | None, Tensor | None]  # expert ids and weights [tokens, top_k]
