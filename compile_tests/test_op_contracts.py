@@ -20,9 +20,11 @@ from torch.library import opcheck
 import moe_fn
 from compile_tests.cases import Case
 from moe_fn.config import QuantConfig, RouterConfig
+from moe_fn.config.activation import PRESETS
+from moe_fn.kernels.arguments import RoutedExpertsArguments, flat
 from moe_fn.kernels.native import support as native
 from moe_fn.kernels.triton import support as gpu
-from moe_fn.records import leaves_of_weights
+from moe_fn.records import QuantWeights, leaves_of_weights
 
 for _module in pkgutil.walk_packages(moe_fn.__path__, "moe_fn."):  # an op exists once its module is imported
     if "integrations" not in _module.name and not _module.name.startswith(
@@ -73,47 +75,40 @@ def grouped_outer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ..
     ]
 
 
-NO_CODES = (None,) * 8
-
-
 def routed_experts(
     dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1, codes: bool = False
 ) -> list[tuple[Any, ...]]:
     r, samples = make(3, dtype, requires_grad), []
-    silu, oai = (
-        ("silu", True, False, 1.0, 0.0, None, False, None, None),
-        ("silu", True, True, 1.702, 1.0, 7.0, False, None, None),
-    )
-    for tokens, transposed, biased, activation in ((5, True, False, silu), (0, True, True, oai), (3, False, True, oai)):
+    for tokens, transposed, biased, name in (
+        (5, True, False, "silu"),
+        (0, True, True, "swigluoai"),
+        (3, False, True, "swigluoai"),
+    ):
         ids = torch.randint(lowest_id, 3, (tokens, 2), generator=torch.Generator().manual_seed(tokens))
         weights = (r(3, 6, 4), r(3, 4, 3)) if transposed else (r(3, 4, 6), r(3, 3, 4))
-        biases = (r(3, 6), r(3, 4)) if biased else (None, None)
-        routing = torch.rand(tokens, 2).requires_grad_(requires_grad)
-        samples.append(
-            (
-                r(tokens, 4),
-                ids,
-                routing,
-                *weights,
-                *biases,
-                *NO_CODES,
-                3,
-                transposed,
-                *activation,
-                "",
-                biased,
-                requires_grad,
-            )
+        arguments = RoutedExpertsArguments(
+            x=r(tokens, 4),
+            expert_ids=ids,
+            expert_weights=torch.rand(tokens, 2).requires_grad_(requires_grad),
+            gate_up=weights[0],
+            down=weights[1],
+            gate_up_bias=r(3, 6) if biased else None,
+            down_bias=r(3, 4) if biased else None,
+            quant_weights=None,
+            intermediate_size=3,
+            transposed=transposed,
+            interleaved=biased,
+            quant="",
+            invariant=biased,
+            activation=PRESETS[name],
         )
+        samples.append(arguments)
     if codes:
         quant = QuantConfig(scheme="int8", granularity="channel").json
         weights = torch.arange(72, dtype=torch.int8).view(3, 6, 4), torch.arange(36, dtype=torch.int8).view(3, 4, 3)
-        scales = torch.rand(3, 6, 1) / 100, torch.rand(3, 4, 1) / 100
-        x, ids, routing = samples[0][:3]
-        samples.append(
-            (x, ids, routing, *weights, None, None, *scales, *NO_CODES[2:], 3, True, *silu, quant, False, requires_grad)
-        )
-    return samples
+        scales = QuantWeights(gate_up_scale=torch.rand(3, 6, 1) / 100, down_scale=torch.rand(3, 4, 1) / 100)
+        samples.append(samples[0]._replace(gate_up=weights[0], down=weights[1], quant_weights=scales, quant=quant))
+    return [(*flat(arguments), requires_grad) for arguments in samples]
 
 
 def routed_experts_backward(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:

@@ -16,7 +16,10 @@ import moe_fn
 from compile_tests.cases import Case, as_leaves
 from compile_tests.graphs import graphs_of, ops
 from moe_fn import ActivationQuantConfig, MoEWeights, QuantConfig
+from moe_fn.config.activation import PRESETS
+from moe_fn.kernels.arguments import RoutedExpertsArguments, flat
 from moe_fn.kernels.triton import support as gpu
+from moe_fn.records import QuantWeights
 from moe_fn.testing import assert_matches, assert_one_graph
 
 if gpu.problem("cpu", torch.float32):
@@ -104,8 +107,19 @@ def cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-OPTIONS = (64, True, "silu", True, False, 1.0, 0.0, None, False, None, None)  # of 64 = intermediate_size
-NO_CODES = (None,) * 8
+def arguments(
+    *tensors: Tensor, biases: tuple[Tensor | None, Tensor | None] = (None, None), quant: QuantConfig | None = None,
+    scales: QuantWeights | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Of routed_experts: x, expert_ids, expert_weights, gate_up and down, and what is not usual."""
+    x, ids, w, gate_up, down = tensors
+    return flat(
+        RoutedExpertsArguments(
+            x=x, expert_ids=ids, expert_weights=w, gate_up=gate_up, down=down, gate_up_bias=biases[0],
+            down_bias=biases[1], quant_weights=scales, intermediate_size=down.shape[2], transposed=True,
+            interleaved=False, quant="" if quant is None else quant.json, invariant=False, activation=PRESETS["silu"],
+        )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("tokens", "launches"), [(1, 2), (100, 4), (4096, 6)])
@@ -120,7 +134,7 @@ def test_launches_of_a_forward_and_no_sync(tokens: int, launches: int, monkeypat
             cuda(16, 128, 32),
             cuda(16, 32, 64),
         )
-        y, _ = entry.routed_experts(*args, None, None, *NO_CODES, *OPTIONS, "", False, False)
+        y, _ = entry.routed_experts(*arguments(*args), False)
         assert y.shape == (tokens, 32) and y.device.type == "cuda"
     assert len(launched) == launches, launched
 
@@ -159,13 +173,11 @@ def test_launches_of_a_quantized_forward_and_no_sync(
         codes = cuda(2, 256, 256, dtype=torch.float8_e4m3fn), cuda(2, 256, 128, dtype=torch.float8_e4m3fn)
         tiles = 1 if quant.granularity == "tensor" else 2
         scales = cuda(2, 2, tiles, dtype=torch.float32), cuda(2, tiles, 1, dtype=torch.float32)
-        static = (
-            (cuda(2, dtype=torch.float32),) * 2
-            if quant.activations is not None and quant.activations.static
-            else (None, None)
+        static = cuda(2, dtype=torch.float32) if quant.activations is not None and quant.activations.static else None
+        leaves = QuantWeights(
+            gate_up_scale=scales[0], down_scale=scales[1], gate_up_input_scale=static, down_input_scale=static
         )
-        beside = (*scales, *NO_CODES[:4], *static)
-        y, _ = entry.routed_experts(*args, *codes, None, None, *beside, 128, *OPTIONS[1:], quant.json, False, False)
+        y, _ = entry.routed_experts(*arguments(*args, *codes, quant=quant, scales=leaves), False)
         assert y.shape == (tokens, 256) and y.device.type == "cuda"
     assert len(launched) == (few if tokens == 100 else many), launched
 
@@ -184,9 +196,7 @@ def test_a_backward_has_no_sync(kept: bool, monkeypatch: pytest.MonkeyPatch) -> 
         )
         biases = cuda(16, 128), cuda(16, 32)
         pre = cuda(200, 128) if kept else cuda(0)
-        found = entry.routed_experts_backward(
-            cuda(100, 32), [True] * 6, pre, *args, *biases, *NO_CODES, *OPTIONS, "", False
-        )
+        found = entry.routed_experts_backward(cuda(100, 32), [True] * 6, pre, *arguments(*args, biases=biases))
         assert [g.shape for g in found] == [a.shape for a in (args[0], *args[2:], *biases)]
         assert all(g.device.type == "cuda" for g in found)
     assert ("_up_kernel" in launched) != kept

@@ -18,6 +18,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights, Routing
 from moe_fn.config import ActivationConfig, as_activation
 from moe_fn.fused.schema import packed
+from moe_fn.kernels.arguments import flat
 from moe_fn.kernels.native import library as native
 from moe_fn.testing import assert_matches
 from moe_fn.weights.prepare import to_panels
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
 
 def call(level: str, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
     """The op of one level's own library."""
-    arguments = packed(config, weights, x, routing.expert_ids, routing.weights)
+    arguments = flat(packed(config, weights, x, routing.expert_ids, routing.weights))
     out: Tensor = native.library(level).ops.routed_experts(*arguments, False)[0]  # type: ignore[attr-defined]
     return out
 
@@ -222,7 +223,7 @@ def test_wrong_shapes_raise_in_words() -> None:
     with pytest.raises(ValueError, match="expected 4 matrices"):
         ops.grouped_matmul(one, weights.gate_up, ends, True, 1, 1, False)
     plain, prepared = (
-        packed(config, w, x, routing.expert_ids, routing.weights)
+        flat(packed(config, w, x, routing.expert_ids, routing.weights))
         for w in (weights, replace(weights, gate_up=gate_up, down=down))
     )
     for gradient, arguments in ((x[:2], plain), (x[:, :3], plain), (x.double(), plain), (x, prepared)):

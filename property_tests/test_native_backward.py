@@ -17,6 +17,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights
 from moe_fn.config import as_activation
 from moe_fn.fused.schema import packed
+from moe_fn.kernels.arguments import flat
 from moe_fn.kernels.native import library as native
 from moe_fn.reference.activation import activate
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems
@@ -91,7 +92,7 @@ def check(level: str, case: Case) -> None:
     itself.
     """
     config, weights, x, ids, w, gradient = case.made()
-    arguments = packed(config, weights, x, ids, w)
+    arguments = flat(packed(config, weights, x, ids, w))
     ops: Any = native.library(level).ops
     y, pre = ops.routed_experts(*arguments, True)
     tensors = {
@@ -179,7 +180,7 @@ def test_slopes_at_the_very_limits_and_kinks(level: str) -> None:
         h = pairs.flatten() if activation.gated else pairs[0]
         config = MoEConfig(num_experts=1, top_k=1, hidden_size=1, intermediate_size=len(down), activation=activation)
         weights = MoEWeights(gate_up=h.reshape(1, -1, 1), down=down.view(1, 1, -1))
-        arguments = packed(config, weights, one, torch.zeros(1, 1, dtype=torch.int64), one)
+        arguments = flat(packed(config, weights, one, torch.zeros(1, 1, dtype=torch.int64), one))
         ops: Any = native.library(level).ops
         found = ops.routed_experts_backward(one, [i == 2 for i in range(6)], one.new_empty(0), *arguments)[2].flatten()
         wide = h.double().requires_grad_()

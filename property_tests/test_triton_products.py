@@ -21,7 +21,7 @@ from moe_fn.kernels.triton.activation import act, act_backward, tanh
 from moe_fn.kernels.triton.products import grouped_product
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap
 from moe_fn.kernels.triton.tiles import Tile
-from moe_fn.kernels.triton.up import activation_arguments, up
+from moe_fn.kernels.triton.up import up
 from moe_fn.stages._activation import activate
 from moe_fn.testing import assert_matches
 
@@ -30,16 +30,12 @@ EXAMPLES = settings(max_examples=100)
 
 @triton.jit
 def _act_kernel(
-    gate, up, d, value, d_gate, d_up, FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr,
-    LIMIT_OUTPUT: tl.constexpr,
-    ALPHA: tl.constexpr, UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr, N: tl.constexpr,
+    gate, up, d, value, d_gate, d_up, ACTIVATION: tl.constexpr, N: tl.constexpr,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     i = tl.arange(0, N)
     g, u = tl.load(gate + i), tl.load(up + i)
-    tl.store(value + i, act(g, u, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP))
-    dg, du = act_backward(
-        tl.load(d + i), g, u, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP
-    )
+    tl.store(value + i, act(g, u, ACTIVATION))
+    dg, du = act_backward(tl.load(d + i), g, u, ACTIVATION)
     tl.store(d_gate + i, dg)
     tl.store(d_up + i, du)
 
@@ -61,7 +57,7 @@ def test_activations_and_their_derivatives_are_those_of_torch(activation: Activa
     )
     d = torch.randn(512, generator=generator)
     value, d_gate, d_up = (torch.full_like(d, NAN) for _ in range(3))
-    _act_kernel[(1,)](gate, up, d, value, d_gate, d_up, **activation_arguments(activation), N=512)
+    _act_kernel[(1,)](gate, up, d, value, d_gate, d_up, ACTIVATION=activation, N=512)
     h = (torch.cat([gate, up]) if activation.gated else gate).double().requires_grad_()
     expected = activate(activation, h)
     expected.backward(d.double())

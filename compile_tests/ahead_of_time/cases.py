@@ -105,7 +105,7 @@ def grouped_case(kind: str, arch: str, tile: Tile, dtype: str, options: Options)
         )
         types, fixed = {**types, other: "i32"}, {contiguous: 1}
     config = PRESETS[options.get("activation", "silu")]
-    possible = {**dict.fromkeys(FLAGS, False), **up.activation_arguments(config)}
+    possible = {**dict.fromkeys(FLAGS, False), "ACTIVATION": config}
     possible |= _of_tile(kind, tile, config.gated, config.gated and options.get("INTERLEAVED", False))
     possible |= {"EVEN": "odd" not in options, "VECTOR": 1 if "odd" in options else 16, "STORE_ACTIVATED": True}
     possible |= {name: value for name, value in options.items() if name.isupper()}

@@ -131,7 +131,7 @@ def quant_case(
         "SCHEME": form.scheme, "PLACE": place, "SCALE_FORM": form.scale, "TILE_IN": form.inputs or 1, "ZERO": form.zero,
         "GLOBAL": form.above, "LEFT": form.left, "LEFT_GROUP": form.inputs or 1, "SWAP": swap,
         "TOP_K": 8, "BIAS": keep, "KEEP": keep, "EVEN": form.even, "INTERLEAVED": keep, "GROUP": 8, "OUT_FORM": stored,
-        "POWER_OF_TWO": False, "MOST": 448.0, "AS": quant_up.ELEMENTS[DTYPES[dtype]], **up.activation_arguments(config),
+        "POWER_OF_TWO": False, "MOST": 448.0, "AS": quant_up.ELEMENTS[DTYPES[dtype]], "ACTIVATION": config,
         "BM": tile.rows, "BN": tile.columns, "BK": tile.inner,
         "PIECES": 1 if stored else up.pieces_of(tile, config.gated), "VECTOR": 16,
     }  # fmt: skip

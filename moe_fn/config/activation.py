@@ -1,8 +1,7 @@
 """Config of the activation: its parameters, and presets with published names."""
 
-import functools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from moe_fn.checks import check_bool, check_choice, check_float
 
@@ -11,6 +10,16 @@ ActivationName = Literal[
     "silu", "gelu", "gelu_tanh", "relu", "relu2", "swigluoai", "swiglustep",
     "silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu_no_mul", "relu2_no_mul",
 ]  # fmt: skip
+
+# The functions, and which parameters of ActivationConfig each reads; a new one is a line.
+FUNCTIONS: dict[GateFunction, tuple[str, ...]] = {
+    "silu": ("alpha",),
+    "gelu": (),
+    "gelu_tanh": (),
+    "relu": (),
+    "relu2": (),
+    "situ": ("gate_cap",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +44,7 @@ class ActivationConfig:
     up_cap: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("ActivationConfig.function", self.function, get_args(GateFunction))
+        check_choice("ActivationConfig.function", self.function, tuple(FUNCTIONS))
         check_bool("ActivationConfig.gated", self.gated)
         check_choice("ActivationConfig.limit_at", self.limit_at, ("input", "output"))
         check_float("ActivationConfig.alpha", self.alpha)
@@ -45,12 +54,12 @@ class ActivationConfig:
                 check_float(f"ActivationConfig.{name}", getattr(self, name), above=0.0)
         if self.limit is None and self.limit_at == "output":
             raise ValueError("ActivationConfig.limit_at='output' would have no effect: expected a limit")
-        if self.alpha != 1.0 and self.function != "silu":
+        if self.alpha != 1.0 and "alpha" not in FUNCTIONS[self.function]:
             raise ValueError(
                 f"ActivationConfig.alpha={self.alpha} would have no effect: expected function='silu', got "
                 f"{self.function!r}"
             )
-        if (self.gate_cap is None) == (self.function == "situ"):
+        if (self.gate_cap is None) == ("gate_cap" in FUNCTIONS[self.function]):
             raise ValueError(
                 f"ActivationConfig.gate_cap={self.gate_cap} with function={self.function!r}: "
                 "expected it with 'situ', and only there"
@@ -89,21 +98,3 @@ def as_activation(activation: ActivationConfig | ActivationName) -> ActivationCo
         return activation
     check_choice("activation", activation, tuple(PRESETS))
     return PRESETS[activation]
-
-
-@functools.lru_cache
-def activation_of_scalars(
-    function: GateFunction, gated: bool, alpha: float, up_offset: float, limit: float | None, limit_output: bool,
-    gate_cap: float | None, up_cap: float | None,
-) -> ActivationConfig:  # fmt: skip
-    """The parameters as the ops take them, made a config again; kept, for it is asked for at every launch."""
-    return ActivationConfig(
-        function=function,
-        gated=gated,
-        limit=limit,
-        limit_at="output" if limit_output else "input",
-        alpha=alpha,
-        up_offset=up_offset,
-        gate_cap=gate_cap,
-        up_cap=up_cap,
-    )

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moe_fn.backends import backend_of
 from moe_fn.config import MoEConfig, as_activation
-from moe_fn.fused.schema import NUM_FLOATS, packed, unpacked, with_floats
+from moe_fn.fused.schema import packed, unpacked, with_floats
+from moe_fn.kernels.arguments import ARGUMENTS, DIFFERENTIABLE, arguments_of, flat
 from moe_fn.kernels.native import call as native
 from moe_fn.kernels.native import support as on_cpu
 from moe_fn.kernels.torch import support as in_torch
@@ -25,7 +26,7 @@ from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops.arithmetic import ARITHMETIC
 from moe_fn.ops.define import Kernel, vjp
 from moe_fn.ops.grouped_matmul import GROUPED, spread_over_rows
-from moe_fn.ops.routed import DIFFERENTIABLE, define_routed_experts, define_routed_experts_backward
+from moe_fn.ops.routed import define_routed_experts, define_routed_experts_backward
 from moe_fn.ops.rows import gather_rows, has_expert
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages._activation import activate
@@ -138,7 +139,7 @@ def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routi
     check_draft_export("routed_experts")
     ids, w = routing.expert_ids, routing.weights
     y: Tensor
-    y, _ = op(*packed(config, weights, x, ids, w), _keeps(config, weights, x, w))
+    y, _ = op(*flat(packed(config, weights, x, ids, w)), _keeps(config, weights, x, w))
     return y
 
 
@@ -155,7 +156,7 @@ def _differentiates(weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
 
 
 def _in_torch(*args: Any) -> tuple[Tensor, Tensor]:
-    return dispatch_experts_combine(*unpacked(args[:-1])), args[0].new_empty(0)
+    return dispatch_experts_combine(*unpacked(arguments_of(args[:-1]))), args[0].new_empty(0)
 
 
 def _backward(
@@ -164,18 +165,19 @@ def _backward(
     """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that
     batch.
     """
-    wanted = [bool(needed[i]) and args[i] is not None for i in DIFFERENTIABLE]
-    config, weights, *_ = unpacked(args[:-1])
+    arguments, needed_of = arguments_of(args[:-1]), dict(zip(ARGUMENTS, needed, strict=False))
+    wanted = [bool(needed_of[name]) and getattr(arguments, name) is not None for name in DIFFERENTIABLE]
+    config, weights, x, _ = unpacked(arguments)
     plain = _restore_weights(config, weights)
-    plain = plain if config.quant is None else dequantize_weights(config, plain, args[0].dtype)[1]
-    plain_args = pre, *with_floats(args[:-1], plain)
+    plain = plain if config.quant is None else dequantize_weights(config, plain, x.dtype)[1]
+    plain_args = pre, *flat(with_floats(arguments, plain))
     transformed = transforms_active() or in_forward_mode()
     found = _gradients(backend, gradient, wanted, *plain_args) if transformed else op(gradient, wanted, *plain_args)
-    d_x, d_w, d_gate_up, d_down, *d_biases = (g if want else None for g, want in zip(found, wanted, strict=True))
+    of = {name: g for name, g, want in zip(DIFFERENTIABLE, found, wanted, strict=True) if want}
     if is_prepared(weights.gate_up):
-        d_gate_up = None if d_gate_up is None else gate_up_to_panels(config, d_gate_up)
-        d_down = None if d_down is None else down_to_panels(config, d_down)
-    return d_x, None, d_w, d_gate_up, d_down, *d_biases, *(None,) * (len(args) - NUM_FLOATS)
+        panels = {"gate_up": gate_up_to_panels, "down": down_to_panels}
+        of |= {name: panels[name](config, of[name]) for name in panels if name in of}
+    return *(of.get(name) for name in ARGUMENTS), None  # keep is the last argument
 
 
 def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -184,7 +186,7 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
 
     d a = down[e].T @ g;  d w = a . d a + down_bias . g; d h = activation'(h) * w * d a; d x = sum of gate_up[e].T @ d h
     """
-    config, weights, x, routing = unpacked(args)
+    config, weights, x, routing = unpacked(arguments_of(args))
     ops, wide, transposed = GROUPED[backend], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
     arithmetic = ARITHMETIC[config.batch_invariant]
     product = functools.partial(ops.matmul, invariant=config.batch_invariant)
@@ -241,7 +243,9 @@ def _second_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the gradients, through the grouped ops."""
     wanted = inputs[1]
-    moving = [i for i in (0, *(3 + argument for argument in DIFFERENTIABLE)) if needed[i] and inputs[i] is not None]
+    places = [list(ARGUMENTS).index(name) for name in DIFFERENTIABLE]
+    # the gradient, and after it, what is needed and pre the arguments
+    moving = [i for i in (0, *(3 + place for place in places)) if needed[i] and inputs[i] is not None]
 
     def function(*moved: Tensor) -> tuple[Tensor, ...]:
         found = _gradients(backend, *_with(inputs, moving, moved))

@@ -1,36 +1,35 @@
-"""What the ops of moe_fn.ops.routed are told: a config and weights as tensors and scalars, and back."""
+"""A config and weights as the arguments of the fused op (`moe_fn.kernels.arguments`), and back."""
 
-import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, as_activation
-from moe_fn.config.activation import activation_of_scalars
+from moe_fn.config import ActivationConfig, MoEConfig, as_activation
 from moe_fn.config.parts import padding_experts
 from moe_fn.config.quant import quant_of_json
+from moe_fn.kernels.arguments import RoutedExpertsArguments
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.ops.routed import NUM_TENSORS
-from moe_fn.records import MoEWeights, QuantWeights, Routing
-
-QUANT_FIELDS = tuple(field.name for field in dataclasses.fields(QuantWeights))
-NUM_FLOATS = NUM_TENSORS - len(QUANT_FIELDS)  # tensors that weights of floats have too; those of QuantWeights follow
+from moe_fn.records import MoEWeights, Routing
 
 
-def packed(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> tuple[Any, ...]:
-    """The arguments of an op, in the order of its schema, up to `keep`."""
-    a, quant = as_activation(config.activation), None if config.quant is None else weights.quant
-    return (
-        x, ids, w, weights.gate_up, weights.down, _readable(weights.gate_up_bias, x), _readable(weights.down_bias, x),
-        *(None if quant is None else getattr(quant, name) for name in QUANT_FIELDS),
-        config.intermediate_size, config.weight_layout == "out_in", a.function, a.gated,
-        config.gate_up_layout == "interleaved",
-        a.alpha, a.up_offset, a.limit, a.limit_at == "output", a.gate_cap, a.up_cap,
-        "" if config.quant is None else config.quant.json,
-        config.batch_invariant,
-    )  # fmt: skip
+def packed(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> RoutedExpertsArguments:
+    """The arguments of the op."""
+    return RoutedExpertsArguments(
+        x=x,
+        expert_ids=ids,
+        expert_weights=w,
+        gate_up=weights.gate_up,
+        down=weights.down,
+        gate_up_bias=_readable(weights.gate_up_bias, x),
+        down_bias=_readable(weights.down_bias, x),
+        quant_weights=None if config.quant is None else weights.quant,
+        intermediate_size=config.intermediate_size,
+        transposed=config.weight_layout == "out_in",
+        interleaved=config.gate_up_layout == "interleaved",
+        quant="" if config.quant is None else config.quant.json,
+        invariant=config.batch_invariant,
+        activation=as_activation(config.activation),
+    )
 
 
 def _readable(bias: Tensor | None, x: Tensor) -> Tensor | None:
@@ -40,37 +39,56 @@ def _readable(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return bias.to(wide)
 
 
-def with_floats(args: Sequence[Any], weights: MoEWeights) -> tuple[Any, ...]:
+def with_floats(arguments: RoutedExpertsArguments, weights: MoEWeights) -> RoutedExpertsArguments:
     """The arguments with other gate_up and down, which are plain floats."""
-    beside = (None,) * len(QUANT_FIELDS)
-    return (*args[:3], weights.gate_up, weights.down, *args[5:NUM_FLOATS], *beside, *args[NUM_TENSORS:-2], "", args[-1])
+    return arguments._replace(gate_up=weights.gate_up, down=weights.down, quant_weights=None, quant="")
 
 
-def unpacked(args: Sequence[Any]) -> tuple[MoEConfig, MoEWeights, Tensor, Routing]:
+def unpacked(arguments: RoutedExpertsArguments) -> tuple[MoEConfig, MoEWeights, Tensor, Routing]:
     """What `packed` was given."""
-    x, ids, w, gate_up, down, gate_up_bias, down_bias, *beside = args[:NUM_TENSORS]
-    config = _config_of(int(gate_up.shape[0]), int(ids.shape[1]), int(x.shape[1]), *args[NUM_TENSORS:])
-    quant = None if config.quant is None else QuantWeights(**dict(zip(QUANT_FIELDS, beside, strict=True)))
-    weights = MoEWeights(gate_up=gate_up, down=down, gate_up_bias=gate_up_bias, down_bias=down_bias, quant=quant)
-    return config, weights, x, Routing(expert_ids=ids, weights=w)
+    a = arguments
+    config = _config_of(
+        num_experts=int(a.gate_up.shape[0]),
+        top_k=int(a.expert_ids.shape[1]),
+        hidden=int(a.x.shape[1]),
+        intermediate=a.intermediate_size,
+        transposed=a.transposed,
+        interleaved=a.interleaved,
+        quant=a.quant,
+        invariant=a.invariant,
+        activation=a.activation,
+    )
+    weights = MoEWeights(
+        gate_up=a.gate_up,
+        down=a.down,
+        gate_up_bias=a.gate_up_bias,
+        down_bias=a.down_bias,
+        quant=a.quant_weights,
+    )
+    return config, weights, a.x, Routing(expert_ids=a.expert_ids, weights=a.expert_weights)
 
 
 @functools.lru_cache
 def _config_of(
-    num_experts: int, top_k: int, hidden: int, intermediate: int, transposed: bool, function: Any, gated: bool,
+    *,
+    num_experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    transposed: bool,
     interleaved: bool,
-    alpha: float, up_offset: float, limit: float | None, limit_output: bool, gate_cap: float | None,
-    up_cap: float | None, quant: str,
+    quant: str,
     invariant: bool,
-) -> MoEConfig:  # fmt: skip
-    """The config, as far as the op is told it."""
+    activation: ActivationConfig,
+) -> MoEConfig:
+    """The config, as far as the op's arguments say it."""
     return MoEConfig(
         num_experts=num_experts,
         top_k=top_k,
         zero_experts=padding_experts(num_experts, top_k),
         hidden_size=hidden,
         intermediate_size=intermediate,
-        activation=activation_of_scalars(function, gated, alpha, up_offset, limit, limit_output, gate_cap, up_cap),
+        activation=activation,
         gate_up_layout="interleaved" if interleaved else "packed",
         weight_layout="out_in" if transposed else "in_out",
         quant=quant_of_json(quant) if quant else None,

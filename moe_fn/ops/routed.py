@@ -5,41 +5,35 @@
 back-end with such kernels has a pair of ops of its own, as in `moe_fn.ops.grouped_matmul`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_fn.kernels.arguments import (
+    ARGUMENTS,
+    DIFFERENTIABLE,
+    SCHEMA,
+    TENSORS,
+    RoutedExpertsArguments,
+    arguments_of,
+)
 from moe_fn.ops.define import Gradients, Kernel, batch_to_front, define_op
 from moe_fn.ops.flops import slots_with_expert
 
-_ARGUMENTS = (
-    "Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? "
-    "down_bias, "
-    "Tensor? gate_up_scale, Tensor? down_scale, Tensor? gate_up_zero_point, Tensor? down_zero_point, Tensor? "
-    "gate_up_global_scale, "
-    "Tensor? down_global_scale, Tensor? gate_up_input_scale, Tensor? down_input_scale, "
-    "int intermediate_size, bool transposed, str function, bool gated, bool interleaved, float alpha, float up_offset, "
-    "float? limit, "
-    "bool limit_output, float? gate_cap, float? up_cap, str quant, bool invariant"
-)
-_RESULTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
-NUM_TENSORS = 15  # the arguments that are tensors come first
-DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)  # which of them have gradients
+_TOKENS = ("x", "expert_ids", "expert_weights")  # what a batch of tokens has more of; the other tensors are of experts
+_RESULTS = ", ".join(["Tensor"] * len(DIFFERENTIABLE))
 
 
 def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
-    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights plain or prepared, keep -> y
-    [T, H], pre.
+    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights, ..., keep -> y [T, H], pre.
 
-    quant is "" or a QuantConfig's text; the eight tensors before intermediate_size are then the leaves of QuantWeights,
-    in their order. invariant: no bit of a token's result depends on the other tokens. pre [T * k, columns of gate_up],
-    slots sorted by expert, is without gradient, for the backward; empty unless kept. There is no forward mode: a rule
-    of an op cannot itself start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
+    The arguments between are those of `moe_fn.kernels.arguments`. pre [T * k, columns of gate_up], slots sorted by
+    expert, is without gradient, for the backward; empty unless kept. There is no forward mode: a rule of an op cannot
+    itself start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
     """
     op = define_op(
-        f"routed_experts_{backend}({_ARGUMENTS}, bool keep) -> (Tensor, Tensor)",
+        f"routed_experts_{backend}({SCHEMA}, bool keep) -> (Tensor, Tensor)",
         kernel=kernel,
         fake=_fake,
         vmap=lambda info, in_dims, *args: _vmap(op, info.batch_size, in_dims, args),
@@ -58,7 +52,7 @@ def define_routed_experts_backward(backend: str, kernel: Kernel, backward: Gradi
     rule of its own.
     """
     return define_op(
-        f"routed_experts_backward_{backend}(Tensor gradient, bool[] needed, Tensor pre, {_ARGUMENTS}) -> ({_RESULTS})",
+        f"routed_experts_backward_{backend}(Tensor gradient, bool[] needed, Tensor pre, {SCHEMA}) -> ({_RESULTS})",
         kernel=kernel,
         fake=_gradients_fake,
         vmap=_no_vmap,
@@ -68,31 +62,32 @@ def define_routed_experts_backward(backend: str, kernel: Kernel, backward: Gradi
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    x, ids, gated, keep = args[0], args[1], args[NUM_TENSORS + 3], args[-1]
-    columns = args[NUM_TENSORS] * (2 if gated else 1)
-    return x.new_empty(x.shape), x.new_empty((ids.shape[0] * ids.shape[1], columns) if keep else (0,))
+    a, keep = arguments_of(args[:-1]), args[-1]
+    columns = a.intermediate_size * a.activation.gate_up_parts
+    slots = a.expert_ids.shape[0] * a.expert_ids.shape[1]
+    return a.x.new_empty(a.x.shape), a.x.new_empty((slots, columns) if keep else (0,))
 
 
 def _gradients_fake(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    wanted = (args[i] if need else None for i, need in zip(DIFFERENTIABLE, needed, strict=True))
-    return tuple(gradient.new_empty(0) if a is None else a.new_empty(a.shape) for a in wanted)
+    a = arguments_of(args)
+    wanted = (getattr(a, name) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True))
+    return tuple(gradient.new_empty(0) if t is None else t.new_empty(t.shape) for t in wanted)
 
 
-def _sizes_of_products(args: Sequence[Any]) -> tuple[int, int]:
+def _sizes_of_products(a: RoutedExpertsArguments) -> tuple[int, int]:
     """Multiplications of the first product and of the second one."""
-    x, ids, gate_up, inner, gated = args[0], args[1], args[3], args[NUM_TENSORS], args[NUM_TENSORS + 3]
-    of_down: int = slots_with_expert(ids, gate_up.shape[0]) * x.shape[1] * inner
-    return of_down * (2 if gated else 1), of_down
+    of_down: int = slots_with_expert(a.expert_ids, a.gate_up.shape[0]) * a.x.shape[1] * a.intermediate_size
+    return of_down * a.activation.gate_up_parts, of_down
 
 
 def _flops(*args: Any, out_val: Any) -> int:
-    return 2 * sum(_sizes_of_products(args))
+    return 2 * sum(_sizes_of_products(arguments_of(args[:-1])))
 
 
 def _backward_flops(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any, out_val: Any) -> int:
-    first, second = _sizes_of_products(args)
-    of_x, _, of_gate_up, of_down, *_ = needed
-    return 2 * (first * ((pre.ndim != 2) + of_x + of_gate_up) + second * (1 + of_down))
+    first, second = _sizes_of_products(arguments_of(args))
+    of = dict(zip(DIFFERENTIABLE, needed, strict=True))
+    return 2 * (first * ((pre.ndim != 2) + of["x"] + of["gate_up"]) + second * (1 + of["down"]))
 
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -108,13 +103,18 @@ def _vmap(
 
     Nothing is kept: below transforms gradients start anew.
     """
-    x, ids, weights = (batch_to_front(a, d, batch) for a, d in zip(args[:3], in_dims[:3], strict=True))
-    leaves, dims = args[3:NUM_TENSORS], in_dims[3:NUM_TENSORS]
-    if any(d is not None for d in dims):
-        batched = [None if a is None else batch_to_front(a, d, batch) for a, d in zip(leaves, dims, strict=True)]
-        experts = next(a.shape[1] for a in batched if a is not None)
-        first = torch.arange(batch, device=ids.device).view(-1, 1, 1) * experts
-        ids = torch.where((ids >= 0) & (ids < experts), ids + first, -1)
-        leaves = tuple(None if a is None else a.flatten(0, 1) for a in batched)
-    out, pre = op(x.flatten(0, 1), ids.flatten(0, 1), weights.flatten(0, 1), *leaves, *args[NUM_TENSORS:-1], False)
-    return (out.unflatten(0, (batch, x.shape[1])), pre), (0, None)
+    of, dim = (dict(zip(ARGUMENTS, values, strict=True)) for values in (args[:-1], in_dims[:-1]))
+    experts = [name for name in TENSORS if name not in _TOKENS and of[name] is not None]
+    for name in _TOKENS:
+        of[name] = batch_to_front(of[name], dim[name], batch)
+    tokens, ids = of["x"].shape[1], of["expert_ids"]
+    if any(dim[name] is not None for name in experts):
+        for name in experts:
+            of[name] = batch_to_front(of[name], dim[name], batch)
+        count = of["gate_up"].shape[1]
+        first = torch.arange(batch, device=ids.device).view(-1, 1, 1) * count
+        of["expert_ids"] = torch.where((ids >= 0) & (ids < count), ids + first, -1)
+        of |= {name: of[name].flatten(0, 1) for name in experts}
+    of |= {name: of[name].flatten(0, 1) for name in _TOKENS}
+    out, pre = op(*of.values(), False)
+    return (out.unflatten(0, (batch, tokens)), pre), (0, None)

@@ -1,6 +1,7 @@
 """Reference activations of one vector, as defined by `moe_fn.config.ActivationConfig`."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -46,16 +47,16 @@ def up_factor(activation: ActivationConfig, up: Tensor) -> Tensor:
 
 def gate_function(activation: ActivationConfig, g: Tensor) -> Tensor:
     """The elementwise function f."""
-    if activation.function == "silu":
-        return g * torch.sigmoid(activation.alpha * g)
-    if activation.function == "gelu":
-        return 0.5 * g * (1.0 + torch.erf(g / math.sqrt(2.0)))
-    if activation.function == "gelu_tanh":
-        return 0.5 * g * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (g + 0.044715 * g**3)))
-    if activation.function == "relu":
-        return torch.relu(g)
-    if activation.function == "relu2":
-        return torch.relu(g) ** 2
-    if activation.function == "situ" and activation.gate_cap is not None:
-        return activation.gate_cap * torch.tanh(g / activation.gate_cap) * torch.sigmoid(g)
-    raise ValueError(f"ActivationConfig.function={activation.function!r}: the reference does not implement it")
+    if activation.function not in GATE_FUNCTIONS:
+        raise ValueError(f"ActivationConfig.function={activation.function!r}: the reference does not implement it")
+    return GATE_FUNCTIONS[activation.function](activation, g)
+
+
+GATE_FUNCTIONS: dict[str, Callable[[ActivationConfig, Tensor], Tensor]] = {
+    "silu": lambda a, g: g * torch.sigmoid(a.alpha * g),
+    "gelu": lambda a, g: 0.5 * g * (1.0 + torch.erf(g / math.sqrt(2.0))),
+    "gelu_tanh": lambda a, g: 0.5 * g * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (g + 0.044715 * g**3))),
+    "relu": lambda a, g: torch.relu(g),
+    "relu2": lambda a, g: torch.relu(g) ** 2,
+    "situ": lambda a, g: a.gate_cap * torch.tanh(g / a.gate_cap) * torch.sigmoid(g),  # type: ignore[operator]
+}

@@ -18,6 +18,7 @@ from moe_fn.config import (
     ZeroExpertsConfig,
     as_activation,
 )
+from moe_fn.config.activation import FUNCTIONS, PRESETS
 
 Known = dict[str, Any]
 
@@ -183,4 +184,14 @@ def custom_activations() -> dict[bool, tuple[ActivationConfig, ...]]:
         ActivationConfig(function="gelu", limit=0.75, up_offset=0.5),
     )
     plain = (ActivationConfig(gated=False, alpha=1.702), ActivationConfig(function="situ", gated=False, gate_cap=1.5))
-    return {True: gated, False: plain}
+    return {True: (*gated, *_other_functions(gated, True)), False: (*plain, *_other_functions(plain, False))}
+
+
+def _other_functions(drawn: tuple[ActivationConfig, ...], gated: bool) -> list[ActivationConfig]:
+    """The functions that no preset has and that are not drawn yet, with their parameters."""
+    known = {a.function for a in (*PRESETS.values(), *drawn) if a.gated == gated}
+    return [
+        ActivationConfig(function=name, gated=gated, **dict.fromkeys(parameters, 1.5))  # type: ignore[arg-type]
+        for name, parameters in FUNCTIONS.items()
+        if name not in known
+    ]

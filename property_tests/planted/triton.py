@@ -93,8 +93,8 @@ BUGS = (
         DOWN_BACKWARD,
         "d hidden that is not weighted",
         "down_backward",
-        "d * w[:, None], gate, up, FUNCTION,",
-        "d, gate, up, FUNCTION,",
+        "d * w[:, None], gate, up, ACTIVATION",
+        "d, gate, up, ACTIVATION",
     ),
     TritonBug(
         DOWN_BACKWARD, "what down is multiplied by is not weighted", "down_backward", "(a * w[:, None]).to(", "a.to("

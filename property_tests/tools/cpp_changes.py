@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
+from moe_fn.kernels.native import generated
 from moe_fn.kernels.native import library as native
 from tools.child_process import exit_code, silence
 
@@ -80,6 +81,7 @@ class Workshop:
 
     def __enter__(self) -> "Workshop":
         shutil.copytree(native.SOURCES, self.folder / "sources")
+        (self.folder / generated.NAME).write_text(generated.header())
         self._compile("sources", UNITS)
         return self
 
@@ -131,7 +133,7 @@ class Workshop:
 
     def _flags(self) -> list[str]:
         flags = [flag for flag in native.FLAGS if flag != "-O3"] + ["-O1", "-w", "-fPIC", *native.LEVELS[self.level]]
-        return [*flags, f"-DNAME=moe_fn_{NAME}", *(f"-I{path}" for path in cpp_extension.include_paths())]
+        return [*flags, f"-DNAME=moe_fn_{NAME}", "-I..", *(f"-I{path}" for path in cpp_extension.include_paths())]
 
     def _compile(self, sources: str, units: Sequence[str]) -> None:
         for unit in units:  # by names alone: no path of the folder is in an object

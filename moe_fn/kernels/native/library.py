@@ -3,7 +3,8 @@
 
 torch's extension builder runs the compiler that torch.compile also needs on a CPU. The library is stored in torch's
 directory for extensions, which must be writable only by this user (`native.trust`). Its name has the level, a hash of
-the sources and of everything else that it depends on, and a digest of its contents (`native.building`). Without
+the sources (also of the generated header, `native.generated`) and of everything else that it depends on, and a digest
+of its contents (`native.building`). Without
 sources, a compiler or such a directory `Library.problem` has the reason.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_fn.kernels.native import generated
 from moe_fn.kernels.native.building import library_file
 from moe_fn.kernels.native.trust import private_folder, user
 from moe_fn.torch_compat import cpu_has
@@ -146,6 +148,7 @@ def _fingerprint(level: str) -> str:
     libc = "".join(platform.libc_ver())  # machines and containers may share a folder
     text = [torch.__version__, sys.platform, platform.machine(), libc, level, *LEVELS[level], *FLAGS]
     text += [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
+    text.append(generated.header())
     return hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
 
 
@@ -192,10 +195,11 @@ def _build(level: str, name: str, path: Path) -> None:
 
     _log.warning("moe_fn: building the CPU kernels (%s), once, into %s", level, path.parent.parent)
     start = time.perf_counter()
+    (path.parent / generated.NAME).write_text(generated.header())
     extension = Extension(
         name,
         [str(SOURCES / file) for file in ("kernels.cpp", "quantized.cpp", "backward.cpp", "binding.cpp")],
-        include_dirs=cpp_extension.include_paths(),
+        include_dirs=[str(path.parent), *cpp_extension.include_paths()],
         library_dirs=cpp_extension.library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
         extra_compile_args=[*FLAGS, f"-DNAME=moe_fn_{level}", *LEVELS[level]],

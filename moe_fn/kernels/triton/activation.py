@@ -27,113 +27,90 @@ def tanh(x):
 
 
 @triton.jit
-def _function(g, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, GATE_CAP: tl.constexpr):
+def _function(g, A: tl.constexpr):
     """f(g)."""
-    if FUNCTION == "silu":
-        return g * tl.sigmoid(ALPHA * g)
-    elif FUNCTION == "gelu":
+    if A.function == "silu":
+        return g * tl.sigmoid(A.alpha * g)
+    elif A.function == "gelu":
         return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    elif FUNCTION == "gelu_tanh":  # (1 + tanh(z)) / 2 = sigmoid(2z), without the cancellation
+    elif A.function == "gelu_tanh":  # (1 + tanh(z)) / 2 = sigmoid(2z), without the cancellation
         return g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-    elif FUNCTION == "relu":
+    elif A.function == "relu":
         return tl.where(g <= 0, 0.0, g)
-    elif FUNCTION == "relu2":
+    elif A.function == "relu2":
         r = tl.where(g <= 0, 0.0, g)
         return r * r
     else:
-        tl.static_assert(FUNCTION == "situ", "an ActivationConfig.function that the kernels do not know")
-        return GATE_CAP * tanh(g / GATE_CAP) * tl.sigmoid(g)
+        tl.static_assert(A.function == "situ", "an ActivationConfig.function that the kernels do not know")
+        return A.gate_cap * tanh(g / A.gate_cap) * tl.sigmoid(g)
 
 
 @triton.jit
-def _slope(g, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, GATE_CAP: tl.constexpr):
+def _slope(g, A: tl.constexpr):
     """f'(g)."""
-    if FUNCTION == "silu":
-        s = tl.sigmoid(ALPHA * g)
-        return s * (1.0 + ALPHA * g * (1.0 - s))
-    elif FUNCTION == "gelu":
+    if A.function == "silu":
+        s = tl.sigmoid(A.alpha * g)
+        return s * (1.0 + A.alpha * g * (1.0 - s))
+    elif A.function == "gelu":
         return 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
-    elif FUNCTION == "gelu_tanh":
+    elif A.function == "gelu_tanh":
         s = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
         return s + g * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * g * g))
-    elif FUNCTION == "relu":
+    elif A.function == "relu":
         return tl.where(g <= 0, 0.0, 1.0)
-    elif FUNCTION == "relu2":
+    elif A.function == "relu2":
         return 2.0 * tl.where(g <= 0, 0.0, g)
     else:
-        tl.static_assert(FUNCTION == "situ", "an ActivationConfig.function that the kernels do not know")
-        t, s = tanh(g / GATE_CAP), tl.sigmoid(g)
-        return s * ((1.0 - t * t) + GATE_CAP * t * (1.0 - s))
+        tl.static_assert(A.function == "situ", "an ActivationConfig.function that the kernels do not know")
+        t, s = tanh(g / A.gate_cap), tl.sigmoid(g)
+        return s * ((1.0 - t * t) + A.gate_cap * t * (1.0 - s))
 
 
 @triton.jit
-def _factor(up, LIMIT: tl.constexpr, UP_OFFSET: tl.constexpr, UP_CAP: tl.constexpr):
+def _factor(up, A: tl.constexpr):
     """What f(gate) is multiplied with."""
-    if LIMIT is not None:
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    if UP_CAP is not None:
-        up = UP_CAP * tanh(up / UP_CAP)
-    return up + UP_OFFSET
+    if A.limit is not None:
+        up = tl.where(up > A.limit, A.limit, tl.where(up < -A.limit, -A.limit, up))
+    if A.up_cap is not None:
+        up = A.up_cap * tanh(up / A.up_cap)
+    return up + A.up_offset
 
 
 @triton.jit
-def act(
-    gate,
-    up,
-    FUNCTION: tl.constexpr,
-    GATED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LIMIT_OUTPUT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-    GATE_CAP: tl.constexpr,
-    UP_CAP: tl.constexpr,
-):
-    """`activate` of gate and up, float32 in and out; `up` is ignored when not GATED."""
-    if not GATED:
-        return _function(gate, FUNCTION, ALPHA, GATE_CAP)
-    if LIMIT is not None and not LIMIT_OUTPUT:
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-    value = _function(gate, FUNCTION, ALPHA, GATE_CAP)
-    if LIMIT is not None and LIMIT_OUTPUT:
-        value = tl.where(value > LIMIT, LIMIT, value)
-    return value * _factor(up, LIMIT, UP_OFFSET, UP_CAP)
+def act(gate, up, A: tl.constexpr):
+    """`activate` of gate and up by the ActivationConfig A, float32 in and out; not gated, `up` is ignored."""
+    if not A.gated:
+        return _function(gate, A)
+    if A.limit is not None and A.limit_at == "input":
+        gate = tl.where(gate > A.limit, A.limit, gate)
+    value = _function(gate, A)
+    if A.limit is not None and A.limit_at == "output":
+        value = tl.where(value > A.limit, A.limit, value)
+    return value * _factor(up, A)
 
 
 @triton.jit
-def act_backward(
-    d,
-    gate,
-    up,
-    FUNCTION: tl.constexpr,
-    GATED: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LIMIT_OUTPUT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr,
-    GATE_CAP: tl.constexpr,
-    UP_CAP: tl.constexpr,
-):
-    """The gradient d of `act` pulled back to (gate, up), as torch's autograd does it; the second one means nothing when
-    not GATED.
+def act_backward(d, gate, up, A: tl.constexpr):
+    """The gradient d of `act` pulled back to (gate, up), as torch's autograd does it; the second one means nothing
+    where A is not gated.
     """
-    if not GATED:
-        d_gate = d * _slope(gate, FUNCTION, ALPHA, GATE_CAP)
+    if not A.gated:
+        d_gate = d * _slope(gate, A)
         return d_gate, d_gate
     inner = gate
-    if LIMIT is not None and not LIMIT_OUTPUT:
-        inner = tl.where(gate > LIMIT, LIMIT, gate)
-    value = _function(inner, FUNCTION, ALPHA, GATE_CAP)
-    d_gate = d * _factor(up, LIMIT, UP_OFFSET, UP_CAP) * _slope(inner, FUNCTION, ALPHA, GATE_CAP)
+    if A.limit is not None and A.limit_at == "input":
+        inner = tl.where(gate > A.limit, A.limit, gate)
+    value = _function(inner, A)
+    d_gate = d * _factor(up, A) * _slope(inner, A)
     clipped = up
-    if LIMIT is not None:
-        clipped = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-        d_gate = tl.where((value if LIMIT_OUTPUT else gate) <= LIMIT, d_gate, 0.0)
-        value = tl.where(value > LIMIT, LIMIT, value) if LIMIT_OUTPUT else value
+    if A.limit is not None:
+        clipped = tl.where(up > A.limit, A.limit, tl.where(up < -A.limit, -A.limit, up))
+        d_gate = tl.where((value if A.limit_at == "output" else gate) <= A.limit, d_gate, 0.0)
+        value = tl.where(value > A.limit, A.limit, value) if A.limit_at == "output" else value
     d_up = d * value
-    if UP_CAP is not None:
-        t = tanh(clipped / UP_CAP)
+    if A.up_cap is not None:
+        t = tanh(clipped / A.up_cap)
         d_up *= 1.0 - t * t
-    if LIMIT is not None:
-        d_up = tl.where(tl.abs(up) <= LIMIT, d_up, 0.0)
+    if A.limit is not None:
+        d_up = tl.where(tl.abs(up) <= A.limit, d_up, 0.0)
     return d_gate, d_up

@@ -21,19 +21,18 @@ from moe_fn.kernels.triton.activation import act, act_backward
 from moe_fn.kernels.triton.products import accumulate, parts, raster, tiles_side_by_side
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap
 from moe_fn.kernels.triton.tiles import Tile
-from moe_fn.kernels.triton.up import activation_arguments
 
 
 @triton.jit
 def _store_piece(
     d, pre, d_pre, weighted, w, row, live, n, I, STORE_ACTIVATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """A piece of d a', [BM, BN] from column n on, rows from the tile's first: stores d pre and weight * a, returns <d
     a', a>, [BM].
     """
+    GATED: tl.constexpr = ACTIVATION.gated
     c = n + tl.arange(0, BN)
     mask = live[:, None] & (c < I)[None, :]
     if GATED and INTERLEAVED:
@@ -48,13 +47,11 @@ def _store_piece(
         up = gate
         if GATED:
             up = tl.load(pre + place + I, mask=mask, other=0.0).to(tl.float32)
-    a = act(gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
+    a = act(gate, up, ACTIVATION)
     dot = tl.sum(tl.where(mask, d * a, 0.0), 1)
     if STORE_ACTIVATED:
         tl.store(weighted + row[:, None] * I + c[None, :], (a * w[:, None]).to(weighted.dtype.element_ty), mask=mask)
-    d_gate, d_up = act_backward(
-        d * w[:, None], gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP
-    )
+    d_gate, d_up = act_backward(d * w[:, None], gate, up, ACTIVATION)
     if GATED and INTERLEAVED:
         tl.store(
             d_pre + place, tl.reshape(tl.join(d_gate, d_up), (BM, 2 * BN)).to(d_pre.dtype.element_ty), mask=in_range
@@ -73,13 +70,13 @@ def _down_backward_kernel(
     TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, STORE_ACTIVATED: tl.constexpr, EVEN: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One tile of d a' and its epilogue, in PIECES of the columns one after the other: in one piece it spills 1.6 KB a
     thread.
     """
+    GATED: tl.constexpr = ACTIVATION.gated
     row_tile, column_tile = raster(tl.program_id(0), row_tiles, tl.cdiv(I, BN), GROUP)
     expert = tl.load(expert_of_tile + row_tile)
     if expert < 0:
@@ -108,7 +105,7 @@ def _down_backward_kernel(
     for i in tl.static_range(PIECES):
         dot += _store_piece(
             pieces[i], pre, d_pre, weighted, w, row, live, n + i * PIECE, I, STORE_ACTIVATED, INTERLEAVED, BM, PIECE,
-            FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP,
+            ACTIVATION,
         )  # fmt: skip
     tl.store(partials + (first + row).to(tl.int64) * num_partials + column_tile, dot, mask=live)
 
@@ -192,7 +189,7 @@ def down_backward(
         row_tiles, hidden, intermediate, gradient.stride(0), *down.stride(), num_partials,
         TOP_K=slots.top_k, WEIGHTED=weights is not None, STORE_ACTIVATED=store_activated, EVEN=hidden % tile.inner == 0,
         INTERLEAVED=interleaved and activation.gated, GROUP=tiles_side_by_side(num_rows, down.shape[0], tile),
-        **activation_arguments(activation),
+        ACTIVATION=activation,
         BM=tile.rows, BN=tile.columns, BK=tile.inner, PIECES=pieces_of(tile, interleaved and activation.gated),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

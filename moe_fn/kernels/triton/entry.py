@@ -2,15 +2,14 @@
 have them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig, QuantConfig
-from moe_fn.config.activation import activation_of_scalars
+from moe_fn.config import MoEConfig
 from moe_fn.config.quant import quant_of_json
+from moe_fn.kernels.arguments import DIFFERENTIABLE, RoutedExpertsArguments, arguments_of
 from moe_fn.kernels.triton import top_k
 from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer, quantized_matmul
 from moe_fn.kernels.triton.layer import Problem, backward, forward
@@ -35,60 +34,63 @@ def route_top_k(logits: Tensor, correction_bias: Tensor | None, config: MoEConfi
 
 def routed_experts(*args: Any) -> tuple[Tensor, Tensor]:
     """moe_fn::routed_experts_triton."""
-    *arguments, quant, invariant, keep = args
-    if quant:
-        return layer.forward(_quant_problem(quant_of_json(quant), arguments, invariant), keep)
-    return forward(_problem(arguments, invariant), keep)
+    arguments, keep = arguments_of(args[:-1]), args[-1]
+    if arguments.quant:
+        return layer.forward(_quant_problem(arguments), keep)
+    return forward(_problem(arguments), keep)
 
 
 def routed_experts_backward(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """moe_fn::routed_experts_backward_triton; weights are floats."""
-    found = backward(_problem(args[:-2], args[-1]), gradient, pre, tuple(needed), transposed=args[_TRANSPOSED])
-    likes = (args[0], *args[2:7])
+    arguments = arguments_of(args)
+    found = backward(_problem(arguments), gradient, pre, tuple(needed), transposed=arguments.transposed)
+    likes = (getattr(arguments, name) for name in DIFFERENTIABLE)
     return tuple(
         gradient.new_empty(0) if g is None or like is None else g.to(like.dtype)
         for g, like in zip(found, likes, strict=True)
     )
 
 
-_SCALARS = 15  # the arguments that are tensors come first
-_TRANSPOSED = _SCALARS + 1
-
-
-def _shared(arguments: Sequence[Any], invariant: bool) -> dict[str, Any]:
+def _shared(arguments: RoutedExpertsArguments) -> dict[str, Any]:
     """What floats and codes have in common."""
-    x, expert_ids, expert_weights, _, _, gate_up_bias, down_bias = arguments[:7]
-    _, _, function, gated, interleaved, *numbers = arguments[_SCALARS:]
     return {
-        "x": x.contiguous(),
-        "expert_ids": expert_ids.contiguous(),
-        "expert_weights": expert_weights.to(torch.float32).contiguous(),
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-        "activation": activation_of_scalars(function, gated, *numbers),
-        "interleaved": interleaved,
-        "invariant": invariant,
+        "x": arguments.x.contiguous(),
+        "expert_ids": arguments.expert_ids.contiguous(),
+        "expert_weights": arguments.expert_weights.to(torch.float32).contiguous(),
+        "gate_up_bias": arguments.gate_up_bias,
+        "down_bias": arguments.down_bias,
+        "activation": arguments.activation,
+        "interleaved": arguments.interleaved,
+        "invariant": arguments.invariant,
     }
 
 
-def _problem(arguments: Sequence[Any], invariant: bool) -> Problem:
-    gate_up, down = (t.mT if arguments[_TRANSPOSED] else t for t in arguments[3:5])
-    return Problem(gate_up=gate_up, down=down, **_shared(arguments, invariant))
+def _problem(arguments: RoutedExpertsArguments) -> Problem:
+    gate_up, down = (t.mT if arguments.transposed else t for t in (arguments.gate_up, arguments.down))
+    return Problem(gate_up=gate_up, down=down, **_shared(arguments))
 
 
-def _quant_problem(quant: QuantConfig, arguments: Sequence[Any], invariant: bool) -> layer.QuantProblem:
-    scales, zeros, above, static = (arguments[first : first + 2] for first in range(7, _SCALARS, 2))
-    shared = _shared(arguments, invariant)
-    halves = 1 if shared["interleaved"] else shared["activation"].gate_up_parts
-    gate_up, down = (
-        matrix_of(quant, Codes(codes=codes, scale=scale, zero_point=zero, global_scale=factor), parts)
-        for codes, scale, zero, factor, parts in zip(arguments[3:5], scales, zeros, above, (halves, 1), strict=True)
+def _quant_problem(arguments: RoutedExpertsArguments) -> layer.QuantProblem:
+    quant = quant_of_json(arguments.quant)
+    tensors: Any = arguments.quant_weights  # there with codes
+    halves = 1 if arguments.interleaved else arguments.activation.gate_up_parts
+    gate_up = Codes(
+        codes=arguments.gate_up,
+        scale=tensors.gate_up_scale,
+        zero_point=tensors.gate_up_zero_point,
+        global_scale=tensors.gate_up_global_scale,
+    )
+    down = Codes(
+        codes=arguments.down,
+        scale=tensors.down_scale,
+        zero_point=tensors.down_zero_point,
+        global_scale=tensors.down_global_scale,
     )
     return layer.QuantProblem(
-        gate_up=gate_up,
-        down=down,
+        gate_up=matrix_of(quant, gate_up, halves),
+        down=matrix_of(quant, down, 1),
         rounding=quant.activations,
-        gate_up_input_scale=static[0],
-        down_input_scale=static[1],
-        **shared,
+        gate_up_input_scale=tensors.gate_up_input_scale,
+        down_input_scale=tensors.down_input_scale,
+        **_shared(arguments),
     )

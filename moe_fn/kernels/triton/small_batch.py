@@ -15,7 +15,6 @@ from torch import Tensor
 from moe_fn.config import ActivationConfig
 from moe_fn.kernels.triton.activation import act
 from moe_fn.kernels.triton.tiles import Tile
-from moe_fn.kernels.triton.up import activation_arguments
 
 
 @triton.jit
@@ -34,11 +33,11 @@ def _up_kernel(
     x, expert_ids, weight, bias, activated, num_experts, hidden, intermediate, stride_x, stride_expert, stride_in,
     stride_out,
     TOP_K: tl.constexpr, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     COLUMNS: tl.constexpr, INNER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """activated[s] = activation(x[s // TOP_K] @ weight[e] + bias[e]); slots of no expert are left as they are."""
+    GATED: tl.constexpr = ACTIVATION.gated
     ACTIVATED: tl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     WIDTH: tl.constexpr = 2 if GATED else 1
     slot = tl.program_id(0)
@@ -65,7 +64,7 @@ def _up_kernel(
                 bias + expert.to(tl.int64) * (WIDTH * intermediate) + column, mask=n < intermediate, other=0.0
             ).to(tl.float32)
         gate, up = _gate_and_up(h, GATED, INTERLEAVED, ACTIVATED)
-        value = act(gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
+        value = act(gate, up, ACTIVATION)
         n = first + tl.arange(0, ACTIVATED)
         tl.store(
             activated + slot.to(tl.int64) * intermediate + n,
@@ -143,7 +142,7 @@ def up_of_slots(
         x, expert_ids.contiguous(), gate_up, gate_up if gate_up_bias is None else gate_up_bias.contiguous(), activated,
         gate_up.shape[0], hidden, intermediate, x.stride(0), *gate_up.stride(),
         TOP_K=expert_ids.shape[1], BIAS=gate_up_bias is not None, INTERLEAVED=interleaved,
-        **activation_arguments(activation),
+        ACTIVATION=activation,
         COLUMNS=tile.columns, INNER=tile.inner, STAGES=tile.stages, num_warps=tile.warps,
     )  # fmt: skip
     return activated

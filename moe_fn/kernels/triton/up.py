@@ -78,15 +78,15 @@ def gate_and_up(
 def store_piece(
     tile, bias, activated, pre, row, live, n, I,
     BIAS: tl.constexpr, KEEP: tl.constexpr, INTERLEAVED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Stores a piece of the product, [BM, BN], and its activation, which begins at column n; rows count from the tile's
     first one.
     """
+    GATED: tl.constexpr = ACTIVATION.gated
     c = n + tl.arange(0, BN // 2 if GATED else BN)
     gate, up = gate_and_up(tile, bias, pre, row, live, n, I, BIAS, KEEP, INTERLEAVED, GATED, BM, BN)
-    value = act(gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
+    value = act(gate, up, ACTIVATION)
     mask = live[:, None] & (c < I)[None, :]
     tl.store(activated + row[:, None] * I + c[None, :], value.to(activated.dtype.element_ty), mask=mask)
 
@@ -97,11 +97,11 @@ def _up_kernel(
     row_tiles, H, I, stride_x, stride_expert, stride_in, stride_out,
     TOP_K: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """activated[r] = activation(x[token of r] @ weight[e] + bias[e]); KEEP: pre[r] is what the activation got."""
+    GATED: tl.constexpr = ACTIVATION.gated
     WIDTH: tl.constexpr = 2 if GATED else 1
     PIECE: tl.constexpr = BN // PIECES
     row_tile, column_tile = raster(tl.program_id(0), row_tiles, tl.cdiv(I, BN // WIDTH), GROUP)
@@ -127,22 +127,8 @@ def _up_kernel(
     for i in tl.static_range(PIECES):
         store_piece(
             pieces[i], bias, activated, pre, row, live, n + i * (PIECE // WIDTH), I, BIAS, KEEP, INTERLEAVED, BM, PIECE,
-            FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP,
+            ACTIVATION,
         )  # fmt: skip
-
-
-def activation_arguments(activation: ActivationConfig) -> dict[str, str | bool | float | None]:
-    """The constexpr arguments of `act` for a config."""
-    return {
-        "FUNCTION": activation.function,
-        "GATED": activation.gated,
-        "LIMIT": activation.limit,
-        "LIMIT_OUTPUT": activation.limit_at == "output",
-        "ALPHA": activation.alpha,
-        "UP_OFFSET": activation.up_offset,
-        "GATE_CAP": activation.gate_cap,
-        "UP_CAP": activation.up_cap,
-    }
 
 
 def pieces_of(tile: Tile, gated: bool = True) -> int:
@@ -185,7 +171,7 @@ def up(
         *gate_up.stride(),
         TOP_K=slots.top_k, BIAS=gate_up_bias is not None, KEEP=keep, EVEN=hidden % tile.inner == 0,
         INTERLEAVED=interleaved and activation.gated, GROUP=tiles_side_by_side(num_rows, gate_up.shape[0], tile),
-        **activation_arguments(activation),
+        ACTIVATION=activation,
         BM=tile.rows, BN=tile.columns, BK=tile.inner, PIECES=pieces_of(tile, activation.gated),
         VECTOR=math.gcd(intermediate, 16),
         num_warps=tile.warps, num_stages=tile.stages,

@@ -6,14 +6,17 @@
 
 namespace moe_fn {
 
-enum class Gate { silu, gelu, gelu_tanh, relu, relu2, situ };
+// An enum of the values of a parameter of ActivationConfig that the kernels compute (ACTIVATION in native/support.py), and their names.
+#define WORDS(Type, ...)           \
+  enum class Type { __VA_ARGS__ }; \
+  constexpr const char* Type##_words = #__VA_ARGS__;
+WORDS(Function, silu, gelu, gelu_tanh, relu, relu2, situ)
+WORDS(LimitAt, input, output)
+}  // namespace moe_fn
 
-struct Activation {
-  Gate gate;
-  bool gated, limit_output;
-  float alpha, up_offset;
-  float limit, gate_cap, up_cap;  // infinite: none
-};
+#include "arguments.h"  // generated: struct Activation, the parameters of ActivationConfig
+
+namespace moe_fn {
 
 static inline vec exp(vec x) {  // about 1 ulp on [-87, 88]; NaN stays NaN
   x = select(x > 88.f, splat(88.f), x);
@@ -54,24 +57,24 @@ static inline vec erf(vec x) {  // Abramowitz and Stegun 7.1.26: 1.5e-7
 static inline vec soft_cap(vec x, float cap) { return cap * tanh(x / cap); }
 
 static inline vec gate_function(const Activation& a, vec g) {
-  switch (a.gate) {
-    case Gate::silu: return g * sigmoid(a.alpha * g);
-    case Gate::gelu: return 0.5f * g * (1.f + erf(g * 0.70710678118654752f));
-    case Gate::gelu_tanh: return 0.5f * g * (1.f + tanh(0.79788456080286536f * (g + 0.044715f * g * g * g)));
-    case Gate::relu: return select(g < 0.f, vec{}, g);
-    case Gate::relu2: { vec r = select(g < 0.f, vec{}, g); return r * r; }
-    case Gate::situ: return soft_cap(g, a.gate_cap) * sigmoid(g);
+  switch (a.function) {
+    case Function::silu: return g * sigmoid(a.alpha * g);
+    case Function::gelu: return 0.5f * g * (1.f + erf(g * 0.70710678118654752f));
+    case Function::gelu_tanh: return 0.5f * g * (1.f + tanh(0.79788456080286536f * (g + 0.044715f * g * g * g)));
+    case Function::relu: return select(g < 0.f, vec{}, g);
+    case Function::relu2: { vec r = select(g < 0.f, vec{}, g); return r * r; }
+    case Function::situ: return soft_cap(g, a.gate_cap) * sigmoid(g);
   }
   return g;
 }
 static inline vec activate(const Activation& a, vec g, vec u) {
   constexpr float none = std::numeric_limits<float>::infinity();
   if (a.limit != none) {
-    if (!a.limit_output) g = select(g > a.limit, splat(a.limit), g);
+    if (a.limit_at == LimitAt::input) g = select(g > a.limit, splat(a.limit), g);
     u = select(u > a.limit, splat(a.limit), select(u < -a.limit, splat(-a.limit), u));
   }
   vec f = gate_function(a, g);
-  if (a.limit_output) f = select(f > a.limit, splat(a.limit), f);
+  if (a.limit_at == LimitAt::output) f = select(f > a.limit, splat(a.limit), f);
   if (a.up_cap != none) u = soft_cap(u, a.up_cap);
   return f * (u + a.up_offset);
 }
@@ -79,23 +82,23 @@ static inline vec activate(const Activation& a, vec g, vec u) {
 // f(g) and its derivative.
 struct Slope { vec value, slope; };
 static inline Slope gate_slope(const Activation& a, vec g) {
-  switch (a.gate) {
-    case Gate::silu: {
+  switch (a.function) {
+    case Function::silu: {
       const vec s = sigmoid(a.alpha * g);
       return {g * s, s + a.alpha * g * s * (1.f - s)};
     }
-    case Gate::gelu: {
+    case Function::gelu: {
       const vec half = 0.5f * (1.f + erf(g * 0.70710678118654752f));
       return {g * half, half + g * 0.39894228040143268f * exp(-0.5f * g * g)};
     }
-    case Gate::gelu_tanh: {
+    case Function::gelu_tanh: {
       const vec t = tanh(0.79788456080286536f * (g + 0.044715f * g * g * g));
       const vec inner = 0.79788456080286536f * (1.f + 3.f * 0.044715f * g * g);
       return {0.5f * g * (1.f + t), 0.5f * (1.f + t) + 0.5f * g * (1.f - t * t) * inner};
     }
-    case Gate::relu: return {select(g < 0.f, vec{}, g), select(g > 0.f, splat(1.f), vec{})};
-    case Gate::relu2: { const vec r = select(g < 0.f, vec{}, g); return {r * r, 2.f * r}; }
-    case Gate::situ: {
+    case Function::relu: return {select(g < 0.f, vec{}, g), select(g > 0.f, splat(1.f), vec{})};
+    case Function::relu2: { const vec r = select(g < 0.f, vec{}, g); return {r * r, 2.f * r}; }
+    case Function::situ: {
       const vec s = sigmoid(g), t = tanh(g / a.gate_cap);
       return {a.gate_cap * t * s, (1.f - t * t) * s + a.gate_cap * t * s * (1.f - s)};
     }
@@ -109,12 +112,12 @@ static inline Slopes activation_slopes(const Activation& a, vec g, vec u) {
   const vec zero{}, one = splat(1.f);
   vec pass_g = one, pass_u = one;
   if (a.limit != none) {
-    if (!a.limit_output) pass_g = select(g > a.limit, zero, one), g = select(g > a.limit, splat(a.limit), g);
+    if (a.limit_at == LimitAt::input) pass_g = select(g > a.limit, zero, one), g = select(g > a.limit, splat(a.limit), g);
     pass_u = select(u > a.limit, zero, select(u < -a.limit, zero, one));
     u = select(u > a.limit, splat(a.limit), select(u < -a.limit, splat(-a.limit), u));
   }
   Slope f = gate_slope(a, g);
-  if (a.limit_output) f = {select(f.value > a.limit, splat(a.limit), f.value), select(f.value > a.limit, zero, f.slope)};
+  if (a.limit_at == LimitAt::output) f = {select(f.value > a.limit, splat(a.limit), f.value), select(f.value > a.limit, zero, f.slope)};
   if (a.up_cap != none) {
     const vec t = tanh(u / a.up_cap);
     pass_u = pass_u * (1.f - t * t);

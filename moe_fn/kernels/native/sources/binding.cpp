@@ -52,12 +52,18 @@ Bias bias_of(const optional<Tensor>& t, int64_t experts, int64_t size) {
   TORCH_CHECK_VALUE(t->dim() == 2 && t->size(0) == experts && t->size(1) == size && t->is_contiguous(), "moe_fn: bias is ", t->sizes(), "; expected ", experts, " by ", size);
   return {t->const_data_ptr(), type_of(*t), size};
 }
-Gate gate_of(c10::string_view name) {
-  const char* names[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "situ"};
-  for (int i = 0; i < 6; i++)
-    if (name == names[i]) return Gate(i);
-  TORCH_CHECK_VALUE(false, "moe_fn: activation function is ", name, "; expected silu, gelu, gelu_tanh, relu, relu2 or situ");
+// The place of a word among those of an enum (WORDS).
+int64_t place_of(c10::string_view word, const char* words, const char* parameter) {
+  std::string_view left(words);
+  for (int64_t place = 0;; place++) {
+    const size_t end = left.find(", ");
+    if (left.substr(0, end) == std::string_view(word.data(), word.size())) return place;
+    TORCH_CHECK_VALUE(end != left.npos, "moe_fn: activation ", parameter, " is ", word, "; expected one of ", words);
+    left.remove_prefix(end + 2);
+  }
 }
+float number(double value) { return float(value); }
+float number(optional<double> value) { return float(value.value_or(std::numeric_limits<double>::infinity())); }
 
 // f of each number, one by one and by libm: at::exp has vectors, and other code for what is left of them, so bits depend on where a number lies.
 template <class T, class F>
@@ -85,18 +91,8 @@ Tensor elementwise_op(const Tensor& x_, c10::string_view function) {
   return out;
 }
 
-// The arguments of routed_experts; moe_fn.ops.routed names them, and torch compares its schema with this when the ops are installed.
-#define ARGUMENTS                                                                                                                                              \
-  const Tensor &x, const Tensor &ids, const Tensor &weights, const Tensor &gate_up, const Tensor &down, const optional<Tensor>&gate_up_bias,                   \
-      const optional<Tensor>&down_bias, const optional<Tensor>&gate_up_scale, const optional<Tensor>&down_scale, const optional<Tensor>&gate_up_zero_point,    \
-      const optional<Tensor>&down_zero_point, const optional<Tensor>&gate_up_global_scale, const optional<Tensor>&down_global_scale,                           \
-      const optional<Tensor>&gate_up_input_scale, const optional<Tensor>&down_input_scale, int64_t intermediate_size, bool transposed,                         \
-      c10::string_view function, bool gated, bool interleaved, double alpha, double up_offset, optional<double> limit, bool limit_output,                      \
-      optional<double> gate_cap, optional<double> up_cap, c10::string_view quant, bool invariant
-#define PASSED                                                                                                                                                 \
-  x, ids, weights, gate_up, down, gate_up_bias, down_bias, gate_up_scale, down_scale, gate_up_zero_point, down_zero_point, gate_up_global_scale,               \
-      down_global_scale, gate_up_input_scale, down_input_scale, intermediate_size, transposed, function, gated, interleaved, alpha, up_offset, limit,          \
-      limit_output, gate_cap, up_cap, quant, invariant
+// ARGUMENTS, PASSED and ACTIVATION are of arguments.h, which is generated; torch compares the schema of moe_fn's op with this one when the
+// ops are installed.
 
 // The arguments of routed_experts, contiguous and checked; the tensors live as long as the problem that points into them.
 struct Call {
@@ -108,9 +104,9 @@ struct Call {
 };
 Call call_of(ARGUMENTS) {
   auto dense = [](const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : optional<Tensor>(); };
-  Call c{x.contiguous(), ids.to(at::kLong).contiguous(), weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}, {}, {}, {}};
-  TORCH_CHECK_VALUE(x.dim() == 2 && ids.dim() == 2 && ids.size(0) == x.size(0) && ids.sizes() == weights.sizes(), "moe_fn: x is ", x.sizes(), ", expert_ids ",
-                    ids.sizes(), ", expert_weights ", weights.sizes(), "; expected [tokens, hidden] and twice [tokens, top_k]");
+  Call c{x.contiguous(), expert_ids.to(at::kLong).contiguous(), expert_weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}, {}, {}, {}};
+  TORCH_CHECK_VALUE(x.dim() == 2 && expert_ids.dim() == 2 && expert_ids.size(0) == x.size(0) && expert_ids.sizes() == expert_weights.sizes(), "moe_fn: x is ", x.sizes(),
+                    ", expert_ids ", expert_ids.sizes(), ", expert_weights ", expert_weights.sizes(), "; expected [tokens, hidden] and twice [tokens, top_k]");
   const bool floats = quant.empty();
   const QuantDescription described = floats ? QuantDescription{} : description_of(std::string(quant));
   const int per_byte = floats ? 1 : codes_in_byte(described.scheme);
@@ -120,13 +116,11 @@ Call call_of(ARGUMENTS) {
                     down.scalar_type(), "; expected the dtype of x, ", x.scalar_type());
   TORCH_CHECK_VALUE(gate_up.size(0) == down.size(0), "moe_fn: gate_up and down have ", gate_up.size(0), " and ", down.size(0), " experts");
   const int64_t hidden = x.size(1), experts = gate_up.size(0), columns = gated ? 2 * intermediate_size : intermediate_size;
-  constexpr double none = std::numeric_limits<double>::infinity();
-  c.problem = {type_of(x), x.size(0), ids.size(1), experts, hidden, hidden, c.ids.const_data_ptr<int64_t>(), c.weights.const_data_ptr<float>(),
+  c.problem = {type_of(x), x.size(0), expert_ids.size(1), experts, hidden, hidden, c.ids.const_data_ptr<int64_t>(), c.weights.const_data_ptr<float>(),
                c.x.const_data_ptr(), nullptr, nullptr, weight_of(c.gate_up, columns, hidden, transposed, gated, interleaved, per_byte),
                weight_of(c.down, hidden, intermediate_size, transposed, false, false, per_byte), bias_of(c.gate_up_bias, experts, columns),
                bias_of(c.down_bias, experts, hidden),
-               {gate_of(function), gated, limit_output, float(alpha), float(up_offset), float(limit.value_or(none)), float(gate_cap.value_or(none)),
-                float(up_cap.value_or(none))}};
+               ACTIVATION};
   c.problem.gate_up.invariant = c.problem.down.invariant = invariant;
   if (!floats) {
     TORCH_CHECK_VALUE(gate_up_scale && down_scale, "moe_fn: quantized weights without scales");
@@ -150,7 +144,7 @@ std::tuple<Tensor, Tensor> run(Call c, const Tensor& x, const Tensor& ids, bool 
   moe_fn::routed_experts(pool(), c.problem);
   return {out, pre};
 }
-std::tuple<Tensor, Tensor> routed_experts_op(ARGUMENTS, bool keep) { return run(call_of(PASSED), x, ids, keep); }
+std::tuple<Tensor, Tensor> routed_experts_op(ARGUMENTS, bool keep) { return run(call_of(PASSED), x, expert_ids, keep); }
 
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, const Tensor& pre_, ARGUMENTS) {
@@ -158,22 +152,22 @@ Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, 
   Call c = call_of(PASSED);
   const Tensor gradient = gradient_.contiguous(), pre = pre_.contiguous();
   const bool kept = pre.dim() == 2;
-  TORCH_CHECK_VALUE(!kept || (pre.size(0) == ids.numel() && pre.size(1) == c.problem.gate_up.columns && pre.scalar_type() == x.scalar_type()), "moe_fn: pre is ",
-                    pre.sizes(), "; expected ", ids.numel(), " by ", c.problem.gate_up.columns, " or nothing");
+  TORCH_CHECK_VALUE(!kept || (pre.size(0) == expert_ids.numel() && pre.size(1) == c.problem.gate_up.columns && pre.scalar_type() == x.scalar_type()), "moe_fn: pre is ",
+                    pre.sizes(), "; expected ", expert_ids.numel(), " by ", c.problem.gate_up.columns, " or nothing");
   TORCH_CHECK_VALUE(!c.problem.gate_up.prepared && gradient.sizes() == x.sizes() && gradient.scalar_type() == x.scalar_type(), "moe_fn: gradient is ",
                     gradient.sizes(), " ", gradient.scalar_type(), "; expected that of x, and plain weights");
   auto make = [&](int i, const optional<Tensor>& like, bool f32) {
     if (!needed[i] || !like) return at::empty({0}, x.options());
     return empty(like->sizes(), f32 ? x.options().dtype(at::kFloat) : like->options());
   };
-  Tensor d_x = make(0, x, false), d_w = make(1, weights, true), d_gate_up = make(2, gate_up, false), d_down = make(3, down, false);
+  Tensor d_x = make(0, x, false), d_w = make(1, expert_weights, true), d_gate_up = make(2, gate_up, false), d_down = make(3, down, false);
   Tensor d_gate_up_bias = make(4, gate_up_bias, true), d_down_bias = make(5, down_bias, true);
   auto wanted = [](const Tensor& t) { return t.dim() > 1 ? t.mutable_data_ptr() : nullptr; };
   auto floats = [&](const Tensor& t) { return static_cast<float*>(wanted(t)); };
   moe_fn::routed_experts_backward(
       pool(), c.problem, {gradient.const_data_ptr(), kept ? pre.const_data_ptr() : nullptr, wanted(d_x), wanted(d_gate_up), wanted(d_down), floats(d_w), floats(d_gate_up_bias), floats(d_down_bias)});
   auto as = [](const Tensor& t, const optional<Tensor>& like) { return like && t.dim() > 1 ? t.to(like->scalar_type()) : t; };
-  return {d_x, as(d_w, weights), d_gate_up, d_down, as(d_gate_up_bias, gate_up_bias), as(d_down_bias, down_bias)};
+  return {d_x, as(d_w, expert_weights), d_gate_up, d_down, as(d_gate_up_bias, gate_up_bias), as(d_down_bias, down_bias)};
 }
 
 Groups groups_of(const Tensor& ends, int64_t rows, int64_t segments, int64_t weight_sets) {

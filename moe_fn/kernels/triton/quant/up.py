@@ -21,7 +21,7 @@ from moe_fn.kernels.triton.quant.products import accumulate_codes, finished, sca
 from moe_fn.kernels.triton.quant.tiles import swaps
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap
 from moe_fn.kernels.triton.tiles import Tile, architecture_of
-from moe_fn.kernels.triton.up import activation_arguments, gate_and_up, pieces_of, store_piece, weight_columns
+from moe_fn.kernels.triton.up import gate_and_up, pieces_of, store_piece, weight_columns
 
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -32,16 +32,16 @@ def _store_codes(
     BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FORM: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     MOST: tl.constexpr, AS: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Stores the activated tile in codes; "group": with the scale of its columns, one for each row, "expert": by a
     scale that is given.
     """
+    GATED: tl.constexpr = ACTIVATION.gated
     COLUMNS: tl.constexpr = BN // 2 if GATED else BN
     c = n + tl.arange(0, COLUMNS)
     gate, up = gate_and_up(tile, bias, bias, row, live, n, I, BIAS, False, INTERLEAVED, GATED, BM, BN)
-    value = act(gate, up, FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP)
+    value = act(gate, up, ACTIVATION)
     value = value.to(AS).to(tl.float32)  # as if it had been stored
     mask = live[:, None] & (c < I)[None, :]
     if FORM == "group":
@@ -63,12 +63,12 @@ def _up_kernel(
     TOP_K: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr, INTERLEAVED: tl.constexpr,
     GROUP: tl.constexpr,
     OUT_FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr, MOST: tl.constexpr, AS: tl.constexpr,
-    FUNCTION: tl.constexpr, GATED: tl.constexpr, LIMIT: tl.constexpr, LIMIT_OUTPUT: tl.constexpr, ALPHA: tl.constexpr,
-    UP_OFFSET: tl.constexpr, GATE_CAP: tl.constexpr, UP_CAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """activated[r] = activation(x[token of r] @ W[e].T + bias[e]); x of LEFT == "expert" lies by row, not by token."""
     CODES: tl.constexpr = 2 if SCHEME == "int4" or SCHEME == "e2m1" else 1
+    GATED: tl.constexpr = ACTIVATION.gated
     WIDTH: tl.constexpr = 2 if GATED else 1
     PIECE: tl.constexpr = BN // PIECES
     row_tile, column_tile = raster(tl.program_id(0), row_tiles, tl.cdiv(I, BN // WIDTH), GROUP)
@@ -106,7 +106,7 @@ def _up_kernel(
             acc, bias, activated, out_scale + (expert if OUT_FORM == "expert" else first * out_groups), row, live, n, I,
             out_groups,
             BIAS, INTERLEAVED, BM, BN, OUT_FORM, POWER_OF_TWO, MOST, AS,
-            FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP,
+            ACTIVATION,
         )  # fmt: skip
     else:
         pre += first * (WIDTH * I)
@@ -115,7 +115,7 @@ def _up_kernel(
             store_piece(
                 pieces[i], bias, activated, pre, row, live, n + i * (PIECE // WIDTH), I, BIAS, KEEP, INTERLEAVED, BM,
                 PIECE,
-                FUNCTION, GATED, LIMIT, LIMIT_OUTPUT, ALPHA, UP_OFFSET, GATE_CAP, UP_CAP,
+                ACTIVATION,
             )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def quantized_up(
             **matrix.constants(tile.inner), **rows.constants(), SWAP=swaps(tile, rows.values.element_size()),
             TOP_K=slots.top_k, BIAS=gate_up_bias is not None, KEEP=keep, EVEN=hidden % tile.inner == 0,
             INTERLEAVED=interleaved and activation.gated, GROUP=tiles_side_by_side(num_rows, matrix.shape[0], tile),
-            **store_arguments(store, dtype), **activation_arguments(activation),
+            **store_arguments(store, dtype), ACTIVATION=activation,
             BM=tile.rows, BN=tile.columns, BK=tile.inner, PIECES=1 if store else pieces_of(tile, activation.gated),
             VECTOR=math.gcd(intermediate, 16), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
