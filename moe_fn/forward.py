@@ -12,7 +12,7 @@ from moe_fn.balance import stats_of_routing
 from moe_fn.config import MoEConfig
 from moe_fn.layer.call import Call, autocast_off, check_and_flatten, flat_routing, restore_shape
 from moe_fn.layer.chunked import layer_in_chunks, loop_is_visible
-from moe_fn.layer.compose import layer_of_tokens, layer_with_overflow, outputs_of_tokens, route_tokens
+from moe_fn.layer.compose import layer_with_overflow, parts_of_tokens, route_tokens
 from moe_fn.layer.opaque import layer_as_op
 from moe_fn.parallel.dispatch import can_drop_slots
 from moe_fn.parallel.sizes import reads_sizes
@@ -259,7 +259,9 @@ def _run(
         return layer_as_op(config, call.weights, call.x, routing, *pending, call.adapter_ids, with_shared, gate_x)
     if chunked:
         return layer_in_chunks(config, call.weights, call.x, routing, with_shared)
-    return outputs_of_tokens(config, call.weights, call.x, routing, with_shared)
+    if with_shared:
+        return parts_of_tokens(config, call.weights, call.x, routing)
+    return layer_with_overflow(config, call.weights, call.x, routing)[:1]
 
 
 def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routing: Routing) -> Tensor:
@@ -272,4 +274,4 @@ def _run_over_ranks(config: MoEConfig, call: Call, logits: Tensor | None, routin
     sent = logits if config.parallel.gather == "logits" else None
     if config.batch_invariant or (reads_sizes(config.parallel) and not scalars_allowed()):
         return layer_as_op(config, call.weights, call.x, routing, sent, None, None, call.adapter_ids, False)[0]
-    return layer_of_tokens(config, call.weights, call.x, routing, sent)
+    return layer_with_overflow(config, call.weights, call.x, routing, sent)[0]

@@ -67,22 +67,6 @@ def dispatch_experts_combine(config: MoEConfig, weights: MoEWeights, x: Tensor, 
     return _combine(config, rows, dispatched, routing)
 
 
-def by_native_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    """One op; the hidden rows stay in the cache."""
-    return _by_op(native_op, config, weights, x, routing)
-
-
-def by_triton_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    """One op of 4 kernels, 2 where nearly every slot has an expert of its own: nothing waits for the device between
-    them.
-    """
-    return _by_op(triton_op, config, _restore_weights(config, weights), x, routing)
-
-
-# the back-ends that have an op for all three
-BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}
-
-
 def _why_unfused(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, backend: str) -> str | None:
     """Why no op does all of it, in words.
 
@@ -116,8 +100,20 @@ QUANT_PROBLEMS: dict[str, Callable[[str, int, int, str], str | None]] = {
 
 
 def _by_op(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    launch = functools.partial(_launch, op, config, weights)
-    return launch(x, routing) if config.router.weight_on == "output" else weighted_slots(config, x, routing, launch)
+    """The three stages by one op. With the weights on the input each slot is a token of its own."""
+    check_draft_export("routed_experts")
+    if config.router.weight_on == "input":
+        return weighted_slots(config, x, routing, lambda x, one: op(*_arguments(config, weights, x, one))[0])
+    y: Tensor
+    y, _ = op(*_arguments(config, weights, x, routing))
+    return y
+
+
+def by_triton_op(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
+    """One op of 4 kernels, 2 where nearly every slot has an expert of its own: nothing waits for the device between
+    them.
+    """
+    return _by_op(triton_op, config, _restore_weights(config, weights), x, routing)
 
 
 def weighted_slots(
@@ -135,12 +131,10 @@ def weighted_slots(
     return y if config.top_k == 1 else ARITHMETIC[config.batch_invariant].sum_dim(wide, 1).to(y.dtype)
 
 
-def _launch(op: Kernel, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    check_draft_export("routed_experts")
+def _arguments(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Any, ...]:
+    """The op's arguments, with `keep`."""
     ids, w = routing.expert_ids, routing.weights
-    y: Tensor
-    y, _ = op(*flat(packed(config, weights, x, ids, w)), _keeps(config, weights, x, w))
-    return y
+    return *flat(packed(config, weights, x, ids, w)), _keeps(config, weights, x, w)
 
 
 def _keeps(config: MoEConfig, weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
@@ -283,3 +277,6 @@ triton_op = define_routed_experts(
     kernel=functools.partial(gpu.run, "routed_experts"),
     backward=lambda *args: _backward("triton", triton_backward_op, *args),
 )
+
+by_native_op: Routed = functools.partial(_by_op, native_op)  # the hidden rows stay in the cache
+BY_OP: dict[str, Routed] = {"native": by_native_op, "triton": by_triton_op}

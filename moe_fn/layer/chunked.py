@@ -31,7 +31,7 @@ _PER_TOKEN = 5  # x, expert_ids, weights, shared_weights, adapter_ids come befor
 def layer_in_chunks(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool
 ) -> tuple[Tensor, ...]:
-    """Returns (y,) of layer_of_tokens, or (shared, routed) of parts_of_tokens, computed in chunks of tokens."""
+    """Returns (y,), or (shared, routed) whose sum it is, computed in chunks of tokens."""
     # Without the router's weights, which are not read here. Their gradients would be a carry that the scan returns
     # unchanged, whose buffer Inductor (2.13) reuses twice: the zeros came out wrong.
     leaves = leaves_of_weights(dataclasses.replace(weights, router=None))

@@ -45,13 +45,6 @@ def route_tokens(
     return logits, _route(config, weights, logits, token_ids, token_mask, leading)
 
 
-def layer_of_tokens(
-    config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None
-) -> Tensor:
-    """Everything after the router, for this rank's tokens. With logits, ranks exchange logits and route from them."""
-    return layer_with_overflow(config, weights, x, routing, logits)[0]
-
-
 def layer_with_overflow(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, logits: Tensor | None = None
 ) -> tuple[Tensor, Overflow]:
@@ -123,7 +116,7 @@ def routed_and_shared(
 
 
 def parts_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-    """Returns (shared, routed), whose sum is layer_of_tokens; for one rank."""
+    """Returns (shared, routed), whose sum is the layer; for one rank."""
     routed, shared, _ = routed_and_shared(config, weights, x, routing)
     return torch.zeros_like(routed) if shared is None else shared, zero_experts(config, weights, x, routing, routed)
 
@@ -131,12 +124,10 @@ def parts_of_tokens(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: 
 def outputs_of_tokens(
     config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing, with_shared: bool, logits: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Returns (y,) of layer_of_tokens; with_shared: (shared, routed) of parts_of_tokens."""
-    return (
-        parts_of_tokens(config, weights, x, routing)
-        if with_shared
-        else (layer_of_tokens(config, weights, x, routing, logits),)
-    )
+    """Returns (y,) of the layer; with_shared: (shared, routed), whose sum it is."""
+    if with_shared:
+        return parts_of_tokens(config, weights, x, routing)
+    return layer_with_overflow(config, weights, x, routing, logits)[:1]
 
 
 def without_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
