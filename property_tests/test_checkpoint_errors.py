@@ -286,7 +286,7 @@ def test_arguments_that_mean_nothing_are_named(tmp_path: Path) -> None:
         ({"intermediate": slice(1, 1)}, "intermediate is"),
         ({"intermediate": slice(0, 2, 2)}, "intermediate is"),
         ({"shared_intermediate": slice(-1, 2)}, "shared_intermediate is"),
-        ({"layout": "deep"}, "layout is 'deep'; expected one of 'qwen'"),
+        ({"layout": "deep"}, "layout is 'deep'; expected one of 'mixtral'"),
     ):
         with pytest.raises(ValueError, match=words):
             load_moe_weights(tmp_path, PREFIX, CONFIG, **changes)  # type: ignore[arg-type]

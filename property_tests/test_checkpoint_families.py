@@ -264,7 +264,7 @@ def test_no_config_is_a_crash(family: str) -> None:
     if family == "mixtral":
         with pytest.raises(
             ValueError,
-            match="hidden_size or d_model is None in the model's config; expected a whole number, the hidden_size",
+            match="hidden_size or d_model is None in the model's config; expected an int, the hidden_size",
         ):
             config_of_layer({**words, "hidden_size": None}, 1)
 

@@ -1,6 +1,4 @@
-"""Configs that nest configs, words of single layers, and words of wrong kinds or that name a function, for every
-family.
-"""
+"""Nested configs, values of single layers, values of wrong types, and keys that name a function, for every family."""
 
 import json
 from pathlib import Path
@@ -14,27 +12,27 @@ pytest.importorskip("safetensors")
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from test_checkpoint_families import check, on_disk
-from test_family_words import EACH, FIRST, Words, layer_of, names_of, ours, theirs, words_of, words_read
+from test_family_keys import EACH, FIRST, ConfigValues, keys_read, layer_of, names_of, ours, theirs, values_of
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_fn.checkpoint import load_moe_layer, moe_layers
 from moe_fn.families import FAMILIES, config_of_layer
-from moe_fn.families.composite import PARTS, Part
-from moe_fn.families.defaults import CONFIG_CLASSES
+from moe_fn.families.find import CONFIG_CLASSES, PARTS
+from moe_fn.families.row import Part
 from shared_tests.zoo import TOKEN_CHOICE, BlockRow, make_block
 
-OF_TYPE = {words_of(row)["model_type"]: row for row in FIRST}
+OF_TYPE = {values_of(row)["model_type"]: row for row in FIRST}
 SINGLE = [
-    (outer, part)
+    (outer, model_type, part)
     for outer, parts in PARTS.items()
-    for part in parts
-    if part.model_type in OF_TYPE and outer in CONFIG_MAPPING
+    for model_type, part in parts
+    if model_type in OF_TYPE and outer in CONFIG_MAPPING
 ]
 
 
 def nested_in(config_class: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str, bool]]:
-    """Paths of the configs that a class nests, their model_type, and whether the file may choose another."""
+    """Returns paths of the configs that a class nests, their model_type, and whether a file may have another one."""
     found = []
     for name, spec in config_class.sub_configs_defaults.items():
         chosen = not issubclass(spec.config_class, PreTrainedConfig)
@@ -55,32 +53,32 @@ def test_every_config_that_nests_a_mixture_of_experts_is_listed() -> None:
             (path, kind, chosen) for path, kind, chosen in nested_in(CONFIG_MAPPING[outer]) if kind in CONFIG_CLASSES
         }
         listed = {
-            (part.path, part.model_type, part.chosen)
-            for part in PARTS.get(outer, ())
-            if part.model_type in CONFIG_CLASSES
+            (part.path, model_type, part.chosen)
+            for model_type, part in PARTS.get(outer, ())
+            if model_type in CONFIG_CLASSES
         }
         assert nested == listed, outer
 
 
-def put(path: tuple[str, ...], words: Words) -> Words:
+def put(path: tuple[str, ...], values: ConfigValues) -> ConfigValues:
     for name in reversed(path):
-        words = {name: words}
-    return words
+        values = {name: values}
+    return values
 
 
 @pytest.mark.parametrize(
-    ("outer", "part"), SINGLE, ids=lambda value: value if isinstance(value, str) else value.path[0]
+    ("outer", "model_type", "part"), SINGLE, ids=lambda value: value if isinstance(value, str) else value.path[0]
 )
-def test_a_part_is_read_alone(outer: str, part: Part) -> None:
-    """Neither other parts nor words outside say anything of it, and what it leaves out is its own class's default."""
-    row = OF_TYPE[part.model_type]
-    words = {name: value for name, value in words_of(row).items() if name != "model_type"}
+def test_a_part_is_read_alone(outer: str, model_type: str, part: Part) -> None:
+    """Other parts and outer keys have no effect; a missing key is the default of the part's own class."""
+    row = OF_TYPE[model_type]
+    values = {name: value for name, value in values_of(row).items() if name != "model_type"}
     prefix = f"{part.named[0]}.layers.1.mlp" if part.named else "model.layers.1.mlp"
-    decoys: Words = dict.fromkeys(words_read(row), 3) | {"model_type": outer, "text_config": {"num_experts": 5}}
-    decoys |= {other.path[0]: {"hidden_size": 5} for other in PARTS[outer] if other.path[0] != part.path[0]}
-    for left_out in ("", "hidden_size", "num_experts_per_tok", "hidden_act", "norm_topk_prob"):
-        inner = {name: value for name, value in words.items() if name != left_out}
-        wanted = ours(row, {**inner, "model_type": part.model_type})
+    decoys: ConfigValues = dict.fromkeys(keys_read(row), 3) | {"model_type": outer, "text_config": {"num_experts": 5}}
+    decoys |= {other.path[0]: {"hidden_size": 5} for _, other in PARTS[outer] if other.path[0] != part.path[0]}
+    for missing in ("", "hidden_size", "num_experts_per_tok", "hidden_act", "norm_topk_prob"):
+        inner = {name: value for name, value in values.items() if name != missing}
+        wanted = ours(row, {**inner, "model_type": model_type})
         try:
             mine = config_of_layer({**decoys, **put(part.path, inner)}, layer_of(row), prefix)
         except ValueError as error:
@@ -96,29 +94,29 @@ def test_a_part_is_read_alone(outer: str, part: Part) -> None:
         assert ours(row, json.loads(made.to_json_string(use_diff=False))) == mine
 
 
-# A class that has words of its own for its text config; one whose defaults its own check refuses
+# One class has its own keys for its text config; the defaults of the other fail its own check
 OF_THEIR_OWN = ("nemo_speechlm", "gemma4_assistant")
 
 
 @pytest.mark.parametrize("outer", [outer for outer in PARTS if outer in CONFIG_MAPPING and outer not in OF_THEIR_OWN])
 def test_a_config_without_its_parts_has_their_defaults(outer: str) -> None:
     made: Any = CONFIG_MAPPING[outer]()
-    for name in PARTS[outer][0].path:
+    for name in PARTS[outer][0][1].path:
         made = getattr(made, name)
-    said = json.loads(made.to_json_string(use_diff=False))
-    for words in ({"model_type": outer}, {"model_type": outer, PARTS[outer][0].path[0]: None}):
+    inner = json.loads(made.to_json_string(use_diff=False))
+    for values in ({"model_type": outer}, {"model_type": outer, PARTS[outer][0][1].path[0]: None}):
         try:
-            wanted = config_of_layer(said, 0)
+            wanted = config_of_layer(inner, 0)
         except ValueError as error:
             with pytest.raises(ValueError, match=str(error)[:30]):
-                config_of_layer(words, 0)
+                config_of_layer(values, 0)
         else:
-            assert config_of_layer(words, 0) == wanted
+            assert config_of_layer(values, 0) == wanted
 
 
-# Words that a class checks, or copies elsewhere, before it knows of layers
+# Keys that a class checks, or copies elsewhere, before it splits values by layer
 NOT_OF_A_LAYER = {"moe_apply_router_weight_on_input", "d_model", "ffn_config"}
-# Words that these rows' variants do not use: beside others, or with another way to choose
+# Keys that these rows' variants do not use: another key or another selection replaces them
 OF_NO_USE = {("inkling", "intermediate_size"), ("dots3_note", "num_local_experts"), ("cohere2_moe", "norm_topk_prob")}
 OF_NO_USE |= {("cohere2_moe", "shared_expert_combination_strategy")}
 OF_NO_USE |= {
@@ -138,16 +136,16 @@ TWO_PARTS = {
 
 @pytest.mark.parametrize("outer", TWO_PARTS)
 def test_a_checkpoint_of_two_parts_is_the_blocks_of_both(outer: str, tmp_path: Path) -> None:
-    tensors, words, blocks = {}, {"model_type": outer}, {}
+    tensors, values, blocks = {}, {"model_type": outer}, {}
     for model_type, template in TWO_PARTS[outer].items():
-        row = next(row for row in TOKEN_CHOICE if words_of(row)["model_type"] == model_type)
+        row = next(row for row in TOKEN_CHOICE if values_of(row)["model_type"] == model_type)
         prefix, block = template.format(layer_of(row)), make_block(row, 0)
         state = {f"{prefix}.{name}": t.contiguous().clone() for name, t in block.state_dict().items()}
         tensors.update({name: t.contiguous() for name, t in on_disk(row, state).items()})
-        words |= put(next(part.path for part in PARTS[outer] if part.model_type == model_type), words_of(row))
+        values |= put(next(part.path for name, part in PARTS[outer] if name == model_type), values_of(row))
         blocks[prefix] = (row, block)
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(words))
+    (tmp_path / "config.json").write_text(json.dumps(values))
     assert {layer.prefix: layer.problem for layer in moe_layers(tmp_path)} == dict.fromkeys(blocks)
     for prefix, (row, block) in blocks.items():
         check(row, block, *load_moe_layer(tmp_path, prefix))
@@ -155,56 +153,54 @@ def test_a_checkpoint_of_two_parts_is_the_blocks_of_both(outer: str, tmp_path: P
 
 @pytest.mark.thorough
 @EACH
-def test_words_of_one_layer_are_read_for_that_layer(row: BlockRow) -> None:
-    """per_layer_config: this layer's words are over those of the model, other layers' are nothing to it."""
-    words, compared = words_of(row), 0
-    layers = words.pop("per_layer_config", None) or {}
-    for name in sorted(words_read(row) & set(words) - NOT_OF_A_LAYER):
-        value = words[name]
+def test_per_layer_config_is_read_for_its_layer(row: BlockRow) -> None:
+    """A layer's entry overrides the model's values; entries of other layers have no effect."""
+    values, compared = values_of(row), 0
+    layers = values.pop("per_layer_config", None) or {}
+    for name in sorted(keys_read(row) & set(values) - NOT_OF_A_LAYER):
+        value = values[name]
         changed = not value if isinstance(value, bool) else value * 2 if isinstance(value, int | float) else value
         for layer in (layer_of(row), 1 - layer_of(row)):
             own = next((dict(entry) for key, entry in layers.items() if int(key) == layer), {})
             others = {key: entry for key, entry in layers.items() if int(key) != layer}
-            said = {**words, "per_layer_config": {**others, f"{layer:03}": {**own, name: changed}}}
-            wanted = theirs(row, said)  # None: the class holds layers against one another
+            given = {**values, "per_layer_config": {**others, f"{layer:03}": {**own, name: changed}}}
+            wanted = theirs(row, given)  # None: the class compares layers with each other
             compared += wanted is not None
-            assert wanted is None or ours(row, said) == wanted, (name, layer)
+            assert wanted is None or ours(row, given) == wanted, (name, layer)
     assert compared or row.family in ("dots3_note", "dbrx")
 
 
 @EACH
-def test_a_value_of_another_kind_is_no_default(row: BlockRow) -> None:
-    """A word that is a whole number is no true and no fraction, a flag is no word; a number may be written as a whole
-    one.
-    """
-    words = words_of(row)
-    for name in sorted((words_read(row) & set(words)) - {"ffn_config"}):
+def test_a_value_of_another_type_is_an_error(row: BlockRow) -> None:
+    """An int is not a bool or a float, a bool is not a string; a float may be written as an int, a bool as 0 or 1."""
+    values = values_of(row)
+    for name in sorted((keys_read(row) & set(values)) - {"ffn_config"}):
         if (row.family, name) in OF_NO_USE:
             continue
-        value = words[name]
+        value = values[name]
         wrong = {
             bool: ("yes", 2, [], 0.5),
             int: (True, 2.0, "2", {}, 1e99),
             float: (True, "1.0", {}, 10**400),
-            str: ("unheard of", 1, {}, []),
+            str: ("unknown", 1, {}, []),
         }
         for other in wrong.get(type(value), ()):
-            mine = ours(row, {**words, name: other})
-            assert isinstance(mine, str) and any(known in mine for known in names_of(words, name)), (name, other, mine)
+            mine = ours(row, {**values, name: other})
+            assert isinstance(mine, str) and any(known in mine for known in names_of(values, name)), (name, other, mine)
         if isinstance(value, float) and value != int(value):
-            assert ours(row, {**words, name: 2}) == ours(row, {**words, name: 2.0}), name
+            assert ours(row, {**values, name: 2}) == ours(row, {**values, name: 2.0}), name
         if isinstance(value, bool) and name not in NOT_OF_A_LAYER:
-            assert ours(row, {**words, name: int(value)}) == ours(row, words), name
+            assert ours(row, {**values, name: int(value)}) == ours(row, values), name
 
 
 @EACH
-def test_0_is_what_the_class_makes_of_it(row: BlockRow) -> None:
-    """Or an error that says what the file has, which may be about the field that a word becomes."""
-    words = words_of(row)
-    for name in sorted((words_read(row) & set(words)) - NOT_OF_A_LAYER):
-        mine, wanted = ours(row, {**words, name: 0}), theirs(row, {**words, name: 0})
+def test_0_is_read_as_the_class_reads_it(row: BlockRow) -> None:
+    """Or it is an error that names the key, or the field that it sets."""
+    values = values_of(row)
+    for name in sorted((keys_read(row) & set(values)) - NOT_OF_A_LAYER):
+        mine, wanted = ours(row, {**values, name: 0}), theirs(row, {**values, name: 0})
         assert mine == wanted or wanted is None or isinstance(mine, str), name
-        assert not isinstance(mine, str) or any(known in mine for known in names_of(words, name)), (name, mine)
+        assert not isinstance(mine, str) or any(known in mine for known in names_of(values, name)), (name, mine)
 
 
 SCORES = (
@@ -218,15 +214,15 @@ SCORES = (
 
 
 @EACH
-def test_a_word_that_names_a_function_names_the_one_that_is_computed(row: BlockRow) -> None:
-    words = words_of(row)
-    config = config_of_layer(words, layer_of(row))
+def test_a_key_that_names_a_function_names_the_computed_one(row: BlockRow) -> None:
+    values = values_of(row)
+    config = config_of_layer(values, layer_of(row))
     for name in (*SCORES, "topk_method"):
-        for value in ("unheard of", "identity", ["sigmoid"], {}, 1, "sigmoid", "softmax", "sqrtsoftplus"):
-            changed = {**words, name: value}
+        for value in ("unknown", "identity", ["sigmoid"], {}, 1, "sigmoid", "softmax", "sqrtsoftplus"):
+            changed = {**values, name: value}
             mine = ours(row, changed)
             if isinstance(mine, str):
                 assert name in mine
                 continue
             assert name != "topk_method" and mine.router.scoring == value
-            assert mine == (theirs(row, changed) if name in words else config)
+            assert mine == (theirs(row, changed) if name in values else config)

@@ -214,10 +214,19 @@ def test_every_law_has_its_test_and_every_test_its_law() -> None:
     assert laws_in_docstrings() == set(LAWS) | {bug.law for bug in RANK_BUGS}
 
 
+# Files of rows that may have more than 400 lines, and why. They define no function and no class.
+TABLES = {
+    "families/softmax.py": "a row has all that is known of a family: keys, defaults, live block, names in files",
+    "families/sigmoid.py": "a row has all that is known of a family: keys, defaults, live block, names in files",
+}
+
+
 def test_files_and_functions_stay_small() -> None:
     for path in SOURCES:
-        text = path.read_text()
-        assert len(text.splitlines()) <= 400, f"{path.name} has more than 400 lines"
+        text, is_table = path.read_text(), path.relative_to(PACKAGE).as_posix() in TABLES
+        defined = [n.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        assert len(text.splitlines()) <= 400 or is_table, f"{path.name} has more than 400 lines"
+        assert not (is_table and defined), f"{path.name} is a table and defines {defined}"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 docstring = len((ast.get_docstring(node) or "").splitlines())

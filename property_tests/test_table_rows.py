@@ -15,8 +15,8 @@ import torch
 import moe_fn
 from moe_fn import ActivationConfig, MoEConfig
 from moe_fn.families import FAMILIES, config_of_layer
-from moe_fn.families.classes import _FLOATS
-from moe_fn.families.composite import PARTS
+from moe_fn.families.config_class import _FLOATS
+from moe_fn.families.find import PARTS
 from moe_fn.reference.activation import gate_function
 from moe_fn.testing import assert_matches, weights_for
 

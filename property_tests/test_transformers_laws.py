@@ -93,7 +93,7 @@ def test_what_is_no_mixture_is_refused_with_a_reason(name: str) -> None:
 
 def test_two_banks_are_named_and_their_banks_replaced() -> None:
     block = make_block(TWO_BANKS[0], 0)
-    with pytest.raises(ValueError, match="take its text_moe and its vision_moe"):
+    with pytest.raises(ValueError, match="use its text_moe and its vision_moe"):
         from_block(block)
     report = replace_moe_blocks(block)
     assert [r.name for r in report.replaced] == ["text_moe", "vision_moe"] and len(report.left) == 1
@@ -101,7 +101,7 @@ def test_two_banks_are_named_and_their_banks_replaced() -> None:
 
 def test_a_module_of_no_family_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"Linear is not the block of a family that is known; expected one of .*MixtralSparseMoeBlock"
+        ValueError, match=r"Linear is not the block of a known family; expected one of .*MixtralSparseMoeBlock"
     ):
         from_block(nn.Linear(2, 2))
 

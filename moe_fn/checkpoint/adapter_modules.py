@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe_fn.checkpoint.layout_table import LAYOUTS
+from moe_fn.checkpoint.layout import LAYOUTS
 from moe_fn.checkpoint.peft_config import AdapterConfig
 from moe_fn.checkpoint.peft_versions import is_of_outputs
 from moe_fn.checkpoint.safetensors_files import FLOATS, TensorInfo

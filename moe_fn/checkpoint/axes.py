@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
+from moe_fn.families.tensor_names import Units
 from moe_fn.records import Path
 from moe_fn.weights.axes import axes_of, dims_of, pattern_of
 from moe_fn.weights.spec import WEIGHTS, axis_sizes, dims_of_weight
 
 Ranges = Mapping[str, tuple[int, int]]  # start and stop along each axis; an axis without an entry is whole
-# Positions along an axis that one element covers; None: all of them; an axis without an entry: 1
-Units = tuple[tuple[str, int | None], ...]
 
 
 def in_units(sizes: Mapping[str, int], units: Units) -> dict[str, int]:

@@ -13,8 +13,7 @@ from moe_fn.checkpoint.folder import (
     read_headers,
     tensors_below,
 )
-from moe_fn.checkpoint.layout import Layout, of_first_expert
-from moe_fn.checkpoint.layout_table import LAYOUTS
+from moe_fn.checkpoint.layout import LAYOUTS, Layout, of_first_expert
 from moe_fn.checkpoint.match import Plan, beginnings_of, match, quantized, strangers
 from moe_fn.checkpoint.quantized.formats import CODES_SUFFIXES, FUSED_SUFFIXES, QuantDict
 from moe_fn.checkpoint.quantized.layout import EXPERTS, quantized_layout

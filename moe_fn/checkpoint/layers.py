@@ -14,8 +14,7 @@ import torch
 from moe_fn.balance import Placement
 from moe_fn.checkpoint.choose_layout import anchors_of, layouts_of_family, plan_of_block, quant_of_block, rows_of_block
 from moe_fn.checkpoint.folder import Checkpoint, Headers, model_types, open_checkpoint, read_headers
-from moe_fn.checkpoint.layout import Layout
-from moe_fn.checkpoint.layout_table import LAYOUTS
+from moe_fn.checkpoint.layout import LAYOUTS, Layout
 from moe_fn.checkpoint.loading import load_from
 from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.checkpoint.slices import Wanted

@@ -1,39 +1,14 @@
-"""Rows of the layout table: which tensor of a file holds which part of `MoEWeights`, with its name and axes."""
+"""Layouts of blocks in checkpoint files: names and axes from the rows of `moe_fn.families`, with their model types.
 
-from dataclasses import dataclass
+Where a model type has several rows (experts one by one, or fused), the names in the file decide.
+"""
 
-from moe_fn.checkpoint.axes import Units
+from dataclasses import dataclass, replace
+
 from moe_fn.checkpoint.quantized.formats import Method
+from moe_fn.families import FAMILIES
+from moe_fn.families.tensor_names import EACH, Entry, TensorNames
 from moe_fn.records import Path
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a file, or one for each expert, and the part of MoEWeights that it holds.
-
-    weight    path in MoEWeights of the tensor that it is, or is a part of
-    name      relative to the block's prefix; {e} is an expert, {second} an expert of a second bank; "../" is the parent
-              of the block
-    axes      its pattern (`moe_fn.checkpoint.axes`)
-    pins      fixed indices on axes that the pattern does not have, or from which one index is taken: ("G", 0) is the
-              gate, ("G", 1) the up
-    optional  whether a file may lack it
-    offset    is added to the file's values (norms that multiply by 1 + weight); such a tensor is float32 in memory
-    scales    whether the tensor of the entries before it is multiplied by it, divided by the square root of its length
-              (the norm of Gemma-4's gate)
-    coding    for a tensor of a quantized matrix: a row of `moe_fn.checkpoint.quantized.codings.CODINGS`
-    units     positions along axes that one of its elements covers: 8 codes in an int32, 128 that share a scale
-    """
-
-    weight: Path
-    name: str
-    axes: str
-    pins: tuple[tuple[str, int], ...] = ()
-    optional: bool = False
-    offset: float = 0.0
-    scales: bool = False
-    coding: str = ""
-    units: Units = ()
 
 
 @dataclass(frozen=True)
@@ -81,91 +56,33 @@ def of_first_expert(name: str) -> str:
     return name.replace("{e}", "0").replace("{second}", "0")
 
 
-def per_expert(gate: str, up: str, down: str, experts: str = "experts.{e}.") -> tuple[Entry, ...]:
-    """Entries of three matrices per expert: [I, X], [I, X] and [X, I]."""
-    return (
-        Entry(("gate_up",), f"{experts}{gate}.weight", "I X", (("G", 0),)),
-        Entry(("gate_up",), f"{experts}{up}.weight", "I X", (("G", 1),)),
-        Entry(("down",), f"{experts}{down}.weight", "X I"),
-    )
-
-
-def ungated(up: str, down: str, experts: str = "experts.{e}.", bias: bool = False) -> tuple[Entry, ...]:
-    """Entries of two matrices per expert, and optionally two biases."""
-    matrices = (
-        Entry(("gate_up",), f"{experts}{up}.weight", "I X", (("G", 0),)),
-        Entry(("down",), f"{experts}{down}.weight", "X I"),
-    )
+def _one_by_one(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Returns the entries with a tensor for each expert, with biases if the experts have any; other entries stay."""
+    experts = {("gate_up",), ("down",), ("gate_up_bias",), ("down_bias",)}
     biases = (
-        Entry(("gate_up_bias",), f"{experts}{up}.bias", "I", (("G", 0),)),
-        Entry(("down_bias",), f"{experts}{down}.bias", "X"),
+        Entry(("gate_up_bias",), "experts.{e}.gate_proj.bias", "I", (("G", 0),)),
+        Entry(("gate_up_bias",), "experts.{e}.up_proj.bias", "I", (("G", 1),)),
+        Entry(("down_bias",), "experts.{e}.down_proj.bias", "X"),
     )
-    return matrices + biases if bias else matrices
+    has_biases = any(entry.weight == ("down_bias",) for entry in entries)
+    return EACH + (biases if has_biases else ()) + tuple(entry for entry in entries if entry.weight not in experts)
 
 
-def fused(gate_up: str, down: str, rows: str = "G I", transposed: bool = False) -> tuple[Entry, ...]:
-    """Entries of one gate_up tensor and one down tensor that hold all experts."""
-    return (
-        Entry(("gate_up",), gate_up, f"E X ({rows})" if transposed else f"E ({rows}) X"),
-        Entry(("down",), down, "E I X" if transposed else "E X I"),
+def _layouts() -> tuple[Layout, ...]:
+    """Returns a layout for each way that families name their tensors, then those with experts one by one."""
+    families: dict[TensorNames, dict[str, None]] = {}  # by row; the values are model types in order, each once
+    for model in (model for family in FAMILIES for model in family.models):
+        for row in model.files:
+            families.setdefault(row, {}).update(dict.fromkeys([model.name, *(part.model for part in model.inside)]))
+    layouts = {
+        row: Layout(row.name, tuple(families[row]), row.block, row.entries, row.others, row.owned) for row in families
+    }
+    split = (
+        replace(layout, name=f"{layout.name}, one by one", entries=_one_by_one(layout.entries))
+        for row, layout in layouts.items()
+        if row.also_split
     )
+    return (*layouts.values(), *split)
 
 
-def router(
-    gate: str, correction: str | None = None, *, bias: str | None = None, ids: str | None = None
-) -> tuple[Entry, ...]:
-    """Entries of the router's gate and, if named, the selection bias, the bias of the logits, and the table of hash
-    routing.
-    """
-    found = (
-        (("router", "gate"), gate, "C W"),
-        (("router", "correction_bias"), correction, "D"),
-        (("router", "bias"), bias, "C"),
-        (("router", "expert_ids_of_token"), ids, "V K"),
-    )
-    return tuple(Entry(weight, name, axes) for weight, name, axes in found if name is not None)
-
-
-def shared(
-    module: str = "shared_experts",
-    gate: str = "gate_proj",
-    up: str = "up_proj",
-    down: str = "down_proj",
-    *,
-    sigmoid: str | None = None,
-) -> tuple[Entry, ...]:
-    """Entries of a dense gated MLP with optional biases and, if named, the vector of a sigmoid gate."""
-    matrices = (
-        Entry(("shared", "gate_up"), f"{module}.{gate}.weight", "(N M) H", (("B", 0),)),
-        Entry(("shared", "gate_up"), f"{module}.{up}.weight", "(N M) H", (("B", 1),)),
-        Entry(("shared", "down"), f"{module}.{down}.weight", "H (N M)"),
-        Entry(("shared", "gate_up_bias"), f"{module}.{gate}.bias", "(N M)", (("B", 0),), optional=True),
-        Entry(("shared", "gate_up_bias"), f"{module}.{up}.bias", "(N M)", (("B", 1),), optional=True),
-        Entry(("shared", "down_bias"), f"{module}.{down}.bias", "H", optional=True),
-    )
-    return matrices if sigmoid is None else (*matrices, Entry(("shared", "gate"), sigmoid, "1 H"))
-
-
-def ungated_shared(module: str, up: str, down: str) -> tuple[Entry, ...]:
-    """Entries of a dense MLP without a gate."""
-    return (
-        Entry(("shared", "gate_up"), f"{module}.{up}.weight", "(N M) H", (("B", 0),)),
-        Entry(("shared", "down"), f"{module}.{down}.weight", "H (N M)"),
-        Entry(("shared", "gate_up_bias"), f"{module}.{up}.bias", "(N M)", (("B", 0),), optional=True),
-        Entry(("shared", "down_bias"), f"{module}.{down}.bias", "H", optional=True),
-    )
-
-
-def latent(down: str, up: str, input_norm: str | None = None, offset: float = 0.0) -> tuple[Entry, ...]:
-    """Entries of the projections into and out of a latent space with optional biases and, if named, the input norm."""
-    found = (
-        Entry(("latent", "input"), f"{down}.weight", "L H"),
-        Entry(("latent", "output"), f"{up}.weight", "H L"),
-        Entry(("latent", "input_bias"), f"{down}.bias", "L", optional=True),
-        Entry(("latent", "output_bias"), f"{up}.bias", "H", optional=True),
-    )
-    return (
-        found
-        if input_norm is None
-        else (*found, Entry(("latent", "input_norm"), f"{input_norm}.weight", "L", offset=offset))
-    )
+LAYOUTS = _layouts()

@@ -13,11 +13,12 @@ import torch
 
 from moe_fn.checkpoint.axes import in_units, sizes_of
 from moe_fn.checkpoint.folder import full_name
-from moe_fn.checkpoint.layout import Entry, Layout
+from moe_fn.checkpoint.layout import Layout
 from moe_fn.checkpoint.quantized.codings import CODINGS
 from moe_fn.checkpoint.quantized.layout import MATRICES, Place, base_of, is_check, places_of
 from moe_fn.checkpoint.safetensors_files import FLOATS, INTEGERS, TensorInfo
 from moe_fn.config import MoEConfig
+from moe_fn.families.tensor_names import Entry
 from moe_fn.records import Path
 from moe_fn.weights.axes import ANY, dims_of, shape_of
 from moe_fn.weights.shapes import expected_shapes

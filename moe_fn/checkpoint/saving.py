@@ -15,10 +15,11 @@ from torch import Tensor
 from moe_fn.checkpoint.axes import by_axes, of_axes, patterns_of, sizes_of
 from moe_fn.checkpoint.choose_layout import layout_of_name
 from moe_fn.checkpoint.folder import INDEX, SINGLE, full_name, open_checkpoint
-from moe_fn.checkpoint.layout import Entry, Layout
+from moe_fn.checkpoint.layout import Layout
 from moe_fn.checkpoint.match import names_of
 from moe_fn.checkpoint.safetensors_files import read_header
 from moe_fn.config import MoEConfig
+from moe_fn.families.tensor_names import Entry
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, Path, leaves_of_weights
 from moe_fn.weights.axes import ANY, axes_of, shape_of
 from moe_fn.weights.shapes import expected_shapes

@@ -1,4 +1,4 @@
-"""From a family's row and a way to look words up to a MoEConfig."""
+"""MoEConfig from a family's row and the values of a model's config, or of a live block."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +14,8 @@ from moe_fn.config import (
     SharedExpertsConfig,
     ZeroExpertsConfig,
 )
+from moe_fn.families.keys import Lookup, resolve
 from moe_fn.families.row import Family, Shared
-from moe_fn.families.words import Look, resolve
 
 _NESTED = {
     "latent": LatentConfig,
@@ -24,85 +24,122 @@ _NESTED = {
     "norms": NormsConfig,
 }
 _WITH_RENORMALIZE = ("renormalize_epsilon", "renormalize_minimum", "renormalize_order")
+_SCORING_KEYS = (
+    "scoring_func",
+    "score_func",
+    "score_function",
+    "moe_router_activation_func",
+    "moe_router_activation",
+    "expert_selection_fn",
+)
+_BIASED = "noaux_tc"  # selection with a correction bias; dots.llm1 has it as the name of its scoring too
 
 
 def build_config(
     family: Family,
-    look: Look,
+    lookup: Lookup,
     *,
     sizes: Mapping[str, int],
     shared_width: int | None = None,
-    shared_look: Look | None = None,
+    shared_lookup: Lookup | None = None,
 ) -> MoEConfig:
-    """The config that a row stands for; sizes (and the width of shared experts, 0: none) where they are known better
-    than by words.
+    """Returns the config of a row.
 
-    Raises ValueError for a refused family, a missing word, and a value that this version does not know.
+    sizes: sizes that are known from tensors; other sizes are looked up. shared_width: the width of shared experts
+    where it is known from tensors, 0 for none. shared_lookup: the lookup for the activation of shared experts.
+
+    Raises ValueError for a refused family, a missing key, and a value that this version does not know.
     """
     if family.refused:
         raise ValueError(f"{family.names[0]}: {family.refused}")
-    by_words = {name: getattr(family, name) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
-    of_layer: dict[str, Any] = {
-        name: sizes[name] if name in sizes else _size(name, value, look) for name, value in by_words.items()
+    size_keys = {name: getattr(family, name) for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")}
+    size_values: dict[str, Any] = {
+        name: sizes[name] if name in sizes else _size(name, entry, lookup) for name, entry in size_keys.items()
     }
-    activation = build_activation(family.activation, look)
+    activation = build_activation(family.activation, lookup)
     return MoEConfig(
-        **of_layer,
-        router=_router(family.router, look),
+        **size_values,
+        router=_router(family.router, lookup),
         activation=activation,
-        shared=_shared(family.shared, look, shared_look or look, shared_width, activation),
-        **{name: _nested(name, value, look) for name, value in family.layer.items()},
+        shared=_shared(family.shared, lookup, shared_lookup or lookup, shared_width, activation),
+        **{name: _nested(name, entry, lookup) for name, entry in family.layer.items()},
     )
 
 
-def _size(name: str, word: Any, look: Look) -> int:
-    size = resolve(word, look)
+def _size(name: str, entry: Any, lookup: Lookup) -> int:
+    size = resolve(entry, lookup)
     if type(size) is not int:
-        raise ValueError(f"{word!r} is {size!r:.80} in the model's config; expected a whole number, the {name}")
+        raise ValueError(f"{entry!r} is {size!r:.80} in the model's config; expected an int, the {name}")
     return size
 
 
-def build_activation(row: Mapping[str, Any], look: Look) -> ActivationConfig:
-    """The activation that a row stands for."""
-    values = resolve(row, look)
+def build_activation(row: Mapping[str, Any], lookup: Lookup) -> ActivationConfig:
+    """Returns the activation of a row's fields."""
+    values = resolve(row, lookup)
     values = values.pop("act", {}) | values
     if values.get("limit") is None:
         values.pop("limit_at", None)
     return ActivationConfig(**values)
 
 
-def _router(row: Mapping[str, Any], look: Look) -> RouterConfig:
-    values = resolve(row, look)
+def _router(row: Mapping[str, Any], lookup: Lookup) -> RouterConfig:
+    values = resolve(row, lookup)
     groups = values.pop("groups", None)
     if groups is not None:
         limited = GroupConfig(**groups)
-        values["groups"] = limited if limited.count > 1 else None  # of one group that one is kept
+        values["groups"] = limited if limited.count > 1 else None  # one group limits nothing
     if not values.get("renormalize", True):
         values = {name: value for name, value in values.items() if name not in _WITH_RENORMALIZE}
     return RouterConfig(**values)
 
 
 def _shared(
-    row: Shared | None, look: Look, shared_look: Look, width: int | None, activation: ActivationConfig
+    row: Shared | None, lookup: Lookup, shared_lookup: Lookup, width: int | None, activation: ActivationConfig
 ) -> SharedExpertsConfig | None:
     if row is None:
         return None
-    count = resolve(row.count, look)
-    width = resolve(row.width, look) if width is None else width
+    count = resolve(row.count, lookup)
+    width = resolve(row.width, lookup) if width is None else width
     if not width or not count:
         return None
     return SharedExpertsConfig(
         intermediate_size=width // count,
         count=count,
         gate=row.gate,  # type: ignore[arg-type]
-        combine=resolve(row.combine, look),
-        activation=activation if row.activation is None else build_activation(row.activation, shared_look),
+        combine=resolve(row.combine, lookup),
+        activation=activation if row.activation is None else build_activation(row.activation, shared_lookup),
     )
 
 
-def _nested(name: str, value: Any, look: Look) -> Any:
-    values = resolve(value, look)
+def _nested(name: str, entry: Any, lookup: Lookup) -> Any:
+    values = resolve(entry, lookup)
     if name not in _NESTED or not isinstance(values, Mapping):
         return values
-    wanted = values.get("size", values.get("count", 1))  # a latent space of no size, no zero experts: there are none
-    return _NESTED[name](**values) if wanted else None
+    enabled = values.get("size", values.get("count", 1))  # a latent space of size 0 or 0 zero experts: None
+    return _NESTED[name](**values) if enabled else None
+
+
+def check_choices(family: Family, config: MoEConfig, values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a key names another scoring, selection or kind of zero experts than the config has.
+
+    Rows of families that always compute the same function do not read such keys.
+    """
+    biased = family.router.get("correction_bias", "none") != "none"
+    scorings = (config.router.scoring, *([_BIASED] if biased else []))
+    methods = (_BIASED,) if biased else _methods(family, config)
+    zero = (config.zero_experts.kind,) if config.zero_experts is not None else ("identity", "zero")
+    checked = (*((name, scorings) for name in _SCORING_KEYS), ("topk_method", methods), ("zero_expert_type", zero))
+    for name, expected in checked:
+        if values.get(name) is not None and values[name] not in expected:
+            known = " or ".join(map(repr, expected))
+            raise ValueError(
+                f"{name} is {values[name]!r:.80} in the model's config; expected {known}, which {family.names[0]} "
+                "computes"
+            )
+
+
+def _methods(family: Family, config: MoEConfig) -> tuple[str, ...]:
+    """Returns the names of a selection without a correction bias. With one group both names mean the same."""
+    if config.router.groups is not None:
+        return ("group_limited_greedy",)
+    return ("greedy", "group_limited_greedy") if family.router.get("groups") else ("greedy",)

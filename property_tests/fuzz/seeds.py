@@ -30,8 +30,8 @@ from moe_fn import (
 )  # fmt: skip
 from moe_fn.checkpoint import LAYOUTS, load_moe_layer, save_moe_weights
 from moe_fn.families import FAMILIES, config_of_layer
-from moe_fn.families.composite import PARTS
-from moe_fn.families.words import Word
+from moe_fn.families.find import PARTS
+from moe_fn.families.keys import Key
 from moe_fn.testing import weights_for
 
 Files = dict[str, bytes]  # of a folder
@@ -61,7 +61,7 @@ CONFIGS: tuple[MoEConfig, ...] = (
         parallel=ParallelConfig(tp=_TWO, dp=dataclasses.replace(_TWO, name="1"), dispatch="all_gather"),
     ),
 )  # fmt: skip
-# Enough words for most families; n_group and topk_group of 1 are no groups.
+# Enough keys for most families; one group limits nothing.
 MODEL: dict[str, Any] = {
     "num_experts": 3, "num_local_experts": 3, "n_routed_experts": 3, "moe_num_experts": 3, "num_experts_per_tok": 2,
     "hidden_size": 4,
@@ -81,14 +81,14 @@ ADAPTER: dict[str, Any] = {
 
 
 def models() -> tuple[dict[str, Any], ...]:
-    """A config.json of every family."""
+    """Returns a config.json for every family."""
     return tuple(MODEL | {"model_type": family.names[0]} for family in FAMILIES)
 
 
 def words() -> tuple[str, ...]:
-    """Every word that a family's config may have, and what quantization configs say."""
+    """Returns every key that a family's config may have, names of model types, and strings of quantization configs."""
     found = (
-        {name for family in FAMILIES for word in _words_in(family) for name in word.names}
+        {name for family in FAMILIES for key in _keys_in(family) for name in key.names}
         | set(MODEL)
         | {"text_config", "ffn_config"}
     )
@@ -119,15 +119,15 @@ def config_words() -> tuple[str, ...]:
     )
 
 
-def _words_in(value: Any) -> Iterator[Word]:
-    if isinstance(value, Word):
+def _keys_in(value: Any) -> Iterator[Key]:
+    if isinstance(value, Key):
         yield value
     if isinstance(value, dict):
         for entry in value.values():
-            yield from _words_in(entry)
+            yield from _keys_in(entry)
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            yield from _words_in(getattr(value, field.name))
+            yield from _keys_in(getattr(value, field.name))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -143,8 +143,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 @functools.cache
 def checkpoints() -> tuple[Files, ...]:
-    """Folders with a layer each: of every quantized format, and of every layout that a family's words and random
-    weights can fill.
+    """Returns folders with a layer each: for every quantized format, and every layout that MODEL and random weights
+    fill.
     """
     found = [
         _files_of(lambda folder, made=made: quantized_files.write(folder, made))

@@ -7,13 +7,13 @@ from pathlib import Path as FilePath
 import torch
 from torch import Tensor
 
-from moe_fn.checkpoint.axes import Ranges, Units, by_axes, of_axes, ranges_in_units
-from moe_fn.checkpoint.layout import Entry
+from moe_fn.checkpoint.axes import Ranges, by_axes, of_axes, ranges_in_units
 from moe_fn.checkpoint.match import Part, Plan
 from moe_fn.checkpoint.quantized.codings import CODINGS, check_order, check_sizes, check_zeros
 from moe_fn.checkpoint.quantized.layout import CODED, EXPERTS
 from moe_fn.checkpoint.safetensors_files import open_tensors
 from moe_fn.checkpoint.slices import Slices
+from moe_fn.families.tensor_names import Entry, Units
 from moe_fn.quant.codes import Codes, decoded
 from moe_fn.quant.numbers import pack_halves
 from moe_fn.records import Path

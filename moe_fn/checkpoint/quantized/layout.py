@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_fn.checkpoint.axes import Units, patterns_of
+from moe_fn.checkpoint.axes import patterns_of
 from moe_fn.checkpoint.folder import full_name
-from moe_fn.checkpoint.layout import Entry, Layout, of_first_expert
+from moe_fn.checkpoint.layout import Layout, of_first_expert
 from moe_fn.checkpoint.quantized.formats import FORMATS, SUFFIXES, Method, QuantDict, Stored
 from moe_fn.checkpoint.quantized.methods import method_of
 from moe_fn.checkpoint.safetensors_files import TensorInfo
 from moe_fn.config import MoEConfig
+from moe_fn.families.tensor_names import Entry, Units
 from moe_fn.records import Path
 from moe_fn.weights.axes import axes_of, dims_of
 from moe_fn.weights.spec import WEIGHTS

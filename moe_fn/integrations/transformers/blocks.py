@@ -7,7 +7,7 @@ from torch import nn
 
 from moe_fn.config import MoEConfig
 from moe_fn.families import Family, build_config, family_of_block
-from moe_fn.families.words import MISSING, Look
+from moe_fn.families.keys import MISSING, Lookup
 from moe_fn.integrations.transformers.reading import (
     Kind,
     kind_of,
@@ -20,8 +20,6 @@ from moe_fn.integrations.transformers.tensors import Plan, Sizes, plan_of_block,
 from moe_fn.records import WEIGHT_PATHS, MoEWeights, weights_of_leaves
 
 _PLAIN = (bool, int, float, str, type(None))
-# Families whose block is a whole decoder layer; only its modules that hold tensors of MoEWeights are checked.
-_LAYERS = ("gemma4_text",)
 
 
 def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
@@ -58,7 +56,7 @@ def from_block(block: nn.Module) -> tuple[MoEConfig, MoEWeights]:
     family = family_of_module(block)
     if family.refused:
         raise ValueError(f"from_block: {type(block).__name__} is not supported: {family.refused}")
-    plan = plan_of_block(family.names[0], block)
+    plan = plan_of_block(family, block)
     why = why_not_known(block) or why_no_floats(block, plan) or why_called(block, kind_of_block(family, block, plan))
     why = why or why_not_plain(block)
     if why is not None:
@@ -109,7 +107,7 @@ def kind_of_block(
     children, because they are called and only some of their outputs are used.
     """
     read = {name.split(".")[0] for _, source in plan for name in source.names}
-    others = tuple(name for name in block._modules if name not in read) if family.names[0] in _LAYERS else ()
+    others = tuple(name for name in block._modules if name not in read) if family.live.is_layer else ()
     return kind_of(block, known_class(block) or type(block), (*leave, *others), alone)
 
 
@@ -130,13 +128,14 @@ def config_of_block(family: Family, block: nn.Module, plan: Plan) -> MoEConfig:
         None,
     )
     width = shapes["shared.down"][1] if "shared.down" in shapes else 0
-    look = look_in(block)
+    lookup = lookup_in(block)
     in_out = family.layer.get("weight_layout") == "in_out"
     experts, *inner = shapes["down"]
     hidden, intermediate = reversed(inner) if in_out else inner
     width_of_model = shapes["latent.input"][1] if "latent.input" in shapes else hidden
     sizes = {"num_experts": experts, "intermediate_size": intermediate, "hidden_size": width_of_model}
-    return build_config(family, look, sizes=sizes, shared_width=width, shared_look=look_in(block, first=shared))
+    shared_lookup = lookup_in(block, first=shared)
+    return build_config(family, lookup, sizes=sizes, shared_width=width, shared_lookup=shared_lookup)
 
 
 def weights_of_block(config: MoEConfig, block: nn.Module, plan: Plan) -> MoEWeights:
@@ -169,9 +168,9 @@ def _num_experts(block: nn.Module) -> int:
     return int(getattr(experts, "num_experts", 1))
 
 
-def look_in(block: nn.Module, first: nn.Module | None = None) -> Look:
-    """A lookup in a block: names with a leading dot are attributes of its modules, others are options of the configs
-    that its modules hold.
+def lookup_in(block: nn.Module, first: nn.Module | None = None) -> Lookup:
+    """A lookup in a block: names with a leading dot are attributes of its modules, others are keys of the configs that
+    its modules hold.
     """
     names = ("gate", "router", "experts", "experts.mlp", "experts.expert_0")
     inside = (_module(block, name) for name in names)
@@ -179,12 +178,12 @@ def look_in(block: nn.Module, first: nn.Module | None = None) -> Look:
     configs = list({id(c): c for m in block.modules() if (c := getattr(m, "config", None)) is not None}.values())
     layer = next((m.layer_idx for m in places if isinstance(getattr(m, "layer_idx", None), int)), None)
 
-    def look(name: str) -> Any:
+    def lookup(name: str) -> Any:
         owners = places if name.startswith(".") else configs
         found = (_plain(getattr(owner, name.lstrip("."), MISSING), layer) for owner in owners)
         return next((value for value in found if value is not MISSING), MISSING)
 
-    return look
+    return lookup
 
 
 def _module(block: nn.Module, path: str) -> nn.Module | None:

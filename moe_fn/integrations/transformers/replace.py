@@ -113,7 +113,7 @@ def replace_moe_blocks(model: nn.Module, configure: Callable[[MoEConfig], MoECon
             continue
         if not isinstance(getattr(module, "experts", getattr(module, "input_linear", None)), nn.Module):
             continue  # a Gemma-4 layer without experts
-        plan = plan_of_block(family.names[0], module)
+        plan = plan_of_block(family, module)
         why = why_not_known(module) or why_no_floats(module, plan) or _why_taken(module)
         if why is not None:
             left.append((name, why))
@@ -147,20 +147,20 @@ def _swap(block: nn.Module, swap: Swap, called: str | None) -> None:
     """Sets forwards on the block, its router and its experts. Called by other code, router and experts compute the same
     as before, the experts with moe_fn's products.
     """
-    whole = swap.shape.returns != "the layer's own"
+    whole = not swap.live.is_layer
     if called is not None:
         check_honoured(block, swap, called)
     if not whole:
         check_honoured(
             block, swap, "its experts are called by the layer", honoured=("router", "top_k", "batch_invariant")
         )
-    router, experts = (without_wrappers(getattr(block, name, None)) for name in (swap.shape.router, "experts"))
+    router, experts = (without_wrappers(getattr(block, name, None)) for name in (swap.live.router, "experts"))
     if swap.experts_apart:
         set_forward(
             experts, functools.partial(replaced_experts_forward, experts, type(experts), running_of(swap.config))
         )
-    known = any(name == swap.shape.router and child.cls is not None for name, child in swap.kind.children)
-    if known and not swap.shape.stateful and not has_own_forward(router, OURS):
+    known = any(name == swap.live.router and child.cls is not None for name, child in swap.kind.children)
+    if known and not swap.live.stateful and not has_own_forward(router, OURS):
         forward = functools.partial(router_forward, router, swap)
         if not whole:
             forward = functools.partial(gemma_router_forward, router, swap_of_router(swap, router))

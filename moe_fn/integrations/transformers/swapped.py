@@ -1,6 +1,7 @@
 """The forwards of a replaced block, its router and its experts, and the record that they use."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +10,24 @@ from torch import Tensor, nn
 
 from moe_fn.config import MoEConfig
 from moe_fn.families import Family
+from moe_fn.families.row import LiveBlock, Source
 from moe_fn.forward import moe_forward_routed, moe_route
 from moe_fn.integrations.transformers.blocks import kind_of_block, weights_of_block
 from moe_fn.integrations.transformers.experts import RUNNING, experts_forward
 from moe_fn.integrations.transformers.forwards import has_own_forward
 from moe_fn.integrations.transformers.reading import Kind, same_method, why_called, why_not_plain, without_wrappers
-from moe_fn.integrations.transformers.shapes import RETURNS, SHAPES, Shape
-from moe_fn.integrations.transformers.tensors import Plan, Source
+from moe_fn.integrations.transformers.tensors import Plan
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.weights.shapes import expected_shapes
+
+# (y [..., H], logits [T, L], weights [T, K], other outputs of the router) -> what the block returns
+RETURNS: dict[str, Callable[[Tensor, Tensor, Tensor, Any], Any]] = {
+    "y": lambda y, logits, weights, rest: y,
+    "y, weights": lambda y, logits, weights, rest: (y, weights),
+    "y, states": lambda y, logits, weights, rest: (y, rest),
+    "flat y, logits": lambda y, logits, weights, rest: (y.flatten(0, -2), logits),
+    "flat y, flat logits": lambda y, logits, weights, rest: (y.flatten(), logits.flatten()),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Swap:
     cls: type[nn.Module]
     config: MoEConfig
     plan: Plan
-    shape: Shape
+    live: LiveBlock
     kind: Kind
     experts_apart: bool
     shared: str | None = None
@@ -48,24 +58,23 @@ class Swap:
             return f"it is a {type(block).__name__} and was a {self.cls.__name__}"
         if not idle and (why := why_not_plain(block)) is not None:
             return f"it {why}"
-        return why_called(block, self.kind, OURS, self.shape.router, idle=idle)
+        return why_called(block, self.kind, OURS, self.live.router, idle=idle)
 
 
 def swap_of_block(family: Family, block: nn.Module, plan: Plan, own: MoEConfig, config: MoEConfig) -> Swap:
     """The Swap of a block, from its own config and the configured one."""
-    shape = SHAPES.get(family.names[0], Shape())
     shared = _shared_apart(config, plan) if config.shared == own.shared else None
     if shared is not None:
         plan = tuple((path, source) for path, source in plan if not path.startswith("shared."))
     called = () if shared is None else (shared, "shared_expert_gate")
-    kind = kind_of_block(family, block, plan, called, alone=(shape.router,) if shape.stateful else ())
+    kind = kind_of_block(family, block, plan, called, alone=(family.live.router,) if family.live.stateful else ())
     experts = without_wrappers(getattr(block, "experts", None))
     known = dict(kind.children).get("experts", Kind(None)).cls is not None
     return Swap(
         cls=type(block),
         config=config if shared is None else dataclasses.replace(config, shared=None),
         plan=plan,
-        shape=shape,
+        live=family.live,
         kind=kind,
         shared=shared,
         experts_apart=known
@@ -81,7 +90,7 @@ def _shared_apart(config: MoEConfig, plan: Plan) -> str | None:
     """The name of the block's shared experts if the module can be called and its output added; else None."""
     shared = config.shared
     apart = next(
-        (source.names for path, source in plan if path == "shared.gate_up" and source.form == "end to end"), None
+        (source.names for path, source in plan if path == "shared.gate_up" and source.form == "concatenate"), None
     )
     sum_of_two = shared is not None and shared.gate != "router" and shared.combine == "sum"
     if apart is None or not sum_of_two or config.batch_invariant or (config.norms is not None and config.norms.output):
@@ -123,19 +132,19 @@ def _whole_block(
 ) -> Any:
     _refuse_noise(block, swap)
     extra = next((value for value in by_name.values() if value is not None), extra)
-    config, router = swap.config, getattr(block, swap.shape.router)
+    config, router = swap.config, getattr(block, swap.live.router)
     weights = weights_of_block(config, block, swap.plan)
     rest: Any = None
     x = hidden_states if hidden_states.ndim > 1 else hidden_states.view(-1, config.hidden_size)
-    if swap.shape.stateful:
+    if swap.live.stateful:
         logits, *_, rest = router(x, router_states=extra)
         logits, routing = moe_route(config, weights, x, logits.view(*x.shape[:-1], -1))
     else:
-        logits, routing = _unpack(swap.shape, router(x, weights, extra if config.router.selection == "hash" else None))
+        logits, routing = _unpack(swap.live, router(x, weights, extra if config.router.selection == "hash" else None))
     y = moe_forward_routed(config, weights, x, routing)
     y = y if swap.shared is None else y + _shared_output(block, swap.shared, x)
     flat_weights = routing.weights.flatten(0, -2).to(x.dtype)
-    return RETURNS[swap.shape.returns](y, logits.flatten(0, -2), flat_weights, rest)
+    return RETURNS[swap.live.returns](y, logits.flatten(0, -2), flat_weights, rest)
 
 
 def _shared_output(block: Any, name: str, x: Tensor) -> Tensor:
@@ -155,7 +164,7 @@ def router_forward(router: nn.Module, swap: Swap, *args: Any, **by_name: Any) ->
         return type(router).forward(router, *args, **by_name)
     x, weights, token_ids = args
     logits, routing = moe_route(swap.config, weights, x, token_ids=token_ids)
-    return _pack(swap.shape, logits, routing)
+    return _pack(swap.live, logits, routing)
 
 
 def replaced_experts_forward(
@@ -173,12 +182,12 @@ def swap_of_router(swap: Swap, router: nn.Module) -> Swap:
 
     Its forward refers to the router only, so that a copy of the router does not copy experts.
     """
-    above = f"{swap.shape.router}."
+    above = f"{swap.live.router}."
     own = [(path, source) for path, source in swap.plan if path.startswith("router.")]
     plan = tuple(
         (path, Source(source.form, tuple(name.removeprefix(above) for name in source.names))) for path, source in own
     )
-    return dataclasses.replace(swap, cls=type(router), plan=plan, kind=dict(swap.kind.children)[swap.shape.router])
+    return dataclasses.replace(swap, cls=type(router), plan=plan, kind=dict(swap.kind.children)[swap.live.router])
 
 
 def gemma_router_forward(router: nn.Module, swap: Swap, hidden_states: Tensor) -> Any:
@@ -206,10 +215,10 @@ def _with_empty_experts(swap: Swap, router: nn.Module, x: Tensor) -> MoEWeights:
     return dataclasses.replace(weights, **{path[0]: tensor for path, tensor in empty.items()})  # type: ignore[arg-type]
 
 
-def _pack(shape: Shape, logits: Tensor, routing: Routing) -> tuple[Any, ...]:
+def _pack(live: LiveBlock, logits: Tensor, routing: Routing) -> tuple[Any, ...]:
     """The router's output: flat logits at the index where transformers records them, then logits and routing."""
     return (
-        *([None] * shape.logits_at),
+        *([None] * live.logits_at),
         logits.flatten(0, -2),
         logits,
         routing.expert_ids,
@@ -218,8 +227,8 @@ def _pack(shape: Shape, logits: Tensor, routing: Routing) -> tuple[Any, ...]:
     )
 
 
-def _unpack(shape: Shape, packed: tuple[Any, ...]) -> tuple[Tensor, Routing]:
-    logits, ids, w, shared = packed[shape.logits_at + 1 :]
+def _unpack(live: LiveBlock, packed: tuple[Any, ...]) -> tuple[Tensor, Routing]:
+    logits, ids, w, shared = packed[live.logits_at + 1 :]
     return logits, Routing(expert_ids=ids, weights=w, shared_weights=shared)
 
 
@@ -230,7 +239,7 @@ def _refuse_noise(block: nn.Module, swap: Swap) -> None:
         raise ValueError(
             f"{type(block).__name__} samples its experts in training; expected eval(): moe_fn does not sample"
         )
-    for path in swap.shape.jitter:
+    for path in swap.live.jitter:
         value: Any = block
         for name in path.split("."):
             value = getattr(value, name, None)

@@ -1,13 +1,15 @@
-"""Names of the tensors in transformers' blocks for each path of `MoEWeights`: common names, and differences by
-family.
+"""Names of the tensors in transformers' blocks for each path of `MoEWeights`, and conversions; rows of
+`moe_fn.families` have the names of single families.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from moe_fn.families import Family
+from moe_fn.families.row import Source, Sources, same
 from moe_fn.integrations.transformers.reading import without_wrappers
 
 # A conversion from tensors of a block to one of MoEWeights: (tensors, sizes) -> tensor.
@@ -23,14 +25,14 @@ class Sizes:
 
 
 FORMS: dict[str, Form] = {
-    "as it is": lambda t, sizes: t[0],
-    "flat": lambda t, sizes: t[0].flatten(),
-    "end to end": lambda t, sizes: torch.cat(t),
+    "identity": lambda t, sizes: t[0],
+    "flatten": lambda t, sizes: t[0].flatten(),
+    "concatenate": lambda t, sizes: torch.cat(t),
     "one plus": lambda t, sizes: 1.0 + t[0],  # norms that store weight - 1
-    "one plus, to every expert": lambda t, sizes: (1.0 + t[0]).expand(sizes.num_experts, -1),
-    "to every expert": lambda t, sizes: t[0].expand(sizes.num_experts, -1),
-    "to every logit": lambda t, sizes: t[0].expand(sizes.num_logits),
-    "experts with weights": lambda t, sizes: t[0].narrow(0, 0, sizes.num_experts),
+    "one plus, expand to experts": lambda t, sizes: (1.0 + t[0]).expand(sizes.num_experts, -1),
+    "expand to experts": lambda t, sizes: t[0].expand(sizes.num_experts, -1),
+    "expand to logits": lambda t, sizes: t[0].expand(sizes.num_logits),
+    "without zero experts": lambda t, sizes: t[0].narrow(0, 0, sizes.num_experts),
     "gates and ups of flat experts": lambda t, sizes: torch.cat(
         [part.unflatten(0, (sizes.num_experts, -1)) for part in t], 1
     ),
@@ -42,33 +44,15 @@ FORMS: dict[str, Form] = {
     "scaled gate": lambda t, sizes: t[0] * t[1] * t[0].shape[-1] ** -0.5,
 }
 
-
-@dataclass(frozen=True)
-class Source:
-    """The source of one tensor of MoEWeights: a form, and names of the block's tensors ({e}: each expert in order)."""
-
-    form: str
-    names: tuple[str, ...]
-
-
-def _is(*alternatives: str, form: str = "as it is") -> tuple[Source, ...]:
-    return tuple(Source(form, (name,)) for name in alternatives)
-
-
-def _of(form: str, *names: str) -> tuple[Source, ...]:
-    return (Source(form, names),)
-
-
 _SHARED = ("shared_experts", "shared_expert", "shared_mlp")
-# By the dotted path in MoEWeights; the first source whose tensors exist is used.
-Sources = Mapping[str, tuple[Source, ...]]
 
+# Names that most families share; rows of families have the others.
 COMMON: Sources = {
-    "gate_up": _is("experts.gate_up_proj", "experts.up_proj"),
-    "down": _is("experts.down_proj"),
-    "gate_up_bias": _is("experts.gate_up_proj_bias", "experts.up_proj_bias"),
-    "down_bias": _is("experts.down_proj_bias"),
-    "router.gate": _is(
+    "gate_up": same("experts.gate_up_proj", "experts.up_proj"),
+    "down": same("experts.down_proj"),
+    "gate_up_bias": same("experts.gate_up_proj_bias", "experts.up_proj_bias"),
+    "down_bias": same("experts.down_proj_bias"),
+    "router.gate": same(
         "gate.weight",
         "router.weight",
         "gate.wg.weight",
@@ -76,82 +60,35 @@ COMMON: Sources = {
         "router.layer.weight",
         "router.classifier.weight",
     ),
-    "router.bias": _is("router.bias"),
+    "router.bias": same("router.bias"),
     "router.correction_bias": (
-        *_is(
+        *same(
             "gate.e_score_correction_bias", "router.e_score_correction_bias", "e_score_correction_bias", "expert_bias"
         ),
-        *_is("gate.moe_statics.e_score_correction_bias", form="flat"),
-        *_is("gate.balancing_biases"),
+        *same("gate.moe_statics.e_score_correction_bias", form="flatten"),
+        *same("gate.balancing_biases"),
     ),
-    "router.expert_ids_of_token": _is("gate.tid2eid"),
+    "router.expert_ids_of_token": same("gate.tid2eid"),
     "shared.gate_up": (
-        *(Source("as it is", (f"{name}.gate_up_proj.weight",)) for name in _SHARED),
-        *(Source("end to end", (f"{name}.gate_proj.weight", f"{name}.up_proj.weight")) for name in _SHARED),
-        *(Source("as it is", (f"{name}.up_proj.weight",)) for name in _SHARED),
+        *(Source("identity", (f"{name}.gate_up_proj.weight",)) for name in _SHARED),
+        *(Source("concatenate", (f"{name}.gate_proj.weight", f"{name}.up_proj.weight")) for name in _SHARED),
+        *(Source("identity", (f"{name}.up_proj.weight",)) for name in _SHARED),
     ),
-    "shared.down": _is(*(f"{name}.down_proj.weight" for name in _SHARED)),
+    "shared.down": same(*(f"{name}.down_proj.weight" for name in _SHARED)),
     "shared.gate_up_bias": (
-        *(Source("end to end", (f"{name}.gate_proj.bias", f"{name}.up_proj.bias")) for name in _SHARED),
-        *(Source("as it is", (f"{name}.up_proj.bias",)) for name in _SHARED),
+        *(Source("concatenate", (f"{name}.gate_proj.bias", f"{name}.up_proj.bias")) for name in _SHARED),
+        *(Source("identity", (f"{name}.up_proj.bias",)) for name in _SHARED),
     ),
-    "shared.down_bias": _is(*(f"{name}.down_proj.bias" for name in _SHARED)),
-    "shared.gate": _is("shared_expert_gate.weight"),
-}
-
-_GEMMA: Sources = {
-    "router.gate": _of("scaled gate", "router.proj.weight", "router.scale"),
-    "router.expert_scale": _is("router.per_expert_scale"),
-    "input_norm": _is("pre_feedforward_layernorm_2.weight"),
-    "output_norm": _is("post_feedforward_layernorm_2.weight"),
-}
-
-# Differences by the first name of a family (`moe_fn.families`).
-OF_FAMILY: Mapping[str, Sources] = {
-    "gemma4_text": _GEMMA,
-    "axk1": {"output_norm": _is("post_mlp_layernorm.weight")},
-    "dbrx": {
-        "gate_up": _of("gates and ups of flat experts", "experts.mlp.w1", "experts.mlp.v1"),
-        "down": _of("in_out of flat experts", "experts.mlp.w2"),
-    },
-    "inkling_text": {
-        "router.expert_scale": _is("gate.global_scale", form="to every logit"),
-        "shared.gate_up": _of("stacked gates and ups", "shared_experts.gate_proj", "shared_experts.up_proj"),
-        "shared.down": _of("stacked downs", "shared_experts.down_proj"),
-    },
-    # The block adds one bias once; a bias of every expert gives the same, because the routing weights sum to 1.
-    "jetmoe": {
-        "gate_up": _is("input_linear.weight"),
-        "down": _is("output_linear.weight"),
-        "down_bias": _is("bias", form="to every expert"),
-    },
-    "longcat_flash": {"gate_up": _is("experts.gate_up_proj", form="experts with weights")},
-    "muse_spark_text": {
-        "latent.input": _is("pre_expert_proj.weight"),
-        "latent.input_norm": _is("pre_expert_norm.weight", form="one plus"),
-        "latent.output": _is("post_expert_proj.weight"),
-        "expert_norm": _is("experts.post_expert_norm.weight", form="one plus, to every expert"),
-    },
-    "nemotron_h": {
-        "latent.input": _is("fc1_latent_proj.weight"),
-        "latent.input_bias": _is("fc1_latent_proj.bias"),
-        "latent.output": _is("fc2_latent_proj.weight"),
-        "latent.output_bias": _is("fc2_latent_proj.bias"),
-    },
-    "switch_transformers": {
-        "gate_up": _of("stack", "experts.expert_{e}.wi.weight"),
-        "down": _of("stack", "experts.expert_{e}.wo.weight"),
-        "router.bias": _is("router.classifier.bias"),
-    },
-    "zaya": {"router.gate": ()},  # the router is a network with a state: the caller passes logits
+    "shared.down_bias": same(*(f"{name}.down_proj.bias" for name in _SHARED)),
+    "shared.gate": same("shared_expert_gate.weight"),
 }
 
 Plan = tuple[tuple[str, Source], ...]  # dotted path in MoEWeights, and its source
 
 
-def plan_of_block(family: str, block: nn.Module) -> Plan:
+def plan_of_block(family: Family, block: nn.Module) -> Plan:
     """The source in this block of each tensor of MoEWeights, without the tensors that it does not have."""
-    sources = {**COMMON, **OF_FAMILY.get(family, {})}
+    sources = {**COMMON, **family.live.tensors}
     found = (
         (path, next((s for s in alternatives if _there(block, s)), None)) for path, alternatives in sources.items()
     )
