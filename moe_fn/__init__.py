@@ -19,6 +19,7 @@ from moe_fn.config import (
     ZeroExpertsConfig,
 )
 from moe_fn.forward import moe_forward, moe_forward_routed, moe_forward_shared, moe_forward_with_stats, moe_route
+from moe_fn.fused.route import route
 from moe_fn.layer.calibrate import calibrate
 from moe_fn.layer.lora import add_lora, make_lora, merge_lora, unmerge_lora
 from moe_fn.parallel import join_weights, shard_weights
@@ -39,7 +40,6 @@ from moe_fn.stages.dispatch import dispatch
 from moe_fn.stages.experts import experts
 from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
 from moe_fn.stages.replay import route_to
-from moe_fn.stages.route import route
 from moe_fn.torch_compat import mark_tokens
 from moe_fn.weights.prepare import prepare_weights, restore_weights
 from moe_fn.weights.quantize import dequantize_weights, quantize_weights

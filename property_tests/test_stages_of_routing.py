@@ -14,7 +14,7 @@ from moe_fn.config import ZeroExpertsConfig
 from moe_fn.kernels.native import library as native
 from moe_fn.kernels.triton import support as gpu
 from moe_fn.stages._scores import scores_of_logits
-from moe_fn.stages.route import _weights_of_ids, router_logits
+from moe_fn.stages.route import router_logits, weights_of_ids
 from moe_fn.testing import assert_matches, configs
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -217,7 +217,7 @@ def test_weights_of_a_choice_are_of_that_choice() -> None:
     """Not of the one that the logits would make."""
     config, logits = layer(router=RouterConfig(renormalize=False)), random(4, 6)
     ids = torch.tensor([[5, 0, 3]]).expand(4, 3)
-    assert_matches(_weights_of_ids(config, logits, None, ids), torch.softmax(logits, -1).gather(-1, ids))
+    assert_matches(weights_of_ids(config, logits, None, ids), torch.softmax(logits, -1).gather(-1, ids))
 
 
 def test_weights_of_shared_experts_are_float32_whatever_scores_are() -> None:

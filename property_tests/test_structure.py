@@ -164,6 +164,19 @@ def test_only_ops_talk_to_torch_library_and_only_kernels_to_triton(path: Path) -
     )
 
 
+# A back-end's ops are made of rules in ops/ and of the stages that they stand for.
+_OPS = ("ops/", "fused/", "layer/opaque.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_ops_are_defined_in_three_places_and_stages_import_no_kernels(path: Path) -> None:
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = [f.id if isinstance(f, ast.Name) else f.attr for f in calls if isinstance(f, ast.Name | ast.Attribute)]
+    defines = any(name.startswith("define_") for name in names)
+    assert not defines or path.relative_to(PACKAGE).as_posix().startswith(_OPS)
+    assert part_of(path) != "stages" or not any(module.startswith("kernels") for module in imports_of(path))
+
+
 # Where private names of torch may stand. testing/ looks into the compiler, bench/ calls other people's products.
 PRIVATE = ("torch_compat.py", "ops/define.py", "testing/graphs.py", "testing/graph_nodes.py", "bench/")
 _PRIVATE_NAME = re.compile(r"\btorch(?:\.\w+)*\._(?!_|check\b|pytree\b)\w+|distributed_c10d|forward_ad\._")

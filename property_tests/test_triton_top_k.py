@@ -16,10 +16,10 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1 before the first import of triton", allow_module_level=True)
 
 from moe_fn.config import GroupConfig, MoEConfig, RouterConfig, SharedExpertsConfig, ZeroExpertsConfig
+from moe_fn.fused.route import route
 from moe_fn.kernels.triton.support import LANES, MOST_GROUPS, router_problem
 from moe_fn.kernels.triton.top_k import route_top_k
 from moe_fn.records import MoEWeights, RouterWeights
-from moe_fn.stages.route import route
 from moe_fn.testing import assert_matches
 
 SEEDS = st.integers(0, 2**20)

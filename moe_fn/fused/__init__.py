@@ -1,1 +1,1 @@
-"""Dispatch, experts and combine as one op."""
+"""One op in the place of stages: dispatch, experts and combine; the router."""

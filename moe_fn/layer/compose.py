@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moe_fn.config import MoEConfig, RankGroup
+from moe_fn.fused.route import _route
 from moe_fn.ops import collectives
 from moe_fn.parallel.adapters import adapters_of_each
 from moe_fn.parallel.dispatch import FORMATS, Overflow, can_drop_slots
@@ -19,7 +20,7 @@ from moe_fn.parallel.expert_ranks import WEIGHTS_OF_EACH
 from moe_fn.records import MoEWeights, Routing
 from moe_fn.stages.join import addends, join
 from moe_fn.stages.reduce_and_trunc import reduce_and_trunc
-from moe_fn.stages.route import _route, router_logits
+from moe_fn.stages.route import router_logits
 from moe_fn.stages.shared import shared_experts
 from moe_fn.stages.transform import norm_for_gate, norm_output, transform_input, transform_output
 from moe_fn.stages.zero_experts import zero_experts

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, RankGroup
+from moe_fn.fused.route import _route
 from moe_fn.fused.routed_experts import routed_experts, weighted_slots
 from moe_fn.numerics import accumulation_dtype
 from moe_fn.ops import collectives, rounded_collectives
@@ -24,7 +25,6 @@ from moe_fn.quant.wire import packed, travelling, unpacked
 from moe_fn.records import Dispatched, MoEWeights, Routing
 from moe_fn.stages.combine import _combine
 from moe_fn.stages.dispatch import weighted
-from moe_fn.stages.route import _route
 
 Overflow = Tensor | None  # the number of slots of this rank dropped by the capacity
 SharedFn = Callable[[], Tensor | None]  # computes the shared experts, which need no other rank's tokens

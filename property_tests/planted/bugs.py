@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from moe_fn import balance, checks, forward
-from moe_fn.fused import routed_experts
+from moe_fn.fused import route, routed_experts
 from moe_fn.kernels.torch import grouped
 from moe_fn.layer import call, chunked, compose, lora, opaque
 from moe_fn.ops import arithmetic, grouped_matmul
@@ -30,7 +30,6 @@ from moe_fn.stages import (
     experts,
     join,
     reduce_and_trunc,
-    route,
     shared,
     transform,
     zero_experts,
@@ -314,13 +313,13 @@ BUGS = (
     PlantedBug(
         "a_capacity_keeps_the_first_slots_of_every_expert",
         "one slot too many",
-        route._within_capacity,
+        route.within_capacity,
         before(lambda config, routing, capacity, leading: (config, routing, capacity + 1, leading)),
     ),
     PlantedBug(
         "a_capacity_keeps_the_first_slots_of_every_expert",
         "sequences share their capacity",
-        route._within_capacity,
+        route.within_capacity,
         before(lambda config, routing, capacity, leading: (config, routing, capacity, None)),
     ),
     PlantedBug(

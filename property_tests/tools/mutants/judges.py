@@ -5,6 +5,7 @@ survives those.
 # called without pytest
 DIRECT = ("test_layer.test_the_layer_equals_the_reference", "test_layer.test_any_routing_equals_the_reference")
 WITH_DIRECT: dict[str, tuple[str, ...]] = {
+    "moe_fn/fused/route.py": ("test_route.test_routing_equals_the_reference",),
     "moe_fn/stages/route.py": ("test_route.test_routing_equals_the_reference",),
     "moe_fn/stages/_scores.py": (
         "test_route.test_routing_equals_the_reference",
@@ -26,6 +27,7 @@ ALL_STAGES = (
 LORA = "property_tests/test_lora.py::test_lora_equals_the_reference"
 AROUND = "property_tests/test_around_the_experts.py"
 OWN: dict[str, tuple[str, ...]] = {
+    "moe_fn/fused/route.py": ("property_tests/test_route.py",),
     "moe_fn/stages/route.py": ("property_tests/test_route.py",),
     "moe_fn/stages/dispatch.py": ("property_tests/test_dispatch.py", LORA),
     "moe_fn/stages/combine.py": ("property_tests/test_combine.py",),
