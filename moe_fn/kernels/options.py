@@ -19,6 +19,19 @@ AROUND_EXPERTS: Known = dict.fromkeys(
     )
 )  # fmt: skip
 
+# What both the C++ and the Triton kernels compute of ActivationConfig. What only one of them computes is a line in its
+# own support.py.
+FUSED_ACTIVATION: Known = {
+    "function": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "situ"),
+    "gated": (False, True),
+    "limit": ANY,
+    "limit_at": ("input", "output"),
+    "alpha": ANY,
+    "up_offset": ANY,
+    "gate_cap": ANY,
+    "up_cap": ANY,
+}
+
 
 def unknown_option(kernels: str, config: Any, known: Known) -> str | None:
     """The first option of a config that kernels do not know, in words; None if they know all.

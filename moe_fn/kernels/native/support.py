@@ -8,7 +8,7 @@ from moe_fn.config import as_activation
 from moe_fn.config.moe import config_of_json
 from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.native.library import active
-from moe_fn.kernels.options import ANY, AROUND_EXPERTS, Known, unknown_option
+from moe_fn.kernels.options import ANY, AROUND_EXPERTS, FUSED_ACTIVATION, Known, unknown_option
 from moe_fn.torch_compat import constant_while_tracing
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -22,16 +22,7 @@ EXPERTS: Known = {
     "activation": ANY,  # ACTIVATION
     "quant": ANY,  # QUANT
 }
-ACTIVATION: Known = {  # activation.h
-    "function": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "situ"),
-    "gated": (False, True),
-    "limit": ANY,
-    "limit_at": ("input", "output"),
-    "alpha": ANY,
-    "up_offset": ANY,
-    "gate_cap": ANY,
-    "up_cap": ANY,
-}
+ACTIVATION: Known = {**FUSED_ACTIVATION}  # activation.h
 QUANT: Known = {  # quant_arguments.h
     "scheme": ("fp8_e4m3", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"),
     "granularity": ("tensor", "channel", "group", "block"),

@@ -12,7 +12,7 @@ import torch
 from moe_fn.config import MoEConfig, as_activation
 from moe_fn.config.moe import config_of_json
 from moe_fn.config.quant import QuantConfig, quant_of_json
-from moe_fn.kernels.options import ANY, AROUND_EXPERTS, Known, unknown_option
+from moe_fn.kernels.options import ANY, AROUND_EXPERTS, FUSED_ACTIVATION, Known, unknown_option
 from moe_fn.kernels.triton.quant.tiles import LEAST_STEP, fitting_step
 from moe_fn.kernels.triton.tiles import architecture_of
 from moe_fn.torch_compat import constant_while_tracing
@@ -33,16 +33,7 @@ EXPERTS: Known = {
     "activation": ANY,  # ACTIVATION
     "quant": ANY,  # QUANT
 }
-ACTIVATION: Known = {  # activation.py
-    "function": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "situ"),
-    "gated": (False, True),
-    "limit": ANY,
-    "limit_at": ("input", "output"),
-    "alpha": ANY,
-    "up_offset": ANY,
-    "gate_cap": ANY,
-    "up_cap": ANY,
-}
+ACTIVATION: Known = {**FUSED_ACTIVATION}  # activation.py
 QUANT: Known = {  # quant/codes.py
     "scheme": ("fp8_e4m3", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"),
     "granularity": ("tensor", "channel", "group", "block"),
