@@ -4,7 +4,7 @@
 # make test-thorough   the variants of tests that take minutes (all tiles of all kernels for four GPUs, the largest scan under Inductor ...)
 # make fuzz   damages configs and checkpoints until a reader breaks, minutes each (FUZZ=seconds)
 # make mutants, make mutants-cpp   small changes of the code, one at a time: does a test notice? Hours
-# make pages   writes what is generated in pages: messages of errors.md, tables of families.md, the campaign's where out/campaign is there
+# make pages   writes what is generated in pages: messages of errors.md, names in options.md, tables of families.md, the campaign's where out/campaign is there
 # make soak   a thousand times each: forward, backward, compile, export; memory stays flat, and its peaks are those of the formulas
 # make bench-quant   the same with experts in 8 and 4 bits
 # make campaign   20,000 random problems over the whole config space, each held to its own error bound; stops and goes on where it was
@@ -55,6 +55,7 @@ campaign: $(INSTALLED)
 
 pages: $(INSTALLED)
 	PYTHONPATH=.:property_tests $(BIN)/python -m tools.error_page
+	PYTHONPATH=.:property_tests $(BIN)/python -m tools.options_page
 	$(BIN)/python examples/coverage.py --write docs/families.md
 	if [ -d out/campaign ]; then PYTHONPATH=property_tests $(BIN)/python -m campaign report --to examples/campaign; fi
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tools import options_page
+
+from moe_fn.config.quant import SCHEMES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
@@ -130,3 +133,10 @@ def test_a_broken_page_is_noticed() -> None:
     assert block == Block(("requires", "torch"), "print(1)\n", 3, "2\n")
     with pytest.raises(AssertionError, match="no end"):
         blocks_of("```python\nx = 1\n")
+
+
+def test_names_of_options_are_on_their_pages() -> None:
+    page = options_page.PAGE.read_text()
+    assert options_page.written(page) == page, "make pages writes it"
+    quantization = (ROOT / "docs" / "quantization.md").read_text()
+    assert not [name for name in SCHEMES if f"`{name}`" not in quantization]

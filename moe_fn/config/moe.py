@@ -14,7 +14,7 @@ from moe_fn.config.lora import LoRAConfig
 from moe_fn.config.parallel import ParallelConfig, RankGroup
 from moe_fn.config.parts import ExpertNormConfig, LatentConfig, NormsConfig, SharedExpertsConfig, ZeroExpertsConfig
 from moe_fn.config.quant import ActivationQuantConfig, QuantConfig
-from moe_fn.config.router import GroupConfig, RouterConfig
+from moe_fn.config.router import SCORINGS, GroupConfig, RouterConfig
 
 Backend = Literal["auto", "torch", "native", "triton"]
 
@@ -125,9 +125,9 @@ class MoEConfig:
             raise ValueError(
                 "MoEConfig.shared.gate='router' with router.selection='sparsemixer': expected 'top_k' or 'hash'"
             )
-        if self.shared is not None and self.shared.gate == "router" and router.scoring == "softmax":
+        if self.shared is not None and self.shared.gate == "router" and not SCORINGS[router.scoring]:
             raise ValueError(
-                "MoEConfig.shared.gate='router' with router.scoring='softmax': "
+                f"MoEConfig.shared.gate='router' with router.scoring={router.scoring!r}: "
                 "expected an elementwise score, such as 'sigmoid'"
             )
         if router.gate_input == "transformed" and self.norms is not None and self.norms.gate:

@@ -12,6 +12,8 @@ Selection = Literal["top_k", "sparsemixer", "hash"]
 CorrectionBias = Literal["none", "scores", "logits"]
 ScaleOn = Literal["weights", "output", "output_float16_safe"]
 Precision = Literal["float32", "input"]
+# Every scoring, and whether the score of an expert is a function of its own logit alone.
+SCORINGS: dict[str, bool] = {"softmax": False, "sigmoid": True, "sqrtsoftplus": True, "identity": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class RouterConfig:
     gate_input: Literal["original", "transformed"] = "original"
 
     def __post_init__(self) -> None:
-        check_choice("RouterConfig.scoring", self.scoring, get_args(Scoring))
+        check_choice("RouterConfig.scoring", self.scoring, tuple(SCORINGS))
         check_choice("RouterConfig.scoring_order", self.scoring_order, get_args(ScoringOrder))
         check_choice("RouterConfig.selection", self.selection, get_args(Selection))
         check_choice("RouterConfig.correction_bias", self.correction_bias, get_args(CorrectionBias))

@@ -6,7 +6,7 @@ shared experts, ...) until they are drawn.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from moe_fn.config import (
@@ -19,16 +19,17 @@ from moe_fn.config import (
     as_activation,
 )
 from moe_fn.config.activation import FUNCTIONS, PRESETS
+from moe_fn.config.router import SCORINGS
 
 Known = dict[str, Any]
 
 # Values of each option, in the order of drawing; the first is the simplest, and Hypothesis shrinks towards it.
 # Multipliers and softcaps are those for which values.py guarantees that scores tie exactly or differ clearly.
-OPTIONS: dict[str, tuple[Any, ...]] = {
+OPTIONS: dict[str, Collection[Any]] = {
     "selection": ("top_k", "top_k", "top_k", "hash", "sparsemixer"),
     "groups": (None, None, "groups"),
     "weight_on": ("output", "output", "input"),
-    "scoring": ("softmax", "sigmoid", "sqrtsoftplus", "identity"),
+    "scoring": SCORINGS,
     "scoring_order": ("before_top_k", "after_top_k"),
     "correction_bias": ("none", "scores", "logits"),
     "renormalize": (True, False),
@@ -155,7 +156,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool]], ...] = (
     (("renormalize_epsilon", "renormalize"), _default_unless(True, 0.0)),
     (("renormalize_minimum", "renormalize"), _default_unless(True, 0.0)),
     (("renormalize_order", "renormalize"), _default_unless(True, 1.0)),
-    (("scoring", "shared"), lambda scoring, shared: scoring != "softmax" or _gate(shared) != "router"),
+    (("scoring", "shared"), lambda scoring, shared: SCORINGS[scoring] or _gate(shared) != "router"),
     (("zero_experts", "weight_on"), _default_unless("output", None)),
     (("zero_experts", "scale_on"), _default_unless("weights", None)),
     (("scale_on", "routed_scaling_factor"), lambda scale_on, factor: scale_on == "weights" or factor != 0.0),

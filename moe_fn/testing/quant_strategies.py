@@ -29,7 +29,9 @@ def quants(draw: DrawFn, activations: bool = True, of_call: bool = True) -> Quan
         group_size=(row.group_size or draw(sizes)) if granularity == "group" else None,
         block_shape=(draw(sizes), draw(sizes)) if granularity == "block" else None,
         zero_points=row.zero_points and draw(st.booleans()),
-        activations=draw(st.none() | _activations(row.activations, of_call)) if activations else None,
+        activations=draw(st.none() | _activations(row.activations, of_call))
+        if activations and row.activations
+        else None,
     )
 
 

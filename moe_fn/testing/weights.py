@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig
+from moe_fn.config.router import SCORINGS
 from moe_fn.records import LatentWeights, LoRAWeights, MoEWeights, RouterWeights, SharedWeights
 from moe_fn.testing.quant_weights import codes_for
 from moe_fn.weights.spec import plain_sizes
@@ -80,7 +81,7 @@ def weights_for(
 def _router(config: MoEConfig, make: "_Maker", bias: bool, scales: bool, vocabulary: int) -> RouterWeights:
     make = make.at_least_float32()
     router, gate = config.router, plain_sizes(config, ("router", "gate"))
-    step = SOFTMAX_BIAS_STEP if router.scoring == "softmax" and router.correction_bias == "scores" else BIAS_STEP
+    step = SOFTMAX_BIAS_STEP if not SCORINGS[router.scoring] and router.correction_bias == "scores" else BIAS_STEP
     return RouterWeights(
         gate=make.normal(*gate, fan_in=gate[-1]),
         bias=make.normal(gate[0], fan_in=4) if bias else None,
