@@ -57,7 +57,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 GATE_INSIDE = {"gpt_oss", "everything"}
 MASKED = {"everything"}
 CHUNK = 16
-LONGEST = ("everything", "chunked")  # exported, a scan that carries everything takes four times as long as any other
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "opaque": {"opaque": True},
@@ -113,18 +112,27 @@ def every_case(recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = t
     return [Case(recipe, form) for recipe in recipes for form in forms]
 
 
+# One case of each kind: all forms of the layer without options, every recipe in stages, and all optional tensors given
+# to the one op of the opaque form. The others cross these.
+KINDS = (*(("default", form) for form in FORMS), *((recipe, "plain") for recipe in RECIPES), ("everything", "opaque"))
+# The fewest that meet both paths and every option, for tests whose case takes a second or more.
+IN_STAGES_AND_IN_ONE_OP = (("default", "plain"), ("default", "opaque_chunked"), ("everything", "plain"))
+EVERY = tuple((recipe, form) for recipe in RECIPES for form in FORMS)  # of tests that take milliseconds
+
+
 def cases(
-    recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = tuple(FORMS), longest: bool = False
+    recipes: Sequence[str] = tuple(RECIPES),
+    forms: Sequence[str] = tuple(FORMS),
+    often: Sequence[tuple[str, str]] = KINDS,
 ) -> pytest.MarkDecorator:
     """A test over layers and forms: its argument `case`.
 
-    longest: also, not among the thorough ones alone, the case that takes longest.
+    often: (recipe, form) of the cases that `make test` runs; the others are thorough.
     """
-
-    def marks(case: Case) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.thorough] if (case.recipe, case.form) == LONGEST and not longest else []
-
-    found = [pytest.param(case, marks=marks(case), id=str(case)) for case in every_case(recipes, forms)]
+    found = [
+        pytest.param(case, marks=[pytest.mark.thorough] * ((case.recipe, case.form) not in often), id=str(case))
+        for case in every_case(recipes, forms)
+    ]
     return pytest.mark.parametrize("case", found)
 
 

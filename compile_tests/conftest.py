@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 import torch._dynamo
 import torch._inductor.config
 
+from shared_tests.collector import collect_less
+
 torch.set_num_threads(1)
 # a pool of compiler processes takes longer to start than these graphs to compile
 torch._inductor.config.compile_threads = 1
@@ -45,3 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    collect_less()

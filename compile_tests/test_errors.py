@@ -53,8 +53,16 @@ def call(form: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     return layer, Case("default").args(9)[:3]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", WRONG)
+# Every wrong call in stages, and one in each form: the check is before the forms differ.
+WRONG_IN_FORMS = [
+    pytest.param(name, form, marks=[pytest.mark.thorough] * (form != "plain" and name != "narrow x"))
+    for form in FORMS
+    for name in WRONG
+]
+wrong_calls = pytest.mark.parametrize(("name", "form"), WRONG_IN_FORMS)
+
+
+@wrong_calls
 def test_eager_and_plain_compile_raise_value_errors_that_say_what_is_wrong(name: str, form: str) -> None:
     layer, args = call(form)
     spoilt = WRONG[name].spoil(*args)
@@ -65,8 +73,7 @@ def test_eager_and_plain_compile_raise_value_errors_that_say_what_is_wrong(name:
         assert str(raised.value).startswith("moe_forward: ")
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", WRONG)
+@wrong_calls
 def test_under_fullgraph_the_error_contains_our_words(name: str, form: str) -> None:
     layer, args = call(form)
     with pytest.raises(Exception) as raised:
@@ -74,7 +81,9 @@ def test_under_fullgraph_the_error_contains_our_words(name: str, form: str) -> N
     assert WRONG[name].words in str(raised.value)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", ["plain", *(pytest.param(form, marks=pytest.mark.thorough) for form in FORMS if form != "plain")]
+)
 @pytest.mark.parametrize("beside", ["logits", "token_mask"])
 def test_another_number_of_tokens_is_refused_with_our_words(beside: str, form: str) -> None:
     layer, (weights, x, logits) = call(form)

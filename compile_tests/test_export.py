@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 import moe_fn
-from compile_tests.cases import TORCH_2_11, Case, cases
+from compile_tests.cases import IN_STAGES_AND_IN_ONE_OP, KINDS, TORCH_2_11, Case, cases
 from compile_tests.graphs import ops, reading_values
 from moe_fn import MoEConfig, MoEWeights
 
@@ -53,7 +53,8 @@ def assert_same_numbers(run: Any, case: Case, tolerance: float = 0.0) -> None:
         torch.testing.assert_close(run(*args), case.layer(weights, *args), rtol=tolerance, atol=tolerance)
 
 
-@cases(RECIPES)
+# By both tracers: the stages, a scan, one op.
+@cases(RECIPES, often=KINDS[:3])
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 def test_exported_tokens_range_from_zero_and_the_numbers_are_the_same(case: Case, strict: bool) -> None:
     program = exported(case, strict)
@@ -70,7 +71,7 @@ def test_the_exported_graph_holds_the_ops_of_its_form(case: Case) -> None:
     assert (scans, whole) == {"plain": (0, 0), "chunked": (1, 0), "opaque": (0, 1), "opaque_chunked": (0, 1)}[case.form]
 
 
-@cases(RECIPES, ("plain", "opaque", "chunked"))
+@cases(RECIPES, ("plain", "opaque", "chunked"), often=IN_STAGES_AND_IN_ONE_OP)
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 def test_config_and_weights_are_arguments_of_export(case: Case, strict: bool) -> None:
     weights, *token_args = case.args(7)
@@ -91,7 +92,7 @@ def nothing_dynamic(record: Any) -> Any:
     return [nothing_dynamic(value) for value in vars(record).values() if value is not None]
 
 
-@cases(RECIPES)
+@cases(RECIPES, often=(*KINDS[:3], ("everything", "plain")))
 def test_exported_programs_survive_saving(case: Case) -> None:
     file = io.BytesIO()
     torch.export.save(exported(case), file)
@@ -111,7 +112,8 @@ def test_exported_modules_train(form: str) -> None:
     torch.testing.assert_close(*grads)
 
 
-AOTI_CASES = [Case("gpt_oss", "opaque"), Case("default", "chunked")]  # a plain one: test_quant_in_graph
+# A plain one: test_prepared. Each takes the C++ compiler 5 s: one op, and a scan.
+AOTI_CASES = [Case("gpt_oss", "opaque"), pytest.param(Case("default", "chunked"), marks=pytest.mark.thorough)]
 
 
 @pytest.mark.parametrize("case", AOTI_CASES, ids=str)

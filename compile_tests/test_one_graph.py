@@ -11,7 +11,18 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import moe_fn
-from compile_tests.cases import FORMS, GATE_INSIDE, HIDDEN, Case, as_leaves, cases, every_case
+from compile_tests.cases import (
+    FORMS,
+    GATE_INSIDE,
+    HIDDEN,
+    IN_STAGES_AND_IN_ONE_OP,
+    KINDS,
+    RECIPES,
+    Case,
+    as_leaves,
+    cases,
+    every_case,
+)
 from compile_tests.graphs import Graphs, graphs_of, new_sizes, nodes, ops, reading_values
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, Routing
 from moe_fn.testing import assert_matches, assert_one_graph, count_graphs, weights_for
@@ -23,12 +34,12 @@ either = pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "
 all_forms = pytest.mark.parametrize("form", FORMS)
 
 
-@cases(longest=True)
+@cases()
 def test_fullgraph_makes_one_graph_for_every_token_count(case: Case) -> None:
     assert_one_graph(case.layer, case.args, TOKENS, backward=True, backend="aot_eager", forbid=ATOMICS)
 
 
-@cases(("everything",))
+@cases(("everything",), often=[("everything", "plain")])  # in one op there is nothing where Dynamo could break
 def test_plain_compile_makes_one_graph_for_every_token_count(case: Case) -> None:
     assert_one_graph(case.layer, case.args, TOKENS, fullgraph=False, backward=True, backend="aot_eager", forbid=ATOMICS)
 
@@ -50,7 +61,7 @@ def test_one_graph_serves_a_thousand_tokens_and_eight_thousand(form: str) -> Non
     assert_one_graph(layer, lambda tokens: case.args(tokens)[:3], (3, 1000, 0), backend="aot_eager", backward=True)
 
 
-@cases(("default",))
+@cases(("default",), often=IN_STAGES_AND_IN_ONE_OP)
 @either
 def test_unmarked_tokens_add_only_the_graphs_that_torch_makes_for_0_and_1(case: Case, fullgraph: bool) -> None:
     calls = [as_leaves(case.args(tokens)) for tokens in (3, 7, 1, 0, 2, 40)]
@@ -81,11 +92,17 @@ def test_equal_configs_share_a_graph_and_other_configs_do_not(form: str) -> None
     assert count_graphs(layer, [(config,), (other,), (twin,), (other,)]).graphs == 2
 
 
-GRAPHED = [(case, True) for case in every_case()] + [(Case("default", form), False) for form in FORMS]
-GRAPHED_IDS = [f"{case}-{'fullgraph' if fullgraph else 'plain compile'}" for case, fullgraph in GRAPHED]
+GRAPHED = [
+    pytest.param(
+        case, fullgraph, id=f"{case}-{'fullgraph' if fullgraph else 'plain compile'}",
+        marks=[pytest.mark.thorough] * ((case.recipe, case.form) not in (KINDS if fullgraph else KINDS[:1])),
+    )
+    for fullgraph in (True, False)
+    for case in every_case(tuple(RECIPES) if fullgraph else ("default",))
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "fullgraph"), GRAPHED, ids=GRAPHED_IDS)
+@pytest.mark.parametrize(("case", "fullgraph"), GRAPHED)
 def test_graphs_hold_the_ops_of_their_form_and_never_read_values(case: Case, fullgraph: bool) -> None:
     args = as_leaves(case.args(9))
     moe_fn.mark_tokens(*args[1:])
@@ -109,7 +126,7 @@ def assert_aten_and_one_kernel(case: Case, graphs: Graphs) -> None:
         assert ops(graphs.backward) == {"routed_experts_backward_native": 1}
 
 
-@cases(("default", "deepseek"), ("plain",))
+@cases(("default", "deepseek"), ("plain",), often=[("default", "plain")])
 def test_the_torch_back_end_is_aten_and_grouped_products(case: Case) -> None:
     args = as_leaves(case.args(9))
     moe_fn.mark_tokens(*args[1:])
@@ -155,13 +172,23 @@ def _shared(case: Case) -> Callable[..., Any]:
     return lambda weights, x, logits, mask: moe_fn.moe_forward_shared(config, weights, x, logits, token_mask=mask)
 
 
-@cases(("everything",))
-@pytest.mark.parametrize("make", [_with_stats, _shared])
+# Each entry in stages; with shared_output, an op of its own, also in one op.
+OTHER_ENTRIES = [
+    pytest.param(
+        Case("everything", form), make, id=f"{make.__name__}-everything-{form}",
+        marks=[pytest.mark.thorough] * (form != "plain" and (make, form) != (_shared, "opaque")),
+    )
+    for make in (_with_stats, _shared)
+    for form in FORMS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "make"), OTHER_ENTRIES)
 def test_the_other_entries_are_one_graph(case: Case, make: Callable[[Case], Callable[..., Any]]) -> None:
     assert_one_graph(make(case), case.args, (3, 0, 1, 20), backward=True, backend="aot_eager", forbid=ATOMICS)
 
 
-@cases(("everything",))
+@cases(("everything",), often=[("everything", "plain")])
 def test_the_layer_behind_a_router_of_your_own_is_one_graph(case: Case) -> None:
     config = case.config
 
@@ -201,7 +228,7 @@ OTHER_ROUTERS = {
 
 
 @pytest.mark.parametrize("name", OTHER_ROUTERS)
-@pytest.mark.parametrize("form", ["plain", "opaque_chunked"])
+@pytest.mark.parametrize("form", ["plain", pytest.param("opaque_chunked", marks=pytest.mark.thorough)])
 def test_other_routers_are_one_graph(name: str, form: str) -> None:
     router = OTHER_ROUTERS[name]
     config = replace(Case("default", form).config, router=router, top_k=1 if router.weight_on == "input" else 2)
@@ -217,7 +244,7 @@ def test_other_routers_are_one_graph(name: str, form: str) -> None:
     assert_one_graph(layer, make_args, (3, 0, 1, 20), backward=True, backend="aot_eager", forbid=ATOMICS)
 
 
-@pytest.mark.parametrize("form", ["plain", "chunked", "opaque_chunked"])
+@pytest.mark.parametrize("form", ["plain", pytest.param("chunked", marks=pytest.mark.thorough), "opaque_chunked"])
 def test_leading_dimensions_stay_one_graph(form: str) -> None:
     case = Case("everything", form)
     config, counter = case.config, CompileCounterWithBackend("aot_eager")
@@ -260,9 +287,10 @@ class Model(torch.nn.Module):
 
 
 MODELS = [
-    ("plain", "aot_eager", ("deepseek", "gpt_oss")),
+    pytest.param("plain", "aot_eager", ("deepseek", "gpt_oss"), marks=pytest.mark.thorough),
+    ("plain", "aot_eager", ("default",)),
     ("opaque_chunked", "aot_eager", ("deepseek", "gpt_oss")),
-    ("chunked", "aot_eager", ("deepseek",)),
+    pytest.param("chunked", "aot_eager", ("deepseek",), marks=pytest.mark.thorough),
 ]
 
 

@@ -30,7 +30,7 @@ def run(fn: Any, args: tuple[Any, ...]) -> tuple[Tensor, Any]:
 DTYPE_OF = {"everything": torch.float32, "gpt_oss": torch.bfloat16, "deepseek": torch.float16, "default": torch.float64}
 
 
-@cases(longest=True)
+@cases()
 def test_aot_eager_gives_the_bits_of_eager(case: Case) -> None:
     dtype = DTYPE_OF[case.recipe]
     args = case.args(20, dtype)
@@ -65,7 +65,9 @@ def test_the_same_inputs_give_the_same_bits_every_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "opaque"), [(1, True), (7, True), (100, True), pytest.param(7, False, marks=pytest.mark.thorough)]
+    ("size", "opaque"),
+    # a last chunk that is not full; of one token each, one chunk for all, and a scan
+    [(7, True), *(pytest.param(*case, marks=pytest.mark.thorough) for case in ((1, True), (100, True), (7, False)))],
 )
 def test_chunks_of_any_size_change_nothing_when_compiled(size: int, opaque: bool) -> None:
     case = Case("deepseek")

@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import moe_fn
-from compile_tests.cases import FORMS, HIDDEN, Case, as_leaves, cases
+from compile_tests.cases import EVERY, FORMS, HIDDEN, IN_STAGES_AND_IN_ONE_OP, Case, as_leaves, cases
 from moe_fn import MoEConfig, MoEWeights
 from moe_fn.records import leaves_of_weights, weights_of_leaves
 from moe_fn.testing import assert_matches, weights_for
 
 BOTH = ("default", "everything")
+CHUNKED = ("chunked", "opaque_chunked")
 ONCE_ONLY = ("opaque", "opaque_chunked")  # forms without a second derivative and without forward mode
 
 
@@ -44,28 +45,60 @@ def assert_alike(actual: Any, expected: Any) -> None:
     assert_matches(actual, expected, tolerance=1e-5, scale=1.0)
 
 
+def asked(case: Case, argnums: Any) -> Any:
+    """Without the logits where the gate is inside."""
+    return {2: 0, (0, 1, 2): (0, 1)}.get(argnums, argnums) if case.token_args(1)[1] is None else argnums
+
+
+def assert_not_zero(found: Any) -> None:
+    first = found[0] if isinstance(found, tuple) else found
+    assert (first.gate_up if isinstance(first, MoEWeights) else first).abs().max() > 0.1
+
+
 # func.grad. With respect to the weights alone a library op wrapped in an autograd.Function gives zeros, silently.
-@cases(BOTH)
-@pytest.mark.parametrize("argnums", [0, 1, 2, (0, 1, 2)], ids=["weights", "x", "logits", "all"])
-def test_func_grad_is_the_same_compiled_and_never_silently_zero(case: Case, argnums: Any) -> None:
-    args = case.args(20)
-    if args[2] is None:  # the gate is inside: there are no logits
-        argnums = {2: 0, (0, 1, 2): (0, 1)}.get(argnums, argnums)
-    transformed = grad(loss_of(case), argnums)
-    expected, actual = transformed(*args), compiled(transformed)(*args)
-    assert_alike(actual, expected)
+ARGNUMS = {"weights": 0, "x": 1, "logits": 2, "all": (0, 1, 2)}
+
+
+@cases(BOTH, often=EVERY)
+@pytest.mark.parametrize("argnums", ARGNUMS.values(), ids=ARGNUMS)
+def test_func_grad_is_that_of_autograd_and_never_silently_zero(case: Case, argnums: Any) -> None:
+    args, argnums = case.args(20), asked(case, argnums)
+    found = grad(loss_of(case), argnums)(*args)
     leaves = as_leaves(args)
     loss_of(case)(*leaves).backward()
     by_autograd = tree_map(
         lambda t: torch.zeros_like(t) if t.grad is None else t.grad, leaves[0] if argnums == 0 else leaves[1]
     )
     if argnums in (0, 1):
-        assert_alike(actual, by_autograd)
-    first = actual if isinstance(argnums, int) else actual[0]
-    assert (first.gate_up if isinstance(first, MoEWeights) else first).abs().max() > 0.1
+        assert_alike(found, by_autograd)
+    assert_not_zero(found)
 
 
-@cases(BOTH)
+# Compiled, as one graph: of the weights alone in stages, in chunks, in one op, and with every option; of all arguments
+# in stages and in one op. `found` above is what eager gives for the others too.
+OF_WEIGHTS = (*(("default", form) for form in FORMS), ("everything", "plain"))
+GRADS = [
+    pytest.param(
+        Case(recipe, form), argnums, id=f"{name}-{recipe}-{form}",
+        marks=[pytest.mark.thorough] * ((recipe, form) not in often),
+    )
+    for name, argnums in ARGNUMS.items()
+    for often in [{"weights": OF_WEIGHTS, "all": OF_WEIGHTS[:2]}.get(name, ())]
+    for recipe in BOTH
+    for form in FORMS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "argnums"), GRADS)
+def test_func_grad_is_the_same_compiled_and_never_silently_zero(case: Case, argnums: Any) -> None:
+    args, argnums = case.args(20), asked(case, argnums)
+    transformed = grad(loss_of(case), argnums)
+    actual = compiled(transformed)(*args)
+    assert_alike(actual, transformed(*args))
+    assert_not_zero(actual)
+
+
+@cases(BOTH, often=(("default", "plain"), ("default", "opaque")))  # where Dynamo may break: in stages, around the op
 def test_func_grad_under_plain_compile_is_the_same(case: Case) -> None:
     args = case.args(20)
     assert_alike(compiled(grad(loss_of(case)), fullgraph=False)(*args), grad(loss_of(case))(*args))
@@ -81,13 +114,18 @@ def in_dims_of(*args: Any) -> tuple[int | None, ...]:
     return tuple(None if a is None else 0 for a in args)
 
 
-@cases(BOTH)
+@cases(BOTH, often=EVERY)
 def test_vmap_over_a_batch_is_the_loop(case: Case) -> None:
     weights, batch = case.weights(), batch_of(case)
     expected = torch.stack([case.layer(weights, *(None if a is None else a[b] for a in batch)) for b in range(3)])
+    assert_alike(vmap(case.layer, (None, *in_dims_of(*batch)))(weights, *batch), expected)
+
+
+@cases(BOTH, often=IN_STAGES_AND_IN_ONE_OP)
+def test_vmap_over_a_batch_is_the_same_compiled(case: Case) -> None:
+    weights, batch = case.weights(), batch_of(case)
     batched = vmap(case.layer, (None, *in_dims_of(*batch)))
-    assert_alike(batched(weights, *batch), expected)
-    assert_alike(compiled(batched)(weights, *batch), expected)
+    assert_alike(compiled(batched)(weights, *batch), batched(weights, *batch))
 
 
 @cases(BOTH, ("plain", "opaque"))
@@ -101,14 +139,19 @@ def test_vmap_over_weights_is_the_loop(case: Case) -> None:
     assert_alike(vmap(case.layer, (0, None, None, None))(stacked, *args), expected)
 
 
-@cases(BOTH)
-def test_gradients_per_sample_are_the_loop_also_compiled(case: Case) -> None:
+@cases(BOTH, often=EVERY)
+def test_gradients_per_sample_are_the_loop(case: Case) -> None:
     weights, batch = case.weights(), batch_of(case)
     per_sample = vmap(grad(loss_of(case)), (None, *in_dims_of(*batch)))
     samples = [grad(loss_of(case))(weights, *(None if a is None else a[b] for a in batch)) for b in range(3)]
-    expected = tree_map(lambda *parts: torch.stack(parts), *samples)
-    assert_alike(per_sample(weights, *batch), expected)
-    assert_alike(compiled(per_sample)(weights, *batch), expected)
+    assert_alike(per_sample(weights, *batch), tree_map(lambda *parts: torch.stack(parts), *samples))
+
+
+@cases(BOTH, often=IN_STAGES_AND_IN_ONE_OP)
+def test_gradients_per_sample_are_the_same_compiled(case: Case) -> None:
+    weights, batch = case.weights(), batch_of(case)
+    per_sample = vmap(grad(loss_of(case)), (None, *in_dims_of(*batch)))
+    assert_alike(compiled(per_sample)(weights, *batch), per_sample(weights, *batch))
 
 
 @cases(("default",))
@@ -135,7 +178,7 @@ class Layer(nn.Module):
         return moe_fn.moe_forward(self.config, weights, x, logits, token_mask=token_mask)
 
 
-@cases(BOTH)
+@cases(BOTH, often=IN_STAGES_AND_IN_ONE_OP)
 def test_functional_call_and_its_compiled_gradient_agree_with_autograd(case: Case) -> None:
     module, args = Layer(case.config, case.weights()), case.token_args(9)
     parameters = dict(module.named_parameters())
@@ -217,7 +260,7 @@ def differentiable(args: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[tuple
     return [leaves[i].requires_grad_() for i in places], rebuild
 
 
-@cases()
+@cases(often=EVERY)
 def test_gradcheck_passes_in_float64_for_every_tensor(case: Case) -> None:
     tensors, rebuild = differentiable(case.args(5, torch.float64))
     assert torch.autograd.gradcheck(lambda *tensors: case.layer(*rebuild(tensors)), tensors, fast_mode=True)
@@ -252,14 +295,14 @@ def test_checkpointing_changes_nothing_in_eager(case: Case, use_reentrant: bool)
     assert_alike(gradients(checkpointed, args), gradients(case.layer, args))
 
 
-@cases(BOTH)
+@cases(BOTH, often=IN_STAGES_AND_IN_ONE_OP)
 def test_checkpointing_changes_nothing_compiled(case: Case) -> None:
     args, layer = case.args(20), case.layer
     checkpointed = compiled(lambda *args: checkpoint(layer, *args, use_reentrant=False))
     assert_alike(gradients(checkpointed, args), gradients(layer, args))
 
 
-@cases(BOTH, ("plain", "chunked"))
+@cases(BOTH, ("plain", "chunked"), often=(("default", "plain"), ("default", "chunked")))
 def test_autocast_around_the_compiled_layer_is_that_of_eager(case: Case) -> None:
     """Gradients too: of a product in float32 AOTAutograd traces the backward under autocast."""
     layer = replace(case, backend="torch").layer
@@ -279,7 +322,7 @@ def test_autocast_moves_no_token_to_other_experts_in_any_form() -> None:
         assert_matches(y, expected, tolerance=1e-2)
 
 
-@cases(BOTH)
+@cases(BOTH, often=IN_STAGES_AND_IN_ONE_OP)
 def test_autocast_is_the_same_compiled_and_keeps_the_dtype_of_x(case: Case) -> None:
     args, layer = case.args(20), case.layer
 
@@ -323,11 +366,21 @@ def test_no_grad_and_inference_mode_change_nothing(case: Case) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert torch.equal(case.layer(*args), expected)
+
+
+@cases(("default",), often=IN_STAGES_AND_IN_ONE_OP)
+def test_no_grad_and_inference_mode_change_nothing_compiled(case: Case) -> None:
+    args = case.args(20)
+    expected = case.layer(*as_leaves(args)).detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
             torch.testing.assert_close(compiled(case.layer)(*args), expected, rtol=0, atol=0)
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("form", ["plain", "opaque", "chunked", "opaque_chunked"])
+@pytest.mark.parametrize(
+    "form", ["plain", "opaque", "chunked", pytest.param("opaque_chunked", marks=pytest.mark.thorough)]
+)
 def test_inference_mode_compiles_with_inductor(form: str) -> None:
     case = Case("default", form)
     args = case.args(20)
@@ -363,7 +416,7 @@ def one_process(tmp_path: Any) -> Iterator[None]:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["plain", "opaque", *(pytest.param(f, marks=pytest.mark.thorough) for f in CHUNKED)])
 @pytest.mark.usefixtures("one_process")
 def test_data_parallel_changes_nothing_also_compiled(form: str) -> None:
     case = Case("deepseek", form)

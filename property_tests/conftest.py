@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from shared_tests.collector import collect_less
+
 # before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
@@ -45,3 +47,7 @@ def _limit(request: pytest.FixtureRequest) -> Iterator[None]:
     seconds = 1800 if request.node.get_closest_marker("thorough") or "triton" not in request.node.nodeid else 180
     with at_most_cpu_seconds(seconds, request.node.nodeid):
         yield
+
+
+def pytest_collection_finish() -> None:
+    collect_less()
