@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks.cases import BASE
+from ranks.start import ranks_context
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -87,7 +88,7 @@ def worker(rank: int, world: int, store: str, results: Any) -> None:
 
 @pytest.mark.parametrize("world", FORMATS)
 def test_what_other_ranks_send_moves_no_bit(tmp_path: Path, world: int) -> None:
-    context: Any = torch.multiprocessing.get_context("spawn")
+    context = ranks_context()
     results = context.Queue()
     processes = [
         context.Process(target=worker, args=(rank, world, str(tmp_path / "store"), results), daemon=True)

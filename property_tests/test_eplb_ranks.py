@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks.eplb import run
+from ranks.start import ranks_context
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo here")
 SECONDS = 120
@@ -14,7 +15,8 @@ SECONDS = 120
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_experts_move_between_processes_bit_for_bit(ranks: int, tmp_path: Path) -> None:
-    context = mp.spawn(run, (ranks, str(tmp_path)), nprocs=ranks, join=False)
+    method = ranks_context().get_start_method()
+    context = mp.start_processes(run, (ranks, str(tmp_path)), nprocs=ranks, join=False, start_method=method)
     deadline = time.monotonic() + SECONDS
     try:
         while not context.join(timeout=1):  # raises what a rank raised

@@ -4,12 +4,11 @@ wrong answer.
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from ranks.faults import BAD, FAULTS, WORLD, rank_of_fault
+from ranks.start import ranks_context
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 HARD_S = 30  # then the test kills every rank, and fails
@@ -18,13 +17,8 @@ Answer = tuple[str, str, float]
 
 
 def answers(name: str, folder: Path) -> dict[int, Answer]:
-    """What each rank that lives says within the hard timeout.
-
-    Forked from a server that has torch: a rank starts in no time.
-    """
-    context: Any = torch.multiprocessing.get_context("forkserver")
-    # by name only, from installed packages
-    context.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "moe_fn.testing"])
+    """What each rank that lives says within the hard timeout."""
+    context = ranks_context()
     pipes = [context.Pipe(duplex=False) for _ in range(WORLD)]
     processes = [
         context.Process(target=rank_of_fault, args=(rank, name, str(folder / "store"), pipes[rank][1]), daemon=True)

@@ -3,22 +3,20 @@ module as it is.
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 if not dist.is_available():
     pytest.skip("torch without distributed", allow_module_level=True)
 from ranks.hosts import WORLD, rank_of_hosts
+from ranks.start import ranks_context
 
 HARD_S = 120
 
 
 def test_wrapped_modules_compute_what_the_module_does(tmp_path: Path) -> None:
-    context: Any = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "moe_fn.testing"])
+    context = ranks_context()
     pipes = [context.Pipe(duplex=False) for _ in range(WORLD)]
     processes = [
         context.Process(target=rank_of_hosts, args=(rank, str(tmp_path / "store"), pipes[rank][1]), daemon=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-import torch
 import torch.distributed as dist
 from options import options_of, there_are
 from planted.ranks import RANK_BUGS
 from ranks.cases import ALL_LAYERS, cases, jobs, worker
 from ranks.layers import EXCUSED
+from ranks.start import ranks_context
 
 from moe_fn import ParallelConfig
 
@@ -22,7 +22,7 @@ TIMEOUT_S, WORD_S = 180, 10
 
 def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[int, str | None]]:
     """Errors by case and rank."""
-    context: Any = torch.multiprocessing.get_context("spawn")
+    context = ranks_context()
     results = context.Queue()
     store = str(folder / "store")
     processes = [
