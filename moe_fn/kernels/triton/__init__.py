@@ -1,1 +1,1 @@
-"""Triton kernels: what they compute is said by moe_fn.stages; how they are launched, by the functions beside them."""
+"""Triton kernels of the stages in moe_fn.stages, with the functions that launch them."""

@@ -1,4 +1,4 @@
-"""The Triton kernels as the kernels of moe_fn's ops: Triton is not imported before one runs."""
+"""Lazy entry to the Triton kernels: moe_fn's ops import Triton on the first call."""
 
 import importlib
 from typing import Any
@@ -10,7 +10,7 @@ from moe_fn.kernels.triton.support import problem
 
 
 def run(name: str, like: Tensor, *rest: Any) -> Any:
-    """The function `name` of moe_fn.kernels.triton.entry on (like, *rest)."""
+    """Calls the function `name` of moe_fn.kernels.triton.entry with (like, *rest)."""
     wrong = problem(like.device.type, like.dtype)
     if wrong is not None:
         raise RuntimeError(f"moe_fn::{name}_triton: {wrong}")

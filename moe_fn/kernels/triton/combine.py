@@ -1,16 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Rows of a token's slots, summed: the end of the forward pass with the router's weights, and of the gradient of x
-without.
-"""
+"""Combine: sums the rows of each token's slots, weighted in the forward pass, unweighted in the gradient of x."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# so many loads (16 bytes a thread each) are under way before the first is used; more would take all registers
+# At most so many loads (16 bytes per thread each) are in flight; more would need too many registers.
 UNROLLED_SLOTS = 16
-ELEMENTS = 1024  # of one program, in 4 warps: 8 a thread, one load of 16 bytes in 16-bit types
+ELEMENTS = 1024  # per program with 4 warps: 8 per thread, one load of 16 bytes for 16-bit types
 
 
 @triton.jit
@@ -34,7 +32,7 @@ def _gather_sum_kernel(
 
 @triton.jit
 def _slot(rows, row_of_slot, weights, t, h, j, T, H, stride_row, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr):
-    """What choice j adds to the tokens t, in float32."""
+    """The float32 contribution of choice j to the tokens t."""
     slot = t.to(tl.int64) * TOP_K + j
     row = tl.load(row_of_slot + slot, mask=t < T, other=-1)
     mask = (row >= 0)[:, None] & (h < H)[None, :]
@@ -45,11 +43,11 @@ def _slot(rows, row_of_slot, weights, t, h, j, T, H, stride_row, TOP_K: tl.const
 
 
 def gather_sum(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None, top_k: int, dtype: torch.dtype) -> Tensor:
-    """y[t] = sum over j of weights[t, j] * rows[row_of_slot[t * top_k + j]], slots with -1 left out: [R, H] -> [T, H]
-    in dtype.
+    """y[t] = sum over j of weights[t, j] * rows[row_of_slot[t * top_k + j]] without slots of -1: [R, H] to [T, H] in
+    dtype.
 
-    row_of_slot [T * top_k] int32; weights [T, top_k] float32, or None for ones. Summed in float32 in the order of j,
-    rounded once.
+    row_of_slot is [T * top_k] int32; weights [T, top_k] float32, or None for ones. The sum is computed in float32 in
+    the order of j and rounded once.
     """
     num_tokens, hidden = row_of_slot.shape[0] // top_k, rows.shape[1]
     out = rows.new_empty((num_tokens, hidden), dtype=dtype)

@@ -1,4 +1,4 @@
-"""The grouped products of moe_fn.ops.grouped_matmul, by the kernels of this package."""
+"""The grouped products of moe_fn.ops.grouped_matmul with the Triton kernels."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from moe_fn.quant.codes import Codes
 def grouped_matmul(
     rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool, segments: int, weight_sets: int, invariant: bool
 ) -> Tensor:
-    """rows [R, K] x weight [weight_sets * E, K, N] (transposed: [.., N, K]), ends [segments * E] int32 -> [R, N]."""
+    """rows [R, K] @ weight [weight_sets * E, K, N] (transposed: [.., N, K]) by group: [R, N]; ends [segments * E]
+    int32.
+    """
     weight = weight.mT if transposed else weight
     num_rows, groups = rows.shape[0], ends.shape[0]
     inner, columns = weight.shape[-2:]
@@ -34,9 +36,7 @@ def quantized_matmul(
     quant: QuantConfig,
     halves: int, invariant: bool,
 ) -> Tensor:  # fmt: skip
-    """rows [R, K] x the floats that codes [E, N, K / codes in a byte] stand for, transposed; ends [E] int32
-    -> [R, N].
-    """
+    """rows [R, K] @ W.T by group: [R, N]. W is decoded from codes [E, N, K / codes per byte]; ends [E] int32."""
     matrix = matrix_of(
         quant, Codes(codes=weight, scale=scale, zero_point=zero_point, global_scale=global_scale), halves
     )
@@ -50,8 +50,8 @@ def quantized_matmul(
 
 
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor, segments: int, weight_sets: int) -> Tensor:
-    """left[rows of e].T @ right[rows of e]: left [R, M], right [R, N], ends [segments * E] int32 -> [weight_sets * E,
-    M, N].
+    """left[rows of e].T @ right[rows of e] for each group: [weight_sets * E, M, N]. left [R, M], right [R, N], ends
+    [segments * E] int32.
     """
     num_rows, groups = left.shape[0], ends.shape[0]
     tile = outer_tile(
@@ -66,7 +66,7 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor, segments: int, weig
 
 
 def starts_of_groups(ends: Tensor, num_rows: int, segments: int) -> Tensor:
-    """Where each group begins: at the end of the one before, or at its segment's first row."""
+    """The first row of each group: the end of the group before it, or its segment's first row."""
     by_segment = ends.unflatten(0, (segments, -1))
     first = torch.arange(segments, device=ends.device, dtype=ends.dtype).unsqueeze(1) * (num_rows // segments)
     starts: Tensor = torch.cat([first, by_segment.narrow(1, 0, by_segment.shape[1] - 1)], 1)
@@ -74,7 +74,7 @@ def starts_of_groups(ends: Tensor, num_rows: int, segments: int) -> Tensor:
 
 
 def _weight_of_group(ends: Tensor, segments: int, weight_sets: int) -> Tensor:
-    """Segments that follow one another share a set of weights."""
+    """The index of each group's weight; consecutive segments share a set of weights."""
     experts = ends.shape[0] // segments
     group = torch.arange(ends.shape[0], device=ends.device, dtype=torch.int32)
     return group // experts * weight_sets // segments * experts + group % experts

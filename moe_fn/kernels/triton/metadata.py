@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Which row is whose: slots sorted by expert, and the experts of row tiles, without a host sync.
+"""Sorts slots by expert and maps row tiles to experts, without a host sync.
 
     slot s = token * top_k + choice  --slot_of_row / row_of_slot-->  row, sorted by expert and then by slot
-    rows of expert e: starts[e] .. starts[e + 1];  slots of no expert (ids outside 0 .. E - 1) are the rows from
+    rows of expert e: starts[e] .. starts[e + 1];  slots without an expert (ids outside 0 .. E - 1) are the rows from
                                                    starts[E] on
-    row tile t: rows from first_row_of_tile[t] on, of expert_of_tile[t] (-1: nobody's)
+    row tile t: rows from first_row_of_tile[t] on, of expert_of_tile[t] (-1: unused)
 
-Integers are counted and never summed by atomics on memory, and the sort is stable: the same ids give the same rows on
-every run.
+Counts use histograms and no atomics on global memory, and the sort is stable: the same ids give the same rows in every
+run.
 """
 
 import torch
@@ -18,26 +18,26 @@ from torch import Tensor
 from moe_fn.kernels.triton.slots import SortedSlots, TileMap, max_tiles
 from moe_fn.kernels.triton.tiles import Tile
 
-# Up to here one program sorts all slots (55 compare-and-swap steps for 1024, 78 for 4096, every one a pass through
-# shared memory); above it three launches (2 us each in a CUDA graph) are no slower, and their blocks are sorted side by
-# side.
+# Up to this number one program sorts all slots (55 compare-and-swap steps for 1024, 78 for 4096, each a pass through
+# shared memory); above it three launches (2 us each in a CUDA graph) are not slower, because they sort blocks in
+# parallel.
 ONE_PROGRAM_SLOTS = 1024
-BLOCK_SLOTS = 1024  # slots that a program of the three-kernel form sorts
+BLOCK_SLOTS = 1024  # slots that one program of the three-kernel form sorts
 SCAN_EXPERTS = 32  # columns of the counts that one program scans: 128 bytes of a row, a full memory transaction
-SCAN_BLOCKS = 128  # rows that it scans at a time: 131,072 slots, so that a usual batch is one step
-MAP_TILES = 256  # tiles of a map that one program makes
+SCAN_BLOCKS = 128  # rows that it scans at a time: 131,072 slots, so that a typical batch takes one step
+MAP_TILES = 256  # tiles of a map that one program writes
 
 
 def sort_slots(
     expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]
 ) -> tuple[SortedSlots, tuple[TileMap, ...]]:
-    """Slots sorted by expert, and a tile map for each of tile_rows: expert_ids [T, top_k] integers."""
+    """Slots sorted by expert, and one tile map for each of tile_rows. expert_ids is [T, top_k] integers."""
     form = in_one_program if expert_ids.numel() <= ONE_PROGRAM_SLOTS else in_three_kernels
     return form(expert_ids, num_experts, tile_rows)
 
 
 def sort_for_tiles(expert_ids: Tensor, num_experts: int, *tiles: Tile) -> tuple[SortedSlots, dict[int, TileMap]]:
-    """sort_slots with a tile map for each height of the tiles."""
+    """sort_slots with one tile map for each height of the tiles."""
     heights = tuple(sorted({tile.rows for tile in tiles}))
     slots, maps = sort_slots(expert_ids, num_experts, heights)
     return slots, dict(zip(heights, maps, strict=True))
@@ -46,7 +46,7 @@ def sort_for_tiles(expert_ids: Tensor, num_experts: int, *tiles: Tile) -> tuple[
 def in_one_program(
     expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]
 ) -> tuple[SortedSlots, tuple[TileMap, ...]]:
-    """sort_slots in one launch: a program sorts, others make the maps."""
+    """sort_slots in one launch: one program sorts, the others write the maps."""
     ids, slots, maps, tile_maps = _allocated(expert_ids, num_experts, tile_rows)
     if ids.numel() == 0:
         return slots, tile_maps
@@ -61,7 +61,7 @@ def in_one_program(
 def in_three_kernels(
     expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...], block: int = BLOCK_SLOTS
 ) -> tuple[SortedSlots, tuple[TileMap, ...]]:
-    """sort_slots for any number of slots: counts of every block, their running sums, and each block to its places."""
+    """sort_slots for any number of slots: counts for each block, their cumulative sums, then each block is placed."""
     ids, slots, maps, tile_maps = _allocated(expert_ids, num_experts, tile_rows)
     if ids.numel() == 0:
         return slots, tile_maps
@@ -83,8 +83,8 @@ def in_three_kernels(
 def _allocated(
     expert_ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]
 ) -> tuple[Tensor, SortedSlots, tuple[Tensor, Tensor], tuple[TileMap, ...]]:
-    """Flat ids, and where the results go; all maps lie in one pair of tensors, each from a multiple of 4 elements on
-    (16 bytes).
+    """Flat ids and the allocated results; all maps are views of one pair of tensors, aligned to 4 elements (16
+    bytes).
     """
     ids = expert_ids.reshape(-1)
     num_slots = ids.numel()
@@ -106,7 +106,7 @@ def _padded(length: int) -> int:
 
 
 def _bins(num_experts: int) -> int:
-    """A bin for each expert, one for slots of no expert and one for what fills a block up."""
+    """The number of bins: one for each expert, one for slots without an expert, one for padding of a block."""
     bins: int = max(16, triton.next_power_of_2(num_experts + 2))
     return bins
 
@@ -117,7 +117,7 @@ def _map_programs(num_slots: int, num_experts: int, tile_rows: tuple[int, ...]) 
 
 @triton.jit
 def _bins_of_block(ids, first, R, E, BLOCK: tl.constexpr):
-    """The expert of each slot of a block: E for no expert's, E + 1 past the last slot."""
+    """The expert of each slot of a block: E without an expert, E + 1 past the last slot."""
     slot = first + tl.arange(0, BLOCK)
     e = tl.load(ids + slot, mask=slot < R, other=0)
     e = tl.where((e >= 0) & (e < E), e, E).to(tl.int32)
@@ -136,7 +136,7 @@ def _write_maps(
     CHUNK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
-    """Chunk `chunk` of all maps in a row. counts [EXPERTS] is 0 from E on."""
+    """Writes chunk `chunk` of the concatenated maps. counts [EXPERTS] is 0 from E on."""
     offset = 0
     for m in tl.static_range(len(TILE_ROWS)):
         tiles = tl.minimum(R, R // TILE_ROWS[m] + E)
@@ -152,9 +152,9 @@ def _write_maps(
 
 @triton.jit
 def _write_tiles(counts, t, tiles, expert_of_tile, first_row_of_tile, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Tiles t of one map. A tile's expert is the number of experts whose tiles end at or before it, found by bisection:
-    nothing is
-    filled with -1 first, so no barrier has to part two stores to one place."""
+    """Writes tiles t of one map. A tile's expert is the number of experts whose tiles end at or before it, found by
+    bisection. The map is not filled with -1 first, so no barrier between two stores is needed.
+    """
     num_tiles = (counts + (ROWS - 1)) // ROWS
     ends = tl.cumsum(num_tiles, 0)
     expert = tl.zeros_like(t)
@@ -173,14 +173,14 @@ def _sort_kernel(
     ids, slot_of_row, row_of_slot, starts, expert_of_tile, first_row_of_tile, R, E,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program 0 sorts; each of the others counts for itself, sooner done than waiting, and makes a chunk of a map."""
+    """Program 0 sorts; each other program writes a chunk of a map from its own counts, which is faster than waiting."""
     e = _bins_of_block(ids, 0, R, E, BLOCK)
     column = tl.arange(0, EXPERTS)
     counts = tl.where(column < E, tl.histogram(e, EXPERTS), 0)
     if tl.program_id(0) == 0:
         tl.store(starts + column, tl.cumsum(counts, 0) - counts, mask=column <= E)
         row = tl.arange(0, BLOCK)
-        key = tl.sort(e * BLOCK + row)  # no two alike, so any sort is stable; what fills the block up comes last
+        key = tl.sort(e * BLOCK + row)  # keys are unique, so any sort is stable; padding comes last
         slot = key % BLOCK
         tl.store(slot_of_row + row, slot, mask=row < R)
         tl.store(row_of_slot + slot, tl.where(key // BLOCK < E, row, -1), mask=row < R)
@@ -190,7 +190,7 @@ def _sort_kernel(
 
 @triton.jit
 def _count_kernel(ids, counts, R, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """counts[b, e]: slots of block b with expert e; column E counts those of no expert."""
+    """counts[b, e]: slots of block b with expert e; column E counts those without an expert."""
     b = tl.program_id(0)
     column = tl.arange(0, EXPERTS)
     found = tl.histogram(_bins_of_block(ids, b * BLOCK, R, E, BLOCK), EXPERTS)
@@ -199,7 +199,9 @@ def _count_kernel(ids, counts, R, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr)
 
 @triton.jit
 def _scan_kernel(counts, before, totals, blocks, E, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """before[b, e]: slots with expert e in blocks before b; totals[e]: in all. A program has some experts' columns."""
+    """before[b, e]: slots with expert e in blocks before b; totals[e]: in all blocks. A program scans COLUMNS
+    experts.
+    """
     e = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.int32)
     for first in range(0, blocks, BLOCKS):
@@ -217,8 +219,8 @@ def _place_kernel(
     ids, before, totals, slot_of_row, row_of_slot, starts, expert_of_tile, first_row_of_tile, R, E, blocks,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program sorts its block and puts each expert's run where the blocks before it end; programs from `blocks` on
-    make the maps.
+    """A program sorts its block and stores each expert's run after those of earlier blocks; programs from `blocks` on
+    write the maps.
     """
     b = tl.program_id(0)
     column = tl.arange(0, EXPERTS)
@@ -233,7 +235,7 @@ def _place_kernel(
         slot = b * BLOCK + key % BLOCK
         here = tl.histogram(e, EXPERTS)
         earlier = tl.load(before + b.to(tl.int64) * (E + 1) + column, mask=column <= E, other=0)
-        shift = start + earlier - (tl.cumsum(here, 0) - here)  # from the place in the sorted block to the row
+        shift = start + earlier - (tl.cumsum(here, 0) - here)  # from the index in the sorted block to the row
         row = place + tl.gather(shift, expert, 0)
         tl.store(slot_of_row + row, slot, mask=slot < R)
         tl.store(row_of_slot + slot, tl.where(expert < E, row, -1), mask=slot < R)

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Sums over the rows of a group: outer products (gradients of weights) and weighted sums (gradients of biases), in row
-order.
+"""Sums over the rows of each group in row order: outer products (gradients of weights) and weighted sums (gradients of
+biases).
 """
 
 import torch
@@ -17,8 +17,8 @@ def _outer_kernel(
     TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of out[g] = left[rows of g].T @ right[rows of g]; all tiles of a group one after the other, zeros if it
-    has no rows.
+    """One tile of out[g] = left[rows of g].T @ right[rows of g], zeros for a group without rows; programs are ordered
+    by group.
     """
     column_tiles = tl.cdiv(N, BN)
     tiles = tl.cdiv(M, BM) * column_tiles
@@ -80,12 +80,12 @@ def grouped_outer(
     gather_right: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """left[rows of g].T @ right[rows of g] for each group, rows starts[g] to ends[g] (int32 [G]): [G, M, N], 0 where
-    there are no rows.
+    """left[rows of g].T @ right[rows of g] for each group, rows starts[g] to ends[g] (int32 [G]): [G, M, N], 0 for
+    groups without rows.
 
-    left [R, M] and right [R, N] of one dtype; a gathered side is given by token: row r reads its slot_of_row[r] //
-    top_k. dtype: of the result (float32 sums, rounded once); that of left if not given. For the other weight layout
-    swap left and right.
+    left [R, M] and right [R, N] have one dtype; a gathered side is indexed by token: row r reads slot_of_row[r] //
+    top_k. dtype is that of the result (float32 sums, rounded once); default: left's. For the other weight layout swap
+    left and right.
     """
     (_, m), (_, n), groups = left.shape, right.shape, starts.shape[0]
     out = torch.empty((groups, m, n), dtype=dtype or left.dtype, device=left.device)
@@ -110,9 +110,10 @@ def segment_sums(
     slot_of_row: Tensor | None = None,
     top_k: int = 1,
 ) -> Tensor:
-    """Sum of weight * row over the rows starts[g] to ends[g] of each group: float32 [G, N], 0 where there are none.
+    """Sum of weight * row over the rows starts[g] to ends[g] of each group: float32 [G, N], 0 for groups without rows.
 
-    rows [R, N] and weights [R] by row; or, with slot_of_row int32 [R], rows [T, N] by token and weights [T, k] by slot.
+    rows [R, N] and weights [R] are indexed by row; with slot_of_row int32 [R], rows [T, N] by token and weights [T, k]
+    by slot.
     """
     groups, n = starts.shape[0], rows.shape[1]
     out = torch.empty((groups, n), dtype=torch.float32, device=rows.device)

@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Grouped products, [rows of a group] x [K, N]: the down-projection, the gradient of x, and what all products share.
+"""Grouped products, [rows of a group] @ [K, N]: the down-projection, the gradient of x, and functions that all products
+share.
 
-One program computes one tile of rows x columns of one group. Loads go through pointers: they work on every target and
-for every alignment, and the compiler pipelines them (cp.async on NVIDIA). A tile's columns wrap around at N instead of
-being masked: columns past the end compute a copy of the first ones and are not stored, so no load of the inner loop has
-a mask when `inner` divides K.
+One program computes one tile of rows x columns of one group. Loads use pointers: they work on every target and for
+every alignment, and the compiler pipelines them (cp.async on NVIDIA). A tile's columns wrap around at N instead of
+being masked: columns past the end compute a copy of the first ones and are not stored, so the loads of the inner loop
+have no mask if `inner` divides K.
 """
 
 import torch
@@ -18,8 +19,8 @@ from moe_fn.kernels.triton.tiles import Tile
 
 @triton.jit
 def raster(program, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """(row tile, column tile) of a program: GROUP row tiles go through the columns together, so that weights are read
-    once from L2.
+    """(row tile, column tile) of a program: GROUP row tiles iterate over the columns together, which reuses weights in
+    L2.
     """
     together = GROUP * column_tiles
     first = program // together * GROUP
@@ -29,14 +30,14 @@ def raster(program, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def accumulate(acc, left, right, length, left_step, right_step, BK: tl.constexpr, EVEN: tl.constexpr):
-    """acc + left[BM, length] @ right[length, BN] in float32: pointers to the first BK of each, moved on by
-    the steps.
+    """acc + left[BM, length] @ right[length, BN] in float32; left and right are pointers to the first BK of each, and
+    advance by the steps.
     """
     k = tl.arange(0, BK)
     for start in range(0, length, BK):
         if EVEN:
             a, b = tl.load(left), tl.load(right)
-        else:  # both sides: whatever lies past the end may be NaN
+        else:  # mask both sides: memory past the end may be NaN
             a = tl.load(left, mask=(k < length - start)[None, :], other=0.0)
             b = tl.load(right, mask=(k < length - start)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -53,8 +54,8 @@ def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def parts(tile, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):
-    """A tile's columns as a tuple of 1, 2, 4 or 8 pieces, left to right: an epilogue that takes them in turn needs
-    fewer registers.
+    """A tile's columns as a tuple of 1, 2, 4 or 8 pieces, left to right: an epilogue that processes them one by one
+    needs fewer registers.
     """
     pieces = (tile,)
     for level in tl.static_range(3):
@@ -68,10 +69,10 @@ def parts(tile, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def store_product(acc, bias, out, group, first, row, live, column, N, BIAS: tl.constexpr, BN: tl.constexpr):
-    """Stores a tile with the bias of its group, the columns from `column` on; rows count from `first`, the tile's first
-    one.
+    """Stores a tile plus the bias of its group at the columns from `column` on; `row` is relative to `first`, the
+    tile's first row.
     """
-    out += first.to(tl.int64) * N  # within a tile 32 bits reach: pointers of 64 bits would take half of the registers
+    out += first.to(tl.int64) * N  # offsets within a tile fit 32 bits; 64-bit pointers would take half of the registers
     c = column + tl.arange(0, BN)
     if BIAS:
         acc += tl.load(bias + group.to(tl.int64) * N + c, mask=c < N, other=0.0).to(tl.float32)[None, :]
@@ -86,7 +87,9 @@ def _product_kernel(
     GROUP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = rows[r or its token] @ weight[group of r] + bias[group of r]; a program a tile, surplus tiles return."""
+    """out[r] = rows[r or its token] @ weight[group of r] + bias[group of r]; one tile per program, unused tiles
+    return.
+    """
     row_tile, column_tile = raster(tl.program_id(0), row_tiles, tl.cdiv(N, BN), GROUP)
     group = tl.load(group_of_tile + row_tile)
     if group < 0:
@@ -109,9 +112,7 @@ def _product_kernel(
 
 
 def tiles_side_by_side(num_rows: int, num_groups: int, tile: Tile) -> int:
-    """GROUP of the raster: 8 once a group has two row tiles on average; before that no tile of weights is
-    read twice.
-    """
+    """GROUP of the raster: 8 if groups have at least two row tiles on average, else 1, as no weights are read twice."""
     return 8 if num_rows >= 2 * tile.rows * num_groups else 1
 
 
@@ -129,8 +130,8 @@ def grouped_product(
 ) -> Tensor:
     """rows [R, K] @ weight [G, K, N] (any strides) + bias [G, N], each row by its group: [R, N] in the dtype of rows.
 
-    The rows of group g end before ends[g] (int32 [G]) and begin where tile_map says. With slot_of_row int32 [R], row r
-    reads rows[slot_of_row[r] // top_k]. Rows of no group are not written, or are 0 with zero_rest.
+    The rows of group g end before ends[g] (int32 [G]); tile_map has their first rows. With slot_of_row int32 [R], row r
+    reads rows[slot_of_row[r] // top_k]. Rows without a group are not written, or 0 with zero_rest.
     """
     num_rows = rows.shape[0] if slot_of_row is None else slot_of_row.shape[0]
     inner, columns = weight.shape[-2:]

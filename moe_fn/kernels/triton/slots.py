@@ -1,4 +1,4 @@
-"""Where rows lie: slots sorted by expert, and whose rows each tile holds. `metadata` makes these from ids."""
+"""Records of slots sorted by expert, and of the expert of each row tile; `metadata` computes them from expert ids."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SortedSlots:
-    """The order of the slots by expert."""
+    """The permutation that sorts slots by expert."""
 
     slot_of_row: Tensor  # [R] int32
-    row_of_slot: Tensor  # [R] int32, -1 for slots of no expert
+    row_of_slot: Tensor  # [R] int32, -1 for slots without an expert
     starts: Tensor  # [E + 1] int32
     top_k: int
 
@@ -22,22 +22,22 @@ class SortedSlots:
 
     @property
     def ends(self) -> Tensor:
-        """[E]: the row after the last of each expert."""
+        """[E]: the end (exclusive) of each expert's rows."""
         return self.starts.narrow(0, 1, self.starts.shape[0] - 1)
 
 
 @dataclass(frozen=True)
 class TileMap:
-    """Whose rows each tile of `rows` rows holds; surplus tiles come last."""
+    """The expert and the first row of each tile of `rows` rows; unused tiles come last."""
 
-    expert_of_tile: Tensor  # [tiles] int32, -1: surplus
-    first_row_of_tile: Tensor  # [tiles] int32, -1: surplus
+    expert_of_tile: Tensor  # [tiles] int32, -1: unused
+    first_row_of_tile: Tensor  # [tiles] int32, -1: unused
     rows: int
 
 
 def max_tiles(rows: int, num_groups: int, tile_rows: int) -> int:
-    """How many tiles `rows` rows of `num_groups` groups can take: a partly filled one for each group, and no more than
-    rows.
+    """Upper bound of the number of tiles for `rows` rows of `num_groups` groups: each group may have one partly filled
+    tile, and there are at most as many tiles as rows.
 
     >>> max_tiles(100, 8, 16), max_tiles(3, 8, 16), max_tiles(0, 8, 16)
     (14, 3, 0)
@@ -46,10 +46,7 @@ def max_tiles(rows: int, num_groups: int, tile_rows: int) -> int:
 
 
 def tiles_of_groups(starts: Tensor, ends: Tensor, rows_upper_bound: int, tile_rows: int) -> TileMap:
-    """The tile map of groups whose rows are starts[g] ..
-
-    ends[g], [G] integers; together they have at most rows_upper_bound rows.
-    """
+    """The tile map of groups with the rows starts[g] .. ends[g] ([G] integers), at most rows_upper_bound in total."""
     num_tiles = (ends - starts + (tile_rows - 1)).clamp(min=0) // tile_rows
     ends_of_tiles = num_tiles.cumsum(0)
     tiles = torch.arange(max_tiles(rows_upper_bound, starts.shape[0], tile_rows), device=starts.device)

@@ -1,8 +1,8 @@
-"""The tiles of the kernels as data; moe_fn.kernels.triton.tiles chooses among them.
+"""Tables of tile sizes of the Triton kernels; moe_fn.kernels.triton.tiles chooses among them.
 
-A row of a table is a tile by rows per expert (t = rows / experts): vLLM's tuned tables agree with these rows per tile
-in 88 % of 911 rows for H100 and H200, and within a factor of two in 99 %. `python -m moe_fn.bench.sweep` times the
-neighbours of a row.
+A row of a table has a tile for a range of rows per expert (t = rows / experts). vLLM's tuned tables agree with the rows
+per tile in 88 % of 911 cases for H100 and H200, and within a factor of two in 99 %. `python -m moe_fn.bench.sweep`
+times the neighbors of a row.
 """
 
 import functools
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """A program computes rows x columns, inner elements of the sum at a time; stages of loads are under way at once."""
+    """A program computes rows x columns outputs, `inner` elements of the sum per step; loads are pipelined in
+    `stages`.
+    """
 
     rows: int
     columns: int
@@ -23,32 +25,32 @@ class Tile:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Bytes of shared memory a program may use, processors that run programs, and whether the matrix unit reads shared
-    memory.
+    """Bytes of shared memory per program, number of multiprocessors, and whether the matrix unit reads operands from
+    shared memory.
     """
 
     shared_memory: int
     processors: int
-    # wgmma, tcgen05: every stage holds a buffer; else one stage of the pipeline is in registers
+    # wgmma, tcgen05: every stage has a buffer; otherwise one stage of the pipeline is in registers
     reads_shared: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "sm_75": Architecture(65_536, 40),
     "sm_80": Architecture(166_912, 108),
-    "sm_89": Architecture(101_376, 128),  # as are sm_86 and sm_120
+    "sm_89": Architecture(101_376, 128),  # also used for sm_86 and sm_120
     "sm_90": Architecture(232_448, 132, reads_shared=True),
     "sm_100": Architecture(232_448, 148, reads_shared=True),
     "gfx942": Architecture(65_536, 304),
-    "interpreter": Architecture(1 << 30, 1),  # a CPU: tiles are tiny, so that tests of small problems meet several
+    "interpreter": Architecture(1 << 30, 1),  # a CPU: tiles are tiny, so that small test problems have several
 }
 
-# architectures that start so, bytes of an element, rows per expert at most, tile: the first that holds
+# (prefix of the architecture, bytes per element, maximum of rows per expert, tile); the first row that applies is used
 Row = tuple[str, int, float, Tile]
 
-# Up-projection; columns count gate and up together. Under 16 rows per expert the weights' bytes are the time, and a
-# tile of 16 rows wastes least; from 64 rows on wgmma computes. float32 is exact ("ieee"): no tensor cores on NVIDIA, so
-# tiles that fit registers.
+# Up-projection; columns count gate and up together. Below 16 rows per expert the kernel is bound by the weights' bytes,
+# and a tile of 16 rows wastes least; from 64 rows on wgmma is used. float32 is exact ("ieee"), without tensor cores on
+# NVIDIA, so tiles must fit in registers.
 UP: tuple[Row, ...] = (
     ("sm", 2, 1, Tile(16, 64, 64, 4, 4)),
     ("sm", 2, 8, Tile(16, 128, 128, 4, 3)),
@@ -72,7 +74,7 @@ UP: tuple[Row, ...] = (
 # Grouped products of rows: the down-projection and the gradient of x.
 PRODUCT: tuple[Row, ...] = UP
 
-# Gradient of the activated rows, with the activation's derivative in the epilogue: 256 columns spill (0.2 to 4.6 KB a
+# Gradient of the activated rows, with the activation's derivative in the epilogue: 256 columns spill (0.2 to 4.6 KB per
 # thread).
 DOWN_BACKWARD: tuple[Row, ...] = (
     ("sm", 2, 8, Tile(16, 64, 64, 4, 4)),
@@ -103,9 +105,9 @@ OUTER: tuple[Row, ...] = (
     ("interpreter", 4, math.inf, Tile(16, 32, 16, 1, 1)),
 )
 
-# Few rows, many experts: no matrix unit. 26 KB a processor have to be under way to keep an H200's memory busy, 32 or 64
-# KB a program are; the longer side of a tile is the one along which weights are neighbours. The third column is top_k
-# at most: rows is how many of a token's choices are under way together (down only).
+# Few rows and many experts: the matrix unit is not used. Saturating an H200's memory needs 26 KB in flight per
+# multiprocessor; a program has 32 or 64 KB. The longer side of a tile is the one along which weights are contiguous.
+# The third column is the maximum of top_k, and `rows` is the number of a token's choices in flight (down only).
 DECODE_UP: tuple[Row, ...] = (
     ("sm", 2, math.inf, Tile(1, 16, 512, 4, 3)),
     ("sm", 4, math.inf, Tile(1, 16, 256, 4, 3)),
@@ -124,7 +126,7 @@ DECODE_UP_IN_OUT: tuple[Row, ...] = (
 )
 DECODE_DOWN: tuple[Row, ...] = (
     ("sm", 2, 2, Tile(2, 16, 256, 4, 3)),
-    ("sm_100", 2, 4, Tile(4, 8, 128, 4, 4)),  # 256 deep and with eight warps, it spills 8 bytes a thread there
+    ("sm_100", 2, 4, Tile(4, 8, 128, 4, 4)),  # with inner 256 and eight warps it spills 8 bytes per thread
     ("sm", 2, 4, Tile(4, 8, 256, 8, 3)),
     ("sm_100", 2, math.inf, Tile(8, 4, 256, 4, 3)),
     ("sm", 2, math.inf, Tile(8, 4, 256, 8, 3)),
@@ -168,13 +170,13 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 @functools.cache
 def rows_of(kind: str, dtype_bytes: int, arch: str) -> tuple[tuple[float, Tile], ...]:
-    """(rows per expert at most, tile) of a kind. Asked at every launch."""
+    """(maximum of rows per expert, tile) of a kind of kernel; cached, because every launch needs it."""
     return rows_that_hold(TABLES[kind], dtype_bytes, arch)
 
 
 def rows_that_hold(table: tuple[Row, ...], dtype_bytes: int, arch: str) -> tuple[tuple[float, Tile], ...]:
-    """(rows per expert at most, tile) of a table for elements and an architecture, rising: of two rows with one border
-    the first holds.
+    """(maximum of rows per expert, tile) of a table for an element size and an architecture, ascending; of two rows
+    with the same maximum the first is used.
     """
     found: dict[float, Tile] = {}
     for start, width, most, tile in table:

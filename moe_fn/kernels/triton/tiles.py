@@ -1,9 +1,8 @@
-"""Which tile a kernel computes with: pure functions of static sizes, so that a graph holds the same kernels on every
+"""Chooses the tile of a Triton kernel: pure functions of static sizes, so that a graph has the same kernels in every
 call.
 
-The tables of tile_tables leave open what depends on the sizes and on the device: a tile is made narrower for small
-matrices and small grids, its step divides the sum where that is easy, and it has fewer stages where shared memory is
-small.
+The tiles of tile_tables are adapted to the sizes and the device: they are narrower for small matrices and small grids,
+have half the step if only that divides the inner size, and have fewer stages if shared memory is small.
 """
 
 import itertools
@@ -30,39 +29,40 @@ __all__ = [
     "width_for_grid",
 ]
 
-LEAST_STEP = 64  # a step is not halved below it to spare masks: half as much is under way, and the masks cost less
+LEAST_STEP = 64  # steps are not halved below this to avoid masks: masks cost less than half the bytes in flight
 
 
-# of an expert: tiles of 32 rows, neither the best for a token alone nor far from it for thousands
+# Rows per expert that batch-invariant tiles are chosen for: tiles of 32 rows are near the best for thousands of tokens,
+# and not the best for a single one.
 ROWS_OF_ANY_BATCH = 16
 
 
 def rows_of_tiles(rows: int, experts: int, invariant: bool) -> int:
-    """The rows that tiles are chosen for.
+    """The number of rows that tiles are chosen for.
 
-    invariant: as if each expert had 16, so that any batch is multiplied by the same tiles.
+    invariant: 16 rows per expert, so that any batch is multiplied with the same tiles.
     """
     return ROWS_OF_ANY_BATCH * experts if invariant else rows
 
 
 def up_tile(rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str) -> Tile:
-    """The up-projection of rows [R, inner = H] to columns = 2I (gate and up together) or I."""
+    """The tile of the up-projection of rows [R, inner = H] to columns = 2I (gate and up together) or I."""
     return _fitted("up", rows, experts, inner, columns, dtype_bytes, arch)
 
 
 def product_tile(rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str) -> Tile:
-    """A grouped product of rows [R, inner] with [experts, inner, columns]."""
+    """The tile of a grouped product of rows [R, inner] with [experts, inner, columns]."""
     return _fitted("product", rows, experts, inner, columns, dtype_bytes, arch)
 
 
 def down_backward_tile(rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str) -> Tile:
-    """The gradient of the activated rows: inner = H, columns = I."""
+    """The tile of the gradient of the activated rows: inner = H, columns = I."""
     return _fitted("down_backward", rows, experts, inner, columns, dtype_bytes, arch)
 
 
 def outer_tile(rows: int, experts: int, left: int, right: int, dtype_bytes: int, arch: str) -> Tile:
-    """left [R, left]^T @ right [R, right] for each expert; tile.rows of left, tile.columns of right, tile.inner rows of
-    R a step.
+    """The tile of left [R, left]^T @ right [R, right] for each expert: tile.rows of left, tile.columns of right,
+    tile.inner rows of R per step.
     """
     tile = _row("outer", rows / max(experts, 1), dtype_bytes, arch)
     tile = tile if divisible(left, right) else _plainer(tile, dtype_bytes)
@@ -73,9 +73,9 @@ def outer_tile(rows: int, experts: int, left: int, right: int, dtype_bytes: int,
 def decode_up_tile(
     rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str, in_out: bool = False
 ) -> Tile:  # fmt: skip
-    """The up-projection slot by slot: columns of gate and up together by inner elements of H.
+    """The tile of the up-projection slot by slot: columns of gate and up together by inner elements of H.
 
-    in_out: columns are the neighbours.
+    in_out: weights are contiguous along columns.
     """
     return _of_decode(_row("decode_up_in_out" if in_out else "decode_up", 1, dtype_bytes, arch), inner, columns)
 
@@ -83,15 +83,16 @@ def decode_up_tile(
 def decode_down_tile(
     rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str, in_out: bool = False, top_k: int = 8
 ) -> Tile:  # fmt: skip
-    """The down-projection token by token: tile.rows choices at once, each columns of H by inner elements of I."""
+    """The tile of the down-projection token by token: tile.rows choices at once, columns of H by inner elements of
+    I.
+    """
     return _of_decode(_row("decode_down_in_out" if in_out else "decode_down", top_k, dtype_bytes, arch), inner, columns)
 
 
 def tiles_of(kind: str, dtype_bytes: int, arch: str, odd: bool = False) -> frozenset[Tile]:
-    """Every tile that a kind of kernel gets for matrices of at least 256 x 256: they are compiled ahead of time, all of
-    them.
+    """Every tile that a kind of kernel gets for matrices of at least 256 x 256; all are compiled ahead of time.
 
-    odd: for those of sizes that 16-byte loads do not divide.
+    odd: for sizes that are not multiples of 16-byte loads.
     """
     found: set[Tile] = set()
     for _, tile in rows_of(kind, dtype_bytes, arch):
@@ -112,8 +113,8 @@ def tiles_of(kind: str, dtype_bytes: int, arch: str, odd: bool = False) -> froze
 
 
 def shared_memory(tile: Tile, dtype_bytes: int, arch: str) -> int:
-    """Bytes of shared memory that a kernel with a dot takes at most: the pipeline's buffers, or the result when it
-    changes its layout.
+    """Upper bound of the bytes of shared memory of a kernel with a dot: the pipeline's buffers, or the result when its
+    layout is converted.
     """
     about = ARCHITECTURES[arch]
     buffers = tile.stages if about.reads_shared and tile.rows >= 64 and dtype_bytes == 2 else max(tile.stages - 1, 1)
@@ -122,7 +123,7 @@ def shared_memory(tile: Tile, dtype_bytes: int, arch: str) -> int:
 
 
 def architecture_of(device: torch.device) -> str:
-    """The row of ARCHITECTURES for a device; one that is not in it is the nearest with no more shared memory.
+    """The key in ARCHITECTURES for a device; for unlisted devices the nearest one with at most as much shared memory.
 
     >>> architecture_of(torch.device("cpu"))
     'interpreter'
@@ -136,7 +137,8 @@ def architecture_of(device: torch.device) -> str:
 
 
 def architecture_of_capability(major: int, minor: int) -> str:
-    """
+    """The key in ARCHITECTURES for a CUDA compute capability.
+
     >>> [architecture_of_capability(*capability) for capability in ((7, 5), (8, 0), (8, 6), (8, 7), (9, 0), (10, 3),
     ...     (12, 0))]
     ['sm_75', 'sm_80', 'sm_89', 'sm_80', 'sm_90', 'sm_100', 'sm_89']
@@ -149,7 +151,7 @@ def architecture_of_capability(major: int, minor: int) -> str:
 
 
 def _row(kind: str, number: float, dtype_bytes: int, arch: str) -> Tile:
-    """The first row of the table that holds for these sizes; number is rows per expert."""
+    """The tile of the first row of the table that applies; `number` is rows per expert, or top_k for decode_down."""
     for most, tile in rows_of(kind, dtype_bytes, arch):
         if number <= most:
             return tile
@@ -159,8 +161,8 @@ def _row(kind: str, number: float, dtype_bytes: int, arch: str) -> Tile:
 
 
 def _fitted(kind: str, rows: int, experts: int, inner: int, columns: int, dtype_bytes: int, arch: str) -> Tile:
-    """No wider or deeper than the matrices, narrow enough to give every processor two programs, and within shared
-    memory.
+    """A tile not wider or deeper than the matrices, narrow enough for two programs per multiprocessor, and within
+    shared memory.
     """
     tile = _row(kind, rows / max(experts, 1), dtype_bytes, arch)
     tile = tile if divisible(inner, columns) else _plainer(tile, dtype_bytes)
@@ -169,7 +171,7 @@ def _fitted(kind: str, rows: int, experts: int, inner: int, columns: int, dtype_
 
 
 def width_for_grid(tile: Tile, rows: int, experts: int, columns: int, least: int, arch: str) -> int:
-    """Columns of a tile: no more than there are, and halved, but not below `least`, until every processor has two
+    """Columns of a tile: at most the matrix's, and halved, but not below `least`, until each multiprocessor has two
     programs.
     """
     width = min(tile.columns, _power_of_two(columns))
@@ -180,17 +182,15 @@ def width_for_grid(tile: Tile, rows: int, experts: int, columns: int, least: int
 
 
 def divisible(inner: int, columns: int) -> bool:
-    """Whether loads can be of 16 bytes and past registers, in either layout; columns of gate and up are twice those of
-    each.
-    """
+    """Whether loads can have 16 bytes and bypass registers, in either layout; `columns` counts gate and up together."""
     return inner % 16 == 0 and columns % 32 == 0
 
 
 def _plainer(tile: Tile, dtype_bytes: int) -> Tile:
-    """Elements that are loaded one by one go through registers, each with a pointer of 8 bytes: wider or deeper tiles
+    """A smaller tile for loads of single elements: each takes registers for a pointer of 8 bytes, and larger tiles
     spill up to 3 KB.
 
-    Such loads are not asynchronous, so stages would change nothing.
+    Such loads are not asynchronous, so more stages have no effect.
     """
     warps = tile.warps if dtype_bytes == 2 else min(tile.warps, 4)
     return replace(
@@ -199,8 +199,8 @@ def _plainer(tile: Tile, dtype_bytes: int) -> Tile:
 
 
 def _least_columns(tile: Tile) -> int:
-    """No narrower for the grid's sake: loads of 32 columns are whole cache lines, and from 64 rows on the matrix unit
-    wants work.
+    """The minimum of columns when a tile is made narrower for the grid: loads of 32 columns are whole cache lines, and
+    from 64 rows on the matrix unit needs larger tiles.
     """
     return 32 if tile.rows < 64 else 64
 
@@ -210,15 +210,17 @@ def _of_decode(tile: Tile, inner: int, columns: int) -> Tile:
 
 
 def _step(step: int, size: int) -> int:
-    """Half the step if only that divides the size (no masks then: 64 for the 2880 of gpt-oss); no more than the size
-    needs.
+    """The step, limited by the size; half of it if only the half divides the size, which avoids masks (64 for the 2880
+    of gpt-oss).
     """
     step = min(step, _power_of_two(size))
     return step // 2 if step > LEAST_STEP and size % step != 0 and size % (step // 2) == 0 else step
 
 
 def _shallower(tile: Tile, dtype_bytes: int, arch: str) -> Tile:
-    """Narrower if the result alone does not fit; else fewer stages, then fewer elements a step, until it fits."""
+    """A tile that fits in shared memory: narrower if the result alone does not fit, then with fewer stages, then with
+    smaller steps.
+    """
     limit = ARCHITECTURES[arch].shared_memory
     while tile.rows * tile.columns * 4 > limit:
         tile = replace(tile, columns=tile.columns // 2)
@@ -230,7 +232,7 @@ def _shallower(tile: Tile, dtype_bytes: int, arch: str) -> Tile:
 
 
 def _power_of_two(size: int) -> int:
-    """The least power of two that is no less than size and 16, which a matrix unit wants at least."""
+    """The least power of two that is at least `size`, and at least 16, the minimum of the matrix unit."""
     return 1 << max(4, (size - 1).bit_length())
 
 

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The router in one launch: logits -> expert ids and weights, equal to moe_fn.route where `router_problem` is None.
+"""The router in one launch: logits to expert ids and weights, equal to moe_fn.route if `router_problem` is None.
 
-A row of logits is a row of a tile: groups side by side, each filled up to a power of two, so that lane g * SIDE + i
-holds choice g * SIZE + i and lanes are in the order of ids. What is chosen are the largest keys, and no two keys are
-alike: the score's bits, made to order as integers do, above the lane counted from the end. So ties go to the lowest id.
+A row of logits is a row of a tile: groups are padded to a power of two, so that lane g * SIDE + i holds choice
+g * SIZE + i and lanes are in the order of ids. The largest keys are chosen, and keys are unique: the high bits are the
+score as an integer with the same order, the low bits the lane counted from the end. So ties go to the lowest id.
 """
 
 import torch
@@ -18,13 +18,13 @@ from moe_fn.kernels.triton.support import LANES, lanes_of
 
 @triton.jit
 def _finite_or(x, other: tl.constexpr):
-    """x where it is a number."""
+    """x where it is finite, else `other`."""
     return tl.where(tl.abs(x) < float("inf"), x, other)
 
 
 @triton.jit
 def _transformed(z, MULTIPLIER: tl.constexpr, SOFTCAP: tl.constexpr):
-    """The logits that scores are made of."""
+    """The logits times MULTIPLIER, with a tanh softcap; scores are computed from them."""
     if MULTIPLIER != 1.0:
         z = z * MULTIPLIER
     if SOFTCAP is not None:
@@ -34,16 +34,18 @@ def _transformed(z, MULTIPLIER: tl.constexpr, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _score(z, SCORING: tl.constexpr):
-    """Scores of z [rows, lanes], 0 where they are no number; softmax along the lanes, of which -inf is none."""
+    """Scores of z [rows, lanes], 0 where they are not finite; softmax is along the lanes, without those of -inf."""
     if SCORING == "softmax":
-        # A NaN or infinite logit makes the sum NaN, and so the whole row 0, as it does in torch.
+        # A NaN or infinite logit makes the sum NaN, and so the whole row 0, as in torch.
         e = tl.exp(z - tl.max(z, 1)[:, None])
-        score = e * tl.div_rn(1.0, tl.sum(e, 1))[:, None]  # a sum between 1 and the lanes: its inverse loses nothing
+        score = (
+            e * tl.div_rn(1.0, tl.sum(e, 1))[:, None]
+        )  # the sum is between 1 and the number of lanes, so its inverse is accurate
     elif SCORING == "sigmoid":
         score = tl.div_rn(1.0, 1.0 + tl.exp(-z))
     elif SCORING == "sqrtsoftplus":
         y = tl.exp(-tl.abs(z))
-        u = 1.0 + y  # log(1 + y) of a small y has lost y's digits in the sum; the quotient puts them back
+        u = 1.0 + y  # for small y the sum loses digits of y; the quotient below restores them
         log1p = tl.where(u == 1.0, y, tl.log(u) * tl.div_rn(y, tl.where(u == 1.0, 1.0, u - 1.0)))
         score = tl.sqrt_rn(tl.where(z > 0, z, 0.0) + log1p)
     else:
@@ -54,9 +56,9 @@ def _score(z, SCORING: tl.constexpr):
 
 @triton.jit
 def _kept(values, ROWS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr, SIDE: tl.constexpr):
-    """Which lanes lie in the KEPT best groups: bool [ROWS, GROUPS * SIDE].
+    """Whether each lane is in one of the KEPT best groups: bool [ROWS, GROUPS * SIDE].
 
-    A group is worth its best value, or its two best summed.
+    A group's value is its largest score, or the sum of its two largest.
     """
     by_group = tl.reshape(values, (ROWS, GROUPS, SIDE))
     worth = tl.sum(tl.topk(by_group, 2), 2) if TOP2 else tl.max(by_group, 2)
@@ -71,16 +73,16 @@ def _kept(values, ROWS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, 
 @triton.jit
 def _best(values, lane, valid, LANES: tl.constexpr, BEST: tl.constexpr):
     """Lanes of the BEST largest valid values, descending: int32 [rows, BEST]. values [rows, LANES] has no NaN."""
-    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)  # -0 is as large as 0
+    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)  # -0 equals 0
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     key = (ordered << 32) | (LANES - 1 - lane).to(tl.int64)
-    key = tl.where(valid, key, -(2**63))  # the config leaves enough valid lanes: what is chosen of these is not stored
+    key = tl.where(valid, key, -(2**63))  # a config has at least top_k valid lanes: invalid ones are not stored
     return (LANES - 1 - (tl.topk(key, BEST) & 0xFFFFFFFF)).to(tl.int32)
 
 
 @triton.jit
 def _normalised(w, ORDER: tl.constexpr, EPSILON: tl.constexpr, MINIMUM: tl.constexpr):
-    """w over its norm along the row, or as it is where that is 0."""
+    """w divided by its norm along the row, or w where the norm is 0."""
     total = tl.sum(tl.abs(w), 1) if ORDER == 1.0 else tl.sqrt_rn(tl.sum(w * w, 1))
     total = tl.maximum(total + EPSILON, MINIMUM)
     return tl.div_rn(w, tl.where(total > 0, total, 1.0)[:, None])
@@ -95,9 +97,10 @@ def _route_kernel(
     RENORMALIZE: tl.constexpr, ORDER: tl.constexpr, EPSILON: tl.constexpr, MINIMUM: tl.constexpr, SCALE: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, SIDE: tl.constexpr, BEST: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens a program.
+    """Routes ROWS tokens per program.
 
-    BIAS: "none", or to what the correction bias is added; COUNT groups (1: none), GROUPS lanes for them.
+    BIAS: "none", or what the correction bias is added to; COUNT is the number of groups (1: none), GROUPS its padded
+    number.
     """
     SIZE: tl.constexpr = CHOICES // COUNT
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -110,7 +113,9 @@ def _route_kernel(
     values = z if BIAS == "logits" else scores
     if bias is not None:
         values += tl.load(bias + choice[None, :], mask=valid, other=0.0).to(tl.float32)
-    values = _finite_or(values, -3.4028234663852886e38)  # worse than any number, yet better than what groups leave out
+    values = _finite_or(
+        values, -3.4028234663852886e38
+    )  # below any finite value, but above choices of groups that are not kept
     values = tl.where(valid, values, float("-inf"))
     if COUNT > 1:
         kept = _kept(values, ROWS, GROUPS, KEPT, TOP2, SIDE)
@@ -132,11 +137,11 @@ def _route_kernel(
 
 
 def route_top_k(config: MoEConfig, logits: Tensor, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """moe_fn.route in one launch: logits [T, num_choices] -> ids int64 [T, top_k], best first, and weights float32 [T,
+    """moe_fn.route in one launch: logits [T, num_choices] to ids int64 [T, top_k], best first, and weights float32 [T,
     top_k].
 
-    correction_bias [num_choices], added in float32, or None. Only for a config without a `router_problem`; nothing is
-    differentiable.
+    correction_bias is [num_choices], added in float32, or None. The config must have no `router_problem`; the result is
+    not differentiable.
     """
     num_tokens, top_k = logits.shape[0], config.top_k
     ids = logits.new_empty((num_tokens, top_k), dtype=torch.int64)
@@ -150,13 +155,13 @@ def route_top_k(config: MoEConfig, logits: Tensor, correction_bias: Tensor | Non
         logits, None if correction_bias is None else correction_bias.contiguous(), ids, weights, num_tokens,
         logits.stride(0),
         **_constants(config), ROWS=rows, GROUPS=groups, SIDE=side, BEST=max(2, triton.next_power_of_2(top_k)),
-        num_warps=4, enable_fp_fusion=False,  # a fused multiply and add would part what is a tie when both are rounded
+        num_warps=4, enable_fp_fusion=False,  # a fused multiply-add would break ties between rounded values
     )  # fmt: skip
     return ids, weights
 
 
 def _constants(config: MoEConfig) -> dict[str, str | bool | int | float | None]:
-    """The kernel's constants that are the config's."""
+    """The kernel's constants, from the config."""
     router, groups = config.router, config.router.groups
     return {
         "CHOICES": config.num_choices,

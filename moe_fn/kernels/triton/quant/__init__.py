@@ -1,1 +1,1 @@
-"""The Triton kernels of quantized experts."""
+"""Triton kernels of quantized experts."""

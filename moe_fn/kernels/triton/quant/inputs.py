@@ -1,7 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Activations in codes: rows of values, with a scale for each row, for each group of a row's values, or for each
-expert.
-"""
+"""Quantizes activations: rows of codes with a scale for each row, for each group of a row, or for each expert."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,15 +11,15 @@ from torch import Tensor
 
 from moe_fn.kernels.triton.quant.matrix import QuantMatrix, codes_of
 
-ELEMENTS = 1024  # of one program at a time, in 4 warps
+ELEMENTS = 1024  # per program and iteration, with 4 warps
 CASTS_E4M3 = ("sm_89", "sm_90", "sm_100")
 MOST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The left side of a product [R, K]: values, or codes with float32 scales [R, groups] ("row", "group") or [E]
-    ("expert").
+    """The left operand [R, K] of a product: floats, or codes with float32 scales [R, groups] (form "row" or "group") or
+    [E] ("expert").
     """
 
     values: Tensor
@@ -31,16 +29,16 @@ class Rows:
 
     @property
     def groups(self) -> int:
-        """Scales of a row."""
+        """The number of scales of a row."""
         return 1 if self.scale is None or self.form == "expert" else self.scale.shape[1]
 
     def scale_or(self, other: Tensor) -> Tensor:
-        """What stands for the scale where there is none."""
+        """The scale, or `other` without one."""
         return other if self.scale is None else self.scale
 
     def payload_of(self, matrix: QuantMatrix, arch: str) -> Tensor:
-        """Codes are multiplied as they are; decoded from bits, but where a cast is an instruction (a loop of 470 and
-        not 1,600).
+        """The matrix's payload: in its own dtype for products of codes, and if casts from e4m3 are instructions (470
+        instructions in the loop instead of 1,600); else as bits, which the kernel decodes.
         """
         native = self.form is not None or arch in CASTS_E4M3
         return matrix.payload if native else codes_of(matrix.payload)
@@ -52,27 +50,27 @@ class Rows:
 
 @triton.jit
 def scale_of(most, FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr, MOST: tl.constexpr):
-    """The scale of values up to `most`, in float32: divisions are exact, as torch's are."""
+    """The float32 scale of values up to `most`, with correctly rounded divisions as in torch."""
     if FORM == "row" and MOST == 448.0:
         s = tl.math.div_rn(most, 448.0)
         return tl.where(s < 4.3596540178571428e-06, 4.3596540178571428e-06, s)  # 1 / (448 * 512)
     s = tl.math.div_rn(tl.where(most < 1e-10, 1e-10, most), MOST)
-    if POWER_OF_TWO:  # the next one, by carrying the mantissa into the exponent
+    if POWER_OF_TWO:  # the next power of two: a nonzero mantissa carries into the exponent
         s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     return s
 
 
 @triton.jit
 def code(values, s, MOST: tl.constexpr):
-    """values / s within the codes' range, still as floats: NaN stays.
+    """values / s clamped to the codes' range, as floats; NaN is kept.
 
-    Whole numbers are rounded to the nearest, ties to even.
+    For int8 they are rounded to the nearest integer, ties to even.
     """
     q = tl.math.div_rn(values, s)
     LEAST: tl.constexpr = -128.0 if MOST == 127.0 else -MOST
     q = tl.where(q > MOST, MOST, tl.where(q < LEAST, LEAST, q))
     if MOST == 127.0:
-        q = q + 12582912.0 - 12582912.0  # 1.5 * 2^23: the sum has no bits for fractions
+        q = q + 12582912.0 - 12582912.0  # 1.5 * 2^23: the sum has no fraction bits
     return q
 
 
@@ -83,9 +81,9 @@ def _quantize_kernel(
     MOST: tl.constexpr,
     LINES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Line l is group l % SPANS of row l // SPANS, SPAN values of it.
+    """Quantizes LINES lines: line l is group l % SPANS of row l // SPANS, with SPAN values.
 
-    Rows of experts' scales are slots' tokens; TOP_K 0: slots' own.
+    With experts' scales, rows are read by the slot's token, or with TOP_K 0 by row.
     """
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     row, first = (line // SPANS).to(tl.int64), line % SPANS * SPAN
@@ -118,10 +116,10 @@ def _quantize_kernel(
 
 def quantize_rows(x: Tensor, dtype: torch.dtype, group: int | None = None, power_of_two: bool = False) -> Rows:
     """x [R, K] as float8_e4m3fn or int8 codes, with a scale for each row, or for each `group` values of a row (the last
-    may have less).
+    group may be smaller).
 
     row:   s = max(amax / 448, 1 / (448 * 512)) for float8_e4m3fn, max(amax, 1e-10) / 127 for int8
-    group: s = max(amax, 1e-10) / 448 or / 127, and its next power of two if asked for;  code = round(clamp(x / s))
+    group: s = max(amax, 1e-10) / 448 or / 127, with power_of_two the next power of two;  code = round(clamp(x / s))
     """
     span = x.shape[1] if group is None else group
     return _quantized(x, x.shape[0], dtype, "row" if group is None else "group", span, power_of_two)
@@ -130,8 +128,8 @@ def quantize_rows(x: Tensor, dtype: torch.dtype, group: int | None = None, power
 def quantize_by_expert(
     x: Tensor, dtype: torch.dtype, scale: Tensor, slot_of_row: Tensor, expert_ids: Tensor, sorted_rows: bool
 ) -> Rows:
-    """codes [R, K] of x[token of row r], or x[r] if sorted_rows, by the scale [E] of row r's expert; rows of no expert
-    are not written.
+    """Codes [R, K] of x[token of row r], or of x[r] if sorted_rows, with the scale [E] of row r's expert; rows without
+    an expert are not written.
     """
     about = slot_of_row, expert_ids, 0 if sorted_rows else expert_ids.shape[1]
     return _quantized(x, slot_of_row.shape[0], dtype, "expert", x.shape[1], False, scale.contiguous(), *about)

@@ -1,11 +1,12 @@
-"""Tokens through quantized experts and back, with weights decoded in the products or codes multiplied by codes.
+"""The forward pass of quantized experts: dispatch, products and combine. Weights are decoded in the products, or codes
+are multiplied by codes.
 
-    weights alone      sort -> up -> down -> combine, as moe_fn.kernels.triton.layer has it
-    scales of tokens   sort, x to codes -> up -> activated rows to codes -> down -> combine
-    scales of groups   sort, x to codes -> up, which stores codes where a tile has whole groups -> down -> combine
-    scales of experts  sort -> rows to codes -> up, which stores codes -> down -> combine
+    weights only       sort -> up -> down -> combine, as in moe_fn.kernels.triton.layer
+    scales of tokens   sort, quantize x -> up -> quantize activated rows -> down -> combine
+    scales of groups   sort, quantize x -> up, which stores codes if a tile has whole groups -> down -> combine
+    scales of experts  sort -> quantize rows -> up, which stores codes -> down -> combine
 
-x is quantized once for a token and not for each of its slots, but where experts have scales of their own.
+x is quantized once for each token and not for each slot, unless experts have separate scales.
 """
 
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ CODES = {"fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 @dataclass(frozen=True, kw_only=True)
 class QuantProblem:
-    """The layer's arguments: x [T, H], expert_ids and float32 expert_weights [T, k], and what quant_coverage finds no
-    problem with.
+    """The layer's arguments: x [T, H], expert_ids and float32 expert_weights [T, k], and a quantization that
+    `quant_problem` accepts.
     """
 
     x: Tensor
@@ -42,13 +43,13 @@ class QuantProblem:
     down_bias: Tensor | None
     activation: ActivationConfig
     interleaved: bool
-    invariant: bool = False  # no bit of a token's result depends on the other tokens
+    invariant: bool = False  # whether a token's result is bitwise independent of the other tokens
     rounding: ActivationQuantConfig | None = None  # of activations
     gate_up_input_scale: Tensor | None = None  # [E] float32
     down_input_scale: Tensor | None = None
 
     def tile(self, kind: str, matrix: QuantMatrix) -> Tile:
-        """The tile of one of the two products."""
+        """The tile of a product, "up" or "product" (down)."""
         experts, columns, inner = matrix.shape
         a = self.rounding
         group = () if a is None or a.group_size is None or a.group_size >= inner else (a.group_size,)
@@ -59,7 +60,7 @@ class QuantProblem:
 
 
 def forward(problem: QuantProblem, keep: bool) -> tuple[Tensor, Tensor]:
-    """(y [T, H], pre [R, N] in the order of the rows, or [0] unless kept)."""
+    """Returns (y [T, H], pre-activations [R, N] in the order of the rows, or [0] without keep)."""
     p, dtype = problem, problem.x.dtype
     first, second = p.tile("up", p.gate_up), p.tile("product", p.down)
     slots, maps = sort_for_tiles(p.expert_ids, p.gate_up.shape[0], first, second)
@@ -75,9 +76,7 @@ def forward(problem: QuantProblem, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _left(p: QuantProblem, values: Tensor, scale: Tensor | None, slots: SortedSlots, sorted_rows: bool) -> Rows:
-    """The left side of a product from floats: tokens, or activated rows (sorted_rows); scale: of each expert, if it is
-    given.
-    """
+    """The left operand of a product from floats: tokens, or activated rows (sorted_rows). scale is [E] or None."""
     a = p.rounding
     if a is None:
         return Rows(values=values.contiguous())
@@ -87,7 +86,7 @@ def _left(p: QuantProblem, values: Tensor, scale: Tensor | None, slots: SortedSl
 
 
 def _store(p: QuantProblem, tile: Tile) -> Store | None:
-    """How the first product stores activated rows in codes, if it can."""
+    """How the up-projection quantizes and stores activated rows; None if it stores floats."""
     a = p.rounding
     if a is None:
         return None

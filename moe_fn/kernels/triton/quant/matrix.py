@@ -1,4 +1,4 @@
-"""Matrices in codes and what their scales cover, as the kernels are told it."""
+"""Quantized matrices and their scales' tiles, as arguments of the kernels."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,17 +10,17 @@ from moe_fn.config import QuantConfig
 from moe_fn.quant.codes import Codes
 
 Place = Literal["inner", "step", "outer"]
-NUM_CODES = {"int4": 2, "e2m1": 2}  # codes in a byte, where there are more than one
+NUM_CODES = {"int4": 2, "e2m1": 2}  # codes per byte, if more than one
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantMatrix:
-    """W[e, n, k] = (code[e, n, k] - zero) * scale[e, row of n, k // inputs] * global_scale[e, half of n]; n an output,
-    k an input.
+    """W[e, n, k] = (code[e, n, k] - zero) * scale[e, row of n, k // inputs] * global_scale[e, half of n] for output n
+    and input k.
 
-    payload [E, N, K / codes in a byte], inputs next to each other; scale and zero_point (uint8) [E, halves * rows of a
-    half, in_tiles]. A tile of the scale covers `outputs` x `inputs` weights of a half. One concept for every
-    granularity: tensor = (N / halves, K), channel = (1, K), group = (1, g), block = (bn, bk).
+    payload is [E, N, K / codes per byte], contiguous along inputs; scale and zero_point (uint8) are [E, halves * rows
+    of a half, in_tiles]. A scale covers a tile of `outputs` x `inputs` weights of a half. The tile of each granularity:
+    tensor (N / halves, K), channel (1, K), group (1, g), block (bn, bk).
     """
 
     payload: Tensor
@@ -40,13 +40,13 @@ class QuantMatrix:
 
     @property
     def shared(self) -> tuple[int, ...]:
-        """How many inputs have one scale, if not all have."""
+        """The number of inputs that share a scale; empty if all do."""
         return () if self.inputs >= self.shape[2] else (self.inputs,)
 
     def place(self, step: int) -> Place:
         """Where a kernel that sums `step` inputs at a time applies the scale.
 
-        outer: to the sum, where one covers all inputs; step: to the products of a step; inner: to the weights, before
+        outer: to the sum, if a scale covers all inputs; step: to the product of a step; inner: to the weights, before
         the product.
         """
         if self.inputs >= self.shape[2]:
@@ -54,7 +54,7 @@ class QuantMatrix:
         return "step" if self.inputs % step == 0 else "inner"
 
     def arguments(self) -> tuple[Any, ...]:
-        """What every kernel takes of it, after the payload."""
+        """The arguments of every kernel after the payload."""
         _, columns, _ = self.shape
         scale = codes_of(self.scale.contiguous())
         zero, factor = (scale if t is None else t.contiguous() for t in (self.zero_point, self.global_scale))
@@ -69,7 +69,7 @@ class QuantMatrix:
         )
 
     def constants(self, step: int) -> dict[str, Any]:
-        """The constexpr arguments that every kernel takes of it."""
+        """The constexpr arguments of every kernel."""
         forms = {torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}
         place = self.place(step)
         return {
@@ -100,5 +100,5 @@ def matrix_of(quant: QuantConfig, stored: Codes, halves: int) -> QuantMatrix:
 
 
 def codes_of(values: Tensor) -> Tensor:
-    """8-bit floats as their bits: the kernels decode them by themselves."""
+    """8-bit values as uint8: the kernels decode them from bits."""
     return values.view(torch.uint8) if values.element_size() == 1 else values

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Grouped products with weights in codes: what both of the layer's products share, and the second one.
+"""Grouped products with quantized weights: functions that both of the layer's products share, and the down-projection.
 
-A scale stands in one of three places (QuantMatrix.place): on the weights before a product (inner), on the products of a
-step (step), or on the sum (outer). Weights that are multiplied as float are decoded in registers, and SWAP makes them
-the left operand, which wgmma reads from registers: 16 rows then take the matrix unit of sm_90 too, which wants at least
-64 of the left operand.
+A scale is applied in one of three places (QuantMatrix.place): to the weights before a product (inner), to the product
+of a step (step), or to the sum (outer). Weights that are multiplied as floats are decoded in registers, and SWAP makes
+them the left operand, which wgmma reads from registers: with 16 rows the matrix unit of sm_90, which needs at least 64
+rows of the left operand, can be used too.
 """
 
 import torch
@@ -23,7 +23,7 @@ from moe_fn.kernels.triton.tiles import Tile, architecture_of
 
 @triton.jit
 def scale_row(columns, half_columns, half_rows, tile_out):
-    """The row of the scale that each column of the matrix reads: the one address rule of all granularities."""
+    """The row of the scale for each column of the matrix, for all granularities."""
     return columns // half_columns * half_rows + columns % half_columns // tile_out
 
 
@@ -33,7 +33,7 @@ def _weights(
     TILE_IN: tl.constexpr,
     ZERO: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """float32 weights [BN, BK] of a step's codes, with their scales if those are inner."""
+    """float32 weights [BN, BK] of a step's codes, multiplied by inner scales."""
     middle = 8.0 if SCHEME == "int4" else 128.0
     if PLACE == "inner":
         GROUPS: tl.constexpr = BK // TILE_IN
@@ -57,10 +57,10 @@ def accumulate_codes(
     LEFT: tl.constexpr, LEFT_GROUP: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """left[BM, length] @ W[BN, length].T in float32, but for outer scales, transposed if SWAP.
+    """left[BM, length] @ W[BN, length].T in float32 without outer scales, transposed if SWAP.
 
-    left and right are pointers to the first step of each, scale, zero [BN] and left_scale [BM] to the first scale of
-    each. LEFT: None for floats, else the left side is in codes too, and the products are of codes.
+    left and right are pointers to the first step of each; scale and zero [BN] and left_scale [BM] to the first scales.
+    LEFT: None for floats; otherwise the left operand has codes too, and codes are multiplied by codes.
     """
     CODES: tl.constexpr = 2 if SCHEME == "int4" or SCHEME == "e2m1" else 1
     STEP: tl.constexpr = PLACE == "step" or LEFT == "group"
@@ -97,8 +97,8 @@ def accumulate_codes(
 
 @triton.jit
 def _product(a, w, acc, SWAP: tl.constexpr, SHORT: tl.constexpr):
-    """acc + a @ w.T, transposed if SWAP; SHORT: products of fp8 that sm_90 may sum with 14 bits before they join the
-    float32 sum.
+    """acc + a @ w.T, transposed if SWAP; SHORT: the number of fp8 products that sm_90 may sum with 14 bits before they
+    are added to the float32 sum.
     """
     if SWAP:
         return tl.dot(w, tl.trans(a), acc, input_precision="ieee", max_num_imprecise_acc=SHORT, out_dtype=acc.dtype)
@@ -111,7 +111,7 @@ def finished(
     acc, row_scale, expert_scale, live, scale, factor, half,
     PLACE: tl.constexpr, SCALE_FORM: tl.constexpr, GLOBAL: tl.constexpr, LEFT: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """The sum with its outer scales, [BM, BN]."""
+    """The sum times its outer scales, [BM, BN]."""
     if SWAP:
         acc = tl.trans(acc)
     if PLACE == "outer":
@@ -133,7 +133,7 @@ def _product_kernel(
     GLOBAL: tl.constexpr, LEFT: tl.constexpr, LEFT_GROUP: tl.constexpr, SWAP: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[r] = rows[r] @ W[expert of r].T + bias; a program a tile, surplus tiles return."""
+    """out[r] = rows[r] @ W[expert of r].T + bias; one tile per program, unused tiles return."""
     CODES: tl.constexpr = 2 if SCHEME == "int4" or SCHEME == "e2m1" else 1
     row_tile, column_tile = raster(tl.program_id(0), row_tiles, tl.cdiv(N, BN), GROUP)
     expert = tl.load(expert_of_tile + row_tile)
@@ -171,11 +171,11 @@ def quantized_product(
     bias: Tensor | None = None,
     zero_rest: bool = False,
 ) -> Tensor:
-    """rows[r] @ W[e].T + bias[e], e the expert of row r: rows [R, K] -> [R, N] in dtype; rows of no expert are not
-    written, or are 0.
+    """rows[r] @ W[e].T + bias[e] for the expert e of row r: rows [R, K] to [R, N] in dtype; rows without an expert are
+    not written, or 0 with zero_rest.
 
-    ends int32 [E]: where each expert's rows end; tile_map: where they begin. tile.inner fits the scales
-    (quant.tiles.fitting_step).
+    ends int32 [E] are the ends of each expert's rows; tile_map has their first rows. tile.inner is compatible with the
+    scales (quant.tiles.fitting_step).
     """
     experts, columns, inner = matrix.shape
     new = rows.values.new_zeros if zero_rest else rows.values.new_empty

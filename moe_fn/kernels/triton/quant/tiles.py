@@ -1,6 +1,4 @@
-"""Tiles of the products with weights in codes, by rows per expert, as moe_fn.kernels.triton.tiles has those of float
-weights.
-"""
+"""Tables and choice of tiles for products with quantized weights; moe_fn.kernels.triton.tiles has those of floats."""
 
 import functools
 import math
@@ -9,18 +7,18 @@ from dataclasses import replace
 from moe_fn.kernels.triton.tile_tables import Row, Tile, rows_that_hold
 from moe_fn.kernels.triton.tiles import width_for_grid
 
-LEAST_STEP = 32  # products of 8-bit codes take 32 at a time
+LEAST_STEP = 32  # the matrix unit multiplies 32 8-bit codes at a time
 
-# Weights that are decoded. They are the left operand, [columns, inner] in registers, so 16 rows take wgmma; a tile of
-# 256 columns would need all registers for the codes. 128 inputs of 128 columns are 8 KB of 4-bit codes, so four stages
-# have what two have in bfloat16.
+# Weights decoded in the product. They are the left operand, [columns, inner] in registers, so wgmma works with 16 rows;
+# a tile of 256 columns would need all registers for the codes. 128 inputs of 128 columns are 8 KB of 4-bit codes, so
+# four stages have as many bytes as two in bfloat16.
 DECODED: tuple[Row, ...] = (
     ("sm", 2, 1, Tile(16, 64, 128, 4, 4)),
-    ("sm_100", 2, 8, Tile(16, 128, 128, 8, 4)),  # with four warps, fp8 spills 24 bytes a thread there
+    ("sm_100", 2, 8, Tile(16, 128, 128, 8, 4)),  # with four warps fp8 spills 24 bytes per thread
     ("sm", 2, 8, Tile(16, 128, 128, 4, 4)),
     ("sm", 2, 16, Tile(32, 128, 128, 4, 3)),
     ("sm", 2, 48, Tile(64, 128, 64, 4, 3)),
-    ("sm_80", 2, math.inf, Tile(128, 128, 32, 8, 4)),  # 64 deep, fp8 in software spills
+    ("sm_80", 2, math.inf, Tile(128, 128, 32, 8, 4)),  # with inner 64 fp8 decoded in software spills
     ("sm", 2, math.inf, Tile(128, 128, 64, 8, 3)),
     ("sm", 4, 16, Tile(16, 64, 32, 4, 3)),
     ("sm", 4, math.inf, Tile(32, 64, 32, 4, 3)),
@@ -32,9 +30,9 @@ DECODED: tuple[Row, ...] = (
     ("interpreter", 2, math.inf, Tile(16, 32, 32, 1, 1)),
     ("interpreter", 4, math.inf, Tile(16, 32, 32, 1, 1)),
 )
-# Codes times codes. Below 64 rows the weights are the left operand: wgmma takes 64 rows of it at least, and fp8 without
-# it is multiplied as float16. 256 columns of gate and up are 128 activated ones, a group of codes, which the kernel can
-# make by itself.
+# Codes times codes. Below 64 rows the weights are the left operand: wgmma needs at least 64 rows of it, and without
+# wgmma fp8 is multiplied as float16. 256 columns of gate and up give 128 activated columns, a group of codes, which the
+# kernel can quantize itself.
 CODED_UP: tuple[Row, ...] = (
     ("sm", 1, 1, Tile(16, 64, 128, 4, 4)),
     ("sm", 1, 8, Tile(16, 128, 128, 4, 4)),
@@ -60,27 +58,25 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 
 def swaps(tile: Tile, width: int) -> bool:
-    """Whether the weights are the left operand of the product; width: bytes of an element of the left side, 1 for
-    codes.
+    """Whether the weights are the left operand of the product; width: bytes per element of the rows, 1 for codes.
 
-    Not in float32: Triton 3.7 takes tf32 for it on sm_100 from 64 rows of a left operand on, whatever precision it is
-    asked for.
+    Not in float32: on sm_100 Triton 3.7 uses tf32 for left operands of at least 64 rows, for any requested precision.
     """
     return width == 2 or (width == 1 and tile.rows < 64)
 
 
 @functools.cache
 def rows_of_coded(kind: str, width: int, arch: str) -> tuple[tuple[float, Tile], ...]:
-    """(rows per expert at most, tile) of a kind; width: bytes of an element of the left side, 1 for codes.
+    """(maximum of rows per expert, tile) of a kind of kernel; width: bytes per element of the rows, 1 for codes.
 
-    Asked at every launch.
+    Cached, because every launch needs it.
     """
     return rows_that_hold(TABLES[kind], width, arch)
 
 
 def plainer(tile: Tile, width: int) -> Tile:
-    """For rows of codes that 16 bytes do not divide: loaded one by one, each by a pointer, a wide tile spills up to 800
-    bytes a thread.
+    """A smaller tile for rows of codes that are not multiples of 16 bytes: codes are loaded one by one, each with a
+    pointer, and a wide tile spills up to 800 bytes per thread.
     """
     return replace(tile, columns=min(tile.columns, 32 if width == 4 else 64), inner=LEAST_STEP, stages=2)
 
@@ -88,10 +84,9 @@ def plainer(tile: Tile, width: int) -> Tile:
 def coded_tile(
     kind: str, rows: int, experts: int, columns: int, row_bytes: int, shared: tuple[int, ...], width: int, arch: str
 ) -> Tile:  # fmt: skip
-    """The tile of a product of rows [R, K] with `columns` outputs, whose rows of codes have row_bytes.
+    """The tile of a product of rows [R, K] with `columns` outputs; a row of codes has row_bytes.
 
-    shared: how many inputs have one scale, of weights and of the left side; width: bytes of an element of the left
-    side.
+    shared: the numbers of inputs that share a scale, of weights and of rows; width: bytes per element of the rows.
     """
     tile = next(tile for most, tile in rows_of_coded(kind, width, arch) if rows / max(experts, 1) <= most)
     tile = tile if row_bytes % 16 == 0 else plainer(tile, width)
@@ -102,8 +97,8 @@ def coded_tile(
 
 
 def fitting_step(inner: int, shared: int, whole: bool = False) -> int:
-    """inner, or less, so that `shared` inputs are whole steps, or (not of codes: `whole`) a step is made of such; 0 if
-    neither can be.
+    """The largest step up to `inner` such that `shared` inputs are a multiple of it, or it is a multiple of `shared`
+    (unless `whole`, for codes); 0 without one.
 
     >>> [fitting_step(128, shared) for shared in (128, 64, 32, 16, 384, 96, 48)]
     [128, 128, 128, 128, 128, 32, 0]
