@@ -1,11 +1,11 @@
 // Gradients of routed_experts: the activation's derivatives in the epilogue of the product with down, and outer products. The first product
-// is computed again if the forward did not keep it (2 of 9 parts of all products); nothing [rows x hidden] is made.
+// is recomputed if the forward did not save it (2/9 of the FLOPs of all products); no [rows, hidden] tensor is allocated.
 #include "kernels.h"
 
 namespace moe_fn {
 namespace {
 
-// Where element i of the activation's input and output columns lie in a row of the first product.
+// Indices of the gate and up that belong to activated column i in a row of the first product.
 struct Pair { int64_t gate, up; };
 Pair pair_of(const RoutedExperts& q, int64_t inner, int64_t i) { return q.gate_up.interleaved ? Pair{2 * i, 2 * i + 1} : Pair{i, inner + i}; }
 
@@ -21,8 +21,8 @@ void hidden_again(const Pool& pool, const Plan& plan, const RoutedExperts& q, ty
   });
 }
 
-// d a = down.T g; its epilogue makes d hidden of what the activation got, `pre` (which may be the same memory), `scaled` of the weighted
-// activation, and `dots` of a . d a, one number a panel.
+// d a = down.T g. Its epilogue computes d hidden from the pre-activations `pre` (which may be the same memory), the weighted activations
+// `scaled`, and `dots`, the sums of a * d a over each panel.
 template <class D>
 void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* gradient, const typename D::Element* pre,
                         typename D::Element* d_hidden, typename D::Element* scaled, float* dots) {
@@ -74,7 +74,7 @@ void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts&
   });
 }
 
-// d x: the second product's walk, with d hidden for hidden rows, gate_up for down, and no weights.
+// d x: second_product with d hidden instead of hidden rows, gate_up instead of down, and without routing weights.
 template <class D>
 void gradient_of_x(const Pool& pool, const Plan& plan, const RoutedExperts& q, const typename D::Element* d_hidden, void* out) {
   RoutedExperts back = q;

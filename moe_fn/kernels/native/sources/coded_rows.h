@@ -1,5 +1,5 @@
-// Rows as products with quantized weights take them, for each row its dwords in the order of the decoded weights, rounded up to whole chunks,
-// and behind them what the row's sums need: the scale of an int8 row, and where weights have zero points, sums of x over each span.
+// Rows of x as operands of products with quantized weights: the row's dwords in the order of the decoded weights, padded to whole chunks,
+// followed by the scale of an int8 row and, if the sums need a correction (zero points, offsets), the sums of x over each span.
 #pragma once
 #include "decode.h"
 #include "product.h"
@@ -9,7 +9,7 @@ namespace moe_fn {
 template <class C>
 struct RowShape {
   static constexpr bool BF16_ROWS = std::is_same_v<typename C::Dot, BF16>;
-  int dwords, extra;  // of products, and behind them; both whole chunks
+  int dwords, extra;  // operands of products, and the values after them; both multiples of a chunk
   explicit RowShape(const Weight& w) {
     dwords = round_up(w.steps() * C::PER, CHUNK);
     extra = round_up(int(int8() || w.codes->corrected(BF16_ROWS) ? 1 + w.codes->spans.size() : 0), CHUNK);
@@ -18,14 +18,14 @@ struct RowShape {
   int all() const { return dwords + extra; }
 };
 
-// Where chunk i of a row lies: in a row of its own, or in packed rows.
+// Address of chunk i of a row that is contiguous, or is one of several packed rows.
 struct Strided {
   float* first;
   int64_t stride;  // floats
   float* chunk(int64_t i) const { return first + i * stride; }
 };
 
-// 16 bytes in another order; what is chosen here, decode.h says.
+// Permutes 16 bytes to the order of the decoded weights (decode.h).
 template <class C>
 static inline void permute(const void* from, void* to) {
   typedef uint16_t words __attribute__((vector_size(16)));
@@ -43,14 +43,14 @@ static inline void permute(const void* from, void* to) {
   }
 }
 
-// One row of `inner` elements of type D, to coded ones.
+// Converts one row of `inner` elements of type D to a coded row.
 template <class C, class D>
 inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
   using Element = typename D::Element;
   constexpr int PER_CHUNK = CHUNK * D::PER_DWORD;
   const Codes& q = *w.codes;
   const RowShape<C> shape(w);
-  auto chunk_of = [&](int i, Element* out) {  // elements past the end are 0
+  auto chunk_of = [&](int i, Element* out) {  // elements past the end are zero
     const int there = int(std::clamp<int64_t>(w.inner - int64_t(i) * PER_CHUNK, 0, PER_CHUNK));
     if (there < PER_CHUNK) std::memset(out, 0, CHUNK * 4);
     if (there > 0) std::memcpy(out, from.chunk(i), there * sizeof(Element));
@@ -70,7 +70,7 @@ inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
     for (int c = 0; c < PER_CHUNK; c += WIDTH) {
       const vec x = D::load(elements + c);
       store(values + i * PER_CHUNK + c, x);
-      const veci bits = (veci)x & 0x7fffffff;  // their order is that of the magnitudes, and NaN is the largest
+      const veci bits = (veci)x & 0x7fffffff;  // ordered like the magnitudes, with NaN as the largest
       largest = (veci)select(bits > largest, (vec)bits, (vec)largest);
     }
   }
@@ -116,11 +116,11 @@ inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
 
 template <class F>
 inline void in_parts(const Pool& pool, int64_t count, F some) {
-  if (count <= 8 || pool.workers == 1) return some(0, count);  // one more join costs as much
+  if (count <= 8 || pool.workers == 1) return some(0, count);  // starting and joining workers would cost as much
   pool([&](int worker) { some(count * worker / pool.workers, count * (worker + 1) / pool.workers); });
 }
 
-// All rows of x, [rows, inner], one after the other.
+// Converts all rows of x, [rows, inner], to contiguous coded rows.
 template <class C, class D>
 inline void code_rows(const Pool& pool, const Weight& w, const void* x, int64_t rows, float* out) {
   const RowShape<C> shape(w);
@@ -133,7 +133,7 @@ inline void code_rows(const Pool& pool, const Weight& w, const void* x, int64_t 
   in_parts(pool, rows, some);
 }
 
-// Packed rows of a plan's blocks, `padded` floats each, to packed coded rows.
+// Converts packed rows of a plan's blocks, `padded` floats each, to packed coded rows.
 template <class C, class D>
 inline void code_blocks(const Pool& pool, const Weight& w, const std::vector<RowBlock>& blocks, const float* rows, int padded, float* out) {
   const RowShape<C> shape(w);

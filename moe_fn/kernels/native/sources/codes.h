@@ -1,6 +1,6 @@
-// Quantized weights: what their codes and scales stand for.
+// Quantized weights: the values of their codes and scales.
 //   weight[column, k] = (code[column, k] - zero) * scale * global_scale,  scale and zero of the tile of (column, k)
-// Codes lie as bytes along the inner dimension, 4-bit ones in pairs, the even input low. Every code is exact in bfloat16.
+// Codes are bytes along the inner dimension; a byte has two 4-bit codes, the even input in the low nibble. Every code is exact in bfloat16.
 #pragma once
 #include <vector>
 
@@ -14,21 +14,21 @@ enum class ScaleType { f32, bf16, f16, e8m0, e4m3 };
 
 // Dwords [first, first + count) of a column, with one scale: their products are summed from zero, in registers.
 struct Span { int first, count, tile; };
-constexpr int SPAN_INPUTS = 256;  // at most: then sums of int8 products are exact in float32, and a span of a decoded panel lies in L1
+constexpr int SPAN_INPUTS = 256;  // maximum: sums of int8 products are exact in float32, and a span of a decoded panel fits in L1
 
 struct Codes {
   Scheme scheme;
-  bool int8_rows;  // rows of x come as int8 codes, with a scale each
+  bool int8_rows;  // rows of x are int8 codes with one scale each
   ScaleType scale_type;
   const void* scale;         // [experts, out_tiles, in_tiles]; prepared: [experts, panels, in_tiles, 32]
   const uint8_t* zero;       // as scale, or null
   const float* global_scale; // [experts, halves], or null
   int64_t halves, out_tiles, in_tiles, tile_out, tile_in;
-  bool is_signed;            // of int8: the payload is two's complement, not 0..255
+  bool is_signed;            // int8: the payload is two's complement, not 0..255
   std::vector<Span> spans;
 
   int inputs_per_dword() const { return 4 * codes_in_byte(scheme); }
-  // Operands of products are codes plus an offset (decode.h): what makes them exact and cheap there is taken back by sums of x.
+  // Operands of products are codes plus an offset, which makes decoding exact and cheap (decode.h); sums of x subtract it again.
   float offset(bool bf16) const { return int8_rows ? 0.f : scheme == Scheme::int4 ? (bf16 ? 16.f : -8.f) : scheme == Scheme::int8 ? -128.f : 0.f; }
   float unit() const { return scheme == Scheme::int8 && !int8_rows ? 0x1p-24f : 1.f; }  // of an operand
   float symmetric_zero() const { return scheme == Scheme::int4 ? 8.f : scheme == Scheme::int8 ? 128.f : 0.f; }
@@ -43,7 +43,7 @@ struct Codes {
   }
 };
 
-// Small floats: `bits` of mantissa, exponents from `bias`, with subnormals; as integers in lanes, the sign left out.
+// float32 of small floats with BITS bits of mantissa, exponent bias BIAS and subnormals; given as integers in lanes without their sign.
 template <int BITS, int BIAS>
 static inline vec small_float(veci magnitude, veci not_a_number) {
   const vec normal = (vec)((magnitude << (23 - BITS)) + splat_int((127 - BIAS) << 23));
@@ -66,7 +66,7 @@ static inline vec e4m3(veci code) {
 }
 
 static inline int size_of(ScaleType type) { return type == ScaleType::f32 ? 4 : type == ScaleType::bf16 || type == ScaleType::f16 ? 2 : 1; }
-static inline vec scales_at(ScaleType type, const void* p) {  // WIDTH of them, in a row
+static inline vec scales_at(ScaleType type, const void* p) {  // WIDTH consecutive scales
   switch (type) {
     case ScaleType::f32: return load(p);
     case ScaleType::bf16: return widen((const uint16_t*)p);
@@ -83,7 +83,8 @@ static inline vec scales_at(ScaleType type, const void* p) {  // WIDTH of them, 
   return vec{};
 }
 
-// Scales of a panel's columns, 32 for each tile along the inner dimension, and what times a sum of x is added to a sum before it is scaled.
+// Scales of a panel's columns, 32 for each tile along the inner dimension, and the corrections: a sum gets correction * (sum of x) before
+// it is scaled.
 static inline void panel_scales(const Weight& w, int64_t expert, int panel, bool bf16, float* scale, float* correction) {
   const Codes& q = *w.codes;
   const bool corrected = q.corrected(bf16);

@@ -1,5 +1,5 @@
-// Codes of weights to operands of products, in registers: a vector of dwords, each 8 or 4 codes of a column, to PER vectors of dwords as
-// `tile` takes them. What pairs lie together is chosen for the decoder, and rows of x are packed to match (coded_rows.h).
+// Decodes weights in registers: a vector of dwords, each with 8 or 4 codes of a column, becomes PER vectors of dwords, the operands of
+// products. The order of inputs in a dword is chosen for cheap decoding, and rows of x are permuted to match (coded_rows.h).
 #pragma once
 #include <type_traits>
 
@@ -26,11 +26,11 @@ template <> struct SumOf<Int8> { using type = veci; };
 static inline vec to_float(vec sum) { return sum; }
 static inline vec to_float(veci sum) { return __builtin_convertvector(sum, vec); }
 
-static inline uint16_t bfloat_of(float f) {  // of what is exact in it
+static inline uint16_t bfloat_of(float f) {  // of values that are exact in bfloat16
   uint32_t u; std::memcpy(&u, &f, 4);
   return uint16_t(u >> 16);
 }
-static inline vec pair_of(vec first, vec second) {  // both exact in bfloat16: their low halves are 0
+static inline vec pair_of(vec first, vec second) {  // both exact in bfloat16: their low 16 bits are 0
   typedef uint32_t unsigned_lanes __attribute__((vector_size(WIDTH * 4)));
   return (vec)((unsigned_lanes)second | ((unsigned_lanes)first >> 16));
 }
@@ -39,9 +39,9 @@ static inline vec e2m1(veci code) {
   return with_sign(small_float<1, 1>(m, m > 7), code, 3);
 }
 
-// 4 bits. A dword's codes k0..k7 become pairs (k0, k4), (k1, k5), (k2, k6), (k3, k7) of bfloat16, (k0, k2, k4, k6), (k1, k3, k5, k7) of 8 bits,
-// and k0..k7 of float32: a look-up that needs no mask, as the index is what is lowest in a lane. Integers as bfloat16 become 16 + k, whose
-// mantissa is the code: a shift and an "and or" that any port of the CPU runs, while look-ups share theirs with the products.
+// 4-bit codes. A dword's codes k0..k7 become pairs (k0, k4), (k1, k5), (k2, k6), (k3, k7) of bfloat16, (k0, k2, k4, k6), (k1, k3, k5, k7) of
+// 8 bits, and k0..k7 of float32. Table lookups need no mask, because they index with the low bits of a lane. As bfloat16 integers become 16 + k,
+// whose mantissa is the code: a shift, an AND and an OR, which run on any port of the CPU, while lookups share a port with the products.
 template <class D, bool FLOATS>
 struct Nibbles {
   using Dot = D;
@@ -80,13 +80,13 @@ struct Nibbles {
   }
 };
 
-// 8 bits: k0..k3 of a dword become (k0, k2), (k1, k3) of bfloat16; k0..k3 of float32; (k0, k1, k2, k3) of 8 bits.
+// 8-bit codes: k0..k3 of a dword become (k0, k2), (k1, k3) of bfloat16; k0..k3 of float32; (k0, k1, k2, k3) of 8 bits.
 template <class D, bool FLOATS>
 struct Bytes {
   using Dot = D;
   struct Open { veci even, odd; };
   static constexpr int INPUTS = 4, PER = 4 / D::PER_DWORD;
-  int32_t flip;  // to two's complement; for int8 rows, to 0..255
+  int32_t flip;  // XOR that converts codes to two's complement, or for int8 rows to 0..255
   alignas(64) uint8_t low[128], high[128];  // the bytes of the bfloat16 of a magnitude
   explicit Bytes(const Codes& q) : flip(!FLOATS && (std::is_same_v<D, Int8> == q.is_signed) ? int32_t(0x80808080) : 0) {
     for (int i = 0; i < 128; i += WIDTH) {
@@ -96,7 +96,7 @@ struct Bytes {
       for (int j = 0; j < WIDTH; j++) low[i + j] = uint8_t(bfloat_of(value[j])), high[i + j] = uint8_t(bfloat_of(value[j]) >> 8);
     }
   }
-  // A code in the top byte of a lane, to float32: an integer times 2^24, which its scale takes back (two instructions less).
+  // Converts a code in the top byte of a lane to float32: an integer times 2^24, which the scale divides out (two instructions fewer).
   static vec value(veci top) { return FLOATS ? e4m3(top >> 24) : __builtin_convertvector(top, vec); }
   Open open(veci w) const {
     w ^= flip;
@@ -109,7 +109,7 @@ struct Bytes {
         __m512i h = _mm512_permutex2var_epi8((__m512i)load(high), (__m512i)w, (__m512i)load(high + 64));
         h = _mm512_ternarylogic_epi32(h, (__m512i)w, _mm512_set1_epi8(-128), 0xf8);  // h | (w & sign)
         const __m512i byte = _mm512_set1_epi16(255);
-        return {(veci)_mm512_ternarylogic_epi32(byte, l, _mm512_slli_epi16(h, 8), 0xca),  // low bytes of l, of h << 8 the high ones
+        return {(veci)_mm512_ternarylogic_epi32(byte, l, _mm512_slli_epi16(h, 8), 0xca),  // low bytes of l, high bytes of h << 8
                 (veci)_mm512_ternarylogic_epi32(byte, _mm512_srli_epi16(l, 8), h, 0xca)};
       }
 #endif

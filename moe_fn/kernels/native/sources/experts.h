@@ -1,4 +1,4 @@
-// What the library computes, free of torch: binding.cpp turns tensors into these.
+// The functions and argument records of the library, independent of torch: binding.cpp converts tensors to them.
 #pragma once
 #include "activation.h"
 #include "codes.h"
@@ -20,7 +20,7 @@ struct RoutedExperts {
   const int64_t* expert_ids;
   const float* expert_weights;
   const void* x;
-  void *out, *pre;  // pre: [slots, columns of gate_up] to keep what the activation gets, slots in the order of the plan; or null
+  void *out, *pre;  // pre: [slots, columns of gate_up], pre-activations in the order of the plan; null: not saved
   Weight gate_up, down;
   Bias gate_up_bias, down_bias;
   Activation activation;
@@ -28,8 +28,8 @@ struct RoutedExperts {
 void routed_experts(const Pool& pool, const RoutedExperts& problem);
 void quantized_experts(const Pool& pool, const RoutedExperts& problem);  // weights with codes
 
-// Gradients of routed_experts, from its arguments (plain weights), the gradient of its result, and what it kept (null: computed again).
-// Results that are null are not wanted.
+// Gradients of routed_experts from its arguments (plain weights), the gradient of its result, and the saved pre-activations (null:
+// recomputed). Results that are null are not computed.
 struct RoutedGradients {
   const void *gradient, *pre;
   void *x, *gate_up, *down;
@@ -37,7 +37,7 @@ struct RoutedGradients {
 };
 void routed_experts_backward(const Pool& pool, const RoutedExperts& problem, const RoutedGradients& gradients);
 
-// Groups of sorted rows, as moe_fn.ops.grouped_matmul has them.
+// Groups of sorted rows, as in moe_fn.ops.grouped_matmul.
 struct Groups {
   const int32_t* ends;
   int64_t count, rows, segments, weight_sets;
@@ -45,7 +45,7 @@ struct Groups {
 void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight& weight, const Groups& groups, void* out);
 void grouped_outer(const Pool& pool, Type type, const void* left, int64_t left_size, const void* right, int64_t right_size, const Groups& groups, void* out);
 
-// For the benchmark's floor: a plain read of all bytes, and the tile's rate out of cache in GFLOP/s of all workers.
+// For the benchmark's lower bounds: a read of all bytes, and GFLOP/s of all workers in `tile` with operands in cache.
 int64_t read_bytes(const Pool& pool, const void* data, int64_t bytes);
 double tile_rate(const Pool& pool, Type type, int64_t repeats);
 

@@ -1,20 +1,20 @@
-// The first product of the forward pass, whatever the weights are.
+// The first product of the forward pass, for float and quantized weights.
 #pragma once
 #include "kernels.h"
 
 namespace moe_fn {
 
-// Prepared or not, the inner dimension of the second product covers whole panels of the first one: what is past its end is zero.
+// The inner dimension of the second product is padded to whole panels of the first one with zeros, for prepared and plain weights.
 inline int hidden_width(const RoutedExperts& q) { return q.gate_up.panels() * (q.activation.gated ? PANEL / 2 : PANEL); }
 
 template <class D>
-void clear_pre(const RoutedExperts& q, int64_t rows) {  // rows of no expert: a result of an op holds nothing that was there before
+void clear_pre(const RoutedExperts& q, int64_t rows) {  // rows without an expert: an op must not return uninitialized memory
   if (!q.pre) return;
   const int64_t row = q.gate_up.columns * int64_t(sizeof(typename D::Element));
   std::memset(static_cast<char*>(q.pre) + rows * row, 0, size_t(q.tokens * q.top_k - rows) * row);
 }
 
-// First product and activation: hidden rows, packed as the second product reads them.
+// First product and activation: writes hidden rows, packed for the second product.
 template <class D, class M = Floats<D>>
 void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* x, float* hidden, int padded) {
   const int per_panel = q.activation.gated ? PANEL / 2 : PANEL;
@@ -32,11 +32,11 @@ void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, c
         auto* element = (typename D::Element*)to + c;
         if (q.activation.gated) {
           D::store(element, activate(q.activation, g, u));
-          // Columns past the last one would be NaN for infinite x, and NaN times a padded zero weight is NaN.
+          // Columns past the last one would be NaN for infinite x, and NaN times the zero weight of padding is NaN.
           for (int i = std::max(there - c, 0); i < WIDTH; i++) element[i] = 0;
         } else {
           D::store(element, gate_function(q.activation, g));
-          // The second half of 32 float32 columns is the next chunk of 16 dwords.
+          // In float32 the second half of 32 columns is the next chunk of 16 dwords.
           auto* second = D::PER_DWORD == 1 ? (typename D::Element*)(to + block.rows * CHUNK) + c : element + PANEL / 2;
           D::store(second, gate_function(q.activation, u));
         }

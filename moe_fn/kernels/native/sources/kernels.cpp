@@ -53,7 +53,7 @@ void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight&
     const Plan plan = plan_of_groups(groups, chunk_rows(weight));
     Element* to = static_cast<Element*>(out);
     const int64_t n = weight.columns;
-    // Rows of nobody give 0.
+    // Rows without a group are 0.
     int64_t done = 0;
     auto clear = [&](int64_t until) {
       if (until > done) std::memset(to + done * n, 0, size_t(until - done) * n * sizeof(Element));
@@ -81,7 +81,7 @@ void grouped_outer(const Pool& pool, Type type, const void* left, int64_t m, con
 
 int64_t read_bytes(const Pool& pool, const void* data, int64_t bytes) {
   std::atomic<int64_t> total{0};
-  const int64_t share = bytes / pool.workers / 512 * 256;  // two streams a worker
+  const int64_t share = bytes / pool.workers / 512 * 256;  // two streams per worker
   pool([&](int worker) {
     const char *one = static_cast<const char*>(data) + 2 * share * worker, *two = one + share;
     veci a{}, b{};

@@ -1,4 +1,5 @@
-// Weights as panels of 32 columns, [steps][32] dwords: prepared ones as they lie, plain ones laid on the fly into a buffer that stays in L2.
+// Weights as panels of 32 columns, [steps][32] dwords: prepared weights are stored as panels, plain weights are packed on the fly into a
+// buffer that stays in L2.
 #pragma once
 #include <algorithm>
 
@@ -9,7 +10,7 @@ namespace moe_fn {
 
 struct Codes;  // of quantized weights: codes.h
 
-// The matrix of each expert: `columns` outputs, `inner` products. Panels of a gated first product hold 16 gates, then the 16 ups that match.
+// The matrices of all experts: `columns` outputs, `inner` inputs. Panels of a gated first product have 16 gates, then the 16 matching ups.
 struct Weight {
   const char* data;
   int64_t expert_bytes, columns, inner;
@@ -17,18 +18,18 @@ struct Weight {
   bool prepared, transposed, gated, interleaved;  // transposed: [columns, inner]; interleaved: gate and up alternate
   int panels() const { return int(gated ? (columns / 2 + PANEL / 2 - 1) / (PANEL / 2) : (columns + PANEL - 1) / PANEL); }
   const Codes* codes = nullptr;  // null: floats
-  int per_byte = 1;              // codes in a byte
-  bool invariant = false;        // a row's sums are added in one order, however many rows there are
+  int per_byte = 1;              // codes per byte
+  bool invariant = false;        // a row's sums are added in the same order for any number of rows
   int64_t row_bytes() const { return (inner * element + per_byte - 1) / per_byte; }
   int steps() const { return int((row_bytes() + 3) / 4); }
-  Weight flipped() const {  // of plain ones
+  Weight flipped() const {  // the transposed matrices, for plain weights
     Weight w{data, expert_bytes, inner, columns, element, prepared, !transposed, false, false};
     w.invariant = invariant;
     return w;
   }
 };
 
-// Where the two halves of a panel come from: 16 columns each from `start`, `stride` apart, `count` of them there.
+// Source of the two halves of a panel: 16 columns each from `start`, `stride` apart, of which `count` exist.
 struct Columns { int64_t start[2]; int stride; int count[2]; };
 
 static inline Columns columns_of(const Weight& w, int panel) {
@@ -44,7 +45,7 @@ static inline Columns columns_of(const Weight& w, int panel) {
   return {{first, pairs + first}, 1, {n, n}};
 }
 
-// out[j * ldo + i] = x[i][j] for WIDTH x WIDTH dwords; x is spoiled.
+// out[j * ldo + i] = x[i][j] for WIDTH x WIDTH dwords; x is overwritten.
 static inline void transpose(vec* x, float* out, int64_t ldo) {
   vec y[WIDTH];
 #pragma GCC unroll 4
@@ -58,7 +59,7 @@ static inline void transpose(vec* x, float* out, int64_t ldo) {
   for (int j = 0; j < WIDTH; j++) store(out + j * ldo, x[j]);
 }
 
-// Steps [first, first + count) of one panel from [columns, inner] rows: a transposition of dwords.
+// Packs steps [first, first + count) of one panel from [columns, inner] weights: a transposition of dwords.
 static inline void lay_transposed(const Weight& w, const char* matrix, const Columns& from, int first, int count, float* out) {
   const int64_t row_bytes = w.row_bytes();
   for (int half = 0; half < 2; half++)
@@ -87,7 +88,7 @@ static inline void lay_transposed(const Weight& w, const char* matrix, const Col
     }
 }
 
-// WIDTH dwords of one step from rows as they lie: `one` is the row of the step, `two` the next one (bfloat16 pairs) or null.
+// WIDTH dwords of one step from rows of weights: `one` is the row of the step, `two` the next one (bfloat16 pairs) or null.
 template <class D>
 inline vec step_of_rows(const typename D::Element* one, const typename D::Element* two) {
   if constexpr (D::PER_DWORD == 1) {
@@ -105,7 +106,7 @@ inline float dword_of_rows(const typename D::Element* one, const typename D::Ele
   return dword;
 }
 
-// A panel's dwords of one step from [inner, columns] rows.
+// Packs a panel's dwords of one step from [inner, columns] weights.
 template <class D>
 inline void lay_step(const char* one, const char* two, const Columns& from, float* out) {
   constexpr int half = PANEL / 2;
@@ -132,8 +133,8 @@ inline void lay_step(const char* one, const char* two, const Columns& from, floa
   }
 }
 
-// Panels of the rows that row(r) gives, r from `first` steps on: of [inner, columns] weights, or of the right side of an outer product.
-// Several at once, for a row's next columns are a page away in memory: one by one, every line of a panel is a TLB miss.
+// Packs panels of the rows row(r), from step `first` on: of [inner, columns] weights, or of the right operand of an outer product.
+// Several panels at once: consecutive rows are a page apart, so with one panel every cache line is a TLB miss.
 constexpr int PANELS_AT_ONCE = 4;
 template <class D, class Row>
 inline void lay_rows(const Columns* from, int panels, int64_t inner, Row row, int first, int count, float* out) {
@@ -144,7 +145,7 @@ inline void lay_rows(const Columns* from, int panels, int64_t inner, Row row, in
   }
 }
 
-constexpr int DOTS_UNTIL = 28;  // rows of an expert; from there on a panel laid once is read often enough
+constexpr int DOTS_UNTIL = 28;  // rows of an expert; with more rows packing a panel pays off
 
 // The panels of one expert.
 template <class D>
@@ -154,7 +155,7 @@ struct Panels {
   Panels(const Weight& w, int64_t expert) : w(w), matrix(w.data + expert * w.expert_bytes) {}
   const float* at(int panel, int first) const { return (const float*)matrix + (int64_t(panel) * w.steps() + first) * PANEL; }  // prepared
   int at_once() const { return w.prepared || w.transposed ? 1 : PANELS_AT_ONCE; }
-  // Panel `panel` of a walk from begin to end, at steps [first, first + count); the scratch keeps what was laid with the one before.
+  // Steps [first, first + count) of panel `panel` in a loop from begin to end; scratch has the panels packed together with an earlier one.
   const float* get(int panel, int begin, int end, int first, int count, float* scratch) const {
     if (w.prepared) return at(panel, first);
     if (w.transposed) {

@@ -1,4 +1,4 @@
-// Products of sorted rows with their experts' matrices: who computes which rows times which panels, in which order.
+// Products of sorted rows with their experts' matrices: how rows and panels are divided among workers, and in which order.
 #pragma once
 #include <sys/mman.h>
 
@@ -12,7 +12,7 @@
 
 namespace moe_fn {
 
-// run(context, worker) for every worker, on the caller's thread pool.
+// Calls run(context, worker) for every worker, on the caller's thread pool.
 using Run = void (*)(void*, int);
 struct Pool {
   int workers;
@@ -21,7 +21,7 @@ struct Pool {
   void operator()(F&& f) const { start(workers, [](void* context, int worker) { (*static_cast<F*>(context))(worker); }, (void*)&f); }
 };
 
-// Memory for one call. Huge pages from 4 MB on: faults of fresh small pages cost as much as the weighted sum (30-60 MB at 1024 tokens).
+// Memory for one call, in huge pages from 4 MB on: page faults of small pages cost as much as the weighted sum (30-60 MB at 1024 tokens).
 struct Free { void operator()(void* p) const { std::free(p); } };
 using Buffer = std::unique_ptr<float[], Free>;
 static inline Buffer buffer(int64_t floats) {
@@ -37,14 +37,14 @@ static inline Buffer buffer(int64_t floats) {
 
 static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-struct Chunk { int64_t expert, start; int first_block, last_block, rows; };  // row blocks of one expert that fit in L2 together
+struct Chunk { int64_t expert, start; int first_block, last_block, rows; };  // consecutive row blocks of one expert that fit in L2 together
 struct Plan {
-  std::vector<int64_t> source;  // of a sorted slot: its row in x
-  std::vector<float> weight;    // of a sorted slot
-  std::vector<int64_t> slot;    // of a sorted slot: its place in [tokens, top_k]
+  std::vector<int64_t> source;  // row in x of each sorted slot
+  std::vector<float> weight;    // routing weight of each sorted slot
+  std::vector<int64_t> slot;    // index in [tokens, top_k] of each sorted slot
   std::vector<RowBlock> blocks;
   std::vector<Chunk> chunks;
-  int most_rows = 0;  // of a chunk
+  int most_rows = 0;  // the largest number of rows of a chunk
 
   void add(int64_t expert, int64_t start, int64_t end, int chunk_rows, int block_rows = MAX_ROWS) {
     const int64_t n = end - start;
@@ -66,7 +66,7 @@ struct Plan {
 };
 
 static inline int padded_steps(const Weight& w) { return round_up(w.steps(), CHUNK); }
-// Steps of a block of the inner dimension; a function of the matrix alone, so that the order of sums does not depend on the batch.
+// Steps of a block of the inner dimension; it depends on the matrix only, so that the order of sums does not depend on the batch.
 static inline int block_steps(int steps) {
   if (steps <= 768) return steps;
   const int blocks = (steps + 511) / 512;
@@ -76,12 +76,13 @@ static inline int64_t scratch_floats(const Weight& w) {
   return w.prepared ? 0 : std::max(int64_t(block_steps(w.steps())) * PANEL * (w.transposed ? 1 : PANELS_AT_ONCE), stream_floats(w));
 }
 static inline int chunk_rows(const Weight& w) {  // 512 KB of packed rows, half of L2
-  if (w.invariant && !w.prepared && !w.transposed) return STREAM_UNTIL;  // whatever there is goes through `stream`
+  if (w.invariant && !w.prepared && !w.transposed) return STREAM_UNTIL;  // all chunks use `stream`
   return std::max(2 * MAX_ROWS, (w.prepared ? 1 : 2) * 512 * 256 / std::min(w.steps(), 768));
 }
 
-// One chunk times panels [first, last): rows(b) are the packed rows of block b; before(panel, b) runs ahead of the tile that finishes, and
-// epilogue(panel, b, tile) takes it. `next` is what will be read after this, or null. sums: rows x 32 x panels floats if steps come in blocks.
+// Multiplies one chunk by panels [first, last). rows(b) are the packed rows of block b; before(panel, b) is called before a tile's last step
+// block, epilogue(panel, b, tile) after it. `next` is the memory read after this call, or null. sums: rows x 32 floats, times the number of
+// panels if the steps are divided into blocks.
 template <class D, class Rows, class Before, class Epilogue>
 inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<D>& panels, int first, int last, const float* next, float* sums,
                      float* scratch, Before before, Epilogue epilogue) {
@@ -99,7 +100,7 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
     return;
   }
   if (suits_stream(panels.w, total)) return stream<D>(blocks, count, total, rows, panels, first, last, sums, scratch, before, epilogue);
-  // Panels outside and blocks of steps inside if there is one block (of steps or of rows); else the other way round: rows stay in L2.
+  // Loop over panels outside and blocks of steps inside if there is one block (of steps or of rows); otherwise the reverse: rows stay in L2.
   const bool panels_outside = block == steps || (count == 1 && panels.at_once() == 1);
   const int per = (8 + count - 1) / count;  // lines to prefetch per 4 steps of one tile
   auto one = [&](int p, int k) {
@@ -131,12 +132,12 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
   }
 }
 
-// How by_rows and second_product multiply: float weights here, quantized ones in quantized.h.
+// The multiplication that by_rows and second_product use, for float weights; quantized.h has that of quantized weights.
 template <class D>
 struct Floats {
-  static int row_dwords(const Weight& w) { return padded_steps(w); }  // of a packed row
-  static int64_t row_bytes(const Weight& w) { return w.inner * w.element; }  // of a row of x
-  static bool in_blocks(const Weight& w) { return block_steps(w.steps()) != w.steps(); }  // sums of all panels of a task are alive together
+  static int row_dwords(const Weight& w) { return padded_steps(w); }  // size of a packed row
+  static int64_t row_bytes(const Weight& w) { return w.inner * w.element; }  // size of a row of x
+  static bool in_blocks(const Weight& w) { return block_steps(w.steps()) != w.steps(); }  // then sums of all panels of a task are kept
   static int64_t sums_floats(const Weight& w, int rows, int panels) { return int64_t(rows) * PANEL * (in_blocks(w) ? panels : 1); }
   static int64_t scratch_floats(const Weight& w) { return moe_fn::scratch_floats(w); }
   static void run(const RowBlock* blocks, int count, auto rows, const Weight& w, int64_t expert, int first, int last, const float* next, float* sums,
@@ -144,11 +145,11 @@ struct Floats {
     multiply<D>(blocks, count, rows, Panels<D>(w, expert), first, last, next, sums, scratch, before, epilogue);
   }
 };
-static inline const float* panel_at(const Weight& w, int64_t expert, int panel) {  // of prepared weights
+static inline const float* panel_at(const Weight& w, int64_t expert, int panel) {  // for prepared weights
   return (const float*)(w.data + expert * w.expert_bytes) + int64_t(panel) * w.steps() * PANEL;
 }
 
-// A chunk's rows of x, each at its source, or in order if that is null.
+// Packs a chunk's rows of x: row source[slot] of each sorted slot, or the slot's own row if source is null.
 template <class D>
 inline void pack_rows(const Plan& plan, const Chunk& chunk, const int64_t* source, const void* x, int64_t row_bytes, int padded, float* out) {
   for (int b = chunk.first_block; b < chunk.last_block; b++) {
@@ -166,15 +167,15 @@ inline void pack_rows(const Plan& plan, const Chunk& chunk, const int64_t* sourc
   }
 }
 
-// Tasks (chunk, group of panels) in the order in which weights lie in memory; epilogue(chunk, panel, block, tile).
+// Runs tasks (chunk, group of panels) in the order of the weights in memory; epilogue(chunk, panel, block, tile) gets each tile.
 template <class D, class M = Floats<D>, class Epilogue>
 void by_rows(const Pool& pool, const Plan& plan, const void* x, const Weight& w, Epilogue epilogue) {
   const int panels = w.panels(), chunks = int(plan.chunks.size()), padded = M::row_dwords(w), workers = pool.workers;
   const int64_t row_bytes = M::row_bytes(w);
   if (!chunks) return;
-  // 24 tasks a worker, in pairs of panels, so that none waits long for the last one.
+  // 24 tasks per worker, in pairs of panels, so that workers finish at nearly the same time.
   int groups = chunks >= 24 * workers ? 1 : std::min(std::max(panels / 2, 1), (24 * workers + chunks - 1) / chunks);
-  // Sums of all panels of a task are alive between blocks of steps: 256 KB of them beside 512 KB of rows.
+  // Sums of all panels of a task are kept between blocks of steps: 256 KB, in addition to 512 KB of rows.
   if (M::in_blocks(w)) groups = std::max(groups, int(int64_t(plan.most_rows) * PANEL * 4 * panels / (256 << 10)));
   groups = std::clamp(groups, 1, panels);
   auto from = [&](int g) { int p = int(int64_t(panels) * g / groups); return g == groups ? panels : groups * 2 <= panels ? p & ~1 : p; };

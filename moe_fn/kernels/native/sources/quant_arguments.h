@@ -1,4 +1,4 @@
-// What the ops get of quantized weights, as Codes. The description is the JSON of moe_fn.config's QuantConfig.
+// Converts the ops' arguments for quantized weights to Codes. The description is the JSON of moe_fn.config's QuantConfig.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -13,7 +13,7 @@ struct QuantTensors {
   c10::optional<at::Tensor> gate_up_scale, down_scale, gate_up_zero_point, down_zero_point, gate_up_global_scale, down_global_scale;
 };
 
-// The value of a key of flat JSON as text, without quotes: "" for null and for what is not there.
+// The value of a key of flat JSON as text without quotes; "" for null and missing keys.
 inline std::string value_of_key(const std::string& json, const std::string& key) {
   size_t at = json.find('"' + key + '"');
   if (at == std::string::npos) return "";
@@ -33,7 +33,7 @@ inline Scheme scheme_of(const std::string& name) {
   return Scheme::e2m1;
 }
 
-struct QuantDescription { Scheme scheme; bool int8_rows; int64_t tile_out, tile_in; };  // tiles: 0 is all
+struct QuantDescription { Scheme scheme; bool int8_rows; int64_t tile_out, tile_in; };  // a tile of 0 is the whole dimension
 inline QuantDescription description_of(std::string json) {
   QuantDescription d{};
   const std::string inner = value_of_key(json, "activations");
@@ -63,7 +63,7 @@ inline ScaleType scale_type_of(const at::Tensor& t) {
   return ScaleType::e8m0;
 }
 
-// The codes of one matrix. w: as the payload has it, its codes not yet set.
+// The codes of one matrix. w describes the payload; its `codes` are not set yet.
 inline std::unique_ptr<Codes> codes_of(const QuantDescription& d, const Weight& w, int64_t experts, bool is_signed, const at::Tensor& scale,
                                        const c10::optional<at::Tensor>& zero, const c10::optional<at::Tensor>& global) {
   auto q = std::make_unique<Codes>();

@@ -1,20 +1,21 @@
-// Products with quantized weights: of each span of the inner dimension, dwords are decoded and multiplied into sums from zero, in registers,
+// Products with quantized weights. For each span of the inner dimension, dwords are decoded and their products summed from zero in registers,
 // then   total += (sum + correction[column] * (sum of x)) * scale[column]
-// Weights are decoded in registers and used at once, by up to 12 rows (6 without bfloat16 products). Where vectors are shorter than AVX-512's, several blocks of rows
-// share a span of a panel that is decoded to memory. Both add in one order, so a token's bits do not depend on the batch.
+// Weights are decoded in registers and used immediately by up to 12 rows (6 without bfloat16 products). With vectors shorter than AVX-512's,
+// several blocks of rows share a span of a panel that is decoded to memory. Both add in the same order, so a token's bits do not depend on
+// the batch.
 #pragma once
 #include "coded_rows.h"
 
 namespace moe_fn {
 
 #if defined(__AVX512BF16__)
-constexpr int FEW_ROWS = 12;  // 12 x 2 vectors of sums, and what decodes in the others
+constexpr int FEW_ROWS = 12;  // 12 x 2 vectors of sums; the other registers decode
 #else
-constexpr int FEW_ROWS = WIDTH == 16 ? 6 : MAX_ROWS;  // a pair of bfloat16 is two vectors there; and 12 would take a minute to compile
+constexpr int FEW_ROWS = WIDTH == 16 ? 6 : MAX_ROWS;  // a pair of bfloat16 takes two vectors, and 12 rows would take a minute to compile
 #endif
 constexpr int BLOCK_ROWS = WIDTH == 16 ? FEW_ROWS : MAX_ROWS;
 
-// A panel's scales and what belongs to them.
+// A panel's scales and corrections.
 struct PanelScales { const float *scale, *correction; };
 
 template <class Sum>
@@ -24,13 +25,13 @@ static inline vec scaled(vec total, Sum sum, const PanelScales& s, int tile, int
   return total + x * load(s.scale + tile * PANEL + v * WIDTH);
 }
 
-// c[ROWS][32] = rows times one panel. Several spans at a time: a row or two alone would wait for each sum's last product.
+// c[ROWS][32] = rows times one panel. One or two rows process several spans at a time, because a single chain of sums is latency-bound.
 template <class C, int ROWS>
 void few(const Weight& w, const C& code, const float* a, const char* b, const PanelScales& scales, float* c, int64_t ahead) {
   using D = typename C::Dot;
   using Sum = typename SumOf<D>::type;
   const Codes& q = *w.codes;
-  const C here = code;  // its tables, in registers
+  const C here = code;  // a copy, so that its tables are in registers
   const bool corrected = q.corrected(RowShape<C>::BF16_ROWS);
   const float* extra = a + int64_t(RowShape<C>(w).dwords) * ROWS;
   constexpr size_t pitch = size_t(ROWS) * CHUNK;
@@ -65,7 +66,7 @@ void few(const Weight& w, const C& code, const float* a, const char* b, const Pa
           for (int v = 0; v < NV; v++) sum[s][r][v] = D::mac(sum[s][r][v], x[s] + i * C::PER + r * CHUNK + j, part[v]);
       }
     };
-    // Chunks of x, where every displacement is a constant; a span of few inputs is a part of one.
+    // Whole chunks of x, where every displacement is a constant; a short span is a part of a chunk.
     constexpr int IN_CHUNK = CHUNK / C::PER, TOGETHER = IN_CHUNK < 4 ? IN_CHUNK : 4;
     const bool whole = spans[at].first % IN_CHUNK == 0;
     int left = spans[at].count;
@@ -97,7 +98,7 @@ void few(const Weight& w, const C& code, const float* a, const char* b, const Pa
           total[r][v] = scaled(total[r][v], sum[s][r][v], scales, spans[at].tile, v, corrected, corrected ? sums_of_x[r * CHUNK] : 0.f);
     }
   };
-  auto alike = [&](int many) {  // and at the same places of chunks, or within one
+  auto alike = [&](int many) {  // spans of equal length at the same offsets in chunks, or within one chunk
     constexpr int IN_CHUNK = CHUNK / C::PER;
     const int of_chunk = std::min(spans[at].count, IN_CHUNK);
     if (spans[at].first % of_chunk || spans[at].count % of_chunk || IN_CHUNK % of_chunk) return false;
@@ -116,7 +117,7 @@ void few(const Weight& w, const C& code, const float* a, const char* b, const Pa
     for (int v = 0; v < NV; v++) store(c + r * PANEL + v * WIDTH, std::is_same_v<D, Int8> ? total[r][v] * extra[r * CHUNK] : total[r][v]);
 }
 
-// A span of a panel, decoded: [dwords of products][32].
+// Decodes a span of a panel to [dwords of products][32].
 template <class C>
 inline void decode(const C& code, const Span& span, const char* panel, const char* ahead, float* out) {
   const C here = code;
@@ -131,7 +132,7 @@ inline void decode(const C& code, const Span& span, const char* panel, const cha
   }
 }
 
-// c[ROWS][32] = or += rows times one decoded span, scaled; `last`: and times the row's own scale.
+// c[ROWS][32] = or += rows times one decoded span, scaled; with `last` also multiplied by the row's scale.
 struct SpanOfRows { int first, dwords, tile, index; bool last; };
 template <class D, int ROWS>
 void span_tile(const float* a, const float* b, const SpanOfRows& span, const float* extra, bool corrected, const PanelScales& scales, float* c) {
@@ -171,7 +172,7 @@ template <class C>
 using Few = void (*)(const Weight&, const C&, const float*, const char*, const PanelScales&, float*, int64_t);
 using SpanTile = void (*)(const float*, const float*, const SpanOfRows&, const float*, bool, const PanelScales&, float*);
 template <class C>
-struct QuantizedTiles {  // by number of rows
+struct QuantizedTiles {  // indexed by the number of rows
   Few<C> few_rows[FEW_ROWS + 1] = {};
   SpanTile many_rows[MAX_ROWS + 1] = {};
   template <int... R>
@@ -186,7 +187,7 @@ struct QuantizedTiles {  // by number of rows
 template <class C>
 static constexpr QuantizedTiles<C> quantized_tiles{};
 
-// How by_rows and second_product multiply with codes C: what Floats is for float weights.
+// The multiplication that by_rows and second_product use for codes C, like Floats for float weights.
 template <class C>
 struct Quantized {
   static int row_dwords(const Weight& w) { return RowShape<C>(w).all(); }
@@ -217,7 +218,7 @@ struct Quantized {
         lay_transposed(w, w.data + expert * w.expert_bytes, columns_of(w, p), 0, w.steps(), laid);
       }
       panel_scales(w, expert, p, bf16, scale, correction);
-      if (WIDTH == 16 || count == 1) {  // products hide the decoding of a few rows' weights, whose ports they leave free
+      if (WIDTH == 16 || count == 1) {  // decoding is hidden behind the products, which use other ports
         for (int b = 0; b < count; b++) {
           before(p, b);
           quantized_tiles<C>.few_rows[blocks[b].rows](w, code, rows(b), panel, scales, sums, b ? 0 : ahead - panel);

@@ -1,5 +1,5 @@
-// Vectors of one instruction-set level, in the compilers' own vector types, so that one source serves every level. The level is what the
-// file is compiled for (flags in native.py): AVX-512 with or without bfloat16 products, AVX2, or whatever the plain target has.
+// Vectors of one instruction-set level, in the compilers' vector types, so that one source serves every level. The compiler flags (LEVELS in
+// library.py) choose the level: AVX-512 with or without bfloat16 products, AVX2, or the compiler's default target.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -18,7 +18,7 @@ constexpr int WIDTH = 4, MAX_ROWS = 1;
 #endif
 constexpr int PANEL = 32;              // columns of a panel of weights
 constexpr int NV = PANEL / WIDTH;      // vectors of a panel
-constexpr int CHUNK = 16;              // steps that lie together in packed rows
+constexpr int CHUNK = 16;              // consecutive steps of a row in packed rows
 
 typedef float vec __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t veci __attribute__((vector_size(WIDTH * 4)));
@@ -26,8 +26,8 @@ typedef uint16_t vech __attribute__((vector_size(WIDTH * 2)));
 
 static inline vec load(const void* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 static inline void store(void* p, vec v) { std::memcpy(p, &v, sizeof v); }
-static inline vec splat(float s) { return s - vec{}; }  // s - 0 is s exactly, -0 too
-// The same of a dword in memory. As an integer: on Zen 4 that is done by the load, a broadcast of floats takes a port from the products.
+static inline vec splat(float s) { return s - vec{}; }  // s - 0 is exactly s, also for -0
+// Broadcasts a dword from memory as an integer: on Zen 4 the load unit does it, while a broadcast of floats uses a port of the products.
 static inline vec splat_at(const float* p) {
 #if defined(__AVX512F__)
   int32_t bits; std::memcpy(&bits, p, 4);
@@ -39,7 +39,7 @@ static inline vec splat_at(const float* p) {
 static inline veci splat_int(int32_t s) { return s - veci{}; }
 static inline vec select(veci mask, vec a, vec b) { return (vec)((mask & (veci)a) | (~mask & (veci)b)); }
 
-// Lanes of two vectors alternating: the first halves, the second halves; and every other lane of two vectors in a row.
+// low, high: lanes of two vectors interleaved, of their first and second halves. even, odd: every other lane of two concatenated vectors.
 #if defined(__AVX512F__)
 static inline vec low(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
 static inline vec high(vec a, vec b) { return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
@@ -57,7 +57,7 @@ static inline vec even(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 2
 static inline vec odd(vec a, vec b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
 #endif
 
-// bfloat16 <-> float32, to the nearest, ties to even, NaN stays NaN.
+// bfloat16 <-> float32, rounded to nearest, ties to even; NaN stays NaN.
 static inline vec widen(const uint16_t* p) {
   vech h; std::memcpy(&h, p, sizeof h);
   return (vec)(__builtin_convertvector(h, veci) << 16);
@@ -78,8 +78,8 @@ static inline void narrow(uint16_t* p, vec v) {
 #endif
 }
 
-// One dword of a product's inner dimension: one float32, or a pair of bfloat16. "mac" adds the product of a broadcast dword and a
-// vector of dwords to sums; "dot" that of two vectors of dwords, lane by lane.
+// Operations on dwords of a product's inner dimension: one float32, or a pair of bfloat16. "mac" adds the product of a broadcast dword and a
+// vector of dwords to sums; "dot" adds the products of two vectors of dwords lane by lane.
 struct F32 {
   using Element = float;
   static constexpr int PER_DWORD = 1;
@@ -87,7 +87,7 @@ struct F32 {
   static inline Split split(vec b) { return {b}; }
   static inline vec mac(vec sum, const float* a, Split b) { return sum + splat(*a) * b.all; }
   static inline vec dot(vec sum, vec a, vec b) { return sum + a * b; }
-  // A step's weights of 2 * WIDTH columns, as they lie: in a row, or in two that follow each other.
+  // A step's weights of 2 * WIDTH columns from one row of weights, or from two consecutive rows.
   static inline void two_rows(const float* one, const float*, Split* out) { out[0] = {load(one)}, out[1] = {load(one + WIDTH)}; }
   static inline vec load(const float* p) { return moe_fn::load(p); }
   static inline void store(float* p, vec v) { moe_fn::store(p, v); }

@@ -1,5 +1,5 @@
-// Few rows times weights that lie as [inner, columns]: rows of the weights are read once, in order, a strip of columns and HELD steps at a
-// time in registers, and sums of all its columns stay in cache. Laying panels first would write and read every weight once more.
+// Few rows times weights stored as [inner, columns]: rows of the weights are read once, in order, with a strip of columns and HELD steps in
+// registers, and the sums of all columns stay in cache. Packing panels would write and read every weight once more.
 #pragma once
 #include "panels.h"
 
@@ -7,10 +7,10 @@ namespace moe_fn {
 
 struct RowBlock { int64_t start; int rows; };  // sorted slots [start, start + rows)
 
-constexpr int STREAM_UNTIL = 64;        // rows of an expert; from there on a panel laid once is read often enough
-constexpr int STREAM_FLOATS = 16 << 10;  // of sums: 64 KB, in L2 at worst
+constexpr int STREAM_UNTIL = 64;        // rows of an expert; with more rows packing panels pays off
+constexpr int STREAM_FLOATS = 16 << 10;  // sums: 64 KB, at worst in L2
 constexpr int STREAM_BYTES = 8 << 10;   // prefetched ahead
-constexpr int STRIP = 2 * WIDTH;        // columns
+constexpr int STRIP = 2 * WIDTH;        // columns of a strip
 template <class D>
 constexpr int HELD = (WIDTH == 16 ? 8 : 4) * int(sizeof(vec)) / int(sizeof(typename D::Split));  // steps: half of the registers
 
@@ -19,8 +19,8 @@ static inline int64_t stream_floats(const Weight& w) {
   return w.prepared || w.transposed ? 0 : STREAM_FLOATS + STREAM_UNTIL * (PANEL + 2 * STRIP);
 }
 
-// sums[row][STRIP] += rows [HELD steps] times weights [HELD steps][STRIP], `pitch` elements from one row of weights to the next. rows(b) are
-// the packed rows of block b, sums of a row `ldc` apart. Steps are summed from zero: short chains keep float32's last digits.
+// sums[row][STRIP] += rows [HELD steps] times weights [HELD steps][STRIP]; rows of weights are `pitch` elements apart, sums of rows `ldc`.
+// rows(b) are the packed rows of block b. Steps are summed from zero: short chains of additions keep float32's accuracy.
 template <class D, class Rows>
 inline void strip(const typename D::Element* w, int64_t pitch, const typename D::Element* ahead, int64_t pitch_ahead, const RowBlock* blocks, int count,
                   Rows rows, int k, float* c, int64_t ldc) {
@@ -48,7 +48,7 @@ inline void strip(const typename D::Element* w, int64_t pitch, const typename D:
   }
 }
 
-// One chunk times panels [first, last), as `multiply` has it; sums: 32 floats a row of a block, scratch: stream_floats.
+// Multiplies one chunk by panels [first, last), like `multiply`; tile: 32 floats per row of a block, scratch: stream_floats.
 template <class D, class Rows, class Before, class Epilogue>
 inline void stream(const RowBlock* blocks, int count, int64_t total, Rows rows, const Panels<D>& panels, int first, int last, float* tile, float* scratch,
                    Before before, Epilogue epilogue) {
@@ -73,7 +73,7 @@ inline void stream(const RowBlock* blocks, int count, int64_t total, Rows rows, 
         for (int64_t c = start; c < stop; c += STRIP) {
           const Element* from = matrix + row * pitch + c;
           float* to = scratch + part * part_size + (c - start);
-          // Past the end of a row is the next one, whose products are dropped below; past the last one may lie anything, or nothing.
+          // Past the end of a row is the next one, whose products are dropped below; memory past the last row may not be readable.
           if ((row + ROWS - 1) * pitch + c + STRIP <= end) {
             strip<D>(from, pitch, from + ahead, pitch, blocks, count, rows, k, to, ldc);
           } else {

@@ -1,4 +1,4 @@
-// The inner loop of every product here: C[rows][32] += A[rows][steps] B[steps][32], in registers. A step is one dword of the inner dimension.
+// The inner loop of the products: C[rows][32] += A[rows][steps] B[steps][32], in registers. A step is one dword of the inner dimension.
 //   packed rows    [steps / 16][rows][16] dwords: one pointer, every displacement a constant
 //   a panel        [steps][32 columns] dwords
 #pragma once
@@ -9,8 +9,8 @@
 
 namespace moe_fn {
 
-// Prefetches `lines` cache lines from `ahead` on per 4 steps: the panel that comes next, spread over the row blocks of this one.
-// Fixed distances lost 8-12 %, two panels at once 6 %.
+// Prefetches `lines` cache lines from `ahead` on per 4 steps: the next panel, spread over the row blocks of this one. Prefetching at a fixed
+// distance was 8-12 % slower, two panels at once 6 %.
 template <class D, int ROWS>
 void tile(const float* a, const float* b, int steps, float* c, bool add, const char* ahead, int lines) {
   vec sum[ROWS][NV];
@@ -37,7 +37,7 @@ void tile(const float* a, const float* b, int steps, float* c, bool add, const c
     a += (ROWS - 1) * CHUNK;
   }
   for (int s = steps % CHUNK; s > 0; s--, a++, b += PANEL) step(a, b);
-  // Sums of one block of steps start from zero and are added to those before: one chain of 7168 products would cost float32 its last digits.
+  // Sums of a block of steps start from zero and are added to earlier ones: a single chain of 7168 products would lose accuracy in float32.
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
@@ -49,17 +49,17 @@ void tile(const float* a, const float* b, int steps, float* c, bool add, const c
 
 using Tile = void (*)(const float*, const float*, int, float*, bool, const char*, int);
 template <class D>
-struct Tiles {  // by number of rows
+struct Tiles {  // indexed by the number of rows
   Tile of[MAX_ROWS + 1] = {};
   template <int... R>
   constexpr void fill(std::integer_sequence<int, R...>) { ((of[R + 1] = tile<D, R + 1>), ...); }
   constexpr Tiles() { fill(std::make_integer_sequence<int, MAX_ROWS>{}); }
 };
 template <class D>
-static constexpr Tiles<D> tiles{};  // not inline: a process that loads two levels would have the first one's tiles in both
+static constexpr Tiles<D> tiles{};  // not inline: a process that loads two levels would use the first one's tiles for both
 
-// C[rows][32] from weights as they lie, each column's dwords in a row: for so few rows that laying a panel first would cost more.
-// column(c) is the first byte of column c, or null; every column has `bytes` bytes. The next 16 dwords of packed rows are `ahead` on.
+// C[rows][32] from weights stored with each column's dwords contiguous, for so few rows that packing a panel would cost more. column(c) is the
+// first byte of column c, or null; every column has `bytes` bytes. The next 16 dwords of packed rows are `ahead` dwords further.
 constexpr int DOT_ROWS = MAX_ROWS < 4 ? MAX_ROWS : 4;
 constexpr int DOT_COLUMNS = WIDTH == 16 ? 4 : 2;
 
@@ -72,7 +72,7 @@ void dot(const float* a, int64_t ahead, Column column, int64_t bytes, float* c) 
     vec sum[ROWS][DOT_COLUMNS];
     const char* w[DOT_COLUMNS];
     for (int j = 0; j < DOT_COLUMNS; j++) {
-      w[j] = column(c0 + j) ? column(c0 + j) : column(0);  // what is computed for a column that is not there is dropped below
+      w[j] = column(c0 + j) ? column(c0 + j) : column(0);  // results of missing columns are dropped below
       for (int r = 0; r < ROWS; r++) sum[r][j] = vec{};
     }
     auto chunk = [&](const float* x, const char* const* from) __attribute__((always_inline)) {
@@ -86,7 +86,8 @@ void dot(const float* a, int64_t ahead, Column column, int64_t bytes, float* c) 
         }
     };
     const char* from[DOT_COLUMNS];
-    // The columns after the next ones: one is often just a page, past whose end the hardware does not prefetch (0.56 to 0.77 of the floor).
+    // Prefetches the columns after the next ones: a column is often one page, and the hardware does not prefetch across pages (raises the
+    // speed from 0.56 to 0.77 of the lower bound).
     const int64_t following = 2 * DOT_COLUMNS * (w[1] - w[0]);
     for (int64_t i = 0; i < whole; i++) {
       for (int j = 0; j < DOT_COLUMNS; j++) {
@@ -95,7 +96,7 @@ void dot(const float* a, int64_t ahead, Column column, int64_t bytes, float* c) 
       }
       chunk(a + i * ahead, from);
     }
-    if (const int64_t rest = bytes % (CHUNK * 4)) {  // behind the last column's end may lie anything, NaN too
+    if (const int64_t rest = bytes % (CHUNK * 4)) {  // memory past the last column's end may be NaN
       char last[DOT_COLUMNS][CHUNK * 4] = {};
       for (int j = 0; j < DOT_COLUMNS; j++) {
         std::memcpy(last[j], w[j] + whole * CHUNK * 4, rest);
@@ -107,7 +108,7 @@ void dot(const float* a, int64_t ahead, Column column, int64_t bytes, float* c) 
       for (int j = 0; j < DOT_COLUMNS; j++) lanes[r][c0 + j] = column(c0 + j) ? sum[r][j] : vec{};
   }
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < NV; v++) {  // sums of WIDTH vectors' lanes, as one vector
+    for (int v = 0; v < NV; v++) {  // the sums of the lanes of WIDTH vectors, as one vector
       vec* x = lanes[r] + v * WIDTH;
       for (int half = WIDTH / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) x[i] = low(x[i], x[i + half]) + high(x[i], x[i + half]);
@@ -115,7 +116,7 @@ void dot(const float* a, int64_t ahead, Column column, int64_t bytes, float* c) 
     }
 }
 
-// Any number of rows of one block, DOT_ROWS at a time.
+// `dot` for any number of rows of one block, DOT_ROWS at a time.
 template <class D, class Column>
 void dots(const float* a, int rows, Column column, int64_t bytes, float* c) {
   const int64_t ahead = int64_t(rows) * CHUNK;
