@@ -51,7 +51,7 @@ class ParallelConfig:
                   "all_to_all_static": the same, with `capacity` slots for each pair of ranks and no host sync
     gather        what all_gather gathers with the tokens: their "routing" (ids and weights), or their "logits", which
                   every rank then routes
-    placement     the ep rank of each expert: "linear" (the first ranks have one more where the division has a rest),
+    placement     the ep rank of each expert: "linear" (the first ranks have one more if the division has a remainder),
                   "round_robin", or a tuple of ranks
     num_physical  number of expert slots over all ranks of ep, equal on each, for replicas of loaded experts. Tensors of
                   a `moe_fn.balance.Placement` in weights.router map slots to experts. None: one slot per expert
