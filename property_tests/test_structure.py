@@ -302,16 +302,16 @@ def _page(name: str) -> Path:
     return page
 
 
-# Folders whose docstrings, comments and messages are in plain English of the field ("": the files at the root).
-PLAIN_FOLDERS = ("", "config", "stages", "layer", "weights")
-PLAIN = [path for path in SOURCES if path.relative_to(PACKAGE).parent.as_posix().replace(".", "") in PLAIN_FOLDERS]
-_DIALECT = re.compile(r"\b(whoever|nobody|lies|laid|told|words of|beside it)\b", re.IGNORECASE)
+# Docstrings, comments and messages are in plain English of the field: these words mark another dialect.
+_DIALECT = re.compile(r"\b(whoever|nobody|lies|laid(?! out)|told|words of|beside it)\b", re.IGNORECASE)
+PLAIN = [path for path in SOURCES if not path.relative_to(PACKAGE).as_posix().startswith("kernels/triton")]
 _TEXT_TOKENS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 # Terms of the field that the first sentence of a module may use instead of one of the glossary.
 _FIELD_TERMS = (
-    "accumulation", "activation", "argument", "back-end", "config", "dtype", "gate", "gradient", "graph", "kernel",
-    "layer", "logit", "loss", "matrix", "norm", "op", "product", "quantization", "router", "routing", "shape", "stage",
-    "tensor", "torch", "weight",
+    "accumulation", "activation", "adapter", "argument", "back-end", "bandwidth", "benchmark", "checkpoint", "code",
+    "config", "contestant", "CPU", "device", "dtype", "elementwise", "floating-point", "gate", "gradient", "graph",
+    "kernel", "layer", "logit", "loss", "matrix", "measurement", "module", "norm", "op", "PEFT", "plug-in", "product",
+    "quantization", "quantized", "router", "routing", "safetensors", "shape", "stage", "tensor", "torch", "weight",
 )  # fmt: skip
 
 
