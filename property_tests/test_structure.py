@@ -304,7 +304,6 @@ def _page(name: str) -> Path:
 
 # Docstrings, comments and messages are in plain English of the field: these words mark another dialect.
 _DIALECT = re.compile(r"\b(whoever|nobody|lies|laid(?! out)|told|words of|beside it)\b", re.IGNORECASE)
-PLAIN = [path for path in SOURCES if not path.relative_to(PACKAGE).as_posix().startswith("kernels/triton")]
 _TEXT_TOKENS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
 # Terms of the field that the first sentence of a module may use instead of one of the glossary.
 _FIELD_TERMS = (
@@ -315,11 +314,7 @@ _FIELD_TERMS = (
 )  # fmt: skip
 
 
-def ids_of(paths: list[Path]) -> list[str]:
-    return [path.relative_to(PACKAGE).as_posix() for path in paths]
-
-
-@pytest.mark.parametrize("path", PLAIN, ids=ids_of(PLAIN))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_text_avoids_the_words_of_the_dialect(path: Path) -> None:
     with path.open("rb") as file:
         texts = [(t.start[0], t.string) for t in tokenize.tokenize(file.readline) if t.type in _TEXT_TOKENS]
@@ -332,7 +327,7 @@ def glossary() -> list[str]:
     return re.findall(r"^\| (\w+) \|", section, re.MULTILINE)[1:]  # without the header
 
 
-@pytest.mark.parametrize("path", PLAIN, ids=ids_of(PLAIN))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_first_sentence_of_a_module_uses_a_term_of_the_field(path: Path) -> None:
     terms = (*glossary(), *_FIELD_TERMS)
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""

@@ -102,7 +102,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x, expert_weights, gate_up, down, gate_up_bias, down_bias, None where not needed; pre may be empty.
 
-    Those of the weights are laid [E, N, H] and [E, H, I] if transposed, else [E, H, N] and [E, I, H].
+    Gradients of the weights are [E, N, H] and [E, H, I] if transposed, else [E, H, N] and [E, I, H].
     """
     p, (x_needed, weights_needed, gate_up_needed, down_needed, gate_up_bias_needed, down_bias_needed) = problem, needed
     hidden, columns = p.gate_up.shape[1:]

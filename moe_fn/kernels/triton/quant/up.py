@@ -66,7 +66,7 @@ def _up_kernel(
     ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """activated[r] = activation(x[token of r] @ W[e].T + bias[e]); x of LEFT == "expert" lies by row, not by token."""
+    """activated[r] = activation(x[token of r] @ W[e].T + bias[e]); with LEFT == "expert" x is by row, not by token."""
     CODES: tl.constexpr = 2 if SCHEME == "int4" or SCHEME == "e2m1" else 1
     GATED: tl.constexpr = ACTIVATION.gated
     WIDTH: tl.constexpr = 2 if GATED else 1
