@@ -424,7 +424,7 @@ def test_each_device_is_offered_what_runs_there() -> None:
 def test_without_a_gpu_one_line_says_so(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--shape", SHAPE, "--device", device]) == 2
     captured = capsys.readouterr()
-    assert captured.err == f"--device {device}: torch {torch.__version__} sees no GPU here\n"
+    assert captured.err == f"--device {device}: torch {torch.__version__} finds no GPU\n"
     assert captured.out == ""
 
 

@@ -202,7 +202,7 @@ def test_the_sweep_refuses_a_machine_without_a_gpu(capsys: pytest.CaptureFixture
     if torch.cuda.is_available():
         pytest.skip("there is one")
     for arguments, words in (
-        ([], "torch sees none"),
+        ([], "torch finds none"),
         (["--model", "gpt"], "--model gpt: expected some of"),
         (["--tokens", "a"], "'a'"),
     ):

@@ -87,12 +87,12 @@ def _meet(store: Any, ranks: Sequence[int], mine: int, text: str, timeout_s: flo
         found = compare({rank: store.get(keys[rank]).decode() for rank in came}) if leads else []
         if missing:
             found = [
-                f"{format_ranks(missing)} did not come within {timeout_s:g} s, {format_ranks(came)} did",
+                f"{format_ranks(missing)} did not call within {timeout_s:g} s, {format_ranks(came)} did",
                 *found,
             ]
         elif not decided:
             found = [
-                f"{format_ranks(ranks[:1])} came, but gave no answer within {timeout_s:g} s: it ended or hangs",
+                f"{format_ranks(ranks[:1])} called, but gave no answer within {timeout_s:g} s: it ended or hangs",
                 *found,
             ]
         if store.add("decisions", 1) == 1:

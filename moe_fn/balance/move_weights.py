@@ -75,7 +75,7 @@ def move_experts(
     Raises ValueError on every rank that called, with the same message, before anything is sent: for placements of
     several layers, of different shapes, or that do not fit the group or a rank's weights; where ranks have different
     placements (as when each placed by its own load, not by `load_over_ranks`) or different tensors; and for a rank that
-    does not come within timeout_s.
+    does not call within timeout_s.
 
     Laws
         Moved weights are the weights of the new placement.

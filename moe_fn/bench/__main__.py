@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None, table: tuple[Contestant, ...] = CON
     except ValueError as error:
         parser.error(str(error))
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"--device {options.device}: torch {torch.__version__} sees no GPU here", file=sys.stderr)
+        print(f"--device {options.device}: torch {torch.__version__} finds no GPU", file=sys.stderr)
         return 2
     absent = {row.name: reason for row in chosen if (reason := row.installed()) is not None}
     rows = tuple(row for row in chosen if row.name not in absent)

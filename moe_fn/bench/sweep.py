@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
-        parser.error("tiles are timed on a GPU, and torch sees none")
+        parser.error("tiles are timed on a GPU, and torch finds none")
     device, dtype = torch.device("cuda"), DTYPES[options.dtype]
     timer, measured = cold_timer(device), list[Measured]()
     for model, number in itertools.product(models, tokens):

@@ -57,7 +57,7 @@ def define_op(
     """
     name = schema[: schema.index("(")]
     if "=" in schema:
-        raise ValueError(f"define_op: {schema}: expected no defaults, the dispatcher drops arguments that equal theirs")
+        raise ValueError(f"define_op: {schema}: expected no defaults: the dispatcher drops arguments equal to them")
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op: Any = getattr(torch.ops.moe_fn, name).default
 

@@ -47,7 +47,7 @@ def check_ranks_agree(
     nothing in forward calls it. Without torch.distributed it only checks weights against the config.
 
     Raises ValueError on every rank that called: which fields differ, with the values and ranks ("num_experts is 8 on
-    ranks 0, 1 and 6 on rank 2"), what does not fit on which rank, and which ranks did not come within timeout_s.
+    ranks 0, 1 and 6 on rank 2"), what does not fit on which rank, and which ranks did not call within timeout_s.
 
     Later failures, in forward and backward, are reported by torch.distributed. If a rank dies, the other ranks'
     collectives with it raise: with gloo RuntimeError ("Connection closed by peer" or "Connection reset by peer") within

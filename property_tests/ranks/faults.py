@@ -63,7 +63,7 @@ def in_parallel(**changes: Any) -> Callable[[MoEConfig], MoEConfig]:
 
 
 _TORCH = r"Connection closed by peer|Connection reset by peer|Broken pipe|[Tt]imed out|Timeout"
-MISSING = r"rank 2 did not come within 1.5 s, ranks 0, 1 did"
+MISSING = r"rank 2 did not call within 1.5 s, ranks 0, 1 did"
 FAULTS: dict[str, Fault] = {
     "nothing": Fault("^$", "", 20.0),
     "dies before set-up": Fault(_TORCH + "|timeout|Connect", "RuntimeError", GROUP_S, before_group=die),

@@ -94,7 +94,7 @@ def activation_name(config: MoEConfig) -> str | None:
 
 def refuses_weight_on_input(problem: Problem) -> str | None:
     """Reason of contestants that weight the experts' outputs, not inputs; None if it does not apply."""
-    return "weighs the experts' output only" if problem.config.router.weight_on == "input" else None
+    return "weights the experts' output only" if problem.config.router.weight_on == "input" else None
 
 
 def only_on_cpu_forward(problem: Problem) -> str | None:

@@ -59,6 +59,6 @@ def refuses_quant(config: MoEConfig) -> str | None:
         size < _LEAST_BLOCK or size & (size - 1) or config.hidden_size % size or config.intermediate_size % size
     ):
         return (
-            f"its QMoE op wants groups of 16, 32, 64 ... that divide hidden_size and intermediate_size, not of {size}"
+            f"its QMoE op needs groups of 16, 32, 64 ... that divide hidden_size and intermediate_size, not of {size}"
         )
     return None
