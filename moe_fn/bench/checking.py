@@ -1,4 +1,4 @@
-"""Compares a contestant's result with the reference: wrong results are not timed."""
+"""Compares a contestant's output and gradients with the reference layer: wrong ones are not timed."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Type of the clock that times calls on a device."""
+"""Type of the clock that times calls of a layer on a device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Facts recorded with a measurement: machine, versions, commit, date."""
+"""Facts recorded with a benchmark: machine, versions of torch and other packages, commit, date."""
 
 import datetime
 import os

@@ -1,4 +1,6 @@
-"""Reads a buffer larger than the caches, at other addresses in every turn, to measure memory bandwidth."""
+"""Memory bandwidth for the floor of a layer's time: reads a buffer larger than the caches, in every turn at other
+addresses.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Benchmark reports: Markdown tables and JSON."""
+"""Reports of times of layers: Markdown tables and JSON."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Records of the benchmark: combinations to time and their results."""
+"""Records of the benchmark: combinations of layer, dtype and threads to time, and their results."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Timing of contestants in turns, percentiles, and the clock of a device."""
+"""Times implementations of a layer in turns; percentiles, and the clock of a device."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,4 @@
-"""Batch-invariant elementwise functions (exp, sigmoid, softplus, tanh, erf): an element's bits do not depend on its
-position.
+"""Batch-invariant elementwise op (exp, sigmoid, softplus, tanh, erf): an element's bits do not depend on its position.
 
 Why an op: on a CPU torch's functions use vector code, and other code for the last elements of a tensor or of a thread's
 part of it, so a token's bits depend on the number of tokens. Obsolete when torch's functions are batch-invariant.

@@ -1,8 +1,8 @@
-"""Dispatch, experts and combine as one op, where one kernel does all three, and its gradients as another.
+"""Dispatch, experts and combine as one op, for back-ends with a kernel for all three, and its gradients as another op.
 
-`moe_fn::routed_experts_<backend>` keeps for its gradients its arguments and, if asked to, what the activations got
-(`pre`: rows x 2I); without that `moe_fn::routed_experts_backward_<backend>` computes the first product again. Each
-back-end with such kernels has a pair of ops of its own, as in `moe_fn.ops.grouped_matmul`.
+`moe_fn::routed_experts_<backend>` saves its arguments for the backward pass and, with `keep`, the pre-activations
+(`pre`: rows x 2I); without them `moe_fn::routed_experts_backward_<backend>` computes the first product again. Each
+such back-end has its own pair of ops, as in `moe_fn.ops.grouped_matmul`.
 """
 
 from typing import Any
@@ -21,16 +21,17 @@ from moe_fn.kernels.arguments import (
 from moe_fn.ops.define import Gradients, Kernel, batch_to_front, define_op
 from moe_fn.ops.flops import slots_with_expert
 
-_TOKENS = ("x", "expert_ids", "expert_weights")  # what a batch of tokens has more of; the other tensors are of experts
+_TOKENS = ("x", "expert_ids", "expert_weights")  # tensors of tokens; the others are of experts
 _RESULTS = ", ".join(["Tensor"] * len(DIFFERENTIABLE))
 
 
 def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
-    """The op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights, ..., keep -> y [T, H], pre.
+    """Defines the op: x [T, H], expert_ids [T, k] integers, expert_weights [T, k] float, weights, ..., keep -> y [T, H]
+    and pre.
 
-    The arguments between are those of `moe_fn.kernels.arguments`. pre [T * k, columns of gate_up], slots sorted by
-    expert, is without gradient, for the backward; empty unless kept. There is no forward mode: a rule of an op cannot
-    itself start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
+    The other arguments are those of `moe_fn.kernels.arguments`. pre [T * k, columns of gate_up], in slots sorted by
+    expert, is saved for the backward and has no gradient; it is empty without `keep`. The op has no forward mode: a
+    rule of an op cannot start transforms (torch 2.13 fails an assertion), so callers compose other ops for it.
     """
     op = define_op(
         f"routed_experts_{backend}({SCHEMA}, bool keep) -> (Tensor, Tensor)",
@@ -45,11 +46,10 @@ def define_routed_experts(backend: str, kernel: Kernel, backward: Gradients) -> 
 
 
 def define_routed_experts_backward(backend: str, kernel: Kernel, backward: Gradients) -> Kernel:
-    """The op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), pre, the arguments -> their gradients,
-    empty where not needed.
+    """Defines the op: gradient [T, H], needed (one bool for each of DIFFERENTIABLE), pre, the arguments -> their
+    gradients, empty where not needed.
 
-    Weights are plain floats. Below transforms of torch.func the grouped ops stand in its place, so it has no batching
-    rule of its own.
+    Weights are plain floats. Under transforms of torch.func the grouped ops replace it, so it has no batching rule.
     """
     return define_op(
         f"routed_experts_backward_{backend}(Tensor gradient, bool[] needed, Tensor pre, {SCHEMA}) -> ({_RESULTS})",
@@ -75,7 +75,7 @@ def _gradients_fake(gradient: Tensor, needed: list[bool], pre: Tensor, *args: An
 
 
 def _sizes_of_products(a: RoutedExpertsArguments) -> tuple[int, int]:
-    """Multiplications of the first product and of the second one."""
+    """The numbers of multiplications of the first and of the second product."""
     of_down: int = slots_with_expert(a.expert_ids, a.gate_up.shape[0]) * a.x.shape[1] * a.intermediate_size
     return of_down * a.activation.gate_up_parts, of_down
 
@@ -92,16 +92,16 @@ def _backward_flops(gradient: Tensor, needed: list[bool], pre: Tensor, *args: An
 
 def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     raise ValueError(
-        "moe_fn::routed_experts_backward_* has no batching rule; below torch.func the grouped ops stand in its place"
+        "moe_fn::routed_experts_backward_* has no batching rule; under torch.func the grouped ops replace it"
     )
 
 
 def _vmap(
     op: Kernel, batch: int, in_dims: Any, args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
-    """A batch of tokens is more tokens; a batch of weights is more experts.
+    """The batching rule: a batch of tokens becomes more tokens, a batch of weights more experts.
 
-    Nothing is kept: below transforms gradients start anew.
+    `keep` is False: under transforms gradients are computed without saved pre-activations.
     """
     of, dim = (dict(zip(ARGUMENTS, values, strict=True)) for values in (args[:-1], in_dims[:-1]))
     experts = [name for name in TENSORS if name not in _TOKENS and of[name] is not None]

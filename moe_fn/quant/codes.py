@@ -147,15 +147,16 @@ def _float_scale(number: Number, tiles: Tensor) -> Tensor:
 
 
 def _two_levels(number: Number, wide: Tensor, tiles: Tensor, halves: int) -> tuple[Tensor, Tensor]:
-    """Scales of the tiles in e4m3, the largest of them 448, and above them one of each half in float32, which is that
-    of the weights `wide` whatever factor the tiles have.
+    """Scales of tiles in e4m3, the largest of them 448, and global scales of halves in float32.
+
+    Global scales are those of the weights `wide`, which have no factor of FACTORS, unlike `tiles`.
     """
     global_scale = one_if_zero(_amax(by_tile(wide, WHOLE, halves)) / (448 * number.largest))
     above = expand_tiles(global_scale, WHOLE, halves, tiles.shape[1], tiles.shape[2])
     return (_amax(tiles) / number.largest / above).clamp(max=448).to(torch.float8_e4m3fn), global_scale
 
 
-# Scales of tiles, and the one above: a row for each of moe_fn.config.quant.SCALES.
+# Scales of tiles, and global scales: a row for each of moe_fn.config.quant.SCALES.
 SCALES: dict[str, Callable[[Number, Tensor, Tensor, int], tuple[Tensor, Tensor | None]]] = {
     "float": lambda number, wide, tiles, halves: (one_if_zero(_float_scale(number, tiles)), None),
     "e8m0": lambda number, wide, tiles, halves: (encode_e8m0(number.exponent_of(_amax(tiles))), None),

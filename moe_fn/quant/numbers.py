@@ -1,4 +1,4 @@
-"""Number formats of few bits: rounding to the nearest code, ties to even, and decoding, exact in every bit."""
+"""Number formats of quantization: rounding to the nearest code, ties to even, and decoding, exact in every bit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of the codes 0..7;
 class Number:
     """A number format: its largest magnitude, the floats of codes, and the nearest codes of floats (saturating).
 
-    scale     of tiles [..., numbers]: the float scale of each; None: the largest magnitude / largest
-    exponent  of the largest magnitude of tiles: log2 of the power of two that scales each; None: the least that leaves
-              none out of range
+    scale     tiles [..., weights] -> their float scales; None: the largest magnitude of a tile / largest
+    exponent  largest magnitudes of tiles -> log2 of their power-of-two scales; None: the least scales that keep all
+              weights in range
     """
 
     largest: float
@@ -25,7 +25,7 @@ class Number:
     exponent: Callable[[Tensor], Tensor] | None = None
 
     def exponent_of(self, amax: Tensor) -> Tensor:
-        """log2 of the power of two that scales numbers up to amax."""
+        """log2 of the power-of-two scale of numbers up to amax."""
         return log2_ceil(amax / self.largest) if self.exponent is None else self.exponent(amax)
 
 
@@ -56,7 +56,7 @@ def encode_e4m3(values: Tensor) -> Tensor:
 
 
 def _scale_of_int4(tiles: Tensor) -> Tensor:
-    """Takes the weight of largest magnitude to -8: two's complement has no +8."""
+    """Scales by which the weight of largest magnitude becomes -8, since two's complement has no +8."""
     return tiles.gather(-1, tiles.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
 
 

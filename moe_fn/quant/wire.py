@@ -74,7 +74,7 @@ def _packed(a: ActivationQuantConfig) -> bool:
 
 
 def _exponents(a: ActivationQuantConfig) -> bool:
-    """Whether scales travel as exponents, in a byte each; the others are float32."""
+    """Whether scales are sent as exponents of one byte, not as float32."""
     return a.row.scale == "e8m0"
 
 

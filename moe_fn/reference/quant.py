@@ -15,7 +15,7 @@ from moe_fn.reference.tensors import needed
 _MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 _POSITIVE = [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
 _POSITIVE[-1] = math.nan
-# The number of every code of a format, in the order of the codes as unsigned integers.
+# The value of every code of a format, in the order of the codes as unsigned integers.
 VALUES: dict[str, list[float]] = {
     "e4m3": _POSITIVE + [-value for value in _POSITIVE],
     "int8": [float(code - 256 if code > 127 else code) for code in range(256)],
@@ -85,7 +85,7 @@ def code_values(quant: QuantConfig, codes: Tensor) -> Tensor:
     if quant.zero_points:
         return codes.to(torch.float64)
     table = torch.tensor(VALUES[quant.row.element], dtype=torch.float64, device=codes.device)
-    stored = codes.to(ELEMENTS[quant.row.element].dtype)  # weights of floats come as float64
+    stored = codes.to(ELEMENTS[quant.row.element].dtype)  # float8 codes are float64 here
     return table[stored.view(torch.uint8).to(torch.int64)]
 
 

@@ -1,4 +1,4 @@
-"""CPU-time limit of a test: an endless loop raises instead of hanging."""
+"""CPU-time limit of a test of kernels: an endless loop raises instead of hanging."""
 
 import signal
 import threading

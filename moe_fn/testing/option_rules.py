@@ -189,7 +189,7 @@ def custom_activations() -> dict[bool, tuple[ActivationConfig, ...]]:
 
 
 def _other_functions(drawn: tuple[ActivationConfig, ...], gated: bool) -> list[ActivationConfig]:
-    """The functions that no preset has and that are not drawn yet, with their parameters."""
+    """Activations with the functions that no preset has and that are not in `drawn`, with their parameters."""
     known = {a.function for a in (*PRESETS.values(), *drawn) if a.gated == gated}
     return [
         ActivationConfig(function=name, gated=gated, **dict.fromkeys(parameters, 1.5))  # type: ignore[arg-type]

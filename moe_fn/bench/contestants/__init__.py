@@ -1,4 +1,4 @@
-"""Table of contestants: implementations to time. A contestant's package is imported only when it is built."""
+"""Table of contestants: implementations of a layer to time. A package is imported only when its contestant is built."""
 
 from moe_fn.bench.contestants.entry import Contestant
 from moe_fn.bench.contestants.ggml_kernels import GGML

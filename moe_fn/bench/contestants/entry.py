@@ -1,4 +1,4 @@
-"""Record of a contestant, and helpers that several contestants use."""
+"""Record of a contestant (an implementation of a layer to time), and helpers that several contestants use."""
 
 import importlib.metadata
 import importlib.util

@@ -1,4 +1,6 @@
-"""Contestant triton_kernels by OpenAI (in Triton's repository and in vLLM's package), in each version of its interface:
+"""Contestant triton_kernels by OpenAI: experts by its grouped products, in each version of its interface.
+
+The package is in Triton's repository and in vLLM's package. Versions:
 
     3.5    routing(logits, k, expt_indx=ids), matmul_ogs
     3.6    topk(logits, k, y_indx=ids), matmul_ogs

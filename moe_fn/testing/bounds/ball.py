@@ -1,4 +1,4 @@
-"""Ball arithmetic: values with bounds of their floating-point error.
+"""Ball arithmetic on tensors: values with bounds of their floating-point error.
 
 A `Ball` has the value in float64 and a radius: the result of any computation that rounds as in `Units` is within it.
 Functions here do not add rounding errors, except `rounded`, `wide` and `stored`, which are called where the layer

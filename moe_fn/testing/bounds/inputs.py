@@ -1,4 +1,4 @@
-"""Error bounds of quantized inputs: where a value may be on either side of a tie, the ball has both codes."""
+"""Error bounds of quantized inputs of experts: where a value may be on either side of a tie, balls have both codes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
