@@ -1,6 +1,4 @@
-"""Blocks of every family, named on disk by transformers' own conversions, come back as configs and weights that compute
-the same.
-"""
+"""Blocks of every family, saved under transformers' names, load as configs and weights that compute the same."""
 
 import contextlib
 import dataclasses
@@ -39,7 +37,7 @@ from moe_fn.integrations.transformers import from_block  # noqa: E402
 from shared_tests.zoo import TOKEN_CHOICE, BlockRow, make_block, make_config, make_input, randomise, run_block  # noqa: E402
 from shared_tests.zoo.build import module_of  # noqa: E402
 
-# What a model calls its block, where it is not mlp
+# Name of the block in its layer, where it is not mlp
 BLOCK_OF_FAMILY = {
     "jamba": ".feed_forward", "lfm2_moe": ".feed_forward", "llama4": ".feed_forward", "nemotron_h": ".mixer",
     "dbrx": ".ffn", "gemma4": "",
@@ -48,8 +46,7 @@ BLOCK_OF_FAMILY = {
 }  # fmt: skip
 WHOLE_BLOCKS = [row for row in TOKEN_CHOICE if row.family != "ernie4_5_vl_moe"]
 BANKS = [row for row in TOKEN_CHOICE if row.path]
-# transformers keeps the number of experts of each layer of these towers beside the config's own words, in
-# per_layer_config
+# transformers has the number of experts of each layer of these towers in per_layer_config
 BY_CONFIG = [row for row in WHOLE_BLOCKS if not row.name.startswith("dots3_note-vision")]
 
 
@@ -58,7 +55,7 @@ def layer_of(row: BlockRow) -> int:
 
 
 def on_disk(row: BlockRow, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names and tensors that save_pretrained would write."""
+    """Returns the names and tensors that save_pretrained writes."""
     names = dict.fromkeys((row.family, str(make_config(row).model_type), f"{row.family}_mm_model", row.block))
     conversions = [conversion for name in names for conversion in get_checkpoint_conversion_mapping(name) or ()]
     model = SimpleNamespace(
@@ -68,7 +65,7 @@ def on_disk(row: BlockRow, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(folder: Path, row: BlockRow, block: torch.nn.Module) -> str:
-    """A checkpoint of one block; its prefix."""
+    """Writes a checkpoint of one block, and returns its prefix."""
     prefix = f"model.layers.{layer_of(row)}{BLOCK_OF_FAMILY.get(row.family, '.mlp')}"
     state = {f"{prefix}.{name}": t.contiguous().clone() for name, t in block.state_dict().items()}
     save_file({name: t.contiguous() for name, t in on_disk(row, state).items()}, folder / "model.safetensors")
@@ -77,7 +74,7 @@ def write(folder: Path, row: BlockRow, block: torch.nn.Module) -> str:
 
 
 def check(row: BlockRow, block: Any, config: MoEConfig, weights: MoEWeights) -> None:
-    """The layer of these weights computes what the block does."""
+    """Checks that the layer of these weights computes the same as the block."""
     x = make_input(row, 1)
     with torch.no_grad():
         wanted = run_block(row, block, x)
@@ -100,7 +97,7 @@ def test_a_block_on_disk_is_the_block(row: BlockRow, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", BY_CONFIG, ids=lambda row: row.name)
 def test_saving_writes_the_file_that_was_read(row: BlockRow, tmp_path: Path) -> None:
-    """The same names and bits, but for tensors that are no part of a layer, and norms that are kept around zero."""
+    """Names and bits are the same, except tensors that are not part of a layer, and norms that are stored minus 1."""
     prefix = write(tmp_path, row, make_block(row, 0))
     (found,) = moe_layers(tmp_path)
     layout = next(layout for layout in LAYOUTS if layout.name == found.layout)
@@ -130,15 +127,15 @@ def test_a_bank_of_a_block_of_two_computes_what_it_does(row: BlockRow, tmp_path:
     whole = make_block(dataclasses.replace(row, path=""), 0)
     prefix = write(tmp_path, dataclasses.replace(row, path=""), whole)
     bank = row.path == "vision_moe"
-    words = make_config(row).to_dict()
-    words |= {"model_type": "ernie4_5_vl_moe_bank", "moe_intermediate_size": words["moe_intermediate_size"][bank]}
-    config = config_of_layer(words, layer_of(row))
+    values = make_config(row).to_dict()
+    values |= {"model_type": "ernie4_5_vl_moe_bank", "moe_intermediate_size": values["moe_intermediate_size"][bank]}
+    config = config_of_layer(values, layer_of(row))
     layout = "ernie4_5_vl, images" if bank else "ernie4_5_vl, text"
     check(row, whole.get_submodule(row.path), config, load_moe_weights(tmp_path, prefix, config, layout=layout))
 
 
-def test_experts_of_qwen3_vl_lie_either_way(tmp_path: Path) -> None:
-    """The published files have them transposed, what transformers saves has not."""
+def test_experts_of_qwen3_vl_are_read_in_both_layouts(tmp_path: Path) -> None:
+    """They are transposed in the published files, and not in files that transformers saves."""
     row = next(row for row in TOKEN_CHOICE if row.family == "qwen3_vl_moe")
     block = make_block(row, 0)
     write(tmp_path, row, block)
@@ -153,7 +150,7 @@ def test_experts_of_qwen3_vl_lie_either_way(tmp_path: Path) -> None:
 
 
 def taken_apart(tensors: dict[str, Tensor], prefix: str, weights: MoEWeights, experts: str) -> dict[str, Tensor]:
-    """Experts one by one, as tools that quantize write them, of packed weights [E, out, in]."""
+    """Returns experts one by one, as quantization tools save them, from packed weights [E, out, in]."""
     found = {name: t for name, t in tensors.items() if not re.search(r"\.experts\.(gate_up|down|fc[12])|_linear", name)}
     for e in range(len(weights.down)):
         halves = dict(zip(("gate_proj", "up_proj"), weights.gate_up[e].chunk(2), strict=True)) | {
@@ -209,7 +206,7 @@ def test_experts_taken_apart_are_the_block(
     check(row, block, *load_moe_layer(tmp_path, layer_of(row)))
 
 
-# Whole models as save_pretrained writes them, in many shards: what a config wants beside the sizes of the zoo's blocks
+# Whole models as save_pretrained writes them, in many shards: arguments in addition to those of the zoo's blocks
 TINY = {
     "vocab_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
     "pad_token_id": 0,
@@ -235,8 +232,10 @@ WHOLE = [next(row for row in WHOLE_BLOCKS if row.family == family) for family in
 
 @pytest.mark.parametrize("row", WHOLE, ids=lambda row: row.name)
 def test_a_saved_model_comes_back(row: BlockRow, tmp_path: Path) -> None:
-    words = {**TINY, **row.sizes, **row.options, **MORE.get(row.family, {})}
-    model = transformers.AutoModelForCausalLM.from_config(getattr(module_of(row, "configuration"), row.config)(**words))
+    values = {**TINY, **row.sizes, **row.options, **MORE.get(row.family, {})}
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(module_of(row, "configuration"), row.config)(**values)
+    )
     randomise(model.float(), 0)
     model.eval().set_experts_implementation("eager")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -256,17 +255,17 @@ JUNK = (None, "x", [1], [], {}, {"a": 1}, -1, 0, 1e99, True, 2.5, 10**30, 10**40
     "family", ["mixtral", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "mistral4", "inkling", "nemotron_h", "dbrx"]
 )
 def test_no_config_is_a_crash(family: str) -> None:
-    words = make_config(next(row for row in WHOLE_BLOCKS if row.family == family)).to_dict()
-    for name in words:
+    values = make_config(next(row for row in WHOLE_BLOCKS if row.family == family)).to_dict()
+    for name in values:
         for value in JUNK:
             with contextlib.suppress(ValueError):
-                assert config_of_layer({**words, name: value}, 1).num_experts > 0
+                assert config_of_layer({**values, name: value}, 1).num_experts > 0
     if family == "mixtral":
         with pytest.raises(
             ValueError,
             match="hidden_size or d_model is None in the model's config; expected an int, the hidden_size",
         ):
-            config_of_layer({**words, "hidden_size": None}, 1)
+            config_of_layer({**values, "hidden_size": None}, 1)
 
 
 def test_every_family_has_a_layout() -> None:

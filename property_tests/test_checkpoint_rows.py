@@ -1,5 +1,5 @@
-"""Every row of the layout table, and every name in it, is read from a file that transformers names: not only from what
-we save.
+"""Every layout, and every name in it, is read from a file whose names are transformers', not only from files that
+moe_fn saved.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ Tensors = dict[str, Tensor]
 
 
 def transposed(tensors: Tensors) -> Tensors:
-    """Qwen3-VL as published."""
+    """Qwen3-VL's published layout."""
     return {name: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for name, t in tensors.items()}
 
 
 def in_one_tensor(tensors: Tensors) -> Tensors:
-    """Qwen3.5 as published: the experts of a file that has them one by one."""
+    """Qwen3.5's published layout, from a file with the experts one by one."""
     found = {name: t for name, t in tensors.items() if ".experts." not in name}
     of_experts: dict[str, list[Tensor]] = {}
     for name, t in sorted(
@@ -52,10 +52,10 @@ def in_one_tensor(tensors: Tensors) -> Tensors:
     return found | {f"{prefix}gate_up_proj": torch.cat([gates, ups], 1), f"{prefix}down_proj": downs}
 
 
-# Layouts that transformers reads or others write, but that it does not save: the family, and its file laid so by hand
-# what is saved of the text model alone, which transformers converts nothing of
+# Layouts of a text model that is saved alone, with the names that it has in memory
 AS_IN_MEMORY = ("minimax_m3 fused", "inkling fused")
-LAID_BY_HAND: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
+# Layouts that transformers reads, but does not save: the family, and a function that converts its file
+CONVERTED: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "qwen fused": ("qwen2_moe", in_one_tensor),
     "qwen fused, transposed": ("qwen2_moe", lambda tensors: transposed(in_one_tensor(tensors))),
 }
@@ -66,20 +66,20 @@ def families_of(row: BlockRow) -> set[str]:
 
 
 def files_of(layout: Layout) -> list[tuple[BlockRow, Callable[[Tensors], Tensors]]]:
-    """Blocks that may be in a layout, with what their files must become."""
-    by_hand = LAID_BY_HAND.get(layout.name)
-    laid = [(row, by_hand[1]) for row in ROWS if by_hand is not None and row.family == by_hand[0]]
+    """Returns blocks that may be in a layout, with functions that convert their files to it."""
+    converted = CONVERTED.get(layout.name)
+    written = [(row, converted[1]) for row in ROWS if converted is not None and row.family == converted[0]]
     banks = "ernie4_5_vl_moe_bank" in layout.families
     saved = [
         row
         for row in ROWS
         if bool(row.path) == banks and (families_of(row) & set(layout.families) or (banks and row.path))
     ]
-    return [*((row, lambda tensors: tensors) for row in saved), *laid]
+    return [*((row, lambda tensors: tensors) for row in saved), *written]
 
 
 def of_nllb(block: Any) -> tuple[MoEConfig, MoEWeights]:
-    """transformers' block routes as no layer does, but its tensors are those of one."""
+    """transformers' block routes differently from any layer, but has the tensors of one."""
     classifier, experts = (
         block.router.classifier,
         [expert for name, expert in block.experts.items() if name.startswith("expert_")],
@@ -100,7 +100,7 @@ def of_nllb(block: Any) -> tuple[MoEConfig, MoEWeights]:
 
 
 def of_bank(row: BlockRow, whole: Any) -> tuple[MoEConfig, MoEWeights]:
-    """A bank of Ernie's block of two; the shared experts lie below that of text."""
+    """One of the two banks of Ernie's block; the text bank has the shared experts."""
     config, weights = from_block(whole.get_submodule(row.path))
     if row.path != "text_moe":
         return config, weights
@@ -115,9 +115,9 @@ def of_bank(row: BlockRow, whole: Any) -> tuple[MoEConfig, MoEWeights]:
     )
 
 
-def names_read(layout: Layout, row: BlockRow, lay: Callable[[Tensors], Tensors], folder: Path) -> set[str]:
-    """The names of the layout that a block's file has, all held to the block's own tensors; none where it is in another
-    layout.
+def names_read(layout: Layout, row: BlockRow, convert: Callable[[Tensors], Tensors], folder: Path) -> set[str]:
+    """Returns the names of the layout that a block's file has, after comparing the loaded weights with the block; an
+    empty set if the file has another layout.
     """
     whole = make_block(dataclasses.replace(row, path=""), 0)
     prefix = write(folder, dataclasses.replace(row, path=""), whole)
@@ -125,7 +125,7 @@ def names_read(layout: Layout, row: BlockRow, lay: Callable[[Tensors], Tensors],
         save_file(
             {f"{prefix}.{name}": t.clone() for name, t in whole.state_dict().items()}, folder / "model.safetensors"
         )
-    save_file(lay(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+    save_file(convert(load_file(folder / "model.safetensors")), folder / "model.safetensors")
     (prefix,) = {layer.prefix for layer in moe_layers(folder)}
     config, weights = (
         of_bank(row, whole) if row.path else of_nllb(whole) if row.family == "nllb_moe" else from_block(whole)
@@ -141,32 +141,30 @@ def names_read(layout: Layout, row: BlockRow, lay: Callable[[Tensors], Tensors],
 
 TAKEN_APART = {
     layout for _, _, _, layout in APART
-}  # by tools that quantize: files of them are held to the blocks in `test_checkpoint_families`
+}  # by quantization tools; `test_checkpoint_families` compares such files with blocks
 
 
 @pytest.mark.parametrize(
     "layout", [layout for layout in LAYOUTS if layout.name not in TAKEN_APART], ids=lambda layout: layout.name
 )
 def test_every_name_of_a_layout_is_read_as_transformers_has_it(layout: Layout, tmp_path: Path) -> None:
-    """A new row wants a family of transformers whose blocks are saved so, or a file laid so by hand: LAID_BY_HAND,
-    APART.
-    """
+    """A new row needs a family of transformers that saves this layout, or a conversion in CONVERTED or APART."""
     missing = {entry.name for entry in layout.entries if not entry.optional}
-    for place, (row, lay) in enumerate(files_of(layout)):
+    for place, (row, convert) in enumerate(files_of(layout)):
         if missing:
             folder = tmp_path / str(place)
             folder.mkdir()
-            missing -= names_read(layout, row, lay, folder)
+            missing -= names_read(layout, row, convert, folder)
     assert not missing
 
 
 def test_every_kind_of_optional_tensor_is_read_too(tmp_path: Path) -> None:
-    """Biases, of which one function makes the rows of all families: in those whose configs can ask for them."""
+    """Biases, whose entries one function makes for all families, in families whose configs have an option for them."""
     wanted = {(entry.weight, entry.pins) for layout in LAYOUTS for entry in layout.entries if entry.optional}
     for layout in (layout for layout in LAYOUTS if layout.name in ("ernie4_5", "nemotron_h", "switch")):
-        for row, lay in files_of(layout):
+        for row, convert in files_of(layout):
             folder = tmp_path / f"{layout.name} {row.name}"
             folder.mkdir()
-            names = names_read(layout, row, lay, folder)
+            names = names_read(layout, row, convert, folder)
             wanted -= {(entry.weight, entry.pins) for entry in layout.entries if entry.name in names}
     assert not wanted

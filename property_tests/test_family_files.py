@@ -179,7 +179,7 @@ def test_lists_hold_an_entry_for_the_layer() -> None:
     for value in (3, [{}], {"first": {}}, {"1": 3}, {"-1": {}}):
         with pytest.raises(
             ValueError,
-            match=r"per_layer_config is .* in the model's config; expected an object of keys for each layer number",
+            match=r"per_layer_config is .* in the model's config; expected an object of keys for each layer",
         ):
             config_of_layer({"model_type": "mixtral", "per_layer_config": value}, 1)
 

@@ -1,4 +1,4 @@
-"""Rows of small tables, each test over the whole table: that some other test meets a row, nothing promises."""
+"""Rows of small tables; each test covers a whole table."""
 
 import importlib
 import importlib.util
@@ -79,12 +79,10 @@ def test_tables_of_ids_may_be_of_every_integer_dtype(dtype: torch.dtype, tmp_pat
 
 
 @pytest.mark.parametrize("name", _DTYPES)
-@pytest.mark.parametrize("word", ["dtype", "torch_dtype"])
-def test_every_dtype_of_a_model_is_known(name: str, word: str) -> None:
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_every_dtype_of_a_model_is_known(name: str, key: str) -> None:
     assert (
-        dtype_of_floats({word: name})
-        == dtype_of_floats({"text_config": {word: f"torch.{name}"}})
-        == getattr(torch, name)
+        dtype_of_floats({key: name}) == dtype_of_floats({"text_config": {key: f"torch.{name}"}}) == getattr(torch, name)
     )
 
 
@@ -138,13 +136,13 @@ def test_projections_of_a_latent_space_may_be_quantized(tmp_path: Path) -> None:
         tmp_path,
         tensors | {f"{prefix}.gate.weight": torch.ones(E, X), f"{prefix}.gate.e_score_correction_bias": torch.zeros(E)},
     )
-    words = {
+    values = {
         "model_type": "nemotron_h", "n_routed_experts": E, "num_experts_per_tok": 1, "hidden_size": X,
         "moe_intermediate_size": 16,
         "moe_latent_size": inner, "moe_shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1,
         "dtype": "float32",
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(words | {"quantization_config": made.words}))
+    (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": made.words}))
     latent = load_moe_layer(tmp_path, 1)[1].latent
     assert latent is not None
     for name, found in (("fc1_latent_proj", latent.input), ("fc2_latent_proj", latent.output)):
@@ -153,27 +151,27 @@ def test_projections_of_a_latent_space_may_be_quantized(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", _FLOATS)
 def test_a_limit_that_json_has_no_number_for(name: str) -> None:
-    words = {"model_type": "gpt_oss", "swiglu_limit": {"__float__": name}}
+    values = {"model_type": "gpt_oss", "swiglu_limit": {"__float__": name}}
     if name == "Infinity":
-        activation = config_of_layer(words, 0).activation
+        activation = config_of_layer(values, 0).activation
         assert isinstance(activation, ActivationConfig) and activation.limit is None
         return
     with pytest.raises(ValueError, match=f"(?i)swiglu_limit.*{'nan' if math.isnan(_FLOATS[name]) else '-inf'}"):
-        config_of_layer(words, 0)
+        config_of_layer(values, 0)
 
 
 def test_no_family_has_the_name_of_a_model_of_parts() -> None:
-    """Which is never asked for: the part is, whose name is a family's."""
+    """Such a family would never be found: the model type of the part is looked up."""
     names = [name for family in FAMILIES for name in family.names]
     assert len(names) == len(set(names)) and not set(names) & set(PARTS)
     for model_type in PARTS:
-        assert model_type in error_of({"model_type": "nobody"})
+        assert model_type in error_of({"model_type": "unknown"})
 
 
-def error_of(words: dict[str, Any]) -> list[str]:
-    """The names in the error of a model_type that is not known."""
-    with pytest.raises(ValueError, match="model_type is 'nobody'; expected one of") as caught:
-        config_of_layer(words, 0)
+def error_of(values: dict[str, Any]) -> list[str]:
+    """Returns the names in the error for an unknown model_type."""
+    with pytest.raises(ValueError, match="model_type is 'unknown'; expected one of") as caught:
+        config_of_layer(values, 0)
     return re.split("of |, ", str(caught.value))
 
 

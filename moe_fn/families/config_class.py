@@ -75,7 +75,7 @@ def _values_of_one_layer(values: ConfigValues, layer: int) -> ConfigValues:
     is_numbered = isinstance(all_layers, Mapping) and all(str(name).isdecimal() for name in all_layers)
     if not is_numbered or not all(isinstance(value, Mapping) for value in all_layers.values()):
         raise ValueError(
-            f"per_layer_config is {given!r:.80} in the model's config; expected an object of keys for each layer number"
+            f"per_layer_config is {given!r:.80} in the model's config; expected an object of keys for each layer"
         )
     return next((own for name, own in all_layers.items() if int(name) == layer), {})
 

@@ -28,8 +28,8 @@ NASTY: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def damaged_json(choices: Choices, value: Any, words: Sequence[str]) -> Any:
-    """The value with one place of it changed; `words` are names and strings that mean something to the reader."""
+def damaged_json(choices: Choices, value: Any, tokens: Sequence[str]) -> Any:
+    """Returns the value with one change; `tokens` are keys and strings with a meaning for the reader."""
     root = [copy.deepcopy(value)]
     parent, key = root, 0
     for _ in range(6):  # down to a place
@@ -38,22 +38,22 @@ def damaged_json(choices: Choices, value: Any, words: Sequence[str]) -> Any:
         if not keys or choices.below(4) == 0:
             break
         parent, key = child, choices.one_of(keys)
-    _change(choices, parent, key, words)
+    _change(choices, parent, key, tokens)
     return root[0]
 
 
-def _change(choices: Choices, parent: Any, key: Any, words: Sequence[str]) -> None:
+def _change(choices: Choices, parent: Any, key: Any, tokens: Sequence[str]) -> None:
     match choices.below(8):
         case 0 | 1:
             parent[key] = copy.deepcopy(choices.one_of(NASTY))
         case 2:
-            parent[key] = choices.one_of(words)
+            parent[key] = choices.one_of(tokens)
         case 3 if isinstance(parent, dict):
             del parent[key]
         case 4 if isinstance(parent, dict):
-            parent[choices.one_of(words)] = parent.pop(key)
+            parent[choices.one_of(tokens)] = parent.pop(key)
         case 5 if isinstance(parent[key], dict):
-            parent[key][choices.one_of(words)] = copy.deepcopy(choices.one_of(NASTY))
+            parent[key][choices.one_of(tokens)] = copy.deepcopy(choices.one_of(NASTY))
         case 6 if isinstance(parent[key], int):
             parent[key] += choices.one_of((1, -1, 31, -31, 10**6))
         case 7:

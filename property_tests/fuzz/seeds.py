@@ -1,4 +1,4 @@
-"""Whole configs and checkpoints, to be damaged."""
+"""Valid configs and checkpoints, which the targets damage."""
 
 import dataclasses
 import functools
@@ -85,8 +85,8 @@ def models() -> tuple[dict[str, Any], ...]:
     return tuple(MODEL | {"model_type": family.names[0]} for family in FAMILIES)
 
 
-def words() -> tuple[str, ...]:
-    """Returns every key that a family's config may have, names of model types, and strings of quantization configs."""
+def dictionary() -> tuple[str, ...]:
+    """Returns the keys that a family's config may have, names of model types, and strings of quantization configs."""
     found = (
         {name for family in FAMILIES for key in _keys_in(family) for name in key.names}
         | set(MODEL)
@@ -109,8 +109,8 @@ def words() -> tuple[str, ...]:
     return tuple(sorted(found | set(more)))
 
 
-def config_words() -> tuple[str, ...]:
-    """Names and values of MoEConfig."""
+def config_dictionary() -> tuple[str, ...]:
+    """Returns names and values of MoEConfig."""
     return tuple(
         sorted(
             {name for config in CONFIGS for name in _strings(config.to_dict())}
@@ -174,7 +174,7 @@ def _write(folder: Path, row: Any, model: dict[str, Any]) -> None:
 
 
 def adapters() -> tuple[Files, ...]:
-    """PEFT's two forms, for MoEConfig(**SIZES) below "layers.0.mlp"."""
+    """Returns folders in PEFT's two formats, for MoEConfig(**SIZES) at "layers.0.mlp"."""
     each = {
         f"experts.{e}.{name}": size for e in range(4) for name, size in (("gate_proj", (6, 4)), ("up_proj", (6, 4)))
     }

@@ -20,8 +20,8 @@ from moe_fn.checkpoint.safetensors_files import parse_json
 from moe_fn.families import config_of_layer
 from moe_fn.records import leaves_of_weights
 
-_words = functools.cache(seeds.words)
-_config_words = functools.cache(seeds.config_words)
+_dictionary = functools.cache(seeds.dictionary)
+_config_dictionary = functools.cache(seeds.config_dictionary)
 _adapters = functools.cache(seeds.adapters)
 _models = functools.cache(seeds.models)
 
@@ -31,11 +31,11 @@ def config(data: bytes) -> str:
     choices = Choices(data)
     values = choices.one_of(seeds.CONFIGS).to_dict()
     for _ in range(1 + choices.below(3)):
-        values = damaged_json(choices, values, _config_words())
+        values = damaged_json(choices, values, _config_dictionary())
     try:
         made = MoEConfig.from_dict(values)
     except ValueError as error:
-        return _said(error)
+        return _message(error)
     again = MoEConfig.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again == made and hash(again) == hash(made)
     return "read"
@@ -44,16 +44,16 @@ def config(data: bytes) -> str:
 def family(data: bytes) -> str:
     """The MoEConfig of a layer of a damaged config.json."""
     choices = Choices(data)
-    words: Any = choices.one_of(_models())
-    words = {"text_config": words, "model_type": "outer"} if choices.below(8) == 7 else words
+    values: Any = choices.one_of(_models())
+    values = {"text_config": values, "model_type": "outer"} if choices.below(8) == 7 else values
     for _ in range(choices.below(3)):
-        words = damaged_json(choices, words, _words())
-    text = dumped(words)
+        values = damaged_json(choices, values, _dictionary())
+    text = dumped(values)
     text = damaged_bytes(choices, text, len(text)) if choices.below(8) == 7 else text
     try:
         config_of_layer(parse_json("config.json", text), choices.below(3))
     except ValueError as error:
-        return _said(error)
+        return _message(error)
     return "read"
 
 
@@ -80,7 +80,7 @@ TARGETS: dict[str, Callable[[bytes], str]] = {
 
 
 def damaged_files(choices: Choices, files: seeds.Files) -> seeds.Files:
-    """The files with JSON changed, headers changed and then laid as they were, or bytes changed; up to three times."""
+    """Returns the files with up to three changes: in JSON, in a header, or in bytes."""
     files = dict(files)
     for _ in range(choices.below(4)):
         name = choices.one_of(sorted(files))
@@ -93,7 +93,7 @@ def damaged_files(choices: Choices, files: seeds.Files) -> seeds.Files:
             values = json.loads(content[8:end] if tensors else content)
         except ValueError:  # damaged before
             continue
-        text = dumped(damaged_json(choices, values, _words()))
+        text = dumped(damaged_json(choices, values, _dictionary()))
         files[name] = len(text).to_bytes(8, "little") + text + content[end:] if tensors else text
     return files
 
@@ -105,7 +105,7 @@ def _with_folder(files: seeds.Files, read: Callable[[Path], Any]) -> str:
         try:
             read(Path(folder))
         except ValueError as error:
-            return _said(error).replace(folder, "")
+            return _message(error).replace(folder, "")
     return "read"
 
 
@@ -122,7 +122,7 @@ def _memory() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
-def _said(error: ValueError) -> str:
+def _message(error: ValueError) -> str:
     assert type(error) is ValueError or isinstance(error, UnicodeError | json.JSONDecodeError), type(error)
     assert str(error)
     return f"refused: {error}"

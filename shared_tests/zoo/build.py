@@ -1,4 +1,4 @@
-"""Blocks of transformers made from rows: float32, eval, eager experts, and every parameter and buffer random."""
+"""Constructs blocks of transformers from rows: float32, eval mode, eager experts, random parameters and buffers."""
 
 import importlib
 import re
@@ -10,38 +10,37 @@ from torch import Tensor, nn
 
 from shared_tests.zoo.row import BlockRow
 
-# The first pattern that a tensor's name in the block matches says how it is drawn: the middle of a uniform draw and its
-# half width. Matrices that match none are normal with the standard deviation gain / sqrt(fan in). A norm's weight keeps
-# its middle (0 or 1).
+# Pattern of a tensor's name, and the middle and half width of its uniform distribution; the first match counts. Other
+# matrices are normal with the standard deviation gain / sqrt(fan in). A norm's weight varies around its value (0 or 1).
 DRAWS = (
     (r"(correction_bias|expert_bias|balancing_biases)$", 0.0, 0.3),
     (r"(^|\.)(scale|per_expert_scale|global_scale|router_states_scale|layer_scalar)$", 1.0, 0.4),
     (r"bias$", 0.0, 0.5),
 )
-# logits wide enough to tell experts apart
+# large enough that logits differ clearly between experts
 GAINS = ((r"(^|\.)(gate|router)\b.*weight$", 2.0), (r"shared_expert_gate", 2.0))
 
 
 def module_of(row: BlockRow, kind: str) -> Any:
-    """The family's `modeling` or `configuration` module."""
+    """Returns the family's `modeling` or `configuration` module."""
     return importlib.import_module(f"transformers.models.{row.family}.{kind}_{row.family}")
 
 
 def make_config(row: BlockRow) -> Any:
-    """The row's config, whose experts run eagerly."""
+    """Returns the row's config, with eager experts."""
     config = getattr(module_of(row, "configuration"), row.config)(**{**row.sizes, **row.options})
     config._experts_implementation = "eager"
     return config
 
 
 def make_input(row: BlockRow, seed: int, batch: int = 2, seq: int = 11) -> Tensor:
-    """Hidden states for the row's block, float32 [batch, seq, hidden]."""
+    """Returns hidden states for the row's block, float32 [batch, seq, hidden]."""
     return torch.randn(batch, seq, row.hidden_size, generator=torch.Generator().manual_seed(seed))
 
 
 def make_block(row: BlockRow, seed: int) -> nn.Module:
-    """The row's block in float32 and eval mode; equal seeds give equal parameters, and the global generator stays as it
-    was.
+    """Returns the row's block in float32 and eval mode; equal seeds give equal parameters. The global generator is
+    unchanged.
     """
     config = make_config(row)
     with torch.random.fork_rng(devices=[]):
@@ -53,10 +52,10 @@ def make_block(row: BlockRow, seed: int) -> nn.Module:
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Draws every parameter and every saved buffer anew; buffers that are not saved, such as rotary frequencies, follow
-    from the config.
+    """Fills every parameter and every saved buffer with random values; other buffers, such as rotary frequencies, are
+    computed from the config.
 
-    A tensor's numbers depend on the seed, its name and its shape: variants of a block share theirs.
+    A tensor's values depend on the seed, its name and its shape: variants of a block have the same values.
     """
     saved = module.state_dict().keys()
     norms = {name for name, child in module.named_modules() if "norm" in type(child).__name__.lower()}
@@ -69,7 +68,7 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 
 def draw(name: str, tensor: Tensor, generator: torch.Generator, norms: set[str], module: nn.Module) -> Tensor:
-    """New values for one tensor of a module."""
+    """Returns new values for one tensor of a module."""
     if not tensor.is_floating_point():
         return experts_of_tokens(tensor, int(module.get_submodule(name.rpartition(".")[0]).num_experts), generator)
     if name.rpartition(".")[0] in norms and not name.endswith("bias"):
@@ -83,5 +82,5 @@ def draw(name: str, tensor: Tensor, generator: torch.Generator, norms: set[str],
 
 
 def experts_of_tokens(table: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    """Different experts in each row of a table such as tid2eid [vocabulary, top_k]."""
+    """Returns different experts in each row of a table such as tid2eid [vocabulary, top_k]."""
     return torch.rand(table.shape[0], num_experts, generator=generator).argsort(dim=-1)[:, : table.shape[1]]

@@ -1,4 +1,4 @@
-"""Rows of whole models: two layers or so, at least one of them a Mixture of Experts, 8 experts, 128 words."""
+"""Rows of whole models: about two layers, at least one of them a Mixture of Experts, 8 experts, a vocabulary of 128."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Any
 from shared_tests.zoo.tables import without
 
 
-@dataclass(frozen=True, eq=False)  # a row is itself: its mapping does not hash
+@dataclass(frozen=True, eq=False)  # compared by identity: mappings have no hash
 class ModelRow:
-    """A causal language model: classes by name, and the config's arguments.
+    """A causal language model: names of its classes, and the config's arguments.
 
-    `registered`: its experts take `experts_implementation`.
+    `registered`: whether its experts support `experts_implementation`.
     """
 
     config: str
@@ -20,7 +20,7 @@ class ModelRow:
     registered: bool = True
 
 
-# What all of them say; no end token, so that generation runs to its length
+# Arguments of all models; no end token, so that generation has a fixed length
 TEXT = {
     "hidden_size": 64,
     "vocab_size": 128,
@@ -59,7 +59,7 @@ LINEAR = {
 }
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8}
-# The first layer dense, the second sparse: in two dialects
+# The first layer is dense, the second sparse, under two names of the key
 SECOND = {"mlp_layer_types": ["dense", "sparse"]}
 DENSE_1 = {"first_k_dense_replace": 1}
 

@@ -1,4 +1,4 @@
-"""A row of the zoo: one block of one model family, as data; and what running it yields."""
+"""A row of the zoo, which describes one block of one model family as data, and the result of running the block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,19 +6,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-# What the router of a block returns, by the names of `zoo.run`'s readers
+# Format of the router's output: a reader in `zoo.run`
 Routing = Literal["standard", "llama4", "dbrx", "jetmoe", "two_banks", "none"]
-# What a block wants beside the hidden states, by the names of `zoo.run`'s callers
+# Arguments of the block: a caller in `zoo.run`
 Takes = Literal["hidden", "input_ids", "router_states", "modality", "gemma_layer", "flat_output", "heads", "attention"]
 
 
-@dataclass(frozen=True, eq=False)  # a row is itself: its mappings do not hash
+@dataclass(frozen=True, eq=False)  # compared by identity: mappings have no hash
 class BlockRow:
     """One variant of one family's Mixture-of-Experts block.
 
-    `options` are the config's arguments that make this variant, `sizes` the rest: rows of a family with equal sizes
-    hold equal parameters for equal seeds, so options that matter show in the output. Classes are names, so that rows
-    need no transformers.
+    `options` are the config's arguments that differ between variants, `sizes` the others: rows of a family with equal
+    sizes have equal parameters for equal seeds, so that an option that has an effect changes the output. Classes are
+    given by name, so that rows do not import transformers.
     """
 
     table: str  # A softmax then top-k, B top-k then softmax, C sigmoid with groups, D sigmoid without, E other
@@ -28,16 +28,16 @@ class BlockRow:
     block: str  # class in modeling_<family>
     sizes: Mapping[str, Any]
     options: Mapping[str, Any]
-    subconfig: str = ""  # attribute of the config that the block is made with, where not the config itself
-    args: tuple[int, ...] = ()  # what the block's constructor wants after the config, such as the layer's index
-    path: str = ""  # the module within the block that is the row's, where not all of it
+    subconfig: str = ""  # attribute of the config that the block's constructor takes; "": the config itself
+    args: tuple[int, ...] = ()  # arguments of the block's constructor after the config, such as the layer's index
+    path: str = ""  # the row's module within the block; "": the block
     router: str = "gate"  # the router within that module
     takes: Takes = "hidden"
     routing: Routing = "standard"
-    # a variant with the same float32 numbers: the options that differ are ignored, or show in bfloat16
+    # a variant with the same float32 output: the options that differ are ignored, or have an effect in bfloat16 only
     same_numbers_as: str = ""
-    idle: str = ""  # start of the names of tensors that the block holds and, in this variant, never reads
-    refused: str = ""  # why this is no token-choice FFN MoE without drops; "" where it is one
+    idle: str = ""  # prefix of the names of tensors that this variant of the block never reads
+    refused: str = ""  # why it is not a token-choice FFN MoE without drops; "": it is one
 
     @property
     def name(self) -> str:
@@ -50,17 +50,17 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What a block adds to the residual, how its router chose, and the extra inputs it was given."""
+    """The output of a block, the choice of its router, and the extra inputs of the call."""
 
     y: Tensor  # float32 [batch, seq, hidden]
-    expert_ids: Tensor | None  # int64 [tokens, top_k]; None where the family has no such thing
-    # float32 [tokens, top_k], as the router gives them, scaled on the weights where the family does
+    expert_ids: Tensor | None  # int64 [tokens, top_k]; None if the family has none
+    # float32 [tokens, top_k], as the router returns them, scaled if the family scales its weights
     weights: Tensor | None
     token_ids: Tensor | None = None  # int64 [batch, seq]: deepseek_v4's hash layers
     router_states: Tensor | None = None  # float32 [batch, seq, router_hidden]: zaya's previous layer
     modality: Tensor | None = None  # int64 [batch, seq], 1 is vision: ernie4_5_vl_moe
-    # float32 [batch, seq, hidden]: gemma4's normed states, where the router reads x itself
+    # float32 [batch, seq, hidden]: gemma4's normalized states, whose router reads x
     experts_input: Tensor | None = None
-    after_norm: Tensor | None = None  # float32 [batch, seq, hidden]: y after the layer's own norm of it (gemma4)
-    # whatever else the router returned: shared gammas, next states
+    after_norm: Tensor | None = None  # float32 [batch, seq, hidden]: y after the layer's norm (gemma4)
+    # other outputs of the router: shared gammas, next states
     extras: Mapping[str, Tensor] = field(default_factory=dict)

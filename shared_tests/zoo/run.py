@@ -1,4 +1,4 @@
-"""Runs a block of the zoo: gives it the extra inputs it wants and reads how its router chose."""
+"""Runs a block of the zoo with its extra inputs, and reads the choice of its router."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ Chosen = tuple[Tensor | None, Tensor | None]  # expert ids and weights [tokens, 
 
 
 def run_block(row: BlockRow, block: nn.Module, x: Tensor) -> BlockResult:
-    """What the block adds to x [batch, seq, hidden], with how it chose experts; extra inputs depend on x's
-    shape only.
+    """Returns the block's output for x [batch, seq, hidden], without the residual, and the chosen experts. Extra inputs
+    depend on x's shape only.
     """
     seen: dict[str, Any] = {}
     hooks = [
@@ -23,7 +23,7 @@ def run_block(row: BlockRow, block: nn.Module, x: Tensor) -> BlockResult:
         if row.routing != "none"
     ]
     try:
-        inputs, output = CALLERS[row.takes](block, x.clone())  # some blocks jitter or add in place
+        inputs, output = CALLERS[row.takes](block, x.clone())  # some blocks change their input in place
     finally:
         for hook in hooks:
             hook.remove()
@@ -52,7 +52,7 @@ def _hidden(block: Any, x: Tensor) -> tuple[ExtraInputs, Any]:
 
 
 def _flat_output(block: Any, x: Tensor) -> tuple[ExtraInputs, Any]:
-    """ernie4_5_vl_moe's banks: hidden states in any shape, output flat in one dimension."""
+    """ernie4_5_vl_moe's banks: hidden states of any shape, a flat output."""
     return {}, block(x.reshape(-1))
 
 
@@ -72,7 +72,7 @@ def _modality(block: Any, x: Tensor) -> tuple[ExtraInputs, Any]:
 
 
 def _gemma_layer(layer: Any, residual: Tensor) -> tuple[ExtraInputs, Any]:
-    """The Mixture-of-Experts branch of a gemma4 or diffusion_gemma layer, line by line as its forward has it, from the
+    """The Mixture-of-Experts branch of a gemma4 or diffusion_gemma layer, with the lines of its forward from the
     residual on.
     """
     hidden_states_flat = residual.reshape(-1, residual.shape[-1])
@@ -86,12 +86,12 @@ def _gemma_layer(layer: Any, residual: Tensor) -> tuple[ExtraInputs, Any]:
 
 
 def _heads(block: Any, x: Tensor) -> tuple[ExtraInputs, Any]:
-    """vitpose_backbone: the data set's index, one for each sequence, picks the head."""
+    """vitpose_backbone: the data set's index, one for each sequence, selects the head."""
     return {"dataset_index": (indices := torch.arange(x.shape[0]) % block.num_experts)}, block(x, indices)
 
 
 def _attention(block: Any, x: Tensor) -> tuple[ExtraInputs, Any]:
-    """jetmoe's mixture of attention heads with the attention left out: queries in, the first head's width out."""
+    """jetmoe's mixture of attention heads without the attention: queries in, the first head's width out."""
     queries, _, where = block.map(x)
     return {}, block.reduce(queries, where)
 
@@ -114,7 +114,7 @@ def _standard(row: BlockRow, block: Any, seen: dict[str, Any], inputs: ExtraInpu
 
 
 def _llama4(row: BlockRow, block: Any, seen: dict[str, Any], inputs: ExtraInputs) -> Chosen:
-    """Scores are 0 except for the chosen."""
+    """Scores are 0 except for the chosen experts."""
     weights, expert_ids = seen[row.router][0].topk(block.top_k)
     return expert_ids, weights
 
@@ -125,7 +125,7 @@ def _dbrx(row: BlockRow, block: Any, seen: dict[str, Any], inputs: ExtraInputs) 
 
 
 def _jetmoe(row: BlockRow, block: Any, seen: dict[str, Any], inputs: ExtraInputs) -> Chosen:
-    """The router returns rows sorted by expert; this puts them back in the order of tokens."""
+    """The router returns rows sorted by expert; the result is in the order of tokens."""
     order, _, sorted_weights, rows_of_expert, _ = seen[row.router]
     sorted_ids = torch.arange(len(rows_of_expert)).repeat_interleave(torch.tensor(rows_of_expert))
     top_k = block.router.top_k
@@ -135,7 +135,7 @@ def _jetmoe(row: BlockRow, block: Any, seen: dict[str, Any], inputs: ExtraInputs
 
 
 def _two_banks(row: BlockRow, block: Any, seen: dict[str, Any], inputs: ExtraInputs) -> Chosen:
-    """Ids count within the bank of the token's modality."""
+    """Ids are relative to the bank of the token's modality."""
     text, vision = (seen.get(name) for name in row.router.split())
     if vision is None:
         return text[2], text[1]

@@ -1,4 +1,4 @@
-"""Table A, the rest: DeepSeek V2 and its kin, and the routers that are like no other."""
+"""Table A, continued: families like DeepSeek-V2, and routers of single families."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Table C: sigmoid scores, a bias for the choice alone, groups of experts."""
+"""Table C: sigmoid scores, a correction bias, groups of experts."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ _MORE = {
     "one-group-of-two": {**_GROUPED, "n_group": 2, "topk_group": 1},
     "sixteen-experts": {**_GROUPED, "n_routed_experts": 16, "num_experts_per_tok": 4, "n_shared_experts": 1},
 }
-# kimi_linear and bailing_hybrid have words of their own
+# kimi_linear and bailing_hybrid have other keys
 _KIMI = {**without(DEEPSEEK, "n_routed_experts"), "num_local_experts": 8}
 _EXAONE = {**without(DEEPSEEK, "n_routed_experts", "n_shared_experts"), "num_experts": 8, "num_shared_experts": 2}
 _BEAM = {**without(DEEPSEEK, "n_routed_experts", "n_shared_experts"), "num_experts": 8}

@@ -1,4 +1,4 @@
-"""Table E: hash routing, sparsemixer, capacities, and what is no token-choice Mixture of Experts at all."""
+"""Table E: hash routing, sparsemixer, capacities, and blocks that are not token-choice Mixtures of Experts."""
 
 from dataclasses import replace
 
@@ -70,7 +70,7 @@ ROWS_E = (
             "DogeCDMoE",
             {"hidden_size": 32, "intermediate_size": 24, "num_experts": 16, "num_experts_per_tok": 3},
             {"not-normalised": {"norm_topk_prob": False}, "normalised": {"norm_topk_prob": True}},
-            replace(ROW, routing="none", refused="retrieves rank-1 experts by product keys (PEER), beside a dense MLP"),
+            replace(ROW, routing="none", refused="retrieves rank-1 experts by product keys (PEER), with a dense MLP"),
         ),
         {"normalised": "not-normalised"},  # a softmax over the chosen sums to 1 already
     ),
@@ -92,7 +92,7 @@ ROWS_E = (
             ROW,
             routing="none",
             takes="heads",
-            refused="the data set that an image comes from picks a linear head; no token chooses",
+            refused="one linear head for each data set, without a router",
         ),
     ),
 )

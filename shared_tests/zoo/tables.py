@@ -1,4 +1,4 @@
-"""How the tables write rows: one call a family, one entry a variant."""
+"""Functions that make the rows of the tables: one call per family, one entry per variant; and common arguments."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Any
 
 from shared_tests.zoo.row import BlockRow
 
-# Arguments of configs in the words that several families share. Tiny sizes, not all alike.
+# Arguments of configs under the keys that several families share. Small sizes that differ from each other.
 MIXTRAL = {"hidden_size": 64, "intermediate_size": 24, "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN = {
     "hidden_size": 32,
@@ -25,11 +25,11 @@ DEEPSEEK = {
     "n_shared_experts": 2,
     "num_hidden_layers": 2,
 }
-GROUPS = {"n_group": 4, "topk_group": 2}  # 8 experts in 4 groups of 2, 2 groups stay: 4 experts to choose 3 of
+GROUPS = {"n_group": 4, "topk_group": 2}  # 8 experts in 4 groups of 2; 3 are chosen from the 4 experts of 2 groups
 
 
 def without(arguments: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """The arguments less those that a config does not know."""
+    """Returns the arguments except these names."""
     return {name: value for name, value in arguments.items() if name not in names}
 
 
@@ -42,16 +42,14 @@ def family(
     variants: Mapping[str, Mapping[str, Any]],
     *like: BlockRow,
 ) -> tuple[BlockRow, ...]:
-    """Rows of one block class, one for each variant; `like` is at most one row whose other fields they share."""
+    """Returns rows of one block class, one for each variant; `like` is at most one row that gives the other fields."""
     pattern = like[0] if like else ROW
     row = replace(pattern, table=table, family=name, config=config, block=block, sizes=sizes)
     return tuple(replace(row, variant=variant, options=options) for variant, options in variants.items())
 
 
 def twins(rows: tuple[BlockRow, ...], other_of_variant: Mapping[str, str]) -> tuple[BlockRow, ...]:
-    """The rows, of which some give the same numbers as another variant: options that the block ignores or that only
-    bfloat16 shows.
-    """
+    """Returns the rows with `same_numbers_as` set: their options are ignored, or have an effect in bfloat16 only."""
     return tuple(replace(row, same_numbers_as=other_of_variant.get(row.variant, "")) for row in rows)
 
 
