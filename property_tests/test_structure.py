@@ -15,6 +15,8 @@ from planted.ranks import RANK_BUGS
 from test_planted_bugs import LAWS
 
 import moe_fn
+from moe_fn.families import FAMILIES
+from moe_fn.families.find import PARTS
 
 PACKAGE = Path(moe_fn.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -245,6 +247,27 @@ def test_files_and_functions_stay_small() -> None:
                 docstring = len((ast.get_docstring(node) or "").splitlines())
                 lines = (node.end_lineno or 0) - node.lineno - docstring
                 assert lines <= 65, f"{path.name}: {node.name} has {lines} lines"
+
+
+# Other files that may have a name of a family, and what it names there.
+NAMES_OF_FAMILIES = {
+    "bench/models.py": "sizes of a benchmark",
+    "families/tensor_names.py": "a layout of several families",
+}
+
+
+def test_names_of_families_are_in_their_rows_only() -> None:
+    """A family is one row: no other module of the package has its model_type or the class of its block."""
+    names = {name for family in FAMILIES for name in (*family.names, *family.blocks)} | set(PARTS)
+    allowed = {*NAMES_OF_FAMILIES, *(f"families/{name}.py" for name in ("softmax", "sigmoid", "others"))}
+    found = {
+        (path.name, node.value)
+        for path in SOURCES
+        if path.relative_to(PACKAGE).as_posix() not in allowed
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+    }
+    assert found == set()
 
 
 def test_the_public_surface_grows_on_purpose_only() -> None:
