@@ -2,10 +2,13 @@
 scoring or a new quantization scheme needs, and back-ends whose kernels do not know it say so.
 """
 
+import ast
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -186,6 +189,7 @@ def test_types_name_the_rows_of_their_tables_in_order() -> None:
     assert tuple(router.SCORINGS) == tuple(reference_scores.SCORES)
     assert get_args(quant.Scheme) == tuple(quant.SCHEMES)
     assert get_args(quant.ActivationScheme) == tuple(quant.ACTIVATION_SCHEMES)
+    assert set(quant.ELEMENTS) == set(numbers.NUMBERS) == set(reference_quant.VALUES)
 
 
 @pytest.mark.parametrize(
@@ -226,3 +230,50 @@ def test_a_field_that_no_table_lists_must_have_its_default() -> None:
 
     assert unknown_option("they", Later(), native.ACTIVATION) is None
     assert unknown_option("they", Later(dropout=0.5), native.ACTIVATION) == "Later.dropout=0.5; they take 0.0"
+
+
+PACKAGE = Path(moe_fn.__file__).parent
+SCORING = {"config/router.py", "stages/_scores.py", "reference/scores.py"}
+SCORING_IN_KERNELS = {"kernels/triton/support.py", "kernels/triton/top_k.py"}
+SCHEME = {
+    "config/quant.py", "kernels/native/support.py", "kernels/native/sources/quant_arguments.h",
+    "kernels/triton/support.py",
+}  # fmt: skip
+NUMBERS = {"config/quant.py", "quant/numbers.py", "reference/quant.py"}
+NUMBERS_IN_KERNELS = {
+    *(f"kernels/native/sources/{name}" for name in ("codes.h", "decode.h", "quant_arguments.h", "quantized.cpp")),
+    *(f"kernels/triton/quant/{name}.py" for name in ("codes", "matrix", "products", "up")),
+}
+
+
+def files_that_name(word: str) -> set[str]:
+    """Files of the package whose code has a word, without what has names of its own: families, checkpoints, bench."""
+    found = set()
+    for path in PACKAGE.rglob("*"):
+        file = path.relative_to(PACKAGE).as_posix()
+        if path.suffix in (".py", ".h", ".cpp") and not file.startswith(("families/", "checkpoint/", "bench/")):
+            text = path.read_text()
+            if path.suffix == ".py":
+                docstrings = [ast.get_docstring(node, clean=False) for node in ast.walk(ast.parse(text)) if
+                isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]  # fmt: skip
+                text = ast.unparse(ast.parse(text))
+                for docstring in filter(None, docstrings):
+                    text = text.replace(ast.unparse(ast.Constant(docstring)), "").replace(docstring, "")
+            if re.search(rf"\b{word}\b", text):
+                found.add(file)
+    return found
+
+
+def test_the_page_counts_the_files() -> None:
+    assert files_that_name("sqrtsoftplus") == SCORING | SCORING_IN_KERNELS
+    assert files_that_name("mxfp4") == SCHEME | {"reference/quant.py"}  # inputs are rounded to it, too
+    assert files_that_name("e2m1") == NUMBERS | NUMBERS_IN_KERNELS
+    page = PACKAGE.parent / "docs" / "contributing.md"
+    if page.exists():
+        numbers = {
+            "a scoring function": SCORING | SCORING_IN_KERNELS,
+            "a quantization scheme of known codes": SCHEME,
+            "one with codes of its own": SCHEME | NUMBERS | NUMBERS_IN_KERNELS,
+        }
+        for change, files in numbers.items():
+            assert f"\n| {change} | {len(files)} | " in page.read_text(), (change, len(files))

@@ -4,17 +4,19 @@
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from options import there_are
 
-from moe_fn.config.activation import PRESETS
+from moe_fn.config.activation import FUNCTIONS, PRESETS
 from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
 from moe_fn.config.router import SCORINGS
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 # Options whose values are rows of a table; values of the others are those of their types.
-TABLES = {
+TABLES: dict[str, Iterable[str]] = {
+    "ActivationConfig.function": FUNCTIONS,
     "RouterConfig.scoring": SCORINGS,
     "QuantConfig.scheme": SCHEMES,
     "ActivationQuantConfig.scheme": ACTIVATION_SCHEMES,
