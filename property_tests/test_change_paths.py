@@ -22,11 +22,13 @@ from tools import options_page
 import moe_fn
 from moe_fn import GroupConfig, MoEConfig, QuantConfig, RouterConfig
 from moe_fn.bench.quants import expert_bytes
-from moe_fn.config import ActivationConfig, ActivationQuantConfig, config_of_json, quant, router
+from moe_fn.config import ActivationConfig, ActivationQuantConfig, config_of_json, parallel, quant, router
 from moe_fn.kernels.native import support as native
 from moe_fn.kernels.options import Known, unknown_option
 from moe_fn.kernels.torch import support as in_torch
 from moe_fn.kernels.triton import support as triton
+from moe_fn.parallel.dispatch import FORMATS
+from moe_fn.parallel.traffic import _MESSAGES
 from moe_fn.quant import numbers
 from moe_fn.reference import quant as reference_quant
 from moe_fn.reference import scores as reference_scores
@@ -190,6 +192,8 @@ def test_types_name_the_rows_of_their_tables_in_order() -> None:
     assert get_args(quant.Scheme) == tuple(quant.SCHEMES)
     assert get_args(quant.ActivationScheme) == tuple(quant.ACTIVATION_SCHEMES)
     assert set(quant.ELEMENTS) == set(numbers.NUMBERS) == set(reference_quant.VALUES)
+    assert (None, *get_args(parallel.Dispatch)) == (None, *parallel.DISPATCHES) == tuple(FORMATS)
+    assert tuple(_MESSAGES) == tuple(parallel.DISPATCHES)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +248,7 @@ NUMBERS_IN_KERNELS = {
     *(f"kernels/native/sources/{name}" for name in ("codes.h", "decode.h", "quant_arguments.h", "quantized.cpp")),
     *(f"kernels/triton/quant/{name}.py" for name in ("codes", "matrix", "products", "up")),
 }
+DISPATCH = {"config/parallel.py", "parallel/dispatch.py", "parallel/traffic.py", "layer/compose.py"}
 
 
 def files_that_name(word: str) -> set[str]:
@@ -268,12 +273,14 @@ def test_the_page_counts_the_files() -> None:
     assert files_that_name("sqrtsoftplus") == SCORING | SCORING_IN_KERNELS
     assert files_that_name("mxfp4") == SCHEME | {"reference/quant.py"}  # inputs are rounded to it, too
     assert files_that_name("e2m1") == NUMBERS | NUMBERS_IN_KERNELS
+    assert files_that_name("all_to_all_static") == DISPATCH - {"layer/compose.py"}  # whose docstring has a table
     page = PACKAGE.parent / "docs" / "contributing.md"
     if page.exists():
         numbers = {
             "a scoring function": SCORING | SCORING_IN_KERNELS,
             "a quantization scheme of known codes": SCHEME,
             "one with codes of its own": SCHEME | NUMBERS | NUMBERS_IN_KERNELS,
+            "a dispatch format": DISPATCH,
         }
         for change, files in numbers.items():
             assert f"\n| {change} | {len(files)} | " in page.read_text(), (change, len(files))

@@ -34,7 +34,7 @@ def check_batch_invariant(router: RouterConfig, quant: QuantConfig | None, paral
             "tokens"
         )
     for name, group in (("ep", parallel.ep), ("tp", parallel.tp), ("dp", parallel.dp)):
-        exchanged = name != "tp" and parallel.dispatch in ("all_to_all", "all_to_all_static")
+        exchanged = name != "tp" and parallel.row.by_slot
         if group is not None and group.size > 2 and not group.ordered and not exchanged:
             raise ValueError(
                 f"{_WHERE} parallel.{name} of {group.size} ranks, dispatch={parallel.dispatch!r}: "

@@ -15,7 +15,7 @@ def own_fields(config: Any, parallel: ParallelConfig) -> dict[str, Any]:
     _check(config, parallel)
     experts = _own_experts(config, parallel)
     # each slot is a token of its own
-    by_slot = parallel.dispatch.startswith("all_to_all") or config.router.weight_on == "input"
+    by_slot = parallel.row.by_slot or config.router.weight_on == "input"
     top_k = 1 if by_slot else config.top_k
     return {
         "num_experts": experts,

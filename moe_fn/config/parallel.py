@@ -1,12 +1,48 @@
 """Config of expert, tensor, data and sequence parallelism: names and sizes of rank groups, no process-group handles."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from moe_fn.checks import check_bool, check_choice, check_int
 
 Dispatch = Literal["replicated", "all_gather", "all_to_all", "all_to_all_static"]
 Placement = Literal["linear", "round_robin"] | tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchRow:
+    """What a format of dispatch needs of ParallelConfig, and how rows travel.
+
+    groups       the groups of ranks with different tokens, of which it needs one; none: all ranks have all tokens
+    by_slot      each slot is a row of its own that is sent to its expert's rank and back; the sum over the slots of a
+                 token is computed on the token's rank
+    reads_sizes  whether sizes are read on the host
+    max_tokens   whether ParallelConfig.max_tokens is used
+    capacity     whether ParallelConfig.capacity is used
+    logits       whether gather="logits" is possible
+    """
+
+    groups: tuple[str, ...] = ()
+    by_slot: bool = False
+    reads_sizes: Literal["never", "always", "without max_tokens"] = "never"
+    max_tokens: Literal["unused", "optional", "required"] = "unused"
+    capacity: bool = False
+    logits: bool = False
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether the ranks of ep have the same tokens."""
+        return not self.groups
+
+
+DISPATCHES: dict[str, DispatchRow] = {
+    "replicated": DispatchRow(),
+    "all_gather": DispatchRow(
+        groups=("ep", "dp"), reads_sizes="without max_tokens", max_tokens="optional", logits=True
+    ),
+    "all_to_all": DispatchRow(groups=("ep",), by_slot=True, reads_sizes="always"),
+    "all_to_all_static": DispatchRow(groups=("ep",), by_slot=True, max_tokens="required", capacity=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +118,7 @@ class ParallelConfig:
         for name in ("tp", "ep", "dp", "sp"):
             if not isinstance(getattr(self, name), RankGroup | None):
                 raise ValueError(f"ParallelConfig.{name} is {getattr(self, name)!r}; expected a RankGroup or None")
-        check_choice("ParallelConfig.dispatch", self.dispatch, get_args(Dispatch))
+        check_choice("ParallelConfig.dispatch", self.dispatch, tuple(DISPATCHES))
         check_choice("ParallelConfig.gather", self.gather, ("routing", "logits"))
         check_choice("ParallelConfig.shared", self.shared, ("sharded", "replicated"))
         if isinstance(self.placement, list):
@@ -98,25 +134,23 @@ class ParallelConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.dispatch.startswith("all_to_all") and self.ep is None:
+        row = self.row
+        if row.groups and all(getattr(self, name) is None for name in row.groups):
+            ranks = "that tokens travel between" if row.by_slot else "whose tokens are gathered"
             raise ValueError(
-                f"ParallelConfig.dispatch={self.dispatch!r}: expected ep, the ranks that tokens travel between"
+                f"ParallelConfig.dispatch={self.dispatch!r}: expected {' or '.join(row.groups)}, the ranks {ranks}"
             )
-        if self.dispatch == "all_gather" and self.ep is None and self.dp is None:
-            raise ValueError(
-                "ParallelConfig.dispatch='all_gather': expected ep or dp, the ranks whose tokens are gathered"
-            )
-        if self.dispatch == "all_to_all_static" and self.max_tokens is None:
-            raise ValueError("ParallelConfig.max_tokens is None with dispatch='all_to_all_static': expected a number")
-        if self.max_tokens is not None and self.dispatch not in ("all_gather", "all_to_all_static"):
+        if row.max_tokens == "required" and self.max_tokens is None:
+            raise ValueError(f"ParallelConfig.max_tokens is None with dispatch={self.dispatch!r}: expected a number")
+        if row.max_tokens == "unused" and self.max_tokens is not None:
             raise ValueError(
                 f"ParallelConfig.max_tokens would have no effect with dispatch={self.dispatch!r}: expected None"
             )
-        if self.capacity is not None and self.dispatch != "all_to_all_static":
+        if self.capacity is not None and not row.capacity:
             raise ValueError(
                 f"ParallelConfig.capacity would have no effect with dispatch={self.dispatch!r}: expected None"
             )
-        if self.gather != "routing" and self.dispatch != "all_gather":
+        if self.gather != "routing" and not row.logits:
             raise ValueError(
                 f"ParallelConfig.gather='logits' would have no effect with dispatch={self.dispatch!r}: "
                 "expected 'routing'"
@@ -130,7 +164,7 @@ class ParallelConfig:
             )
         if self.placement != "linear" and self.ep is None:
             raise ValueError("ParallelConfig.placement would have no effect without ep: expected 'linear'")
-        if self.sp is not None and (self.tp is not None or self.ep is None or self.dispatch == "replicated"):
+        if self.sp is not None and (self.tp is not None or self.ep is None or row.same_tokens):
             raise ValueError(
                 "ParallelConfig.sp: expected tp=None, an ep that includes sp's ranks, and a dispatch other than "
                 "'replicated'"
@@ -141,10 +175,15 @@ class ParallelConfig:
             )
 
     @property
+    def row(self) -> DispatchRow:
+        """The row of the format of dispatch."""
+        return DISPATCHES[self.dispatch]
+
+    @property
     def slices(self) -> tuple[int, int]:
         """(number of slices of the intermediate size, index of this rank's slice)."""
         size, rank = (self.tp.size, self.tp.rank) if self.tp else (1, 0)
-        if self.dispatch == "all_gather" and self.ep is None and self.dp is not None:
+        if "dp" in self.row.groups and self.ep is None and self.dp is not None:
             return self.dp.size * size, self.dp.rank * size + rank
         return size, rank
 

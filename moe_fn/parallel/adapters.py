@@ -52,7 +52,7 @@ def summed_over(config: MoEConfig, parallel: ParallelConfig, name: str) -> list[
         return found
     if parallel.sp is not None:
         return [*found, "sp"]
-    return [*found, "ep"] if parallel.ep is not None and parallel.dispatch == "replicated" else found
+    return [*found, "ep"] if parallel.ep is not None and parallel.row.same_tokens else found
 
 
 def group_of_role(parallel: ParallelConfig, role: str) -> RankGroup:

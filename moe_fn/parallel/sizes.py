@@ -11,7 +11,8 @@ from moe_fn.ops.collectives import reduced_over_ranks
 
 def reads_sizes(parallel: ParallelConfig) -> bool:
     """Whether a layer reads sizes from tensors on the host: split sizes, or the largest number of tokens of a rank."""
-    return parallel.dispatch == "all_to_all" or (parallel.dispatch == "all_gather" and parallel.max_tokens is None)
+    when = parallel.row.reads_sizes
+    return when == "always" or (when == "without max_tokens" and parallel.max_tokens is None)
 
 
 def longest_of_ranks(rows: int, group: RankGroup, like: Tensor) -> int:

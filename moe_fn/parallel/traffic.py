@@ -1,7 +1,7 @@
 """Bytes that a rank sends for a layer, by formulas; tests compare them with the collectives of the compiled graphs."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +109,7 @@ def traffic(
     parallel, w = config.parallel, accumulation_dtype(dtype).itemsize
     rows = -(-tokens // parallel.sp.size) if parallel.sp else tokens
     sizes = _Sizes(config=config, parallel=parallel, rows=rows, dtype=dtype, w=w)
-    pieces = (_dispatched_backward, _sums_backward) if backward else (_dispatched, _sums)
+    pieces = _MESSAGES[parallel.dispatch][backward], (_sums_backward if backward else _sums)
     found = [m for piece in pieces for m in piece(sizes)] + (
         list(_of_weights(config, parallel, weights)) if backward and weights else []
     )
@@ -169,6 +169,17 @@ class _Sizes:
         return "ep" if self.parallel.ep else "dp"
 
     @property
+    def ranks(self) -> int:
+        """n, of the ranks that exchange tokens."""
+        group = getattr(self.parallel, self.tokens_of)
+        return 1 if group is None else int(group.size)
+
+    @property
+    def slots(self) -> int:
+        """Slots that are sent with all_to_all: R, or n C in blocks of a capacity."""
+        return self.ranks * _capacity(self.config) if self.parallel.row.capacity else self.rows * self.config.top_k
+
+    @property
     def room(self) -> int:
         """M."""
         return self.parallel.max_tokens or self.rows
@@ -178,43 +189,56 @@ class _Sizes:
         return Message(what=what, collective=collective, group=group, ranks=ranks.size, payload=payload)
 
 
-def _dispatched(s: _Sizes) -> Iterator[Message]:
-    parallel, group, k = s.parallel, s.tokens_of, s.config.top_k
-    n = 1 if getattr(parallel, group) is None else getattr(parallel, group).size
-    if reads_sizes(parallel) and parallel.dispatch == "all_gather":
-        yield s.message(_MOST_TOKENS, "all_reduce", group, ID_BYTES)
-    if parallel.dispatch == "all_gather":
-        yield s.message("tokens", "all_gather", group, s.room * s.x_there(weighted=False))
-        yield s.message("logits" if parallel.gather == "logits" else "weights", "all_gather", group, s.room * s.routing)
-        yield s.message(
-            "ids", "all_gather", group, s.room * ID_BYTES * ((1 if parallel.gather == "logits" else k) + s.adapters)
-        )
-        yield s.message("sums", "reduce_scatter", group, n * s.room * s.x)
-    elif parallel.dispatch.startswith("all_to_all"):
-        rows = n * _capacity(s.config) if parallel.dispatch.endswith("static") else s.rows * k
-        if reads_sizes(parallel):
-            yield s.message("counts", "all_to_all", group, n * ID_BYTES)
-        yield s.message("slots", "all_to_all", group, rows * s.x_there(weighted=True))
-        yield s.message("ids", "all_to_all", group, rows * ID_BYTES * (1 + s.adapters))
-        yield s.message("results", "all_to_all", group, rows * s.x)
-    elif parallel.ep is not None:
+def _summed(s: _Sizes) -> Iterator[Message]:
+    if s.parallel.ep is not None:
         yield s.message("sums", "all_reduce", "ep", s.rows * s.x)
 
 
-def _dispatched_backward(s: _Sizes) -> Iterator[Message]:
-    parallel, group = s.parallel, s.tokens_of
-    n = 1 if getattr(parallel, group) is None else getattr(parallel, group).size
-    if parallel.dispatch == "all_gather":
-        yield s.message("of sums", "all_gather", group, s.room * s.x)
-        yield s.message("of tokens", "reduce_scatter", group, n * s.room * s.x)
-        yield s.message("of weights or logits", "reduce_scatter", group, n * s.room * s.routing)
-    elif parallel.dispatch.startswith("all_to_all"):
-        rows = n * _capacity(s.config) if parallel.dispatch.endswith("static") else s.rows * s.config.top_k
-        yield s.message("of results", "all_to_all", group, rows * s.x)
-        yield s.message("of slots", "all_to_all", group, rows * s.x)
-    elif parallel.ep is not None:
+def _summed_backward(s: _Sizes) -> Iterator[Message]:
+    if s.parallel.ep is not None:
         yield s.message("of tokens", "all_reduce", "ep", s.rows * s.x)
         yield s.message("of weights", "all_reduce", "ep", s.rows * s.routing)
+
+
+def _gathered(s: _Sizes) -> Iterator[Message]:
+    group, logits = s.tokens_of, s.parallel.gather == "logits"
+    if reads_sizes(s.parallel):
+        yield s.message(_MOST_TOKENS, "all_reduce", group, ID_BYTES)
+    yield s.message("tokens", "all_gather", group, s.room * s.x_there(weighted=False))
+    yield s.message("logits" if logits else "weights", "all_gather", group, s.room * s.routing)
+    ids = (1 if logits else s.config.top_k) + s.adapters
+    yield s.message("ids", "all_gather", group, s.room * ID_BYTES * ids)
+    yield s.message("sums", "reduce_scatter", group, s.ranks * s.room * s.x)
+
+
+def _gathered_backward(s: _Sizes) -> Iterator[Message]:
+    group = s.tokens_of
+    yield s.message("of sums", "all_gather", group, s.room * s.x)
+    yield s.message("of tokens", "reduce_scatter", group, s.ranks * s.room * s.x)
+    yield s.message("of weights or logits", "reduce_scatter", group, s.ranks * s.room * s.routing)
+
+
+def _exchanged(s: _Sizes) -> Iterator[Message]:
+    if reads_sizes(s.parallel):
+        yield s.message("counts", "all_to_all", "ep", s.ranks * ID_BYTES)
+    yield s.message("slots", "all_to_all", "ep", s.slots * s.x_there(weighted=True))
+    yield s.message("ids", "all_to_all", "ep", s.slots * ID_BYTES * (1 + s.adapters))
+    yield s.message("results", "all_to_all", "ep", s.slots * s.x)
+
+
+def _exchanged_backward(s: _Sizes) -> Iterator[Message]:
+    yield s.message("of results", "all_to_all", "ep", s.slots * s.x)
+    yield s.message("of slots", "all_to_all", "ep", s.slots * s.x)
+
+
+Messages = Callable[[_Sizes], Iterator[Message]]
+# By format of dispatch: messages of the forward pass and of the backward pass.
+_MESSAGES: dict[str, tuple[Messages, Messages]] = {
+    "replicated": (_summed, _summed_backward),
+    "all_gather": (_gathered, _gathered_backward),
+    "all_to_all": (_exchanged, _exchanged_backward),
+    "all_to_all_static": (_exchanged, _exchanged_backward),
+}
 
 
 def _sums(s: _Sizes) -> Iterator[Message]:

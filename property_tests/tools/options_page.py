@@ -10,6 +10,7 @@ from pathlib import Path
 from options import there_are
 
 from moe_fn.config.activation import FUNCTIONS, PRESETS
+from moe_fn.config.parallel import DISPATCHES
 from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
 from moe_fn.config.router import SCORINGS
 
@@ -19,6 +20,7 @@ TABLES: dict[str, Iterable[str]] = {
     "ActivationConfig.function": FUNCTIONS,
     "RouterConfig.scoring": SCORINGS,
     "QuantConfig.scheme": SCHEMES,
+    "ParallelConfig.dispatch": DISPATCHES,
     "ActivationQuantConfig.scheme": ACTIVATION_SCHEMES,
     "MoEConfig.activation": PRESETS,
     "SharedExpertsConfig.activation": PRESETS,
