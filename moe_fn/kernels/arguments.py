@@ -88,12 +88,12 @@ _FLOATS = (None,) * len(QUANT_WEIGHTS)
 
 def flat(arguments: RoutedExpertsArguments) -> tuple[Any, ...]:
     """The arguments as the op takes them, in the order of its schema."""
-    codes, activation = arguments.quant_weights, arguments.activation
+    codes = arguments.quant_weights
     return (
         *arguments[:_QUANT_WEIGHTS],
         *(_FLOATS if codes is None else [getattr(codes, name) for name in QUANT_WEIGHTS]),
         *arguments[_QUANT_WEIGHTS + 1 : -1],
-        *[getattr(activation, name) for name in ACTIVATION],
+        *arguments.activation.values,
     )
 
 
