@@ -1,8 +1,8 @@
 """The whole layer as one op: `moe_fn::moe_forward`, and `moe_fn::moe_forward_shared` with a separate shared output.
 
-The ops are for callers that need one node per layer (piecewise CUDA graphs, partitioners), for chunks where scan does
-not compile, and for ranks that read sizes where torch.compile cannot (`moe_fn.parallel.sizes`); their backward then
-repeats the collectives. There are two because an op's schema cannot return "a Tensor or a tuple". The config is a JSON
+Why ops: some callers need one node per layer (piecewise CUDA graphs, partitioners), scan does not compile everywhere
+(chunks), and torch.compile cannot read sizes between ranks (`moe_fn.parallel.sizes`); their backward then repeats the
+collectives. There are two because an op's schema cannot return "a Tensor or a tuple". The config is a JSON
 argument, and every weight is an argument. Only first derivatives exist: a second derivative raises ValueError.
 """
 
