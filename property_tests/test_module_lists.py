@@ -131,9 +131,9 @@ OF_TOOL: dict[str, Callable[[str, str], bool]] = {
 
 @st.composite
 def listed_names(draw: Callable[[Any], Any]) -> tuple[str, str, str]:
-    """A name, a piece of it or of another, and what stands before that."""
+    """A name, a piece of it, of its container or of another name, and a prefix of the piece."""
     name, other = draw(st.sampled_from(sorted(NAMES.values()))), draw(st.sampled_from(sorted(NAMES.values())))
-    piece = draw(st.sampled_from([name, name, other]))
+    piece = draw(st.sampled_from([name, name, other, container_of(name) or name]))
     parts = [0, *(at.end() for at in re.finditer(r"\.", piece))]
     start, stop = (
         draw(st.sampled_from([*parts, 0, 0, draw(st.integers(0, len(piece)))])),
