@@ -69,7 +69,12 @@ def assert_one_model_graph(model: Any, tolerance: float, backend: str = "aot_eag
 
 
 # Packed halves; interleaved with biases; a bias and groups for the choice, and a dense layer.
-WHOLE = (("qwen3_moe", torch.float16), ("gpt_oss", torch.bfloat16), ("deepseek_v3", torch.float32))
+# Attention takes most of the time: in make test one whole model, and the experts modules of the others (MODULES).
+WHOLE = (
+    pytest.param("qwen3_moe", torch.float16, marks=pytest.mark.thorough),
+    ("gpt_oss", torch.bfloat16),
+    pytest.param("deepseek_v3", torch.float32, marks=pytest.mark.thorough),
+)
 
 
 @pytest.mark.parametrize("name, dtype", WHOLE)
@@ -77,16 +82,18 @@ def test_whole_models_are_one_graph_for_every_length_forward_and_backward(name: 
     assert_one_model_graph(make_model(name, seed=0, experts_implementation="moe_fn").to(dtype), TOLERANCES[dtype])
 
 
-def test_inference_is_one_graph_for_every_length() -> None:
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("minimax_m3_vl", marks=pytest.mark.thorough)])
+def test_inference_is_one_graph_for_every_length(name: str) -> None:
     with torch.no_grad():
-        assert_one_model_graph(
-            make_model("minimax_m3_vl", seed=0, experts_implementation="moe_fn"), TOLERANCES[torch.float32]
-        )
+        assert_one_model_graph(make_model(name, seed=0, experts_implementation="moe_fn"), TOLERANCES[torch.float32])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+# By the native kernels (bfloat16 as float32), and by torch's products.
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=[pytest.mark.thorough] * (d == torch.bfloat16), id=str(d)) for d in TOLERANCES]
+)
 def test_every_dtype_is_one_graph_of_our_ops_alone(dtype: torch.dtype) -> None:
-    model = make_model("gpt_oss", seed=0, experts_implementation="moe_fn").to(dtype)
+    model = make_model("gpt_oss", seed=0, experts_implementation="moe_fn", layers=1).to(dtype)
     graphs = graphs_of(partial(logits, model), (make_token_ids(3),))
     assert [len(graphs.dynamo), len(graphs.forward), len(graphs.backward)] == [1, 1, 1]
     found = {name_of(node) for node in nodes(graphs.all)}
@@ -100,7 +107,8 @@ def test_every_dtype_is_one_graph_of_our_ops_alone(dtype: torch.dtype) -> None:
 
 
 def test_a_compiled_model_generates_the_same_tokens() -> None:
-    model = make_model("qwen3_moe", seed=0, experts_implementation="moe_fn")
+    """The prompt at once, then tokens one by one with its keys and values."""
+    model = make_model("qwen3_moe", seed=0, experts_implementation="moe_fn", layers=1)
     ids = make_token_ids(5)
     expected = model.generate(ids, max_new_tokens=3, do_sample=False)
     model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -126,7 +134,13 @@ def test_inductor_computes_what_eager_does() -> None:
     one_graph(module_of("GptOssExperts"), backend="inductor")
 
 
-OWN = (("own", "silu"), ("default", "lambda"), ("default", "prelu"), ("default", "F.gelu"), ("nearly", "mish"))
+# A gate of its own, an activation with parameters, a gate of the usual form with other numbers; functions.
+OWN = (
+    ("own", "silu"),
+    ("default", "prelu"),
+    ("nearly", "mish"),
+    *(pytest.param("default", act, marks=pytest.mark.thorough) for act in ("lambda", "F.gelu")),
+)
 
 
 @pytest.mark.parametrize("gate, act", OWN)

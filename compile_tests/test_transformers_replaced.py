@@ -1,5 +1,6 @@
 """Whole models with replaced blocks: one graph for every length, forward and backward, in every dtype, and exported."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from shared_tests.hung_on_modules import hang
 from shared_tests.transformers_models import make_model, make_token_ids
 from shared_tests.zoo import ROWS, make_block, make_input
 
-# Groups and shared experts, biases and interleaved, clamps and hash layers, states between layers.
-MODELS = ("deepseek_v3", "gpt_oss", "deepseek_v4", "zaya")
+# Groups and shared experts, biases and interleaved, clamps and hash layers, states between layers; True: thorough.
+# Attention takes most of the time: in make test one whole model, and the blocks of the others.
+MODELS = {"deepseek_v3": True, "gpt_oss": False, "deepseek_v4": True, "zaya": True}
+BLOCKS = ("deepseek_v3-groups-scaled", "deepseek_v4-hash-limit-bites", "zaya-with-states")
 LOW = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -40,11 +43,9 @@ def compiled(model: Any, backend: str, fullgraph: bool = True) -> tuple[Any, Com
     return torch.compile(model, backend=counter, fullgraph=fullgraph), counter
 
 
-# deepseek_v4 takes as long as the others together.
-OFTEN = [pytest.param(name, marks=[pytest.mark.thorough] * (name == "deepseek_v4")) for name in MODELS]
-
-
-@pytest.mark.parametrize("name", OFTEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * thorough) for name, thorough in MODELS.items()]
+)
 def test_a_replaced_model_is_one_graph_for_every_length_forward_and_backward(name: str) -> None:
     model = replaced(name)
     function, counter = compiled(model, "aot_eager")
@@ -61,6 +62,46 @@ def test_a_replaced_model_is_one_graph_for_every_length_forward_and_backward(nam
         ]
         found, expected = (torch.autograd.grad(out.square().sum(), weights, allow_unused=True) for out in (y, wanted))
         for actual, right in zip(found, expected, strict=True):
+            assert (actual is None) == (right is None)
+            if right is not None:
+                assert_matches(actual, right, tolerance=1e-4, scale=1e-3)
+    assert counter.frame_count == 1 and not counters["graph_break"]
+
+
+def token_ids_of(block: Any, x: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": torch.arange(x[..., 0].numel()).view(x.shape[:2]) % block.gate.tid2eid.shape[0]}
+
+
+def states_of(block: Any, x: Tensor) -> dict[str, Tensor]:
+    return {"prev_router_hidden_states": x[..., : block.gate.router_hidden_size].cos()}
+
+
+EXTRA_INPUTS: dict[str, Callable[[Any, Tensor], dict[str, Tensor]]] = {
+    "hidden": lambda block, x: {},
+    "input_ids": token_ids_of,
+    "router_states": states_of,
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_replaced_block_is_one_graph_for_every_length_forward_and_backward(name: str) -> None:
+    row = next(row for row in ROWS if row.name == name)
+    block = make_block(row, 0)
+    inputs = [make_input(row, seed, batch, seq) for seed, batch, seq in ((0, 2, 5), (1, 3, 9))]
+    assert replace_moe_blocks(block).replaced
+    function, counter = compiled(block, "aot_eager")
+    for input in inputs:
+        results = []
+        for run in (function, block):
+            x, more = input.clone().requires_grad_(), EXTRA_INPUTS[row.takes](block, input)
+            for t in (x, *more.values()) if run is function else ():
+                torch._dynamo.mark_dynamic(t, 0)
+                torch._dynamo.mark_dynamic(t, 1)
+            y = run(x, **more)
+            y = y[0] if isinstance(y, tuple) else y
+            wanted = [x, *(p for p in block.parameters() if p.requires_grad)]
+            results.append([y, *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)])
+        for actual, right in zip(*results, strict=True):
             assert (actual is None) == (right is None)
             if right is not None:
                 assert_matches(actual, right, tolerance=1e-4, scale=1e-3)

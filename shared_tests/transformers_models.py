@@ -11,15 +11,18 @@ from shared_tests.zoo.models import MODELS, ModelRow
 __all__ = ["MODELS", "ModelRow", "make_model", "make_token_ids"]
 
 
-def make_model(name: str, seed: int, experts_implementation: str = "eager") -> Any:
+def make_model(name: str, seed: int, experts_implementation: str = "eager", layers: int | None = None) -> Any:
     """The model of a row in float32 and eval mode, every parameter and saved buffer random; equal seeds give equal
     numbers.
+
+    layers: instead of the row's.
     """
     row = MODELS[name]
     config_class = getattr(importlib.import_module(f"transformers.models.{name}.configuration_{name}"), row.config)
     model_class = getattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), row.model)
+    arguments = {**row.arguments, **({} if layers is None else {"num_hidden_layers": layers})}
     with torch.random.fork_rng(devices=[]):
-        model = model_class._from_config(config_class(**row.arguments), experts_implementation=experts_implementation)
+        model = model_class._from_config(config_class(**arguments), experts_implementation=experts_implementation)
     randomise(model.float(), seed)
     return model.eval()
 
