@@ -246,7 +246,7 @@ SCHEME = {
 NUMBERS = {"config/quant.py", "quant/numbers.py", "reference/quant.py"}
 NUMBERS_IN_KERNELS = {
     *(f"kernels/native/sources/{name}" for name in ("codes.h", "decode.h", "quant_arguments.h", "quantized.cpp")),
-    *(f"kernels/triton/quant/{name}.py" for name in ("codes", "matrix", "products", "up")),
+    *(f"kernels/triton/quant/{name}.py" for name in ("codes", "products", "up")),
 }
 DISPATCH = {"config/parallel.py", "parallel/dispatch.py", "parallel/traffic.py", "layer/compose.py"}
 

@@ -10,7 +10,6 @@ from moe_fn.config import QuantConfig
 from moe_fn.quant.codes import Codes
 
 Place = Literal["inner", "step", "outer"]
-NUM_CODES = {"int4": 2, "e2m1": 2}  # codes per byte, if more than one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +24,7 @@ class QuantMatrix:
 
     payload: Tensor
     scale: Tensor
+    per_byte: int  # codes in a byte
     scheme: str  # "fp8_e4m3", "int8", "uint8", "int4", "e2m1"
     outputs: int
     inputs: int
@@ -36,7 +36,7 @@ class QuantMatrix:
     def shape(self) -> tuple[int, int, int]:
         """(E, N, K)."""
         experts, columns, width = self.payload.shape
-        return experts, columns, width * NUM_CODES.get(self.scheme, 1)
+        return experts, columns, width * self.per_byte
 
     @property
     def shared(self) -> tuple[int, ...]:
@@ -90,6 +90,7 @@ def matrix_of(quant: QuantConfig, stored: Codes, halves: int) -> QuantMatrix:
     return QuantMatrix(
         payload=stored.codes.contiguous(),
         scale=stored.scale,
+        per_byte=quant.per_byte,
         scheme={"e4m3": "fp8_e4m3", "int8": "uint8" if quant.zero_points else "int8"}.get(element, element),
         outputs=per_half if outputs is None else outputs,
         inputs=stored.codes.shape[2] * quant.per_byte if inputs is None else inputs,
