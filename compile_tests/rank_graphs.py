@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import moe_fn
 from moe_fn import MoEConfig, MoEWeights, ParallelConfig, SharedExpertsConfig
 from moe_fn.testing import assert_matches, weights_for
+from shared_tests.collector import collect_less
 
 TOKENS = (5, 0, 3)  # of one call after another, on the first rank; the others have them in another order
 MOST = 6
@@ -123,23 +124,30 @@ TRACED_ALONE = (
     "all_gather over dp", "all_to_all by a table", "all_gather of logits", "replicated over tp", "all_gather that asks",
     "sequence, all_gather", "sequence, all_gather that asks", "sequence, all_to_all_static",
 )  # fmt: skip
-JOBS: tuple[tuple[str, bool, str], ...] = (  # format, fullgraph, backend
-    *((name, True, "aot_eager") for name in FORMATS if name not in TRACED_ALONE),
-    ("all_gather that asks", False, "aot_eager"),
+Job = tuple[str, bool, str]  # format, fullgraph, backend
+MORE_JOBS: tuple[Job, ...] = tuple((name, True, "aot_eager") for name in FORMATS if name not in TRACED_ALONE)
+# Every collective: sums in an order, gathered tokens, exchanges with sizes from the data (one op, also under plain
+# compile) and in equal parts (by Inductor too), and tokens that ranks cut between them.
+JOBS: tuple[Job, ...] = (
+    ("replicated over tp, ordered", True, "aot_eager"),
+    ("all_gather", True, "aot_eager"),
     ("all_to_all by a table", False, "aot_eager"),
     ("all_to_all_static", True, "inductor"),
+    ("sequence, all_to_all", True, "aot_eager"),
 )
+ALL_JOBS = (*JOBS, *(job for job in (*MORE_JOBS, ("all_gather that asks", False, "aot_eager")) if job not in JOBS))
 
 
-def worker(rank: int, world: int, store: str, results: Any) -> None:
-    """One rank: every job, in order; (rank, job, (graphs, breaks) or an error) of each into the queue."""
+def worker(rank: int, world: int, store: str, jobs: tuple[Job, ...], results: Any) -> None:
+    """One rank: its jobs, in order; (rank, job, (graphs, breaks) or an error) of each into the queue."""
+    collect_less()
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     meshes = {name: init_device_mesh("cpu", (world,), mesh_dim_names=(name,)) for name in ("tp", "ep", "dp")}
-    for job in JOBS:
+    for job in jobs:
         try:
             results.put((rank, job, check(job[0], meshes[FORMATS[job[0]].along], rank, *job[1:])))
         except Exception as error:

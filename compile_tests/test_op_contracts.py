@@ -234,9 +234,9 @@ def test_every_op_has_samples() -> None:
     assert set(OPS) == set(SAMPLES) | COLLECTIVES, "add samples here for each new op"
 
 
-# The parts of opcheck that run an op once: its schema is true, its fake has the sizes, dtype and strides of the result.
-# result. Those are what a dtype or a sample can change; tracing and autograd's registration are of the op, and opcheck
-# traces for 0.2 to 2 s a sample.
+# The parts of opcheck that run an op once: its schema is true, and its fake has the sizes, dtype and strides of the
+# result, which a dtype or a sample can change. Tracing takes 0.2 to 2 s a sample; it and the registration of gradients
+# depend on the op.
 QUICK = ("test_schema", "test_faketensor")
 SLOW = ("test_autograd_registration", "test_aot_dispatch_dynamic")
 # In Triton's interpreter 20 s for each dtype, and the contract is the same.

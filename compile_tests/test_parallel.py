@@ -14,25 +14,26 @@ from torch import fx
 
 from compile_tests.fake_ranks import Echo, collectives_in, fake_ranks, id_of, layer_of, parallel_of
 from compile_tests.graphs import graphs_of, ops
-from compile_tests.rank_graphs import FORMATS, JOBS, MOST, config_of, leaves_of_rank, tokens_of, worker
+from compile_tests.rank_graphs import ALL_JOBS, FORMATS, JOBS, MOST, Job, config_of, leaves_of_rank, tokens_of, worker
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 TIMEOUT_S = 120
 RANKS = 64
 
 
-def test_two_processes_make_one_graph_each_with_the_numbers_of_eager(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [JOBS, pytest.param(ALL_JOBS, marks=pytest.mark.thorough)], ids=["each kind", "all"])
+def test_two_processes_make_one_graph_each_with_the_numbers_of_eager(jobs: tuple[Job, ...], tmp_path: Path) -> None:
     context: Any = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     processes = [
-        context.Process(target=worker, args=(rank, 2, str(tmp_path / "store"), results), daemon=True)
+        context.Process(target=worker, args=(rank, 2, str(tmp_path / "store"), jobs, results), daemon=True)
         for rank in range(2)
     ]
     for process in processes:
         process.start()
     found: dict[Any, Any] = {}
     try:
-        for _ in range(2 * len(JOBS)):
+        for _ in range(2 * len(jobs)):
             rank, job, result = results.get(timeout=TIMEOUT_S)
             found[(job, rank)] = result
     except queue.Empty:
@@ -76,7 +77,17 @@ ON_64: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.parametrize("case", ON_64, ids=id_of)
+# With sizes from the data, in equal parts with ranks along two dimensions, and gathered over two.
+ON_64_OFTEN = (1, 5, 6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.thorough] * (number not in ON_64_OFTEN), id=id_of(case))
+        for number, case in enumerate(ON_64)
+    ],
+)
 def test_64_ranks_trace_to_one_graph(case: Any) -> None:
     with fake_ranks(RANKS, rank=37):
         config = config_of(parallel_of(*case), experts=128, inner=64)

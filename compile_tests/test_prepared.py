@@ -72,8 +72,12 @@ class Frozen(nn.Module):
         return layer(self.weights, x, logits)
 
 
-@DTYPES
-@pytest.mark.parametrize("packaged", [False, True], ids=["export", "AOTInductor"])
+# The C++ compiler takes 5 s for a package, whatever the dtype.
+EXPORTED = [(torch.float32, False), (torch.bfloat16, True)]
+EXPORTED += [pytest.param(dtype, not packaged, marks=pytest.mark.thorough) for dtype, packaged in EXPORTED]
+
+
+@pytest.mark.parametrize(("dtype", "packaged"), EXPORTED)
 def test_export_and_packages_take_them(dtype: torch.dtype, packaged: bool, tmp_path: Path) -> None:
     weights, tokens = prepared(dtype), Dim("tokens", min=0, max=4096)
     shapes = ({0: tokens}, {0: tokens})
@@ -111,34 +115,33 @@ def test_inductor_makes_few_kernels() -> None:
 
 
 PEAK = """
-import sys, torch, moe_fn
+import dataclasses, sys, torch, moe_fn
 sizes = {"num_experts": 8, "top_k": 4, "hidden_size": 256, "intermediate_size": 1024}
-config = moe_fn.MoEConfig(**sizes, chunk_tokens=int(sys.argv[1]) or None)
+config = moe_fn.MoEConfig(**sizes)
 weights = moe_fn.MoEWeights(gate_up=torch.randn(8, 2048, 256), down=torch.randn(8, 256, 1024))
 weights = moe_fn.prepare_weights(config, weights)
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-tokens = int(sys.argv[2])
-x, logits = torch.randn(tokens, 256), torch.randn(tokens, 8)
-with torch.no_grad():
-    moe_fn.moe_forward(config, weights, x[:64], logits[:64])
+def megabytes(tokens, chunk_tokens):
+    own = dataclasses.replace(config, chunk_tokens=chunk_tokens)
+    x, logits = torch.randn(tokens, 256), torch.randn(tokens, 8)
+    moe_fn.moe_forward(own, weights, x[:64], logits[:64])
     open("/proc/self/clear_refs", "w").write("5")
     before = peak()
-    moe_fn.moe_forward(config, weights, x, logits)
-print(peak() - before)
+    moe_fn.moe_forward(own, weights, x, logits)
+    return peak() - before
+with torch.no_grad():
+    print(megabytes(2048, None), megabytes(8192, 512), megabytes(8192, None))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_bounded() -> None:
-    def megabytes(tokens: int, chunk_tokens: int = 0) -> float:
-        command = [sys.executable, "-c", PEAK, str(chunk_tokens), str(tokens)]
-        return float(
-            subprocess.run(
-                command, capture_output=True, text=True, check=True, cwd=Path(moe_fn.__file__).parents[1]
-            ).stdout
-        )
-
+    folder = Path(moe_fn.__file__).parents[1]
+    # what is freed goes back to the system at once, and no later measurement finds it there
+    command = ["env", "MALLOC_MMAP_THRESHOLD_=65536", sys.executable, "-c", PEAK]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    few, chunked, many = map(float, run.stdout.split())
     rows, of_a_row = 2048 * 4, 2 * 1024 + 256
-    assert megabytes(2048) < 1.5 * rows * of_a_row * 4 / 2**20
-    assert megabytes(16384, 512) < 0.5 * megabytes(16384)
+    assert few < 1.5 * rows * of_a_row * 4 / 2**20
+    assert chunked < 0.5 * many
