@@ -1,7 +1,7 @@
 """What the Triton kernels take of four GPUs, without one: no spills, within shared memory, on the matrix units, and no
 more than before.
 
-python -m compile_tests.test_triton_ahead_of_time --write-budgets      after a change that moves the numbers on purpose
+python -m compile_tests.test_triton_ahead_of_time --write-budgets      after a change of kernels or of their numbers
 """
 
 import inspect

@@ -51,8 +51,13 @@ OWN: dict[str, tuple[str, ...]] = {
         "property_tests/test_experts.py",
         "compile_tests/test_op_contracts.py",
         "compile_tests/test_transforms.py",
+        "compile_tests/test_contexts.py",
     ),
-    "moe_fn/ops/rows.py": ("compile_tests/test_op_contracts.py", "compile_tests/test_transforms.py"),
+    "moe_fn/ops/rows.py": (
+        "compile_tests/test_op_contracts.py",
+        "compile_tests/test_transforms.py",
+        "compile_tests/test_contexts.py",
+    ),
 }
 
 
