@@ -16,6 +16,7 @@ import torch._dynamo
 import torch._inductor.config
 
 from shared_tests.collector import collect_less
+from shared_tests.interpreter import set_up_once
 
 torch.set_num_threads(1)
 # a pool of compiler processes takes longer to start than these graphs to compile
@@ -50,4 +51,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    set_up_once()
     collect_less()

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from shared_tests.collector import collect_less
+from shared_tests.interpreter import set_up_once
 
 # before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
 if not torch.cuda.is_available():
@@ -50,4 +51,5 @@ def _limit(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
+    set_up_once()
     collect_less()
