@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +59,42 @@ FUSED = {
     "b.experts.down_proj": (torch.bfloat16, (E, WIDTH, WIDTH)),
 }
 LOAD = """
-import sys
+import ctypes, gc, json, sys
 from moe_fn import MoEConfig, QuantConfig
 from moe_fn.checkpoint import load_moe_weights
+ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-path, layout = sys.argv[1:3]
-config = MoEConfig(num_experts=32, top_k=2, hidden_size=1024, intermediate_size=1024, weight_layout=sys.argv[3],
-                   quant=eval(sys.argv[5]) if len(sys.argv) > 5 else None)
-load_moe_weights(path, "b", config, layout=layout, experts=(0,), intermediate=slice(0, 128))  # imports
-before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-weights = load_moe_weights(path, "b", config, layout=layout, **eval(sys.argv[4]))
-print(status("VmHWM") - before, sum(t.nbytes for t in (weights.gate_up, weights.down)))
+for line in sys.stdin:
+    path, layout, weight_layout, slices, quant = json.loads(line)
+    config = MoEConfig(num_experts=32, top_k=2, hidden_size=1024, intermediate_size=1024, weight_layout=weight_layout,
+                       quant=eval(quant))
+    load_moe_weights(path, "b", config, layout=layout, experts=(0,), intermediate=slice(0, 128))  # imports
+    gc.collect()
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    weights = load_moe_weights(path, "b", config, layout=layout, **eval(slices))
+    print(status("VmHWM") - before, sum(t.nbytes for t in (weights.gate_up, weights.down)), flush=True)
+    del weights
 """
+
+
+@pytest.fixture(scope="module")
+def loader() -> Iterator[Callable[..., tuple[int, int]]]:
+    """(path, layout, weight layout, slices, quant) -> the peak of loading a layer, and its bytes, in one process."""
+    arguments = [sys.executable, "-c", LOAD]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        sent, answers = process.stdin, process.stdout
+
+        def load(*case: str) -> tuple[int, int]:
+            sent.write(json.dumps(case) + "\n")
+            sent.flush()
+            peak, layer = answers.readline().split()
+            return int(peak), int(layer)
+
+        yield load
+        sent.close()
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of a process' memory here")
@@ -86,18 +108,16 @@ print(status("VmHWM") - before, sum(t.nbytes for t in (weights.gate_up, weights.
         ("qwen fused", "{}", "in_out"),
     ],
 )
-def test_a_layer_is_held_once(layout: str, slices: str, weight_layout: str, tmp_path: Path) -> None:
+def test_a_layer_is_held_once(
+    layout: str, slices: str, weight_layout: str, tmp_path: Path, loader: Callable[..., tuple[int, int]]
+) -> None:
     write_hollow(
         tmp_path / "model.safetensors",
         {**(EACH if layout == "mixtral" else FUSED), "b.gate.weight": (torch.bfloat16, (E, WIDTH))},
     )
-    found = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path), layout, weight_layout, slices], capture_output=True, text=True,
-        check=True
-    )  # fmt: skip
-    peak, layer = map(int, found.stdout.split())
+    peak, layer = loader(str(tmp_path), layout, weight_layout, slices, "None")
     assert layer == 201_326_592 / (1 if slices == "{}" else 4)
-    assert peak <= layer + 40e6, f"{peak / 1e6:.0f} MB for a layer of {layer / 1e6:.0f} MB"
+    assert 0.9 * layer <= peak <= layer + 40e6, f"{peak / 1e6:.0f} MB for a layer of {layer / 1e6:.0f} MB"
 
 
 @pytest.mark.parametrize("layout", ["mixtral", "qwen fused", "gpt_oss"])
@@ -133,17 +153,18 @@ SMALL = {
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of a process' memory here")
 @pytest.mark.parametrize(("method", "slices"), [("fp8", "{}"), ("fp8", "{'experts': range(8)}"), ("gptq", "{}")])
-def test_a_quantized_layer_is_held_once(method: str, slices: str, tmp_path: Path) -> None:
+def test_a_quantized_layer_is_held_once(
+    method: str, slices: str, tmp_path: Path, loader: Callable[..., tuple[int, int]]
+) -> None:
     stored, words, quant, per_byte = SMALL[method]
     tensors = {
         f"b.experts.{e}.{w}{name}": kind for e in range(E) for w in ("w1", "w2", "w3") for name, kind in stored.items()
     }
     write_hollow(tmp_path / "model.safetensors", {**tensors, "b.gate.weight": (torch.bfloat16, (E, WIDTH))})
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "quantization_config": words}))
-    arguments = [sys.executable, "-c", LOAD, str(tmp_path), "mixtral", "out_in", slices, f"QuantConfig({quant})"]
-    peak, layer = map(int, subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split())
+    peak, layer = loader(str(tmp_path), "mixtral", "out_in", slices, f"QuantConfig({quant})")
     assert layer == 100_663_296 / per_byte / (1 if slices == "{}" else 4)
-    assert peak <= layer + 40e6, f"{peak / 1e6:.0f} MB for a layer of {layer / 1e6:.0f} MB"
+    assert 0.9 * layer <= peak <= layer + 40e6, f"{peak / 1e6:.0f} MB for a layer of {layer / 1e6:.0f} MB"
 
 
 # Default configs of transformers, a few layers of them: wrappers around the language model, and names of every kind

@@ -39,6 +39,7 @@ def assert_equal_and_whole(text: str, graphs: str) -> None:
     assert "graphs made while the clock ran: 0" in text
 
 
+@pytest.mark.thorough
 def test_a_folder_before_and_after(tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "examples"))
     try:

@@ -26,7 +26,13 @@ def output_of(command: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("how", [["--ep", "2"], ["--tp", "2", "--ep", "1"]], ids=["experts", "slices"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(["--ep", "2"], id="experts"),
+        pytest.param(["--tp", "2", "--ep", "1"], id="slices", marks=pytest.mark.thorough),
+    ],
+)
 def test_two_ranks_train_as_one_process_does(how: list[str]) -> None:
     text = output_of(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *SHORT, *how])
     alone, together = (re.search(rf"^losses, {name}:(.*)$", text, re.MULTILINE) for name in ("1 process", "2 ranks"))
