@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from options import options_of, there_are
 from planted.ranks import RANK_BUGS
-from ranks.cases import ALL_LAYERS, cases, jobs, worker
+from ranks.cases import ALL_LAYERS, Which, cases, jobs, worker
 from ranks.layers import EXCUSED
 from ranks.start import ranks_context
 
@@ -20,19 +20,19 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 TIMEOUT_S, WORD_S = 180, 10
 
 
-def run_world(world: int, folder: Path, bugs: bool = False) -> dict[str, dict[int, str | None]]:
+def run_world(world: int, folder: Path, which: Which = "cases") -> dict[str, dict[int, str | None]]:
     """Errors by case and rank."""
     context = ranks_context()
     results = context.Queue()
     store = str(folder / "store")
     processes = [
-        context.Process(target=worker, args=(rank, world, store, results, bugs), daemon=True) for rank in range(world)
+        context.Process(target=worker, args=(rank, world, store, results, which), daemon=True) for rank in range(world)
     ]
     for process in processes:
         process.start()
     found: dict[str, dict[int, str | None]] = {}
     try:
-        for _ in range(world * len(jobs(world, bugs))):
+        for _ in range(world * len(jobs(world, which))):
             rank, name, error = next_word(results, processes)
             found.setdefault(name, {})[rank] = error
     except queue.Empty:
@@ -66,12 +66,15 @@ def next_word(results: Any, processes: Any) -> Any:
     raise queue.Empty
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_sharded_equals_unsharded(world: int, tmp_path: Path) -> None:
-    found = run_world(world, tmp_path)
+_CROSSED = [pytest.param(world, "crossed", marks=pytest.mark.thorough) for world in (2, 4)]
+
+
+@pytest.mark.parametrize(("world", "which"), [(1, "cases"), (2, "cases"), (4, "cases"), *_CROSSED])
+def test_sharded_equals_unsharded(world: int, which: Which, tmp_path: Path) -> None:
+    found = run_world(world, tmp_path, which)
     wrong = {f"{name}, rank {rank}": error for name, ranks in found.items() for rank, error in ranks.items() if error}
     assert not wrong, "\n".join(f"{place}: {error}" for place, error in list(wrong.items())[:20])
-    assert len(found) == len(jobs(world))
+    assert len(found) == len(jobs(world, which))
 
 
 def test_ranks_compute_with_every_option() -> None:
@@ -110,7 +113,7 @@ def test_ranks_compute_with_every_option_of_the_layer() -> None:
 
 
 def test_the_law_kills_every_planted_bug(tmp_path: Path) -> None:
-    found = run_world(2, tmp_path, bugs=True)
+    found = run_world(2, tmp_path, "bugs")
     assert set(found) == {bug.what for bug in RANK_BUGS}
     survived = [name for name, ranks in found.items() if not any(ranks.values())]
     assert not survived, survived

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,7 @@ LAYERS: dict[str, MoEConfig] = {
     ),
 }
 ALL_LAYERS = LAYERS | MORE_LAYERS
+Which = Literal["cases", "crossed", "bugs"]
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,16 @@ def formats(mesh: tuple[tuple[str, int], ...]) -> Iterator[dict[str, Any]]:
         yield {"sequence_parallel": True, "dispatch": "all_to_all_static", "max_tokens": 3}
 
 
-def cases(world: int) -> list[Case]:
-    """Every format on every mesh, the layers in turn; and every layer on the richest meshes."""
+def cases(world: int, crossed: bool = False) -> list[Case]:
+    """Every format on every mesh, the layers in turn; and every layer on the richest meshes, in one format.
+
+    crossed: in every format.
+    """
     layers = itertools.cycle(LAYERS)
     found = [Case(mesh, options, next(layers)) for mesh in MESHES for options in formats(mesh)]
-    found += [Case(((EP, 2), (TP, 2)), options, layer) for options in formats(((EP, 2), (TP, 2))) for layer in LAYERS]
-    found += [Case(((TP, 2),), options, layer) for options in formats(((TP, 2),)) for layer in LAYERS]
+    for mesh in (((EP, 2), (TP, 2)), ((TP, 2),)):
+        pairs = itertools.product(LAYERS, formats(mesh)) if crossed else zip(LAYERS, itertools.cycle(formats(mesh)))
+        found += [Case(mesh, options, layer) for layer, options in pairs]
     found += [Case(((EP, 4),), {"dispatch": "all_to_all", "placement": (3, 0, 0, 1, 2, 3)}, "plain")]
     copies = ("replicated", "all_gather", "all_to_all")
     found += [Case(((EP, n),), {"dispatch": dispatch, "num_physical": 8}) for n in (2, 4) for dispatch in copies]
@@ -458,17 +463,14 @@ def _zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if gradient is None else gradient
 
 
-def worker(rank: int, world: int, store: str, results: Any, bugs: bool = False) -> None:
-    """One rank: every case of its world, in order; (name, error or None) of each into the queue.
-
-    With bugs: every planted one's case.
-    """
+def worker(rank: int, world: int, store: str, results: Any, which: Which = "cases") -> None:
+    """One rank: every job of its world, in order; (name, error or None) of each into the queue."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     meshes: dict[Any, DeviceMesh] = {}
-    for name, of_mesh, job, broken in jobs(world, bugs):
+    for name, of_mesh, job, broken in jobs(world, which):
         if of_mesh not in meshes:
             names, sizes = zip(*of_mesh, strict=True)
             meshes[of_mesh] = init_device_mesh("cpu", sizes, mesh_dim_names=names)
@@ -485,14 +487,16 @@ def worker(rank: int, world: int, store: str, results: Any, bugs: bool = False) 
 Job = tuple[str, tuple[tuple[str, int], ...], Callable[[DeviceMesh, int], None], Any]
 
 
-def jobs(world: int, bugs: bool = False) -> list[Job]:
-    """What every rank of a world does: all cases, and those of loaded parts; or the case of every planted bug."""
-    if bugs:
+def jobs(world: int, which: Which = "cases") -> list[Job]:
+    """What every rank of a world does: its cases, all of them crossed or not, and those of loaded parts; or the case of
+    every planted bug.
+    """
+    if which == "bugs":
         from planted.bugs import planted
         from planted.ranks import CASE_OF_BUG, RANK_BUGS
 
         return [_job(bug.what, CASE_OF_BUG[bug.what], run, planted(bug)) for bug in RANK_BUGS]
-    found = [_job(case.name, case, run) for case in cases(world)]
+    found = [_job(case.name, case, run) for case in cases(world, which == "crossed")]
     if importlib.util.find_spec("safetensors") is not None:
         from ranks.loaded import loaded, run_loaded
 
