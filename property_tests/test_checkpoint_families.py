@@ -36,6 +36,7 @@ from moe_fn.families import FAMILIES, config_of_layer  # noqa: E402
 from moe_fn.integrations.transformers import from_block  # noqa: E402
 from shared_tests.zoo import TOKEN_CHOICE, BlockRow, make_block, make_config, make_input, randomise, run_block  # noqa: E402
 from shared_tests.zoo.build import module_of  # noqa: E402
+from shared_tests.zoo.params import each_row  # noqa: E402
 
 # Name of the block in its layer, where it is not mlp
 BLOCK_OF_FAMILY = {
@@ -84,7 +85,7 @@ def check(row: BlockRow, block: Any, config: MoEConfig, weights: MoEWeights) -> 
     assert (y - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("row", BY_CONFIG, ids=lambda row: row.name)
+@each_row(BY_CONFIG)
 def test_a_block_on_disk_is_the_block(row: BlockRow, tmp_path: Path) -> None:
     block = make_block(row, 0)
     write(tmp_path, row, block)
@@ -95,7 +96,7 @@ def test_a_block_on_disk_is_the_block(row: BlockRow, tmp_path: Path) -> None:
     check(row, block, config, weights)
 
 
-@pytest.mark.parametrize("row", BY_CONFIG, ids=lambda row: row.name)
+@each_row(BY_CONFIG)
 def test_saving_writes_the_file_that_was_read(row: BlockRow, tmp_path: Path) -> None:
     """Names and bits are the same, except tensors that are not part of a layer, and norms that are stored minus 1."""
     prefix = write(tmp_path, row, make_block(row, 0))

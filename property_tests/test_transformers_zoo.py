@@ -18,9 +18,9 @@ transformers = pytest.importorskip("transformers")
 
 from shared_tests.transformers_models import MODELS, make_model, make_token_ids  # noqa: E402
 from shared_tests.zoo import ROWS, TOKEN_CHOICE, BlockResult, BlockRow, make_block, make_config, make_input, run_block  # noqa: E402
+from shared_tests.zoo.params import each_row  # noqa: E402
 
-ALL = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-CHOOSING = pytest.mark.parametrize("row", TOKEN_CHOICE, ids=lambda row: row.name)
+ALL, CHOOSING = each_row(ROWS), each_row(TOKEN_CHOICE)
 # Words that a config's class reads beside its fields: older names, and an option that only `getattr` knows
 EXTRA_WORDS = {
     ("longcat_flash", "router_bias"),
