@@ -1,5 +1,6 @@
-"""Bugs, planted one at a time: the law or the test that each names must fail.
+"""Planted bugs: changes of the code, made one at a time, each of which a named law or test must catch.
 
-bugs      those of the layer, and what a planted bug is; the other files those of one part of the package
-cpp       those of the C++ kernels; triton those of Triton's; ranks those that real processes must see
+bugs      `PlantedBug`, and the bugs of the layer
+cpp       bugs of the C++ kernels; triton: of the Triton kernels; ranks: of what runs on several ranks
+others    bugs of one part of the package each
 """

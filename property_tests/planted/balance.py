@@ -1,4 +1,4 @@
-"""Bugs planted in the placement of experts, its maps, loads and moves."""
+"""Planted bugs of the placement of experts, its index maps, loads and moves."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from moe_fn.balance import move_weights, packing
 from planted.bugs import PlantedBug, after, before, instead
 
 
-def _as_they_come(weights: Sequence[float], num_packs: int) -> list[list[int]]:
+def _in_given_order(weights: Sequence[float], num_packs: int) -> list[list[int]]:
     room = len(weights) // num_packs
     return [list(range(pack * room, (pack + 1) * room)) for pack in range(num_packs)]
 
@@ -35,7 +35,7 @@ BUGS = (
     ),
     PlantedBug(
         "a_bias_in_any_dtype_moves_by_exact_loads",
-        "one mean for all layers",
+        "the mean is over all layers",
         balance.update_correction_bias,
         after(
             lambda new, bias, load, rate: (
@@ -45,25 +45,25 @@ BUGS = (
     ),
     PlantedBug(
         "every_expert_is_placed",
-        "the busiest expert has every slot",
+        "the expert with most tokens has every slot",
         packing.replicate,
         after(lambda slots, *a: slots[-1:] * len(slots)),
     ),
     PlantedBug(
         "gpus_are_balanced_within_the_proven_bound",
-        "items are packed as they come",
+        "items are packed in the given order",
         packing.pack,
-        instead(_as_they_come),
+        instead(_in_given_order),
     ),
     PlantedBug(
         "packs_differ_by_the_heaviest_item_at_most",
-        "items are packed as they come",
+        "items are packed in the given order",
         packing.pack,
-        instead(_as_they_come),
+        instead(_in_given_order),
     ),
     PlantedBug(
         "greedy_replication_is_optimal",
-        "experts get replicas in turn",
+        "replicas are given to experts in turn, whatever their load",
         packing.replicate,
         instead(lambda load, slots: [slot % len(load) for slot in range(slots)]),
     ),
@@ -81,7 +81,7 @@ BUGS = (
     ),
     PlantedBug(
         "experts_that_stay_on_a_gpu_keep_their_slots",
-        "slots are dealt anew",
+        "slots are assigned without regard to the previous placement",
         packing._keep_slots,
         instead(lambda new, *a: new),
     ),
@@ -93,7 +93,7 @@ BUGS = (
     ),
     PlantedBug(
         "physical_ids_map_back_to_the_logical_ids",
-        "one slot further",
+        "physical ids are too large by one",
         balance.physical_ids,
         after(
             lambda ids, placement, *a: torch.where(ids >= 0, (ids + 1) % placement.logical_of_physical.shape[0], ids)
@@ -101,13 +101,13 @@ BUGS = (
     ),
     PlantedBug(
         "replicas_take_turns",
-        "the first replica works alone",
+        "all tokens go to the first replica",
         balance.physical_ids,
         before(lambda placement, ids, *a: (placement, ids, torch.zeros(ids.shape[:-1], dtype=torch.int64))),
     ),
     PlantedBug(
         "ids_of_padding_and_zero_experts_are_kept",
-        "nobody is expert 0",
+        "id -1 is taken for expert 0",
         balance.physical_ids,
         after(lambda ids, *a: ids.clamp(min=0)),
     ),
@@ -119,7 +119,7 @@ BUGS = (
     ),
     PlantedBug(
         "a_layer_on_physical_slots_is_the_logical_layer",
-        "weights lie as the experts are numbered",
+        "weights of slots are sorted by logical id",
         balance.physical_weights,
         before(lambda weights, p: (weights, replace(p, logical_of_physical=p.logical_of_physical.sort().values))),
     ),
@@ -131,7 +131,7 @@ BUGS = (
     ),
     PlantedBug(
         "loads_keep_their_totals",
-        "every replica bears the whole load",
+        "every replica counts the whole load of its expert",
         balance.gpu_load,
         before(
             lambda placement, *rest: (replace(placement, num_replicas=torch.ones_like(placement.num_replicas)), *rest)
@@ -139,19 +139,19 @@ BUGS = (
     ),
     PlantedBug(
         "a_window_is_the_sum_of_the_last_loads",
-        "the step stands still",
+        "the step is not advanced",
         balance.push,
         after(lambda new, old, load: replace(new, step=old.step)),
     ),
     PlantedBug(
         "moves_turn_the_previous_placement_into_the_new_one",
-        "local copies are forgotten",
+        "copies within a GPU are left out",
         balance.transfers,
         after(lambda m, *a: replace(m, copies=())),
     ),
     PlantedBug(
         "moves_turn_the_previous_placement_into_the_new_one",
-        "repeats are forgotten",
+        "repeats are left out",
         balance.transfers,
         after(lambda m, *a: replace(m, repeats=())),
     ),
@@ -163,13 +163,13 @@ BUGS = (
     ),
     PlantedBug(
         "the_busiest_sender_has_the_fewest_possible_transfers",
-        "the first who has it sends it",
+        "the first GPU that has an expert sends it",
         balance.balanced_senders,
         instead(lambda choices, *a: [gpus[0] for gpus in choices]),
     ),
     PlantedBug(
         "moved_weights_are_the_weights_of_the_new_placement",
-        "what departs is not in the order in which it is read",
+        "weights are sent in reverse order",
         move_weights.departing,
         after(lambda parts, *a: [part.flip(0) for part in parts]),
     ),

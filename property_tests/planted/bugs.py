@@ -1,4 +1,4 @@
-"""Bugs that people make, planted on purpose: each must break the law named beside it.
+"""Planted bugs of the layer: typical mistakes, each of which must break the law that it names.
 
 A law that no bug can break proves nothing.
 """
@@ -51,7 +51,7 @@ class PlantedBug:
 
 @contextlib.contextmanager
 def planted(bug: PlantedBug) -> Iterator[None]:
-    """Every module of the package that holds the function holds the broken one, until the end."""
+    """A context in which every module of the package that has the function has the broken one instead."""
     broken = bug.broken(bug.function)
     places = [
         (module, name)
@@ -60,7 +60,7 @@ def planted(bug: PlantedBug) -> Iterator[None]:
         for name, value in vars(module).items()
         if value is bug.function
     ]
-    assert places, f"{bug.what}: nobody uses the function"
+    assert places, f"{bug.what}: no module uses the function"
     try:
         for module, name in places:
             setattr(module, name, broken)
@@ -71,26 +71,26 @@ def planted(bug: PlantedBug) -> Iterator[None]:
 
 
 def after(change: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A bug in the result: change(result, *args)."""
+    """A bug in the result: returns change(result, *args)."""
     return lambda f: lambda *args, **kwargs: change(f(*args, **kwargs), *args)
 
 
 def before(change: Callable[..., tuple[Any, ...]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A bug in the arguments: change(*args) are the new ones."""
+    """A bug in the arguments: the function is called with change(*args)."""
     return lambda f: lambda *args, **kwargs: f(*change(*args), **kwargs)
 
 
 def instead(function: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Another function altogether."""
+    """A bug that replaces the function by another one."""
     return lambda f: function
 
 
 def with_router(**changes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The router's options are not what the caller said."""
+    """A bug that changes options of the caller's router."""
     return before(lambda config, *rest: (replace(config, router=replace(config.router, **changes)), *rest))
 
 
-def _renormalised_twice(total: Any, router: Any, weights: Any) -> Any:
+def _sum_too_large(total: Any, router: Any, weights: Any) -> Any:
     return total * 1.001
 
 
@@ -112,13 +112,13 @@ def _unsorted(d: Any, *args: Any) -> Any:
 
 
 def _unstable(d: Any, config: Any, x: Any, routing: Any) -> Any:
-    """Rows of the first expert in the opposite order."""
+    """Reverses the rows of the first expert."""
     n = int(d.expert_ends[0])
     slots = torch.cat([d.slot_of_row[:n].flip(0), d.slot_of_row[n:]])
     return replace(d, slot_of_row=slots, row_of_slot=slots.argsort())
 
 
-def _nobody_first(d: Any, *args: Any) -> Any:
+def _padding_first(d: Any, *args: Any) -> Any:
     n = len(d.slot_of_row) - int(d.expert_ends[-1])
     slots = torch.cat([d.slot_of_row[len(d.slot_of_row) - n :], d.slot_of_row[: len(d.slot_of_row) - n]])
     return replace(d, slot_of_row=slots, row_of_slot=slots.argsort())
@@ -223,29 +223,32 @@ BUGS = (
     PlantedBug("routing_equals_the_reference", "weights swapped in a row", route.route, after(_swap_first_and_last)),
     PlantedBug(
         "routing_equals_the_reference",
-        "the scale is forgotten",
+        "the scaling factor is dropped",
         route.route,
         with_router(routed_scaling_factor=1.0, scale_on="weights"),
     ),
     PlantedBug(
         "ids_of_a_token_are_distinct_and_in_range",
-        "the first choice is not taken out",
+        "the first choice is not masked for the second",
         _scores._sparsemixer_choice,
         before(lambda router, z, candidates: (router, z, z)),
     ),
     PlantedBug(
-        "ids_of_a_token_are_distinct_and_in_range", "one id too high", _scores._best, after(lambda ids, *a: ids + 1)
+        "ids_of_a_token_are_distinct_and_in_range",
+        "ids are too large by one",
+        _scores._best,
+        after(lambda ids, *a: ids + 1),
     ),
-    PlantedBug("weights_are_finite_and_float32", "NaN scores stay", _scores.finite, instead(lambda s: s)),
+    PlantedBug("weights_are_finite_and_float32", "NaN scores are kept", _scores.finite, instead(lambda s: s)),
     PlantedBug(
         "weights_are_finite_and_float32",
-        "denominator without a guard",
+        "the denominator is not guarded against 0",
         _routing_weights._norm,
         instead(lambda router, w: w.sum(-1, keepdim=True)),
     ),
     PlantedBug(
         "ties_go_to_the_lowest_expert_id",
-        "ties to the highest id",
+        "ties go to the highest id",
         _scores._best,
         instead(
             lambda v, k: (
@@ -254,23 +257,26 @@ BUGS = (
         ),
     ),
     PlantedBug(
-        "renormalized_rows_sum_to_the_scale", "an epsilon of 1e-3", _routing_weights._norm, after(_renormalised_twice)
+        "renormalized_rows_sum_to_the_scale",
+        "the sum of the weights is too large by 1e-3",
+        _routing_weights._norm,
+        after(_sum_too_large),
     ),
     PlantedBug(
         "renormalized_rows_sum_to_the_scale",
-        "scaled before renormalising",
+        "weights are scaled before renormalization",
         route._route,
         with_router(routed_scaling_factor=1.0, scale_on="weights"),
     ),
     PlantedBug(
         "adding_a_constant_to_a_softmax_row_changes_nothing",
-        "exp without softmax",
+        "logits are scaled by the largest of the row",
         _scores.transformed_logits,
         after(lambda z, *a: z * (1 + z.abs().amax(-1, keepdim=True))),
     ),
     PlantedBug(
         "permuting_experts_permutes_ids",
-        "expert 0 is favoured",
+        "1 is added to the score of expert 0",
         _scores._candidates,
         after(lambda v, *a: v + torch.nn.functional.one_hot(torch.tensor(0), v.shape[-1])),
     ),
@@ -288,7 +294,7 @@ BUGS = (
     ),
     PlantedBug(
         "the_correction_bias_changes_the_choice_but_not_the_weights",
-        "the bias stays in the weights",
+        "a bias is added to the scores of the weights too",
         _scores.finite,
         instead(lambda s: s.nan_to_num() + 0.1 * torch.rand_like(s)),
     ),
@@ -300,108 +306,108 @@ BUGS = (
     ),
     PlantedBug(
         "padding_tokens_have_no_expert",
-        "only weights are cleared",
+        "weights of padding are cleared, but not its ids",
         _routing_weights.without_padding,
         instead(lambda r, mask: replace(r, weights=torch.where(mask.unsqueeze(-1), r.weights, 0))),
     ),
     PlantedBug(
         "hash_routing_ignores_how_large_the_logits_are",
-        "ids from the logits",
+        "ids are the top k of the logits",
         route.route,
         with_router(selection="top_k"),
     ),
     PlantedBug(
         "a_capacity_keeps_the_first_slots_of_every_expert",
-        "one slot too many",
+        "an expert keeps one slot too many",
         route.within_capacity,
         before(lambda config, routing, capacity, leading: (config, routing, capacity + 1, leading)),
     ),
     PlantedBug(
         "a_capacity_keeps_the_first_slots_of_every_expert",
-        "sequences share their capacity",
+        "the capacity counts over all sequences",
         route.within_capacity,
         before(lambda config, routing, capacity, leading: (config, routing, capacity, None)),
     ),
     PlantedBug(
         "norms_around_the_layer_equal_the_reference",
-        "the scale is forgotten",
+        "the scale of the norm is dropped",
         arithmetic.rms_norm,
         before(lambda config, x, scale, eps: (config, x, None, eps)),
     ),
     PlantedBug(
         "joining_undoes_sharding",
-        "halves are not cut apart",
+        "gate and up are sliced as one matrix",
         cutting.slice_of,
         before(lambda t, dim, parts, *r: (t, dim, 1, *r)),
     ),
     PlantedBug(
         "a_norm_for_the_gate_equals_a_gate_on_normed_inputs",
-        "not normed",
+        "the input of the gate is not normed",
         transform.norm_for_gate,
         instead(lambda config, x: x),
     ),
     PlantedBug(
         "routing_and_then_the_routed_layer_give_the_layer",
-        "weights are given twice",
+        "routing weights are doubled",
         forward.moe_route,
         after(lambda out, *a: (out[0], replace(out[1], weights=2 * out[1].weights))),
     ),
     PlantedBug(
         "routing_to_its_own_choice_gives_the_routing",
-        "weights in another order",
+        "weights are in reverse order",
         _scores.weights_of_choice,
         after(lambda w, *a: w.flip(-1)),
     ),
     PlantedBug(
         "routing_to_its_own_choice_gives_the_routing",
-        "no gradient to the router",
+        "weights of a given choice have no gradient",
         _scores.weights_of_choice,
         after(lambda w, *a: w.detach()),
     ),
     PlantedBug(
         "routing_to_any_choice_equals_the_reference",
-        "no expert counts as expert 0",
+        "slots without expert get the weight of expert 0",
         _scores.weights_of_choice,
         before(lambda router, z, ids: (router, z, ids.clamp(min=0))),
     ),
     PlantedBug(
         "routing_to_any_choice_equals_the_reference",
-        "experts outside of this run's groups weigh nothing",
+        "weights of experts outside of the chosen groups are 0",
         _scores.weights_of_choice,
         _only_in_kept_groups,
     ),
     # dispatch
     PlantedBug(
         "slot_of_row_is_a_permutation_of_the_slots",
-        "inverse and map confused",
+        "row_of_slot is slot_of_row instead of its inverse",
         dispatch._dispatch,
         after(lambda d, *a: replace(d, row_of_slot=d.slot_of_row)),
     ),
     PlantedBug("the_expert_of_a_row_never_decreases", "rows are not sorted", dispatch._dispatch, after(_unsorted)),
-    PlantedBug("rows_of_one_expert_keep_token_order", "an unstable sort", dispatch._dispatch, after(_unstable)),
+    PlantedBug("rows_of_one_expert_keep_token_order", "the sort is not stable", dispatch._dispatch, after(_unstable)),
     PlantedBug(
         "expert_ends_is_the_running_count_of_rows_per_expert",
-        "ends off by one",
+        "expert_ends are too small by one",
         dispatch._dispatch,
         after(_ends_off_by_one),
     ),
     PlantedBug(
         "expert_ends_is_the_running_count_of_rows_per_expert",
-        "-1 counts as expert 0",
+        "slots of id -1 are counted for expert 0",
         dispatch._dispatch,
         _negative_is_expert_zero,
     ),
-    PlantedBug("slots_of_no_expert_come_last", "-1 sorts first", dispatch._dispatch, after(_nobody_first)),
+    PlantedBug("slots_of_no_expert_come_last", "slots of id -1 come first", dispatch._dispatch, after(_padding_first)),
     # experts
     PlantedBug(
         "a_row_depends_on_its_own_expert_alone",
-        "the neighbour's weights",
+        "rows are multiplied by the previous expert's weights",
         grouped._groups,
         after(lambda gs, *a: ((max(i - 1, 0), s, e) for i, s, e in gs)),
     ),
     PlantedBug(
         "rows_of_no_expert_are_never_read",
-        "the last expert takes the tail",
+        "the last expert's rows include those of no expert",
         grouped._groups,
         after(
             lambda gs, ends, total, *a: (
@@ -411,26 +417,26 @@ BUGS = (
     ),
     PlantedBug(
         "both_weight_layouts_give_the_same_numbers",
-        "the layout is ignored for the bias",
+        "the up half is not used",
         experts.activate,
         instead(lambda a, h, *_: h[..., : h.shape[-1] // 2] if a.gated else torch.rand_like(h)),
     ),
     PlantedBug(
         "packed_and_interleaved_weights_give_the_same_numbers",
-        "the layout is ignored",
+        "interleaved weights are read as packed",
         experts.activate,
         before(lambda a, h, layout="packed", *rest: (a, h, "packed", *rest)),
     ),
     PlantedBug(
         "zero_biases_change_nothing",
-        "a bias of ones for zeros",
+        "1 is added to every bias",
         grouped_matmul.spread_over_rows,
         after(lambda s, *a: s + 1),
     ),
     # combine
     PlantedBug(
         "combine_is_linear_in_the_routing_weights",
-        "weights renormalised again",
+        "weights are renormalized in combine too",
         combine._combine,
         before(
             lambda c, r, d, routing: (
@@ -443,7 +449,7 @@ BUGS = (
     ),
     PlantedBug(
         "slots_of_no_expert_contribute_nothing_even_nan",
-        "masked by a product with 0",
+        "rows of no expert are multiplied by 0 instead of masked",
         combine._combine,
         instead(
             lambda c, r, d, routing: (
@@ -454,7 +460,7 @@ BUGS = (
     ),
     PlantedBug(
         "combine_undoes_dispatch",
-        "the other permutation",
+        "the permutation is used in the place of its inverse",
         combine._combine,
         before(
             lambda c, r, d, routing: (c, r, replace(d, row_of_slot=d.slot_of_row, slot_of_row=d.row_of_slot), routing)
@@ -463,19 +469,19 @@ BUGS = (
     # around the experts
     PlantedBug(
         "shared_experts_see_the_original_input",
-        "everybody sees the latent input",
+        "shared experts get the latent input",
         compose.routed_and_shared,
         before(lambda c, w, x, *rest: (c, w, x * w.latent.input.sum() if w.latent else x, *rest)),
     ),
     PlantedBug(
         "several_shared_experts_are_the_sum_of_single_ones",
-        "the mean of them",
+        "shared experts are averaged",
         shared.shared_experts,
         after(lambda y, config, *a: None if y is None else y / config.shared.intermediate_size),
     ),
     PlantedBug(
         "padding_the_hidden_dimension_changes_nothing",
-        "padded with ones",
+        "the hidden dimension is padded with ones",
         compose.transform_input,
         after(
             lambda v, config, *a: torch.cat(
@@ -485,7 +491,7 @@ BUGS = (
     ),
     PlantedBug(
         "an_identity_latent_space_changes_nothing",
-        "always normalised",
+        "the output is always normalized",
         transform.transform_output,
         after(lambda y, config, *a: y * 1.1 if config.latent else y),
     ),
@@ -502,7 +508,7 @@ BUGS = (
     ),
     PlantedBug(
         "the_float16_rule_divides_the_whole_layer_by_the_scale",
-        "shared is multiplied instead",
+        "the shared part is multiplied instead of divided",
         join.addends,
         after(
             lambda parts, config, *a: (
@@ -525,25 +531,25 @@ BUGS = (
     ),
     PlantedBug(
         "without_a_group_only_padding_columns_are_cut",
-        "one column short",
+        "one column too many is cut",
         reduce_and_trunc.reduce_and_trunc,
         instead(lambda y, group=None, width=None: y[..., : (width or y.shape[-1]) - 1]),
     ),
     PlantedBug(
         "identity_experts_add_their_weight_times_the_input",
-        "added without weight",
+        "identity experts are added without their weight",
         zero_experts.zero_experts,
         before(lambda c, w, x, r, y: (c, w, x, replace(r, weights=torch.ones_like(r.weights)), y)),
     ),
     PlantedBug(
         "zero_experts_cost_nothing_and_add_nothing",
-        "sent to the last real expert",
+        "tokens of zero experts go to the last real expert",
         dispatch._dispatch,
         before(lambda c, x, r: (c, x, replace(r, expert_ids=r.expert_ids.clamp(max=c.num_experts - 1)))),
     ),
     PlantedBug(
         "constant_experts_add_their_weight_times_their_vector",
-        "the next expert's vector",
+        "constants are doubled",
         zero_experts.zero_experts,
         before(
             lambda c, w, x, r, y: (c, replace(w, constants=None if w.constants is None else w.constants * 2), x, r, y)
@@ -552,13 +558,13 @@ BUGS = (
     # the layer
     PlantedBug(
         "the_layer_equals_the_reference",
-        "gate and up swapped",
+        "gate and up are exchanged",
         experts.activate,
         before(lambda a, h, *rest: (a, h.flip(-1), *rest)),
     ),
     PlantedBug(
         "the_layer_equals_the_reference",
-        "double scale",
+        "the scaling factor is doubled",
         route._route,
         after(lambda r, config, *a: replace(r, weights=r.weights * config.router.routed_scaling_factor)),
     ),
@@ -570,67 +576,67 @@ BUGS = (
     ),
     PlantedBug(
         "the_fused_kernel_equals_the_stages",
-        "the weights are used twice",
+        "the op multiplies by the routing weights twice",
         routed_experts.by_native_op,
         before(lambda c, w, x, r: (c, w, x, replace(r, weights=r.weights * r.weights))),
     ),
     PlantedBug(
         "prepared_weights_give_the_same_numbers",
-        "panels in the wrong order",
+        "panels are in reverse order",
         prepare.down_to_panels,
         after(lambda laid, *a: laid.flip(3)),
     ),
     PlantedBug(
         "restoring_undoes_preparing",
-        "columns in the wrong order",
+        "columns of restored weights are in reverse order",
         panels.weight_from_panels,
         after(lambda t, *a: t.flip(1)),
     ),
     PlantedBug(
         "converting_prepared_weights_is_preparing_converted_ones",
-        "columns stay where the other dtype had them",
+        "panels keep the column order of the previous dtype",
         panels.convert_panels,
         instead(lambda panels, dtype, inputs: panels.to(dtype)),
     ),
     PlantedBug(
         "preparing_twice_is_preparing_once",
-        "prepared weights are not known",
+        "prepared weights are not recognized",
         prepare.is_prepared,
         instead(lambda w: False),
     ),
     PlantedBug(
         "gradients_equal_the_reference",
-        "no gradient to the router",
+        "the routing of the layer has no gradient",
         compose._route,
         after(lambda r, *a: replace(r, weights=r.weights.detach())),
     ),
     PlantedBug(
         "the_layer_commutes_with_permuting_tokens",
-        "depends on the position",
+        "outputs depend on the token's position",
         combine._combine,
         after(_depends_on_the_position),
     ),
     PlantedBug(
         "relabelling_experts_changes_nothing",
-        "the first expert is special",
+        "rows of expert 0 are scaled by 1.01",
         experts._experts,
         after(_depends_on_the_label),
     ),
     PlantedBug(
         "concatenated_batches_give_concatenated_outputs",
-        "a mean over the batch",
+        "a mean over the batch is added",
         combine._combine,
         after(_depends_on_the_batch),
     ),
     PlantedBug(
         "the_layer_is_linear_in_the_routing_weights",
-        "weights clamped to 0..1",
+        "weights are clamped to 0..1",
         combine._combine,
         before(lambda c, r, d, routing: (c, r, d, replace(routing, weights=routing.weights.clamp(0, 1)))),
     ),
     PlantedBug(
         "any_routing_equals_the_reference",
-        "duplicates are counted once",
+        "an expert that is chosen twice counts once",
         combine._combine,
         before(
             lambda c, r, d, routing: (
@@ -648,7 +654,7 @@ BUGS = (
     ),
     PlantedBug(
         "choosing_all_experts_gives_the_dense_mixture",
-        "the last choice is lost",
+        "the last choice has weight 0",
         routed_experts.routed_experts,
         before(
             lambda c, w, x, r: (c, w, x, replace(r, weights=torch.cat([r.weights[:, :-1], r.weights[:, -1:] * 0], 1)))
@@ -656,16 +662,16 @@ BUGS = (
     ),
     PlantedBug(
         "garbage_in_padding_never_reaches_the_output",
-        "padding cleared by a product",
+        "padding is multiplied by 0 instead of masked",
         compose.without_padding,
         instead(_zero_padding_by_product),
     ),
     PlantedBug(
-        "chunked_equals_unchunked", "the last, partial chunk is lost", chunked._scan, instead(_drops_the_last_chunk)
+        "chunked_equals_unchunked", "the last, partial chunk is zeros", chunked._scan, instead(_drops_the_last_chunk)
     ),
     PlantedBug(
         "opaque_equals_transparent",
-        "the op forgets the mask",
+        "the op ignores the token mask",
         opaque._chunk,
         before(
             lambda config, shared_, args: (
@@ -677,19 +683,19 @@ BUGS = (
     ),
     PlantedBug(
         "opaque_equals_transparent",
-        "the op returns half a gradient",
+        "the op halves its gradients",
         opaque._gradients,
         after(lambda gs, *a: tuple(None if g is None else g / 2 for g in gs)),
     ),
     PlantedBug(
         "flattening_leading_dimensions_changes_nothing",
-        "the second dimension is the batch",
+        "leading dimensions are restored in another order",
         call.restore_shape,
         after(lambda y, call, *a: y if y.ndim < 3 else y.flip(0, 1, 2)),
     ),
     PlantedBug(
         "autocast_does_not_round_a_float32_gate",
-        "the gate sees rounded tokens",
+        "the gate's input is rounded to the autocast dtype",
         call.check_and_flatten,
         after(lambda c, *a: replace(c, gate_x=c.x)),
     ),
@@ -699,10 +705,10 @@ BUGS = (
         call._in_autocast,
         after(lambda w, *a: w if w.router is None else replace(w, router=_rounded_floats(w.router))),
     ),
-    PlantedBug("inputs_are_never_written_to", "in place on x", transform.transform_input, _writes_into_x),
+    PlantedBug("inputs_are_never_written_to", "x is changed in place", transform.transform_input, _writes_into_x),
     PlantedBug(
         "a_batch_invariant_token_has_the_same_bits_in_any_batch",
-        "logits rounded in units of the largest of the batch",
+        "logits are rounded in units of the largest of the batch",
         _scores.transformed_logits,
         after(
             lambda z, *a: (z / (1 + z.abs().amax())).bfloat16().to(z.dtype) * (1 + z.abs().amax()) if z.numel() else z
@@ -710,7 +716,7 @@ BUGS = (
     ),
     PlantedBug(
         "a_batch_invariant_gradient_has_the_same_bits_in_any_batch",
-        "gradients scaled by the largest of the batch, and back",
+        "gradients are scaled by the largest of the batch, and back",
         opaque._gradients,
         after(
             lambda gs, *a: tuple(
@@ -718,83 +724,101 @@ BUGS = (
             )
         ),
     ),
-    PlantedBug("the_same_inputs_give_the_same_bits", "random rounding", combine._combine, after(_random_bits)),
+    PlantedBug(
+        "the_same_inputs_give_the_same_bits",
+        "random numbers are added to the output",
+        combine._combine,
+        after(_random_bits),
+    ),
     PlantedBug(
         "shared_and_routed_add_up_to_the_layer",
-        "shared twice",
+        "the shared part is doubled",
         compose.parts_of_tokens,
         after(lambda parts, *a: (parts[0] * 2, parts[1])),
     ),
     PlantedBug(
         "stats_do_not_change_the_output",
-        "stats come from another run",
+        "the output with stats is another one",
         forward.moe_forward_with_stats,
         after(lambda out, *a: (out[0] * 1.01, out[1])),
     ),
     PlantedBug(
         "ids_of_any_integer_dtype_are_the_same_ids",
-        "ids stay as narrow as they came",
+        "ids keep their narrow dtype",
         checks.checked_integers,
         instead(lambda where, name, value: value),
     ),
     PlantedBug(
         "expert_load_counts_the_slots",
-        "-1 counts for expert 0",
+        "expert_load counts id -1 for expert 0",
         balance.expert_load,
         before(lambda ids, n: (ids.clamp(min=0), n)),
     ),
     PlantedBug(
         "losses_equal_the_reference",
-        "mean over slots instead of tokens",
+        "the mean is over slots instead of tokens",
         balance.load_balancing_loss,
         after(lambda loss, scores, ids, *a: loss / ids.shape[-1]),
     ),
     PlantedBug(
         "the_bias_of_overloaded_experts_falls_and_of_idle_ones_rises",
-        "the wrong sign",
+        "the bias is updated with the wrong sign",
         balance.update_correction_bias,
         before(lambda b, load, rate: (b, load, -rate)),
     ),
     # adapters
     PlantedBug(
         "lora_equals_the_reference",
-        "A and B of the first expert",
+        "every row is multiplied by A and B of the first expert",
         _adapters._product,
         before(lambda by, rows, m: (by, rows, m[:, :1])),
     ),
     PlantedBug(
-        "lora_equals_the_reference", "rows are not brought back", _adapters.add_adapters, _rows_in_order_of_adapters
+        "lora_equals_the_reference",
+        "rows stay in the order of adapters",
+        _adapters.add_adapters,
+        _rows_in_order_of_adapters,
     ),
-    PlantedBug("gradients_reach_a_and_b", "A is a constant", _adapters.add_adapters, _constant_a),
+    PlantedBug("gradients_reach_a_and_b", "A has no gradient", _adapters.add_adapters, _constant_a),
     PlantedBug(
         "an_adapter_of_zeros_changes_nothing",
-        "A for B A",
+        "ones are added to the product with B A",
         _adapters.add_adapters,
         after(lambda out, by, *a: out if by is None else 1.01 * out),
     ),
     PlantedBug(
         "tokens_without_an_adapter_get_the_layer_without_lora",
-        "-1 is the first adapter",
+        "adapter id -1 is taken for adapter 0",
         _adapters.sort_by_adapter,
         _none_is_the_first,
     ),
     PlantedBug(
         "relabelling_adapters_changes_nothing",
-        "adapter 0 for all",
+        "all tokens have adapter 0",
         _adapters.sort_by_adapter,
         _all_have_the_first,
     ),
-    PlantedBug("merged_equals_applied", "the first adapter", lora._with_product_added, _first_adapter),
-    PlantedBug("unmerging_undoes_merging", "added twice", lora._with_product_added, before(lambda *a: (*a[:-1], 1.0))),
+    PlantedBug(
+        "merged_equals_applied",
+        "adapter 0 is merged instead of the one asked for",
+        lora._with_product_added,
+        _first_adapter,
+    ),
+    PlantedBug(
+        "unmerging_undoes_merging",
+        "unmerging adds the product instead of subtracting it",
+        lora._with_product_added,
+        before(lambda *a: (*a[:-1], 1.0)),
+    ),
     PlantedBug(
         "a_padded_rank_changes_nothing",
-        "padded with ones",
+        "the rank is padded with ones",
         lora.padded_to,
         after(lambda t, *a: torch.where(t == 0, 1.0, t)),
     ),
 )
 
-# Bugs of what needs packages that users of the layer alone do not have.
+# Bugs of integrations, which need packages that the layer does not.
 if importlib.util.find_spec("transformers") is not None:
     from moe_fn.integrations.transformers import blocks, swapped
     from moe_fn.integrations.transformers import reading as below_block
@@ -805,7 +829,7 @@ if importlib.util.find_spec("transformers") is not None:
     BUGS += (
         PlantedBug(
             "a_block_of_transformers_equals_its_config_and_weights",
-            "gates and ups change places",
+            "gates and ups of a block are exchanged",
             blocks.weights_of_block,
             after(lambda weights, *a: replace(weights, gate_up=weights.gate_up.flip(1))),
         ),
@@ -819,13 +843,13 @@ if importlib.util.find_spec("transformers") is not None:
         ),
         PlantedBug(
             "hooks_and_adapters_below_a_replaced_block_take_effect_or_are_refused_by_name",
-            "hooks and forwards of its own do not count",
+            "hooks of a module and a forward of its own are ignored",
             below_block.why_called_itself,
             lambda why: lambda module, cls, *rest: None if type(module) is cls else why(module, cls, *rest),
         ),
         PlantedBug(
             "hooks_and_adapters_below_a_replaced_block_take_effect_or_are_refused_by_name",
-            "what is below a module is not looked at",
+            "submodules are not checked",
             below_block.why_called,
             before(
                 lambda module, kind, *rest: (module, replace(kind, children=tuple(map(_alone, kind.children))), *rest)
@@ -850,25 +874,25 @@ if importlib.util.find_spec("safetensors") is not None:
         ),
         PlantedBug(
             "an_adapter_of_peft_is_loaded_as_it_was_saved",
-            "every peft is taken for a new one",
+            "every adapter is read as of a new version of peft",
             peft_versions.is_of_outputs,
             instead(lambda *a: False),
         ),
         PlantedBug(
             "an_adapter_of_peft_is_loaded_as_it_was_saved",
-            "gates and ups change places",
+            "gates and ups of an adapter are exchanged",
             loading_lora._gate_and_up,
             before(lambda gate, up: (up, gate)),
         ),
         PlantedBug(
             "saving_undoes_loading",
-            "every expert is saved as the first",
+            "every expert is saved under the first one's name",
             saving._tensor,
             before(lambda entry, expert, *rest: (entry, None if expert is None else 0, *rest)),
         ),
         PlantedBug(
             "saving_undoes_loading",
-            "gates for ups",
+            "ups are read from the gates' tensor",
             read_plan._copy_piece,
             before(
                 lambda piece, *rest: (
@@ -895,7 +919,7 @@ if importlib.util.find_spec("safetensors") is not None:
         ),
         PlantedBug(
             "loading_with_config_parallel_equals_sharding_the_whole",
-            "every slice has the biases of the last products",
+            "every slice adds the biases of down",
             slices.is_added_here,
             instead(lambda *a: True),
         ),

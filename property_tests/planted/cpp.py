@@ -1,6 +1,6 @@
-"""Bugs planted in the C++ kernels: each must break the test named beside it.
+"""Planted bugs of the C++ kernels: each must break the test that it names.
 
-Compiled, so only `make test-thorough` runs them.
+Each is compiled, so only `make test-thorough` runs them.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from moe_fn.kernels.native import library as native
 
 @dataclass(frozen=True)
 class CppBug:
-    """In `file`, the one place that reads `old` reads `new`; then `test` of a level, "module.function", must fail."""
+    """`old`, which occurs once in `file`, is replaced by `new`; then `test`, "module.function", must fail."""
 
     test: str
     what: str
@@ -23,7 +23,7 @@ class CppBug:
 
     @property
     def change(self) -> Change:
-        """As a change of one line."""
+        """The bug as a change of one line."""
         text = (native.SOURCES / self.file).read_text()
         line = text[: place_of(self.old, text, f"{self.what}: {self.file}")].count("\n")
         return Change(self.file, line, text.split("\n")[line].replace(self.old, self.new))
@@ -49,7 +49,7 @@ PRODUCTS, CODES = (
 )
 
 BUGS = (
-    # Of gradients.
+    # gradients
     CppBug(
         OUTER,
         "blocks of steps of an outer product overwrite each other",
@@ -57,110 +57,142 @@ BUGS = (
         "sum.get(), k > 0,",
         "sum.get(), false,",
     ),
-    CppBug(MANY, "the same, in gradients of weights", "kernels.h", "sum.get(), k > 0,", "sum.get(), false,"),
     CppBug(
         MANY,
-        "the first product computed again without its bias",
+        "blocks of steps of a weight's gradient overwrite each other",
+        "kernels.h",
+        "sum.get(), k > 0,",
+        "sum.get(), false,",
+    ),
+    CppBug(
+        MANY,
+        "the first product is recomputed without its bias",
         "backward.cpp",
         "biased ? bias : nullptr, hidden +",
         "nullptr, hidden +",
     ),
     CppBug(
         MANY,
-        "chunks of rows planned for one direction only",
+        "chunks of rows are planned for one direction only",
         "backward.cpp",
         "std::min(chunk_rows(q.gate_up), chunk_rows(q.gate_up.flipped()))",
         "chunk_rows(q.gate_up)",
     ),
     CppBug(
-        GRADIENTS, "d down_bias not weighted", "backward.cpp", "of_down[i] += plan.weight[slot] * ", "of_down[i] += "
+        GRADIENTS,
+        "the gradient of down_bias is not weighted",
+        "backward.cpp",
+        "of_down[i] += plan.weight[slot] * ",
+        "of_down[i] += ",
     ),
-    CppBug(GRADIENTS, "d weights without the part of the bias", "backward.cpp", "if (q.down_bias.data)", "if (false)"),
     CppBug(
         GRADIENTS,
-        "d weights of the bias in reverse order",
+        "gradients of routing weights lack the bias' part",
+        "backward.cpp",
+        "if (q.down_bias.data)",
+        "if (false)",
+    ),
+    CppBug(
+        GRADIENTS,
+        "gradients of routing weights read the bias in reverse order",
         "backward.cpp",
         "q.down_bias.at(e, i)",
         "q.down_bias.at(e, hidden - 1 - i)",
     ),
     CppBug(
         GRADIENTS,
-        "d gate_up_bias of one expert in another's place",
+        "the gradient of gate_up_bias is stored for the previous expert",
         "backward.cpp",
         "to.gate_up_bias + e * width",
         "to.gate_up_bias + (e ? e - 1 : e) * width",
     ),
-    CppBug(GRADIENTS, "d x with the bias of down", "backward.cpp", "back.down_bias = {nullptr, Type::f32, 0};", ""),
     CppBug(
         GRADIENTS,
-        "d down of what was not weighted",
+        "the bias of down is added to the gradient of x",
+        "backward.cpp",
+        "back.down_bias = {nullptr, Type::f32, 0};",
+        "",
+    ),
+    CppBug(
+        GRADIENTS,
+        "the gradient of down is of unweighted rows",
         "backward.cpp",
         "store(a + v, weight * s.value);",
         "store(a + v, s.value);",
     ),
-    CppBug(GRADIENTS, "d hidden not weighted", "backward.cpp", "weight * d_a * s.to_up", "d_a * s.to_up"),
     CppBug(
         GRADIENTS,
-        "gates and ups of interleaved weights packed",
+        "the gradient of the hidden rows is not weighted",
+        "backward.cpp",
+        "weight * d_a * s.to_up",
+        "d_a * s.to_up",
+    ),
+    CppBug(
+        GRADIENTS,
+        "interleaved gates and ups are stored as packed",
         "backward.cpp",
         "q.gate_up.interleaved ? Pair{2 * i, 2 * i + 1} : Pair",
         "Pair",
     ),
     CppBug(
         GRADIENTS,
-        "outer products transposed",
+        "outer products are transposed",
         "backward.cpp",
         "outer_products<D>(pool, out_in ? g : s, out_in ? s : g",
         "outer_products<D>(pool, out_in ? s : g, out_in ? g : s",
     ),
     CppBug(
         GRADIENTS,
-        "dots of one panel only",
+        "dot products are of the first panel only",
         "backward.cpp",
         "for (int p = 0; p < panels; p++) sum +=",
         "for (int p = 0; p < 1; p++) sum +=",
     ),
     CppBug(
         GRADIENTS,
-        "d of silu without its second part",
+        "silu's derivative lacks its second term",
         "activation.h",
         "{g * s, s + a.alpha * g * s * (1.f - s)}",
         "{g * s, s}",
     ),
     CppBug(
         GRADIENTS,
-        "a limit that lets gradients through",
+        "values beyond the limit have a gradient",
         "activation.h",
         "pass_u = select(u > a.limit, zero, select(u < -a.limit, zero, one));",
         "",
     ),
     CppBug(
         LIMITS,
-        "a limit itself lets no gradient through",
+        "a value at the limit has no gradient",
         "activation.h",
         "select(u < -a.limit, zero, one)",
         "select(u <= -a.limit, zero, one)",
     ),
     CppBug(
-        GRADIENTS, "what is kept for rows of nobody is what was there", "forward.h", "if (!q.pre) return;", "return;"
+        GRADIENTS,
+        "saved pre-activations of padding rows are not cleared",
+        "forward.h",
+        "if (!q.pre) return;",
+        "return;",
     ),
     CppBug(
         SEGMENTS,
-        "all segments in the first result",
+        "all segments are summed into the first result",
         "kernels.cpp",
         "if (s * sets / g.segments != set) continue;",
         "if (set) continue;",
     ),
     CppBug(
         OUTER,
-        "an expert without rows leaves its result as it was",
+        "the result of an expert without rows is not written",
         "kernels.h",
         "if (!inner) {",
         "if (!inner) { continue;",
     ),
     CppBug(
         OUTER,
-        "an expert without rows has a result of almost nothing",
+        "the result of an expert without rows is tiny instead of 0",
         "kernels.h",
         "std::memset(result + i * n + column, 0,",
         "std::memset(result + i * n + column, 1,",
@@ -172,24 +204,24 @@ BUGS = (
         "D::PER_DWORD == 2 && r + 1 < inner ? row(r + 1)",
         "D::PER_DWORD == 2 ? row(r + 1)",
     ),
-    # Of the forward pass.
+    # the forward pass
     CppBug(
         FORWARD,
-        "ids out of range are experts",
+        "ids out of range are not checked",
         "kernels.h",
         "return uint64_t(id) < uint64_t(q.experts);",
         "return true;",
     ),
     CppBug(
         FORWARD,
-        "bias of the second product not weighted",
+        "the bias of the second product is not weighted",
         "kernels.h",
         "if (biased) product += load(bias + v);",
         "if (biased) product += load(bias + v) / weight;",
     ),
     CppBug(
         FORWARD,
-        "bias of the ups is that of the gates",
+        "the bias of the gates is added to the ups",
         "forward.h",
         "u += load(bias + PANEL / 2 + c)",
         "u += load(bias + c)",
@@ -203,12 +235,12 @@ BUGS = (
     ),
     CppBug(
         FEW,
-        "a strip past the end of the weights",
+        "a strip is read past the end of the weights",
         "stream.h",
         "if ((row + ROWS - 1) * pitch + c + STRIP <= end) {",
         "if (true) {",
     ),
-    CppBug(PRODUCTS, "rows of nobody are not cleared", "kernels.cpp", "clear(groups.rows);", ""),
+    CppBug(PRODUCTS, "outputs of padding rows are not cleared", "kernels.cpp", "clear(groups.rows);", ""),
     CppBug(
         CODES,
         "zero points are ignored",
@@ -216,25 +248,25 @@ BUGS = (
         "zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat",
         "splat",
     ),
-    # Of refusals.
+    # errors
     CppBug(
         REFUSED,
-        "prepared weights of fewer bytes in a row",
+        "prepared weights with too few bytes in a row are accepted",
         "binding.cpp",
         "&& t.size(3) * w.element",
         "|| t.size(3) * w.element",
     ),
     CppBug(
         REFUSED,
-        "a gradient of another shape",
+        "a gradient of another dtype or shape is accepted",
         "binding.cpp",
         "&& gradient.scalar_type() ==",
         "|| gradient.scalar_type() ==",
     ),
-    CppBug(REFUSED, "a weight of fewer matrices", "binding.cpp", "weight.size(0) == wanted", "true"),
+    CppBug(REFUSED, "a weight with too few experts is accepted", "binding.cpp", "weight.size(0) == wanted", "true"),
     CppBug(
         REFUSED,
-        "ends past their segment",
+        "ends past their segment are accepted",
         "binding.cpp",
         "last = first + rows / segments",
         "last = first + rows * segments",

@@ -1,4 +1,4 @@
-"""Bugs planted in config_of_layer."""
+"""Planted bugs of config_of_layer."""
 
 import importlib.util
 from dataclasses import replace

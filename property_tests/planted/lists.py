@@ -1,4 +1,4 @@
-"""Bugs planted in what quantized files' lists of modules leave out, and in what their tensors say."""
+"""Planted bugs of the lists of modules that a quantized checkpoint leaves in floats."""
 
 import importlib.util
 from dataclasses import replace
@@ -10,7 +10,7 @@ from planted.bugs import PlantedBug, before
 
 
 def _by_rule(rule: module_patterns.ListRule, **changes: Any) -> Any:
-    """is_listed with other columns of one tool's rule."""
+    """A bug of is_listed that changes fields of one tool's rule."""
     return before(
         lambda module, entries, asked: (module, entries, replace(asked, **changes) if asked is rule else asked)
     )
@@ -23,28 +23,28 @@ def _whole_parts(name: str, entry: str) -> bool:
 LISTS = "a_list_excludes_what_its_tool_excludes"
 BUGS: tuple[PlantedBug, ...] = (
     PlantedBug(
-        LISTS, "AutoAWQ's entries are whole parts of names", module_patterns.is_listed,
+        LISTS, "AutoAWQ's entries match whole parts of names only", module_patterns.is_listed,
         _by_rule(module_patterns.AUTOAWQ, text=_whole_parts)
     ),
     PlantedBug(
         LISTS,
-        "compressed-tensors leaves out what is in a module",
+        "an entry of compressed-tensors excludes the submodules too",
         module_patterns.is_listed,
         _by_rule(module_patterns.COMPRESSED_TENSORS, text=lambda name, entry: f"{name}.".startswith(f"{entry}.")),
     ),
     PlantedBug(
-        LISTS, "transformers looks at no ends", module_patterns.is_listed,
+        LISTS, "entries of transformers match whole parts of names only", module_patterns.is_listed,
         _by_rule(module_patterns.TRANSFORMERS, text=_whole_parts)
     ),
     PlantedBug(
         LISTS,
-        "ModelOpt's globs are of linear modules alone",
+        "ModelOpt's globs match linear modules only",
         module_patterns.is_listed,
         _by_rule(module_patterns.MODELOPT, containers=False),
     ),
     PlantedBug(
         "tensors_stored_as_floats_are_floats_whatever_quantization_config_says",
-        "quantization_config alone says what is quantized",
+        "only quantization_config decides what is quantized",
         methods.method_of,
         lambda f: lambda words, name, of_experts, **known: f(words, name, of_experts, fused=known.get("fused", False)),
     ),

@@ -23,25 +23,25 @@ def _of_every_expert(y: Any, config: Any, weights: Any, *args: Any) -> Any:
 BUGS = (
     PlantedBug(
         "non_finite_values_of_a_token_affect_no_other_token",
-        "a product with 0",
+        "the sum of the batch times 0 is added",
         routed_experts.routed_experts,
         after(_of_the_whole_batch),
     ),
     PlantedBug(
         "nan_in_a_token_is_nan_in_its_output",
-        "NaN is cleared away",
+        "NaN is replaced by 0",
         routed_experts.routed_experts,
         after(lambda y, *args: torch.nan_to_num(y)),
     ),
     PlantedBug(
         "non_finite_weights_of_an_expert_affect_only_its_tokens",
-        "every expert times 0",
+        "the weights of all experts times 0 are added",
         routed_experts.routed_experts,
         after(_of_every_expert),
     ),
     PlantedBug(
         "non_finite_values_do_not_reach_gradients_of_other_tokens",
-        "a factor of the whole batch",
+        "the output is multiplied by a sum over the batch",
         routed_experts.routed_experts,
         after(_scaled_by_the_whole_batch),
     ),

@@ -1,4 +1,4 @@
-"""Bugs planted in codes, scales and the rounding of inputs."""
+"""Planted bugs of codes, scales and the rounding of inputs."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from planted.bugs import PlantedBug, after, before, instead
 
 
 def _with_number(element: str, change: Any) -> Any:
-    """decoded() with another table of numbers."""
+    """A bug that calls the function with one row of the table of number formats changed."""
 
     def broken(f: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -39,13 +39,13 @@ FLOATS = "a_quantized_layer_equals_the_layer_of_the_dequantized_weights"
 BUGS = (
     PlantedBug(
         "quantized_layers_equal_the_reference",
-        "the high half of a byte comes first",
+        "the two codes of a byte are exchanged",
         numbers.unpack_halves,
         after(lambda c, *a: c.flip(-1)),
     ),
     PlantedBug(
         "quantized_layers_equal_the_reference",
-        "up has the scales of gate",
+        "up is decoded with the scales of gate",
         tiles.expand_tiles,
         before(
             lambda scale, tile, halves, *size: (
@@ -58,7 +58,7 @@ BUGS = (
     ),
     PlantedBug(
         "quantized_layers_equal_the_reference",
-        "the zero point is forgotten",
+        "zero points are taken for 0",
         codes.decoded,
         before(
             lambda quant, stored, *a: (
@@ -70,13 +70,13 @@ BUGS = (
     ),
     PlantedBug(
         "quantized_layers_equal_the_reference",
-        "the scale above all is forgotten",
+        "the global scale is dropped",
         codes.codes_of,
         after(lambda stored, *a: replace(stored, global_scale=None)),
     ),
     PlantedBug(
         "quantized_layers_equal_the_reference",
-        "a power of two too low",
+        "e8m0 scales are too small by a factor of 2",
         numbers.decode_e8m0,
         after(lambda values, *a: values / 2),
     ),
@@ -88,7 +88,7 @@ BUGS = (
     ),
     PlantedBug(
         FLOATS,
-        "products are a hundredth too large",
+        "products are too large by a factor of 1.01",
         quantized_matmul.quantized_matmul,
         after(lambda y, *a: y * 1.01),
     ),
@@ -100,13 +100,13 @@ BUGS = (
     ),
     PlantedBug(
         "rows_arrive_as_the_experts_round_them",
-        "rows of float64 travel with scales of float32",
+        "rows of float64 are sent with scales of float32",
         wire.travelling,
         before(lambda config, dtype: (config, torch.float32)),
     ),
     PlantedBug(
         "rows_arrive_as_the_experts_round_them",
-        "bytes of no row lie as they did",
+        "an empty tensor of bytes keeps its strides",
         wire._contiguous_copy,
         instead(lambda t: t.contiguous()),
     ),
@@ -123,11 +123,14 @@ BUGS = (
         instead(lambda zeros, units, top: (units.round() + zeros).to(torch.uint8)),
     ),
     PlantedBug(
-        "calibration_does_not_increase_the_rounding_error", "another scale is taken", codes._chosen, before(_another)
+        "calibration_does_not_increase_the_rounding_error",
+        "a scale that is not the best one is chosen",
+        codes._chosen,
+        before(_another),
     ),
     PlantedBug(
         "quantizing_dequantized_weights_changes_nothing",
-        "scales leave room for an eighth more",
+        "scales are too large by an eighth",
         codes._amax,
         after(lambda amax, *a: amax * 1.125),
     ),

@@ -1,5 +1,6 @@
-"""Bugs planted in what ranks do together: each must break "sharded equals unsharded" on the case beside it, and hang
-nobody.
+"""Planted bugs of what runs on several ranks.
+
+Each must break "sharded equals unsharded" in its case (`CASE_OF_BUG`), and must not make any rank hang.
 """
 
 import dataclasses
@@ -33,26 +34,27 @@ def _with_constants(used: Any, parallel: Any, weights: Any) -> Any:
 
 
 RANK_BUGS = (
-    PlantedBug(LAW, "the sum over tp is forgotten", collectives.sum_over_ranks, instead(lambda x, group: x)),
+    PlantedBug(LAW, "outputs are not summed over tp", collectives.sum_over_ranks, instead(lambda x, group: x)),
     PlantedBug(LAW, "gradients of copies are not summed", collectives.copy_to_ranks, instead(lambda x, group: x)),
-    PlantedBug(LAW, "down's bias is on no slice", sharding.shard_weights,
+    PlantedBug(LAW, "no slice has the bias of down", sharding.shard_weights,
     after(lambda w, *a: replace(w, down_bias=None))),
-    PlantedBug(LAW, "the neighbour's experts", dispatch.places_of_experts,
+    PlantedBug(LAW, "every expert has place 0 on its rank", dispatch.places_of_experts,
     after(lambda p, *a: (p[0], p[1].clamp(min=0) * 0))),
-    PlantedBug(LAW, "weights applied on the way there too", dispatch._of_slots, after(lambda y, *a: y * 1.01)),
-    PlantedBug(LAW, "rows of another rank", dispatch.padded, after(lambda rows, *a: rows.flip(0))),
-    PlantedBug(LAW, "rows of the sequence change places", collectives.join_rows, after(lambda rows, *a: rows.flip(0))),
-    PlantedBug(LAW, "every row is the first one", dispatch.unpacked, after(_first_row_everywhere)),
-    PlantedBug(LAW, "one place too few in a block", dispatch._capacity, after(lambda capacity, *a: 1)),
-    PlantedBug(LAW, "a slot without room gets the next rank's result", dispatch._places_in_blocks,
+    PlantedBug(LAW, "weighted results are scaled by 1.01", dispatch._of_slots, after(lambda y, *a: y * 1.01)),
+    PlantedBug(LAW, "gathered rows are in reverse order", dispatch.padded, after(lambda rows, *a: rows.flip(0))),
+    PlantedBug(LAW, "rows of the sequence are joined in reverse order", collectives.join_rows,
+    after(lambda rows, *a: rows.flip(0))),
+    PlantedBug(LAW, "every received row is the first one", dispatch.unpacked, after(_first_row_everywhere)),
+    PlantedBug(LAW, "blocks have one place", dispatch._capacity, after(lambda capacity, *a: 1)),
+    PlantedBug(LAW, "a slot beyond the capacity gets the next rank's result", dispatch._places_in_blocks,
     instead(_one_place_too_many)),
-    PlantedBug(LAW, "blocks of one more place than the capacity", dispatch._capacity,
+    PlantedBug(LAW, "blocks have one place more than the capacity", dispatch._capacity,
     after(lambda capacity, *a: capacity + 1)),
     PlantedBug(LAW, "gradients of adapters are not summed", adapters.summed_over, instead(lambda *a: [])),
-    PlantedBug(LAW, "adapters of the neighbouring row", dispatch._ids_and_adapters,
+    PlantedBug(LAW, "rows have the adapter of the previous row", dispatch._ids_and_adapters,
     after(lambda p, *a: (p[0], p[1].roll(1)))),
-    PlantedBug(LAW, "gradients of constants are a rank's own", compose._used_by_each, after(_with_constants)),
-    PlantedBug(LAW, "adapters of padding", compose._no_expert_as_zero,
+    PlantedBug(LAW, "gradients of constants are not summed", compose._used_by_each, after(_with_constants)),
+    PlantedBug(LAW, "adapter ids are too large by one", compose._no_expert_as_zero,
     after(lambda r, *a: replace(r, adapter_ids=r.adapter_ids + 1))),
 )  # fmt: skip
 _CASES = (

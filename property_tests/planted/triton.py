@@ -1,6 +1,6 @@
-"""Bugs planted in the Triton kernels: each must break the test named beside it.
+"""Planted bugs of the Triton kernels: each must break the test that it names.
 
-A process each, so only `make test-thorough` runs them.
+Each runs in its own process, so only `make test-thorough` runs all of them.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from tools.copied_tree import place_of
 
 @dataclass(frozen=True)
 class TritonBug:
-    """In `file` of the kernels, the one place that reads `old` reads `new`; then `property_tests/test_triton_<test>`
-    must fail.
+    """`old`, which occurs once in `file` of the kernels, is replaced by `new`; then
+    `property_tests/test_triton_<test>` must fail.
     """
 
     test: str
@@ -23,12 +23,12 @@ class TritonBug:
 
     @property
     def path(self) -> str:
-        """The file, from the root of the tree."""
+        """Path of the file, relative to the repository's root."""
         return f"moe_fn/kernels/triton/{self.file}.py"
 
     @property
     def source(self) -> str:
-        """The file with the bug."""
+        """The text of the file with the bug."""
         text = (ROOT / self.path).read_text()
         place = place_of(self.old, text, f"{self.what}: {self.path}")
         return text[:place] + self.new + text[place + len(self.old) :]
@@ -60,94 +60,102 @@ BUGS = (
     ),
     TritonBug(
         COMBINE,
-        "a choice is left out",
+        "the last choice is left out",
         "combine",
         "for j in tl.static_range(TOP_K)",
         "for j in tl.static_range(TOP_K - 1)",
     ),
     TritonBug(
         OUTER,
-        "a block of rows instead of all",
+        "only the last block of rows is summed",
         "outer",
         "acc = tl.dot(tl.trans(a), b, acc,",
         "acc = tl.dot(tl.trans(a), b, None,",
     ),
     TritonBug(
         OUTER,
-        "rows of the next group",
+        "rows of the next group are not masked",
         "outer",
         "mask=live[:, None], other=0.0)\n        acc = tl.dot",
         "other=0.0)\n        acc = tl.dot",
     ),
     TritonBug(
         SUMS,
-        "sums that are not weighted",
+        "weighted and unweighted sums are exchanged",
         "outer",
         "if WEIGHTED:\n            v *=",
         "if not WEIGHTED:\n            v *=",
     ),
     TritonBug(
-        SUMS, "a bias' gradient of another token", "outer", "source = (slot // TOP_K)", "source = (slot // (TOP_K + 1))"
+        SUMS,
+        "the bias' gradient sums rows of another token",
+        "outer",
+        "source = (slot // TOP_K)",
+        "source = (slot // (TOP_K + 1))",
     ),
     TritonBug(
         DOWN_BACKWARD,
-        "d hidden that is not weighted",
+        "the gradient of the hidden rows is not weighted",
         "down_backward",
         "d * w[:, None], gate, up, ACTIVATION",
         "d, gate, up, ACTIVATION",
     ),
     TritonBug(
-        DOWN_BACKWARD, "what down is multiplied by is not weighted", "down_backward", "(a * w[:, None]).to(", "a.to("
-    ),
-    TritonBug(
-        DOWN_BACKWARD, "gates and ups exchanged", "down_backward", "tl.join(d_gate, d_up)", "tl.join(d_up, d_gate)"
+        DOWN_BACKWARD, "the input of down's gradient is not weighted", "down_backward", "(a * w[:, None]).to(", "a.to("
     ),
     TritonBug(
         DOWN_BACKWARD,
-        "d weights without the bias' part",
+        "gradients of gates and ups are exchanged",
+        "down_backward",
+        "tl.join(d_gate, d_up)",
+        "tl.join(d_up, d_gate)",
+    ),
+    TritonBug(
+        DOWN_BACKWARD,
+        "gradients of routing weights lack the bias' part",
         "down_backward",
         "num_partials - 1, tl.sum(acc, 1)",
         "num_partials - 1, 0 * tl.sum(acc, 1)",
     ),
     TritonBug(
         DOWN_BACKWARD,
-        "d weights of the first tile alone",
+        "gradients of routing weights are those of the first tile",
         "down_backward",
         "(i < num_partials)[None, :]",
         "(i < 1)[None, :]",
     ),
-    TritonBug(UP, "the up's bias is the gate's", "up", "up += tl.load(bias + I + c,", "up += tl.load(bias + c,"),
+    TritonBug(UP, "the gate's bias is added to up", "up", "up += tl.load(bias + I + c,", "up += tl.load(bias + c,"),
     TritonBug(
         UP,
-        "what is kept has no bias",
+        "saved pre-activations are zeros",
         "up",
         "tl.store(pre + all_places, tile.to(",
         "tl.store(pre + all_places, (0 * tile).to(",
     ),
     TritonBug(
         UP,
-        "another token's row",
+        "rows of other tokens are gathered",
         "up",
         "tl.where(live, row, 0)) // TOP_K\n    k =",
         "tl.where(live, row, 0)) % TOP_K\n    k =",
     ),
     TritonBug(
         PRODUCTS,
-        "no mask at the ragged end",
+        "the last, partial tile is not masked",
         "products",
         "a = tl.load(left, mask=(k < length - start)[None, :], other=0.0)",
         "a = tl.load(left)",
     ),
     TritonBug(
         PRODUCTS,
-        "the last column is not stored",  # one more would be a crash, which names no test
+        "the last column is not stored",  # storing one more would crash, and a crash names no test
         "products",
         "mask=live[:, None] & (c < N)[None, :])",
         "mask=live[:, None] & (c < N - 1)[None, :])",
     ),
     TritonBug(
         SORT,
-        "ids beyond the experts are the last expert's",
+        "ids out of range are the last expert's",
         "metadata",
         "tl.where((e >= 0) & (e < E), e, E)",
         "tl.where((e >= 0) & (e < E), e, E - 1)",
@@ -161,34 +169,36 @@ BUGS = (
     ),
     TritonBug(
         ACTIVATIONS,
-        "gelu's derivative without its second part",
+        "gelu's derivative lacks its second term",
         "activation",
         " + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)",
         "",
     ),
     TritonBug(
         ALONE,
-        "a global scale of another expert",
+        "the global scale is read at another offset",
         "quant/up",
         "factor + expert * (WIDTH * I // half_columns),",
         "factor + expert + (WIDTH * I // half_columns),",
     ),
     TritonBug(
         STAGES,
-        "a zero point of another group",
+        "the zero point of another group is read",
         "quant/products",
         "tl.load(zero + (start // TILE_IN",
         "tl.load(zero - (start // TILE_IN",
     ),
+    TritonBug(CODES, "powers of two are rounded down", "quant/inputs", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"),
     TritonBug(
-        CODES, "a power of two that is rounded down", "quant/inputs", "+ 0x7FFFFF) & 0x7F800000", "+ 0) & 0x7F800000"
-    ),
-    TritonBug(
-        CODES, "codes that are cut instead of rounded", "quant/inputs", "q = q + 12582912.0 - 12582912.0", "q = q + 0.0"
+        CODES,
+        "codes are truncated instead of rounded",
+        "quant/inputs",
+        "q = q + 12582912.0 - 12582912.0",
+        "q = q + 0.0",
     ),
     TritonBug(
         CODES,
-        "a row's last values have no part in its scale",
+        "a row's scale is that of its first values",
         "quant/inputs",
         "for start in range(0, SPAN, WIDTH):\n            c =",
         "for start in range(0, 1, WIDTH):\n            c =",
