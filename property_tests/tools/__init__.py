@@ -1,4 +1,4 @@
-"""What tests the tests, and what measures: mutants, changed kernels, memory, the page of errors."""
+"""Tools around the tests: mutation testing, memory measurements, generated pages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Children that judge mutants: forked, silent, and waited for no longer than a time."""
+"""Child processes that test mutants: without output, and killed after a time limit."""
 
 import os
 import signal
@@ -6,15 +6,16 @@ import time
 
 
 def silence() -> None:
-    """In a child: nothing that it prints is seen."""
+    """Redirects the output of the current process to nothing."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
 
 
 def exit_code(child: int, seconds: float) -> int | None:
-    """The exit code that a child ends with, a signal as a negative number; None if it takes too long: it, or its group,
-    is then killed.
+    """Returns the exit code of a child, a signal as a negative number, or None if it takes longer than `seconds`.
+
+    It, or its process group, is then killed.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""A copy of the package and its tests, in which a line may be changed; what runs in it is a process of its own."""
+"""A copy of the package and its tests, in which a line can be changed, and processes that run in it."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ LINKED = ("docs", "examples", "README.md", "CHANGELOG.md", "SECURITY.md", "Makef
 
 
 def copied_tree(folder: Path) -> Path:
-    """The folder, with the copy in it."""
+    """Copies the package and its tests into a folder. Returns the folder."""
     for name in COPIED:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
     for name in LINKED:
@@ -23,13 +23,13 @@ def copied_tree(folder: Path) -> Path:
 
 
 def place_of(old: str, text: str, where: str) -> int:
-    """Where the one place begins that reads `old`, for a bug to be planted there."""
+    """Returns the index of the only occurrence of `old`, where a bug is to be planted."""
     assert text.count(old) == 1, f"{where} has {text.count(old)} places that read {old!r}"
     return text.index(old)
 
 
 def verdict_of(tree: Path, tests: tuple[str, ...], limit_s: float) -> tuple[str, str]:
-    """("survived" or "killed", by which test): what pytest says of these tests in a tree."""
+    """Runs pytest on these tests in a tree. Returns ("survived" or "killed", by which test)."""
     options = ("-x", "-q", "--tb=no", "-p", "no:xdist", "-W", "ignore", "--hypothesis-profile=unshrunk")
     code, said = run_in(tree, ["-m", "pytest", *options, *tests], limit_s)
     if code == 0:
@@ -39,9 +39,9 @@ def verdict_of(tree: Path, tests: tuple[str, ...], limit_s: float) -> tuple[str,
 
 
 def run_in(tree: Path, arguments: list[str], limit_s: float) -> tuple[int | None, str]:
-    """(Python's exit code, None after the limit; what it printed).
+    """Runs Python in a tree. Returns (exit code, None after the limit; output).
 
-    Kernels that it builds lie in a cache of the tree's own.
+    Kernels are built into a cache inside the tree.
     """
     env = {
         **os.environ,  # noqa: TID251

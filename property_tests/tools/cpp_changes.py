@@ -1,6 +1,4 @@
-"""The CPU kernels with one changed line: compiled beside what is there, and judged by the tests of a level, a process
-each.
-"""
+"""The CPU kernels with one changed line: compiled for one level, and tested in a process each."""
 
 import faulthandler
 import importlib
@@ -26,8 +24,8 @@ from moe_fn.kernels.native import library as native
 from tools.child_process import exit_code, silence
 
 UNITS = ("backward", "kernels", "quantized", "binding")
-# Which units are compiled again for a file; of the shared headers the floats' units alone, for they say all that the
-# tests of floats see.
+# Units to compile again for a changed file. For shared headers only those of floats, which contain all that the tests
+# of floats run.
 _FLOATS = ("backward", "kernels")
 UNITS_OF: dict[str, tuple[str, ...]] = {
     "backward.cpp": ("backward",),
@@ -50,20 +48,20 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
 }
 LEVEL = "avx2" if native.best_level().startswith("avx") else "plain"  # the quickest to compile that has vectors
 NAME = "mutant"  # the level's name for the tests, and of its ops
-# of the CPU for the tests of a mutant, which may loop for ever; ten times as many of the clock, which others use too
+# CPU seconds for the tests of a mutant, which may loop forever; the limit of elapsed time is ten times as long
 SECONDS = 200
 
 
 @dataclass(frozen=True)
 class Change:
-    """A line of a file of the kernels, and what stands there instead."""
+    """A change of one line in a file of the kernels."""
 
     file: str
     line: int  # from 0
     new: str
 
     def planted(self, text: str) -> str:
-        """The file with the other line."""
+        """Returns the file with the changed line."""
         lines = text.split("\n")
         lines[self.line] = self.new
         return "\n".join(lines)
@@ -71,8 +69,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Objects of the kernels as they are, and a folder to compile others in; for a level, with more flags for those of
-    floats.
+    """Object files of the unchanged kernels for a level, and a folder to compile changed ones in.
+
+    Units of floats are compiled with additional flags.
     """
 
     level: str = LEVEL
@@ -89,7 +88,7 @@ class Workshop:
         shutil.rmtree(self.folder)
 
     def library(self, change: Change | None) -> Path:
-        """The library with a change. Raises CalledProcessError if it is no C++."""
+        """Compiles the library with a change. Raises CalledProcessError if the change does not compile."""
         if change is None:
             return self._linked("sources", ())
         own = tempfile.mkdtemp(dir=self.folder)
@@ -101,7 +100,7 @@ class Workshop:
         return self._linked(Path(own).name, units)
 
     def makes_no_difference(self, library: Path) -> bool:
-        """Whether the compiler makes of the changed sources what it makes of those that are there, in every unit."""
+        """Whether every unit of the changed sources compiles to the same object code as the unchanged one."""
 
         def same(unit: str) -> bool:
             return (library.parent / f"{unit}.o").read_bytes() == (self.folder / "sources" / f"{unit}.o").read_bytes()
@@ -114,7 +113,7 @@ class Workshop:
         return all(map(same, others))
 
     def lines(self) -> dict[str, set[int]]:
-        """Of each file, the lines (from 0) that the level compiles: no branch of the preprocessor that others take."""
+        """The lines (from 0) of each file that the level compiles, without preprocessor branches of other levels."""
         seen: dict[str, set[int]] = defaultdict(set)
         for unit in UNITS:
             command = [*_compiler(), *self._flags(), "-E", f"{unit}.cpp"]
@@ -136,13 +135,13 @@ class Workshop:
         return [*flags, f"-DNAME=moe_fn_{NAME}", "-I..", *(f"-I{path}" for path in cpp_extension.include_paths())]
 
     def _compile(self, sources: str, units: Sequence[str]) -> None:
-        for unit in units:  # by names alone: no path of the folder is in an object
+        for unit in units:  # relative names, so that the object code does not contain the folder's path
             more = () if unit == "quantized" else self.flags
             command = [*_compiler(), *self._flags(), *more, "-c", f"{unit}.cpp", "-o", f"{unit}.o"]
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL, cwd=self.folder / sources)
 
     def _linked(self, sources: str, units: Sequence[str]) -> Path:
-        """Changed objects first: of an inline function that several hold, the linker takes the first."""
+        """Links the library; changed objects first, as the linker takes an inline function's first definition."""
         objects = [self.folder / sources / f"{unit}.o" for unit in units]
         objects += [self.folder / "sources" / f"{unit}.o" for unit in UNITS if unit not in units]
         path = self.folder / sources / "mutant.so"
@@ -159,8 +158,9 @@ class Workshop:
 
 
 def _branches(text: str, seen: set[int]) -> set[int]:
-    """All lines between two directives of which the preprocessor leaves one: it puts a macro's lines into its first
-    one.
+    """Adds to the seen lines those between two directives where the preprocessor keeps at least one.
+
+    It puts all lines of a macro call into the first one.
     """
     found: set[int] = set()
     branch: list[int] = []
@@ -177,19 +177,19 @@ def _compiler() -> list[str]:
     return cpp_extension.get_cxx_compiler().split()
 
 
-def run(library: Path, tests: Sequence[str], tell: Callable[[str], Any]) -> None:
-    """Call tests, "module.function", for the level that the library is from now on."""
+def run(library: Path, tests: Sequence[str], report: Callable[[str], Any]) -> None:
+    """Calls tests, "module.function", with this library as the only level; report(name) is called before each."""
     torch.ops.load_library(library)
     found = native.Library(NAME, library, None)
     native.library = lambda level: found  # type: ignore[assignment]
     for test in tests:
-        tell(test)
+        report(test)
         module, _, function = test.partition(".")
         _call(getattr(importlib.import_module(module), function))
 
 
 def judged(library: Path, tests: Sequence[str]) -> tuple[str, str]:
-    """("survived", "") or ("killed", by what): the tests, as `run` has them, are called until one fails."""
+    """Runs the tests (as in `run`) until one fails. Returns ("survived", "") or ("killed", by what)."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -208,18 +208,18 @@ def judged(library: Path, tests: Sequence[str]) -> tuple[str, str]:
     os.close(writing)
     status = exit_code(child, 10 * SECONDS)
     with os.fdopen(reading, errors="replace") as pipe:
-        told = pipe.read().splitlines()
+        output = pipe.read().splitlines()
     if status == 0:
         return "survived", ""
-    by = next((line for line in reversed(told) if line in tests), "loading")
+    by = next((line for line in reversed(output) if line in tests), "loading")
     endless = status is None or status == -signal.SIGXCPU
     return "killed", f"{by}: " + (
-        "no end in sight" if endless else f"signal {-status}" if status and status < 0 else told[-1]
+        "no end in sight" if endless else f"signal {-status}" if status and status < 0 else output[-1]
     )
 
 
 def _call(test: Any) -> None:
-    """The test, for the library's level if it is given one, with all that its other parameters may be."""
+    """Calls a test with every combination of its parameters, and the library's level where it has such a parameter."""
     given = [mark.args for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
     marks = [mark for mark in given if mark[0] != "level"]
     level = {"level": NAME} if len(marks) < len(given) else {}

@@ -1,6 +1,6 @@
-"""docs/errors.md: wrong calls and what they raise, each run.
+"""Generates the messages of docs/errors.md by running its wrong calls.
 
-`PYTHONPATH=.:property_tests python -m tools.error_page` writes the messages anew.
+PYTHONPATH=.:property_tests python -m tools.error_page
 """
 
 import re
@@ -10,12 +10,12 @@ from typing import Any
 from tools import ROOT
 
 PAGE = ROOT / "docs" / "errors.md"
-_ROW = re.compile(r"^\| `(?P<call>.+?)` \| (?P<words>.*) \|$")
+_ROW = re.compile(r"^\| `(?P<call>.+?)` \| (?P<message>.*) \|$")
 
 
 def names_of(page: str) -> dict[str, Any]:
-    """What the page's block of Python defines."""
-    names: dict[str, Any] = {"__name__": __name__}  # the module of the page's lambdas, which torch.jit.trace asks for
+    """Runs the page's block of Python. Returns the names that it defines."""
+    names: dict[str, Any] = {"__name__": __name__}  # the module of the page's lambdas, which torch.jit.trace looks up
     block = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert block is not None
     exec(block.group(1), names)
@@ -23,14 +23,14 @@ def names_of(page: str) -> dict[str, Any]:
 
 
 def rows_of(page: str) -> Iterator[tuple[str, str]]:
-    """Calls and words of the tables."""
+    """Yields (call, message) of every row of the tables."""
     for line in page.splitlines():
         if match := _ROW.match(line):
-            yield match["call"].replace(r"\|", "|"), match["words"]
+            yield match["call"].replace(r"\|", "|"), match["message"]
 
 
 def raised_by(call: str, names: dict[str, Any]) -> str:
-    """The words of the ValueError that a call raises, as the page shows them; any other error goes on."""
+    """Returns the message of the ValueError that a call raises, escaped for the page. Other errors are not caught."""
     try:
         eval(call, dict(names))
     except ValueError as error:
@@ -39,7 +39,7 @@ def raised_by(call: str, names: dict[str, Any]) -> str:
 
 
 def written(page: str) -> str:
-    """The page with every message as it is now."""
+    """Returns the page with current messages."""
     names = names_of(page)
     lines = []
     for line in page.splitlines():

@@ -1,6 +1,6 @@
-"""docs/options.md: the table of all values of the options that are names, made of the types and tables of the configs.
+"""Generates a table of docs/options.md: all names that options can have, from the types and tables of the configs.
 
-`python -m tools.options_page` writes it anew.
+PYTHONPATH=.:property_tests python -m tools.options_page
 """
 
 import re
@@ -15,7 +15,7 @@ from moe_fn.config.quant import ACTIVATION_SCHEMES, SCHEMES
 from moe_fn.config.router import SCORINGS
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
-# Options whose values are rows of a table; values of the others are those of their types.
+# Options whose values are rows of a table; the values of others are in their types.
 TABLES: dict[str, Iterable[str]] = {
     "ActivationConfig.function": FUNCTIONS,
     "RouterConfig.scoring": SCORINGS,
@@ -29,7 +29,7 @@ _TABLE = re.compile(r"(?<=<!-- values of options: written by make pages -->\n).*
 
 
 def names_by_type() -> dict[str, set[str]]:
-    """Names that a field may hold, by its type; "another number" and classes of nested configs are no names."""
+    """The names that a field can have, by its type; classes of nested configs and "another number" are not names."""
     found: dict[str, set[str]] = {}
     for where, value in there_are():
         if isinstance(value, str) and value.islower() and " " not in value:
@@ -38,7 +38,7 @@ def names_by_type() -> dict[str, set[str]]:
 
 
 def table() -> str:
-    """The table, a line for each field."""
+    """Returns the table, with a line for each field."""
     rows = {where: sorted(names) for where, names in names_by_type().items()}
     rows |= {where: list(names) for where, names in TABLES.items()}
     lines = [f"| `{where}` | {', '.join(f'`{name}`' for name in rows[where])} |" for where in sorted(rows)]
@@ -46,7 +46,7 @@ def table() -> str:
 
 
 def written(page: str) -> str:
-    """The page with the table as it is now."""
+    """Returns the page with the current table."""
     return _TABLE.sub(lambda _: table(), page)
 
 

@@ -1,4 +1,6 @@
-"""Measures the peak of every path in one process, beside its formula: run by `test_peaks` and `make soak`.
+"""Measures the peak memory of every path of the layer in one process and compares it with its formula.
+
+Run by `test_peaks` and `make soak`:
 
 PYTHONPATH=property_tests python -m tools.peaks_of_paths THREADS EXPERTS,TOP_K,HIDDEN,INTERMEDIATE,TOKENS [quick]
 """
@@ -37,7 +39,7 @@ STEP: dict[str, dict[str, Any]] = {
     "native, step, opaque chunks": {"backend": "native", "chunk_tokens": 512, "opaque": True},
     "stages, step": {"backend": "torch"},
 }
-# What the tests measure: the rest takes long, or is alike.
+# Paths that the tests measure; the others take long or are similar.
 _STEPS = ("native, step", "native, step, recompute", "native, step, chunks", "stages, step")
 QUICK = {
     torch.float32: ("native", "native, chunks", "stages", "int8, inputs too", *_STEPS),
@@ -85,7 +87,7 @@ def layer(
 
 
 def report(name: str, dtype: torch.dtype, measured: int, said: int) -> bool:
-    """Whether the two differ by more than 10 %."""
+    """Prints both and returns whether they differ by more than 10 %."""
     words = str(dtype).removeprefix("torch.")
     print(
         f"{name:26} {words:9} {measured / 1e6:8.1f} MB, by formula {said / 1e6:8.1f} MB: {measured / said:.3f}",
@@ -95,7 +97,7 @@ def report(name: str, dtype: torch.dtype, measured: int, said: int) -> bool:
 
 
 def main() -> int:
-    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back to the system
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: freed memory is returned to the system
     threads, quick = int(sys.argv[1]), "quick" in sys.argv
     experts, top_k, hidden, inner, tokens = map(int, sys.argv[2].split(","))
     torch.set_num_threads(threads)

@@ -1,12 +1,12 @@
-"""A pytest plugin: which rows of the package's tables no test has looked up.
+"""A pytest plugin that lists the rows of the package's tables that no test has looked up.
 
     PYTHONPATH=property_tests python -m pytest -n 2 -p tools.rows_read property_tests
 
-Tables are the module-level dicts in capitals that some function names: others are parts of rows, merged when a module
-is imported. A row counts as read if it was asked for by its key. A table of which not all rows were is printed with
-them, and with those who walked it from end to end: a walk by a test over the whole table, or by a function that puts
-all of its rows to use, is as good as a key; whoever reads the list judges. What graphs of torch.compile look up is not
-seen, nor what processes do that tests start.
+Tables are module-level dicts in capitals that a function uses; other dicts are parts of rows, merged at import. A row
+counts as read if it was looked up by its key. For a table with unread rows the plugin prints these rows and the
+functions that iterated over the table: iteration by a test over the whole table, or by a function that uses all rows,
+is as good as a lookup, which the reader must decide. Lookups in graphs of torch.compile and in other processes are not
+recorded.
 """
 
 import ast
@@ -25,12 +25,12 @@ OTHERS = ("bench", "kernels.triton", "reference", "testing", "__main__")
 
 
 class Table(dict[Any, Any]):
-    """A dict that keeps the keys that it was asked for, and the names of the functions that walked it."""
+    """A dict that records the keys that were looked up and the names of functions that iterated over it."""
 
     def __init__(self, rows: dict[Any, Any]) -> None:
         super().__init__(rows)
         self.read: set[Any] = set()
-        self.walkers: set[str] = set()
+        self.callers: set[str] = set()
 
     def __getitem__(self, key: Any) -> Any:
         """Its row."""
@@ -46,36 +46,36 @@ class Table(dict[Any, Any]):
 
     def __iter__(self) -> Iterator[Any]:
         """Its keys."""
-        self.walked()
+        self.record_caller()
         return super().__iter__()
 
     def keys(self) -> Any:
         """Its keys."""
-        self.walked()
+        self.record_caller()
         return super().keys()
 
     def values(self) -> Any:
         """Its rows."""
-        self.walked()
+        self.record_caller()
         return super().values()
 
     def items(self) -> Any:
         """Its keys and rows."""
-        self.walked()
+        self.record_caller()
         return super().items()
 
-    def walked(self) -> None:
-        """Keep the name of who asked for all rows: of the first function that stands in no comprehension."""
+    def record_caller(self) -> None:
+        """Records the name of the function that iterates: the innermost caller that is not a comprehension."""
         if torch.compiler.is_compiling():
             return
         frame = sys._getframe(2)
         while frame.f_back is not None and frame.f_code.co_name.startswith("<") and frame.f_code.co_name != "<module>":
             frame = frame.f_back
-        self.walkers.add(f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_name}")
+        self.callers.add(f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_name}")
 
 
 def modules() -> Iterator[Any]:
-    """The package's modules, but for those that name no option of the layer, or want a package that is not here."""
+    """The package's modules, without those that have no option of the layer or need a package that is not installed."""
     package = importlib.import_module("moe_fn")
     for found in pkgutil.walk_packages(package.__path__, "moe_fn."):
         if not any(other in found.name for other in OTHERS):
@@ -94,14 +94,14 @@ def names_in_functions(module: Any) -> set[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put a table that remembers in place of every dict, wherever it was imported."""
+    """Replaces every such dict by a recording table, in all modules that imported it."""
     tables: dict[int, tuple[str, Table, Any]] = {}
     used: set[int] = set()
     for module in modules():
         names = names_in_functions(module)
         for name, value in vars(module).items():
             if type(value) is dict and name.isupper() and len(value) > 1 and id(value) not in tables:
-                # the dict is kept: ids of the dead come again
+                # the dict is kept alive, as its id could be reused
                 tables[id(value)] = (f"{module.__name__}.{name}", Table(value), value)
             if name in names:
                 used.add(id(value))
@@ -114,10 +114,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of xdist sends what it has seen."""
+    """Sends what a worker of xdist has recorded."""
     if hasattr(session.config, "workeroutput"):
         seen = {
-            name: ([repr(key) for key in table.read], sorted(table.walkers))
+            name: ([repr(key) for key in table.read], sorted(table.callers))
             for name, table in session.config.stash[TABLES]
         }
         session.config.workeroutput["read"] = seen
@@ -128,21 +128,24 @@ class Workers:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Add what a worker has seen."""
+        """Adds what a worker has recorded."""
         for name, table in node.config.stash[TABLES]:
-            read, walkers = getattr(node, "workeroutput", {}).get("read", {}).get(name, ((), ()))
+            read, callers = getattr(node, "workeroutput", {}).get("read", {}).get(name, ((), ()))
             table.read |= {key for key in dict.keys(table) if repr(key) in set(read)}
-            table.walkers |= set(walkers)
+            table.callers |= set(callers)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the rows that nobody has asked for."""
+    """Prints the rows that no test has looked up."""
     for name, table in config.stash[TABLES]:
         unread = [key for key in dict.keys(table) if key not in table.read]
         if unread:
-            rows, walkers = ", ".join(f"{key!r:.60}" for key in unread), ", ".join(sorted(table.walkers)) or "nobody"
+            rows, callers = (
+                ", ".join(f"{key!r:.60}" for key in unread),
+                ", ".join(sorted(table.callers)) or "no function",
+            )
             terminalreporter.write_line(
-                f"{name}: {len(unread)} of {len(table)} rows not read: {rows}; walked by {walkers}"
+                f"{name}: {len(unread)} of {len(table)} rows not read: {rows}; iterated over by {callers}"
             )
 
 

@@ -1,12 +1,13 @@
-"""Does anything stay behind? Every way of calling, again and again; the process' resident memory must stay flat. `make
-soak` runs it.
+"""Checks that no way of calling the layer leaks memory: each is repeated, and resident memory must not grow.
+
+Run by `make soak`:
 
 PYTHONPATH=property_tests python -m tools.soak [--times 1000] [--only forward,compile]
 
-Of compile and export torch's own caches grow a little: a plain network of torch goes through the same, and the layer
-may leave no more than that and SLACK. Guards are let go by hand: torch (2.13, `CheckFunctionManager.id_ref`) has a
-weakref.finalize keep all guards of a compile for as long as any function, class or config that they compare lives,
-torch._dynamo.reset() or not; of this layer 1.0 MB a compile.
+Torch's own caches grow a little with each compile and export. A plain network of torch is measured in the same way, and
+the layer may leave no more than that and SLACK. Guards are freed explicitly: in torch 2.13
+(`CheckFunctionManager.id_ref`) a weakref.finalize keeps all guards of a compile alive as long as any function, class or
+config that they compare, even after torch._dynamo.reset(); 1.0 MB a compile of this layer.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import moe_fn
 from moe_fn import MoEConfig, RouterConfig
 from moe_fn.testing import weights_for
 
-SLACK = 4e6  # bytes, over all times: the allocator's own ups and downs
+SLACK = 4e6  # bytes over all repetitions, for variation of the allocator
 CONFIG = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=96)
 WEIGHTS = weights_for(CONFIG)
 
@@ -43,7 +44,7 @@ def resident() -> int:
 
 
 def inputs(number: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
-    """Other numbers of tokens every time: what is kept by shape would pile up."""
+    """Returns x and logits with a new number of tokens each time, so that caches by shape would grow."""
     tokens = 1 + 37 * number % 300 if tokens is None else tokens
     return torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 8, requires_grad=True)
 
@@ -60,7 +61,7 @@ def backward(number: int) -> None:
 
 
 def new_configs(number: int) -> None:
-    """A config that has not been there before, as JSON inside the op too."""
+    """Calls the layer with a new config, which the opaque op gets as JSON."""
     router = RouterConfig(routed_scaling_factor=1.0 + number / 1000)
     config = MoEConfig(
         num_experts=8, top_k=2, hidden_size=64, intermediate_size=96, router=router, opaque=number % 2 == 0
@@ -83,7 +84,7 @@ def of_layer(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def of_torch(x: Tensor, logits: Tensor) -> Tensor:
-    """As many ops, none of ours."""
+    """A plain network of torch with a similar number of ops."""
     z = torch.softmax(logits, -1).topk(2).values
     for matrix in WEIGHTS.down[:4].unbind():
         x = x + (torch.nn.functional.silu(x) @ matrix) @ matrix.t() * z.sum(-1, keepdim=True)
@@ -91,7 +92,7 @@ def of_torch(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def let_go_of_guards() -> None:
-    """Detach the finalizers by which objects that were compared keep the guards of compiled functions that are gone."""
+    """Detaches the finalizers that keep guards of deleted compiled functions alive."""
     guards = torch._dynamo.guards.CheckFunctionManager
     for finalizer, call in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined]
         if isinstance(call.func, functools.partial) and isinstance(getattr(call.func.func, "__self__", None), guards):
@@ -110,7 +111,7 @@ def compiling(function: Callable[..., Tensor]) -> Callable[[int], None]:
 
 
 class Exported(torch.nn.Module):
-    """What torch.export wants around a function."""
+    """A module around a function, which torch.export requires."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ def exporting(function: Callable[..., Tensor]) -> Callable[[int], None]:
     return export_anew
 
 
-# Each with what it may be compared to.
+# Each with the plain network that it is compared with, or None.
 KINDS: dict[str, tuple[Callable[[int], None], Callable[[int], None] | None]] = {
     "forward": (forward, None),
     "backward": (backward, None),
@@ -142,7 +143,7 @@ KINDS: dict[str, tuple[Callable[[int], None], Callable[[int], None] | None]] = {
 
 
 def growth(call: Callable[[int], None], times: int) -> int:
-    """Bytes that `times` calls leave behind, once a fifth of them has filled what there is to fill."""
+    """Returns the bytes by which resident memory grows in `times` calls, after a fifth as many have filled caches."""
     for number in range(max(times // 5, 3)):
         call(number)
     before = resident()
@@ -163,9 +164,9 @@ def main() -> int:
         start = time.perf_counter()
         found, allowed = growth(call, options.times), 0 if other is None else max(growth(other, options.times), 0)
         leaks += found > allowed + SLACK
-        beside = "" if other is None else f", plain torch {allowed / 1e6:.2f} MB"
+        compared = "" if other is None else f", plain torch {allowed / 1e6:.2f} MB"
         print(
-            f"{kind:12} {options.times} times: {found / 1e6:7.2f} MB{beside}; {time.perf_counter() - start:.0f} s",
+            f"{kind:12} {options.times} times: {found / 1e6:7.2f} MB{compared}; {time.perf_counter() - start:.0f} s",
             flush=True,
         )
     return leaks

@@ -1,19 +1,19 @@
 """Mutation testing: does a test fail for every small change of the code?  `make mutants`, or
 
-    python -m tools.mutants run out/mutants.jsonl moe_fn/stages/*.py      what is in the file already is not run again
+    python -m tools.mutants run out/mutants.jsonl moe_fn/stages/*.py      skips mutants that the file already has
     python -m tools.mutants sample out/mutants-areas.jsonl [AREA ...]     some of every file of the areas around the
                                                                           stages
-    python -m tools.mutants quick out/mutants-areas.jsonl AREA ...        many first, in seconds each; sample judges the
-                                                                          rest
+    python -m tools.mutants quick out/mutants-areas.jsonl AREA ...        faster, in forks; run sample afterwards for
+                                                                          what survives
     python -m tools.mutants report out/mutants.jsonl out/mutants-areas.jsonl > examples/campaign/mutants.md
 
 with PYTHONPATH=.:property_tests.
 
-Mutants of stages are mutmut's, all of them. Its own runner keeps all mutants of a function in one module and chooses
-between them at each call, which lambdas in tables, torch's compiler and tests that look at sources do not survive. So
-each mutant here is a process of its own: forked from one that has imported everything, with other code in one function;
-or, where the change is outside of functions, from one that has imported no module of moe_fn, and imports the changed
-one. Those of other areas (`areas.py`) are sampled, and each stands in a copy of the tree (`copied.py`).
+For stages all mutants of mutmut are tested. Its own runner keeps all mutants of a function in one module and chooses
+between them at each call, which does not work with lambdas in tables, torch's compiler and tests that read sources. So
+each mutant runs in its own process. If the change is inside a function, the process is forked from one that has
+imported everything, and the function's code is replaced; otherwise from one that has imported no module of moe_fn, and
+it imports the changed module. Mutants of other areas (`areas.py`) are sampled, in copies of the tree (`copied.py`).
 """
 
 import argparse
@@ -43,7 +43,7 @@ from tools.mutants.same import reason_of
 
 
 def import_what_others_made() -> None:
-    """Import all that the tests import but for moe_fn and the tests, so that a child has little to do."""
+    """Imports all that the tests import except moe_fn and the tests, so that a child imports little."""
     code = "import sys, conftest, moe_fn.testing, test_layer, test_lora, test_quant; print(*sys.modules)"
     path = f"{ROOT}:{ROOT / 'property_tests'}"
     names = subprocess.run(
@@ -60,15 +60,15 @@ def import_what_others_made() -> None:
         if not ours and name not in sys.modules:
             try:
                 importlib.import_module(name)
-            except ImportError:  # a name that a module made up for itself
+            except ImportError:  # a module that exists in sys.modules only
                 continue
     assert not any(name.split(".")[0] == "moe_fn" for name in sys.modules)
     gc.freeze()
 
 
 def import_ours(plan: Plan) -> None:
-    """Import moe_fn and the tests, and run one of them, so that what is made once is made."""
-    settings.load_profile(plan.profile)  # tests take theirs when they are defined
+    """Imports moe_fn and the tests, and runs one of them, so that caches are filled."""
+    settings.load_profile(plan.profile)  # a test takes the profile when it is defined
     for name in plan.direct:
         importlib.import_module(name.partition(".")[0])
     importlib.import_module("test_layer").test_the_layer_equals_the_reference()
@@ -77,9 +77,9 @@ def import_ours(plan: Plan) -> None:
 
 
 def run(found: Path, files: Sequence[str], own: bool) -> None:
-    """Test every mutant of the files that `found` does not hold, a line of JSON each.
+    """Tests every mutant of the files that `found` does not contain, and appends a line of JSON for each.
 
-    own: instead those that survived, by the files' own tests, but for those that are the same program.
+    own: tests those that survived with the files' own tests instead, except those that are equivalent programs.
     """
     found.parent.mkdir(parents=True, exist_ok=True)
     old = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []

@@ -1,4 +1,4 @@
-"""The areas around the stages whose mutants are sampled, and the tests that judge the mutants of each."""
+"""Areas around the stages: the files whose mutants are sampled, and the tests of each area."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from tools.mutants.triton import mutants_of_triton
 
 @dataclass(frozen=True)
 class Area:
-    """Files (globs), who makes their mutants, and arguments of pytest; `first`: (a part of a file's name, of the tests'
-    that know it).
+    """Files (globs), the function that makes their mutants, and arguments of pytest.
+
+    first: (part of a file's name, part of the names of tests that run first for it).
     """
 
     files: tuple[str, ...]
@@ -22,12 +23,12 @@ class Area:
 
     @property
     def paths(self) -> list[str]:
-        """Its files, relative to the root, by name."""
+        """Its files, relative to the root, sorted."""
         found = {str(path.relative_to(ROOT)) for glob in self.files for path in ROOT.glob(glob)}
         return sorted(path for path in found if not path.endswith(self.not_these or ("__init__.py",)))
 
     def tests_of(self, file: str) -> tuple[str, ...]:
-        """Its tests, in the order in which they are asked of a file's mutants."""
+        """Its tests, in the order in which they run for a file's mutants."""
         first = next((test for part, test in self.first if part in file), "")
         return tuple(sorted(self.tests, key=lambda path: first not in path))
 

@@ -1,6 +1,4 @@
-"""A sample of mutants, each in a copy of the tree, where ranks, compiled kernels and plug-ins see it too; the tests in
-a process.
-"""
+"""Tests a sample of mutants, each in a copy of the tree, so that ranks, compiled kernels and plug-ins run it too."""
 
 import json
 import tempfile
@@ -13,17 +11,17 @@ from tools.mutants.made import Mutant, source_hash
 
 
 def sample(found: Path, names: list[str], per_file: int) -> None:
-    """Test `per_file` mutants of every file of the areas, a line of JSON each; what `found` holds is not run again."""
+    """Tests `per_file` mutants of every file of the areas that `found` does not contain; a line of JSON for each."""
     found.parent.mkdir(parents=True, exist_ok=True)
     old = [json.loads(line) for line in found.read_text().splitlines()] if found.exists() else []
     done = {line["id"]: line for line in old}
-    # children see less than copies
+    # survivors of forks are tested again in copies, which cover more
     done = {name for name, line in done.items() if line["verdict"] == "killed" or not line.get("forked")}
     with tempfile.TemporaryDirectory() as folder:
         tree = copied_tree(Path(folder))
         run_in(
             tree, ["-c", "import moe_fn.kernels.native.library as n; n.active()"], 3600.0
-        )  # tests of ranks have less time than a compiler wants
+        )  # compile before tests of ranks, whose time limits are shorter than a build
         for name in names or list(AREAS):
             area = AREAS[name]
             todo = [m for file in area.paths for m in area.made(file, per_file) if m.id not in done]

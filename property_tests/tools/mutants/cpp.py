@@ -1,13 +1,12 @@
 """Mutation testing of the C++ kernels: does a test fail for every small change of a line?  `make mutants-cpp`, or
 
-    python -m tools.mutants.cpp run out/mutants-cpp.jsonl backward.cpp kernels.h      what is in the file is not run
-                                                                                      again
+    python -m tools.mutants.cpp run out/mutants-cpp.jsonl backward.cpp kernels.h      skips mutants that the file has
     python -m tools.mutants.cpp report out/mutants-cpp.jsonl > out/mutants-cpp.md
 
 with PYTHONPATH=.:property_tests.
 
 A mutant is a file of moe_fn/kernels/native/sources with another operator, constant, bound or condition in one place. It
-is compiled for one level, loaded by a process of its own, and judged by the tests that are given a level
+is compiled for one level, loaded by its own process, and tested by the tests that have a level as parameter
 (`tools/cpp_changes.py`). `--every 10` takes a tenth of them.
 """
 
@@ -58,15 +57,14 @@ REFUSALS = (
     "test_native.test_wrong_shapes_raise_in_words",
     "test_quant_native.test_what_the_kernels_do_not_take_runs_by_stages_and_says_why",
 )
-# No mutants of these: what is asked of memory before it is needed, or of its pages, and functions that only the
-# benchmark calls.
+# Not mutated: prefetches, allocation of pages, and functions that only the benchmark calls.
 SPEED = re.compile(r"__builtin_prefetch|madvise|aligned_alloc|\blarge\b|\bhuge\b|\bpage\b")
 BENCHMARKS = re.compile(
     r"^\w+ (?:read_bytes|tile_rate|read_op|gemm_op)\(.*?^\}|^double gemm_op.*?$", re.MULTILINE | re.DOTALL
 )
-# Why a mutant is the same program but for its speed or its memory: files, and texts of lines that it changes.
+# Reasons why a mutant differs only in speed or memory: (file, text of the line that it changes).
 SAME: dict[str, tuple[tuple[str, str], ...]] = {
-    "Only who computes which part, and when, changes.": (
+    "Only the partition of work between threads and its order change.": (
         ("kernels.h", "int rows = std::clamp(256"),
         ("kernels.h", "panels_at_once = int("),
         ("kernels.h", "int64_t parts = "),
@@ -78,12 +76,12 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("stream.h", "int per = int(std::clamp"),
         ("quantized.h", "512 * 256 / row_dwords"),
     ),
-    "At that many rows one way of computing it is as right as the other.": (("panels.h", "(rows < DOTS_UNTIL"),),
-    "What is as large as the limit is the limit.": (("activation.h", "select(f >= a.limit, splat(a.limit), f)"),),
-    "No other expert lies behind an only one.": (("binding.cpp", "std::max<int64_t>(t.size(0), 2)"),),
-    "Only where a sum is cut changes, within the limit.": (("codes.h", "const int most = parts == 1"),),
-    "What the loop leaves, the next one does.": (("panels.h", "(int64_t(first) + s + WIDTH) * 4 < row_bytes"),),
-    "It is asked of memory before it is needed.": (
+    "At that many rows both ways of computing it are correct.": (("panels.h", "(rows < DOTS_UNTIL"),),
+    "A value equal to the limit is the limit.": (("activation.h", "select(f >= a.limit, splat(a.limit), f)"),),
+    "The stride after a single expert is not used.": (("binding.cpp", "std::max<int64_t>(t.size(0), 2)"),),
+    "Only the place where a sum is split changes, within the limit.": (("codes.h", "const int most = parts == 1"),),
+    "The next loop processes what this one leaves.": (("panels.h", "(int64_t(first) + s + WIDTH) * 4 < row_bytes"),),
+    "It is an address for prefetching.": (
         ("kernels.h", "next = "),
         ("product.h", "next = "),
         ("product.h", "ahead = "),
@@ -95,25 +93,23 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("tile.h", "following = "),
         ("quantized.h", "ahead = "),
     ),
-    "A buffer is larger than it must be.": (
+    "A buffer is larger than needed.": (
         ("kernels.h", "std::vector<int64_t> to("),
         ("kernels.h", "const int most = "),
         ("kernels.h", " = buffer("),
         ("product.h", " = buffer("),
         ("quantized.cpp", " = buffer("),
     ),
-    "Steps come in whole blocks, and a turn without panels does nothing.": (
+    "Steps come in whole blocks, and an iteration without panels does nothing.": (
         ("kernels.h", "k > 1,"),
         ("kernels.h", "p <= task.last_panel"),
     ),
-    "An outer product asks it for nothing but its columns.": (("kernels.h", "const Weight shape{nullptr, 1, n, 0,"),),
+    "An outer product reads only its number of columns.": (("kernels.h", "const Weight shape{nullptr, 1, n, 0,"),),
 }
 
 
 def mutants_of(file: str, lines: Collection[int]) -> Iterator[tuple[Change, str]]:
-    """(the change, it in words) of every place in some lines of a file, but for those that only the clock
-    could tell.
-    """
+    """Yields (change, description) for every place in some lines of a file, except where only speed would change."""
     text = (native.SOURCES / file).read_text()
     timed = {
         n
@@ -133,7 +129,7 @@ def mutants_of(file: str, lines: Collection[int]) -> Iterator[tuple[Change, str]
         for place in PLACE.finditer(code):
             found = place.group()
             if code[: place.start()].count('"') % 2:
-                continue  # words of an error, or names
+                continue  # text of an error, or names
             if found == "if (":
                 closing = _closing(code, place.end())
                 new = (
@@ -149,7 +145,7 @@ def mutants_of(file: str, lines: Collection[int]) -> Iterator[tuple[Change, str]
 
 
 def _closing(code: str, start: int) -> int | None:
-    """Where the bracket that opened before `start` closes."""
+    """Returns the index of the bracket that closes the one opened before `start`."""
     depth = 1
     for i in range(start, len(code)):
         depth += {"(": 1, ")": -1}.get(code[i], 0)
@@ -159,28 +155,28 @@ def _closing(code: str, start: int) -> int | None:
 
 
 def id_of(change: Change) -> str:
-    """The same for the same change of the same source."""
+    """An id that is equal for the same change of the same source."""
     text = change.planted((native.SOURCES / change.file).read_text())
     return hashlib.sha256(f"{change.file}\0{text}".encode()).hexdigest()[:16]
 
 
 def reason_of(file: str, change: str) -> str | None:
-    """Why no test can kill it; None if that is not known."""
+    """Returns the reason why no test can kill a mutant, or None."""
     return next(
         (reason for reason, places in SAME.items() if any(of == file and text in change for of, text in places)), None
     )
 
 
 def run(found: Path, files: list[str], every: int) -> None:
-    """Test the mutants of the files that `found` does not hold, a line of JSON each."""
-    settings.load_profile("mutants")  # tests take theirs when they are defined
+    """Tests the mutants of the files that `found` does not contain, and appends a line of JSON for each."""
+    settings.load_profile("mutants")  # a test takes the profile when it is defined
     found.parent.mkdir(parents=True, exist_ok=True)
     known = {json.loads(line)["id"] for line in found.read_text().splitlines()} if found.exists() else set()
     with Workshop() as workshop:
         assert judged(workshop.library(None), (*FLOATS, *CODES, *REFUSALS)) == ("survived", "")
         compiled = workshop.lines()
         todo = {id_of(change): (change, words) for file in files for change, words in mutants_of(file, compiled[file])}
-        for name in sorted(todo):  # in no order of files: a run that ends early has a sample of all
+        for name in sorted(todo):  # by hash, not by file: a run that ends early has a sample of all files
             if name in known or int(name, 16) % every:
                 continue
             start, (change, words) = time.monotonic(), todo[name]
@@ -215,7 +211,7 @@ def _verdict(workshop: Workshop, change: Change) -> tuple[str, str]:
 
 
 def report(found: Path) -> str:
-    """Markdown: killed and survived, file by file, and why the survivors did."""
+    """Returns Markdown: counts of killed and survived by file, and reasons of survivors."""
     of_file: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in {line["id"]: line for line in map(json.loads, found.read_text().splitlines())}.values():
         if line["verdict"] != "no C++":
@@ -233,11 +229,11 @@ def report(found: Path) -> str:
         "rest, % |",
         "|---|---:|---:|---:|---:|---:|---:|",
     )
-    told = [
+    reasons = [
         f"- {line['file']}:{line['line']} `{line['change']}`: {reason_of(line['file'], line['change'])}"
         for line in alive
     ]
-    return "\n".join(("## The C++ kernels", "", *head, *rows, "", *told))
+    return "\n".join(("## The C++ kernels", "", *head, *rows, "", *reasons))
 
 
 if __name__ == "__main__":

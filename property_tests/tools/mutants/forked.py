@@ -1,9 +1,8 @@
-"""Mutants of an area in children of one process that has collected its tests: each runs only the tests that come to the
+"""Tests mutants of an area in forks of a process that has collected the tests; each fork runs only tests that call the
 changed function.
 
-A child neither imports nor collects, so a mutant costs as long as the first test that sees it. What is read where
-modules are imported, or in other processes, a child cannot see: what survives here is judged again in a copy of the
-tree (`copied.py`).
+A fork neither imports nor collects, so a mutant costs as much as the first test that fails. Changes that act at import
+or in other processes have no effect in a fork: survivors are tested again in a copy of the tree (`copied.py`).
 """
 
 import doctest
@@ -35,12 +34,12 @@ from tools.mutants.areas import AREAS
 from tools.mutants.judged import plant
 from tools.mutants.made import Mutant, functions_of, source_hash
 
-# (file, function): (index of a test that comes to it, seconds it takes)
+# (file, function): (index of a test that calls it, seconds of the test)
 Covered = Mapping[tuple[str, str], Sequence[tuple[int, float]]]
 
 
 def sample_in_forks(found: Path, names: Sequence[str], per_file: int) -> None:
-    """A line of JSON for each sampled mutant that is inside of a function; what `found` holds is not run again."""
+    """Appends a line of JSON for each sampled mutant inside a function that `found` does not contain."""
     found.parent.mkdir(parents=True, exist_ok=True)
     done = {json.loads(line)["id"] for line in found.read_text().splitlines()} if found.exists() else set()
     for name in names:
@@ -60,7 +59,7 @@ def sample_in_forks(found: Path, names: Sequence[str], per_file: int) -> None:
                 out.write(json.dumps({**line, "forked": True}) + "\n")
             print(f"{mutant.file}:{mutant.line} {verdict} {by or mutant.change}", flush=True)
 
-        child = os.fork()  # pytest runs once in a process
+        child = os.fork()  # pytest can run only once in a process
         if child == 0:
             code = 1
             try:
@@ -73,9 +72,7 @@ def sample_in_forks(found: Path, names: Sequence[str], per_file: int) -> None:
 
 
 def in_forks(mutants: Sequence[Mutant], tests: Sequence[str], found: Callable[[Mutant, str, str, float], None]) -> None:
-    """Call found(mutant, "killed" or "survived", by which test, seconds) for each mutant, all of them inside of
-    functions.
-    """
+    """Calls found(mutant, "killed" or "survived", by which test, seconds) for each mutant, all inside functions."""
     settings.load_profile("mutants")
     options = [
         "-q",
@@ -94,14 +91,14 @@ def in_forks(mutants: Sequence[Mutant], tests: Sequence[str], found: Callable[[M
 
 
 class _Forks:
-    """A pytest plugin: in place of running the tests once, a child for every mutant."""
+    """A pytest plugin that runs the tests in a fork for every mutant instead of once."""
 
     def __init__(self, mutants: Sequence[Mutant], found: Callable[[Mutant, str, str, float], None]) -> None:
         self.mutants, self.found = mutants, found
         self.kills: Counter[int] = Counter()
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Run all tests once, and note which functions they come to; then those of every mutant until one fails."""
+        """Runs all tests once and records the functions that they call; then those of each mutant until one fails."""
         gc.collect()
         gc.freeze()
         files = {mutant.file for mutant in self.mutants}
@@ -127,7 +124,7 @@ class _Forks:
 
 
 def _covered(items: Sequence[pytest.Item], files: set[str]) -> bytes:
-    """Run every test: what is Covered, pickled."""
+    """Runs every test. Returns the pickled `Covered`."""
     paths = {str(ROOT / file): file for file in files}
     covered = defaultdict(list)
     for number, item in enumerate(items):
@@ -143,7 +140,7 @@ def _covered(items: Sequence[pytest.Item], files: set[str]) -> bytes:
 
 @contextmanager
 def _calls(paths: Mapping[str, str], seen: set[tuple[str, str]]) -> Iterator[None]:
-    """Note the functions of these files that are called within: (file, qualified name)."""
+    """A context that records the functions of these files that are called in it: (file, qualified name)."""
 
     def called(frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
@@ -158,7 +155,7 @@ def _calls(paths: Mapping[str, str], seen: set[tuple[str, str]]) -> Iterator[Non
 
 
 def _first_failing(items: Sequence[pytest.Item], mutant: Mutant, tests: Sequence[int]) -> bytes:
-    """The number of the first test that fails with the mutant planted, or nothing; -1 is the module's doctest."""
+    """Returns the index of the first test that fails with the mutant, or nothing; -1 is the module's doctest."""
     plant(mutant)
     if doctest.testmod(importlib.import_module(mutant.module)).failed:
         return b"-1"
@@ -166,7 +163,7 @@ def _first_failing(items: Sequence[pytest.Item], mutant: Mutant, tests: Sequence
 
 
 def _failed(item: pytest.Item) -> str:
-    """Why a test fails, empty if it does not."""
+    """Returns the error of a test, or an empty string if it passes."""
     return next(
         (
             report.longreprtext or "failed"
@@ -178,14 +175,14 @@ def _failed(item: pytest.Item) -> str:
 
 
 def _function(mutant: Mutant) -> str:
-    """The qualified name of the function that is changed."""
+    """Returns the qualified name of the changed function."""
     old, new = (functions_of(compile(text, "", "exec")) for text in ((ROOT / mutant.file).read_text(), mutant.source))
     return next(name for name in old if old[name] != new[name])
 
 
 def _child(work: Callable[[], bytes], cpu_seconds: float) -> tuple[int | None, bytes]:
-    """(status, None if it takes too long; what the work returns), of a child process."""
-    with tempfile.TemporaryFile() as told:
+    """Runs work() in a child process. Returns (exit status, None after the limit; what work() returns)."""
+    with tempfile.TemporaryFile() as output:
         child = os.fork()
         if child == 0:
             code = 1
@@ -194,13 +191,13 @@ def _child(work: Callable[[], bytes], cpu_seconds: float) -> tuple[int | None, b
                 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
                 resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(cpu_seconds), math.ceil(cpu_seconds) + 10))
                 silence()
-                told.write(work())
+                output.write(work())
                 code = 0
             except Exception as error:
-                told.write(repr(error).encode())
+                output.write(repr(error).encode())
             finally:
-                told.flush()
+                output.flush()
                 os._exit(code)
         status = exit_code(child, 20 * cpu_seconds)
-        told.seek(0)
-        return status, told.read()
+        output.seek(0)
+        return status, output.read()

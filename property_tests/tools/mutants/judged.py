@@ -1,4 +1,4 @@
-"""One mutant in a process of its own: planted, tested, and what became of it."""
+"""Tests one mutant in its own process."""
 
 import doctest
 import importlib
@@ -21,14 +21,14 @@ from tools import ROOT
 from tools.child_process import exit_code, silence
 from tools.mutants.made import Mutant, functions_of
 
-MEMORY = 8 << 30  # bytes of data; a mutated size may ask for more than there is
-SECONDS = 240.0  # a mutant may loop for ever
+MEMORY = 8 << 30  # bytes of data; a mutated size may request more than the machine has
+SECONDS = 240.0  # a mutant may loop forever
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tests called by name, arguments of pytest for what survives them, a profile of Hypothesis, and who has killed how
-    many.
+    """Tests that are called by name, arguments of pytest for what survives them, a profile of Hypothesis, and the
+    number of mutants that each test has killed.
     """
 
     direct: tuple[str, ...]
@@ -39,7 +39,7 @@ class Plan:
 
 
 def judged(mutant: Mutant | None, plan: Plan) -> tuple[str, str]:
-    """("survived", "") or ("killed", by what), found out by a child process; None is the code as it is."""
+    """Tests a mutant, or the unchanged code, in a child process. Returns ("survived", "") or ("killed", by what)."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -48,16 +48,16 @@ def judged(mutant: Mutant | None, plan: Plan) -> tuple[str, str]:
     os.close(writing)
     code = exit_code(child, plan.seconds)
     with os.fdopen(reading) as pipe:
-        told = pipe.read().splitlines()
+        output = pipe.read().splitlines()
     if code is None:
         return "killed", "no end in sight"
     if code < 0:
         return "killed", f"signal {-code}"
-    return ("survived", "") if code == 0 else ("killed", told[0] if told else "no import")
+    return ("survived", "") if code == 0 else ("killed", output[0] if output else "no import")
 
 
-def _in_child(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> None:
-    """Plant and test; never returns."""
+def _in_child(mutant: Mutant | None, plan: Plan, report: Callable[[str], Any]) -> None:
+    """Plants and tests the mutant, and exits."""
     code = 1
     try:
         os.setpgid(0, 0)
@@ -66,15 +66,15 @@ def _in_child(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> 
         if mutant is not None:
             silence()
             plant(mutant)
-        code = _tested(mutant, plan, tell)
+        code = _tested(mutant, plan, report)
     finally:
         os._exit(code)
 
 
-def _tested(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> int:
-    """0 if all is well."""
+def _tested(mutant: Mutant | None, plan: Plan, report: Callable[[str], Any]) -> int:
+    """Returns 0 if all tests pass; report(name) is called with a test that fails."""
     if mutant is not None and doctest.testmod(importlib.import_module(mutant.module)).failed:
-        tell("its doctest")
+        report("its doctest")
         return 1
     settings.load_profile(plan.profile)  # before the tests are imported
     for name in sorted(plan.direct, key=lambda name: -plan.kills[name]):
@@ -82,16 +82,16 @@ def _tested(mutant: Mutant | None, plan: Plan, tell: Callable[[str], Any]) -> in
         try:
             getattr(importlib.import_module(module), function)()
         except BaseException:
-            tell(name)
+            report(name)
             raise
     if not plan.tests:
         return 0
     options = ["-x", "-q", "--tb=line", "-p", "no:xdist", "-W", "ignore", f"--hypothesis-profile={plan.profile}"]
-    return int(pytest.main([*options, *plan.tests], plugins=[Order(plan.kills, tell)]))
+    return int(pytest.main([*options, *plan.tests], plugins=[Order(plan.kills, report)]))
 
 
 def plant(mutant: Mutant) -> None:
-    """Put its code into the function that it changes, or have its module imported from its source."""
+    """Replaces the code of the changed function, or makes the module import from the changed source."""
     if "moe_fn" not in sys.modules:
         sys.meta_path.insert(0, Mutated(mutant.module, ROOT / mutant.file, mutant.source))
         importlib.import_module("moe_fn")
@@ -108,7 +108,7 @@ def plant(mutant: Mutant) -> None:
 
 
 def _functions_in(module: ModuleType) -> list[Any]:
-    """Functions and methods that the module defines, each once."""
+    """Returns the functions and methods that the module defines, each once."""
     found = {}
     for value in list(vars(module).values()):
         for one in (value, *(vars(value).values() if isinstance(value, type) else ())):
@@ -119,33 +119,33 @@ def _functions_in(module: ModuleType) -> list[Any]:
 
 
 class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module from other source than its file's."""
+    """An importer of one module from a changed source."""
 
     def __init__(self, name: str, path: Path, source: str) -> None:
         self.name, self.path, self.source = name, path, source
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        """A spec for that module, and for no other."""
+        """Returns a spec for that module only."""
         return (
             importlib.util.spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
         )
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the mutated source."""
+        """Runs the changed source."""
         exec(compile(self.source, str(self.path), "exec"), module.__dict__)
 
 
 class Order:
-    """A pytest plugin: runs those tests first that have killed most, and tells which one fails."""
+    """A pytest plugin that runs the tests that have killed most first, and reports the one that fails."""
 
-    def __init__(self, kills: Counter[str], tell: Callable[[str], Any]) -> None:
-        self.kills, self.tell = kills, tell
+    def __init__(self, kills: Counter[str], report: Callable[[str], Any]) -> None:
+        self.kills, self.report = kills, report
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Sort; stable, so the order of judges.py stays where nothing is known."""
+        """Sorts by kills; the sort is stable, so tests without kills keep the order of judges.py."""
         items.sort(key=lambda item: -self.kills[item.nodeid])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Tell the name of a test that fails."""
+        """Reports the name of a test that fails."""
         if report.failed:
-            self.tell(report.nodeid)
+            self.report(report.nodeid)

@@ -1,6 +1,4 @@
-"""Which tests judge the mutants of which file: the quickest to kill for every mutant, and the file's own for what
-survives those.
-"""
+"""The tests for the mutants of each file: the fastest ones for every mutant, and the file's own for what survives."""
 
 # called without pytest
 DIRECT = ("test_layer.test_the_layer_equals_the_reference", "test_layer.test_any_routing_equals_the_reference")
@@ -62,10 +60,10 @@ OWN: dict[str, tuple[str, ...]] = {
 
 
 def direct_of(file: str) -> tuple[str, ...]:
-    """Names of tests without arguments, the first to try."""
+    """Returns names of tests without arguments, which run first."""
     return (*WITH_DIRECT.get(file, ()), *DIRECT)
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    """Arguments of pytest, for what survives those."""
+    """Returns arguments of pytest for what survives those."""
     return (*ALL_STAGES, *OWN.get(file, ()))

@@ -1,4 +1,4 @@
-"""The mutants of a file, as mutmut makes them: the whole source each, and the line that changed."""
+"""Mutants of a file, made by mutmut: the whole source of each, and the line that changed."""
 
 import difflib
 import hashlib
@@ -24,29 +24,29 @@ class Mutant:
     file: str
     line: int
     change: str
-    inside: bool  # of a function that other code can be put into
+    inside: bool  # the change is inside a function whose code can be replaced
     source: str
 
     @property
     def module(self) -> str:
-        """What it is imported as."""
+        """The name of its module."""
         return self.file.removesuffix(".py").replace("/", ".")
 
     @cached_property
     def id(self) -> str:
-        """The same for the same change of the same source."""
+        """An id that is equal for the same change of the same source."""
         return hashlib.sha256(f"{self.file}\0{self.source}".encode()).hexdigest()[:16]
 
     @property
     def described(self) -> dict[str, Any]:
-        """All but the source, for JSON."""
+        """All fields except the source, for JSON."""
         return {"id": self.id, "file": self.file, "line": self.line, "change": self.change}
 
 
 def mutants_of(file: str, count: int | None = None) -> list[Mutant]:
-    """Every mutant of a file, or so many of them, the same each time.
+    """Returns every mutant of a file, or a deterministic sample of `count`.
 
-    Two operators may make the same one; it counts once.
+    A mutant that two operators make is listed once.
     """
     before = (ROOT / file).read_text()
     module, mutations, _, _ = create_mutations(file, before)
@@ -61,12 +61,12 @@ def mutants_of(file: str, count: int | None = None) -> list[Mutant]:
 
 
 def source_hash(file: str) -> str:
-    """Of a file as it is now."""
+    """Returns the hash of a file."""
     return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:16]
 
 
 def sampled(file: str, mutations: Sequence[T], count: int) -> list[T]:
-    """So many of a file's mutations, anywhere in it; the same as long as there are as many.
+    """Returns a sample of `count` of a file's mutations, which depends on the file's name and their number only.
 
     >>> sampled("a.py", range(100), 3) == sampled("a.py", range(100), 3)
     True
@@ -75,7 +75,7 @@ def sampled(file: str, mutations: Sequence[T], count: int) -> list[T]:
 
 
 def functions_of(module: CodeType) -> dict[str, CodeType]:
-    """Functions and methods in the code of a module, by qualified name."""
+    """Returns the functions and methods in the code of a module, by qualified name."""
     found: dict[str, CodeType] = {}
     for const in module.co_consts:
         if isinstance(const, CodeType) and "<" not in const.co_qualname:
@@ -88,7 +88,7 @@ def _is_function(code: CodeType) -> bool:
 
 
 def _inside(before: str, after: str) -> bool:
-    """Whether one function has changed, and nothing outside of functions: no default, no table, no class."""
+    """Whether exactly one function has changed and nothing outside of functions (defaults, tables, classes)."""
     modules = [compile(text, "", "exec") for text in (before, after)]
     old, new = (functions_of(module) for module in modules)
     changed = [name for name in old if name in new and old[name] != new[name]]
@@ -96,7 +96,7 @@ def _inside(before: str, after: str) -> bool:
 
 
 def _skeleton(code: CodeType) -> tuple[Any, ...]:
-    """The code less that of its named functions."""
+    """Returns the code without that of its named functions."""
     consts = [
         ("function" if _is_function(c) and "<" not in c.co_qualname else _skeleton(c))
         if isinstance(c, CodeType)
@@ -107,7 +107,7 @@ def _skeleton(code: CodeType) -> tuple[Any, ...]:
 
 
 def _change(before: list[str], after: list[str]) -> tuple[int, str]:
-    """(number of the first line that differs, what differs in words: old -> new)."""
+    """Returns (number of the first line that differs, the difference as "old -> new")."""
     codes = difflib.SequenceMatcher(None, before, after, False).get_opcodes()
     _, first, last, start, end = next(code for code in codes if code[0] != "equal")
     old, new = (

@@ -1,4 +1,4 @@
-"""The report of mutation testing: killed and survived, file by file, and why a survivor is the same program."""
+"""The report of mutation testing: killed and survived by file, and reasons why survivors are equivalent programs."""
 
 import json
 import platform
@@ -20,9 +20,9 @@ Line = Mapping[str, Any]
 
 
 def report(found: Path, sampled: Path) -> str:
-    """Markdown, of all mutants of the stages and of the samples of the areas.
+    """Returns Markdown of all mutants of the stages and of the samples of the areas.
 
-    A mutant that was run again counts as the last time; one of sources that have changed since does not count.
+    The last run of a mutant counts; mutants of sources that have changed since are left out.
     """
     last = {line["id"]: line for line in map(json.loads, found.read_text().replace("`", "").splitlines())}
     of_file: dict[str, list[Line]] = defaultdict(list)
@@ -42,7 +42,7 @@ def report(found: Path, sampled: Path) -> str:
             "|---|---:|---:|---:|---:|---:|",
             *rows,
             "",
-            "Who killed most: " + ", ".join(f"{name} {count}" for name, count in killers.most_common(8)) + ".",
+            "Tests with most kills: " + ", ".join(f"{name} {count}" for name, count in killers.most_common(8)) + ".",
             "",
             "## Survivors that are the same program",
             "",
@@ -73,20 +73,20 @@ def _heading() -> tuple[str, ...]:
         f"{_made_of()} `make mutants` makes this page again.",
         "",
         "A mutant is the code with one small change: another operator or number, an argument less or None, a condition "
-        "turned round. It",
-        "is killed if a test fails. First the file's doctests and two or three laws of the whole layer judge it, 25 "
-        "examples each; then,",
-        "what survives those, the tests of the stages and of the file (`property_tests/tools/mutants/judges.py`). Not "
+        "negated. It",
+        "is killed if a test fails. First the file's doctests and two or three laws of the whole layer run, with 25 "
+        "examples each; for",
+        "survivors, the tests of the stages and of the file (`property_tests/tools/mutants/judges.py`). Not "
         "mutated: annotations,",
-        "docstrings, the words of errors, and functions with decorators, which mutmut leaves alone. A crash, a failing "
-        "import and running",
-        "for minutes count as killed.",
+        "docstrings, texts of errors, and functions with decorators, which mutmut does not change. A crash, a failing "
+        "import and a run",
+        "of minutes count as killed.",
         "",
     )
 
 
 def report_of_areas(sampled: Path) -> str:
-    """Markdown of the samples: a row an area, and who lives."""
+    """Returns Markdown of the samples: a row for each area, and the survivors."""
     last = {line["id"]: line for line in map(json.loads, sampled.read_text().replace("`", "").splitlines())}
     lines = [line for line in last.values() if line["of"] == source_hash(line["file"])]
     of_area = {name: [line for line in lines if line["area"] == name] for name in AREAS}
@@ -96,20 +96,20 @@ def report_of_areas(sampled: Path) -> str:
         "",
         _made_of(),
         "",
-        "The same few mutants of every file, against the area's tests (`property_tests/tools/mutants/areas.py`): "
-        "those inside of functions in",
-        "children of one process that has collected the tests (`python -m tools.mutants quick`); "
-        "those of tables and defaults in a process each. What",
-        "survives is judged by mypy, as in `make test`, and by the tests that were written since. Triton's kernels are "
+        "A fixed sample of mutants of every file, with the area's tests (`property_tests/tools/mutants/areas.py`): "
+        "those inside functions in",
+        "forks of one process that has collected the tests (`python -m tools.mutants quick`); "
+        "those of tables and defaults in a process each.",
+        "Survivors are checked by mypy, as in `make test`, and by tests that were written since. Triton kernels are "
         "changed token by",
-        "token (`tools/mutants/triton.py`); those in C++ are `make mutants-cpp`.",
+        "token (`tools/mutants/triton.py`); for C++ see `make mutants-cpp`.",
         "",
         "| area | mutants | killed | survived | of these the same program | killed, % |",
         "|---|---:|---:|---:|---:|---:|",
         *(_row(name, area) for name, area in of_area.items() if area),
         _row("**all**", lines),
         "",
-        *(f"- {_where(line)}: {reason_of(line['file'], line['change']) or 'no test sees it'}" for line in alive),
+        *(f"- {_where(line)}: {reason_of(line['file'], line['change']) or 'no test fails'}" for line in alive),
     ]
     return "\n".join(text)
 
@@ -135,7 +135,7 @@ def _where(line: Line) -> str:
 
 
 def _short(change: str) -> str:
-    """Only the words around what differs."""
+    """Shortens a change to the tokens around the difference."""
     old, new = (
         (re.findall(r"\w+|\s+|[^\w\s]", text) for text in change.split(" -> ", 1))
         if " -> " in change

@@ -1,4 +1,4 @@
-"""Mutants that no test can kill, for they are the same program: why, and which."""
+"""Mutants that no test can kill because they are equivalent programs: reasons, and the mutants of each."""
 
 import re
 
@@ -8,9 +8,9 @@ ROUTE, WEIGHTS, EXPERTS, SHARED = (
     "stages/experts.py",
     "stages/shared.py",
 )
-# reason: (file, what stands in the new line) ...
+# reason: (file, text in the new line) ...
 SAME: dict[str, tuple[tuple[str, str], ...]] = {
-    "Of two dimensions, 1 is the last: logits are [tokens, choices], which route checks, and tokens lie flat.": (
+    "Dimension 1 is the last of two: logits are [tokens, choices], which route checks, and tokens are flattened.": (
         (WEIGHTS, "z.narrow(+1, config"),
         (WEIGHTS, "z.shape[+1]"),
         (WEIGHTS, "z = z.narrow(+1, 0"),
@@ -44,8 +44,8 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("stages/join.py", "(routed.to(wide) + shared.to(None))"),
     ),
     "The bias changes the choice, and here the choice is given.": ((ROUTE, "RouterWeights(correction_bias=None)"),),
-    "Behind one dimension, 1 is the last.": ((EXPERTS, "(torch.float32).unsqueeze(+1)"),),
-    "The factor meets a 0 that the line above has put there.": (("stages/combine.py", "unsqueeze(-1), 1)"),),
+    "After one dimension, 1 is the last.": ((EXPERTS, "(torch.float32).unsqueeze(+1)"),),
+    "The factor multiplies a 0 that the line above has set.": (("stages/combine.py", "unsqueeze(-1), 1)"),),
     "num_experts becomes num_experts either way.": (("stages/dispatch.py", "(ids <= num_experts), ids, num_experts)"),),
     "The dtype is the one that torch chooses by itself, and holds the same numbers.": (
         ("stages/dispatch.py", "torch.arange(num_experts, device=ids.device, dtype=None)"),
@@ -59,17 +59,19 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
     "All columns are kept where there are no more than choices.": (
         (WEIGHTS, "if (shared is not None) or True else z"),
     ),
-    "Padding tokens go nowhere, whatever finite logits they have.": ((ROUTE, "token_mask.unsqueeze(-1), logits, 1)"),),
+    "Padding tokens have no expert, whatever finite logits they have.": (
+        (ROUTE, "token_mask.unsqueeze(-1), logits, 1)"),
+    ),
     "The formula without the branch gives the same: its parameter is neutral.": (
         ("moe_fn/stages/_activation.py", "(c.alpha != 1.0) or True"),
         ("moe_fn/stages/_activation.py", "if (activation.up_offset) or True"),
     ),
-    "The kernel turns ends to int32 by itself, and a second group has no rows.": (
+    "The kernel converts ends to int32 itself, and a second group has no rows.": (
         (ROUTE, "ends = torch.full((1,), x.shape[0], dtype=None)"),
         (ROUTE, "ends = torch.full((1,), x.shape[0], )"),
         (ROUTE, "ends = torch.full((2,), x.shape[0]"),
     ),
-    "What is looked up for a tile that is not used is not taken.": (
+    "The value that is looked up for an unused tile is not used.": (
         ("triton/metadata.py", "tl.where(used, expert, 1)"),
     ),
     "What is not gate_up is down.": (
@@ -78,26 +80,28 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         (EXPERTS, 'weights.lora, "DOWN", hidden'),
     ),
     "The norm of order 1 is that sum.": ((ROUTE, "if (order == 1.0) and False else"),),
-    "Where rows travel no scale is of all rows, so nothing asks which rows are present.": (
+    "Where rows are sent no scale is over all rows, so the mask of present rows is not read.": (
         ("quant/wire.py", "present = torch.ones(rows.shape[0], 1, device"),
     ),
     "An alias that only annotations name.": (("quant/inputs.py", "Scales = None"),),
     "Every object has a __module__.": (("integrations/transformers/reading.py", 'getattr(hook, "__module__", )'),),
     "A name has that part once.": (("checkpoint/quantized/modelopt.py", "module.replace(old, new, )"),),
-    "It divides zeros: a norm that is not above 0 is one of zeros.": ((ROUTE, "torch.where(total > 0, total, 2)"),),
+    "Only zeros are divided: a norm that is not above 0 is a norm of zeros.": (
+        (ROUTE, "torch.where(total > 0, total, 2)"),
+    ),
 }
 
 
-# What survives and is another program, as far as is known: why no test sees it.
+# Survivors that are different programs, as far as is known, and why no test fails.
 OPEN = """
-experts.py:75 guards against codes without scales, which no test makes. 77 and 79 cast to what scales and codes are in all tests: whether
-the casts are needed is not known. 78 makes a tensor elsewhere on a GPU: the test of devices has no codes, for torch without CUDA cannot
-look at one place of a fake tensor.
+experts.py:75 guards against codes without scales, which no test makes. 77 and 79 cast to the dtype that scales and codes have in all tests:
+whether the casts are needed is not known. 78 makes a tensor on another device on a GPU: the test of devices has no codes, as torch without
+CUDA cannot read an element of a fake tensor.
 """  # noqa: E501
 
 
 def reason_of(file: str, change: str) -> str | None:
-    """Why the mutant is the same program; None if it is not known to be."""
+    """Returns the reason why a mutant is an equivalent program, or None."""
     new = re.split(r" -> ", change)[-1]
     for reason, places in SAME.items():
         if any(file.endswith(name) and text in new for name, text in places):

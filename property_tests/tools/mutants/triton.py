@@ -1,4 +1,4 @@
-"""Mutants of Triton's kernels, which mutmut does not change, for they are decorated: one token of one line each."""
+"""Mutants of the Triton kernels, one token of one line each. (Mutmut does not change decorated functions.)"""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tools import ROOT
 from tools.mutants.made import Mutant, sampled
 
-# (what is replaced, by what): comparisons, sums, products, conditions, bounds and constants.
+# (pattern, replacement): comparisons, sums, products, conditions, bounds and constants.
 OPERATORS = (
     (r" < ", " <= "),
     (r" <= ", " < "),
@@ -27,13 +27,13 @@ OPERATORS = (
     (r"\bother=0\.0", "other=1.0"),
     (r"(?<![\w.\"'])(?<!arange\()([0-9]|16|32|64)(?![\w.\"'])", "NEXT"),
 )
-# No mutants of what is no code, and of what changes no number: what a kernel asserts, and what it tells the compiler of
-# its pointers. (A range that starts at 1 is none: its size must be a power of 2.)
+# Not mutated: comments, and lines that change no result (assertions, hints on pointers for the compiler). A range that
+# starts at 1 is not a mutant, as its size must be a power of 2.
 _NO_CODE = re.compile(r"^\s*(#|@|def |tl\.static_assert\(|.*tl\.(multiple_of|max_contiguous)\()")
 
 
 def mutants_of_triton(file: str, count: int | None = None) -> list[Mutant]:
-    """Every mutant of the kernels of a module, or so many of them, the same each time."""
+    """Returns every mutant of the kernels of a module, or a deterministic sample of `count`."""
     lines = (ROOT / file).read_text().splitlines(keepends=True)
     made = []
     for number in _code_lines(lines):
@@ -53,7 +53,7 @@ def _changed(code: str) -> Iterator[str]:
 
 
 def _code_lines(lines: list[str]) -> list[int]:
-    """Indices of the lines of kernels, without signatures and docstrings."""
+    """Returns the indices of the lines of kernels, without signatures and docstrings."""
     functions = [
         node for node in ast.walk(ast.parse("".join(lines))) if isinstance(node, ast.FunctionDef) and _is_kernel(node)
     ]
