@@ -1,7 +1,7 @@
-"""python -m campaign, with property_tests on the path: random problems, each held to a bound of its own rounding error.
+"""python -m campaign, with property_tests on the path: random problems, each compared with its own error bound.
 
-run      check problems, and go on where the last run stopped;  show     one problem again
-measure  errors at the widths of models, and over ranks;          report   tables of a folder, as Markdown
+run      checks problems, and continues where the last run stopped;  show     checks one problem again
+measure  measures errors at the widths of models, and over ranks;    report   writes tables of a folder as Markdown
 """
 
 import argparse
@@ -21,7 +21,7 @@ _MEASURED = "measured.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 1 if a problem failed."""
+    """Runs the command. Returns 1 if a problem failed."""
     options = _parser().parse_args(arguments)
     if options.command == "run":
         lines = run(options.out, options.problems, options.seed, options.workers, options.seconds)
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(out: Path, to: Path) -> int:
-    """Writes the pages; 1 if a problem failed."""
+    """Writes the pages. Returns 1 if a problem failed."""
     lines, facts = lines_of(out), about(out)
     path = out / _MEASURED
     measured = [Measured(**row) for row in json.loads(path.read_text())] if path.exists() else []

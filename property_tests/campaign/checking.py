@@ -1,4 +1,4 @@
-"""What is asked of one problem, and the line that is kept of it."""
+"""Checks one problem: output, laws and gradients, and the line of results that is stored."""
 
 import dataclasses
 import math
@@ -22,13 +22,12 @@ from moe_fn.testing.bounds.ball import Ball
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One problem: how large its errors are, and what failed, in words; failures are empty where all is well.
+    """The results of one problem; `failures` are messages.
 
     of_bound   by law, the largest |y - float64| / radius of `error_bound`: at most 1; "the layer" is the layer itself
-    error      rms(y - float64) / rms(float64), and bound the same of the radius; None where nothing, or only zeros,
-               came out
-    tied       codes of rounded inputs were undecided, and unbounded: a division may be by zero, and nothing can be said
-    gradient   largest relative RMS error of a gradient (of size 0.1 at least), None where none was asked for
+    error      rms(y - float64) / rms(float64); bound: the same of the radius; None if the output is empty or all zeros
+    tied       codes of rounded inputs are undecided; unbounded: a division may be by zero, and there is no bound
+    gradient   largest relative RMS error of a gradient (of size 0.1 at least); None if gradients were not computed
     """
 
     seed: int
@@ -44,7 +43,7 @@ class Line:
     failures: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The line as JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -54,22 +53,22 @@ def line_of_dict(values: dict[str, Any]) -> Line:
 
 
 def check(seed: int, index: int) -> Line:
-    """Everything about problem `index` of a seed."""
+    """Returns the line of problem `index` of a seed."""
     problem = problem_of(seed, index)
     try:
         return check_problem(problem, seed, index)
-    except Exception as error:  # a problem that raises is a finding, and the campaign goes on
+    except Exception as error:  # an exception is a failure of the problem, and the campaign continues
         where = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__} in {where.name}: {error}"
         return Line(seed=seed, index=index, features=features_of(problem), failures=(said[:600],))
 
 
 def check_problem(problem: MoEProblem, seed: int = 0, index: int = 0) -> Line:
-    """The line of a problem, whose laws are those of an index."""
+    """Returns the line of a problem; the index selects the laws."""
     judged = _judged(problem)
     expected, bound, failures = judged.expected, judged.bound, judged.failures
     y = forward(problem)
-    apart = problem.config.as_op and problem.config.chunk_tokens is not None  # the gate sees a chunk at a time
+    apart = problem.config.as_op and problem.config.chunk_tokens is not None  # the gate gets one chunk at a time
     of_bound = {"the layer": share_of_bound(y, expected, judged.loose if apart else bound)}
     for name in laws_of(index):
         if LAWS[name].applies(problem):
@@ -79,7 +78,7 @@ def check_problem(problem: MoEProblem, seed: int = 0, index: int = 0) -> Line:
                 failures += (f"{name}: other bits",)
     failures += tuple(f"{name}: {share:.4g} of the bound" for name, share in of_bound.items() if not share <= 1)
     relative = _relative(bound.radius, expected)
-    # they take as long as all the rest
+    # they take as long as everything else
     asked = index % 2 == 0 and judged.decided and not bound.jumps and has_plain_gradients(problem)
     gradient = gradient_error(problem) if asked else None
     # what amplifies errors forward does so backward
@@ -103,7 +102,7 @@ def check_problem(problem: MoEProblem, seed: int = 0, index: int = 0) -> Line:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What is expected of a problem; loose: the bound without tokens whose experts are chosen by rounding."""
+    """The expected output and its bounds; loose: the bound without tokens whose experts rounding decides."""
 
     expected: Tensor
     bound: Bound
@@ -113,12 +112,11 @@ class _Judged:
 
 
 def _judged(problem: MoEProblem) -> _Judged:
-    """What is expected, and what is wrong so far.
+    """Returns the expected output with its bounds, and the failures so far.
 
-    A gate that sees normed or transformed inputs has logits off the grid, where rounding may choose another expert, and
-    be right. The layer is judged in two parts there: its logits by their bound, and the rest by what the reference
-    makes of these logits. Other ways to ask for the layer may have other logits, and experts: they are judged where the
-    choice is decided.
+    A gate with normed or transformed inputs has logits off the grid, where rounding may correctly choose another
+    expert. The layer is then checked in two parts: its logits against their bound, and the rest against the reference
+    with these logits. The laws may have other logits and experts: they are checked for tokens whose choice is decided.
     """
     bound = error_bound(problem)
     logits, routing = problem.call(moe_fn.moe_route)
@@ -145,14 +143,14 @@ def _judged(problem: MoEProblem) -> _Judged:
 
 
 def _with_logits(problem: MoEProblem, logits: Tensor) -> tuple[MoEProblem, Bound]:
-    """The problem with logits from outside, which the gate inside the layer has computed."""
+    """Returns the problem with the logits of its gate as an argument, and the bound."""
     return problem.replace(logits=logits), error_bound(
         problem.replace(logits=logits), logits=logits_again(problem, logits)
     )
 
 
 def _leaning(problem: MoEProblem, expert_ids: Tensor) -> tuple[MoEProblem, Bound]:
-    """The problem with its own logits a few roundings away, and a bound that covers the way back."""
+    """Returns the problem with logits that a few roundings have moved, and a bound that includes this move."""
     logits = problem.logits if problem.logits is not None else problem.call(moe_fn.moe_route)[0]
     leaning = leant(
         logits.to(torch.float32) if logits.dtype != torch.float64 else logits, expert_ids, least=16.0
@@ -165,17 +163,17 @@ def _leaning(problem: MoEProblem, expert_ids: Tensor) -> tuple[MoEProblem, Bound
 
 
 def has_plain_gradients(problem: MoEProblem) -> bool:
-    """Whether gradients can be held to a tolerance: inputs are not rounded to codes, and not so large that sigmoids
-    saturate.
+    """Whether gradients can be compared with a tolerance: inputs are not rounded to codes, and too small to saturate
+    sigmoids.
     """
     rounds = problem.config.quant is not None and problem.config.quant.activations is not None
     return not rounds and size_of(problem.x) != "large"
 
 
 def share_of_bound(y: Tensor, expected: Tensor, bound: Bound) -> float:
-    """The largest |y - expected| / radius; infinite for NaN.
+    """Returns the largest |y - expected| / radius; infinite for NaN.
 
-    The reference may itself be off `value`, so what it is off is allowed too.
+    The reference may differ from `value`, so this difference is allowed too.
     """
     if y.numel() == 0:
         return 0.0
@@ -185,9 +183,7 @@ def share_of_bound(y: Tensor, expected: Tensor, bound: Bound) -> float:
 
 
 def _failures_of_the_bound(bound: Bound, expected: Tensor) -> tuple[str, ...]:
-    """The reference and the bound's own float64 computation are the same, but for codes that are undecided even in
-    float64.
-    """
+    """Compares the reference with the bound's own float64 computation, except for codes undecided in float64."""
     if expected.numel() == 0 or bound.tied:
         return ()
     off, size = (expected - bound.value).abs(), float(expected.abs().max())

@@ -1,6 +1,4 @@
-"""Choices of experts that rounding makes: scores that tie, or nearly so, once logits or sums of scores have been
-rounded.
-"""
+"""Choices of experts that rounding decides: scores that tie, or nearly tie, after logits or sums were rounded."""
 
 import torch
 from torch import Tensor
@@ -10,14 +8,13 @@ from moe_fn.config import MoEConfig
 from moe_fn.records import Routing
 from moe_fn.testing import MoEProblem
 
-_TRIES = 32  # an exact tie goes the same way in all of them once in 2^32
+_TRIES = 32  # an exact tie has the same result in all of them with probability 2^-32
 
 
 def leant(logits: Tensor, expert_ids: Tensor, least: float = 0.0) -> Tensor:
-    """Logits a few roundings away, towards a choice: scores that tie but for rounding are then apart as the choice has
-    it.
+    """Moves logits by a few roundings towards a choice, so that scores that tie up to rounding give this choice.
 
-    Roundings of the largest logit of a token, or of `least`.
+    Roundings are of the largest logit of a token, or of `least`.
 
     >>> leant(torch.tensor([[1.0, 1.0]]), torch.tensor([[1]])).argmax(-1)
     tensor([1])
@@ -29,7 +26,7 @@ def leant(logits: Tensor, expert_ids: Tensor, least: float = 0.0) -> Tensor:
 
 
 def has_logits_off_the_grid(problem: MoEProblem) -> bool:
-    """Whether a gate inside the layer sees what was rounded before."""
+    """Whether a gate inside the layer has inputs that were rounded before."""
     config = problem.config
     norms_input, norms_gate = (config.norms is not None and getattr(config.norms, name) for name in ("input", "gate"))
     transformed = config.router.gate_input == "transformed" and (config.latent is not None or norms_input)
@@ -37,17 +34,16 @@ def has_logits_off_the_grid(problem: MoEProblem) -> bool:
 
 
 def sums_may_tie(config: MoEConfig) -> bool:
-    """Whether groups are chosen by sums of two biased scores, where (a + b) + (c - b) is a + c but for rounding."""
+    """Whether groups are chosen by sums of two biased scores, where (a + b) + (c - b) is a + c up to rounding."""
     router = config.router
     return router.groups is not None and router.groups.score == "top2_sum" and router.correction_bias != "none"
 
 
 def undecided(problem: MoEProblem, logits: Tensor, radius: Tensor) -> Tensor:
-    """Tokens whose experts, or whether one counts at all, change where logits move within a radius: logits [..., N],
-    radius [T, N] -> [T].
+    """Returns the tokens whose choice changes when logits move within a radius: logits [..., N], radius [T, N] -> [T].
 
-    By trying; weights that move more than 16 times as far as the logits did have jumped. Places that a capacity gives
-    away are all undecided where one is.
+    Found by trials: a choice has changed if ids differ, or if weights move more than 16 times as far as the logits.
+    With a capacity all tokens are undecided if one is.
     """
     generator = torch.Generator().manual_seed(0)
     ids, weights = _sorted(_routed(problem, logits))
@@ -66,6 +62,6 @@ def _routed(problem: MoEProblem, logits: Tensor) -> Routing:
 
 
 def _sorted(routing: Routing) -> tuple[Tensor, Tensor]:
-    """Ids [T, k] in their own order, with their weights."""
+    """Returns ids [T, k] sorted, with their weights."""
     ids, order = routing.expert_ids.flatten(0, -2).sort(-1)
     return ids, routing.weights.flatten(0, -2).to(torch.float64).gather(-1, order)

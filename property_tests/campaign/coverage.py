@@ -1,4 +1,4 @@
-"""Which pairs of options have met: of all pairs of values, those that the rules forbid are not asked for."""
+"""Pairwise coverage of options: the pairs of values that problems had together, of those that the rules allow."""
 
 import itertools
 from collections import Counter
@@ -13,7 +13,7 @@ from moe_fn.testing.option_rules import OPTIONS, custom_activations, goes_with
 
 Pair = tuple[str, str, str, str]  # option, value, other option, its value
 
-# Options whose values in OPTIONS are kinds, under the names that features have for them.
+# Options whose values in OPTIONS are kinds, with the names of the features.
 _NOT_DRAWN = ("batch_invariant", "norms", "quant", "parallel", "lora", "capacity", "recompute", "activation")
 _KINDS: dict[str, dict[str, Any]] = {
     "groups": {"None": None, "groups": "groups", "each": "groups"},
@@ -82,7 +82,7 @@ def _through_quant(granularity: str, inputs: str) -> bool:
     return any(_granularity(quant, granularity) and _inputs(quant, inputs) for quant in ("None", *SCHEMES))
 
 
-# What the drawing leaves out, and what codes demand, for pairs that OPTIONS does not know.
+# Pairs that OPTIONS does not have: excluded by `drawing`, or by requirements of codes.
 _RULES: dict[tuple[str, str], Callable[[str, str], bool]] = {
     ("dtype", "gate_dtype"): _narrow,
     ("dtype", "score_dtype"): _narrow,
@@ -113,7 +113,7 @@ def _through(quant: str, inputs: str, granularity: str) -> bool:
 
 
 def allowed(option: str, value: str, other: str, its: str) -> bool:
-    """Whether two values may meet.
+    """Whether a config may have two values together.
 
     >>> allowed("quant", "int4", "weight_layout", "in_out"), allowed("selection", "hash", "groups", "each")
     (False, False)
@@ -139,7 +139,7 @@ def allowed(option: str, value: str, other: str, its: str) -> bool:
 
 
 def _go_together(selection: str, option: str, value: str, other: str, its: str) -> bool:
-    """Whether both go with a way to select experts, which many options ask for, and with each other."""
+    """Whether both values are allowed with a selection of experts, which many options require, and with each other."""
     one, two = _kinds(option)[value], _kinds(other)[its]
     if any(name == "selection" and what != selection for name, what in ((option, value), (other, its))):
         return False
@@ -149,8 +149,8 @@ def _go_together(selection: str, option: str, value: str, other: str, its: str) 
 
 @dataclass(frozen=True)
 class Coverage:
-    """met: how often each pair met; possible and excluded: how many pairs the rules allow and forbid; missing: allowed
-    ones never met.
+    """met: how often each pair occurred; possible, excluded: numbers of pairs that the rules allow and forbid; missing:
+    allowed pairs that never occurred.
     """
 
     met: Counter[Pair]
@@ -161,13 +161,13 @@ class Coverage:
 
 
 def pairs_of(features: Features) -> list[Pair]:
-    """Every pair of options of one problem, with its values."""
+    """Returns every pair of options of one problem, with its values."""
     known = [(name, features[name]) for name in AXES if name in features]
     return [(*one, *other) for one, other in itertools.combinations(known, 2)]
 
 
 def coverage_of(problems: Sequence[Features]) -> Coverage:
-    """Which pairs have met in these problems."""
+    """Returns the coverage of these problems."""
     met = Counter(pair for features in problems for pair in pairs_of(features))
     every = [
         (option, value, other, its)

@@ -1,4 +1,4 @@
-"""Problems over the whole config space, all options crossed, each a function of (seed, index) alone."""
+"""Random problems over the whole config space, all options crossed; each depends on (seed, index) only."""
 
 import itertools
 from typing import Any
@@ -22,7 +22,7 @@ _NORMS = tuple(
     for before, gate, after in itertools.product((False, True), repeat=3)
     if before or gate or after
 )
-_FACTORS = ((2.0**-10, 2.0**6), (2.0**-6, 2.0))  # float16 ends at 65504
+_FACTORS = ((2.0**-10, 2.0**6), (2.0**-6, 2.0))  # the largest float16 is 65504
 _EVEN = st.sampled_from((2, 4, 8, 20, 40))
 _QUANTS = quants()
 _PER_SEED = 2**32
@@ -30,11 +30,11 @@ _PER_SEED = 2**32
 
 @st.composite
 def every_problem(draw: DrawFn) -> MoEProblem:
-    """Problems of every dtype, with what `configs()` leaves out: norms, LoRA, codes, a capacity, inputs of other sizes.
-    Without ranks.
+    """Problems of every dtype, with options that `configs()` does not draw: norms, LoRA, codes, a capacity, inputs of
+    other magnitudes. Without ranks.
 
-    Logits lie on a grid, or come from an exact gate: choices of experts are then right or wrong, in every dtype. In
-    bfloat16 and float16 gates and scores are in float32, for in those dtypes the choice itself would be rounded.
+    Logits are on a grid or from an exact gate, so that the choice of experts is exact in every dtype. With bfloat16 and
+    float16, gates and scores are in float32, as the choice would be rounded in those dtypes.
 
     >>> problem_of(0, 4).config.to_dict() == problem_of(0, 5).config.to_dict()
     False
@@ -55,7 +55,7 @@ def every_problem(draw: DrawFn) -> MoEProblem:
     if fixed["quant"] is not None:
         fixed |= draw(_fitting(fixed["quant"]))
     problem = draw(problems(configs(**fixed), dtype=dtype))
-    # With a gate inside the layer other inputs would be other logits, off their grid.
+    # Scaled inputs of a gate inside the layer would give logits off their grid.
     factor = (
         1.0 if problem.logits is None else draw(st.sampled_from((1.0, 1.0, 1.0, *_FACTORS[dtype == torch.float16])))
     )
@@ -64,8 +64,8 @@ def every_problem(draw: DrawFn) -> MoEProblem:
 
 @st.composite
 def _fitting(draw: DrawFn, quant: QuantConfig) -> dict[str, Any]:
-    """Options that codes ask for: two of 4 bits in a byte, scales along the inputs, and no chunks where one scale
-    serves all rows.
+    """Returns options that codes require: two 4-bit codes in a byte, scales along the inputs, and no chunks where one
+    scale is for all rows.
     """
     return {
         "hidden_size": draw(_EVEN),
@@ -77,14 +77,14 @@ def _fitting(draw: DrawFn, quant: QuantConfig) -> dict[str, Any]:
 
 
 def problem_of(seed: int, index: int) -> MoEProblem:
-    """Problem `index` of a seed: the same in every process, however many others were drawn before it.
+    """Returns problem `index` of a seed, the same in every process, whatever was drawn before it.
 
     >>> repr(problem_of(3, 7)) == repr(problem_of(3, 7))
     True
     """
     drawn: list[MoEProblem] = []
 
-    # Hypothesis' first example is always the simplest one; the second is random.
+    # Hypothesis' first example is the simplest one; the second is random.
     @seeded(seed * _PER_SEED + index)
     @settings(
         max_examples=2, database=None, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck)

@@ -1,4 +1,4 @@
-"""A problem in words: option -> value, small enough to count which pairs of options have met."""
+"""The features of a problem: option -> value, as strings, for counting pairs of options."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ _LAYER = ("gate_up_layout", "weight_layout", "chunk_tokens", "backend", "opaque"
 
 
 def features_of(problem: MoEProblem) -> Features:
-    """What a problem has of each option; values that are configs or tensors by their kind."""
+    """Returns the value of each option of a problem; configs and tensors are given by their kind."""
     config, tokens = problem.config, problem.x[..., 0].numel()
     words = {name: str(getattr(config.router, name)) for name in _ROUTER} | {
         name: str(getattr(config, name)) for name in _LAYER
@@ -45,7 +45,7 @@ def features_of(problem: MoEProblem) -> Features:
 
 
 def size_of(x: Tensor) -> str:
-    """How large inputs are, in a word."""
+    """Returns the magnitude of inputs as a word."""
     largest = float(x.abs().nan_to_num(posinf=0.0).max()) if x.numel() else 0.0
     return "0" if largest == 0 else "small" if largest < 0.1 else "near 1" if largest <= 4 else "large"
 
@@ -87,7 +87,7 @@ def _quant(quant: QuantConfig | None) -> Features:
 
 
 def name_of(activation: ActivationConfig | ActivationName) -> str:
-    """A preset's name, or the function and the fields that are not the default.
+    """Returns a preset's name, or the function and its fields that are not the default.
 
     >>> name_of(ActivationConfig(limit=0.5)), name_of("relu2")
     ('silu limit', 'relu2')

@@ -1,4 +1,4 @@
-"""Gradients of a problem, the layer's and the reference's."""
+"""Gradients of a problem: the layer's compared with the reference's."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 import moe_fn
 from moe_fn.testing import MoEProblem
 
-# Relative RMS error of a tensor's gradient, of a size of 0.1 at least. Gradients have no bound of their own here.
+# Tolerances of the relative RMS error of a gradient, of a size of 0.1 at least. There is no error bound of gradients.
 GRADIENT_TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.3, torch.float16: 0.1}
 _LEAST_SIZE = 0.1
 
 
 def gradient_error(problem: MoEProblem) -> float | None:
-    """The largest relative RMS error among the gradients to x, logits and every weight that is no code; None where
-    there is none.
+    """Returns the largest relative RMS error of the gradients of x, logits and every weight that is not a code, or None
+    if there are no gradients.
     """
     direction = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     ours, theirs = (
@@ -29,7 +29,7 @@ def gradient_error(problem: MoEProblem) -> float | None:
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
-    finite = torch.isfinite(expected)  # the derivative of padding's NaN is nobody's
+    finite = torch.isfinite(expected)  # NaN in padding has no defined derivative
     difference, size = (actual.to(torch.float64) - expected)[finite], expected[finite]
     if not size.numel():
         return 0.0
@@ -49,7 +49,7 @@ def _gradients(problem: MoEProblem, function: Callable[..., Tensor], direction: 
 
 
 def _with_leaves(problem: MoEProblem) -> MoEProblem:
-    """All floats need gradients, but what belongs to codes."""
+    """Returns the problem with floats that require gradients, except those of quantized weights."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
     def leaf(t: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What must leave the output where it is: other ways to ask for the same numbers, each held to the same bound."""
+"""Laws of the campaign: other calls that must give the same output, each compared with the same bound."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +12,7 @@ from moe_fn.testing import MoEProblem
 
 @dataclass(frozen=True)
 class Law:
-    """The output of a problem asked for in another way, when there is such a way, and when it must have the
-    same bits.
-    """
+    """A function that computes the output of a problem in another way, when it applies, and when bits must be equal."""
 
     output: Callable[[MoEProblem], Tensor]
     applies: Callable[[MoEProblem], bool] = lambda problem: True
@@ -22,7 +20,7 @@ class Law:
 
 
 def forward(problem: MoEProblem) -> Tensor:
-    """The layer of a problem."""
+    """Returns the layer's output for a problem."""
     y: Tensor = problem.call(moe_fn.moe_forward)
     return y
 
@@ -43,7 +41,7 @@ def _split(problem: MoEProblem) -> Tensor:
 
 
 def _padded(problem: MoEProblem) -> Tensor:
-    """With two tokens of padding behind, which hold NaN."""
+    """Appends two tokens of padding, with NaN and infinity."""
     flat, count = problem.of_tokens(_tokens(problem)), problem.x[..., 0].numel()
     mask = torch.ones(count, dtype=torch.bool) if flat.token_mask is None else flat.token_mask
     ids, adapters = (None if t is None else torch.cat([t, t.new_zeros(2)]) for t in (flat.token_ids, flat.adapter_ids))
@@ -90,8 +88,8 @@ def _with_stats(problem: MoEProblem) -> Tensor:
     return y
 
 
-def _alone(problem: MoEProblem) -> bool:
-    """Whether a token is nobody else's business: a capacity is shared by a sequence."""
+def _tokens_are_independent(problem: MoEProblem) -> bool:
+    """Whether a token's output does not depend on other tokens; a capacity is shared by a sequence."""
     return problem.config.router.capacity is None
 
 
@@ -112,9 +110,11 @@ def _has_panels(problem: MoEProblem) -> bool:
 
 
 LAWS: dict[str, Law] = {
-    "permuting tokens": Law(_permuted, _alone, exact=_invariant),
-    "splitting the batch": Law(_split, lambda problem: _alone(problem) and _without_scale_of_call(problem), _invariant),
-    "padding": Law(_padded, _alone, exact=_invariant),
+    "permuting tokens": Law(_permuted, _tokens_are_independent, exact=_invariant),
+    "splitting the batch": Law(
+        _split, lambda problem: _tokens_are_independent(problem) and _without_scale_of_call(problem), _invariant
+    ),
+    "padding": Law(_padded, _tokens_are_independent, exact=_invariant),
     "other chunks": Law(_chunked, _without_scale_of_call, exact=_invariant),
     "opaque or not": Law(_opaque, exact=_invariant),
     "prepared weights": Law(_prepared, _has_panels),
@@ -126,5 +126,5 @@ LAWS: dict[str, Law] = {
 
 
 def laws_of(index: int) -> tuple[str, ...]:
-    """Half of the laws, by turns."""
+    """Returns half of the laws, which alternates with the index."""
     return tuple(name for place, name in enumerate(LAWS) if (index + place) % 2 == 0)

@@ -1,4 +1,4 @@
-"""Errors and bounds that random small problems do not show: at the widths of models, and over ranks."""
+"""Measurements of errors and bounds beyond random small problems: at the widths of models, and over ranks."""
 
 import dataclasses
 import itertools
@@ -23,8 +23,8 @@ _PROBLEMS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Of some problems: relative RMS errors against float64, the median and the worst, the median of the bounds, the
-    worst share.
+    """Numbers of some problems: median and worst relative RMS error against float64, median of the bounds, worst share
+    of the bound.
     """
 
     what: str
@@ -36,12 +36,12 @@ class Measured:
     share: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The numbers as JSON values."""
         return dataclasses.asdict(self)
 
 
 def quant_of(scheme: str, inputs: str | None) -> QuantConfig:
-    """A usual way to store experts in a scheme, with inputs rounded to `inputs`."""
+    """Returns a common config of a scheme, with inputs rounded to `inputs`."""
     fixed = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "int4": 32}.get(scheme)
     groups = {"mxfp8": 32, "mxfp4": 32, "nvfp4": 16}
     size = None if inputs is None else groups.get(inputs)
@@ -58,7 +58,7 @@ def quant_of(scheme: str, inputs: str | None) -> QuantConfig:
 
 
 def wide_configs() -> Iterator[tuple[str, MoEConfig]]:
-    """Layers by what they are measured for."""
+    """Yields (what is measured, config)."""
     for width in WIDTHS:
         yield f"width {width}", dataclasses.replace(_BASE, hidden_size=width, intermediate_size=width // 2)
     for name in PRESETS:
@@ -78,7 +78,7 @@ def wide_configs() -> Iterator[tuple[str, MoEConfig]]:
 
 
 def problem_for(config: MoEConfig, dtype: torch.dtype, seed: int, tokens: int = 2) -> MoEProblem:
-    """Normal inputs and logits, weights of deviation 1/sqrt(fan in)."""
+    """Returns a problem with normal inputs and logits, and weights with standard deviation 1/sqrt(fan in)."""
     generator = torch.Generator().manual_seed(seed)
     weights = weights_for(config, generator, dtype=dtype)
     x, logits = (torch.randn(tokens, width, generator=generator) for width in (config.hidden_size, config.num_logits))
@@ -86,7 +86,7 @@ def problem_for(config: MoEConfig, dtype: torch.dtype, seed: int, tokens: int = 
 
 
 def measured(what: str, dtype: str, found: list[tuple[float, float, float]]) -> Measured:
-    """Of (error, bound, share) of problems."""
+    """Returns the numbers of problems with these (error, bound, share)."""
     errors, bounds, shares = (sorted(column) for column in zip(*found, strict=True))
     middle = len(errors) // 2
     return Measured(
@@ -101,7 +101,7 @@ def measured(what: str, dtype: str, found: list[tuple[float, float, float]]) -> 
 
 
 def compare(y: Tensor, problem: MoEProblem, ranks: int = 1) -> tuple[float, float, float]:
-    """Relative RMS error and bound, and the largest share of the bound, of one output."""
+    """Returns relative RMS error, relative RMS bound and largest share of the bound of one output."""
     bound = error_bound(problem, ranks)
     error = y.detach().to(torch.float64) - bound.value
     if not y.numel():
@@ -116,7 +116,7 @@ def compare(y: Tensor, problem: MoEProblem, ranks: int = 1) -> tuple[float, floa
 
 
 def measure_wide() -> list[Measured]:
-    """Every layer of `wide_configs` in every dtype."""
+    """Measures every layer of `wide_configs` in every dtype."""
     found = []
     for (what, config), (name, dtype) in itertools.product(wide_configs(), DTYPES.items()):
         problems = [problem_for(config, dtype, seed) for seed in range(_PROBLEMS)]

@@ -1,4 +1,4 @@
-"""The numerics page: errors against float64, with the bound that theory gives beside each."""
+"""The numerics page: errors against float64, each with its error bound from theory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,16 +31,16 @@ so far, and `gamma_n = n v / (1 - n v)`:
 | inputs that are rounded to codes | all codes that `[x - r, x + r]` rounds to, times all scales that the largest input can have |
 | a sum over `n` ranks | `n + 1` roundings more, in the layer's dtype, of `abs(W) abs(x)` |
 
-No step is fitted to measurements. The bound is of one problem: it is large where terms cancel, and where a number lies
-on a tie between two codes it holds both codes, so no tolerance is needed for ties. `moe_fn.testing.error_bound`
-computes it for any problem, yours too. An error is at most its bound ("of bound" <= 1); how much less depends on luck:
-errors of n terms add up like sqrt(n), bounds like n. In bfloat16 and float16 the last rounding alone can come near the
+No step is fitted to measurements. The bound is of one problem: it is large where terms cancel, and where a number is
+on a tie between two codes it includes both codes, so no tolerance is needed for ties. `moe_fn.testing.error_bound`
+computes it for any problem, yours too. An error is at most its bound ("of bound" <= 1) and usually much smaller:
+errors of n terms grow like sqrt(n), bounds like n. In bfloat16 and float16 the last rounding alone can come near the
 bound.
 """  # noqa: E501
 
 
 def numerics(lines: Sequence[Line], about: dict[str, Any], measured: Sequence[Measured] = ()) -> str:
-    """The page, from a campaign's lines and from what `measuring` and `ranks` found."""
+    """Returns the page, from a campaign's lines and the measurements of `measuring` and `ranks`."""
     last = about["runs"][-1]
     head = (
         "# Numerics\n\n"
@@ -89,7 +89,7 @@ def _by(title: str, option: str, lines: Sequence[Line]) -> str:
 
 
 def _codes(lines: Sequence[Line]) -> str:
-    """By scheme and by what inputs are rounded to; problems with an undecided code are counted apart."""
+    """Returns the table by scheme and by rounding of inputs; problems with an undecided code are counted separately."""
     groups = by(lines, lambda line: "/".join(line.features[name] for name in ("quant", "inputs", "dtype")))
     rows = []
     for quant in AXES["quant"][1:]:
@@ -113,8 +113,8 @@ def _codes(lines: Sequence[Line]) -> str:
         "worst of these",
     ]
     return (
-        "## Codes\n\nAgainst the float64 layer with the same codes: what codes lose against the floats they came from "
-        "is not in here. "
+        "## Codes\n\nAgainst the float64 layer with the same codes: the error of quantizing the original floats "
+        "is not included. "
         "`with ties`: problems where rounding errors decide between two codes of an input; "
         "they are left out of `median`, `worst` and "
         "`bound`, not of `of bound`.\n\n" + table(head, rows)
@@ -122,7 +122,7 @@ def _codes(lines: Sequence[Line]) -> str:
 
 
 def _measured(measured: Sequence[Measured]) -> list[str]:
-    """One table for each kind of measurement."""
+    """Returns one table for each kind of measurement."""
     pages = []
     for title, kind in (
         ("Widths of models (4 experts, top 2, intermediate size half the width, 8 tokens in all)", "width"),

@@ -1,6 +1,4 @@
-"""The error over ranks: every format of `moe_fn.ParallelConfig` in processes of this machine (gloo), each rank held to
-its bound.
-"""
+"""Errors over ranks: every format of `moe_fn.ParallelConfig` in processes of one machine (gloo), against the bound."""
 
 import dataclasses
 import itertools
@@ -28,7 +26,7 @@ LAYERS = {
     "with shared experts": dataclasses.replace(_BASE, shared=SharedExpertsConfig(intermediate_size=32)),
     "int8, rows travel as codes": dataclasses.replace(_BASE, quant=_INT8),
 }
-# Mesh (names and sizes of dims, 2 or 4 ranks), and how the layer lies on it.
+# Mesh (names and sizes of dims, 2 or 4 ranks), and how the layer is distributed over it.
 FORMATS: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
     ({"tp": 2}, {"dispatch": "replicated"}),
     ({"ep": 2}, {"dispatch": "replicated"}),
@@ -48,7 +46,7 @@ _TOKENS, _SEEDS, _PATIENCE_S = 8, 3, 300
 
 
 def measure_ranks(worlds: tuple[int, ...] = (2, 4)) -> list[Measured]:
-    """Every format, layer and dtype."""
+    """Measures every format, layer and dtype."""
     return [row for world in worlds for row in _of_world(world)]
 
 
@@ -99,7 +97,10 @@ def _rank(rank: int, world: int, store: str, results: Any) -> None:
 def _errors(
     config: MoEConfig, parallel: ParallelConfig, dtype: torch.dtype, number: int, world: int
 ) -> list[tuple[float, float, float]]:
-    """Of this rank's tokens, for some seeds: weights are everybody's, tokens those of a number."""
+    """Returns (error, bound, share) of this rank's tokens for some seeds.
+
+    All ranks have the same full weights; the tokens are those of `number`.
+    """
     own, found = dataclasses.replace(config, parallel=parallel), []
     for seed in range(_SEEDS):
         whole = problem_for(config, dtype, seed, _TOKENS)

@@ -1,4 +1,4 @@
-"""What a campaign found, as Markdown and as JSON: coverage of pairs, worst errors by dtype and option, failures."""
+"""The results of a campaign as Markdown and JSON: pairwise coverage, worst errors by dtype and option, failures."""
 
 import dataclasses
 import itertools
@@ -15,14 +15,14 @@ _MISSING_SHOWN = 40
 
 
 def report(lines: Sequence[Line], about: dict[str, Any]) -> str:
-    """The page."""
+    """Returns the page."""
     coverage = coverage_of([line.features for line in lines])
     parts = [_head(lines, about), _failures(lines), _laws(lines), _coverage(coverage), _errors(lines)]
     return "\n".join(parts)
 
 
 def as_json(lines: Sequence[Line], about: dict[str, Any]) -> dict[str, Any]:
-    """The same in numbers, small enough to keep."""
+    """Returns the same numbers for a JSON file."""
     coverage = coverage_of([line.features for line in lines])
     groups = {
         f"{dtype} {option}={value}": dataclasses.asdict(summary_of(group))
@@ -48,14 +48,12 @@ def _head(lines: Sequence[Line], about: dict[str, Any]) -> str:
     last = about["runs"][-1]
     commits = ", ".join(dict.fromkeys(str(run["commit"]) for run in about["runs"]))
     undecided = (
-        f"{sum(line.tied for line in lines)} had codes of rounded inputs that float32 and float64 may choose apart"
+        f"{sum(line.tied for line in lines)} had codes of rounded inputs that may differ between float32 and float64"
     )
     gradients = sum(line.gradient is not None for line in lines)
     planned = max((line.index + 1 for line in lines), default=0)
     so_far = (
-        ""
-        if planned == len(lines)
-        else f" So far {len(lines)} of {planned}: the run was stopped, and goes on where it was."
+        "" if planned == len(lines) else f" So far {len(lines)} of {planned}: the run was stopped and can be continued."
     )
     return (
         f"# A campaign of {len(lines)} problems\n\n"
@@ -66,14 +64,14 @@ def _head(lines: Sequence[Line], about: dict[str, Any]) -> str:
         f"    PYTHONPATH=property_tests python -m campaign show --seed {about['seed']} --index N      # any problem "
         "again\n\n"
         "Every problem is a random config (all options crossed, all dtypes), random weights and inputs; "
-        "each output is held to the bound "
-        f"of `moe_fn.testing.error_bound` for that very problem, entry by entry. Gradients of {gradients} problems "
+        "each output is compared entry by entry with the bound "
+        f"of `moe_fn.testing.error_bound` for this problem. Gradients of {gradients} problems "
         "were compared with "
-        f"the reference's. {undecided}: their bound holds both. A gate that sees "
-        "normed or transformed inputs is judged by its logits' bound, and the layer by what the reference makes of "
+        f"the reference's. {undecided}: their bound includes both. A gate with "
+        "normed or transformed inputs is compared with the bound of its logits, and the layer with the reference of "
         "these logits; "
-        "other ways to ask for it, whose gate may round otherwise, where moving the logits within their bound changes "
-        "no choice.\n"
+        "laws, whose gate may round differently, are checked for tokens where moving the logits within their bound "
+        "changes no choice.\n"
     )
 
 
@@ -100,7 +98,7 @@ def _laws(lines: Sequence[Line]) -> str:
         if dtype in worst
     ]
     return (
-        "## Laws\n\nHow often each was asked, and the worst error as a share of the bound (1 would be the bound).\n\n"
+        "## Laws\n\nHow often each was checked, and the worst error as a share of the bound (at most 1).\n\n"
         + table(["law", "problems", "worst"], rows)
     )
 
@@ -120,9 +118,13 @@ def _coverage(coverage: Coverage) -> str:
     more = len(coverage.missing) - len(shown)
     return (
         "## Pairs of options\n\n"
-        f"{_met(coverage)} of {coverage.possible} pairs of values met; the rules exclude {coverage.excluded} more.\n\n"
-        + table(["option", "values", "pairs met", "pairs possible", "the rarest pair met"], rows)
-        + ("\nNever met:\n\n" + "\n".join(shown) + (f"\n- and {more} more" if more else "") + "\n" if shown else "")
+        f"{_met(coverage)} of {coverage.possible} pairs occurred; the rules exclude {coverage.excluded} more.\n\n"
+        + table(["option", "values", "pairs that occurred", "pairs possible", "the rarest pair"], rows)
+        + (
+            "\nNever occurred:\n\n" + "\n".join(shown) + (f"\n- and {more} more" if more else "") + "\n"
+            if shown
+            else ""
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Running a campaign: lines are appended to a file as they come, and a run goes on where the last one stopped."""
+"""Runs a campaign: lines are appended to a file as problems finish, and a run continues where the last one stopped."""
 
 import concurrent.futures
 import json
@@ -18,13 +18,13 @@ _AT_ONCE = 8  # problems that a worker takes together
 
 
 def run(out: Path, problems: int, seed: int, workers: int = 1, seconds: float | None = None) -> list[Line]:
-    """Check problems 0 .. problems - 1 of a seed, those that `out` has no line of; stop after `seconds`. All lines so
-    far, by index.
+    """Checks problems 0 .. problems - 1 of a seed that `out` has no line for, and stops after `seconds`. Returns all
+    lines so far, sorted by index.
 
     Laws
         A campaign that goes on is one that never stopped.
 
-    Raises ValueError where `out` holds the campaign of another seed.
+    Raises ValueError if `out` has a campaign of another seed.
     """
     out.mkdir(parents=True, exist_ok=True)
     _note(out, seed)
@@ -39,9 +39,7 @@ def run(out: Path, problems: int, seed: int, workers: int = 1, seconds: float | 
 
 
 def lines_of(out: Path) -> list[Line]:
-    """What a folder holds, by index, each once; a last line that was cut off while being written is as if it was not
-    there.
-    """
+    """Returns the lines of a folder, sorted by index, each once; an incomplete last line is ignored."""
     path = out / LINES
     if not path.exists():
         return []
@@ -54,7 +52,7 @@ def lines_of(out: Path) -> list[Line]:
 
 
 def about(out: Path) -> dict[str, Any]:
-    """The seed, and machine, versions and commit of every run."""
+    """Returns the seed, and machine, versions and commit of every run."""
     found: dict[str, Any] = json.loads((out / ABOUT).read_text())
     return found
 

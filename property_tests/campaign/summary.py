@@ -1,4 +1,4 @@
-"""Numbers of many problems: medians and worst of what has a value in common."""
+"""Summaries of many problems: medians and worst cases of groups."""
 
 import statistics
 from collections import defaultdict
@@ -10,10 +10,9 @@ from campaign.checking import Line
 
 @dataclass(frozen=True)
 class Summary:
-    """Of problems whose codes and divisions were decided: relative RMS errors against float64, their bounds, and shares
-    of the bound.
+    """Relative RMS errors against float64, their bounds and shares of the bound, of problems without ties.
 
-    share is of all problems, ties too: the largest |y - float64| / radius, over every entry and every law.
+    share is of all problems, with ties: the largest |y - float64| / radius, over every entry and every law.
     """
 
     problems: int
@@ -26,7 +25,7 @@ class Summary:
 
 
 def summary_of(lines: Sequence[Line]) -> Summary:
-    """The numbers of some problems."""
+    """Returns the summary of some problems."""
     decided = [line for line in lines if line.error is not None and not line.unbounded and not line.tied]
     tied = [line.error for line in lines if line.tied and line.error is not None]
     errors = [line.error for line in decided if line.error is not None]
@@ -43,7 +42,7 @@ def summary_of(lines: Sequence[Line]) -> Summary:
 
 
 def by(lines: Sequence[Line], key: Callable[[Line], str]) -> dict[str, list[Line]]:
-    """Problems by a word."""
+    """Returns the problems grouped by a key."""
     groups: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         groups[key(line)].append(line)
@@ -51,7 +50,7 @@ def by(lines: Sequence[Line], key: Callable[[Line], str]) -> dict[str, list[Line
 
 
 def number(value: float | None) -> str:
-    """Two digits.
+    """Returns a number with two digits.
 
     >>> number(0.000123456), number(None), number(0.0)
     ('1.2e-04', '-', '0')
@@ -60,6 +59,6 @@ def number(value: float | None) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
+    """Returns a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
