@@ -1,11 +1,12 @@
-"""Fuzzing of what is read from strangers: configs and checkpoints. Whatever comes in, only ValueError comes out, soon
-and in little memory.
+"""Fuzzing of readers of untrusted input, configs and checkpoints.
 
-    choices   bytes as decisions: a fuzzer's, or those that the tests replay
-    mutate    decisions as damage to JSON and to bytes
-    seeds     whole configs and checkpoints to start from
-    targets   damage a seed, read it, look at what comes out
+For any input they must return, or raise ValueError, quickly and with little memory.
 
-`python -m fuzz checkpoint --seconds 60` (in property_tests, with atheris) lets coverage guide it; `make fuzz` runs
+    choices   decodes bytes, from a fuzzer or from a test, as decisions
+    mutate    damages JSON and bytes by decisions
+    seeds     valid configs and checkpoints to start from
+    targets   damage a seed, read it, and check the result
+
+`python -m fuzz checkpoint --seconds 60` (in property_tests, with atheris) fuzzes guided by coverage; `make fuzz` runs
 every target.
 """

@@ -1,4 +1,4 @@
-"""`python -m fuzz TARGET --seconds N`: atheris makes up bytes, guided by which lines of moe_fn they reach."""
+"""`python -m fuzz TARGET --seconds N`: atheris generates bytes, guided by the coverage of moe_fn."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Bytes as a row of decisions; when they are used up, every decision is the first."""
+"""Bytes as a sequence of decisions; after the last byte every decision is 0."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -7,13 +7,13 @@ T = TypeVar("T")
 
 
 class Choices:
-    """Takes one decision after another."""
+    """Reads decisions from bytes."""
 
     def __init__(self, data: bytes) -> None:
         self._rest: Iterator[int] = iter(data)
 
     def below(self, count: int) -> int:
-        """A number in 0 .. count - 1."""
+        """Returns a number in 0 .. count - 1."""
         number, reach = 0, 1
         while reach < count:
             number, reach = number * 256 + next(self._rest, 0), reach * 256

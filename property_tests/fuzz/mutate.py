@@ -1,4 +1,4 @@
-"""Damage: to a value of JSON, piece by piece, and to the bytes of a file."""
+"""Damages values of JSON and the bytes of files."""
 
 import copy
 import json
@@ -13,8 +13,8 @@ for _ in range(400):
 NESTED: Any = {}
 for _ in range(300):
     NESTED = {"text_config": NESTED, "model_type": "x"}
-# What breaks parsers: kinds that were not asked for, edges of integers and floats, names that are paths, patterns that
-# take for ever.
+# Values that may break parsers: other types, limits of integers and floats, names that are paths, patterns that take
+# exponential time.
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 16, 32, 255, 2**31 - 1, 2**31, 2**32, 2**63, 2**64, 10**12, 10**30, 10**400,
     -(10**400), 0.0, -0.0,
@@ -63,7 +63,7 @@ def _change(choices: Choices, parent: Any, key: Any, tokens: Sequence[str]) -> N
 
 
 def damaged_bytes(choices: Choices, content: bytes, end: int) -> bytes:
-    """A few of the bytes before `end` changed, taken out or put in, or the rest cut off."""
+    """Returns the content with a few bytes before `end` changed, removed or inserted, or with the rest cut off."""
     at = choices.below(max(end, 1))
     match choices.below(4):
         case 0:
@@ -77,5 +77,5 @@ def damaged_bytes(choices: Choices, content: bytes, end: int) -> bytes:
 
 
 def dumped(value: Any) -> bytes:
-    """JSON as Python's own writer has it, NaN and infinity with it."""
+    """Returns JSON as Python's own writer makes it, with NaN and infinity."""
     return json.dumps(value).encode()

@@ -61,7 +61,7 @@ CONFIGS: tuple[MoEConfig, ...] = (
         parallel=ParallelConfig(tp=_TWO, dp=dataclasses.replace(_TWO, name="1"), dispatch="all_gather"),
     ),
 )  # fmt: skip
-# Enough keys for most families; one group limits nothing.
+# Keys that most families need; with one group there is no group limit.
 MODEL: dict[str, Any] = {
     "num_experts": 3, "num_local_experts": 3, "n_routed_experts": 3, "moe_num_experts": 3, "num_experts_per_tok": 2,
     "hidden_size": 4,

@@ -1,5 +1,5 @@
-"""What is fuzzed: each function takes bytes, reads something damaged by them, and fails unless a ValueError or a sound
-value comes out.
+"""Targets of fuzzing: each damages a seed by bytes, reads it, and fails unless the result is valid or a ValueError is
+raised.
 """
 
 import functools
@@ -27,7 +27,7 @@ _models = functools.cache(seeds.models)
 
 
 def config(data: bytes) -> str:
-    """MoEConfig.from_dict of a damaged to_dict."""
+    """Reads a damaged to_dict with MoEConfig.from_dict."""
     choices = Choices(data)
     values = choices.one_of(seeds.CONFIGS).to_dict()
     for _ in range(1 + choices.below(3)):
@@ -42,7 +42,7 @@ def config(data: bytes) -> str:
 
 
 def family(data: bytes) -> str:
-    """The MoEConfig of a layer of a damaged config.json."""
+    """Reads the MoEConfig of a layer from a damaged config.json."""
     choices = Choices(data)
     values: Any = choices.one_of(_models())
     values = {"text_config": values, "model_type": "outer"} if choices.below(8) == 7 else values
@@ -58,14 +58,14 @@ def family(data: bytes) -> str:
 
 
 def checkpoint(data: bytes) -> str:
-    """The layers of a damaged folder."""
+    """Reads the layers of a damaged folder."""
     choices = Choices(data)
     files = damaged_files(choices, choices.one_of(seeds.checkpoints()))
     return _with_folder(files, _read_checkpoint)
 
 
 def adapter(data: bytes) -> str:
-    """The LoRA of a damaged folder of PEFT's."""
+    """Reads the LoRA adapter of a damaged folder of PEFT."""
     choices = Choices(data)
     files = damaged_files(choices, choices.one_of(_adapters()))
     return _with_folder(files, lambda folder: load_lora(folder, "layers.0.mlp", MoEConfig(**seeds.SIZES)))
@@ -118,7 +118,7 @@ def _read_checkpoint(folder: Path) -> None:
 
 @functools.cache
 def _memory() -> str | None:
-    """A folder in memory where there is one, for thousands of them are written."""
+    """Returns a folder in memory if there is one, as thousands of folders are written; else None."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 

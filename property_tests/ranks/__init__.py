@@ -1,5 +1,9 @@
-"""What ranks run in processes of their own, imported there by name.
+"""Functions that run on each rank in real processes, which import them by name.
 
-cases     layers on meshes, sharded against unsharded; layers the options that those leave out; loaded from checkpoints
-eplb      moves of experts; faults ranks that die, hang or differ; hosts DDP and FSDP2
+cases     layers on meshes, sharded against unsharded
+layers    layers with the options that `cases` does not have
+loaded    parts of checkpoints, loaded by each rank
+eplb      moves of experts
+faults    ranks that die, hang or differ
+hosts     DDP and FSDP2
 """

@@ -1,5 +1,5 @@
-"""What several ranks compute together, and what one rank with all weights computes: run by `test_parallel` in real
-processes (gloo).
+"""Layers on several ranks, compared with one rank that has all weights: run by `test_parallel` in real processes
+(gloo).
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from moe_fn.config import LatentConfig, LoRAConfig, NormsConfig, ZeroExpertsConf
 from moe_fn.testing import assert_matches, weights_for
 from ranks.layers import BASE, MORE_LAYERS, NOT_BY_LOGITS, NOT_SLICED
 
-# of a token, slices would have scales of their own
+# with granularity "token", slices would have different scales
 _OF_GROUPS = ActivationQuantConfig(scheme="int8", granularity="group", group_size=2)
 _MXFP4 = QuantConfig(scheme="mxfp4", granularity="group", group_size=32)
 LAYERS: dict[str, MoEConfig] = {
@@ -73,9 +73,7 @@ Which = Literal["cases", "crossed", "bugs"]
 
 @dataclass(frozen=True)
 class Case:
-    """A mesh (names and sizes), how the layer is spread over it, and how many tokens each rank that has its
-    own brings.
-    """
+    """A mesh (names and sizes), how the layer is distributed over it, and the numbers of tokens of ranks."""
 
     mesh: tuple[tuple[str, int], ...]
     options: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +93,12 @@ class Case:
         return f"{mesh} {' '.join(f'{k}={v}' for k, v in self.options.items())} {self.layer}"
 
 
-PAYLOADS = (torch.int8, torch.int16, torch.bool, torch.float8_e4m3fn)  # what travels beside tokens
+PAYLOADS = (
+    torch.int8,
+    torch.int16,
+    torch.bool,
+    torch.float8_e4m3fn,
+)  # dtypes of payloads that are sent along with tokens
 TP, EP, DP = "tp", "ep", "dp"
 MESHES: tuple[tuple[tuple[str, int], ...], ...] = (
     ((EP, 1),), ((TP, 2),), ((EP, 2),), ((DP, 2),), ((TP, 4),), ((EP, 4),), ((EP, 2), (TP, 2)), ((DP, 2), (EP, 2)),
@@ -104,7 +107,7 @@ MESHES: tuple[tuple[tuple[str, int], ...], ...] = (
 
 
 def formats(mesh: tuple[tuple[str, int], ...]) -> Iterator[dict[str, Any]]:
-    """Every format that fits a mesh."""
+    """Yields every format that fits a mesh."""
     names = {name for name, n in mesh if n > 1}
     yield {"dispatch": "replicated"}
     if EP in names:
@@ -121,9 +124,9 @@ def formats(mesh: tuple[tuple[str, int], ...]) -> Iterator[dict[str, Any]]:
 
 
 def cases(world: int, crossed: bool = False) -> list[Case]:
-    """Every format on every mesh, the layers in turn; and every layer on the richest meshes, in one format.
+    """Returns every format on every mesh, with layers in turn, and every layer on the meshes with most dimensions.
 
-    crossed: in every format.
+    crossed: every layer in every format, not in one.
     """
     layers = itertools.cycle(LAYERS)
     found = [Case(mesh, options, next(layers)) for mesh in MESHES for options in formats(mesh)]
@@ -158,9 +161,7 @@ def cases(world: int, crossed: bool = False) -> list[Case]:
 
 
 def with_more_layers() -> Iterator[Case]:
-    """Every one of those layers on meshes of all kinds, on each in one format that fits: the next one for the next
-    layer and mesh.
-    """
+    """Yields each layer of `ranks.layers` on meshes of all kinds, each with one format that fits; formats alternate."""
     for number, layer in enumerate(MORE_LAYERS):
         for place, mesh in enumerate((((EP, 2),), ((TP, 2),), ((EP, 2), (TP, 2)))):
             options = [
@@ -178,19 +179,19 @@ def parallel_of(case: Case, mesh: DeviceMesh) -> ParallelConfig:
 
 
 def token_set(case: Case, parallel: ParallelConfig, coordinate: dict[str, int]) -> tuple[int, ...]:
-    """Which tokens a rank has: ranks that must have the same ones have the same set."""
+    """Returns the set of tokens of a rank: ranks that must have the same tokens have the same set."""
     same = {TP} | ({EP} if case.options.get("dispatch") == "replicated" else set())
     return tuple(coordinate[name] for name, _ in case.mesh if name not in same)
 
 
 def coordinates(case: Case) -> list[dict[str, int]]:
-    """Of every rank, in order."""
+    """Returns the coordinates of every rank, in order."""
     names = [name for name, _ in case.mesh]
     return [dict(zip(names, place, strict=True)) for place in itertools.product(*(range(n) for _, n in case.mesh))]
 
 
 def inputs_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """x, logits and the direction of the loss of a set of tokens."""
+    """Returns x, logits and the direction of the loss for a set of tokens."""
     number = 0
     for place, (_, n) in zip(which, case.mesh, strict=False):
         number = number * n + place
@@ -205,7 +206,7 @@ def inputs_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> tuple[Te
 
 
 def adapters_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> Tensor | None:
-    """The adapters of a set of tokens, -1 among them."""
+    """Returns the adapter ids of a set of tokens, with -1 among them."""
     if config.lora is None:
         return None
     generator = torch.Generator().manual_seed(17 + sum(which))
@@ -213,7 +214,7 @@ def adapters_of(case: Case, config: MoEConfig, which: tuple[int, ...]) -> Tensor
 
 
 def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] = moe_fn.moe_forward) -> None:
-    """Assert that this rank's outputs and gradients are those of all weights in one place."""
+    """Asserts that this rank's outputs and gradients are those of one process with all weights."""
     whole = ALL_LAYERS[case.layer]
     parallel = parallel_of(case, mesh)
     config = dataclasses.replace(whole, parallel=parallel)
@@ -244,7 +245,7 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
         if capped or case.layer not in MORE_LAYERS
         else _with_the_gate_inside(config, local, full, own, direction, ids)
     )
-    # Only now, when every collective has been met: a rank that fails in between would leave the others waiting.
+    # Asserted after the last collective: a rank that fails before would make the others wait.
     assert_matches(y, all_y, tolerance=1e-5, scale=0.1, name="y")
     assert_matches(_zeros(found[0], x), expected_x, tolerance=1e-5, scale=0.1, name="gradient of x")
     assert_matches(_zeros(found[1], logits), expected_logits, tolerance=1e-5, scale=0.1, name="gradient of logits")
@@ -257,9 +258,9 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
         dropped = int((chosen != within_capacity(case, whole, chosen)).sum())
         assert int(stats.dropped_slots) == dropped, f"dropped_slots is {int(stats.dropped_slots)}; expected {dropped}"
     if along is not None:
-        _check_what_travels_along(case, config, every[rank], along[:-1], along[-1])
+        _check_payloads(case, config, every[rank], along[:-1], along[-1])
     if parallel.num_physical:
-        return  # each copy has a part of its expert's gradient
+        return  # each replica has a part of its expert's gradient
     gradients = dict(zip(map(id, tensors), found[2:], strict=True))
     wanted = moe_fn.shard_weights(config, all_weights)
     for name in ("gate_up", "down", "gate_up_bias", "down_bias", "expert_norm"):
@@ -277,8 +278,8 @@ def run(case: Case, mesh: DeviceMesh, rank: int, forward: Callable[..., Tensor] 
 def _gradients_of_adapters(
     case: Case, config: MoEConfig, mesh: DeviceMesh, local: MoEWeights, gradients: dict[int, Any]
 ) -> dict[str, Tensor]:
-    """Of adapters, summed over the ranks with other tokens that have the same ones: each of those has a part, as in
-    data parallelism.
+    """Returns gradients of adapters, summed over the ranks that have the same adapters and other tokens, as in data
+    parallelism.
     """
     if local.lora is None or config.lora is None:
         return {}
@@ -300,7 +301,7 @@ def _gradients_of_adapters(
 
 
 def with_copies(weights: MoEWeights) -> MoEWeights:
-    """Experts 0 and 3 have two slots of 8."""
+    """Returns weights of 8 slots, in which experts 0 and 3 have two replicas each."""
     placement = moe_fn.balance.placement_of_slots(torch.tensor([0, 1, 2, 3, 4, 5, 0, 3]), num_experts=6)
     tensors = {f.name: getattr(placement, f.name) for f in dataclasses.fields(placement)}
     return dataclasses.replace(weights, router=dataclasses.replace(weights.router, **tensors))
@@ -309,9 +310,9 @@ def with_copies(weights: MoEWeights) -> MoEWeights:
 def _with_a_routing_of_ones_own(
     config: MoEConfig, local: MoEWeights, full: MoEWeights, x: Tensor, logits: Tensor, ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y over ranks and of one rank, of a routing that no gate gives, in a dtype that has no -1.
+    """Returns y over ranks and of one rank for a given routing, with ids in an unsigned dtype.
 
-    gather="logits" must not route a caller's tokens anew.
+    gather="logits" must not route these tokens again.
     """
     whole = dataclasses.replace(config, parallel=None)
     _, routing = moe_fn.moe_route(whole, full, x, logits, adapter_ids=ids)
@@ -329,7 +330,7 @@ def _with_a_routing_of_ones_own(
 def _with_the_gate_inside(
     config: MoEConfig, local: MoEWeights, full: MoEWeights, x: Tensor, direction: Tensor, ids: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """y and the gradient of the gate, over ranks and of one rank, where nobody brings logits."""
+    """Returns y and the gradient of the gate, over ranks and of one rank, without logits as an argument."""
     found = []
     for own, weights in ((config, local), (dataclasses.replace(config, parallel=None), _leaves(full))):
         assert weights.router is not None and weights.router.gate is not None
@@ -339,10 +340,10 @@ def _with_the_gate_inside(
     return found
 
 
-def _check_what_travels_along(
+def _check_payloads(
     case: Case, config: MoEConfig, coordinate: dict[str, int], payloads: tuple[Tensor, ...], scales: Tensor
 ) -> None:
-    """Payloads of other dtypes and scales, in the order of everybody's tokens."""
+    """Checks payloads of other dtypes and scales, in the order of the tokens of all ranks."""
     parallel = config.parallel
     assert parallel is not None
     dim = EP if any(name == EP and n > 1 for name, n in case.mesh) else DP
@@ -363,7 +364,7 @@ def _check_what_travels_along(
 def _check_gradients_of_what_all_have(
     case: Case, whole: MoEConfig, full: MoEWeights, mine: tuple[int, ...], local: MoEWeights, gradients: dict[int, Any]
 ) -> None:
-    """Latent projections, norms and constants: complete for this rank's tokens."""
+    """Checks gradients of latent projections, norms and constants, which are complete for this rank's tokens."""
     x, logits, direction = inputs_of(case, whole, mine)
     leaves = _leaves(full)
     y = layer_of_one_process(case, whole, leaves, x, logits, mine)
@@ -392,8 +393,8 @@ def _check_gradients_of_what_all_have(
 def _expected(
     case: Case, parallel: ParallelConfig, whole: MoEConfig, full: MoEWeights, every: list[dict[str, int]], rank: int
 ) -> tuple[Tensor, Tensor, Tensor, MoEWeights]:
-    """Gradients of x and logits, y, and gradients of the weights: of the tokens of all ranks that this one
-    works with.
+    """Returns gradients of x and logits, y, and gradients of the weights, for the tokens of all ranks that share the
+    layer with this one.
     """
     mine = token_set(case, parallel, every[rank])
     together = {token_set(case, parallel, c) for c in every if _works_with(case, every[rank], c)}
@@ -416,7 +417,7 @@ def _expected(
 def layer_of_one_process(
     case: Case, config: MoEConfig, weights: MoEWeights, x: Tensor, logits: Tensor, which: tuple[int, ...]
 ) -> Tensor:
-    """The layer of a set of tokens with all weights, without the slots for which the case's capacity leaves no room."""
+    """Returns the layer of a set of tokens with all weights, without the slots beyond the case's capacity."""
     ids = adapters_of(case, config, which)
     if case.options.get("capacity") is None:
         return moe_fn.moe_forward(config, weights, x, logits, adapter_ids=ids)
@@ -426,11 +427,11 @@ def layer_of_one_process(
 
 
 def within_capacity(case: Case, config: MoEConfig, expert_ids: Tensor) -> Tensor:
-    """The ids [T, top_k] of one rank, -1 for slots beyond the first `capacity` that go to the same rank: experts lie in
-    equal stretches.
+    """Returns the ids [T, top_k] of one rank, with -1 for slots beyond the first `capacity` for a rank; all ranks have
+    equally many consecutive experts.
     """
     sizes = dict(case.mesh)
-    parts = sizes[TP] if case.options.get("sequence_parallel") else 1  # ranks that send a part of the rows each
+    parts = sizes[TP] if case.options.get("sequence_parallel") else 1  # ranks, each of which sends a part of the rows
     owners = sizes.get(EP, 1) * parts
     kept, rows = expert_ids.clone(), -(-len(expert_ids) // parts) or 1
     for first in range(0, len(expert_ids), rows):
@@ -446,7 +447,7 @@ def within_capacity(case: Case, config: MoEConfig, expert_ids: Tensor) -> Tensor
 
 
 def _works_with(case: Case, one: dict[str, int], other: dict[str, int]) -> bool:
-    """Ranks of a data-parallel dim share nothing in forward, unless weights are sliced over it."""
+    """Whether two ranks share a layer in forward; those of a data-parallel dim do if weights are sliced over it."""
     apart = DP in one and not (
         case.options.get("dispatch") == "all_gather" and EP not in one and not case.options.get("sequence_parallel")
     )
@@ -464,7 +465,7 @@ def _zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def worker(rank: int, world: int, store: str, results: Any, which: Which = "cases") -> None:
-    """One rank: every job of its world, in order; (name, error or None) of each into the queue."""
+    """Runs every job of a world on one rank, in order, and puts (name, error or None) of each into the queue."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
@@ -483,13 +484,13 @@ def worker(rank: int, world: int, store: str, results: Any, which: Which = "case
     dist.destroy_process_group()
 
 
-# its name, mesh, work, and what is broken meanwhile
+# (name, mesh, function to run, context such as a planted bug)
 Job = tuple[str, tuple[tuple[str, int], ...], Callable[[DeviceMesh, int], None], Any]
 
 
 def jobs(world: int, which: Which = "cases") -> list[Job]:
-    """What every rank of a world does: its cases, all of them crossed or not, and those of loaded parts; or the case of
-    every planted bug.
+    """Returns the jobs of a rank: its cases, crossed or not, and those of loaded parts; or the case of every planted
+    bug.
     """
     if which == "bugs":
         from planted.bugs import planted

@@ -1,6 +1,4 @@
-"""What each rank of test_eplb_ranks.py runs: a process of its own, so a file of its own, which a fresh interpreter can
-import.
-"""
+"""Checks of the placement of experts that each rank of test_eplb_ranks.py runs in its own process."""
 
 import dataclasses
 import datetime
@@ -42,7 +40,7 @@ CONFIG = MoEConfig(
     lora=LoRAConfig(rank=2, experts="outer_shared"),
 )
 PARTS = ("gate_up", "down", "gate_up_bias", "down_bias")
-# What becomes of the slots: everybody sends, nobody does, one rank gets one expert while the others only take part, ...
+# New slots: all ranks send, no rank sends, one rank receives one expert and the others only take part, ...
 SLOTS = {
     "rotated": lambda slots: slots[2:] + slots[:2],
     "the same": lambda slots: slots,
@@ -53,7 +51,7 @@ SLOTS = {
 
 
 def bits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Any bits at all, NaN too."""
+    """Returns a tensor of random bits, which may be NaN."""
     data = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
     return data.view(dtype).view(shape)
 
@@ -72,7 +70,7 @@ def assert_same_bits(a: MoEWeights, b: MoEWeights) -> None:
 
 
 def check_moves(group: dist.ProcessGroup | None) -> None:
-    """Every change of slots, in narrow and wide types, and as the panels of prepared weights."""
+    """Checks every change of slots, in narrow and wide dtypes, and for the panels of prepared weights."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     slots = [slot % 6 for slot in range(4 * ranks)] if ranks > 1 else [0, 1, 2, 3, 4, 5, 0, 1]
     generator = torch.Generator().manual_seed(ranks)
@@ -91,9 +89,9 @@ def check_moves(group: dist.ProcessGroup | None) -> None:
                 assert_same_bits(before, kept)
 
 
-def check_the_layer_answers_meanwhile() -> None:
-    """Between the start and the end of the moves, and after them: the output of the rank's own slots under the
-    placement of the time.
+def check_the_layer_during_moves() -> None:
+    """Checks the output of the rank's slots between the start and the end of moves and after them, with the current
+    placement.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     weights = dataclasses.replace(weights_for(CONFIG, 2), router=None)
@@ -138,8 +136,8 @@ def with_placement(weights: MoEWeights, placement: balance.Placement) -> MoEWeig
 
 
 def check_the_recipe_of_the_package() -> None:
-    """The lines of moe_fn.balance's docstring, as they stand there, with other tokens on each rank: all ranks move, and
-    y stays.
+    """Runs the code of moe_fn.balance's docstring with different tokens on each rank: all ranks move weights, and y
+    does not change.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     own = RankGroup(name=dist.group.WORLD.group_name, size=ranks, rank=rank)
@@ -167,10 +165,10 @@ def check_the_recipe_of_the_package() -> None:
     torch.testing.assert_close(moe_forward(config, moved, x), expected, rtol=1e-5, atol=1e-5)
 
 
-def check_that_ranks_which_differ_are_told() -> None:
-    """Each rank places by its own tokens: the same words on every rank, and nothing is sent.
+def check_errors_of_ranks_that_differ() -> None:
+    """Checks that every rank raises the same error, and nothing is sent, if each rank places by its own tokens.
 
-    So for tensors, and for one rank's mistake.
+    The same for tensors that differ, and for an error of one rank.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     load = torch.tensor([9, 1, 2, 30, 4, 2]).roll(rank)
@@ -206,7 +204,7 @@ def check_that_ranks_which_differ_are_told() -> None:
 
 
 def check_refusals(group: dist.ProcessGroup, member: bool) -> None:
-    """Errors that every rank sees before anybody communicates."""
+    """Checks errors that every rank raises before any communication."""
     layers = balance.place_experts(torch.ones(2, 6), 8, 1, 1, 4)
     one = balance.placement_at(layers, 0)
     weights = of_rank(balance.physical_weights(weights_for(CONFIG), one), dist.get_rank(), 4)
@@ -227,7 +225,7 @@ def check_refusals(group: dist.ProcessGroup, member: bool) -> None:
 
 
 def run(rank: int, ranks: int, folder: str) -> None:
-    """Every check of one rank; an exception ends the process, and the parent sees it."""
+    """Runs every check on one rank; an exception ends the process, and the parent process reads its exit code."""
     torch.set_num_threads(1)
     store = f"file://{Path(folder) / 'store'}"
     dist.init_process_group(
@@ -235,11 +233,14 @@ def run(rank: int, ranks: int, folder: str) -> None:
     )
     try:
         check_moves(None)
-        check_the_layer_answers_meanwhile()
+        check_the_layer_during_moves()
         check_the_recipe_of_the_package()
-        check_that_ranks_which_differ_are_told()
+        check_errors_of_ranks_that_differ()
         if ranks == 4:
-            pairs = [dist.new_group([1, 3]), dist.new_group([0, 2])]  # ranks of the group are not ranks of the world
+            pairs = [
+                dist.new_group([1, 3]),
+                dist.new_group([0, 2]),
+            ]  # ranks in the group differ from ranks in the world
             own = pairs[0] if rank in (1, 3) else pairs[1]
             check_moves(own)
             check_refusals(pairs[0], rank in (1, 3))

@@ -1,4 +1,4 @@
-"""Ways in which one of three ranks goes wrong, and what the others must hear: run by `test_faults` in real processes
+"""Faults of one of three ranks, and the errors that the others must raise: run by `test_faults` in real processes
 (gloo).
 """
 
@@ -22,7 +22,7 @@ from moe_fn.ops import collectives
 from moe_fn.parallel import check_ranks_agree
 from moe_fn.testing import weights_for
 
-WORLD, BAD = 3, 2  # how many ranks, and the one that goes wrong
+WORLD, BAD = 3, 2  # the number of ranks, and the rank with the fault
 CHECK_S, GROUP_S = 1.5, 3.0  # timeouts of check_ranks_agree and of the process group
 BASE = MoEConfig(num_experts=6, top_k=2, hidden_size=8, intermediate_size=8)
 
@@ -37,7 +37,7 @@ def hang(*_: Any) -> Any:
 
 @dataclass(frozen=True)
 class Fault:
-    """What the bad rank does instead, and the words of the good ranks' errors. Times are checked against `seconds`."""
+    """What the bad rank does, and the text of the other ranks' errors, which must come within `seconds`."""
 
     words: str
     kind: str = "ValueError"
@@ -51,7 +51,7 @@ class Fault:
     dispatch: str = "all_to_all"
     max_tokens: int | None = None
     tokens: int = 4
-    checks: int = 1  # how often the good ranks check
+    checks: int = 1  # number of checks on the good ranks
 
 
 def changed(**changes: Any) -> Callable[[MoEConfig], MoEConfig]:
@@ -132,7 +132,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def layer(fault: Fault, bad: bool) -> None:
-    """Set-up, check, forward and backward of one rank."""
+    """Runs set-up, check, forward and backward on one rank."""
     mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("ep",))
     parallel = ParallelConfig.from_mesh(mesh, ep="ep", dispatch=fault.dispatch, max_tokens=fault.max_tokens)  # type: ignore[arg-type]
     config = dataclasses.replace(BASE, parallel=parallel)
@@ -146,7 +146,7 @@ def layer(fault: Fault, bad: bool) -> None:
             timeout_s=CHECK_S if fault.kind else 20,
         )
     if bad and fault.in_forward:
-        collectives.exchange_ranks = collectives.start_sum = fault.in_forward  # tokens are on their way
+        collectives.exchange_ranks = collectives.start_sum = fault.in_forward  # after tokens were sent
     x = torch.randn(fault.tokens if bad else 4, 8, requires_grad=True)
     y: Tensor = moe_fn.moe_forward(config, weights, x, torch.randn(x.shape[0], 6))
     if bad and fault.in_backward:
@@ -155,7 +155,7 @@ def layer(fault: Fault, bad: bool) -> None:
 
 
 def rank_of_fault(rank: int, name: str, store: str, answer: Any) -> None:
-    """One rank of one fault; (error's type, its words, seconds that it took) into the pipe."""
+    """Runs one rank of one fault, and sends (type of the error, its message, seconds) through the pipe."""
     torch.set_num_threads(1)
     fault, start = FAULTS[name], time.monotonic()
     try:

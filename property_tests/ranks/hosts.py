@@ -1,5 +1,5 @@
-"""A model of two layers wrapped for data parallelism, beside the model as it is: run by `test_host_ranks` in real
-processes (gloo).
+"""A model of two layers wrapped for data parallelism, compared with the same model unwrapped: run by `test_host_ranks`
+in real processes (gloo).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ CONFIG = MoEConfig(num_experts=8, top_k=2, hidden_size=16, intermediate_size=12)
 
 
 class Layer(nn.Module):
-    """x + the layer; with `again`, what its backward needs is computed again."""
+    """x + the layer; with `again`, activations are recomputed in backward."""
 
     def __init__(self, again: bool = False) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 
 @dataclass(frozen=True)
 class Host:
-    """How the model is wrapped, and how far it may be from the model as it is."""
+    """How the model is wrapped, and the tolerance of the comparison with the unwrapped model."""
 
     wrap: Callable[[nn.Sequential], nn.Module]
     again: bool = False
@@ -105,7 +105,7 @@ def check(host: Host, rank: int) -> None:
     parameters = list(model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(parameters, alone.parameters(), strict=True))
     wrapped = host.wrap(model)
-    for _ in range(2):  # the second step finds caches full
+    for _ in range(2):  # the second step runs with filled caches
         y = wrapped(xs[rank])
         wrapped.zero_grad()
         y.square().mean().backward()
@@ -120,14 +120,14 @@ def check(host: Host, rank: int) -> None:
 
 
 def rank_of_hosts(rank: int, store: str, pipe: Any) -> None:
-    """Sends what went wrong, by host."""
+    """Sends the errors of each host through the pipe."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     found: dict[str, str] = {}
     for name, host in HOSTS.items():
         try:
             check(host, rank)
-        except Exception as error:  # the other rank must not wait for this one
+        except Exception as error:  # so that the other rank does not wait for this one
             found[name] = f"{type(error).__name__}: {error}"[:2000]
         torch._dynamo.reset()
     pipe.send(found)

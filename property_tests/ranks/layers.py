@@ -1,6 +1,4 @@
-"""Layers for ranks with the options that those of `ranks.cases` do not have, each on one format of every mesh, and why
-some are not here.
-"""
+"""Layers with the options that those of `ranks.cases` do not have, and reasons for options without a case."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +15,7 @@ WIDE = dataclasses.replace(BASE, hidden_size=64, intermediate_size=128)
 def _quantized(
     scheme: Any, granularity: Any, rounded: tuple[Any, ...] | None = None, base: MoEConfig = BASE, **more: Any
 ) -> MoEConfig:
-    """Codes, and inputs rounded by (scheme, granularity, further fields)."""
+    """Returns a config with quantized weights, and inputs rounded by (scheme, granularity, further fields)."""
     activations = (
         None
         if rounded is None
@@ -94,22 +92,22 @@ MORE_LAYERS: dict[str, MoEConfig] = {
     "nvfp4": _quantized("nvfp4", "group", ("nvfp4", "group", ("group_size", 16), _STATIC), WIDE, group_size=16),
     "int8, inputs of a token": _quantized("int8", "channel", ("int8", "token")),
 }
-# Of slices: a norm wants the whole output of an expert, and a token's scale its whole width.
+# Not sliced: a norm needs the whole output of an expert, and a token's scale its whole width.
 NOT_SLICED = ("a norm of each expert", "a norm of each expert, scaled before", "int8, inputs of a token")
 NOT_BY_LOGITS = ("norms of the output and for the gate, a capacity",)  # a capacity counts a rank's own tokens
-# Options of a layer that no case has, and why: fields (of all their values), or (field, value).
-OF_ONE_NUMBER = "of one number after another, in whichever slice it is"
-OF_OWN_EXPERTS = "of a rank's own experts, which are computed as a layer"
+# Options that no case has, and the reason: a field (for all its values), or (field, value).
+ELEMENTWISE = "elementwise, the same in every slice"
+OF_OWN_EXPERTS = "concerns the experts of one rank, which are computed like a layer"
 EXCUSED: dict[Option | str, str] = {
-    "ActivationConfig.function": OF_ONE_NUMBER,
-    "ActivationConfig.limit_at": OF_ONE_NUMBER,
-    "ActivationConfig.gate_cap": OF_ONE_NUMBER,
-    "ActivationConfig.up_cap": OF_ONE_NUMBER,
-    "MoEConfig.activation": OF_ONE_NUMBER,
-    "SharedExpertsConfig.activation": OF_ONE_NUMBER,
+    "ActivationConfig.function": ELEMENTWISE,
+    "ActivationConfig.limit_at": ELEMENTWISE,
+    "ActivationConfig.gate_cap": ELEMENTWISE,
+    "ActivationConfig.up_cap": ELEMENTWISE,
+    "MoEConfig.activation": ELEMENTWISE,
+    "SharedExpertsConfig.activation": ELEMENTWISE,
     "MoEConfig.backend": OF_OWN_EXPERTS,
     ("MoEConfig.recompute", True): OF_OWN_EXPERTS,
-    ("RouterConfig.selection", "hash"): "before anything travels, and refused where logits do",
+    ("RouterConfig.selection", "hash"): "computed before rows are sent, and refused where logits are sent",
     ("MoEConfig.chunk_tokens", OTHER): "refused: ranks must meet",
     ("MoEConfig.opaque", True): "refused: ranks must meet",
     ("MoEConfig.batch_invariant", True): "test_batch_invariance_ranks",

@@ -1,6 +1,4 @@
-"""What ranks compute with the parts of a checkpoint that each has loaded by its config: run by `test_parallel` in its
-processes.
-"""
+"""Layers whose parts each rank has loaded from a checkpoint by its config: run by `test_parallel` in its processes."""
 
 import dataclasses
 import json
@@ -24,13 +22,13 @@ from moe_fn.testing import assert_matches
 
 BIASES = (("down_bias",), ("shared", "down_bias"))
 WITH_BIAS = tuple(layout for layout in SAVED if any(holds(layout, *path) for path in BIASES))
-Part = tuple[MoEConfig, MoEWeights]  # of a rank
+Part = tuple[MoEConfig, MoEWeights]  # of one rank
 Load = Callable[[ParallelConfig | None], Part]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A mesh, how the layers are spread over it, and which files they come from: a row of LOADS."""
+    """A mesh, how the layers are distributed over it, and the files that they are loaded from: a row of LOADS."""
 
     mesh: tuple[tuple[str, int], ...]
     files: str
@@ -43,7 +41,7 @@ class Loaded:
 
 
 def plain_files(folder: Path) -> Iterator[tuple[str, Load]]:
-    """Every layout that has a bias of a last product, with that bias."""
+    """Yields every layout that has a bias of down, with that bias."""
     for layout in WITH_BIAS:
         shared = (8, 2) if is_stacked(layout) else (8, 1) if holds(layout, "shared", "down") else None
         whole = config_of(layout, shared, num_experts=4, top_k=2, hidden_size=6, intermediate_size=8)
@@ -65,15 +63,15 @@ def plain_files(folder: Path) -> Iterator[tuple[str, Load]]:
 
 
 def quantized_files(folder: Path) -> Iterator[tuple[str, Load]]:
-    """Codes of two kinds, and gpt-oss' blocks beside its biases."""
-    for name in ("ct w4a16 channel", "ct fp8 weight-only"):  # inputs that are rounded have scales of their slice
+    """Yields quantized weights of two formats, and those of gpt-oss with its biases."""
+    for name in ("ct w4a16 channel", "ct fp8 weight-only"):  # with rounded inputs scales would differ by slice
         (folder / name).mkdir()
         write(folder / name, FORMATS[name])
         yield name, lambda parallel, name=name: load_moe_layer(folder / name, 1, parallel=parallel)  # type: ignore[misc]
-    random, lay, prefix = np.random.default_rng(0), mx(("_blocks", "_scales"), 4, blocks=True), "model.layers.1.mlp"
+    random, mxfp4, prefix = np.random.default_rng(0), mx(("_blocks", "_scales"), 4, blocks=True), "model.layers.1.mlp"
     tensors: dict[str, Tensor] = {}
     for name, size in (("gate_up_proj", (256, X)), ("down_proj", (X, 128))):
-        found = [lay(random, *size).tensors for _ in range(E)]
+        found = [mxfp4(random, *size).tensors for _ in range(E)]
         tensors |= {
             f"{prefix}.experts.{name}{suffix}": torch.stack([of_one[suffix] for of_one in found]) for suffix in found[0]
         }
@@ -81,7 +79,7 @@ def quantized_files(folder: Path) -> Iterator[tuple[str, Load]]:
             f"{prefix}.experts.{name}_bias": torch.randn(E, size[0], generator=torch.Generator().manual_seed(2))
         }
     tensors |= {f"{prefix}.router.weight": torch.ones(E, X), f"{prefix}.router.bias": torch.arange(float(E))}
-    words = {
+    keys = {
         "num_local_experts": E,
         "num_experts_per_tok": 2,
         "hidden_size": X,
@@ -90,7 +88,7 @@ def quantized_files(folder: Path) -> Iterator[tuple[str, Load]]:
     }
     (folder / "gpt-oss").mkdir()
     save(folder / "gpt-oss", tensors)
-    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}, **words}
+    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}, **keys}
     (folder / "gpt-oss" / "config.json").write_text(json.dumps(config))
     yield "gpt-oss", lambda parallel: load_moe_layer(folder / "gpt-oss", 1, parallel=parallel)
 
@@ -105,7 +103,7 @@ MESHES: tuple[tuple[tuple[tuple[str, int], ...], dict[str, Any]], ...] = (
 
 
 def loaded(world: int) -> list[Loaded]:
-    """Every mesh of so many ranks, with every kind of file."""
+    """Returns every mesh of `world` ranks with every kind of file."""
     return [
         Loaded(mesh, files, options)
         for mesh, options in MESHES
@@ -115,8 +113,8 @@ def loaded(world: int) -> list[Loaded]:
 
 
 def run_loaded(case: Loaded, mesh: DeviceMesh, rank: int) -> None:
-    """Assert that ranks that loaded their parts compute what one does that loaded all, and have what shard_weights
-    makes of all.
+    """Asserts that ranks with loaded parts compute the output of one rank that loaded everything, and that each part is
+    the one that shard_weights returns.
     """
     parallel = ParallelConfig.from_mesh(mesh, **{name: name for name, _ in case.mesh}, **case.options)
     differ = []
@@ -142,4 +140,4 @@ def run_loaded(case: Loaded, mesh: DeviceMesh, rank: int) -> None:
                     assert_matches(of_ranks, of_one, tolerance=1e-5, scale=0.1, name=name)
                 except AssertionError as error:
                     differ.append(str(error))
-    assert not differ, differ  # only now: a rank that fails in between would leave the others waiting
+    assert not differ, differ  # after the last collective: a rank that fails before would make the others wait

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-# By name only, from installed packages: the server imports with a path of its own.
+# Names of installed packages only: the server does not have this process' import path.
 _PRELOADED = ["torch", "torch.distributed.device_mesh", "torch.distributed.fsdp", "moe_fn.testing"]
 
 
