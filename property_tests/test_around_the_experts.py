@@ -1,4 +1,4 @@
-"""Laws of what stands around the experts: shared and zero experts, transforms, the scale on the output, truncation."""
+"""Laws of shared and zero experts, transforms of input and output, the scale on the output, and truncation."""
 
 import dataclasses
 
@@ -209,7 +209,7 @@ def zero_case(kind: str) -> st.SearchStrategy[MoEProblem]:
 
 
 def split(problem: MoEProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(layer with zero experts, layer without their slots, their ids with -1 for others, their weights)."""
+    """Returns (layer with zero experts, layer without their slots, their ids with -1 for others, their weights)."""
     call = moe_fn.layer.call.check_and_flatten(
         "test", problem.config, problem.weights, problem.x, problem.logits, problem.token_ids, problem.token_mask
     )

@@ -1,6 +1,4 @@
-"""Every way to call wrongly that we could think of is a ValueError that says where, what came and what was expected:
-docs/errors.md.
-"""
+"""Invalid calls raise a ValueError that names the argument, its value and what was expected: docs/errors.md."""
 
 import dataclasses
 import json
@@ -28,13 +26,13 @@ ROWS = dict(rows_of(PAGE_TEXT))
 @pytest.mark.skipif(not PAGE.exists(), reason="installed without the repository")
 @pytest.mark.parametrize("wrong", ROWS)
 def test_a_wrong_call_raises_the_words_of_the_page(wrong: str) -> None:
-    """docs/errors.md: each line of its tables."""
+    """Each row of the tables in docs/errors.md raises its message."""
     assert raised_by(wrong, NAMES) == ROWS[wrong]
     assert "expected" in ROWS[wrong]
 
 
-# Records hold what they are given, which is looked at where it is used; the rest takes no argument, is the judge, or
-# needs ranks.
+# Records are not checked when constructed, but where they are used; the others take no argument, are the reference, or
+# need ranks.
 UNCHECKED = {
     "BackendInfo", "Calibration", "Dispatched", "Entry", "LAYOUTS", "LatentWeights", "Layout", "LoRAWeights",
     "LoadWindow", "Message",

@@ -1,4 +1,4 @@
-"""Wrong ways to spread a layer over ranks: each is a ValueError that says where, what came and what was expected."""
+"""Invalid parallel configs raise a ValueError that names the argument, its value and what was expected."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ SHARDS = [shard_weights(config, WHOLE) for config in CONFIGS]
 
 
 def mesh(**sizes: int) -> Any:
-    """What from_mesh reads of a DeviceMesh before it asks for groups."""
+    """Returns the attributes of a DeviceMesh that from_mesh reads before it asks for groups."""
     return SimpleNamespace(mesh_dim_names=tuple(sizes) or None)
 
 

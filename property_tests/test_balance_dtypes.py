@@ -1,4 +1,4 @@
-"""Balancing in half precision, at any number of tokens: counts are exact, sums are float32, whatever dtype comes in."""
+"""Balancing in half precision, for any number of tokens: counts are exact and sums are float32 for any input dtype."""
 
 import dataclasses
 from typing import Any
@@ -67,7 +67,7 @@ def test_leading_dimensions_are_tokens() -> None:
 
 
 def test_what_balancing_makes_is_where_its_arguments_are() -> None:
-    """On a GPU, or as here without numbers: whatever is made elsewhere meets a tensor that is not there."""
+    """Runs on meta tensors: a tensor on another device would raise an error in an operation with one of them."""
     logits, ids = torch.empty(2, 3, 4, device="meta"), torch.empty(2, 3, 2, dtype=torch.int64, device="meta")
     mask, load = torch.empty(2, 3, dtype=torch.bool, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
     for made in (
@@ -135,7 +135,7 @@ LOADS = st.integers(0, 3) | st.integers(2**24 - 1, 2**24 + 2) | st.integers(6550
 
 @st.composite
 def loads(draw: Any) -> list[list[int]]:
-    """[layers, E]; layers whose means are far apart."""
+    """Returns loads [layers, E]; the means of layers differ widely."""
     layers, experts = draw(st.integers(1, 3)), draw(st.integers(1, 5))
     return [draw(st.lists(LOADS, min_size=experts, max_size=experts)) for _ in range(layers)]
 

@@ -1,4 +1,4 @@
-"""batch_invariant=True: the bits of a token, and of its gradient, whatever other tokens there are."""
+"""batch_invariant=True: a token's output and gradient are bitwise equal in any batch."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ ORDERS = st.integers(0, 2**20)
 
 
 def some_tokens(problem: MoEProblem, seed: int) -> Tensor:
-    """Tokens of another batch: some of these, in another order, some of them twice."""
+    """Draws the tokens of another batch: some of these tokens, in another order, some of them twice."""
     count = problem.x[..., 0].numel()
     generator = torch.Generator().manual_seed(seed)
     wanted = torch.randint(0, 2 * count + 1, (), generator=generator)
@@ -34,8 +34,8 @@ def outputs(problem: MoEProblem) -> Tensor:
 
 
 def token_gradients(problem: MoEProblem) -> list[Tensor]:
-    """Gradients to x and logits, [tokens, ...], of a sum in which each number of a token's output counts as it counts
-    in any batch.
+    """Returns the gradients of x and logits, [tokens, ...], for a loss that weights each element of a token's output
+    the same in any batch.
     """
     fresh = {
         name: None if t is None else t.detach().clone().requires_grad_()
@@ -48,7 +48,7 @@ def token_gradients(problem: MoEProblem) -> list[Tensor]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Equal numbers, and NaN where the other has NaN."""
+    """Whether all elements are equal; NaN equals NaN."""
     return torch.equal(torch.nan_to_num(one, nan=12345.0), torch.nan_to_num(other, nan=12345.0))
 
 
@@ -96,7 +96,9 @@ def test_quantized_and_adapted_tokens_too(strategy: st.SearchStrategy[MoEProblem
 
 @functools.cache
 def model(dtype: torch.dtype, layout: Any) -> tuple[MoEConfig, MoEWeights]:
-    """Sizes at which kernels have tails, several blocks of sums, and another way for few rows than for many."""
+    """Returns a layer with sizes at which kernels have tails, sums of several blocks, and separate code for
+    few rows.
+    """
     shared = SharedExpertsConfig(intermediate_size=96, gate="sigmoid")
     config = MoEConfig(
         num_experts=16,

@@ -1,4 +1,4 @@
-"""batch_invariant=True over ranks (gloo): a token's bits, however many tokens the others send."""
+"""batch_invariant=True over ranks (gloo): a token's bits do not depend on the number of tokens of other ranks."""
 
 import dataclasses
 from datetime import timedelta
@@ -47,8 +47,8 @@ FORMATS: dict[int, tuple[tuple[str, dict[str, Any]], ...]] = {
 
 
 def bits(config: MoEConfig, rank: int, same_everywhere: bool, others: int) -> tuple[Tensor, Tensor]:
-    """y and the gradient of x of the first token, which stands in front of others: of this rank's, or of
-    everybody's.
+    """Returns y and the gradient of x for the first token, which is followed by tokens of this rank, or of all
+    ranks.
     """
     generator = torch.Generator().manual_seed(0)
     x, logits = (torch.randn(9, size, generator=generator) for size in (config.hidden_size, config.num_logits))
@@ -76,7 +76,7 @@ def worker(rank: int, world: int, store: str, results: Any) -> None:
         config = dataclasses.replace(LAYER, parallel=ParallelConfig.from_mesh(meshes[name], **{name: name}, **options))
         same_everywhere = name == "tp" or options["dispatch"] == "replicated"
         found.append((f"{name} {options}", equal_bits(config, rank, same_everywhere)))
-        # gloo's all_reduce begins at another rank for each part of a tensor
+        # gloo's all_reduce starts at a different rank for each part of a tensor
         if options.get("ordered_sums") and same_everywhere:
             with patch.object(collectives, "_group_args", lambda group: (group.name, group.size, False)):
                 found.append(

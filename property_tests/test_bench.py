@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic, words and honesty; its numbers are nobody's business here."""
+"""The benchmark's arithmetic, messages and checks of results; no test depends on a measured time."""
 
 import dataclasses
 import json
@@ -57,9 +57,9 @@ def combination(tokens: tuple[int, ...] = (1, 3)) -> Combination:
 
 
 def bytes_of(weights: MoEWeights) -> int:
-    """Of the experts' matrices, all that is stored of them."""
-    beside = vars(weights.quant).values() if weights.quant is not None else ()
-    return sum(tensor.nbytes for tensor in (weights.gate_up, weights.down, *beside) if tensor is not None)
+    """Returns the bytes of the experts' matrices, scales and zero points included."""
+    quantized = vars(weights.quant).values() if weights.quant is not None else ()
+    return sum(tensor.nbytes for tensor in (weights.gate_up, weights.down, *quantized) if tensor is not None)
 
 
 def row(name: str, layer: Layer | Exception, refuses: str | None = None, absent: str | None = None) -> Contestant:
@@ -229,7 +229,7 @@ def test_who_is_absent_refuses_or_fails_is_named_with_the_reason(capsys: pytest.
         (["--device", "tpu"], "--device tpu: expected cpu or cuda"),
         (["--contestants", "vllm"], "--contestants vllm: expected all, or some of moe_fn"),
         (["--contestants", "zentorch", "--device", "cuda"], "--contestants zentorch: expected all, or some of moe_fn"),
-        (["--contestants", "nobody"], "--contestants nobody: expected all, or some of moe_fn"),
+        (["--contestants", "unknown"], "--contestants unknown: expected all, or some of moe_fn"),
         (["--part", "router"], "argument --part"),
         (["--quant", "int3"], "--quant int3: expected some of none, int8"),
         (["--quant", "int8", "--backward"], "--quant int8 with --backward: expected none"),
@@ -332,7 +332,7 @@ def test_the_codes_are_those_of_the_floats_and_count_as_many_bytes_as_they_take(
     assert weight_bytes(config, torch.bfloat16) == bytes_of(codes.weights)
     assert read_bytes(config, 3, torch.bfloat16, backward=False) == 3 * bytes_of(codes.weights) // config.num_experts
     whole = dataclasses.replace(combination(), model=model, dtype="bf16", quant=quant)
-    assert needed_bytes(whole) == 2 * bytes_of(codes.weights)  # each expert's, and then all of them in one
+    assert needed_bytes(whole) == 2 * bytes_of(codes.weights)  # each expert's tensors, and then one of all experts
     unquantized, decoded = floats_of(codes), dequantize_weights(config, expected, torch.bfloat16)
     assert unquantized[0] == decoded[0]
     assert torch.equal(unquantized[1].gate_up, decoded[1].gate_up)
@@ -441,7 +441,7 @@ def test_a_missing_library_for_gpus_is_named_and_stops_nobody(capsys: pytest.Cap
 
 
 def on_gpu(tokens: int = 8192, **how: object) -> Result:
-    """A result as a GPU would give it."""
+    """Returns a result as it is measured on a GPU."""
     outcomes = {
         "moe_fn": Outcome(status="timed", median_ms=0.5, how="graph", memory=Memory(kept=3_000_000, peak=9_000_000)),
         "liger": Outcome(status="timed", median_ms=0.75, how="events", why="called a synchronizing CUDA operation"),
@@ -497,7 +497,7 @@ def test_the_sizes_of_the_probes_and_of_the_memory() -> None:
 
 
 def test_what_the_clock_makes_of_a_contestant_is_what_is_timed_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: one is captured, one cannot be, and one's graph gives something else than the call did."""
+    """As on a GPU: one call is captured, one cannot be, and the graph of one returns another result than the call."""
     replays: list[str] = []
     made = iter(("graph", "events", "broken"))
 

@@ -1,4 +1,4 @@
-"""Laws of the campaign: errors within their bounds, balls that hold what they should, and runs that go on where they
+"""Laws of the campaign: errors are within their bounds, balls contain the exact values, and a run resumes where it
 stopped.
 """
 
@@ -47,7 +47,7 @@ def test_a_campaign_that_goes_on_is_one_that_never_stopped(cut: int) -> None:
         expected = run(whole, 4, seed=5)
         run(parts, cut, seed=5)
         with (parts / LINES).open("a") as file:
-            file.write('{"seed": 5, "ind')  # killed while it wrote
+            file.write('{"seed": 5, "ind')  # the process was killed during a write
         assert run(parts, 4, seed=5) == expected == lines_of(parts)
         assert [line.index for line in expected] == [0, 1, 2, 3]
         with pytest.raises(ValueError, match="campaign of seed 5; expected seed 6"):
@@ -86,7 +86,7 @@ def test_what_is_inside_stays_inside(count: int, seed: int, function: object) ->
     assert_inside(inside_a + inside_b, ball.plus(a, b))
     assert_inside(inside_a * inside_b, ball.times(a, b))
     assert_inside(inside_a / (inside_b.abs() + 0.1), ball.over(a, ball.Ball(b.value.abs() + 0.1, b.radius)))
-    if function is not torch.abs:  # abs has two ends inside an interval around 0
+    if function is not torch.abs:  # abs of an interval around 0
         assert_inside(function(inside_a), ball.monotone(a, function, 1.0))  # type: ignore[operator]
 
 
@@ -99,7 +99,7 @@ def test_what_is_inside_stays_inside(count: int, seed: int, function: object) ->
 def test_inputs_near_a_number_round_to_its_ball(quant: moe_fn.QuantConfig, width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(width, generator=generator).double()
-    v = (v * 8).round() / 8 if seed % 2 else v  # ties, and largest numbers that are powers of two
+    v = (v * 8).round() / 8 if seed % 2 else v  # ties, and largest values that are powers of two
     radius = torch.rand(width, generator=generator).double() * 10.0 ** -float(
         torch.randint(1, 9, (), generator=generator)
     )
@@ -122,7 +122,7 @@ def test_a_quotient_by_what_may_be_zero_has_no_bound() -> None:
 
 
 def test_bounds_are_near_the_errors() -> None:
-    """In bfloat16 one rounding can come within a fifth of the bound: a bound of ten times as much would see less."""
+    """In bfloat16 a single rounding error reaches a fifth of the bound; a bound ten times as large would miss bugs."""
     shares = [check(0, index).of_bound.get("the layer", 0.0) for index in range(16)]
     assert 0.2 < max(shares) <= 1.0
 

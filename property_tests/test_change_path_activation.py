@@ -1,6 +1,6 @@
-"""How many places a new activation touches: a row in three tables, and a kernel in each back-end that is to compute it.
+"""A new activation is a row in three tables, and a kernel in each back-end that is to compute it.
 
-What has no kernel for it says so, and the layer runs by its stages.
+A back-end without a kernel for it reports the activation as unsupported, and the layer runs by its stages.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ FILES = {
 
 @pytest.fixture
 def softsign(monkeypatch: pytest.MonkeyPatch) -> Iterator[ActivationConfig]:
-    """A made-up activation in the tables: g * (1 + s) / 2 with s = z / (1 + |z|), z = alpha * g."""
+    """Adds an activation to the tables: g * (1 + s) / 2 with s = z / (1 + |z|), z = alpha * g."""
 
     def in_torch(m: Arithmetic, c: ActivationConfig, g: Tensor) -> Tensor:
         z = c.alpha * g
@@ -128,8 +128,8 @@ def test_a_function_without_a_row_is_refused(softsign: ActivationConfig, monkeyp
 
 
 def test_an_activation_with_a_parameter_is_named_in_few_files() -> None:
-    """Without the families that have it, and values that strategies draw. up_cap is of the other factor, whose error is
-    bounded by itself.
+    """Families that use it, and values that strategies draw, are not counted. up_cap belongs to the other factor, whose
+    error has its own bound.
     """
     others = ("families/", "integrations/", "testing/option_rules.py")
     for name, more in (("situ", set()), ("gate_cap", set()), ("up_cap", {"testing/bounds/activation.py"})):
@@ -151,7 +151,7 @@ def test_every_table_has_every_function() -> None:
 
 
 def test_a_parameter_of_activations_is_an_argument_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more field of ActivationConfig is one more argument of the op, in the schema, C++ and Triton."""
+    """A new field of ActivationConfig is a new argument of the op in its schema, in C++ and in Triton."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Later(ActivationConfig):

@@ -1,5 +1,5 @@
-"""How many places a change touches: a made-up row in the tables that docs/contributing.md names is all that a new
-scoring or a new quantization scheme needs, and back-ends whose kernels do not know it say so.
+"""The number of places that a change touches: a new scoring or quantization scheme is a row in the tables that
+docs/contributing.md lists, and back-ends without kernels for it report it as unsupported.
 """
 
 import ast
@@ -48,14 +48,14 @@ CACHED = (
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
-    """No cache keeps anything of a made-up row."""
+    """Clears the caches after a test, so that none keeps results of an added row."""
     yield
     for function in CACHED:
         function.cache_clear()
 
 
 def assert_on_its_page(where: str, name: str) -> None:
-    """The table of docs/options.md gets the name, and its test fails until it is there."""
+    """Checks that the test of docs/options.md fails until the name is added to its table."""
     assert any(line.startswith(f"| `{where}` |") and f"`{name}`" in line for line in options_page.table().splitlines())
     assert (
         not options_page.PAGE.exists()
@@ -78,7 +78,7 @@ def test_a_scoring_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(triton.router_problem(config.json, torch.float32)).startswith(words)
     assert native.experts_problem(config.json) is None and triton.experts_problem(config.json) is None
 
-    fixed = {"scoring": "arctan", "groups": None, "correction_bias": "none"}  # of sums of scores some nearly tie
+    fixed = {"scoring": "arctan", "groups": None, "correction_bias": "none"}  # some sums of scores nearly tie
 
     @DRAWS
     @given(problems(configs(**fixed)))
@@ -115,8 +115,8 @@ NORMAL = (
 
 
 def test_a_quantization_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 files, of which one is the decoder of torch's products and one that of the reference; each other back-end
-    needs its own decoder.
+    """3 files: one has the decoder of torch's products, one that of the reference; every other back-end needs its own
+    decoder.
     """
     bounds = torch.tensor([(low + high) / 2 for low, high in itertools.pairwise(NORMAL)])
     number = numbers.Number(
@@ -252,7 +252,7 @@ DISPATCH = {"config/parallel.py", "parallel/dispatch.py", "parallel/traffic.py",
 
 
 def files_that_name(word: str) -> set[str]:
-    """Files of the package whose code has a word, without what has names of its own: families, checkpoints, bench."""
+    """Returns the files of the package whose code contains a name, without families, checkpoints and bench."""
     found = set()
     for path in PACKAGE.rglob("*"):
         file = path.relative_to(PACKAGE).as_posix()

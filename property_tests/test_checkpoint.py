@@ -1,6 +1,4 @@
-"""The checkpoint loader and saver: laws over all layouts, sizes, shards and slices, and every way a file
-can be wrong.
-"""
+"""The checkpoint loader and saver: laws over all layouts, sizes, shards and slices."""
 
 import dataclasses
 import importlib.util
@@ -48,14 +46,14 @@ def test_saving_undoes_loading_in_every_layout(layout: Layout) -> None:
 
 
 def parts(draw: Any, size: int) -> list[tuple[int, int]]:
-    """0..size in consecutive, nonempty ranges."""
+    """Draws a split of 0..size into consecutive, nonempty ranges."""
     cuts = [0, *sorted(draw(st.sets(st.integers(1, size - 1)) if size > 1 else st.just(set()))), size]
     return list(itertools.pairwise(cuts))
 
 
 @st.composite
 def ranks(draw: Any) -> tuple[Block, list[tuple[int, ...]], list[tuple[int, int]], list[tuple[int, int]]]:
-    """A block, and how its experts, its intermediates and those of the shared experts are dealt out."""
+    """Draws a block, and a split of its experts, its intermediates and those of the shared experts over ranks."""
     block = draw(blocks())
     order = draw(st.permutations(range(block.config.num_experts)))
     experts = [tuple(order[start:stop]) for start, stop in parts(draw, len(order))]
@@ -97,7 +95,7 @@ def test_slices_of_ranks_make_up_the_whole(dealt: Any, shard_bytes: int) -> None
 
 @st.composite
 def on_ranks(draw: Any) -> tuple[Block, ParallelConfig, Any]:
-    """A block, one rank of some that share it, and a placement where experts have copies."""
+    """Draws a block, one of the ranks that share it, and a placement with replicated experts."""
     tp, dp, ep = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     block = draw(blocks(slices=tp * dp))
     tp = 1 if block.config.expert_norm else tp
@@ -150,8 +148,8 @@ AXES = tuple("EIMGXNBHLCDWZVK1")
 
 
 def put(whole: Tensor, part: Tensor, places: dict[str, list[int]]) -> None:
-    """Puts a rank's tensor where it belongs in the whole; both have one dim for each of AXES, of size 1 where they lack
-    the axis.
+    """Copies a rank's tensor to its place in the whole tensor. Both have one dim for each of AXES, of size 1 for an
+    axis that they do not have.
     """
     index = [torch.tensor(places[axis] if whole.shape[dim] > 1 else [0]) for dim, axis in enumerate("EIM")]
     whole[index[0][:, None, None], index[1][:, None], index[2]] = part

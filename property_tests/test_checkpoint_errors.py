@@ -1,6 +1,4 @@
-"""Every way a checkpoint can be wrong: an error that names it and says what was expected, before anything
-is allocated.
-"""
+"""Invalid checkpoints raise an error that names the tensor or key and what was expected, before any allocation."""
 
 import dataclasses
 import importlib.util
@@ -51,7 +49,7 @@ def load(path: Path) -> MoEWeights:
 
 
 def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
-    """Changes the header of the only file; its data stays."""
+    """Changes the header of the only file, and keeps its data."""
 
     def edit(path: Path) -> None:
         header, data = read_raw(path / ONE)
@@ -83,7 +81,7 @@ def added(name: str, dtype: str, shape: list[int], size: int) -> Callable[[Path]
 
 
 def repeated(path: Path) -> None:
-    """The name of the first tensor twice, which a dict cannot hold."""
+    """Writes the name of the first tensor twice, which a dict cannot represent."""
     header, data = read_raw(path / ONE)
     text = json.dumps(header)
     first = next(name for name in header if name != "__metadata__")
@@ -136,7 +134,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (lambda path: (path / ONE).write_bytes(b""), "has no header, but the file has 0 bytes"),
     "no header": (lambda path: (path / ONE).write_bytes(b"\0" * 5), "has no header, but the file has 5 bytes"),
     "length beyond the file": (lambda path: in_words(path, b"{}", 10**6), "says that its header has 1000000 bytes"),
-    "length of a lie": (lambda path: in_words(path, b"{}", 2**64 - 1), f"says that its header has {2**64 - 1} bytes"),
+    "largest length": (lambda path: in_words(path, b"{}", 2**64 - 1), f"says that its header has {2**64 - 1} bytes"),
     "no json": (lambda path: in_words(path, b"{'a': 1}"), "is no JSON"),
     "no text": (lambda path: in_words(path, b'{"\xff\xfe": 1}'), "is no JSON .UnicodeDecodeError"),
     "deep json": (
@@ -182,7 +180,7 @@ def test_a_file_that_is_wrong_is_named(case: str, tmp_path: Path, monkeypatch: p
     save(tmp_path)
     assert same_bits(load(tmp_path), WEIGHTS)
     spoil(tmp_path)
-    monkeypatch.setattr(read_plan.torch, "empty", None)  # nothing may be allocated
+    monkeypatch.setattr(read_plan.torch, "empty", None)  # no allocation is allowed
     with pytest.raises(ValueError, match=words) as caught:
         load(tmp_path)
     assert "expected" in str(caught.value) and "\n    " not in str(caught.value)
@@ -202,7 +200,7 @@ def moved(file: str) -> Callable[[Path], None]:
 
 
 def copied(path: Path) -> None:
-    """A shard under a second name, its first tensor listed there."""
+    """Copies a shard to a second name, and lists its first tensor there."""
     first = json.loads((path / INDEX).read_text())["weight_map"]
     (path / "copy.safetensors").write_bytes((path / first[f"{PREFIX}.{DOWN}"]).read_bytes())
     of_index(lambda files: files.update({f"{PREFIX}.{DOWN}": "copy.safetensors"}))(path)
@@ -301,7 +299,7 @@ def test_arguments_that_mean_nothing_are_named(tmp_path: Path) -> None:
 
 
 def test_what_safetensors_alone_refuses_is_named(tmp_path: Path) -> None:
-    """Half of a surrogate, in a name that nobody asks for: Python's JSON has such, safetensors' has not."""
+    """A lone surrogate in a key that is not read: Python's JSON accepts it, safetensors' JSON does not."""
     save(tmp_path)
     header, data = read_raw(tmp_path / ONE)
     write_raw(tmp_path / ONE, {**header, "__metadata__": {"a": "\ud800"}}, data)
@@ -311,8 +309,8 @@ def test_what_safetensors_alone_refuses_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [10**6, 2**31, 2**62])
 def test_experts_that_no_file_has_take_no_time(count: int, tmp_path: Path) -> None:
-    """A config.json may say any number of them: the first that are missing are named, and no list is made
-    of the rest.
+    """A config.json may have any number of experts: the error names the first missing tensors, and no list of all is
+    made.
     """
     save(tmp_path)
     words = {
@@ -348,7 +346,7 @@ NAMES: dict[str, tuple[Any, list[str], str]] = {
         MIXTRAL, ["model.layers.0.mlp.down_proj.weight", "model.layers.1.some_ffn.0"],
         r"by its config.json.* it has model.layers.1.some_ffn.0; expected",
     ),
-    "beside a dense network": (
+    "in a layer with a dense MLP": (
         {"model_type": "gemma4", "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 2},
         ["model.layers.0.mlp.down_proj.weight"],
         r"by its config.json.* it has model.layers.0.mlp.down_proj.weight; expected",
@@ -457,7 +455,7 @@ def test_no_damage_to_a_file_is_a_crash(data: st.DataObject) -> None:
 
 
 def test_what_is_saved_is_whole_whoever_saves_it(tmp_path: Path) -> None:
-    """A rank may save all weights, biases too; its part is refused."""
+    """Any rank may save the whole weights, biases included; a slice of them is an error."""
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4, activation="relu2_no_mul")
     whole = weights_for(config, bias=True, scales=False)
     sliced = dataclasses.replace(config, parallel=ParallelConfig(tp=RankGroup(name="0", size=2, rank=1)))

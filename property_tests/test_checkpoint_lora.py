@@ -1,5 +1,5 @@
-"""Adapters as PEFT saves them: by the documented layout, against peft itself where it is there, and folders
-that lie.
+"""Adapters as PEFT saves them: in the documented layout, compared with peft where it is installed, and folders with
+contradictory contents.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ from safetensors.torch import save_file
 from moe_fn.checkpoint import load_lora, peft
 
 PREFIX = "model.layers.3.mlp"
-Products = dict[str, dict[int, Tensor]]  # by part and expert: what is to be added to the matrix
+Products = dict[str, dict[int, Tensor]]  # the update of a matrix, by part and expert
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A folder's contents, and what the adapter adds to each matrix."""
+    """The contents of a folder, and the update of each matrix by the adapter."""
 
     config: MoEConfig
     adapter_config: dict[str, Any]
     tensors: dict[str, Tensor]
     added: Products
     layout: Any = None
-    weight_layout: Any = None  # as the caller says it
+    weight_layout: Any = None  # argument of the caller
 
 
 def write(folder: Path | str, adapter_config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -61,7 +61,7 @@ def sizes_of(config: MoEConfig) -> dict[str, tuple[int, int]]:
 
 @st.composite
 def saved(draw: DrawFn, versions: tuple[str | None, ...] | None = None) -> Saved:
-    """versions: adapters of parameters alone, as these versions of peft write them."""
+    """Draws an adapter. With `versions` it is one of parameters only, as these versions of peft write it."""
     gated = draw(st.booleans())
     config = MoEConfig(
         num_experts=draw(st.integers(1, 4)),
@@ -87,20 +87,20 @@ def saved(draw: DrawFn, versions: tuple[str | None, ...] | None = None) -> Saved
     tensors, added, more = _parameters(draw, config, gated, rank, alpha, stabilised, generator)
     values["peft_version"] = version = draw(st.sampled_from(versions or VERSIONS))
     interleaved = (layout or config.gate_up_layout) == "interleaved"
-    # of packed ones some say so, some do not
+    # given, or left to the default
     weight_layout = draw(st.sampled_from(["out_in", "in_out"] if interleaved else ["out_in"]))
-    told = None if (weight_layout == "in_out") == interleaved and draw(st.booleans()) else weight_layout
-    if (told == "out_in") if version is None else is_of_outputs(version, weight_layout):
+    given_layout = None if (weight_layout == "in_out") == interleaved and draw(st.booleans()) else weight_layout
+    if (given_layout == "out_in") if version is None else is_of_outputs(version, weight_layout):
         tensors = exchanged(tensors, rank, config.num_experts)
-    return Saved(config, values | more, tensors, added, layout, told)
+    return Saved(config, values | more, tensors, added, layout, given_layout)
 
 
 VERSIONS = (None, "0.18.0", "0.18.1", "0.19.0", "0.19.1", "0.20.0", "0.21.2", "0.22.1.dev0@0a1b2c", "1.0.0")
 
 
 def is_of_outputs(version: str, weight_layout: str) -> bool:
-    """What peft's ParamWrapper does with the dims of [E, m, n], of a model that says is_transposed where it keeps [E,
-    in, out].
+    """Whether peft's ParamWrapper of this version takes the outputs of [E, m, n] for its inputs; a model with [E, in,
+    out] has is_transposed.
     """
     inputs, outputs = ("out", "in") if weight_layout == "out_in" else ("in", "out")
     if version == "0.19.0":
@@ -111,7 +111,7 @@ def is_of_outputs(version: str, weight_layout: str) -> bool:
 
 
 def exchanged(tensors: dict[str, Tensor], rank: int, experts: int) -> dict[str, Tensor]:
-    """A of the outputs [E r, out], B of the inputs [in, r E]."""
+    """Returns factors with the roles exchanged: A for the outputs [E r, out], B for the inputs [in, r E]."""
     found = {}
     for name, a in tensors.items():
         if name.endswith("lora_A.weight"):
@@ -170,7 +170,7 @@ def _parameters(
 
 
 def matrix(problem: Saved, product: str, expert: int) -> Tensor:
-    """What is added to a product of an expert, in the order of the config."""
+    """Returns the update of a matrix of an expert, in the layout of the config."""
     config, (size, out) = problem.config, sizes_of(problem.config)[product]
     if product in problem.added or product == "down" or config.activation == "relu2_no_mul":
         part = product if product in problem.added or product == "down" else "up"
@@ -265,7 +265,7 @@ def test_a_model_of_peft_computes_what_the_loaded_adapter_does(
 
 
 class Experts(torch.nn.Module):
-    """Experts that are modules of their own, as models had them before transformers 5."""
+    """Experts that are separate modules, as in models before transformers 5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ def test_modules_of_peft_are_what_the_loaded_adapter_adds(targets: Any, tmp_path
     assert_adds(CONFIG, lora, wanted)
 
 
-LAYER = "model.language_model.layers.3"  # Gemma-4's experts and router lie beside its attention
+LAYER = "model.language_model.layers.3"  # Gemma-4's experts and router are in the same module as its attention
 BESIDE = ("self_attn.q_proj", "mlp.gate_proj", "per_layer_input_gate")
 
 
@@ -356,7 +356,7 @@ SQUARE = dataclasses.replace(CONFIG, intermediate_size=16)
 OF_ALL = {f"{PREFIX}.experts.lora_A.weight": torch.ones(8, 16), f"{PREFIX}.experts.lora_B.weight": torch.ones(16, 8)}
 UNCLEAR: dict[str, tuple[MoEConfig, str]] = {
     "packed [E, in, out], which may be a Llama-4": (dataclasses.replace(SQUARE, weight_layout="in_out"), "0.21.2"),
-    "codes, whose floats may lie either way": (dataclasses.replace(SQUARE, quant=QUANT), "0.18.1"),
+    "codes, whose floats may be in either layout": (dataclasses.replace(SQUARE, quant=QUANT), "0.18.1"),
     "between two releases": (SQUARE, "0.19.1.dev0"),
     "no version": (SQUARE, "main"),
 }
@@ -373,7 +373,7 @@ def test_sides_that_nothing_tells_are_refused_in_words(case: str, tmp_path: Path
 
 
 def test_an_adapter_of_an_older_peft_is_turned_over(tmp_path: Path) -> None:
-    a, b = torch.randn(8, 16), torch.randn(12, 8)  # of down [4, 16, 12]: up to 0.18 the dims in their order
+    a, b = torch.randn(8, 16), torch.randn(12, 8)  # of down [4, 16, 12]: until 0.18 the dims are in their order
     tensors = {f"{PREFIX}.experts.lora_A.weight": a, f"{PREFIX}.experts.lora_B.weight": b}
     write(tmp_path, PLAIN | {"target_parameters": ["experts.down_proj"]}, tensors)
     delta = torch.einsum("ore,eri->eio", b.reshape(12, 2, 4), a.reshape(4, 2, 16)) * 2
@@ -388,7 +388,7 @@ def test_dtype_and_device_are_as_asked(tmp_path: Path) -> None:
     assert wide.down_b is not None and wide.down_b.dtype == torch.float64 and wide.down_b.shape == (1, 4, 16, 2)
     write(tmp_path, PLAIN | {"lora_alpha": 0.2}, {name: t.to(torch.bfloat16) for name, t in GOOD.items()})
     scaled = load_lora(tmp_path, PREFIX, CONFIG, dtype=torch.float32)
-    # not rounded to the file's bfloat16
+    # not rounded to bfloat16, the dtype of the file
     assert scaled.down_b is not None and scaled.down_b[0, 1, 0, 0].item() == torch.tensor(0.1).item()
 
 

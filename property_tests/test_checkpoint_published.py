@@ -1,4 +1,4 @@
-"""Quantized releases as they are published: two methods in one file, words beside quantization_config, layers that no
+"""Quantized checkpoints as published: two methods in one file, keys outside quantization_config, and layers that no
 list names.
 """
 
@@ -78,7 +78,9 @@ def plain(random: np.random.Generator, outputs: int, inputs: int) -> Matrix:
 
 
 def v4(experts_of_block: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """DeepSeek-V4's blocks with experts laid so, and shared experts in fp8; the floats of all by module."""
+    """Returns tensors of DeepSeek-V4's blocks, experts in a format for each block and shared experts in fp8, and the
+    floats of each module.
+    """
     random, tensors, floats = np.random.default_rng(0), dict[str, Tensor](), dict[str, Tensor]()
     for prefix, lay in experts_of_block.items():
         tensors |= {f"{prefix}.gate.weight": torch.randn(E, X), f"{prefix}.gate.bias": torch.zeros(E)}
@@ -98,7 +100,7 @@ def write_config(folder: Path, config: Mapping[str, Any], quantization: Mapping[
 
 
 def check(prefix: str, config: MoEConfig, weights: MoEWeights, floats: Mapping[str, Tensor]) -> None:
-    """Number by number."""
+    """Checks every element against the floats."""
     plain_weights = weights if config.quant is None else dequantize_weights(config, weights)[1]
     for e in range(E):
         expert = f"{prefix}.experts.{e}"
@@ -111,14 +113,14 @@ def check(prefix: str, config: MoEConfig, weights: MoEWeights, floats: Mapping[s
 
 
 WORDS_OF_V4: dict[str, dict[str, Any]] = {
-    "beside": V4 | {"expert_dtype": "fp4", "quantization_config": FP8},
+    "outside quantization_config": V4 | {"expert_dtype": "fp4", "quantization_config": FP8},
     "inside (V4.1)": V4 | {"quantization_config": FP8 | {"expert_dtype": "fp4"}},
     "in a nested config": {
         "model_type": "deepseek_v41",
         "text_config": V4 | {"expert_dtype": "fp4"},
         "quantization_config": FP8,
     },
-    "nowhere": V4 | {"quantization_config": FP8},  # the file says what they are
+    "nowhere": V4 | {"quantization_config": FP8},  # the dtypes in the file decide
     "null": V4 | {"expert_dtype": None, "quantization_config": FP8 | {"expert_dtype": None}},
 }
 
@@ -126,7 +128,7 @@ WORDS_OF_V4: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", WORDS_OF_V4)
 @pytest.mark.parametrize("lay", [FP4, fp8], ids=["fp4", "fp8"])
 def test_deepseek_v4_as_published(case: str, lay: Any, tmp_path: Path) -> None:
-    """Experts in fp4, all else in fp8; of the base models in fp8."""
+    """Experts are in fp4 and everything else in fp8; in the base models experts are in fp8 too."""
     tensors, floats = v4({"layers.3.ffn": lay})
     save(tmp_path, tensors)
     words = json.loads(
@@ -157,8 +159,8 @@ NVFP4_OF_V4: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
 @pytest.mark.parametrize("drafts", ["fp4", "nvfp4", "bf16"])
 @pytest.mark.parametrize("case", NVFP4_OF_V4)
 def test_nvfp4_releases_say_fp8_and_modelopt_at_once(case: str, drafts: str, tmp_path: Path) -> None:
-    """ModelOpt quantized the experts anew; shared ones stay fp8, and those of the draft layers what they were, or what
-    they became.
+    """ModelOpt requantized the experts; shared experts remain fp8. Experts of the draft layers are as they were, or
+    requantized.
     """
     tensors, floats = v4({"layers.3.ffn": NVFP4, "mtp.0.ffn": {"fp4": FP4, "nvfp4": NVFP4, "bf16": plain}[drafts]})
     save(tmp_path, tensors)
@@ -169,7 +171,7 @@ def test_nvfp4_releases_say_fp8_and_modelopt_at_once(case: str, drafts: str, tmp
     check("layers.3.ffn", config, weights, floats)
     assert weights.quant is not None and torch.equal(weights.quant.down_input_scale, torch.full((E,), 0.25))  # type: ignore[arg-type]
     if drafts == "nvfp4" and case == "fp8 in config.json, ModelOpt in its own file":
-        return  # no word says that they are
+        return  # no key says that they are quantized
     of_drafts = dataclasses.replace(
         config, quant={"fp4": group("mxfp4", 32), "nvfp4": config.quant, "bf16": None}[drafts]
     )
@@ -177,7 +179,7 @@ def test_nvfp4_releases_say_fp8_and_modelopt_at_once(case: str, drafts: str, tmp
 
 
 def test_modelopt_alone_may_say_what_experts_are(tmp_path: Path) -> None:
-    """Their algorithm and no list of layers: all else is what it was."""
+    """The config has the algorithm of the experts and no list of layers: other layers are unchanged."""
     tensors, floats = v4({"layers.3.ffn": NVFP4})
     shared = {f"{module}.weight": t for module, t in floats.items() if "shared" in module}
     save(tmp_path, {name: t for name, t in tensors.items() if "shared" not in name} | shared)
@@ -209,7 +211,9 @@ DRAFTS = {
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_draft_layers_in_bf16_need_no_list(name: str, tmp_path: Path) -> None:
-    """The layer behind the last of DeepSeek-V3, which releases leave as it was without a word."""
+    """The layer after the last one of DeepSeek-V3, which published checkpoints leave unquantized without a
+    list entry.
+    """
     from safetensors.torch import load_file
 
     made: Format = DRAFTS[name]

@@ -1,5 +1,5 @@
-"""Quantized checkpoints: every format, number by number, as it is documented; slices of ranks; what is contradictory or
-not known.
+"""Quantized checkpoints: every documented format, element by element; slices of ranks; contradictory and unknown
+configs.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
 
 
 def decoded(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
-    """The floats of a layer's weights, or of a rank's slices of them, which are a smaller layer's."""
+    """Returns dequantized weights of a layer, or of a rank's slices, which are the weights of a smaller layer."""
     experts, inner = (
         weights.gate_up.shape[0],
         weights.down.shape[2] * (1 if config.quant is None else config.quant.per_byte),
@@ -72,7 +72,7 @@ def test_a_format_is_read_number_by_number(name: str, tmp_path: Path) -> None:
 
 
 def test_every_stored_format_is_read_by_a_test() -> None:
-    """Beside those here: DeepSeek-V4's experts (`test_checkpoint_published`) and gpt-oss'."""
+    """In addition to the formats here: DeepSeek-V4's experts (`test_checkpoint_published`) and those of gpt-oss."""
     found = [
         method_of({"quant_method": "modelopt", **made.words}, f"{PREFIX}.experts.0.up_proj", True)
         for made in FORMATS.values()
@@ -101,9 +101,8 @@ def test_writers_have_several_names_for_a_tensor(name: str, row: str, tmp_path: 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_slices_of_a_rank_are_those_of_the_whole(name: str, tmp_path: Path) -> None:
-    """Experts in any order, repeats allowed; a third of the intermediates.
-
-    Blocks that do not divide it are refused in words.
+    """Experts in any order, repeats allowed; a third of the intermediates. Blocks that do not divide it are
+    an error.
     """
     written = write(tmp_path, FORMATS[name], shards=3)
     config, whole = load_moe_layer(tmp_path, 1)
@@ -137,8 +136,8 @@ CUTS = ((0, 1), (3, 8), (2, 12), (16, 40), (7, 95), (20, 96), (40, 80), (48, 96)
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_slices_end_where_tiles_do_or_are_refused(name: str, tmp_path: Path) -> None:
-    """Inside a word of the file, at the ragged end, inside a tile, where experts, which stay codes, refuse and shared
-    ones do not.
+    """Slices end inside an int32 of the file, at the ragged end, and inside a tile: the last is an error for experts,
+    which remain codes, and not for shared experts.
     """
     written = write(tmp_path, FORMATS[name])
     config, _ = load_moe_layer(tmp_path, 1)
@@ -172,8 +171,8 @@ def test_slices_end_where_tiles_do_or_are_refused(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_quantized_part_is_that_of_the_whole(name: str, tmp_path: Path) -> None:
-    """By config.parallel, as shard_weights cuts codes, scales and decoded floats; where it cannot, the config is
-    refused.
+    """Loading with config.parallel gives the codes, scales and decoded floats of shard_weights; where those cannot be
+    cut, the config is an error.
     """
     write(tmp_path, FORMATS[name], shards=2)
     _, whole = load_moe_layer(tmp_path, 1)
@@ -191,7 +190,7 @@ def test_a_quantized_part_is_that_of_the_whole(name: str, tmp_path: Path) -> Non
 
 
 def test_bytes_are_cut_where_words_are_not(tmp_path: Path) -> None:
-    """int32 of eight codes, a slice of four: whole words are read, and what is asked for is kept."""
+    """A slice needs four of the eight codes in an int32: whole int32 are read, and only the slice is kept."""
     made = FORMATS["ct w8a16"]
     written = write(tmp_path, made)
     config, _ = load_moe_layer(tmp_path, 1)
@@ -220,7 +219,7 @@ def test_bytes_are_cut_where_words_are_not(tmp_path: Path) -> None:
 
 
 def test_gates_and_ups_keep_their_own_scales(tmp_path: Path) -> None:
-    """Codes and scales are those of the file, bit for bit; nothing is quantized anew."""
+    """Codes and scales are bitwise those of the file; no weight is requantized."""
     write(tmp_path, FORMATS["modelopt nvfp4"])
     _, weights = load_moe_layer(tmp_path, 1)
     from safetensors.torch import load_file
@@ -257,7 +256,7 @@ GPT_OSS = {
 
 
 def test_gpt_oss_is_read_number_by_number(tmp_path: Path) -> None:
-    """All experts in one tensor, in blocks of 16 bytes, gates and ups by turns."""
+    """All experts are in one tensor, in blocks of 16 bytes, with gates and ups interleaved."""
     random = np.random.default_rng(0)
     lay = mx(("_blocks", "_scales"), 4, blocks=True)
     matrices = {
@@ -354,7 +353,9 @@ def test_experts_that_tools_took_apart_are_read(case: str, method: str, tmp_path
 
 
 def test_deepseek_v4_has_experts_in_four_bits(tmp_path: Path) -> None:
-    """Experts in fp4, all else in fp8, with scales that are powers of two, as bytes; `.scale` for weight_scale_inv."""
+    """Experts are in fp4, other weights in fp8; scales are powers of two, stored as bytes as `.scale` for
+    weight_scale_inv.
+    """
     random, prefix = np.random.default_rng(0), "layers.1.ffn"
     fp4 = mx((".weight", ".scale"), 4, e8m0=True, signed=True)
     made = {
@@ -378,7 +379,7 @@ def test_deepseek_v4_has_experts_in_four_bits(tmp_path: Path) -> None:
 
 
 def test_fused_fp8_experts(tmp_path: Path) -> None:
-    """What transformers saves of families that keep all experts in one tensor; scales may be powers of two,
+    """Files of transformers for families with all experts in one tensor; scales may be powers of two, stored
     as bytes.
     """
     random, prefix = np.random.default_rng(0), "model.layers.1.mlp"
@@ -395,7 +396,7 @@ def test_fused_fp8_experts(tmp_path: Path) -> None:
     save(tmp_path, tensors | {f"{prefix}.gate.weight": torch.randn(E, X)})
     words = {"quant_method": "fp8", "weight_block_size": [32, 16]}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "quantization_config": words}))
-    # what inputs are rounded to is the caller's choice
+    # the caller chooses how inputs are rounded
     quant = dataclasses.replace(FORMATS["deepseek"].quant, activations=None)
     config = MoEConfig(num_experts=E, top_k=1, hidden_size=X, intermediate_size=WIDTH, quant=quant)
     floats = decoded(config, load_moe_weights(tmp_path, prefix, config))
@@ -408,7 +409,7 @@ def test_fused_fp8_experts(tmp_path: Path) -> None:
 
 
 def plain(folder: Path) -> Written:
-    """The same model in float32, but for its words."""
+    """Writes the tensors of a quantized model in float32, and keeps its quantization config."""
     made = write(folder, FORMATS["ct fp8 channel"])
     tensors = {f"{PREFIX}.gate.weight": torch.randn(E, X), f"{PREFIX}.gate.e_score_correction_bias": torch.zeros(E)}
     for module, gate_up, down in [
@@ -447,7 +448,7 @@ def test_layers_that_are_left_out_are_not_quantized(case: str, tmp_path: Path) -
     name, changes = LISTS[case]
     expected = plain(tmp_path)
     save_words(tmp_path, FORMATS[name], **changes)
-    for words in (changes, {}):  # what no list names may be floats too: the file says so
+    for words in (changes, {}):  # layers that no list names may be floats too: the dtype in the file decides
         save_words(tmp_path, FORMATS[name], **words)
         config, weights = load_moe_layer(tmp_path, 1)
         assert config.quant is None and torch.equal(weights.gate_up, expected.gate_up) and weights.quant is None
@@ -457,7 +458,7 @@ def test_layers_that_are_left_out_are_not_quantized(case: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("case", LISTS)
 def test_codes_are_codes_whatever_a_list_says(case: str, tmp_path: Path) -> None:
-    """They are refused where nothing says what codes they are, and where they are not what the words say."""
+    """Codes are an error where no key says their format, and where they contradict the config."""
     name, changes = LISTS[case]
     written = write(tmp_path, FORMATS[name], **changes)
     said = r"experts\.0.* is (F8_E4M3|I32|U8), but quantization_config excludes that module; expected floats"
@@ -582,7 +583,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_words_that_mean_nothing_are_named(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, changes, words = WRONG[case]
     write(tmp_path, FORMATS[name], **changes)
-    monkeypatch.setattr(read_plan.torch, "empty", None)  # nothing may be allocated
+    monkeypatch.setattr(read_plan.torch, "empty", None)  # no allocation is allowed
     with pytest.raises(ValueError, match=words) as caught:
         load_moe_layer(tmp_path, 1)
     assert "expected" in str(caught.value)
@@ -688,7 +689,7 @@ JUNK = (None, "x", [1], [], {}, {"a": 1}, -1, 0, 1e99, True, False, 2.5, 10**30,
 
 
 def with_junk(words: Any) -> Iterator[Any]:
-    """The words with one of their values, at any depth, another."""
+    """Draws the config with one of its values changed, at any depth."""
     for name, value in words.items():
         yield from ({**words, name: junk} for junk in JUNK)
         if isinstance(value, dict):
@@ -706,7 +707,7 @@ def test_no_words_are_a_crash(name: str) -> None:
 
 
 def test_no_damage_to_a_quantized_file_is_a_crash(tmp_path: Path) -> None:
-    """Bytes of the header changed: the same shapes, or a ValueError."""
+    """Loading a file with changed bytes in its header gives weights of the same shapes, or a ValueError."""
     write(tmp_path, FORMATS["ct w4a16 zeros"])
     config, weights = load_moe_layer(tmp_path, 1)
     content, random, kinds = (tmp_path / "model.safetensors").read_bytes(), np.random.default_rng(0), set()
@@ -726,7 +727,7 @@ def test_no_damage_to_a_quantized_file_is_a_crash(tmp_path: Path) -> None:
 
 
 def test_sizes_that_do_not_fill_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """compressed-tensors fills the last word with zeros, along inputs and, of zero points, along outputs."""
+    """compressed-tensors pads the last int32 with zeros, along inputs and, for zero points, along outputs."""
     monkeypatch.setattr(quantized_files, "WORDS", WORDS | {"hidden_size": 20, "moe_intermediate_size": 14})
     monkeypatch.setattr(quantized_files, "SIZES", {"gate_proj": (14, 20), "up_proj": (14, 20), "down_proj": (20, 14)})
     for name in ("ct w4a16 channel", "ct fp8 channel", "ct fp8 tensor", "ct int8 zeros", "ct int4"):
