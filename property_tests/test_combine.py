@@ -1,4 +1,4 @@
-"""Laws of combine, and of combine after dispatch."""
+"""Laws of combine, alone and after dispatch."""
 
 import dataclasses
 

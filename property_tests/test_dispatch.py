@@ -1,4 +1,4 @@
-"""Laws of dispatch, on routings that anybody's router may make."""
+"""Laws of dispatch, for the routings of any router."""
 
 import torch
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ CASES = configs(weight_on="output").flatmap(lambda config: st.tuples(st.just(con
 
 
 def dispatched(case: Case) -> tuple[Tensor, Tensor, Dispatched]:
-    """(the expert of each slot with num_experts for none, x, what dispatch made of it)."""
+    """Returns (expert id of each slot, num_experts for none; x; the result of dispatch)."""
     config, routing = case
     ids = routing.expert_ids.flatten()
     expert_of_slot = torch.where((ids >= 0) & (ids < config.num_experts), ids, config.num_experts)

@@ -1,9 +1,9 @@
-"""The code of the README and of the pages in docs/ runs and prints what the pages say; links, files and names on them
-are there.
+"""The code of the README and of the pages in docs/ runs and prints what the pages show; their links, files and names
+exist.
 
-A block of Python runs after those above it on its page, with their names. The words behind "python" on its first line
-may say otherwise: "requires PACKAGES": where one of them is not installed, the page's run ends there as a skipped test;
-"shown": the block does not run. A block of "output" below it is what it prints.
+A block of Python runs after the blocks above it on its page, in the same namespace. The text after "python" on its
+first line changes that. "requires PACKAGES": if one of them is not installed, the rest of the page is skipped. "shown":
+the block does not run. A block of "output" below it holds its expected output.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.skipif(not PAGES, reason="installed without the reposit
 
 @dataclass(frozen=True)
 class Block:
-    """A block of Python: the words behind "python" on its first line, its code, its line on the page, what it prints
-    (None: anything).
+    """A block of Python: the text after "python" on its first line, its code, its line on the page, and its expected
+    output (None: any).
     """
 
     words: tuple[str, ...]
@@ -59,7 +59,7 @@ def blocks_of(page: str) -> list[Block]:
 
 @pytest.fixture
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In an empty folder, without graphs of other tests, with torch's random numbers of seed 0."""
+    """Runs a test in an empty folder, with no compiled graphs, and with torch's seed 0."""
     monkeypatch.chdir(tmp_path)
     torch.compiler.reset()
     with torch.random.fork_rng(devices=[]):
@@ -91,7 +91,7 @@ def test_the_code_of_a_page_runs(page: Path) -> None:
 
 
 def headings_of(page: Path) -> set[str]:
-    """As the fragments of links to them: lower case, without punctuation, hyphens for blanks."""
+    """Returns headings as fragments of links: lower case, without punctuation, hyphens for spaces."""
     lines = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE).splitlines()
     return {
         re.sub(r"[^\w\- ]", "", line.lstrip("#").strip().lower()).replace(" ", "-")
@@ -123,7 +123,7 @@ def test_files_and_names_on_a_page_are_there(page: Path) -> None:
         except ModuleNotFoundError as error:
             assert not (error.name or "").startswith("moe_fn"), (
                 f"{page.name}: {name} is no name of the package"
-            )  # else a package of an extra
+            )  # otherwise a package of an extra
         except AttributeError:
             raise AssertionError(f"{page.name}: {name} is no name of the package") from None
 

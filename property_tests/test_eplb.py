@@ -1,4 +1,4 @@
-"""Laws of the placement of experts, of the ids and loads that go through it, and of the moves from one to another."""
+"""Laws of the placement of experts, of ids and loads converted by it, and of moves between two placements."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ ROUNDING = 1 + 1e-9
 
 @dataclass(frozen=True)
 class Cluster:
-    """Loads of some experts and the machines to lay them on. `later` are loads some time afterwards."""
+    """Loads of experts, and sizes of a cluster to place them on. `later` has loads of a later time."""
 
     load: Tensor  # [layers, E]
     later: Tensor
@@ -41,13 +41,15 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Nodes that the algorithm minds: one where they do not divide the groups."""
+        """The number of nodes for the algorithm: 1 where the groups are not a multiple of the nodes."""
         return self.num_nodes if self.num_groups % self.num_nodes == 0 else 1
 
 
 @st.composite
 def clusters(draw: st.DrawFn, distinct: bool = False) -> Cluster:
-    """Up to 3 nodes of up to 4 GPUs; integer loads with ties and zeros, or skewed float ones, all distinct."""
+    """Draws up to 3 nodes of up to 4 GPUs, with integer loads with ties and zeros, or skewed and distinct
+    float loads.
+    """
     nodes, gpus_per_node = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 4)))
     groups = draw(st.sampled_from((nodes, 2 * nodes, 3 * nodes, 1, 5)))
     experts, gpus = groups * draw(st.integers(1, 4)), nodes * gpus_per_node
@@ -64,7 +66,7 @@ def clusters(draw: st.DrawFn, distinct: bool = False) -> Cluster:
 
 @st.composite
 def placements(draw: st.DrawFn) -> tuple[Placement, Placement, int]:
-    """Any two placements of one layer with the same sizes, and the number of GPUs."""
+    """Draws two placements of one layer with the same sizes, and the number of GPUs."""
     gpus, per_gpu = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     experts = draw(st.integers(1, gpus * per_gpu))
     rest = st.lists(st.integers(0, experts - 1), min_size=gpus * per_gpu - experts, max_size=gpus * per_gpu - experts)
@@ -78,7 +80,7 @@ def layers_of(placement: Placement) -> list[Placement]:
 
 
 def by_gpu(placement: Placement, num_gpus: int) -> list[list[int]]:
-    """Experts on each GPU, of one layer."""
+    """Returns the experts on each GPU, for one layer."""
     return placement.logical_of_physical.view(num_gpus, -1).tolist()
 
 
@@ -147,7 +149,7 @@ def test_gpus_are_balanced_within_the_proven_bound(cluster: Cluster) -> None:
         of_node = per_gpu.view(nodes, -1).sum(-1)
         heaviest_group = float(load.view(groups, -1).sum(-1).max())
         assert float(of_node.max()) <= (float(load.sum()) / nodes + (1 - 1 / nodes) * heaviest_group) * ROUNDING
-        if nodes == 1:  # no placement at all can have less than the mean, or than the smallest largest share
+        if nodes == 1:  # every placement has at least the mean, and at least the smallest possible largest share
             at_least = max(float(load.sum()) / gpus, float(share.max()))
             assert float(per_gpu.max()) <= (2 - 1 / gpus) * at_least * ROUNDING
         for node in range(nodes):
@@ -206,7 +208,7 @@ def test_relabelling_experts_relabels_the_placement(case: tuple[Cluster, Any]) -
     cluster, random = case
     groups = cluster.num_groups if cluster.num_groups % cluster.num_nodes == 0 else 1
     size = cluster.load.shape[1] // groups
-    new_label: list[int] = []  # groups change places, and experts inside them
+    new_label: list[int] = []  # permutes groups, and experts inside groups
     for group in random.sample(range(groups), groups):
         new_label += [group * size + i for i in random.sample(range(size), size)]
     relabelled = torch.empty_like(cluster.load)
@@ -307,7 +309,7 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
 
 
 def test_a_placement_on_meta_has_nothing_to_compare() -> None:
-    """check_ranks_agree of weights that are not there yet."""
+    """check_ranks_agree compares no placements on the meta device."""
     assert fields_of_slots("slots", torch.empty(2, dtype=torch.int64, device="meta")) == {}
     assert fields_of_slots("slots", torch.tensor([1, 0])) == {"slot 0 of slots": 1, "slot 1 of slots": 0}
 
@@ -459,14 +461,14 @@ def test_the_busiest_sender_has_the_fewest_possible_transfers(case: tuple[Placem
     moves = balance.transfers(previous, new, gpus)
     old, had = previous.logical_of_physical.tolist(), by_gpu(previous, gpus)
     holders = [{gpu for gpu in range(gpus) if old[move.source] in had[gpu]} for move in moves.transfers]
-    # Some of the GPUs must send all that only they have: that is a lower bound, and the largest of them is reached.
+    # A set of GPUs must send all experts that only they have. This is a lower bound, and the largest one is attained.
     some = (set(chosen) for size in range(1, gpus + 1) for chosen in itertools.combinations(range(gpus), size))
     bound = max(-(-sum(own <= chosen for own in holders) // len(chosen)) for chosen in some)
     assert max(balance.sends_per_gpu(moves)) == bound
 
 
 def test_senders_take_turns_over_layers() -> None:
-    """Each layer has one transfer, which either of two GPUs can send."""
+    """Each layer has one transfer, and two GPUs can send it."""
     previous = balance.placement_of_slots(torch.tensor([[0, 1, 0, 1, 2, 2]] * 4), num_experts=3)
     new = balance.placement_of_slots(torch.tensor([[0, 1, 0, 1, 2, 0]] * 4), num_experts=3)
     moves = balance.transfers(previous, new, 3)
@@ -476,7 +478,7 @@ def test_senders_take_turns_over_layers() -> None:
 
 
 def weights_of_slots(seed: int, experts: int, dtype: torch.dtype) -> MoEWeights:
-    """Every tensor with experts first, and one without; any bits at all, NaN too."""
+    """Returns tensors with the experts in the first dim, and one without experts; random bits, NaN included."""
     generator = torch.Generator().manual_seed(seed)
 
     def bits(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Moves of experts between real processes, over gloo: bit for bit, while the layer answers with the old weights."""
+"""Moves of experts between processes, over gloo: bitwise equal, while the layer runs with the old weights."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_experts_move_between_processes_bit_for_bit(ranks: int, tmp_path: Path) 
     context = mp.start_processes(run, (ranks, str(tmp_path)), nprocs=ranks, join=False, start_method=method)
     deadline = time.monotonic() + SECONDS
     try:
-        while not context.join(timeout=1):  # raises what a rank raised
+        while not context.join(timeout=1):  # raises the error of a rank
             assert time.monotonic() < deadline, f"{ranks} ranks have not finished after {SECONDS} s"
     finally:
         for process in context.processes:

@@ -1,5 +1,5 @@
-"""The examples that want transformers run, each at its smallest, in a process of its own, and print what
-they promise.
+"""Examples that need transformers run with their smallest sizes, each in its own process, and print the documented
+results.
 """
 
 import re
@@ -22,7 +22,7 @@ def printed(example: str, *arguments: str) -> str:
 
 
 def cells(text: str, start: str) -> list[str]:
-    """Of the line of a table whose first cell begins so."""
+    """Returns the cells of the table row whose first cell starts with the text."""
     line = next(line for line in text.splitlines() if line.startswith(f"| {start}"))
     return [cell.strip() for cell in line.strip("| ").split("|")]
 
@@ -49,7 +49,7 @@ def test_a_folder_before_and_after(tmp_path: Path) -> None:
         sys.path.pop(0)
     small_model("gpt-oss", torch.float32, tiny=True).save_pretrained(tmp_path)
     text = printed("hf_model", *QUICK, "--checkpoint", str(tmp_path))
-    # the second is that of transformers' cache, which counts the words of a window in Python
+    # the second graph is that of transformers' cache, which counts the tokens of a window in Python
     assert_equal_and_whole(text, "1 + 2")
     assert "1 blocks replaced, 0 left" in text
 

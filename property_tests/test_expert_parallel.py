@@ -1,6 +1,4 @@
-"""The example of expert parallelism runs out of the box, on two ranks and on one; its own checks are those of the
-losses.
-"""
+"""The example of expert parallelism runs as it is, on two ranks and on one; it checks the losses itself."""
 
 import re
 import subprocess
@@ -18,7 +16,7 @@ SHORT = [str(EXAMPLE), "--steps", "3", "--tiny", "--generate", "4"]
 
 
 def output_of(command: list[str]) -> str:
-    """Fails for an exit status, and for a run of more than 100 s."""
+    """Returns the output of a command; fails for a nonzero exit status, and after 100 s."""
     done = subprocess.run(
         [sys.executable, *command], cwd=EXAMPLE.parent.parent, capture_output=True, text=True, timeout=100
     )

@@ -1,4 +1,4 @@
-"""Laws of experts, on sorted rows."""
+"""Laws of the stage experts, on sorted rows."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ CASES = st.tuples(CONFIGS, COUNTS, st.integers(0, 2**20))
 
 
 def sorted_rows(case: Case, extra: int = 0, **weights: bool) -> tuple[MoEConfig, MoEWeights, Dispatched]:
-    """A config, its weights, and rows of the drawn counts per expert, with `extra` rows of no expert."""
+    """Draws a config, weights, and rows with a count for each expert and `extra` rows of no expert."""
     config, counts, seed = case
     generator = torch.Generator().manual_seed(seed)
     ends = torch.tensor(counts[: config.num_experts]).cumsum(0)

@@ -1,7 +1,6 @@
-"""Offsets that no int32 holds: the same numbers where a tensor is spread so far that its last rows lie beyond 2^31
-elements.
+"""Offsets above int32: kernels compute the same for tensors with strides that put their last rows above 2^31 elements.
 
-Memory that nobody touches takes no room: 4 GB of addresses, and a page for each row that is there.
+Untouched memory is not allocated: a tensor takes 4 GB of addresses, and one page for each of its rows.
 """
 
 import importlib.util
@@ -18,7 +17,7 @@ from moe_fn import MoEConfig, MoEWeights, QuantConfig, Routing
 from moe_fn.stages._checks import MOST_SLOTS
 from moe_fn.testing import weights_for
 
-FAR = 2**30 + 64  # elements between neighbours: the third begins beyond 2^31
+FAR = 2**30 + 64  # elements between neighbours: the third one starts after 2^31
 EXPERTS, HIDDEN, INNER = 8200, 512, 256  # gate_up: 8200 * 2 * 256 * 512 elements
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="needs Triton's interpreter"
@@ -26,13 +25,13 @@ needs_triton = pytest.mark.skipif(
 
 
 def far(t: Tensor) -> Tensor:
-    """The same tensor, neighbours along its first dim FAR apart."""
+    """Returns the same tensor with a stride of FAR in its first dim."""
     storage = torch.empty((t.shape[0] - 1) * FAR + t[0].numel(), dtype=t.dtype)
     return storage.as_strided(t.shape, (FAR, *t[:1].contiguous().stride()[1:])).copy_(t)
 
 
 def triton_calls() -> dict[str, Callable[[Callable[[Tensor], Tensor]], Any]]:
-    """Kernels on tensors that a function lays."""
+    """Returns calls of kernels by name; each takes a function that changes the strides of a tensor."""
     from moe_fn.config.activation import PRESETS
     from moe_fn.kernels.triton.metadata import sort_slots
     from moe_fn.kernels.triton.outer import grouped_outer, segment_sums
@@ -77,7 +76,9 @@ def test_triton_kernels_reach_beyond_int32(kernel: str) -> None:
 
 
 def one_far_expert(config: MoEConfig, small: MoEWeights) -> MoEWeights:
-    """Many experts, of which the last has the weights of `small`'s only one, and the others were never written."""
+    """Returns weights of many experts: the last has those of the single expert of `small`, the others are
+    uninitialized.
+    """
 
     def spread(t: Any) -> Any:
         if not isinstance(t, Tensor):
@@ -111,7 +112,7 @@ def test_native_kernels_reach_beyond_int32(quant: QuantConfig | None, prepared: 
 
 
 def on_meta(tokens: int) -> Tensor:
-    """A layer of tokens without memory."""
+    """Runs a layer on the meta device."""
     config = MoEConfig(num_experts=4, top_k=2, hidden_size=16, intermediate_size=8, backend="torch")
     weights = torch.utils._pytree.tree_map(lambda t: t.to("meta"), weights_for(config))
     y: Tensor = moe_fn.moe_forward(
@@ -121,7 +122,7 @@ def on_meta(tokens: int) -> Tensor:
 
 
 def test_sizes_beyond_int32_are_fine_and_slots_beyond_it_an_error() -> None:
-    """Rows are counted in int32 (`expert_ends`): 2^31 elements are no limit, 2^31 slots are."""
+    """Rows are counted in int32 (`expert_ends`): tensors may have 2^31 elements, but not 2^31 slots."""
     assert on_meta(2**30 - 1).shape == (2**30 - 1, 16)
     with pytest.raises(
         ValueError, match=rf"x has 1073741824 tokens, 2147483648 slots with top_k=2; expected at most {MOST_SLOTS}"

@@ -1,5 +1,5 @@
-"""A rank that dies, hangs or comes with another set-up: every other rank gets a clear error in time, never a hang or a
-wrong answer.
+"""A rank that dies, hangs or has another config: every other rank gets a clear error in time, never a hang or a wrong
+result.
 """
 
 import re
@@ -11,13 +11,13 @@ from ranks.faults import BAD, FAULTS, WORLD, rank_of_fault
 from ranks.start import ranks_context
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-HARD_S = 30  # then the test kills every rank, and fails
+HARD_S = 30  # after which the test kills every rank, and fails
 SLACK_S = 3.0  # for three processes on two busy cores
 Answer = tuple[str, str, float]
 
 
 def answers(name: str, folder: Path) -> dict[int, Answer]:
-    """What each rank that lives says within the hard timeout."""
+    """Returns the answer of each rank that is alive, within the hard timeout."""
     context = ranks_context()
     pipes = [context.Pipe(duplex=False) for _ in range(WORLD)]
     processes = [
@@ -45,7 +45,7 @@ def test_every_other_rank_gets_a_clear_error_in_time(name: str, tmp_path: Path) 
     fault = FAULTS[name]
     found = answers(name, tmp_path)
     for rank in set(range(WORLD)) - {BAD}:
-        assert rank in found, f"rank {rank} said nothing for {HARD_S} s"
+        assert rank in found, f"rank {rank} gave no answer for {HARD_S} s"
         kind, words, seconds = found[rank]
         print(f"{name}: rank {rank}: {seconds:.2f} s: {kind}: {words[:300]}")
         assert re.search(fault.words, words), (kind, words)

@@ -1,4 +1,4 @@
-"""How deep a call of the layer is: functions of the package between the public one and the product."""
+"""Depth of a call of the layer: the number of functions of the package between the public one and the product."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ PACKAGE = str(Path(moe_fn.__file__).parent)
 
 
 class Frames(TorchDispatchMode):
-    """The functions of the package on the stack where an op runs, outermost first."""
+    """Records the functions of the package on the stack of an op, outermost first."""
 
     def __init__(self, op: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Frames(TorchDispatchMode):
 @pytest.mark.skipif(native.problem("cpu", torch.float32) is not None, reason="no native kernels here")
 @pytest.mark.parametrize("weight_on", ["output", "input"])
 def test_a_call_reaches_the_product_in_few_functions(weight_on: Any) -> None:
-    """The last one is the op's own, which chooses whether a gradient is recorded; weights on the input add two."""
+    """The last function is the op's, which chooses whether to record a gradient; weights on the input add two."""
     router = moe_fn.RouterConfig(weight_on=weight_on, renormalize=False)
     config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=8, router=router, backend="native")
     with torch.no_grad(), Frames("moe_fn.routed_experts_native") as frames:

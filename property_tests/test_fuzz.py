@@ -1,6 +1,6 @@
-"""What `make fuzz` looks for at length, in two seconds.
+"""Two seconds of `make fuzz`, which searches for crashes on damaged configs and checkpoints.
 
-What it found stands in the tables of wrong input, case by case.
+Each crash that it found is a case in the tables of invalid input.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None,
 
 @pytest.mark.parametrize(("target", "count"), [("config", 300), ("family", 500), ("checkpoint", 40), ("adapter", 60)])
 def test_damage_is_refused_or_read(target: str, count: int) -> None:
-    """Nothing but ValueError comes out; some of it is refused, and some is read, or nothing would be tested."""
+    """Damaged input raises ValueError or nothing. Some of it must raise and some must load, so that both are tested."""
     from fuzz.targets import TARGETS
 
     chance = random.Random(0)

@@ -1,6 +1,4 @@
-"""DDP and FSDP2 around modules that call the layer, in two real processes: values and gradients of the
-module as it is.
-"""
+"""DDP and FSDP2 around modules that call the layer, in two processes: values and gradients are those of the module."""
 
 from pathlib import Path
 

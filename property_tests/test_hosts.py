@@ -1,6 +1,4 @@
-"""The layer in the hosts that people run it in: threads, forks, spawned processes, deterministic mode; bits of every
-count of threads.
-"""
+"""The layer in threads, forks, spawned processes and deterministic mode, and its bits for any number of threads."""
 
 import contextlib
 import dataclasses
@@ -38,8 +36,8 @@ TOKENS = (1, 3, 17, 150)
 
 
 def layer(form: str, dtype: torch.dtype = torch.float32) -> Callable[[int], list[Tensor]]:
-    """tokens -> the layer's output and the gradients of its inputs and of the experts, from tensors of the caller's
-    own.
+    """Returns a function of the number of tokens. It returns the layer's output, and gradients of its inputs and of the
+    experts, with new tensors in each call.
     """
     config = MoEConfig(num_experts=8, top_k=2, hidden_size=64, intermediate_size=96, **FORMS[form])
     weights = weights_for(config, dtype=dtype)
@@ -81,7 +79,9 @@ def test_many_python_threads_at_once_get_the_bits_of_one(form: str) -> None:
 @each_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bits_are_those_of_the_last_run_for_every_count_of_threads(form: str, dtype: torch.dtype) -> None:
-    """And of the native kernels those of any other count: what a worker sums does not depend on how many there are."""
+    """The native kernels have the same bits for any two numbers: sums of a worker do not depend on the number
+    of workers.
+    """
     step = layer(form, dtype)
     found = {}
     for count in (1, 2, 4):
@@ -96,7 +96,7 @@ def test_the_bits_are_those_of_the_last_run_for_every_count_of_threads(form: str
 def test_deterministic_mode_refuses_nothing_and_changes_nothing(form: str) -> None:
     step = layer(form)
     expected = step(150)
-    torch.use_deterministic_algorithms(True)  # fresh memory is then filled with NaN, too
+    torch.use_deterministic_algorithms(True)  # it also fills new memory with NaN
     try:
         assert same(step(150), expected)
     finally:
@@ -116,7 +116,7 @@ def test_threads_compile_at_once() -> None:
 
 
 def in_a_fork(check: Callable[[], bool]) -> str:
-    """What the child of a fork says: "True", "False", an error's name, or "hangs"."""
+    """Returns the answer of a forked child: "True", "False", the name of an error, or "hangs"."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -141,8 +141,8 @@ def in_a_fork(check: Callable[[], bool]) -> str:
 @FORKS
 @each_form
 def test_a_fork_with_one_thread_computes_what_its_parent_did(form: str) -> None:
-    """A child of a process whose torch has used several threads has to say so: torch's own products wait forever for
-    lost threads.
+    """The child must call set_num_threads(1) if torch has used several threads in its parent: torch's products wait
+    forever for lost threads.
     """
     step = layer(form)
 
@@ -209,4 +209,4 @@ def test_threads_that_come_first_together_build_one_library(tmp_path: Path) -> N
     root = Path(moe_fn.__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "1\n"  # times that the library was built
+    assert done.stdout == "1\n"  # number of builds of the library

@@ -1,5 +1,5 @@
-"""Ids of experts, tokens and adapters, maps of slots and loads, in every integer dtype that holds them: at every public
-door the same.
+"""Ids of experts, tokens and adapters, maps of slots and loads: each public function has the same result for every
+integer dtype that can represent them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from moe_fn.kernels.native import library as native
 from moe_fn.kernels.triton import support as gpu
 from moe_fn.testing import weights_for
 
-# As many experts as int8, or uint8, can just say: the words for none, -1 and num_experts, and sums with it, do not fit.
+# The most experts that int8, or uint8, can represent: the ids of no expert, -1 and num_experts, and sums do not fit.
 EXPERTS = {torch.uint8: 256, torch.int8: 128}
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64)
 TOKENS = 5
@@ -33,7 +33,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def ids_of(experts: int, seed: int) -> Tensor:
-    """Distinct ids of two experts for each token, the first and the last among them."""
+    """Returns ids of two distinct experts for each token, among them the first and the last expert."""
     ids = torch.stack([torch.randperm(experts, generator=generator(seed + row))[:2] for row in range(TOKENS)])
     return torch.cat([torch.tensor([[0, experts - 1]]), ids[1:]])
 
@@ -43,7 +43,7 @@ def mask_of(seed: int) -> Tensor:
 
 
 def layer(experts: int, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[MoEConfig, Any, Tensor]:
-    """A config, its weights (made once) and x."""
+    """Returns a config, its weights (made once) and x."""
     config = MoEConfig(num_experts=experts, top_k=2, hidden_size=3, intermediate_size=2, **changes)
     if (config, dtype) not in KNOWN:
         KNOWN[config, dtype] = (
@@ -54,7 +54,7 @@ def layer(experts: int, dtype: torch.dtype = torch.float32, **changes: Any) -> t
 
 
 def routed(dtype: torch.dtype = torch.float32, **changes: Any) -> Door:
-    """moe_forward_routed, with and without padding; with adapters their ids too."""
+    """Returns calls of moe_forward_routed, with and without padding, and with adapter ids if the layer has adapters."""
 
     def door(narrow: Callable[[Tensor], Tensor], experts: int, seed: int) -> Any:
         config, weights, x = layer(experts, dtype, **changes)
@@ -107,13 +107,13 @@ def balanced(narrow: Callable[[Tensor], Tensor], experts: int, seed: int) -> Any
 
 
 def placed(narrow: Callable[[Tensor], Tensor], experts: int, seed: int) -> Any:
-    """Slots of which there are more than the dtype can say, and positions of tokens."""
+    """Converts ids with more slots than the dtype can represent, and positions of tokens."""
     placement = balance.placement_of_slots(torch.tensor([*range(experts), 0, experts - 1, 0]), num_experts=experts)
     return balance.physical_ids(placement, narrow(ids_of(experts, seed)), narrow(torch.arange(TOKENS))).to(torch.int64)
 
 
 def maps(narrow: Callable[[Tensor], Tensor], experts: int, seed: int) -> Any:
-    """Placements and loads in the dtype, few experts with a load whose sum does not fit."""
+    """Converts placements and loads in the dtype: few experts, and loads whose sum does not fit."""
     placement = balance.placement_of_slots(narrow(torch.tensor([2, 0, 1, 1, 1])), num_experts=3)
     tensors = {f.name: getattr(placement, f.name) for f in dataclasses.fields(placement)}
     signed = narrow(torch.zeros(1)).dtype.is_signed

@@ -1,4 +1,4 @@
-"""Laws of the whole layer, values and gradients."""
+"""Laws of the whole layer: values and gradients."""
 
 import dataclasses
 from typing import Any
@@ -33,12 +33,12 @@ def forward(problem: MoEProblem) -> Tensor:
 
 
 def direction_of(problem: MoEProblem) -> Tensor:
-    """What to multiply the output with before summing, for gradients that are not all alike."""
+    """Returns the factors of the output in a loss, so that gradients differ between elements."""
     return torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 def assert_same_function(problem: MoEProblem, other: MoEProblem) -> None:
-    """Both problems have the same output and the same gradients."""
+    """Checks that both problems have the same output and the same gradients."""
     assert_is_the_layer(problem, forward(problem), forward(other))
     direction = direction_of(problem)
     actual, expected = (gradients(p, moe_fn.moe_forward, direction) for p in (problem, other))
@@ -76,7 +76,7 @@ def test_gradients_equal_the_reference(problem: MoEProblem) -> None:
         gradients(problem, function, direction) for function in (moe_fn.moe_forward, reference.moe_forward)
     )
     for a, e in zip(actual, expected, strict=True):
-        finite = torch.isfinite(e)  # the derivative of a NaN logit is nobody's
+        finite = torch.isfinite(e)  # the derivative of a NaN logit is undefined
         assert_matches(a[finite], e[finite].to(a.dtype), tolerance=1e-5, scale=0.1)
 
 
@@ -215,7 +215,7 @@ def in_autocast(problem: MoEProblem, function: Any) -> Any:
 
 @law(problems(configs(gate_input="original", gate_dtype="float32"), logits="gate"), SEEDS)
 def test_autocast_does_not_round_a_float32_gate(problem: MoEProblem, seed: int) -> None:
-    # that bfloat16 does not hold
+    # that bfloat16 does not represent
     digits = torch.rand(problem.x.shape, generator=torch.Generator().manual_seed(seed)) / 256
     problem = problem.replace(x=problem.x * (1 + digits))
     logits, routing = problem.call(moe_fn.moe_route)
@@ -226,7 +226,7 @@ def test_autocast_does_not_round_a_float32_gate(problem: MoEProblem, seed: int) 
 
 
 def cast_by_hand(weights: MoEWeights, dtype: torch.dtype) -> MoEWeights:
-    """All but the router's weights, and but codes and what turns them into numbers."""
+    """Casts the weights, without those of the router, and without codes, scales and zero points."""
     cast: MoEWeights = tree_map(
         lambda t: t.to(dtype) if t.is_floating_point() and t.dtype != torch.float8_e4m3fn else t, weights
     )
@@ -245,7 +245,7 @@ def test_autocast_equals_weights_in_its_dtype(problem: MoEProblem) -> None:
     y = in_autocast(problem, moe_fn.moe_forward)
     assert y.dtype == problem.x.dtype
     assert_matches(y.to(torch.bfloat16), forward(by_hand), tolerance=1e-6)
-    # what is in the dtype already is as it was
+    # tensors of this dtype are not changed
     assert torch.equal(in_autocast(by_hand, moe_fn.moe_forward), forward(by_hand))
 
 

@@ -1,5 +1,5 @@
-"""The compiled library's file: whole or not loaded, built once by whoever comes first, wherever torch keeps
-extensions.
+"""File of the compiled library: only an intact one is loaded, the first of several processes builds it, in the folder
+for torch's extensions.
 """
 
 import os
@@ -25,7 +25,7 @@ from moe_fn.kernels.native.building import library_file
 from moe_fn.kernels.native.trust import private_folder
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
-AS_ROOT = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become somebody else")
+AS_ROOT = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can change the user")
 NOBODY = 65534
 NAME = "moe_fn_plain_0123456789abcdef"
 HELD = b"what a compiler writes" * 1000
@@ -40,7 +40,7 @@ def never(to: Path) -> None:
 
 
 def child(act: Callable[[], Any], user: int | None = None) -> tuple[int, Any]:
-    """A forked process, of another user: its id, and a pipe that gives what `act` returns or raises."""
+    """Forks a process, optionally of another user. Returns its id, and a pipe with the result or error of `act`."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -49,10 +49,10 @@ def child(act: Callable[[], Any], user: int | None = None) -> tuple[int, Any]:
                 os.setgroups([])
                 os.setgid(user)
                 os.setuid(user)
-            told = str(act())
+            text = str(act())
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-        os.write(writing, told.encode())
+            text = f"{type(error).__name__}: {error}"
+        os.write(writing, text.encode())
         os._exit(0)
     os.close(writing)
     return process, os.fdopen(reading)
@@ -60,14 +60,14 @@ def child(act: Callable[[], Any], user: int | None = None) -> tuple[int, Any]:
 
 def answer(process: int, pipe: Any) -> str:
     with pipe:
-        told: str = pipe.read()
+        text: str = pipe.read()
     os.waitpid(process, 0)
-    return told
+    return text
 
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A folder that every user may enter; pytest's own are closed."""
+    """A folder that every user may enter, unlike those of pytest."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -78,7 +78,7 @@ def test_a_library_is_built_once_and_found(tmp_path: Path) -> None:
     path = library_file(tmp_path, NAME, build)
     assert path.read_bytes() == HELD and path.stat().st_mode & 0o777 == 0o755
     assert library_file(tmp_path, NAME, never) == path
-    other = library_file(tmp_path, f"{NAME}_longer", build)  # a name that begins as another does
+    other = library_file(tmp_path, f"{NAME}_longer", build)  # a name that starts with another one
     assert library_file(tmp_path, NAME, never) == path and other != path
     assert not list(tmp_path.glob("build-*"))
 
@@ -110,8 +110,8 @@ def test_of_processes_that_come_together_one_builds(tmp_path: Path) -> None:
         build(to)
 
     children = [child(lambda: library_file(tmp_path, NAME, slowly)) for _ in range(4)]
-    told = {answer(*one) for one in children}
-    assert told == {str(library_file(tmp_path, NAME, never))}
+    paths = {answer(*one) for one in children}
+    assert paths == {str(library_file(tmp_path, NAME, never))}
     assert len(list(tmp_path.glob("built by *"))) == 1
 
 
@@ -149,7 +149,7 @@ def test_without_a_lock_it_builds_all_the_same(tmp_path: Path, monkeypatch: pyte
             fcntl.flock(held, fcntl.LOCK_EX)
             monkeypatch.setattr(building, "PATIENCE", 0.2)
         path = library_file(tmp_path, NAME, build)
-    assert path.exists() and new.exists() and not old.exists()  # the new one may be a build that goes on
+    assert path.exists() and new.exists() and not old.exists()  # the new one may be a build in progress
 
 
 @AS_ROOT
@@ -166,8 +166,8 @@ def test_what_root_has_built_is_for_every_user(open_path: Path) -> None:
     )
     for closed, mode in ((path, 0o500), (folder, 0o700)):
         closed.chmod(mode)
-        told = answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
-        assert f"PermissionError: user {NOBODY} may not read {closed}; expected a library that all users" in told
+        text = answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
+        assert f"PermissionError: user {NOBODY} may not read {closed}; expected a library that all users" in text
 
 
 @AS_ROOT
@@ -183,11 +183,11 @@ def test_a_folder_that_cannot_be_written_says_what_is_missing(open_path: Path, m
     assert words in answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(open_path / "closed" / "folder"))
     (open_path / "closed").mkdir(mode=0o700)
-    told = answer(*child(native._folder, NOBODY))
-    assert f"user {NOBODY} may not create or enter {open_path}/closed/folder (Permission denied); expected" in told
+    text = answer(*child(native._folder, NOBODY))
+    assert f"user {NOBODY} may not create or enter {open_path}/closed/folder (Permission denied); expected" in text
     folder.chmod(0o775)
-    told = answer(*child(lambda: private_folder(folder), NOBODY))
-    assert f"{folder} has mode 775, and user {NOBODY} cannot change it" in told
+    text = answer(*child(lambda: private_folder(folder), NOBODY))
+    assert f"{folder} has mode 775, and user {NOBODY} cannot change it" in text
 
 
 def folder_with(monkeypatch: pytest.MonkeyPatch, **environment: str | None) -> Path:

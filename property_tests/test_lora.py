@@ -1,4 +1,4 @@
-"""Laws of low-rank adapters on experts, and what is refused."""
+"""Laws of low-rank adapters on experts, and errors for invalid ones."""
 
 import dataclasses
 from typing import Any
@@ -134,7 +134,7 @@ def test_a_padded_rank_changes_nothing(problem: MoEProblem, more: int) -> None:
     padded, weights = moe_fn.add_lora(plain.config, plain.weights, [lora, another])
     assert padded.lora is not None and (padded.lora.num_adapters, padded.lora.rank) == (config.num_adapters + 1, rank)
     ids = torch.zeros(problem.x.shape[:-1], dtype=torch.int64) if problem.adapter_ids is None else problem.adapter_ids
-    ids = torch.where(ids < config.num_adapters, ids, -1)  # what was no id is one now
+    ids = torch.where(ids < config.num_adapters, ids, -1)  # an id that was out of range is now in range
     assert_matches(
         forward(problem.replace(config=padded, weights=weights, adapter_ids=ids)), forward(problem), scale=0.1
     )

@@ -1,5 +1,5 @@
-"""Lists of modules: on one table of names, what each tool's own matching leaves out, and ours; the tools where they are
-installed.
+"""Lists of unquantized modules: which names of a table the matching of each tool excludes, and ours does; the tools run
+where they are installed.
 """
 
 import fnmatch
@@ -26,17 +26,17 @@ NAMES = {
 }  # fmt: skip
 OF_1 = {"gate", "up", "shared", "fused", "router"}  # in model.layers.1.mlp
 EXPERTS_OF_1 = {"gate", "up", "fused"}
-Row = tuple[list[str], set[str]]  # entries, and the names that they leave out
+Row = tuple[list[str], set[str]]  # entries, and the names that they exclude
 
 COMPRESSED_TENSORS: tuple[Row, ...] = (
     (["lm_head"], {"head"}),
-    # exact: what is in them is quantized
+    # names match exactly: modules inside them are quantized
     (["model.layers.1.mlp.experts", "model.layers.1.mlp", "model.layers.1"], set()),
     (["model.layers.1.mlp.experts.0.up_proj", "model.layers.1.mlp.gate"], {"up", "router"}),
     ([r"re:.*mlp.gate$"], {"router"}),
     ([r"re:.*mlp.gate"], {"router"}),
     ([r"re:.*up_proj"], {"up", "shared", "fused", "inside"}),
-    ([r"re:model\.layers\.1"], {*OF_1, "w1", "of 10"}),  # from the beginning, to wherever it ends
+    ([r"re:model\.layers\.1"], {*OF_1, "w1", "of 10"}),  # matches from the start, and may end anywhere
     ([r"re:model\.layers\.1\."], {*OF_1, "w1"}),
     ([r"re:mlp", "*.mlp.*", "mlp"], set()),
     ([r"re:^mtp\..*", r"re:layers\.\d+\.ffn"], {"mtp", "v4"}),
@@ -45,7 +45,7 @@ AUTOAWQ: tuple[Row, ...] = (
     (["lm_head"], {"head"}),
     (["gate"], {"gate", "fused", "router"}),
     (["mlp.gate."], set()),
-    (["mlp.gate.", "model.layers.1."], {*OF_1, "w1", "inside"}),  # which is in language_model.layers.1., too
+    (["mlp.gate.", "model.layers.1."], {*OF_1, "w1", "inside"}),  # matches language_model.layers.1. too
     (["model.layers.1"], {*OF_1, "w1", "of 10", "inside"}),
     (["mlp"], {*OF_1, "of 10", "inside"}),
     (["experts.0", "shared"], {"gate", "up", "w1", "inside", "shared"}),
@@ -55,12 +55,12 @@ AUTOAWQ: tuple[Row, ...] = (
 TRANSFORMERS: tuple[Row, ...] = (
     (["lm_head"], {"head"}),
     (["gate"], {"router"}),
-    (["mlp.gate", "up_proj"], {"router", "up", "shared", "fused", "inside"}),  # an end, even of a part
+    (["mlp.gate", "up_proj"], {"router", "up", "shared", "fused", "inside"}),  # matches the end, also of a part
     (["model.layers.1"], {*OF_1, "w1"}),
-    (["model.layers.1."], {*OF_1, "w1", "of 10"}),  # "." is any sign, here a 0
+    (["model.layers.1."], {*OF_1, "w1", "of 10"}),  # "." matches any character, here a 0
     (["model.layers.1.mlp"], OF_1),
     (["mlp", "layers.1.mlp"], set()),
-    (["mlp.experts"], {*EXPERTS_OF_1, "of 10", "inside"}),  # the module that holds them ends so
+    (["mlp.experts"], {*EXPERTS_OF_1, "of 10", "inside"}),  # the name of their container ends with it
     (["model.layers.1.mlp.experts"], {*EXPERTS_OF_1, "inside"}),
     ([r"model\.layers\.\d+\.mlp"], {*OF_1, "of 10"}),
     (["model.layers.*.mlp.router", "model.layers.*.self_attn"], set()),
@@ -76,7 +76,7 @@ MODELOPT: tuple[Row, ...] = (
     (["*.mlp.gate"], {"router"}),
     (["*gate*"], {"gate", "fused", "router"}),
     (["model.layers.1.mlp.experts*"], EXPERTS_OF_1),
-    # a module of its own to ModelOpt, where it holds all experts in one tensor
+    # a separate module for ModelOpt if it has all experts in one tensor
     (["model.layers.1.mlp.experts"], EXPERTS_OF_1),
     (["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"], {"mtp"}),
     (["model.layers.?.mlp.[eg]*"], {*EXPERTS_OF_1, "router"}),
@@ -85,7 +85,10 @@ MODELOPT: tuple[Row, ...] = (
 GPTQ: tuple[Row, ...] = (
     ([r"-:.*\.mlp\..*"], {*OF_1, "of 10", "inside"}),
     ([r"-:model\.layers\.1"], {*OF_1, "w1", "of 10"}),
-    ([r"+:.*up_proj", r"-:.*experts"], {"gate", "of 10", "w1", "v4", "mtp"}),  # the first that has a name counts
+    (
+        [r"+:.*up_proj", r"-:.*experts"],
+        {"gate", "of 10", "w1", "v4", "mtp"},
+    ),  # the first entry that matches a name is used
     ([r"-:mlp", "mlp"], set()),
     ([r"-:^lm_head$"], {"head"}),
 )
@@ -118,7 +121,7 @@ def up_to_a_part(name: str, entry: str) -> bool:
     return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", name) is not None or name.endswith(entry)
 
 
-# What each tool says of a name and an entry, as its code has it
+# Whether an entry matches a name, in the code of each tool
 OF_TOOL: dict[str, Callable[[str, str], bool]] = {
     "compressed-tensors": lambda name, entry: (
         bool(re.match(entry[3:], name)) if entry.startswith("re:") else name == entry
@@ -131,7 +134,7 @@ OF_TOOL: dict[str, Callable[[str, str], bool]] = {
 
 @st.composite
 def listed_names(draw: Callable[[Any], Any]) -> tuple[str, str, str]:
-    """A name, a piece of it, of its container or of another name, and a prefix of the piece."""
+    """Draws a name, a piece of it, of its container or of another name, and a prefix for the piece."""
     name, other = draw(st.sampled_from(sorted(NAMES.values()))), draw(st.sampled_from(sorted(NAMES.values())))
     piece = draw(st.sampled_from([name, name, other, container_of(name) or name]))
     parts = [0, *(at.end() for at in re.finditer(r"\.", piece))]
@@ -157,7 +160,7 @@ def test_a_list_excludes_what_its_tool_excludes(drawn: tuple[str, str, str], any
 
 
 def module_of(name: str) -> torch.nn.Module:
-    """A model with a linear module of this name."""
+    """Returns a model with a linear module of this name."""
     root = torch.nn.Module()
     *parents, last = name.split(".")
     at = root
@@ -187,7 +190,7 @@ def test_autoawq_leaves_the_same_out() -> None:
 
 
 def test_transformers_leaves_the_same_out() -> None:
-    """The linear modules, and those that hold all experts: each is asked for by its own name."""
+    """transformers checks linear modules, and modules with all experts, by their own names."""
     pytest.importorskip("transformers")
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -202,7 +205,7 @@ def test_transformers_leaves_the_same_out() -> None:
 
 
 def test_what_modelopt_summarises_is_left_out_again() -> None:
-    """Any split of the names into quantized ones and others: its globs have the others, and none that is quantized."""
+    """For any split of the names, ModelOpt's globs match the unquantized ones, and no quantized one."""
     pytest.importorskip("modelopt.torch.export.quant_utils")
     from modelopt.torch.export.quant_utils import _prefix_wildcard_summarize_exclude_modules as summary
 
@@ -258,11 +261,15 @@ def test_compressed_tensors_takes_the_same_groups() -> None:
 MIXED: tuple[tuple[dict[str, str], str, str | None], ...] = (
     ({"model.layers.1": "FP8", "model.layers.1.mlp": "NVFP4", "model.layers.1.mlp.experts.0": "MXFP8"}, "up", "mxfp8"),
     ({"model.layers.1.mlp.experts": "NVFP4", "model.layers.1": "FP8"}, "up", "nvfp4"),
-    ({"model.layers.1": "NVFP4", "model.layers.10": "FP8"}, "of 10", "fp8_e4m3"),  # parts of names, not of text
+    (
+        {"model.layers.1": "NVFP4", "model.layers.10": "FP8"},
+        "of 10",
+        "fp8_e4m3",
+    ),  # parts between dots, not any substring
     ({"model.layers.1": "NVFP4"}, "of 10", None),
     ({"layers.1.ffn.experts": "nvfp4"}, "v4", "nvfp4"),
     ({"layers.1.ffn.experts": "NVFP4"}, "mtp", None),
-    # vLLM and transformers have it the other way round
+    # vLLM and transformers use the opposite order
     ({"language_model.model.layers.1.mlp.experts": "NVFP4"}, "inside", "nvfp4"),
     ({"model.language_model.layers.1.mlp.experts": "NVFP4", "model.language_model.layers.1": "FP8"}, "inside", "nvfp4"),
 )

@@ -1,4 +1,4 @@
-"""The native library at every level that this CPU has, forced one by one, and the machine without a compiler."""
+"""The native library at each instruction-set level of this CPU, and on a machine without a compiler."""
 
 import math
 import subprocess
@@ -27,7 +27,7 @@ LEVELS = list(native.LEVELS)
 RUNNABLE = LEVELS[LEVELS.index(native.best_level()) :] if native.active().problem is None else []
 ACTIVATIONS: list[Any] = ["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "relu2_no_mul", "gelu_no_mul", "relu"]
 ACTIVATIONS.append(ActivationConfig(function="situ", gate_cap=3.0, up_cap=2.0))
-# limits that are reached
+# limits within the range of values
 ACTIVATIONS += [ActivationConfig(function="silu", limit=0.5, limit_at=at) for at in ("input", "output")]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
 
 
 def call(level: str, config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> Tensor:
-    """The op of one level's own library."""
+    """Calls the op in the library of one level."""
     arguments = flat(packed(config, weights, x, routing.expert_ids, routing.weights))
     out: Tensor = native.library(level).ops.routed_experts(*arguments, False)[0]  # type: ignore[attr-defined]
     return out
@@ -105,8 +105,8 @@ def test_every_level_equals_the_reference(
 def test_few_and_many_rows_of_weights_kept_in_out(
     level: str, dtype: torch.dtype, activation: Any, gate_up_layout: Any
 ) -> None:
-    # Rows of one expert on both sides of the kernels' choices, columns and steps in no whole vectors, and several runs
-    # of panels of a task.
+    # Numbers of rows above and below the kernels' thresholds, columns and steps that are not whole vectors, and tasks
+    # with several runs of panels.
     shapes = [(1, 45, 23, 1), (2, 33, 17, 2), (2, 7, 5, 15), (1, 129, 65, 64), (1, 129, 65, 65), (24, 33, 170, 60)]
     for experts, hidden, inner, rows in shapes:
         config = MoEConfig(
@@ -119,7 +119,7 @@ def test_few_and_many_rows_of_weights_kept_in_out(
             gate_up_layout=gate_up_layout,
         )
         weights, x, routing = problem(config, experts * rows, dtype, rows)
-        # nobody's expert, past the end of the last one that is read
+        # an expert without rows, after the last one that is read
         weights.gate_up[-1], weights.down[-1] = math.nan, math.nan
         routing = Routing(expert_ids=torch.arange(experts * rows)[:, None] % experts, weights=routing.weights)
         expected = moe_fn.reference.moe_forward_routed(config, weights, x, routing)
@@ -143,7 +143,7 @@ def test_grouped_products_of_every_level(
     total = int(ends[-1]) + extra
     left, right = (torch.randn(total, width, generator=generator).to(dtype) for width in (m, n))
     weight = torch.randn(len(counts), m, n, generator=generator).to(dtype)
-    left[int(ends[-1]) :] = math.nan  # rows of nobody are never read
+    left[int(ends[-1]) :] = math.nan  # rows of no expert are never read
     ops: Any = native.library(level).ops
     outer = ops.grouped_outer(left, right, ends, 1, 1)
     product, transposed = (
@@ -246,7 +246,7 @@ print(info["native"].reason)
 
 
 def test_without_a_compiler_torch_runs_and_says_why(tmp_path: Path) -> None:
-    """Beside half a library, which a loader would die of."""
+    """A truncated library is in the folder: loading it would crash the process."""
     library = native.active().path
     assert library is not None
     half = tmp_path / "moe_fn" / library.name

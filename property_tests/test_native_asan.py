@@ -1,5 +1,5 @@
-"""The native kernels under AddressSanitizer: their gradients and products read and write nothing past the end of a
-tensor or buffer.
+"""The native kernels under AddressSanitizer: products and gradients do not read or write past the end of a tensor or
+buffer.
 """
 
 import subprocess
@@ -29,7 +29,7 @@ OPTIONS = "detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:alloca
 
 
 def libasan() -> str | None:
-    """The compiler's library of AddressSanitizer, which must be loaded before Python."""
+    """Returns the compiler's AddressSanitizer library, which must be loaded before Python."""
     if not RUNNABLE or sys.platform != "linux":
         return None
     command = [*cpp_extension.get_cxx_compiler().split(), "-print-file-name=libasan.so"]

@@ -1,4 +1,4 @@
-"""Gradients of the native library at every level that this CPU has, against float64."""
+"""Gradients of the native kernels at each instruction-set level of this CPU, compared with float64."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from moe_fn.reference.activation import activate
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
-# rows of each expert: more than a block of steps of the outer products, than a chunk of rows, and none
+# rows of each expert: more than a block of steps of the outer products, more than a chunk of rows, and none
 MANY = [[513, 1100, 0, 1], [2000]]
 SMALL, WIDE = [(33, 17), (64, 48), (130, 90), (1, 1)], [(1600, 40), (40, 1600), (800, 5)]  # (hidden, intermediate)
 
@@ -45,7 +45,9 @@ class Case:
     needed: int = 0b111111
 
     def made(self) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor, Tensor, Tensor]:
-        """Config, weights, x, ids, routing weights, gradient of the result. NaN is wherever nobody may look."""
+        """Returns config, weights, x, ids, routing weights and gradient of the result. Elements that must not
+        be read are NaN.
+        """
         experts, gated = len(self.counts), as_activation(self.activation).gated
         config = MoEConfig(
             num_experts=experts + 1,
@@ -86,10 +88,10 @@ class Case:
 
 
 def check(level: str, case: Case) -> None:
-    """The level's own routed_experts_backward against the derivative of a float64 loop over the experts.
+    """Compares routed_experts_backward of a level with the derivative of a float64 loop over the experts.
 
-    Slopes have steps (relu, limits), so the loop takes them where the op does: at what it kept, which is judged by
-    itself.
+    Derivatives of activations have steps (relu, limits), so the loop evaluates them at the pre-activations that the op
+    saved, which are compared on their own.
     """
     config, weights, x, ids, w, gradient = case.made()
     arguments = flat(packed(config, weights, x, ids, w))
@@ -130,7 +132,7 @@ def check(level: str, case: Case) -> None:
             continue
         assert d.dtype == t.dtype
         e = expected_of[name]
-        terms = {"x": 1, "w": case.hidden}.get(name, max(case.counts, default=1))  # of size 1, which may cancel
+        terms = {"x": 1, "w": case.hidden}.get(name, max(case.counts, default=1))  # terms of size 1, which may cancel
         assert_matches(
             d,
             torch.zeros(t.shape, dtype=torch.float64) if e is None else e,
@@ -171,7 +173,7 @@ def test_gradients_of_every_level(level: str, case: Case) -> None:
 
 @pytest.mark.parametrize("level", RUNNABLE)
 def test_slopes_at_the_very_limits_and_kinks(level: str) -> None:
-    """Every pair of a gate and an up there: torch's clamp lets the gradient of the limit itself through."""
+    """All pairs of a gate and an up at limits and kinks: torch's clamp has derivative 1 at the limit itself."""
     special = torch.tensor([0.0, 0.5, -0.5, 1.0, -1.0, 7.0, -7.0])
     pairs, one = torch.cartesian_prod(special, special).T, torch.ones(1, 1)
     down = torch.linspace(-1, 1, pairs.shape[1])
@@ -189,7 +191,7 @@ def test_slopes_at_the_very_limits_and_kinks(level: str) -> None:
 
 
 def check_outer(level: str, counts: list[list[int]], sets: int, extra: int, m: int, n: int, dtype: torch.dtype) -> None:
-    """grouped_outer, of segments that share a result or do not; each segment ends with rows of nobody."""
+    """Checks grouped_outer, with or without a shared result of segments; each segment ends with rows of no expert."""
     rows = max(map(sum, counts)) + extra
     ends = torch.cat([torch.tensor(one).cumsum(0) + s * rows for s, one in enumerate(counts)]).to(torch.int32)
     generator = torch.Generator().manual_seed(m)
@@ -207,14 +209,14 @@ def check_outer(level: str, counts: list[list[int]], sets: int, extra: int, m: i
     ops: Any = native.library(level).ops
     out = ops.grouped_outer(left, right, ends, len(counts), sets)
     assert_matches(out, expected.flatten(0, 1), scale=1.0)
-    assert not out[~expected.flatten(0, 1).any((1, 2))].any()  # of no rows: 0 itself, not what is almost nothing
+    assert not out[~expected.flatten(0, 1).any((1, 2))].any()  # without rows the result is exactly 0
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
 def test_outer_products_of_many_rows(level: str) -> None:
     for counts, dtype, (m, n) in product(MANY, [torch.float32, torch.bfloat16], [(33, 17), (5, 70)]):
         check_outer(level, [counts], 1, 3, m, n, dtype)
-    check_outer(level, [[2000, 0]], 1, 0, 5, 600, torch.float32)  # panels in two groups, of an expert without rows too
+    check_outer(level, [[2000, 0]], 1, 0, 5, 600, torch.float32)  # panels in two groups, also of an expert without rows
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
@@ -252,5 +254,5 @@ def test_gradients_of_the_layer_equal_the_reference(problem: MoEProblem) -> None
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     actual = gradients(problem, moe_fn.moe_forward, direction)
     for a, e in zip(actual, gradients(problem, moe_fn.reference.moe_forward, direction), strict=True):
-        finite = torch.isfinite(e)  # the derivative of a NaN logit is nobody's
+        finite = torch.isfinite(e)  # the derivative of a NaN logit is undefined
         assert_matches(a[finite], e[finite].to(a.dtype), tolerance=1e-5, scale=0.1)

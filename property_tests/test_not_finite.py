@@ -1,4 +1,4 @@
-"""Laws of NaN and infinity: how far they go, and that they are not lost on the way. Laws of `moe_fn.moe_forward`."""
+"""Laws of NaN and infinity in `moe_fn.moe_forward`: which outputs they reach, and that they are not lost."""
 
 import dataclasses
 from typing import Any
@@ -25,8 +25,8 @@ PROBLEMS = st.one_of(problems(), problems(dtype=torch.bfloat16), CODED)
 
 
 def with_logits(problem: MoEProblem) -> MoEProblem:
-    """The problem behind a router of its own, so that x is not seen by the gate; inputs rounded by one scale for all
-    are left out.
+    """Returns the problem with given logits, so that the gate does not read x; rejects inputs rounded by one scale for
+    all tokens.
     """
     quant = problem.config.quant
     inputs = None if quant is None else quant.activations
@@ -36,24 +36,24 @@ def with_logits(problem: MoEProblem) -> MoEProblem:
 
 
 def hits(problem: MoEProblem, seed: int) -> Tensor:
-    """Which tokens get something bad: bool [...]."""
+    """Returns a mask of tokens that get a non-finite value: bool [...]."""
     return torch.rand(problem.x.shape[:-1], generator=torch.Generator().manual_seed(seed)) < 0.4
 
 
 def spoiled(problem: MoEProblem, hit: Tensor, value: float, seed: int) -> MoEProblem:
-    """`value` in one column of the tokens that are hit."""
+    """Returns the problem with `value` in one column of the masked tokens."""
     column = torch.arange(problem.x.shape[-1]) == seed % problem.x.shape[-1]
     return problem.replace(x=torch.where(hit.unsqueeze(-1) & column, value, problem.x))
 
 
 def with_experts(problem: MoEProblem, routing: Routing) -> Tensor:
-    """Tokens that some expert with weights works on: bool [...]."""
+    """Returns a mask of tokens with at least one routed expert: bool [...]."""
     ids = routing.expert_ids
     return ((ids >= 0) & (ids < problem.config.num_experts)).any(-1).view(problem.x.shape[:-1])
 
 
 def experts_of(problem: MoEProblem, routing: Routing, tokens: Tensor) -> Tensor:
-    """Experts that work on some of these tokens: bool [E]."""
+    """Returns a mask of experts that have some of these tokens: bool [E]."""
     ids = routing.expert_ids[tokens.flatten()]
     return (ids.unsqueeze(-1) == torch.arange(problem.config.num_experts)).flatten(0, -2).any(0)
 
@@ -88,7 +88,7 @@ def test_non_finite_weights_of_an_expert_affect_only_its_tokens(problem: MoEProb
 
 
 def with_expert(problem: MoEProblem, expert: int, value: float | None) -> MoEProblem:
-    """An expert whose weights, or scales, are all `value`; None: as they are."""
+    """Returns the problem with all weights, or scales, of an expert set to `value`; None leaves them."""
     if value is None:
         return problem
     weights, quant = problem.weights, problem.weights.quant
@@ -118,7 +118,7 @@ def test_non_finite_values_do_not_reach_gradients_of_other_tokens(problem: MoEPr
 
 
 def gradients_of(problem: MoEProblem) -> list[Any]:
-    """Of x, gate_up and down, where the output is multiplied with something."""
+    """Returns the gradients of x, gate_up and down, for a random gradient of the output."""
     problem = with_gradients(problem)
     y = problem.call(moe_fn.moe_forward)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
@@ -143,7 +143,7 @@ def test_the_torch_back_end_keeps_these_laws_too(check: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("level", RUNNABLE)
 def test_every_level_keeps_nan_where_it_is(level: str, dtype: torch.dtype, activation: Any) -> None:
-    """Comparisons of vector units drop NaN as they like: 7 tokens of one tile, one of them NaN."""
+    """Vector comparisons may drop NaN: one of 7 tokens in a tile is NaN."""
     config = MoEConfig(num_experts=2, top_k=2, hidden_size=34, intermediate_size=18, activation=activation)
     weights, x, routing = native_problem(config, 7, dtype, 0)
     routing = dataclasses.replace(routing, expert_ids=torch.tensor([[0, 1]]).expand(7, 2).contiguous())

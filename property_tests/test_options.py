@@ -1,5 +1,5 @@
-"""No option that no test computes with: every value of every field of the configs, in problems that the laws of numbers
-draw.
+"""Every option is computed with in a test: the problems of the numerical laws have every value of every
+config field.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from options import Option, options_of, there_are
 
 from moe_fn.testing import MoEProblem
 
-# Laws that hold the layer and its gradients to the reference, those of one line for the same problems.
+# Laws that compare the layer and its gradients with the reference; those of one line draw the same problems.
 LAWS: tuple[tuple[Any, ...], ...] = (
     (test_layer.test_the_layer_equals_the_reference, test_layer.test_gradients_equal_the_reference),
     (test_lora.test_lora_equals_the_reference, test_lora.test_gradients_reach_a_and_b),
@@ -23,12 +23,12 @@ LAWS: tuple[tuple[Any, ...], ...] = (
     (test_route.test_a_capacity_keeps_the_first_slots_of_every_expert,),
     (test_native_backward.test_gradients_of_the_layer_equal_the_reference,),
 )
-# What those do not draw, and what computes with it.
+# Options that those laws do not draw, and the tests that compute with them.
 ELSEWHERE: dict[Option, str] = {
     (
         "NormsConfig.gate",
         True,
-    ): "test_around_the_experts: its logits lie on no grid, so a formula beside it is the judge",
+    ): "test_around_the_experts: its logits are on no grid, so it is compared with a formula",
     ("MoEConfig.backend", "triton"): "test_triton_layer, where Triton is",
     ("MoEConfig.parallel", "ParallelConfig"): "test_parallel, in processes of their own; it has such a test too",
 }
@@ -43,7 +43,7 @@ DRAWS = settings(
 
 
 def compute_with_new_ones(laws: tuple[Any, ...], seen: set[Option]) -> None:
-    """Run laws on those of their problems that have an option which is not in `seen` yet."""
+    """Runs laws on problems with an option that is not in `seen` yet, and adds it."""
 
     @DRAWS
     @given(laws[0].strategies[0])
@@ -58,8 +58,8 @@ def compute_with_new_ones(laws: tuple[Any, ...], seen: set[Option]) -> None:
 
 
 def test_every_option_is_computed_with() -> None:
-    """And held to the reference; of many draws few are computed, and no law's own few examples have to meet all
-    options.
+    """Every option is compared with the reference. Few of many drawn problems are computed, and the few
+    examples of a law need not have all options.
     """
     seen = {option for quant in test_quant.EVERY_QUANT for option in options_of(quant)} | {
         ("MoEConfig.quant", "QuantConfig")

@@ -1,4 +1,6 @@
-"""Sharded equals unsharded, values and gradients, in real processes: every format on every mesh of 1, 2 and 4 ranks."""
+"""Sharded layers equal unsharded ones, values and gradients: every dispatch format on meshes of 1, 2 and 4
+processes.
+"""
 
 import contextlib
 import inspect
@@ -21,7 +23,7 @@ TIMEOUT_S, WORD_S = 180, 10
 
 
 def run_world(world: int, folder: Path, which: Which = "cases") -> dict[str, dict[int, str | None]]:
-    """Errors by case and rank."""
+    """Returns errors by case and rank."""
     context = ranks_context()
     results = context.Queue()
     store = str(folder / "store")
@@ -55,8 +57,8 @@ def run_world(world: int, folder: Path, which: Which = "cases") -> dict[str, dic
 
 
 def next_word(results: Any, processes: Any) -> Any:
-    """queue.Empty after TIMEOUT_S, and soon where a rank is dead: the others' errors of every case that is left say
-    nothing.
+    """Returns the next result. Raises queue.Empty after TIMEOUT_S, and soon after a rank is dead: errors of the other
+    ranks in the remaining cases have no information.
     """
     for _ in range(TIMEOUT_S // WORD_S):
         with contextlib.suppress(queue.Empty):
@@ -78,8 +80,8 @@ def test_sharded_equals_unsharded(world: int, which: Which, tmp_path: Path) -> N
 
 
 def test_ranks_compute_with_every_option() -> None:
-    """Every value of every word of ParallelConfig.from_mesh is in some case; a word that a case leaves out has its
-    default.
+    """Every value of every argument of ParallelConfig.from_mesh is in some case; an argument that a case does
+    not give has its default.
     """
     found = [case for world in (1, 2, 4) for case in cases(world)]
     words = inspect.signature(ParallelConfig.from_mesh).parameters
@@ -87,7 +89,7 @@ def test_ranks_compute_with_every_option() -> None:
     for case in found:
         for word, value in (*case.options.items(), *case.mesh):
             seen[word].add(value)
-    seen["shared"].add("sharded")  # the default but for sequence_parallel
+    seen["shared"].add("sharded")  # the default except with sequence_parallel
     kinds = get_type_hints(ParallelConfig.from_mesh)
     for word, values in seen.items():
         parts = (kinds[word], *get_args(kinds[word]))
@@ -97,7 +99,7 @@ def test_ranks_compute_with_every_option() -> None:
 
 
 def test_ranks_compute_with_every_option_of_the_layer() -> None:
-    """But for those that are excused; who computes with one of these after all takes it off that list."""
+    """Options in EXCUSED are exempt; an excused option that a case computes with must be removed from EXCUSED."""
     layers = {case.layer for world in (1, 2, 4) for case in cases(world)}
     assert layers == set(ALL_LAYERS)
     computed = {option for layer in layers for option in options_of(ALL_LAYERS[layer])}

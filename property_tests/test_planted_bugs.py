@@ -1,4 +1,4 @@
-"""Every law kills a planted bug, and every planted bug is killed by the law that is said to."""
+"""Every law detects a planted bug, and every planted bug is detected by the law that it names."""
 
 import importlib
 import importlib.util

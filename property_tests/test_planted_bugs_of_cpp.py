@@ -1,4 +1,4 @@
-"""Every bug planted in the C++ kernels is killed by the test that is said to."""
+"""Every bug planted in the C++ kernels is detected by the test that it names."""
 
 import shutil
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Every bug planted in the Triton kernels is killed by the test that is said to."""
+"""Every bug planted in the Triton kernels is detected by the test that it names."""
 
 import importlib.util
 from collections.abc import Iterator

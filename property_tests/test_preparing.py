@@ -1,4 +1,4 @@
-"""Laws of prepared weights and of the kernel that reads them."""
+"""Laws of prepared weights, and of the kernel that reads them."""
 
 import dataclasses
 from typing import Any
@@ -31,7 +31,7 @@ Case = tuple[MoEConfig, int, bool, torch.dtype, int]
 
 
 def problem_of(case: Case) -> tuple[MoEConfig, MoEWeights, Tensor, Routing]:
-    """Weights, tokens and any routing at all: -1 and ids past the last expert among the ids."""
+    """Returns weights, tokens and a random routing, whose ids may be -1 and greater than the last expert."""
     config, tokens, one_expert, dtype, seed = case
     generator = torch.Generator().manual_seed(seed)
     weights = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, weights_for(config, generator, bias=True))
@@ -48,7 +48,7 @@ def test_prepared_weights_give_the_same_numbers(case: Case) -> None:
     assert prepared.gate_up.ndim == 4
     actual, expected = (routed_experts.routed_experts(config, w, x, routing) for w in (prepared, weights))
     assert_matches(actual, expected, scale=0.5)
-    # A back-end that has no use for them restores them.
+    # A back-end without kernels for them restores the plain weights.
     assert_matches(
         routed_experts.dispatch_experts_combine(config, prepared, x, routing),
         routed_experts.dispatch_experts_combine(config, weights, x, routing),
@@ -95,7 +95,7 @@ def test_autocast_reads_prepared_weights_and_codes_as_they_are() -> None:
         assert torch.equal(*ys)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # the kernels compute in the first alone
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # the kernels compute in the first dtype only
 def test_autocast_of_prepared_weights_in_another_dtype_is_that_of_plain_ones(dtype: torch.dtype) -> None:
     config = MoEConfig(num_experts=4, top_k=2, hidden_size=33, intermediate_size=47)
     weights, x = weights_for(config), torch.randn(5, 33, generator=torch.Generator().manual_seed(0))
@@ -132,7 +132,7 @@ def test_the_fused_kernel_equals_the_stages(case: Case) -> None:
     for actual, expected in zip(
         run(routed_experts.by_native_op, config), run(routed_experts.dispatch_experts_combine, staged), strict=True
     ):
-        # The routing weights' gradient is as good as x is; in bfloat16 both sides have rounded.
+        # The gradient of the routing weights is as accurate as x; in bfloat16 both sides are rounded.
         assert_matches(
             actual.to(x.dtype), expected.to(x.dtype), tolerance=2e-2 if x.dtype == torch.bfloat16 else 4e-6, scale=1.0
         )

@@ -1,5 +1,5 @@
-"""Laws of quantized experts: codes, scales and rounded inputs, against the reference and against the floats that codes
-stand for.
+"""Laws of quantized experts: codes, scales and rounded inputs, compared with the reference and with the dequantized
+weights.
 """
 
 import contextlib
@@ -38,15 +38,13 @@ def problems_of(quant: QuantConfig, **fixed: object) -> st.SearchStrategy[MoEPro
 
 
 def ways_to_round(scheme: str) -> Iterator[ActivationQuantConfig | None]:
-    """Every way in which inputs are rounded beside codes of a scheme, in groups of as many numbers as the scheme has,
-    or of 4.
-    """
+    """Returns every config of activations for a scheme, in groups of the scheme's size, or of 4."""
     yield None
     for rounded in SCHEMES[scheme].activations:
         granularities, size = ACTIVATION_SCHEMES[rounded].granularities, ACTIVATION_SCHEMES[rounded].group_size
         for granularity, static, powers in itertools.product(granularities, (False, True), (False, True)):
             group_size = (size or 4) if granularity == "group" else None
-            with contextlib.suppress(ValueError):  # there is no such way
+            with contextlib.suppress(ValueError):  # not a valid combination
                 yield ActivationQuantConfig(
                     scheme=rounded,  # type: ignore[arg-type]
                     granularity=granularity,  # type: ignore[arg-type]
@@ -57,7 +55,7 @@ def ways_to_round(scheme: str) -> Iterator[ActivationQuantConfig | None]:
 
 
 def every_quant(scheme: str) -> Iterator[QuantConfig]:
-    """Every granularity of a scheme, with and without zero points, with every way to round inputs."""
+    """Returns every granularity of a scheme, with and without zero points, with every config of activations."""
     row = SCHEMES[scheme]
     zero_points = (False, True) if row.zero_points else (False,)
     for granularity, zero, activations in itertools.product(row.granularities, zero_points, ways_to_round(scheme)):
@@ -87,7 +85,7 @@ def test_quantized_layers_equal_the_reference(problem: MoEProblem) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_way_to_quantize_equals_the_reference(scheme: str) -> None:
-    """Few draws meet few of them; here are all."""
+    """Draws have few of the configs; this test has all of them."""
     for number, quant in enumerate(quant for quant in EVERY_QUANT if quant.scheme == scheme):
         config = MoEConfig(
             num_experts=3,
@@ -120,7 +118,7 @@ def test_a_quantized_layer_equals_the_layer_of_the_dequantized_weights(problem: 
 
 
 def with_gradients(problem: MoEProblem) -> MoEProblem:
-    """Of everything that is a float; codes are not."""
+    """Returns the problem with all float32 and float64 tensors as leaves that require a gradient."""
     weights = torch.utils._pytree.tree_map(_leaf, problem.weights)
     return problem.replace(
         x=_leaf(problem.x), logits=None if problem.logits is None else _leaf(problem.logits), weights=weights
@@ -200,8 +198,8 @@ def drawn(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWeig
 
 
 def halfway(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWeights]:
-    """Weights that are codes around a zero point, or halfway between two; so are the zero point itself and the ends of
-    each tile.
+    """Returns weights that are codes around a zero point, or halfway between two codes; the zero point and the ends of
+    each tile are among them.
     """
     config, top = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20), 2**quant.row.bits - 1
     generator = torch.Generator().manual_seed(seed)
@@ -217,8 +215,8 @@ def halfway(quant: QuantConfig, seed: int) -> tuple[MoEConfig, MoEWeights, MoEWe
 
 
 def steps(config: MoEConfig, weights: MoEWeights, name: str) -> Tensor:
-    """Half the distance of a code's number to the next ones, the larger; what saturates (mx scales, zero points) may be
-    further.
+    """Returns half the distance of each code's value to its farther neighbour; saturated values (mx scales,
+    zero points) may be farther off.
     """
     quant = config.quant
     assert quant is not None and weights.quant is not None
@@ -230,7 +228,7 @@ def steps(config: MoEConfig, weights: MoEWeights, name: str) -> Tensor:
     if stored.global_scale is not None:
         unit = unit * moe_fn.quant.tiles.expand_tiles(stored.global_scale, (None, None), halves, *ones.shape[1:])
     number = moe_fn.quant.codes.decoded(quant, stored, halves, torch.float32).abs() / unit
-    if quant.row.element in ("int8", "int4"):  # a zero point is a whole number itself
+    if quant.row.element in ("int8", "int4"):  # a zero point is an integer too
         return unit * (1.0 if quant.zero_points or quant.scheme == "int4" else 0.5)
     mantissa = {"e4m3": 3, "e2m1": 1}[quant.row.element]
     least = {"e4m3": 2.0**-9, "e2m1": 0.5}[quant.row.element]
@@ -266,7 +264,7 @@ def test_calibration_does_not_increase_the_rounding_error(quant: QuantConfig, se
             for w in (better, weights)
         ]
         ours, theirs = (moe_fn.quant.tiles.by_tile(e, quant.tile, halves).sum(-1) for e in errors)
-        assert (ours <= theirs * 1.0001).all(), name  # each tile, though two of them may share a byte
+        assert (ours <= theirs * 1.0001).all(), name  # each tile, also where two tiles share a byte
 
 
 @given(st.data())

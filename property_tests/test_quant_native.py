@@ -1,5 +1,5 @@
-"""Weights that are codes in the native kernels: every level that this CPU has, against float64 of what the codes stand
-for.
+"""Quantized weights in the native kernels, at each instruction-set level of this CPU, compared with float64 of the
+dequantized weights.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ QUANTS = [
     QuantConfig(scheme="nvfp4", granularity="group", group_size=16),
 ]
 NAME = "{0.scheme} {0.granularity}".format
-# Experts, choices, inputs and hidden: odd ones, many spans of inputs, spans in no whole chunks.
+# Experts, choices, inputs and hidden: odd sizes, many spans of inputs, and spans that are not whole chunks.
 SIZES = [(5, 2, 34, 18), (3, 3, 64, 48), (4, 2, 130, 90), (2, 1, 2, 2), (1, 1, 800, 20)]
 Case = tuple[MoEConfig, MoEWeights, Tensor, Routing]
 
@@ -99,7 +99,7 @@ def test_every_level_equals_the_reference(
     assert prepared.gate_up.ndim == 4
     outs = [call(level, config, w, x, routing) for w in (weights, prepared)]
     assert torch.equal(*outs)
-    # A hidden number that falls on the other side of a half is another code.
+    # A hidden value on the other side of a tie has another code.
     loose = quant.activations is not None
     assert_matches(outs[0], expected, scale=1.0, tolerance=2e-2 if loose else None)
 

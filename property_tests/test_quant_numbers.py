@@ -1,5 +1,5 @@
-"""The numbers of few bits against other implementations of them: every code, and every float that a code is rounded
-from.
+"""Number formats of few bits, compared with other implementations: every code, and every float16 that is rounded to a
+code.
 """
 
 import pytest
@@ -15,7 +15,7 @@ HALVES = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.floa
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, any NaN for any other."""
+    """Checks that tensors are bitwise equal; any NaN equals any other."""
     return bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all())
 
 
@@ -38,7 +38,7 @@ def test_ml_dtypes() -> None:
 
 
 def test_gguf_mxfp4() -> None:
-    """ggml's blocks have their first sixteen numbers in the low halves, and an exponent in front."""
+    """ggml's blocks start with an exponent, and have their first sixteen values in the low halves of the bytes."""
     gguf = pytest.importorskip("gguf")
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (252, 32), generator=random, dtype=torch.uint8)
@@ -59,8 +59,8 @@ def test_torchao() -> None:
 
 
 def test_onnxruntime() -> None:
-    """DequantizeLinear: fp8 codes with a scale each row, 4 bits with a scale and a zero point for each
-    group of inputs.
+    """DequantizeLinear: fp8 codes with a scale for each row, 4-bit codes with a scale and a zero point for
+    each group of inputs.
     """
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
     helper, kinds = onnx.helper, onnx.TensorProto

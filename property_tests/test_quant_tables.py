@@ -1,4 +1,4 @@
-"""Every row of the tables of schemes, none left to chance: scales, zeros, dtypes, and the leaves that are checked."""
+"""Every row of the tables of quantization schemes: scales, zeros, dtypes, and the leaves that are checked."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from moe_fn.testing import weights_for
 
 SIZES: dict[str, Any] = {"num_experts": 2, "top_k": 1, "hidden_size": 64, "intermediate_size": 32}
 CONFIG = MoEConfig(**SIZES)
-# Of the scale that takes the largest number of a tile to the largest code: how far a scale of this format may be.
+# Relative deviation of a scale of this format from the one that maps the largest value of a tile to the largest code.
 SLACK = {"float": 1.002, "e4m3": 1.07, "e8m0": 2.0}
 
 
@@ -71,7 +71,7 @@ def test_scales_take_the_largest_weight_of_a_tile_to_the_largest_code(scheme: st
             assert (
                 (reached * SLACK[quant.row.scale] >= largest) & (reached <= largest * SLACK[quant.row.scale])
             ).all(), (quant, name)
-            assert not getattr(again, name)[1].any(), (quant, name)  # zeros stay zeros
+            assert not getattr(again, name)[1].any(), (quant, name)  # zeros remain zeros
 
 
 @pytest.mark.parametrize("scheme", ACTIVATION_SCHEMES)
@@ -85,7 +85,7 @@ def test_scales_take_the_largest_input_to_the_largest_code(scheme: str) -> None:
         found = rounded_rows(activations, rows, torch.ones(3, 1, dtype=torch.bool), None)
         groups = (1, -1) if activations.granularity == "tensor" else (3, -1, activations.group_size or 64)
         reached = (rows.view(groups) / found.scale.view(*groups[:-1], 1)).abs().amax(-1).flatten()
-        reached = reached[: len(reached) * 2 // 3] if len(reached) > 1 else reached  # the last row is zeros
+        reached = reached[: len(reached) * 2 // 3] if len(reached) > 1 else reached  # the last row is zero
         assert ((reached * slack >= largest) & (reached <= largest * slack)).all(), activations
         assert found.floats().shape == rows.shape and not found.floats()[2].any(), activations
 
@@ -145,7 +145,7 @@ def test_codes_decode_to_the_dtype_that_is_asked_for(name: str) -> None:
 
 
 def test_the_tables_are_those_of_the_publications() -> None:
-    """Reference and strategies read the rows too, so what is in them is said here once more."""
+    """The reference and the strategies read the rows too, so their values are repeated here."""
     found = {name: (row.element, row.bits, row.scale, row.group_size) for name, row in SCHEMES.items()}
     assert found == {
         "fp8_e4m3": ("e4m3", 8, "float", None),

@@ -1,9 +1,9 @@
-"""Quantized checkpoints against the tools that write them: packed and unpacked by their own code, where they are
-installed.
+"""Quantized checkpoints compared with the tools that write them: packed and unpacked by the code of the tool, where it
+is installed.
 
 compressed-tensors 0.20, ModelOpt 0.47, AutoAWQ 0.2.7, AutoRound 0.16 (GPTQ's packing), transformers 5.23 (fp8, mxfp4).
-The tools round to the dtype of their scales, so what is read here is rounded to it once; of two factors in float32 they
-may multiply others first.
+The tools round to the dtype of their scales, so values that are read here are rounded to it once; the tools may
+multiply float32 factors in another order.
 """
 
 import importlib.util
@@ -23,11 +23,11 @@ from moe_fn.checkpoint import load_moe_layer
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors is not installed")
 
 X, WIDTH = 128, 256
-Made = tuple[dict[str, Tensor], Tensor]  # tensors of a file by suffix, and the tool's own floats
+Made = tuple[dict[str, Tensor], Tensor]  # tensors of a file by suffix, and floats of the tool
 
 
 def whole_model(folder: Path, words: dict[str, Any], make: Callable[[Tensor], Made]) -> dict[str, Tensor]:
-    """A model whose matrices a tool has quantized; the tool's floats by module."""
+    """Writes a model with matrices quantized by a tool; returns the floats of the tool by module."""
     torch.manual_seed(0)
     tensors, floats = {}, {}
     for module in (*(f"experts.{e}" for e in range(E)), "shared_experts"):
@@ -42,7 +42,7 @@ def whole_model(folder: Path, words: dict[str, Any], make: Callable[[Tensor], Ma
 
 
 def differences(folder: Path, floats: dict[str, Tensor], least: float = 0.0) -> float:
-    """The largest, relative to the tool's floats; our floats are rounded to their dtype."""
+    """Returns the largest difference relative to the floats of the tool; our floats are rounded to their dtype."""
     dtype = next(iter(floats.values())).dtype
     config, weights = load_moe_layer(folder, 1, dtype=dtype)
     ours = dequantize_weights(config, weights, dtype)[1]
@@ -159,7 +159,7 @@ def test_autoawq(size: int, tmp_path: Path) -> None:
         zeros = (-least / scales).round().clamp(0, 15)
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float32)
         steps, starts = scales.float().repeat_interleave(size, 1), zeros.repeat_interleave(size, 1)
-        codes = (weight.float() / steps + starts).round().clamp(0, 15)  # AutoAWQ packs what it has rounded before
+        codes = (weight.float() / steps + starts).round().clamp(0, 15)  # AutoAWQ packs values that are already rounded
         linear.weight.data = (codes - starts) * steps
         made = WQLinear_GEMM.from_linear(linear, 4, size, False, scales.T.contiguous().float(), zeros.T.contiguous())
         return dict(made.named_buffers()), dequantize_gemm(made.qweight, made.qzeros, made.scales, 4, size).T
@@ -228,7 +228,7 @@ def test_transformers_fp8(name: str, tmp_path: Path) -> None:
 
 
 def test_transformers_mxfp4() -> None:
-    """Every code under every exponent that float32 holds."""
+    """Every code with every exponent that float32 can represent."""
     pytest.importorskip("transformers.integrations.mxfp4")
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

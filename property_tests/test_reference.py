@@ -1,4 +1,4 @@
-"""The reference against golden numbers of semantics.md section 12 and cases worked out by hand."""
+"""The reference, compared with golden values and with cases computed by hand."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ def config_of(num_experts: int, top_k: int, hidden: int = 1, intermediate: int =
 
 
 def scaling_weights(scales: list[float], hidden: int = 1, **more: Any) -> MoEWeights:
-    """Not gated experts: expert e of activation "relu_no_mul" maps x >= 0 to scales[e] * x."""
+    """Returns weights of experts without gates: expert e of activation "relu_no_mul" maps x >= 0 to scales[e] * x."""
     eye = torch.eye(hidden, dtype=torch.float64)
     return MoEWeights(gate_up=torch.stack([eye for _ in scales]), down=torch.stack([s * eye for s in scales]), **more)
 
@@ -91,8 +91,8 @@ NOT_GATED = [
 
 
 def layer_that_is_its_activation(activation: Any, layout: str, weight_layout: str) -> Tensor:
-    """One expert of weight 1, whose gate_up copies the input [gates, ups] to where the layout wants it, and whose down
-    is a slice.
+    """Returns a layer of one expert with weight 1: gate_up copies the input [gates, ups] to its places in the
+    layout, and down is a slice.
     """
     gated = as_activation(activation).gated
     x = torch.cat([GATE, UP]) if gated else GATE
@@ -185,7 +185,7 @@ def test_ties_go_to_the_lowest_id_and_float32_ties_are_ties() -> None:
     assert route_once([1.0, 2.0, 2.0, 2.0, 1.0], 4, RouterConfig()).expert_ids.tolist() == [[1, 2, 3, 0]]
     nearly = [0.0, 1e-12]
     assert route_once(nearly, 1, RouterConfig(scoring="identity"), torch.float64).expert_ids.tolist() == [[1]]
-    # Logits that the layer computes are of x's dtype: 1 and 1 + 1e-9 are one number in float32, and two in float64.
+    # Logits that the layer computes have x's dtype: 1 and 1 + 1e-9 are equal in float32, and differ in float64.
     gate = RouterWeights(gate=t64([1.0], [1.0 + 1e-9]))
     weights = scaling_weights([1.0, 5.0], router=gate)
     config = config_of(2, 1, router=RouterConfig(scoring="identity"), activation="relu_no_mul")
@@ -457,7 +457,7 @@ def test_the_latent_space_has_norms_padding_and_the_gate_where_it_is_told() -> N
     # cut off
     weights = scaling_weights([1.0], hidden=3, latent=latent, router=gate, down_bias=torch.tensor([[0.0, 0.0, 1.0]]))
     y = reference.moe_forward(config, weights, torch.ones(1, 1))
-    rms = math.sqrt((1 + 14**2) / 2)  # neither weight nor factor survives the output norm
+    rms = math.sqrt((1 + 14**2) / 2)  # the output norm cancels both weight and factor
     close(y, [[1 / rms + 2 * 14 / rms + 0.5]])
     bare = MoEWeights(**{**vars(weights), "latent": dataclasses.replace(latent, output_norm=None)})
     close(reference.moe_forward(config, bare, torch.ones(1, 1)), [[2.0 * 2.0 * 15 + 0.5]])
@@ -498,7 +498,7 @@ def test_losses_of_no_tokens_are_zero() -> None:
 
 
 def rich_problem(seed: int) -> tuple[MoEConfig, MoEWeights, Tensor, Tensor]:
-    """Every tensor that a layer can hold at once, tiny."""
+    """Returns a tiny layer with every tensor that a layer can have at once."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:

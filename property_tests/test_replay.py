@@ -1,4 +1,6 @@
-"""Laws of route_to, and the ids of one run in another: other precision, other back-end, activation checkpointing."""
+"""Laws of route_to, which routes to given ids: those of a run in another precision, on another back-end, or before
+activation checkpointing.
+"""
 
 import dataclasses
 import runpy
@@ -26,7 +28,7 @@ def replayed(problem: MoEProblem, logits: Tensor, ids: Tensor) -> Routing:
 
 
 def zero_may_win(config: MoEConfig) -> bool:
-    """Whether an expert outside of the kept groups may be chosen: the docstring's exception."""
+    """Whether an expert outside of the kept groups may be chosen, the exception in route_to's docstring."""
     groups = config.router.groups
     return groups is not None and groups.fill == "zero" and config.router.correction_bias == "none"
 
@@ -53,7 +55,7 @@ def test_routing_to_its_own_choice_gives_the_routing(problem: MoEProblem, seed: 
 
 
 def by_table(problem: MoEProblem, ids: Tensor) -> MoEProblem:
-    """The reference's words for a choice that has been made: a hash table with a row for each token."""
+    """Returns the problem with given ids for the reference: a hash table with a row for each token."""
     plain = {"selection": "hash", "correction_bias": "none", "groups": None}
     config = dataclasses.replace(problem.config, router=dataclasses.replace(problem.config.router, **plain))
     router = dataclasses.replace(
@@ -102,14 +104,14 @@ def test_a_token_of_no_expert_has_finite_gradients(scoring_order: str) -> None:
         config, weights_for(config, scales=False), logits, torch.tensor([[-1, 4], [2, -1], [0, 3]])
     )
     routing.weights[:, 1].sum().backward()
-    assert routing.expert_ids[0].tolist() == [-1, -1]  # 4 is nobody's, as it is for moe_forward_routed
+    assert routing.expert_ids[0].tolist() == [-1, -1]  # 4 is the id of no expert, as in moe_forward_routed
     assert routing.weights[0].tolist() == [0, 0] and routing.weights[1].tolist() == [1, 0]
     assert logits.grad is not None and torch.isfinite(logits.grad).all()
     assert (logits.grad[0] == 0).all() and (logits.grad[2] != 0).any()
 
 
 def rollout_and_trainer(dtype: torch.dtype) -> tuple[MoEConfig, moe_fn.MoEWeights, Tensor, Tensor]:
-    """A layer, an input, and the ids that a run in another dtype chose for it."""
+    """Returns a layer, an input, and the ids that a run in another dtype chose for it."""
     config = MoEConfig(num_experts=16, top_k=4, hidden_size=32, intermediate_size=16)
     weights = weights_for(config, torch.Generator().manual_seed(0))
     x = torch.randn(4, 100, 32, generator=torch.Generator().manual_seed(1))
@@ -124,7 +126,7 @@ def test_the_ids_of_a_run_in_bfloat16_and_the_gradients_of_the_router() -> None:
     logits, own = moe_fn.moe_route(config, weights, x)
     routing = moe_fn.route_to(config, weights, logits, ids)
     differ = (own.expert_ids.sort(-1).values != ids.sort(-1).values).any(-1)
-    assert 0 < differ.float().mean() < 0.5  # else there is nothing to replay
+    assert 0 < differ.float().mean() < 0.5  # otherwise there is nothing to replay
     y = moe_fn.moe_forward_routed(config, weights, x, routing)
     assert torch.equal(routing.expert_ids, ids)
     assert not torch.equal(y[differ], moe_fn.moe_forward(config, weights, x)[differ])
