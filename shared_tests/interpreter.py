@@ -2,15 +2,17 @@
 
 import sys
 
+_REPLACED = ("GridExecutor", "InterpretedFunction", "InterpreterError", "_get_np_dtype", "_patch_lang")
+
 
 def set_up_once() -> None:
     """Do once in a launch what the interpreter does for each call of a device function, where it has been imported.
 
     Triton (3.7) replaces the functions of triton.language for each such call: a third of the time of a sort. For the
-    type of each tensor it makes a table of all types: a tenth.
+    type of each tensor it makes a table of all types: a tenth. Other versions of Triton are left as they are.
     """
     interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None:
+    if interpreter is None or not all(hasattr(interpreter, name) for name in _REPLACED):
         return
     launch, replaced = interpreter.GridExecutor.__call__, set()
 
