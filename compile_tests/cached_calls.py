@@ -1,4 +1,4 @@
-"""Compiled calls of the layer, and what torch's compile caches counted while they were compiled.
+"""Compiled calls of the layer, and the counters of torch's compile caches.
 
 python -m compile_tests.cached_calls NAME...
 """
@@ -18,7 +18,7 @@ from moe_fn import LoRAConfig, MoEConfig, QuantConfig
 from moe_fn.testing import weights_for
 
 TOKENS, SIZES = 20, {"num_experts": 4, "top_k": 2, "hidden_size": 32, "intermediate_size": 32}
-# Options of the config by the words in a name; further words: "given" logits, "masked", "marked" tokens, under
+# Options of the config by words in a call's name; other words: "given" logits, "masked", "marked" tokens, under
 # "autocast", "backward".
 WORDS: dict[str, dict[str, Any]] = {
     "chunked": {"chunk_tokens": 16},
@@ -49,7 +49,7 @@ NAMES = (
 
 
 def call(name: str) -> None:
-    """One compiled call, and its gradients where the name says so."""
+    """Runs one compiled call, and its backward if the name has "backward"."""
     words = name.split()
     options: dict[str, Any] = {}
     for word in words:
@@ -71,7 +71,7 @@ def call(name: str) -> None:
 
 
 def counted(name: str) -> dict[str, int]:
-    """Hits, misses and bypasses of AOTAutograd's cache and of Inductor's, of one call."""
+    """Returns hits, misses and bypasses of AOTAutograd's and Inductor's caches in one call."""
     torch._dynamo.reset()
     counters.clear()
     call(name)

@@ -1,4 +1,4 @@
-"""The fixed problems of these tests: four layers, each in the four forms that a layer takes in a graph."""
+"""The fixed cases of these tests: four layers, each in the four forms that a layer has in a graph."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,12 +112,12 @@ def every_case(recipes: Sequence[str] = tuple(RECIPES), forms: Sequence[str] = t
     return [Case(recipe, form) for recipe in recipes for form in forms]
 
 
-# One case of each kind: all forms of the layer without options, every recipe in stages, and all optional tensors given
-# to the one op of the opaque form. The others cross these.
+# One case of each kind: all forms of the layer without options, every recipe by stages, and all optional tensors as
+# inputs of the one op of the opaque form. The other cases are combinations of these.
 KINDS = (*(("default", form) for form in FORMS), *((recipe, "plain") for recipe in RECIPES), ("everything", "opaque"))
-# The fewest that meet both paths and every option, for tests whose case takes a second or more.
+# The fewest cases that have both paths and every option, for tests that take a second or more for a case.
 IN_STAGES_AND_IN_ONE_OP = (("default", "plain"), ("default", "opaque_chunked"), ("everything", "plain"))
-EVERY = tuple((recipe, form) for recipe in RECIPES for form in FORMS)  # of tests that take milliseconds
+EVERY = tuple((recipe, form) for recipe in RECIPES for form in FORMS)  # for tests that take milliseconds
 
 
 def cases(
@@ -125,7 +125,7 @@ def cases(
     forms: Sequence[str] = tuple(FORMS),
     often: Sequence[tuple[str, str]] = KINDS,
 ) -> pytest.MarkDecorator:
-    """A test over layers and forms: its argument `case`.
+    """Parametrizes a test over layers and forms, as its argument `case`.
 
     often: (recipe, form) of the cases that `make test` runs; the others are thorough.
     """
@@ -137,7 +137,7 @@ def cases(
 
 
 def as_leaves(args: Any) -> Any:
-    """Copies that require gradients, where they are floating."""
+    """Returns copies of tensors; floating-point ones require gradients."""
     return tree_map(
         lambda t: t.detach().clone().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t, args
     )

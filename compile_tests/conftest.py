@@ -1,6 +1,4 @@
-"""Each test starts with empty compile caches in memory; one thread, for the problems are tiny and tests run side by
-side.
-"""
+"""Empty compile caches before each test, and one thread, as problems are tiny and tests run in parallel."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
+# Set before Triton is imported, so that its kernels run in the interpreter on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
 
@@ -19,7 +17,7 @@ from shared_tests.collector import collect_less
 from shared_tests.interpreter import set_up_once
 
 torch.set_num_threads(1)
-# a pool of compiler processes takes longer to start than these graphs to compile
+# Starting a pool of compiler processes takes longer than compiling these graphs.
 torch._inductor.config.compile_threads = 1
 
 
@@ -32,10 +30,11 @@ def _fresh_dynamo() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _limit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A broken kernel loops for ever in Triton's interpreter; ten times what its slowest test takes, and thorough ones
-    take more.
+    """Limits the CPU time of a test, as a broken kernel may loop forever in Triton's interpreter.
+
+    The limit is ten times the time of the slowest test of Triton, and larger for thorough tests.
     """
-    # not above: nothing may be imported before Triton is told to interpret
+    # imported here, after the variable of Triton's interpreter is set
     from moe_fn.testing.limits import at_most_cpu_seconds
 
     seconds = 1800 if request.node.get_closest_marker("thorough") or "triton" not in request.node.nodeid else 180

@@ -1,4 +1,4 @@
-"""Ranks that nobody else is: torch's fake process group, and graphs made in it."""
+"""Graphs of one rank in torch's fake process group, in which other ranks do not exist."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +22,7 @@ COLLECTIVES = {
 
 
 class Echo(fx.Interpreter):
-    """Runs a graph as if every rank had sent what this one did: the fake process group leaves results as memory happens
-    to be.
-    """
+    """Runs a graph as if all ranks had sent the tensors of this one; the fake process group does not write results."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops._c10d_functional.all_to_all_single.default:
@@ -37,7 +35,7 @@ class Echo(fx.Interpreter):
 
 @contextmanager
 def fake_ranks(world: int, rank: int) -> Iterator[None]:
-    """A process group of `world` ranks in which this process is one and nobody else exists."""
+    """A context with a fake process group of `world` ranks, of which only this process exists."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
@@ -53,7 +51,7 @@ def parallel_of(mesh_sizes: dict[str, int], options: dict[str, Any]) -> Parallel
 
 
 def layer_of(config: MoEConfig) -> Callable[..., Any]:
-    """(weights, x, logits) -> y; tokens take their turns with the adapters, where there are several."""
+    """Returns the layer as a function (weights, x, logits) -> y; several adapters alternate over the tokens."""
 
     def layer(weights: Any, x: Any, logits: Any) -> Any:
         several = config.lora is not None and config.lora.num_adapters > 1

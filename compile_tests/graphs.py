@@ -1,4 +1,4 @@
-"""What is in the graphs that torch.compile makes of a function: Dynamo's, and AOTAutograd's forward and backward."""
+"""The graphs that torch.compile makes of a function: Dynamo's, and AOTAutograd's forward and backward."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ READS_VALUES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 @dataclass
 class Graphs:
-    """Every graph of one compiled function."""
+    """All graphs of one compiled function."""
 
     dynamo: list[fx.GraphModule] = field(default_factory=list)
     forward: list[fx.GraphModule] = field(default_factory=list)
@@ -36,9 +36,9 @@ def graphs_of(
     fullgraph: bool = True,
     interpreter: type[fx.Interpreter] | None = None,
 ) -> Graphs:
-    """Compile fn, run it on args and, where something requires a gradient, backward.
+    """Compiles fn, runs it on args and, if an input requires a gradient, backward. Returns the graphs.
 
-    interpreter: runs the graphs, which are then cut into forward and backward as Inductor cuts them.
+    interpreter: runs the graphs, which are then partitioned into forward and backward as by Inductor.
     """
     graphs = Graphs()
 
@@ -65,7 +65,7 @@ def graphs_of(
 
 
 def nodes(graphs: fx.GraphModule | Sequence[fx.GraphModule]) -> Iterator[fx.Node]:
-    """Nodes of the graphs and of what is inside them, such as the body of a scan."""
+    """Yields the nodes of the graphs and of their subgraphs, such as the body of a scan."""
     for gm in [graphs] if isinstance(graphs, fx.GraphModule) else graphs:
         for module in gm.modules():
             if isinstance(module, fx.GraphModule):
@@ -78,13 +78,13 @@ def name_of(node: fx.Node) -> str:
 
 
 def ops(graphs: fx.GraphModule | Sequence[fx.GraphModule], prefix: str = "moe_fn.") -> Counter[str]:
-    """How often each operator with this prefix stands in the graphs: {"grouped_matmul": 2}."""
+    """Counts the operators with this prefix in the graphs: {"grouped_matmul": 2}."""
     names = (name_of(node) for node in nodes(graphs) if node.op == "call_function")
     return Counter(name.removeprefix(prefix).removesuffix(".default") for name in names if name.startswith(prefix))
 
 
 def reading_values(graphs: fx.GraphModule | Sequence[fx.GraphModule]) -> list[str]:
-    """Operators whose work on the host, or whose result's size, depends on values: each is a sync on a GPU."""
+    """Returns the operators whose host code or output size depends on values of tensors: each is a sync on a GPU."""
     found = []
     for node in nodes(graphs):
         target = node.target
@@ -104,13 +104,13 @@ def reading_values(graphs: fx.GraphModule | Sequence[fx.GraphModule]) -> list[st
 
 
 def _moves(node: fx.Node) -> bool:
-    """Whether a copy leaves the device that its input is on."""
+    """Whether a node copies to another device."""
     source, value = next(a for a in reversed(node.args) if isinstance(a, fx.Node)).meta.get("val"), node.meta.get("val")
     return isinstance(source, Tensor) and isinstance(value, Tensor) and source.device != value.device
 
 
 def new_sizes(gm: fx.GraphModule) -> set[Any]:
-    """Sizes in the graph that none of its inputs has."""
+    """Returns the symbolic sizes in the graph that no input has."""
     of_inputs, of_all = set(), set()
     for node in gm.graph.nodes:
         value = node.meta.get("val", node.meta.get("example_value"))

@@ -1,4 +1,4 @@
-"""What ranks compile together, in real processes (gloo): run by `test_parallel`."""
+"""Compiled layers on ranks in real processes (gloo): run by `test_parallel`."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from moe_fn import MoEConfig, MoEWeights, ParallelConfig, SharedExpertsConfig
 from moe_fn.testing import assert_matches, weights_for
 from shared_tests.collector import collect_less
 
-TOKENS = (5, 0, 3)  # of one call after another, on the first rank; the others have them in another order
+TOKENS = (5, 0, 3)  # of successive calls on the first rank; other ranks have them in another order
 MOST = 6
 
 
 @dataclass(frozen=True)
 class Format:
-    """A dimension that ranks are along, and the options of from_mesh. asks: whether sizes come from the data."""
+    """The mesh dimension of the ranks, and the options of from_mesh; asks: whether sizes depend on the data."""
 
     along: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -50,14 +50,14 @@ FORMATS: dict[str, Format] = {
 
 
 def config_of(parallel: ParallelConfig, experts: int = 6, inner: int = 8, **more: Any) -> MoEConfig:
-    """A small layer with shared experts."""
+    """Returns the config of a small layer with shared experts."""
     shared = SharedExpertsConfig(intermediate_size=inner)
     sizes = {"num_experts": experts, "top_k": 2, "hidden_size": 8, "intermediate_size": inner, "shared": shared}
     return MoEConfig(**(sizes | more), parallel=parallel)
 
 
 def leaves_of_rank(config: MoEConfig, dtype: torch.dtype = torch.float32) -> MoEWeights:
-    """This rank's weights, as leaves of autograd."""
+    """Returns this rank's weights as leaves that require gradients."""
     full = weights_for(dataclasses.replace(config, parallel=None), seed=1, dtype=dtype)
     own = moe_fn.shard_weights(config, full)
     return tree_map(lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t, own)  # type: ignore[no-any-return]
@@ -66,7 +66,7 @@ def leaves_of_rank(config: MoEConfig, dtype: torch.dtype = torch.float32) -> MoE
 def tokens_of(
     config: MoEConfig, count: int, seed: int, dtype: torch.dtype = torch.float32, mark: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """x and logits that require gradients, and whose count is nobody's business."""
+    """Returns x and logits that require gradients, with a dynamic number of tokens if `mark`."""
     generator = torch.Generator().manual_seed(100 * seed + count)
     x, logits = (torch.randn(count, n, generator=generator).to(dtype) for n in (config.hidden_size, config.num_logits))
     x.requires_grad_(), logits.requires_grad_()
@@ -76,7 +76,7 @@ def tokens_of(
 
 
 def run(fn: Any, weights: MoEWeights, x: Tensor, logits: Tensor) -> list[Tensor]:
-    """The output and every gradient."""
+    """Returns the output and every gradient."""
     y = fn(weights, x, logits)
     inputs = [x, logits, *(t for t in tree_leaves(weights) if t.is_floating_point())]
     seed = torch.arange(1, y.numel() + 1, dtype=torch.float32).cos().view_as(y)
@@ -85,7 +85,7 @@ def run(fn: Any, weights: MoEWeights, x: Tensor, logits: Tensor) -> list[Tensor]
 
 
 def check(name: str, mesh: DeviceMesh, rank: int, fullgraph: bool, backend: str) -> tuple[int, int]:
-    """(graphs, breaks) of calls with several numbers of tokens, whose results are those of eager."""
+    """Checks that calls with several numbers of tokens give the results of eager. Returns (graphs, breaks)."""
     form = FORMATS[name]
     parallel = ParallelConfig.from_mesh(mesh, **{form.along: form.along}, **form.options)
     config = config_of(parallel)
@@ -109,7 +109,7 @@ def check(name: str, mesh: DeviceMesh, rank: int, fullgraph: bool, backend: str)
 def run_compiled(
     layer: Any, calls: list[Any], results: list[list[Tensor]], fullgraph: bool, backend: str
 ) -> tuple[int, int]:
-    """(graphs, breaks) of compiled calls, forward and backward; their results are added to `results`."""
+    """Runs compiled calls, forward and backward, and appends their results to `results`. Returns (graphs, breaks)."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
@@ -118,7 +118,7 @@ def run_compiled(
     return counter.frame_count, sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
-# Their graphs: test_plain_compile_breaks_nowhere, and 64 ranks; their numbers in eager:
+# Tested elsewhere: their graphs in test_plain_compile_breaks_nowhere and with 64 ranks, their eager results in
 # property_tests/test_parallel.py.
 TRACED_ALONE = (
     "all_gather over dp", "all_to_all by a table", "all_gather of logits", "replicated over tp", "all_gather that asks",
@@ -139,7 +139,7 @@ ALL_JOBS = (*JOBS, *(job for job in (*MORE_JOBS, ("all_gather that asks", False,
 
 
 def worker(rank: int, world: int, store: str, jobs: tuple[Job, ...], results: Any) -> None:
-    """One rank: its jobs, in order; (rank, job, (graphs, breaks) or an error) of each into the queue."""
+    """Runs jobs on one rank, in order, and puts (rank, job, (graphs, breaks) or an error) into the queue."""
     collect_less()
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1

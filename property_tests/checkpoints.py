@@ -1,6 +1,4 @@
-"""Checkpoints for tests: for every row of the layout table a config that it can hold, weights, and files made and
-broken by hand.
-"""
+"""Checkpoints for tests: a config and weights for every row of the layout table, and raw safetensors files."""
 
 import dataclasses
 import json
@@ -39,7 +37,7 @@ _ZERO = {"longcat": ZeroExpertsConfig(count=2), "zaya": ZeroExpertsConfig(count=
 
 @dataclass(frozen=True)
 class Block:
-    """A block to save, and where."""
+    """A block to save: layout, config, weights and prefix."""
 
     layout: Layout
     config: MoEConfig
@@ -58,7 +56,7 @@ def is_gated(layout: Layout) -> bool:
 
 
 def is_stacked(layout: Layout) -> bool:
-    """Inkling's shared experts, each a matrix of its own."""
+    """Whether shared experts are stacked, one matrix each (Inkling)."""
     return any(entry.axes.startswith("N ") for entry in layout.entries)
 
 
@@ -69,7 +67,7 @@ def config_of(
     hashed: bool = False,
     **sizes_and_layouts: Any,
 ) -> MoEConfig:
-    """A config that a layout can hold; shared: intermediate size and count."""
+    """Returns a config that a layout can store; shared: (intermediate size, count)."""
     activation: Any = "silu" if is_gated(layout) else "relu2_no_mul"
     gate: Any = "router" if is_stacked(layout) else "sigmoid" if holds(layout, "shared", "gate") else "none"
     router = RouterConfig(
@@ -92,9 +90,9 @@ def config_of(
 
 @st.composite
 def blocks(draw: Callable[[Any], Any], layouts: tuple[Layout, ...] = SAVED, slices: int = 1) -> Block:
-    """Any layout, sizes and dtype; memory laid in any way, whatever the layout of the file.
+    """Draws a block of any layout, sizes and dtype, with any weight layout in memory.
 
-    slices: what divides the intermediate sizes.
+    slices: a divisor of the intermediate sizes.
     """
     layout = draw(st.sampled_from(layouts))
     sizes = st.integers(1, 4)
@@ -125,8 +123,8 @@ def blocks(draw: Callable[[Any], Any], layouts: tuple[Layout, ...] = SAVED, slic
 
 
 def weights_of(layout: Layout, config: MoEConfig, bias: bool, seed: int, dtype: torch.dtype) -> MoEWeights:
-    """Weights that fit both: what the layout has no name for is left out, what it has one of for all experts is the
-    same for all.
+    """Returns weights that the layout can store: without tensors that it has no name for, and equal for all experts
+    where it has one tensor for all.
     """
     made = weights_for(config, seed, dtype=dtype)
     leaves = dict(zip(WEIGHT_PATHS, leaves_of_weights(made), strict=True))
@@ -146,7 +144,7 @@ def weights_of(layout: Layout, config: MoEConfig, bias: bool, seed: int, dtype: 
 
 
 def adapter_of(config: MoEConfig, shared: bool, dtype: torch.dtype) -> LoRAWeights:
-    """One adapter of both products, of rank 2; its experts may share it."""
+    """Returns one adapter of both products, of rank 2, which the experts may share."""
     sizes, generator = sizes_of(config), torch.Generator().manual_seed(5)
     experts, out = 1 if shared else config.num_experts, sizes["G"] * sizes["I"]
     shapes = ((2, sizes["X"]), (out, 2), (2, sizes["I"]), (sizes["X"], 2))
@@ -165,7 +163,7 @@ def bits(t: Tensor) -> tuple[Any, ...]:
 
 
 def same_bits(a: MoEWeights, b: MoEWeights) -> bool:
-    """The same tensors, to the last bit and with the same dtypes."""
+    """Whether the tensors have equal bits and dtypes."""
     pairs = zip(leaves_of_weights(a), leaves_of_weights(b), strict=True)
     return all((x is None) == (y is None) and (x is None or y is None or bits(x) == bits(y)) for x, y in pairs)
 
@@ -179,13 +177,13 @@ def map_weights(function: Callable[[Tensor], Tensor], weights: MoEWeights) -> Mo
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
-    """A safetensors file byte by byte; the header may be text, and its length a lie."""
+    """Writes a safetensors file from raw parts; the header may be any text, and its stated length may be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
 
 
 def read_raw(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and data of a file."""
+    """Returns header and data of a file."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]), content[8 + length :]

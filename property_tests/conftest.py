@@ -1,7 +1,8 @@
-"""Profiles: `ci` draws the same examples every time; `--hypothesis-profile=dev` draws new ones and remembers failures,
-`deep` many.
+"""Profiles of Hypothesis, and a time limit for each test.
 
-`unshrunk`: `ci` for those who only ask whether it fails; `mutants`: for mutation testing, few examples too.
+ci        the same 45 examples every time (the default)
+dev       new examples every time, and failures are stored; deep: the same with 5000 examples
+unshrunk  `ci` without shrinking, where only the verdict counts; mutants: the same with 25 examples
 """
 
 import importlib.util
@@ -15,11 +16,11 @@ from hypothesis import HealthCheck, Phase, settings
 from shared_tests.collector import collect_less
 from shared_tests.interpreter import set_up_once
 
-# before anybody imports Triton: its kernels are then the interpreter's, and run on the CPU
+# Set before Triton is imported, so that its kernels run in the interpreter on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # noqa: TID251
 
-# Not tests: they want mutmut, which `make mutants` brings.
+# Files that import mutmut, which `make mutants` installs.
 _WITH_MUTMUT = ("areas", "copied", "forked", "judged", "made", "report", "triton")
 collect_ignore = [] if importlib.util.find_spec("mutmut") else [f"tools/mutants/{name}.py" for name in _WITH_MUTMUT]
 
@@ -39,10 +40,11 @@ torch.set_num_threads(1)  # problems are tiny; xdist runs one process a core
 
 @pytest.fixture(autouse=True)
 def _limit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A broken kernel loops for ever in Triton's interpreter; ten times what its slowest test takes, and thorough ones
-    take more.
+    """Limits the CPU time of a test, as a broken kernel may loop forever in Triton's interpreter.
+
+    The limit is ten times the time of the slowest test of Triton, and larger for thorough tests.
     """
-    # not above: nothing may be imported before Triton is told to interpret
+    # imported here, after the variable of Triton's interpreter is set
     from moe_fn.testing.limits import at_most_cpu_seconds
 
     seconds = 1800 if request.node.get_closest_marker("thorough") or "triton" not in request.node.nodeid else 180

@@ -1,6 +1,4 @@
-"""Which options there are, by the types of the configs' fields, and which of them a config has: so that tests can say
-what is left out.
-"""
+"""All options, from the types of the configs' fields, and the options of one config, to find what tests leave out."""
 
 import dataclasses
 import itertools
@@ -10,15 +8,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moe_fn.config import MoEConfig, as_activation
 
-# a field, with its class, and its value; the class of a config; of numbers only whether it is the default
+# (class.field, value); for a nested config its class; for a number OTHER, if it is not the default
 Option = tuple[str, Any]
 OTHER = "another number"
 
 
 def there_are(cls: Any = MoEConfig) -> set[Option]:
-    """Every value that the fields of a config may have, and those of the configs that it nests: a new one is here by
-    itself.
-    """
+    """Returns every value that the fields of a config class and of its nested configs may have, from their types."""
     found: set[Option] = set()
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -36,16 +32,14 @@ def there_are(cls: Any = MoEConfig) -> set[Option]:
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
-    """The parts of a union, or the one type."""
+    """Returns the members of a union, or the type itself."""
     if get_origin(hint) not in (Union, types.UnionType):
         return (hint,)
     return tuple(itertools.chain.from_iterable(map(kinds_of, get_args(hint))))
 
 
 def options_of(config: Any) -> Iterator[Option]:
-    """Those that a config has, and the configs that it nests; the name of an activation stands for its
-    parameters too.
-    """
+    """Yields the options of a config and of its nested configs; for the name of an activation also its parameters."""
     for field in dataclasses.fields(config):
         where, value = f"{type(config).__name__}.{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):

@@ -1,8 +1,7 @@
-"""Quantized checkpoints for tests, laid as their formats are documented: numpy alone, number by number, nothing of
-moe_fn's.
+"""Quantized checkpoints for tests, written by numpy as their formats are documented, without code of moe_fn.
 
-Every format makes a matrix from random codes and scales: the tensors of a file by what their names end with, and the
-floats they stand for. `test_quantized_tools` holds the same formats to the tools that write them, where those are
+Every format makes a matrix from random codes and scales: the tensors of a file by the suffixes of their names, and the
+floats that they encode. `test_quantized_tools` compares the formats with the tools that write them, where those are
 installed.
 """
 
@@ -25,7 +24,7 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 @dataclass(frozen=True)
 class Matrix:
-    """tensors by suffix; floats [outputs, inputs] float32."""
+    """Tensors by suffix, and the floats [outputs, inputs] float32 that they encode."""
 
     tensors: dict[str, Tensor]
     floats: np.ndarray
@@ -33,7 +32,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Format:
-    """quantization_config, the QuantConfig that it means, and a matrix from (random, outputs, inputs)."""
+    """A format: `words` is quantization_config, `quant` the QuantConfig that must be read from it, `lay` makes a matrix
+    from (random, outputs, inputs).
+    """
 
     words: dict[str, Any]
     quant: QuantConfig
@@ -65,18 +66,18 @@ def fp8(codes: np.ndarray) -> Tensor:
 
 
 def scales(random: Random, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, np.ndarray]:
-    """As a file has them, and as float32."""
+    """Returns random scales as stored in a file, and as float32."""
     made = torch.from_numpy(random.uniform(0.01, 0.1, shape).astype(np.float32)).to(dtype)
     return made, made.float().numpy()
 
 
 def over(values: np.ndarray, tile: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """Each tile's number at its places."""
+    """Repeats the value of each tile over the tile."""
     return np.repeat(np.repeat(values, tile[0], 0), tile[1], 1)[: shape[0], : shape[1]]
 
 
-def words_of(codes: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """Codes along the last dim into int32, the first in the low bits; order[j] is the place of the j-th."""
+def pack_int32(codes: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """Packs codes along the last dim into int32, the first in the low bits; order[j] is the place of the j-th code."""
     each = 32 // bits
     padded = np.pad(codes.astype(np.uint64), [(0, 0), (0, -codes.shape[1] % each)])
     words = np.zeros((padded.shape[0], padded.shape[1] // each), np.uint64)
@@ -96,12 +97,9 @@ def plain_fp8(
     dtype: torch.dtype = torch.float32,
     dims: int = 2,
 ) -> Callable[[Random, int, int], Matrix]:
-    """fp8 with float scales: names of weight, scale and input scale.
+    """fp8 with float scales; names: of weight, scale and input scale; dims: number of dimensions of a scale."""
 
-    A scale has so many dims, its dims of one left out.
-    """
-
-    def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+    def make(random: Random, outputs: int, inputs: int) -> Matrix:
         codes, (high, wide) = e4m3_codes(random, outputs, inputs), tile(outputs, inputs)
         scale, floats = scales(random, -(-outputs // high), -(-inputs // wide), dtype=dtype)
         tensors = {
@@ -112,7 +110,7 @@ def plain_fp8(
             tensors[names[2]] = torch.full([1] * dims, 0.25)
         return Matrix(tensors, FLOAT_OF_E4M3[codes] * over(floats, (high, wide), codes.shape))
 
-    return lay
+    return make
 
 
 def blocks_of_powers(random: Random, outputs: int, inputs: int) -> Matrix:
@@ -135,9 +133,9 @@ def row(outputs: int, inputs: int) -> tuple[int, int]:
 
 
 def int_rows(bits: int, zeros: bool) -> Callable[[Random, int, int], Matrix]:
-    """compressed-tensors int-quantized, channels."""
+    """compressed-tensors int-quantized, one scale a channel."""
 
-    def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+    def make(random: Random, outputs: int, inputs: int) -> Matrix:
         half = 2 ** (bits - 1)
         codes = random.integers(-half, half, (outputs, inputs)).astype(np.int8)
         scale, floats = scales(random, outputs, 1, dtype=torch.bfloat16)
@@ -146,7 +144,7 @@ def int_rows(bits: int, zeros: bool) -> Callable[[Random, int, int], Matrix]:
         tensors |= {".weight_zero_point": torch.from_numpy(zero)} if zeros else {}
         return Matrix(tensors, (codes.astype(np.float32) - zero) * floats)
 
-    return lay
+    return make
 
 
 def packed(bits: int, group: int | None, zeros: bool) -> Callable[[Random, int, int], Matrix]:
@@ -154,30 +152,29 @@ def packed(bits: int, group: int | None, zeros: bool) -> Callable[[Random, int, 
     the outputs.
     """
 
-    def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+    def make(random: Random, outputs: int, inputs: int) -> Matrix:
         codes, size = random.integers(0, 2**bits, (outputs, inputs)), group or inputs
         scale, floats = scales(random, outputs, inputs // size, dtype=torch.bfloat16)
         zero = random.integers(0, 2**bits, floats.shape) if zeros else np.full(floats.shape, 2 ** (bits - 1))
         tensors = {
-            ".weight_packed": words_of(codes, bits), ".weight_scale": scale,
+            ".weight_packed": pack_int32(codes, bits), ".weight_scale": scale,
             ".weight_shape": torch.tensor([outputs, inputs]),
         }  # fmt: skip
-        tensors |= {".weight_zero_point": words_of(zero.T, bits).T.contiguous()} if zeros else {}
+        tensors |= {".weight_zero_point": pack_int32(zero.T, bits).T.contiguous()} if zeros else {}
         shape = codes.shape
         return Matrix(
             tensors, (codes - over(zero, (1, size), shape)).astype(np.float32) * over(floats, (1, size), shape)
         )
 
-    return lay
+    return make
 
 
 def nvfp4(names: tuple[str, str, str, str | None], inverted: bool) -> Callable[[Random, int, int], Matrix]:
-    """names of codes, scale, global scale and input scale; inverted: compressed-tensors' global scales divide.
-
-    All of one number here.
+    """NVFP4; names: of codes, scale, global scale and input scale; inverted: the global scale divides, as in
+    compressed-tensors.
     """
 
-    def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+    def make(random: Random, outputs: int, inputs: int) -> Matrix:
         codes, scale = (
             random.integers(0, 16, (outputs, inputs)),
             e4m3_codes(random, outputs, inputs // 16, positive=True),
@@ -193,15 +190,15 @@ def nvfp4(names: tuple[str, str, str, str | None], inverted: bool) -> Callable[[
             tensors[names[3]] = torch.tensor([4.0] if inverted else 0.25)
         return Matrix(tensors, FLOAT_OF_E2M1[codes] * over(FLOAT_OF_E4M3[scale], (1, 16), codes.shape) * above)
 
-    return lay
+    return make
 
 
 def mx(
     names: tuple[str, str], bits: int, e8m0: bool = False, signed: bool = False, blocks: bool = False
 ) -> Callable[[Random, int, int], Matrix]:
-    """Powers of two for 32 inputs: as bytes, or as float8_e8m0fnu."""
+    """MX formats: power-of-two scales of 32 inputs, as bytes or as float8_e8m0fnu."""
 
-    def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+    def make(random: Random, outputs: int, inputs: int) -> Matrix:
         exponents = random.integers(100, 140, (outputs, inputs // 32)).astype(np.uint8)
         if bits == 8:
             codes = e4m3_codes(random, outputs, inputs)
@@ -216,15 +213,15 @@ def mx(
         tensors = {names[0]: payload, names[1]: scale.view(torch.float8_e8m0fnu) if e8m0 else scale}
         return Matrix(tensors, floats * over(powers, (1, 32), (outputs, inputs)))
 
-    return lay
+    return make
 
 
 def gptq(bits: int, group: int | None, symmetric: bool, stored_less: int) -> Callable[[Random, int, int], Matrix]:
-    """[inputs, outputs], codes of inputs in int32; zero points along the outputs, stored less one by the
-    first format.
+    """GPTQ: [inputs, outputs], codes packed along the inputs in int32, zero points along the outputs; the first version
+    stores them less one (stored_less).
     """
 
-    def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+    def make(random: Random, outputs: int, inputs: int) -> Matrix:
         size = group or inputs
         codes, middle = random.integers(0, 2**bits, (outputs, inputs)), 2 ** (bits - 1)
         scale, floats = scales(random, inputs // size, outputs, dtype=torch.float16)
@@ -234,8 +231,8 @@ def gptq(bits: int, group: int | None, symmetric: bool, stored_less: int) -> Cal
             else random.integers(0, 2**bits, (inputs // size, outputs))
         )
         tensors = {
-            ".qweight": words_of(codes, bits).T.contiguous(),
-            ".qzeros": words_of((zero - stored_less) % 2**bits, bits),
+            ".qweight": pack_int32(codes, bits).T.contiguous(),
+            ".qzeros": pack_int32((zero - stored_less) % 2**bits, bits),
             ".scales": scale,
             ".g_idx": (torch.arange(inputs) // size).to(torch.int32),
         }
@@ -244,28 +241,28 @@ def gptq(bits: int, group: int | None, symmetric: bool, stored_less: int) -> Cal
             tensors, (codes - over(zero.T, (1, size), shape)).astype(np.float32) * over(floats.T, (1, size), shape)
         )
 
-    return lay
+    return make
 
 
 def awq(group: int | None, symmetric: bool) -> Callable[[Random, int, int], Matrix]:
-    """[inputs, outputs], codes of outputs in int32, in AutoAWQ's order."""
+    """AWQ: [inputs, outputs], codes packed along the outputs in int32, in AutoAWQ's order."""
 
-    def lay(random: Random, outputs: int, inputs: int) -> Matrix:
+    def make(random: Random, outputs: int, inputs: int) -> Matrix:
         size = group or inputs
         codes, order = random.integers(0, 16, (outputs, inputs)), (0, 4, 1, 5, 2, 6, 3, 7)
         scale, floats = scales(random, inputs // size, outputs, dtype=torch.float16)
         zero = np.full((inputs // size, outputs), 8) if symmetric else random.integers(0, 16, (inputs // size, outputs))
-        tensors = {".qweight": words_of(codes.T, 4, order), ".qzeros": words_of(zero, 4, order), ".scales": scale}
+        tensors = {".qweight": pack_int32(codes.T, 4, order), ".qzeros": pack_int32(zero, 4, order), ".scales": scale}
         shape = codes.shape
         return Matrix(
             tensors, (codes - over(zero.T, (1, size), shape)).astype(np.float32) * over(floats.T, (1, size), shape)
         )
 
-    return lay
+    return make
 
 
 def compressed(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """compressed-tensors' words; the router is left out of it, as it is in every published model."""
+    """Returns the quantization_config of compressed-tensors, which excludes the router, as in all published models."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group},
@@ -503,7 +500,7 @@ SIZES = {"gate_proj": (WIDTH, X), "up_proj": (WIDTH, X), "down_proj": (X, WIDTH)
 
 @dataclass(frozen=True)
 class Written:
-    """floats [E, 2 WIDTH, X], [E, X, WIDTH] of the experts, and of the shared ones."""
+    """The floats of the experts, [E, 2 WIDTH, X] and [E, X, WIDTH], and of the shared experts."""
 
     gate_up: Tensor
     down: Tensor
@@ -512,7 +509,7 @@ class Written:
 
 
 def write(folder: Path, made: Format, seed: int = 0, shards: int = 1, **changes: Any) -> Written:
-    """A DeepSeek-V3 of one layer, its experts and shared ones quantized."""
+    """Writes a DeepSeek-V3 model of one layer with quantized experts and shared experts. Returns their floats."""
     random = np.random.default_rng(seed)
     modules = {f"experts.{e}.{name}": made.lay(random, *size) for e in range(E) for name, size in SIZES.items()}
     modules |= {f"shared_experts.{name}": made.lay(random, *size) for name, size in SIZES.items()}

@@ -1,4 +1,6 @@
-"""What the laws share: the `law` decorator, which lets planted bugs run a law again, and small helpers."""
+"""Helpers of the laws: the `law` decorator, with which a law can be run again on a planted bug, and functions of
+problems.
+"""
 
 import dataclasses
 import itertools
@@ -19,8 +21,8 @@ from moe_fn.testing.bounds import error_bound
 
 
 def law(*strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
-    """A Hypothesis test that keeps its check and its strategies, so that `test_planted_bugs` can run it on
-    broken code.
+    """Makes a Hypothesis test that keeps its check and strategies, so that `test_planted_bugs` can run it on broken
+    code.
     """
 
     def decorate(check: Callable[..., None]) -> Any:
@@ -32,9 +34,7 @@ def law(*strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any
 
 
 def on_every(rows: Iterable[Any], *arguments_of: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any], Any]:
-    """Gives a Hypothesis test an example for each row of a table, whatever it draws: 45 draws do not meet all of 20
-    rows.
-    """
+    """Adds an example for each row of a table to a Hypothesis test, as 45 draws may miss some of 20 rows."""
 
     def decorate(test: Any) -> Any:
         for row, arguments in itertools.product(rows, arguments_of):
@@ -45,14 +45,14 @@ def on_every(rows: Iterable[Any], *arguments_of: Callable[[Any], tuple[Any, ...]
 
 
 def flat(t: Tensor | None, extra: int = 0) -> Tensor | None:
-    """Token dimensions laid flat; `extra` trailing dimensions stay."""
+    """Flattens the token dimensions, which are all but the last `extra` ones."""
     if t is None:
         return None
     return t.reshape(-1, *t.shape[t.ndim - extra :])
 
 
 def logits_of(problem: MoEProblem) -> Tensor:
-    """The problem's logits, from its gate if it has none."""
+    """Returns the problem's logits [T, E], computed by its gate if it has none."""
     logits = problem.logits
     if logits is None:
         call = moe_fn.layer.call.check_and_flatten(
@@ -63,7 +63,7 @@ def logits_of(problem: MoEProblem) -> Tensor:
 
 
 def route(problem: MoEProblem, logits: Tensor | None = None, **config_changes: Any) -> Routing:
-    """moe_fn.route of a problem, with flat tokens."""
+    """Returns moe_fn.route of a problem, with flattened tokens."""
     config = dataclasses.replace(problem.config, **config_changes)
     logits = logits_of(problem) if logits is None else logits
     ids, mask = flat(problem.token_ids), flat(problem.token_mask)
@@ -73,13 +73,12 @@ def route(problem: MoEProblem, logits: Tensor | None = None, **config_changes: A
 
 
 def assert_is_the_layer(problem: MoEProblem, y: Tensor, other: Tensor | None = None, scale: float = 0.1) -> None:
-    """y is what the reference computes, or what `other` is, computed as y was; up to the rounding that its dtype
-    excuses.
+    """Asserts that y equals the reference, or `other` (computed by the layer too), up to the tolerance of its dtype.
 
-    Where terms cancel before a norm, the norm makes their rounding up to 1 / sqrt(epsilon) times larger (expert_norm
-    and latent.output_norm one after the other: 100 times), which no tolerance of a dtype knows of. What is beyond the
-    table must be within the bound that running error analysis computes for this very problem, from the reference; two
-    such computations within twice the bound from each other.
+    Where terms cancel before a norm, the norm amplifies their rounding errors by up to 1 / sqrt(epsilon) (expert_norm
+    followed by latent.output_norm: 100 times), which a tolerance by dtype does not cover. Errors beyond the tolerance
+    must be within the bound that running error analysis computes for this problem, and two computations by the layer
+    within twice the bound of each other.
     """
     try:
         assert_matches(y, problem.call(reference.moe_forward) if other is None else other, scale=scale)
@@ -91,31 +90,31 @@ def assert_is_the_layer(problem: MoEProblem, y: Tensor, other: Tensor | None = N
 
 
 def real_tokens(problem: MoEProblem) -> Tensor:
-    """bool [tokens]: not padding."""
+    """Returns bool [tokens]: True for tokens that are not padding."""
     tokens = problem.x[..., 0].numel()
     return torch.ones(tokens, dtype=torch.bool) if problem.token_mask is None else problem.token_mask.flatten()
 
 
 def router_with(problem: MoEProblem, **changes: Any) -> MoEProblem:
-    """The problem with other router weights."""
+    """Returns the problem with other router weights."""
     router = dataclasses.replace(problem.weights.router or RouterWeights(), **changes)
     return problem.replace(weights=dataclasses.replace(problem.weights, router=router))
 
 
 def config_with(problem: MoEProblem, **changes: Any) -> MoEProblem:
-    """The problem with another config; names of RouterConfig fields go to the router."""
+    """Returns the problem with changes of its config; names of RouterConfig fields change the router."""
     own = {f.name for f in dataclasses.fields(MoEConfig)}
     router = dataclasses.replace(problem.config.router, **{k: v for k, v in changes.items() if k not in own})
     return problem.with_config(router=router, **{k: v for k, v in changes.items() if k in own})
 
 
 def leaves(*trees: Any) -> list[Tensor]:
-    """Floating-point tensors in a pytree."""
+    """Returns the floating-point tensors of pytrees."""
     return [t for t in torch.utils._pytree.tree_leaves(trees) if isinstance(t, Tensor) and t.dtype.is_floating_point]
 
 
 def with_gradients(problem: MoEProblem) -> MoEProblem:
-    """A copy whose floating-point tensors are leaves that require grad."""
+    """Returns a copy whose floating-point tensors are leaves that require grad."""
 
     def fresh(t: Any) -> Any:
         return t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.dtype.is_floating_point else t
@@ -126,7 +125,9 @@ def with_gradients(problem: MoEProblem) -> MoEProblem:
 
 
 def gradients(problem: MoEProblem, function: Callable[..., Tensor], direction: Tensor) -> list[Tensor]:
-    """Gradients of (function(problem) * direction).sum() to x, logits and every weight; zeros where there is none."""
+    """Returns gradients of (function(problem) * direction).sum() to x, logits and every weight; zeros where
+    there is none.
+    """
     problem = with_gradients(problem)
     inputs = leaves(problem.weights, problem.x, problem.logits)
     total = (problem.call(function).to(torch.float64) * direction).sum()

@@ -1,6 +1,4 @@
-"""Sorted slots for the tests of the Triton kernels, built by plain torch: nothing here comes from the kernels under
-test.
-"""
+"""Sorted slots for the tests of the Triton kernels, computed by plain torch, without the kernels under test."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +19,7 @@ ACTIVATIONS += [
     ActivationConfig(function="gelu", limit=0.5, up_offset=1.0),
     ActivationConfig(function="relu", limit=0.5, limit_at="output"),
 ]
-# bfloat16 is for GPUs: the interpreter multiplies its bits as if they were whole numbers
+# bfloat16 is tested on GPUs: the interpreter multiplies its bits as integers
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 TILES = st.sampled_from([Tile(16, 32, 16, 1, 1), Tile(16, 16, 32, 1, 1), Tile(32, 64, 16, 1, 1)])
 SIZES = st.sampled_from([1, 7, 16, 24, 33, 48])
@@ -29,7 +27,7 @@ SIZES = st.sampled_from([1, 7, 16, 24, 33, 48])
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A drawn routing: ids [T, k], its sorted slots, and which tokens and experts nobody may read."""
+    """A drawn routing: ids [T, k], its sorted slots, and the tokens and experts that no kernel may read."""
 
     ids: Tensor
     num_experts: int
@@ -38,7 +36,7 @@ class Rows:
 
     @property
     def live(self) -> int:
-        """Rows that have an expert; they come first."""
+        """The number of rows that have an expert; they come first."""
         return int(self.slots.starts[-1])
 
     @property
@@ -54,7 +52,7 @@ class Rows:
         return (self.ids >= 0) & (self.ids < self.num_experts)
 
     def tile_map(self, tile_rows: int) -> TileMap:
-        """Tiles of each expert's rows, then surplus ones up to the bound that the host can know."""
+        """The tiles of each expert's rows, followed by unused ones up to the bound that the host computes."""
         starts, num_rows = self.slots.starts.tolist(), self.ids.numel()
         tiles = [(e, first) for e in range(self.num_experts) for first in range(starts[e], starts[e + 1], tile_rows)]
         tiles += [(-1, -1)] * (min(num_rows, num_rows // tile_rows + self.num_experts) - len(tiles))
@@ -62,7 +60,7 @@ class Rows:
         return TileMap(table[:, 0].contiguous(), table[:, 1].contiguous(), tile_rows)
 
     def tensors(self, dtype: torch.dtype) -> Callable[..., Tensor]:
-        """Makes random tensors of a dtype, the same ones for a seed."""
+        """Returns a function that makes random tensors of a dtype, equal for equal seeds."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def make(*shape: int, scale: float = 1.0) -> Tensor:
@@ -71,27 +69,27 @@ class Rows:
         return make
 
     def by_token(self, values: Tensor) -> Tensor:
-        """NaN in the tokens that no expert gets."""
+        """Sets the values of tokens without an expert to NaN."""
         return torch.where(self.has_expert.any(1)[:, None], values, NAN).to(values.dtype)
 
     def by_expert(self, values: Tensor) -> Tensor:
-        """NaN for the experts that get no token."""
+        """Sets the values of experts without a token to NaN."""
         used = torch.zeros(self.num_experts, dtype=torch.bool)
         used[self.ids[self.has_expert]] = True
         return torch.where(used.view(-1, *[1] * (values.ndim - 1)), values, NAN).to(values.dtype)
 
     def by_row(self, values: Tensor) -> Tensor:
-        """NaN in the rows of no expert."""
+        """Sets the rows of no expert to NaN."""
         return torch.where((torch.arange(values.shape[0]) < self.live)[:, None], values, NAN).to(values.dtype)
 
     def by_slot(self, values: Tensor) -> Tensor:
-        """NaN for the slots of no expert."""
+        """Sets the values of slots of no expert to NaN."""
         return torch.where(self.has_expert, values, NAN)
 
 
 @st.composite
 def routings(draw: st.DrawFn) -> Rows:
-    """Any routing: no tokens, ids of no expert, experts without rows, one that takes all."""
+    """Draws any routing: no tokens, ids of no expert, experts without rows, all rows for one expert."""
     num_experts, top_k, tokens = (
         draw(st.integers(1, 4)),
         draw(st.integers(1, 3)),
@@ -114,7 +112,7 @@ def routings(draw: st.DrawFn) -> Rows:
 
 
 def in_layout(weight: Tensor, out_in: bool) -> Tensor:
-    """The same [E, K, N], in memory as [E, N, K] if out_in."""
+    """Returns the weight [E, K, N], stored in memory as [E, N, K] if out_in."""
     return weight.mT.contiguous().mT if out_in else weight
 
 

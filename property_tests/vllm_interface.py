@@ -1,9 +1,9 @@
-"""The published interface of vLLM 0.32.0's modular experts, stated:
-vllm/model_executor/layers/fused_moe/{modular_kernel,activation, topk_weight_and_reduce}.py. Names, signatures and who
-is abstract are theirs (0.33.0 has the same and asks for no more).
+"""A copy of the published interface of vLLM 0.32.0's modular experts, for tests without vLLM.
 
-`FusedMoEKernel` does what FusedMoEKernelModularImpl.apply does on one rank without quantization; `apply_moe_activation`
-says in torch what their compiled operators compute.
+It has the names, signatures and abstract methods of
+vllm/model_executor/layers/fused_moe/{modular_kernel,activation, topk_weight_and_reduce}.py (0.33.0 has the same and
+needs no more). `FusedMoEKernel` does what FusedMoEKernelModularImpl.apply does on one rank without quantization;
+`apply_moe_activation` computes in torch what their compiled operators compute.
 """
 
 import itertools
@@ -174,7 +174,7 @@ class TopKWeightAndReduceNoOP:
 
 
 class Platform:
-    """A CPU."""
+    """The platform of a CPU."""
 
     @staticmethod
     def is_cpu() -> bool:
@@ -197,7 +197,7 @@ HOST = Host(
 def moe_config(
     activation: MoEActivation = MoEActivation.SILU, sizes: tuple[int, ...] = (8, 2, 16, 32), **options: Any
 ) -> SimpleNamespace:
-    """A FusedMoEConfig, as far as experts read it; sizes: experts here, experts of a token, hidden, intermediate."""
+    """Returns the fields of a FusedMoEConfig that experts read; sizes: local experts, top k, hidden, intermediate."""
     no_parallel = SimpleNamespace(
         use_all2all_kernels=False, use_passthrough_all2all=False, use_batched_activation_format=False
     )
@@ -221,7 +221,7 @@ def run_kernel(
     activation: Any,
     global_num_experts: int = -1, expert_map: Tensor | None = None, apply_router_weight_on_input: bool = False,
 ) -> Tensor:  # fmt: skip
-    """prepare, experts with buffers full of NaN, finalize: as the kernel does on a CPU."""
+    """Runs prepare, the experts with buffers full of NaN, and finalize, as the kernel does on a CPU."""
     a1 = hidden_states * topk_weights.to(hidden_states.dtype) if apply_router_weight_on_input else hidden_states
     E, M, N, K, topk = experts.moe_problem_size(a1, w1, w2, topk_ids)
     if M == 0:
@@ -253,7 +253,7 @@ def run_kernel(
 
 
 def apply_moe_activation(name: str, h: Tensor, c: Any) -> Tensor:
-    """What vLLM's operator of this name computes: silu_and_mul, silu_and_mul_with_clamp, swigluoai_and_mul,
+    """Returns what vLLM's operator of this name computes: silu_and_mul, silu_and_mul_with_clamp, swigluoai_and_mul,
     situ_and_mul, ...
     """
     plain = {
@@ -291,7 +291,7 @@ def reference(
     activation: Any,
     expert_map: Any = None,
 ) -> Tensor:
-    """A loop over tokens and choices."""
+    """Returns the output of the experts, computed by a loop over tokens and choices."""
     w1_bias, w2_bias = experts.quant_config.w1_bias, experts.quant_config.w2_bias
     y = torch.zeros_like(x)
     for t, j in itertools.product(range(ids.shape[0]), range(ids.shape[1])):

@@ -1,1 +1,1 @@
-"""What property_tests and compile_tests both need: modules of transformers and torchtitan, tiny and random."""
+"""Helpers of property_tests and compile_tests: tiny random modules of transformers and torchtitan."""

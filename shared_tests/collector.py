@@ -1,10 +1,10 @@
-"""How often Python's garbage collector runs in a test session."""
+"""The frequency of Python's garbage collection in a test session."""
 
 import gc
 
 
 def collect_less() -> None:
-    """Exclude the imported modules from collection, and collect once in 50,000 new objects.
+    """Excludes the imported modules from collection, and collects once in 50,000 new objects.
 
     torch and transformers leave a million objects that live to the end. Repeated searches of them took an eighth of the
     CPU time of compile_tests/test_one_graph.py: 70 s with Python's settings, 60 s with these.

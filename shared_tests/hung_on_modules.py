@@ -1,5 +1,6 @@
-"""Ways in which a module computes something else than its parameters say: what adapters, quantizers, hooks and people
-do to models.
+"""Ways to change what a module computes without changing its parameters: hooks, adapters, wrappers, quantized tensors.
+
+Each changes a result by a factor of 1.5.
 """
 
 import types
@@ -12,26 +13,26 @@ from torch.nn.utils import parametrize
 
 
 def louder(out: Any) -> Any:
-    """1.5 times every float of what a module takes or gives."""
+    """Multiplies every floating-point tensor of a module's input or output by 1.5."""
     if isinstance(out, tuple):
         return tuple(map(louder, out))
     return out * 1.5 if isinstance(out, Tensor) and out.is_floating_point() else out
 
 
 def names_of(module: nn.Module) -> list[str]:
-    """Of its own parameters."""
+    """Returns the names of the module's own parameters."""
     return [name for name, tensor in module._parameters.items() if tensor is not None]
 
 
 class Louder(nn.Module):
-    """A parametrization: what is kept, times 1.5."""
+    """A parametrization that multiplies the stored parameter by 1.5."""
 
     def forward(self, kept: Tensor) -> Tensor:
         return louder(kept)
 
 
 class Adapter(nn.Module):
-    """As an adapter's layer: what it adapts is its base_layer, whose weight it shows as its own."""
+    """A module like an adapter's layer, around a base_layer, whose weight is also its own."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Adapter(nn.Module):
 
 
 class ParameterAdapter(Adapter):
-    """As PEFT's ParamWrapper: parameters are other ones while the module is called, and only then."""
+    """A module like PEFT's ParamWrapper, which changes the parameters of its base_layer only during its call."""
 
     def forward(self, *args: Any, **by_name: Any) -> Any:
         names = names_of(self.base_layer)
@@ -60,8 +61,8 @@ class ParameterAdapter(Adapter):
 
 
 class Wrapper(nn.Module):
-    """As PEFT's ModulesToSaveWrapper and torch.compile's OptimizedModule: what it holds has a name of its own, and
-    shows through.
+    """A module like PEFT's ModulesToSaveWrapper and torch.compile's OptimizedModule: attributes that it lacks
+    are those of the module inside.
     """
 
     def __init__(self, held: nn.Module) -> None:
@@ -77,19 +78,19 @@ class Wrapper(nn.Module):
 
 
 class Coded(Tensor):
-    """As a quantized tensor: it stands for 1.5 times the numbers that it holds."""
+    """A tensor subclass like a quantized tensor: its values are 1.5 times those that it stores."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def meant(value: Any) -> Any:
+        def decoded(value: Any) -> Any:
             if isinstance(value, list | tuple):
-                return type(value)(map(meant, value))
+                return type(value)(map(decoded, value))
             return value.as_subclass(Tensor) * 1.5 if isinstance(value, Coded) else value
 
         with torch._C.DisableTorchFunctionSubclass():
             if function in _OF_ITSELF:
                 return function(*args, **(kwargs or {}))
-            return function(*meant(args), **{name: meant(value) for name, value in (kwargs or {}).items()})
+            return function(*decoded(args), **{name: decoded(value) for name, value in (kwargs or {}).items()})
 
 
 _OF_ITSELF = {
@@ -121,18 +122,18 @@ def _parametrization(parent: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _recomputed(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """As torch.nn.utils.weight_norm and prune do: a hook makes the tensor anew in every call, of what is kept."""
+    """A hook computes the parameter from a stored one in every call, as torch.nn.utils.weight_norm and prune do."""
     kept = names_of(module)
     for parameter in kept:
         tensor = module._parameters.pop(parameter)
         module.register_parameter(f"{parameter}_kept", tensor)
-        setattr(module, parameter, tensor.detach())  # until the first call: old numbers
+        setattr(module, parameter, tensor.detach())  # the old values until the first call
 
-    def anew(module: nn.Module, args: Any) -> None:
+    def recompute(module: nn.Module, args: Any) -> None:
         for parameter in kept:
             setattr(module, parameter, louder(getattr(module, f"{parameter}_kept")))
 
-    module.register_forward_pre_hook(anew)
+    module.register_forward_pre_hook(recompute)
 
 
 def _own_forward(parent: nn.Module, name: str, module: nn.Module) -> None:
@@ -169,7 +170,7 @@ def _coded(parent: nn.Module, name: str, module: nn.Module) -> None:
         module._parameters[parameter] = coded
 
 
-# (the module's parent, its name there, the module) -> it computes something else from now on
+# functions of (the module's parent, its name there, the module), which change what the module computes
 WAYS: dict[str, Callable[[nn.Module, str, nn.Module], None]] = {
     "forward hook": _forward_hook,
     "forward pre-hook": _pre_hook,
@@ -187,6 +188,6 @@ OF_PARAMETERS = ("parametrization", "recomputed before every call", "adapter of 
 
 
 def hang(block: nn.Module, path: str, way: str) -> None:
-    """Do it to the module of the block that has this path."""
+    """Changes the module at a path of the block in one of the WAYS."""
     above, _, name = path.rpartition(".")
     WAYS[way](block.get_submodule(above), name, block.get_submodule(path))

@@ -1,8 +1,8 @@
-"""The published interface of torchtitan 0.3.0, stated: models/common/{moe,token_dispatcher,feed_forward}.py,
-models/gpt_oss/moe.py, overrides/fused_swiglu.py. Names, signatures, parameters and numbers are theirs; sharding,
-initialisation and configs of parts are not here.
+"""A copy of the published interface of torchtitan 0.3.0's Mixture-of-Experts modules, for tests without torchtitan.
 
-One thing is added: `compute_dtype`, bfloat16 as theirs is, can be set to None for experts that compute in the dtype of
+It has the names, signatures, parameters and results of models/common/{moe,token_dispatcher,feed_forward}.py,
+models/gpt_oss/moe.py and overrides/fused_swiglu.py, without sharding, initialization and configs of parts.
+One thing is added: `compute_dtype`, bfloat16 as theirs, can be set to None for experts that compute in the dtype of
 their rows.
 """
 
@@ -165,7 +165,7 @@ class LocalTokenDispatcher(Configurable):
 
 
 class AllToAllTokenDispatcher(LocalTokenDispatcher):
-    """Stands for those that talk to other ranks."""
+    """A stand-in for dispatchers that communicate with other ranks."""
 
 
 class RoutedExperts(nn.Module):
@@ -266,7 +266,7 @@ def build_moe(
     dispatcher: Any = LocalTokenDispatcher,
     **router: Any,
 ) -> MoE:
-    """A layer of SIZES with random weights, whose experts compute in the dtype of their rows."""
+    """Returns a layer of SIZES with random weights, whose experts compute in the dtype of their rows."""
     torch.manual_seed(0)
     s = SIZES
     experts = kind(kind.Config(dim=s.dim, hidden_dim=s.hidden, num_experts=s.experts))
@@ -277,7 +277,7 @@ def build_moe(
 
 
 def real_moe(shared: bool = True, **router: Any) -> Any:
-    """torchtitan's own MoE of SIZES, built from its configs."""
+    """Returns torchtitan's own MoE of SIZES, built from its configs."""
     pytest.importorskip("torchtitan.models.common.moe")
     from torchtitan.models.common.feed_forward import FeedForward
     from torchtitan.models.common.linear import Linear

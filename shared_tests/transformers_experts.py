@@ -1,6 +1,4 @@
-"""Experts modules of transformers, tiny and random: every class that its decorator decorates, and classes as a user
-would write them.
-"""
+"""Experts modules of transformers, tiny and random: every class with its decorator, and classes as users write them."""
 
 import importlib
 import math
@@ -24,10 +22,10 @@ from transformers.integrations.moe import use_experts_implementation  # noqa: E4
 
 
 def settings_of_experts(**changes: Any) -> SimpleNamespace:
-    """A config with every word that an experts class reads."""
-    words = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6)
-    words |= dict.fromkeys(("hidden_size", "moe_hidden_size"), 16)
-    words |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 12)
+    """Returns a config with every key that an experts class reads."""
+    keys = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6)
+    keys |= dict.fromkeys(("hidden_size", "moe_hidden_size"), 16)
+    keys |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 12)
     acts = dict.fromkeys(("hidden_act", "hidden_activation"), "silu") | {"mlp_hidden_act": "relu2"}
     numbers = {
         "swiglu_limit": 0.7,
@@ -37,12 +35,12 @@ def settings_of_experts(**changes: Any) -> SimpleNamespace:
         "post_norm_eps": 1e-5,
     }
     return SimpleNamespace(
-        **(words | acts | numbers | {"moe_latent_size": None, "_experts_implementation": "eager"} | changes)
+        **(keys | acts | numbers | {"moe_latent_size": None, "_experts_implementation": "eager"} | changes)
     )
 
 
 def decorated() -> dict[str, tuple[Path, str]]:
-    """Every class in transformers.models that `use_experts_implementation` decorates."""
+    """Returns (file, class name) of every class in transformers.models with `use_experts_implementation`."""
     root = Path(transformers.__file__).parent / "models"
     found = {}
     for path in sorted(root.glob("*/modeling_*.py")):
@@ -71,7 +69,7 @@ def randomised(module: Any, dtype: torch.dtype, seed: int = 0) -> Any:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a block hands to its experts."""
+    """The inputs of experts: x [T, H], expert ids and weights [T, k]."""
 
     x: Tensor
     ids: Tensor
@@ -86,7 +84,9 @@ def tokens_of(
     seed: int = 1,
     strangers: tuple[int, ...] = (),
 ) -> Tokens:
-    """Distinct experts for each token; a third of the ids are `strangers`, which are no expert's, if there are any."""
+    """Returns inputs with distinct experts for each token; about a third of the ids are replaced by `strangers`, ids of
+    no expert, if any are given.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = module.down_proj
     hidden, experts = weight.shape[2 if module.is_transposed else 1], module.num_experts
@@ -100,19 +100,19 @@ def tokens_of(
 
 
 def _gate_of_power(self: Any, gate_up: Tensor) -> Tensor:
-    """Not ours; learned, and its derivatives are infinite at 0."""
+    """A gate that moe_fn does not have: learned, with infinite derivatives at 0."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (gate * self.slope).abs().sqrt() * up
 
 
 def _gate_own(self: Any, gate_up: Tensor) -> Tensor:
-    """Not ours, learned, and not 0 at 0."""
+    """A gate that moe_fn does not have: learned, and not 0 at 0."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.tanh(gate) * up * self.slope.to(gate.dtype) + 0.2
 
 
 def _gate_of_deepseek(self: Any, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)  # word for word DeepSeek-V4's
+    gate, up = gate_up.chunk(2, dim=-1)  # the lines of DeepSeek-V4
     gate = gate.clamp(max=self.limit)
     up = up.clamp(min=-self.limit, max=self.limit)
     return self.act_fn(gate) * up
@@ -126,7 +126,7 @@ def gate_nearly_of_deepseek(self: Any, gate_up: Tensor) -> Tensor:
 
 
 class _Norm(nn.Module):
-    """Without epsilon a row of zeros has no finite norm, let alone a gradient."""
+    """A norm. Without epsilon, a row of zeros has no finite output and gradient."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ ACTS: dict[str, Callable[[], Any]] = {
 def own_class(
     gate: str, act: str, *, has_bias: bool, is_transposed: bool, has_gate: bool, norm: bool, epsilon: float = 0.1
 ) -> type[nn.Module]:
-    """Experts as a user would write them, with the eager loop of transformers' own docstring."""
+    """Returns a class of experts as users write them, with the eager loop of transformers' docstring."""
 
     class Own(nn.Module):
         def __init__(self, config: Any) -> None:

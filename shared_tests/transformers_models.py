@@ -12,10 +12,10 @@ __all__ = ["MODELS", "ModelRow", "make_model", "make_token_ids"]
 
 
 def make_model(name: str, seed: int, experts_implementation: str = "eager", layers: int | None = None) -> Any:
-    """The model of a row in float32 and eval mode, every parameter and saved buffer random; equal seeds give equal
-    numbers.
+    """Returns the model of a row in float32 and eval mode, with random parameters and saved buffers; equal seeds give
+    equal values.
 
-    layers: instead of the row's.
+    layers: number of layers, instead of the row's.
     """
     row = MODELS[name]
     config_class = getattr(importlib.import_module(f"transformers.models.{name}.configuration_{name}"), row.config)
@@ -28,5 +28,5 @@ def make_model(name: str, seed: int, experts_implementation: str = "eager", laye
 
 
 def make_token_ids(seed: int, batch: int = 2, seq: int = 5) -> torch.Tensor:
-    """Ids [batch, seq] of words, none of them the padding."""
+    """Returns token ids [batch, seq], without the padding id."""
     return torch.randint(2, 128, (batch, seq), generator=torch.Generator().manual_seed(seed))

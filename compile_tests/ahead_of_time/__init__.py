@@ -1,1 +1,1 @@
-"""The Triton kernels compiled for GPUs that are not there, and what they take of them."""
+"""Ahead-of-time compilation of the Triton kernels for GPUs, without a GPU, and the resources that they use."""

@@ -1,9 +1,9 @@
-"""python -m compile_tests.ahead_of_time --arch sm_90: what each kernel takes of a GPU, on a machine without one.
+"""python -m compile_tests.ahead_of_time --arch sm_90: the resources of each kernel, on a machine without a GPU.
 
 Compiles every case of compile_tests.ahead_of_time.cases for the architecture and reads registers, spills, shared memory
 and the matrix instructions from the result. Exits with 1 if a case does not compile, spills, needs more shared memory
-than there is, or computes without the matrix unit that it should use. Needs nothing but the triton wheel, which brings
-assembler and disassembler.
+than the GPU has, or does not use the matrix unit that it should. Needs only the triton wheel, which has assembler and
+disassembler.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from compile_tests.ahead_of_time.resources import TARGETS, compiled, faults
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 1 if a case has a fault."""
+    """Runs the command. Returns 1 if a case has a fault."""
     parser = argparse.ArgumentParser(prog="python -m compile_tests.ahead_of_time", description=__doc__)
     parser.add_argument("--arch", default=["sm_90"], nargs="+", choices=sorted(TARGETS))
     parser.add_argument("--only", default="", help="cases whose names hold this text")
@@ -73,10 +73,10 @@ def changed(cases: list[Case], budgets: Mapping[str, Any], arch: str, number: in
 
 
 def _row(case: Case, arch: str) -> dict[str, Any]:
-    """A case's resources and faults; that it does not compile is a fault too."""
+    """Returns a case's resources and faults; a failed compilation is a fault too."""
     try:
         found = compiled(case, arch)
-    except Exception as error:  # whatever the compiler meets: the other cases are still worth their line
+    except Exception as error:  # any error of the compiler; the other cases are reported too
         lines = str(error).strip().splitlines() or [""]
         return {"faults": [f"does not compile: {type(error).__name__}: {lines[-1][:300]}"]}
     return {**asdict(found), "faults": list(faults(case, found, arch)), "digest": digest_of(case)}

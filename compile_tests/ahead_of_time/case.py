@@ -1,4 +1,4 @@
-"""A kernel to be compiled ahead of time: types for its arguments, values for its constants."""
+"""A kernel to compile ahead of time: types of its arguments, values of its constants."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from moe_fn.kernels.triton.tile_tables import Tile
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with types for its arguments ("*bf16", "i32") and values for its constants; tile: for those that
+    """A kernel with types of its arguments ("*bf16", "i32") and values of its constants; tile: the constants that
     heuristics choose.
     """
 
@@ -22,7 +22,7 @@ class Case:
     tile: Tile | None = None
     dtype: str = "bf16"
     product: bool = False  # has a tl.dot of its dtype
-    # arguments that need not be multiples of 16: pointers into a tensor, counts of tiles
+    # arguments that may not be multiples of 16: pointers into a tensor, counts of tiles
     unaligned: frozenset[str] = frozenset()
-    fusion: bool = True  # of multiplications with additions
-    bound: int = 1 << 30  # bytes of shared memory that the heuristics expect at most
+    fusion: bool = True  # whether multiplications and additions may be fused
+    bound: int = 1 << 30  # upper bound of the shared memory in bytes by the heuristics

@@ -1,5 +1,5 @@
-"""The cases that ahead_of_time compiles: every kernel, every tile that the heuristics can give, and the options that
-change code.
+"""The cases of ahead_of_time: every kernel, every tile that the heuristics can choose, and options that change the
+code.
 """
 
 import random
@@ -28,9 +28,9 @@ FLAGS = ("BIAS", "KEEP", "INTERLEAVED", "GATHER", "INDIRECT", "GATHER_LEFT", "GA
 
 
 def cases_of(arch: str, planted: bool = False, thorough: bool = False) -> Iterator[Case]:
-    """All cases for an architecture; thorough: quantized weights in all tiles.
+    """Yields all cases for an architecture; thorough: quantized weights in all tiles.
 
-    planted: tiles that are known to be bad, to see that the check sees it.
+    planted: tiles with known faults instead, to test the check itself.
     """
     if planted:
         yield grouped_case("product", arch, Tile(128, 256, 64, 4, 4), "bf16", {})  # spills on NVIDIA
@@ -38,7 +38,7 @@ def cases_of(arch: str, planted: bool = False, thorough: bool = False) -> Iterat
         return
     for kind, variants in VARIANTS.items():
         rows = [tile for _, tile in rows_of(kind, 2, arch)]
-        # the last row of four and of eight warps: options matter most there
+        # the last row with four and with eight warps, where options matter most
         heaviest = {tile.warps: tile for tile in rows}.values()
         for tile in _in_order(tiles_of(kind, 2, arch)):
             for options in variants if tile in heaviest else variants[:1]:
@@ -53,7 +53,7 @@ def cases_of(arch: str, planted: bool = False, thorough: bool = False) -> Iterat
             yield grouped_case(kind, arch, _in_order(tiles_of(kind, 4, arch, odd=True))[-1], "fp32", options)
     for kind in ("decode_down", "decode_down_in_out"):
         widest = max(tiles_of(kind, 2, arch), key=lambda tile: tile.rows)
-        yield grouped_case(kind, arch, widest, "bf16", {"TOP_K": 10})  # more choices than are under way at once
+        yield grouped_case(kind, arch, widest, "bf16", {"TOP_K": 10})  # more choices than are loaded at once
     yield from _small_cases(arch)
     yield from _row_cases()
     yield from quant_cases(arch, thorough)
@@ -64,7 +64,7 @@ def _in_order(tiles: frozenset[Tile]) -> list[Tile]:
 
 
 def _small_cases(arch: str, count: int = 12) -> Iterator[Case]:
-    """Tiles of matrices that are smaller than the tables' tiles, drawn with a fixed seed."""
+    """Yields tiles of matrices smaller than the tiles of the tables, drawn with a fixed seed."""
     draw = random.Random(0)
     for number in range(count):
         kind, dtype = draw.choice(sorted(HEURISTICS)), draw.choice(("bf16", "fp32"))
@@ -78,7 +78,7 @@ def _small_cases(arch: str, count: int = 12) -> Iterator[Case]:
 
 
 def _row_cases() -> Iterator[Case]:
-    """The kernels without a tile."""
+    """Yields the kernels without a tile."""
     for name, signature in ROWS.items():
         for dtype in ("bf16", "fp32") if signature.data else ("int32",):
             yield Case(
@@ -95,7 +95,7 @@ def _row_cases() -> Iterator[Case]:
 
 
 def grouped_case(kind: str, arch: str, tile: Tile, dtype: str, options: Options) -> Case:
-    """A kernel with a tile of the heuristics, in the form that the options name."""
+    """Returns a case of a kernel with a tile of the heuristics and options."""
     signature = GROUPED[kind]
     types = signature.types(dtype) | ({"out": f"*{options['out']}"} if "out" in options else {})
     fixed: dict[str, Any] = {}
@@ -131,7 +131,7 @@ def grouped_case(kind: str, arch: str, tile: Tile, dtype: str, options: Options)
 
 
 def _of_tile(kind: str, tile: Tile, gated: bool, interleaved: bool) -> dict[str, int]:
-    """The tile as the kernels' constants name it."""
+    """Returns the tile as constants of the kernels."""
     pieces = up.pieces_of(tile, gated) if kind == "up" else down_backward.pieces_of(tile, interleaved)
     grouped = {"BM": tile.rows, "BN": tile.columns, "BK": tile.inner, "PIECES": pieces}
     return {

@@ -1,5 +1,5 @@
-"""Cases of ahead_of_time for weights in codes: each place of a scale, each way to decode, each form of activations, in
-every tile.
+"""Cases of ahead_of_time for quantized weights: each granularity of scales, each way to decode, each form of
+activations, in every tile.
 """
 
 from collections.abc import Iterator
@@ -27,20 +27,20 @@ SIZES = ("K", "N", "H", "I", "half_columns")
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """A scheme, the inputs that share a scale (None: all of them), and what the left side is stored as."""
+    """A scheme, the number of inputs that share a scale (None: all), and the format of the left operand."""
 
     scheme: str
     inputs: int | None = None
     scale: str = "float"  # "e8m0", "e4m3"
     left: str | None = None
     zero: bool = False
-    above: bool = False  # a scale above the scales
+    above: bool = False  # whether there is a global scale
     even: bool = True
-    odd: bool = False  # rows of codes that 16 bytes do not divide
+    odd: bool = False  # rows of codes whose bytes are not a multiple of 16
 
     @property
     def name(self) -> str:
-        """In words."""
+        """The name of the case."""
         words = [
             self.scheme,
             "outer" if self.inputs is None else str(self.inputs),
@@ -53,7 +53,7 @@ class Form:
         )
 
 
-# Every place of a scale and every way to decode. The first is compiled in all tiles, the others in the last.
+# Every granularity of scales and every way to decode. The first is compiled in all tiles, the others in the last one.
 DECODED = (
     Form(scheme="int4", inputs=128, zero=True),
     Form(scheme="int4", inputs=32, zero=True, even=False, odd=True),
@@ -71,8 +71,8 @@ CODED = (
 
 
 def quant_cases(arch: str, thorough: bool = False) -> Iterator[Case]:
-    """All cases for an architecture; thorough: every form in every tile, and in half of its columns, which takes some
-    minutes.
+    """Yields all cases for an architecture; thorough: every form in every tile, and in half of its columns, which takes
+    some minutes.
     """
     for family, forms in (("decoded", DECODED), ("coded", CODED)):
         for form in forms:
@@ -95,8 +95,8 @@ def quant_cases(arch: str, thorough: bool = False) -> Iterator[Case]:
 
 
 def _in_tiles(kind: str, arch: str, form: Form, table: str, both: bool, thorough: bool) -> Iterator[Case]:
-    """A form in all tiles of a table, in the last one of four and of eight warps, or in the last, the one for most
-    rows.
+    """Yields a form in all tiles of a table, in the last ones with four and with eight warps, or in the last one, which
+    is for most rows.
     """
     tiles = [tile for _, tile in rows_of_coded(table, 1 if form.left else 2, arch)]
     heaviest = list({tile.warps: tile for tile in tiles}.values())
@@ -109,7 +109,7 @@ def _in_tiles(kind: str, arch: str, form: Form, table: str, both: bool, thorough
 def quant_case(
     kind: str, arch: str, form: Form, tile: Tile, dtype: str = "bf16", keep: bool = False, activation: str = "silu"
 ) -> Case:
-    """One of the two products in a form and a tile; a tile of 256 columns stores its groups of codes by itself."""
+    """Returns a case of one of the two products; a tile of 256 columns stores its groups of codes itself."""
     kernel: Any = quant_up._up_kernel if kind == "up" else products._product_kernel
     codes = {"fp8_e4m3": "*fp8e4nv", "int8": "*i8"}.get(form.scheme, "*u8")
     payload = codes if form.left is not None or (form.scheme == "fp8_e4m3" and arch in CASTS_E4M3) else "*u8"
@@ -144,16 +144,16 @@ def quant_case(
         constants={name: value for name, value in constants.items() if name in names},
         warps=tile.warps,
         stages=tile.stages,
-        tile=replace(tile, rows=tile.columns) if swap else tile,  # what the matrix unit has 64 of
+        tile=replace(tile, rows=tile.columns) if swap else tile,  # the dimension in which the matrix unit has 64
         dtype=dtype,
-        # Triton has mma.sync alone for int8 there
+        # Triton uses only mma.sync for int8 there
         product=not (form.scheme == "int8" and form.left and arch == "sm_100"),
         unaligned=frozenset((*COUNTS, *(SIZES if form.odd else ()), "ends")) & names,
     )
 
 
 def quantize_case(form: str, code: str) -> Case:
-    """Rows to codes, 4096 values each, by row or by groups of 128."""
+    """Returns a case that quantizes rows of 4096 values, by row or by groups of 128."""
     constants = {
         "FORM": form, "SPAN": 4096 if form == "row" else 128, "SPANS": 1 if form == "row" else 32,
         "POWER_OF_TWO": form == "group",

@@ -1,6 +1,4 @@
-"""What a compiled kernel takes of a GPU: registers, spills, shared memory and matrix instructions, read from the
-result.
-"""
+"""The resources of a compiled kernel: registers, spills, shared memory and matrix instructions."""
 
 import re
 import subprocess
@@ -31,7 +29,7 @@ INSTRUCTIONS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one thread: registers, and bytes that did not fit them; of one program: bytes of shared memory."""
+    """Registers and spilled bytes of one thread, bytes of shared memory of one program."""
 
     registers: int
     spilled: int
@@ -41,7 +39,7 @@ class Resources:
 
 
 def compiled(case: Case, arch: str) -> Resources:
-    """The case, compiled for the architecture; raises what the compiler raises."""
+    """Compiles the case for the architecture. Raises the errors of the compiler."""
     names = case.kernel.arg_names
     given = set(case.types) | set(case.constants)
     if given != set(names):
@@ -73,8 +71,8 @@ def compiled(case: Case, arch: str) -> Resources:
 
 
 def _of_nvidia(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, spilled bytes and static shared memory; without its line the kernel is not known, and that is an
-    error.
+    """Returns registers, spilled bytes and static shared memory. Raises ValueError if cuobjdump does not list the
+    kernel.
     """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -87,17 +85,17 @@ def _of_nvidia(cubin: bytes) -> tuple[int, int, int]:
         text = dumped("--dump-resource-usage")
         found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
         if found is None:
-            raise ValueError(f"cuobjdump tells no resources: {text}")
+            raise ValueError(f"cuobjdump lists no resources: {text}")
         registers, stack, static, local = (int(number) for number in found.groups())
-        # ptxas may leave a frame of 8 bytes that no instruction touches (the router with groups).
+        # ptxas may leave a frame of 8 bytes that no instruction uses (the router with groups).
         spilled = stack + local if stack + local and re.search(r"\b(?:STL|LDL)\b", dumped("-sass")) else 0
-    # sm_90 and later report the 1024 bytes that the system has beside the limit
+    # sm_90 and later report 1024 bytes that the system reserves outside the limit
     return registers, spilled, static % 1024
 
 
 def _of_amd(assembly: str) -> tuple[int, int, int]:
-    """As of NVIDIA, from the metadata in the assembly; scratch counts as spilled (static shared memory is in Triton's
-    own number).
+    """Returns the same for AMD, from the metadata in the assembly; scratch counts as spilled. Static shared memory is
+    included in Triton's own number.
     """
     number = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
     spilled = 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"]) + number["private_segment_fixed_size"]
@@ -105,7 +103,7 @@ def _of_amd(assembly: str) -> tuple[int, int, int]:
 
 
 def faults(case: Case, found: Resources, arch: str) -> tuple[str, ...]:
-    """What is wrong with a compiled case, in words; empty if nothing is."""
+    """Returns the faults of a compiled case as messages."""
     limit = ARCHITECTURES[arch].shared_memory
     unit = _matrix_unit(case, arch)
     rounds = case.dtype == "fp32" and case.product and not arch.startswith("gfx") and bool(found.instructions)
@@ -123,7 +121,7 @@ def faults(case: Case, found: Resources, arch: str) -> tuple[str, ...]:
 
 
 def _matrix_unit(case: Case, arch: str) -> str | None:
-    """What a product must be computed with. float32 is exact, and NVIDIA's matrix units are not."""
+    """Returns the matrix instruction that a product must use; None in float32 on NVIDIA, whose units are not exact."""
     if not case.product or case.tile is None or (case.dtype == "fp32" and not arch.startswith("gfx")):
         return None
     if arch.startswith("gfx"):

@@ -1,4 +1,4 @@
-"""What the kernels' arguments are and which of their options change the code, as data for ahead_of_time_cases."""
+"""Signatures of the kernels and the options that change their code, as data for the cases of ahead_of_time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """Names of a kernel's arguments by type; constants: those that no option changes; unaligned: what need not be a
-    multiple of 16.
+    """Names of a kernel's arguments by type; constants: those that no option changes; unaligned: arguments that may not
+    be multiples of 16.
     """
 
     kernel: Any
@@ -28,7 +28,7 @@ class Signature:
     warps: int = 4
 
     def types(self, dtype: str) -> dict[str, str]:
-        """The type of each argument."""
+        """Returns the type of each argument."""
         kinds = (
             (self.data, f"*{dtype}"), (self.indices, "*i32"), (self.ids, "*i64"), (self.floats, "*fp32"),
             (self.sizes, "i32"), (self.long_sizes, "i64"),
@@ -96,9 +96,9 @@ GROUPED: dict[str, Signature] = {
     "decode_down_in_out": _DECODE_DOWN,
 }
 
-# What changes the code of a kind; the first is the usual form. Names in capitals are constants of the kernels;
-# activation is a preset; in_out: columns of the weights are neighbours; odd: sizes that 16 does not divide; out: the
-# dtype of the result.
+# Options that change the code of a kernel; the first is the usual form. Names in capitals are constants of the kernels;
+# activation is a preset; in_out: columns of the weights are contiguous; odd: sizes that are not multiples of 16; out:
+# the dtype of the result.
 VARIANTS: dict[str, tuple[Options, ...]] = {
     "up": (
         {},
@@ -151,7 +151,7 @@ def _place(**constants: Any) -> Signature:
 
 
 def _route(groups: int, side: int, best: int, router: RouterConfig) -> Signature:
-    """128 experts, or 256 in eight groups."""
+    """Returns the signature of the router for 128 experts, or 256 in eight groups."""
     config = MoEConfig(num_experts=groups * side, top_k=best, hidden_size=64, intermediate_size=64, router=router)
     biased = router.correction_bias != "none"
     constants = {
@@ -168,7 +168,7 @@ def _route(groups: int, side: int, best: int, router: RouterConfig) -> Signature
     )  # fmt: skip
 
 
-# Kernels whose tiles do not depend on the sizes of matrices.
+# Kernels with tiles that do not depend on the sizes of matrices.
 ROWS: dict[str, Signature] = {
     "sort": _sort(**_BINS),
     "sort 1024 experts": _sort(**{**_BINS, "EXPERTS": 2048, "CHUNK": 16}),
