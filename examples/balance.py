@@ -1,11 +1,11 @@
-"""Balance of experts under a skewed load that drifts: one slot an expert, replicas placed once, replicas placed again
-and again.
+"""Balance of experts under a skewed load that drifts: one slot an expert, replicas placed once, replicas placed
+repeatedly.
 
     python examples/balance.py [--steps 300] [--every 30] [--seed 0] [--out out]
 
 The experts of DeepSeek-V3 (256, in 8 groups) on 4 nodes of 8 GPUs, with 32 spare slots; 4 layers. How often an expert
-is chosen follows Zipf's law, and which expert is popular changes slowly. A step takes as long as its fullest GPU, so
-mean / max of the GPUs' loads is the part of the machine that works. Prints a table and draws `out/balance.png`.
+is chosen follows Zipf's law, and the popularity of experts changes slowly. A step takes as long as its fullest GPU, so
+mean / max of the GPUs' loads is the utilization. Prints a table and draws `out/balance.png`.
 """
 
 import argparse
@@ -41,37 +41,37 @@ EXPERT_MB = 3 * 7168 * 2048 / 1e6  # one expert in float8
 
 @dataclass
 class Run:
-    """One way to place experts, and how it went."""
+    """One way to place experts, and its results."""
 
     name: str
     placement: Placement
-    again: bool = False  # whether experts are placed anew
+    again: bool = False  # whether experts are placed again during the run
     even: list[float] = field(default_factory=list)  # of each step: mean over layers of mean / max
-    moved: list[int] = field(default_factory=list)  # of each change: transfers
-    busiest: list[int] = field(default_factory=list)  # and how many the busiest sender sent
+    moved: list[int] = field(default_factory=list)  # transfers of each change
+    busiest: list[int] = field(default_factory=list)  # transfers of the busiest sender, of each change
     seconds: float = 0.0  # spent on placing and planning
 
 
 def popularity(state: Tensor) -> Tensor:
-    """Shares of the experts of each layer: Zipf's law in the order of a state that drifts."""
+    """Returns the share of each expert in each layer: Zipf's law in the order of a state that drifts."""
     rank = state.argsort(-1, descending=True).argsort(-1) + 1
     share = rank.double() ** -ZIPF
     return share / share.sum(-1, keepdim=True)
 
 
 def drift(state: Tensor, generator: torch.Generator) -> Tensor:
-    """One step of a random walk that keeps its variance: some experts rise, others sink."""
+    """Returns the next state of a random walk with constant variance."""
     return MEMORY * state + (1 - MEMORY**2) ** 0.5 * torch.randn(state.shape, generator=generator, dtype=torch.float64)
 
 
 def draw_load(state: Tensor, generator: torch.Generator) -> Tensor:
-    """How many slots each expert gets from the tokens of one step. [layers, E] int64."""
+    """Returns the number of slots of each expert in one step, [layers, E] int64."""
     ids = popularity(state).multinomial(TOKENS * TOP_K, replacement=True, generator=generator)
     return torch.stack([expert_load(row, EXPERTS) for row in ids])
 
 
 def place_again(run: Run, load: Tensor) -> None:
-    """A new placement for what was seen, and what it costs."""
+    """Computes a new placement for the observed loads, and records its cost."""
     start = time.perf_counter()
     new = place_experts(load, SLOTS, GROUPS, NODES, GPUS, previous=run.placement)
     moves = transfers(run.placement, new, GPUS)
@@ -82,7 +82,7 @@ def place_again(run: Run, load: Tensor) -> None:
 
 
 def simulate(steps: int, every: int, seed: int) -> tuple[list[Run], Tensor]:
-    """The runs, which see the same loads, and the load of the last step."""
+    """Returns the runs, which have the same loads, and the load of the last step."""
     generator = torch.Generator().manual_seed(seed)
     state = torch.randn(LAYERS, EXPERTS, generator=generator, dtype=torch.float64)
     first = draw_load(state, generator)
@@ -108,8 +108,8 @@ def simulate(steps: int, every: int, seed: int) -> tuple[list[Run], Tensor]:
 
 
 def routed_load(placement: Placement, load: Tensor, generator: torch.Generator) -> Tensor:
-    """Load per GPU of one layer when each token picks its replica by its position, not when replicas are assumed to
-    share evenly.
+    """Returns the load per GPU of one layer if each token picks its replica by its position, instead of an even split
+    between replicas.
     """
     ids = (
         torch.arange(EXPERTS)
@@ -143,7 +143,7 @@ def report(runs: list[Run], load: Tensor) -> None:
 
 
 def draw(runs: list[Run], load: Tensor, every: int, path: Path) -> str:
-    """The picture, where matplotlib is; what to say about it."""
+    """Draws the picture if matplotlib is installed. Returns a message for the user."""
     try:
         import matplotlib
     except ImportError:

@@ -1,5 +1,5 @@
-"""What chunk_tokens does to peak memory: a table of peaks above the weights and inputs, each measured in a process of
-its own.
+"""The effect of chunk_tokens on peak memory: a table of peaks above the weights and inputs, each measured in its own
+process.
 
 python examples/chunking.py [--tokens 16384]
 """
@@ -19,9 +19,9 @@ MODES = ("forward", "forward + backward", "compiled forward", "compiled forward 
 
 
 def peak_megabytes(tokens: int, chunk_tokens: int | None, mode: str) -> float:
-    """Peak resident memory of one call, less what was there before it.
+    """Returns the peak resident memory of one call, minus the memory before it.
 
-    Run it in a fresh process: a peak never goes down.
+    Must run in a new process, as a peak never decreases.
     """
     torch.set_num_threads(1)
     config = MoEConfig(num_experts=16, top_k=4, hidden_size=128, intermediate_size=512, chunk_tokens=chunk_tokens)
@@ -38,7 +38,7 @@ def peak_megabytes(tokens: int, chunk_tokens: int | None, mode: str) -> float:
         if backward:
             y.square().mean().backward()
 
-    for count in (640, 641):  # compile, and then for any number of tokens; small ones leave the peak alone
+    for count in (640, 641):  # compiles, also for any number of tokens; so few do not affect the peak
         run(count)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run(tokens)
@@ -48,7 +48,7 @@ def peak_megabytes(tokens: int, chunk_tokens: int | None, mode: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
-    # "[chunk_tokens, mode]": what the parent asks of a fresh process
+    # "[chunk_tokens, mode]": the measurement that the parent process requests
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

@@ -1,11 +1,11 @@
-"""The table of docs/families.md: every Mixture-of-Experts block of transformers against moe_fn, measured now.
+"""Generates the table of docs/families.md: every Mixture-of-Experts block of transformers compared with moe_fn.
 
     python examples/coverage.py [--write docs/families.md] [--seeds 3] [--only mixtral,gpt_oss]
 
-It runs in a checkout, with what `pip install -e ".[dev]"` brings: blocks and models are those of `shared_tests`, checks
-those of `property_tests`. Each variant of each family is a tiny block of transformers, in float32, every parameter and
-buffer random; it is run by its own code and by moe_forward(*from_block(block), x). --write replaces the text between
-the markers of a file.
+It runs in a checkout, after `pip install -e ".[dev]"`: blocks and models are those of `shared_tests`, checks those of
+`property_tests`. Each variant of each family is a tiny block of transformers in float32 with random parameters and
+buffers; it is run by its own code and by moe_forward(*from_block(block), x). --write replaces the text between the
+markers of a file.
 """
 
 import argparse
@@ -52,12 +52,12 @@ COUNTED = "moe_fn, counted"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One variant.
+    """The results of one variant.
 
-    error       largest relative error of from_block, over the seeds; None where it refuses
-    same        whether every token got the experts that the block's own router gives it
-    refused     why from_block does not take it
-    registered  largest relative error with `register`; None where its experts are outside of transformers' interface
+    error       largest relative error of from_block, over the seeds; None if it refuses the block
+    same        whether every token has the experts that the block's own router chooses
+    refused     the reason why from_block refuses the block
+    registered  largest relative error with `register`; None if its experts do not use transformers' interface
     """
 
     row: BlockRow
@@ -88,7 +88,7 @@ def error_of_replaced(row: BlockRow, seed: int) -> float:
 
 
 def error_of_register(row: BlockRow, seed: int, decorated: set[str], calls: list[str]) -> float | None:
-    """Of the block with its own router, and our experts in it; infinite where they were not called."""
+    """Returns the error of the block with its own router and moe_fn's experts; infinite if they were not called."""
     block, x = make_block(row, seed), make_input(row, seed + 1)
     if not any(type(module).__name__ in decorated for module in block.modules()):
         return None
@@ -102,9 +102,7 @@ def error_of_register(row: BlockRow, seed: int, decorated: set[str], calls: list
 
 
 def register_counted(calls: list[str]) -> None:
-    """register() under a name of its own: what it registers, and a note of each call, for a module could run on as if
-    nothing were set.
-    """
+    """Calls register() under another name with a function that records calls, as a module may ignore it."""
     register()
     ours = ExpertsInterface()["moe_fn"]
 
@@ -135,13 +133,13 @@ def by_family(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def summary(outcomes: list[Outcome]) -> list[str]:
-    """A line for each table of families."""
+    """Returns a line for each table of families."""
     lines = [
         "| routing | families | variants | equal | refused | largest relative error | same experts | `register()` | "
         "whole models |",
         "|---|--:|--:|--:|--:|--:|---|---|--:|",
     ]
-    for table, words in TABLES.items():
+    for table, title in TABLES.items():
         own = [o for o in outcomes if o.row.table == table]
         if not own:
             continue
@@ -152,17 +150,17 @@ def summary(outcomes: list[Outcome]) -> list[str]:
         inside = [f for f in families.values() if registers(f) != "outside"]
         works = f"{sum(registers(f) == 'yes' for f in inside)} of {len(inside)}"
         outside = len(families) - len(inside)
-        register_words = f"{works}, {outside} outside" if outside else works
+        register_cell = f"{works}, {outside} outside" if outside else works
         whole = sum(family in MODELS for family in families)
         cells = (
-            words,
+            title,
             len(families),
             len(own),
             equal,
             len(own) - len(taken),
             worst(taken),
             same,
-            register_words,
+            register_cell,
             whole,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -178,7 +176,7 @@ def refusals(outcomes: list[Outcome]) -> list[str]:
 
 
 def rows_of_families(outcomes: list[Outcome]) -> list[str]:
-    """A line for each family."""
+    """Returns a line for each family."""
     lines = ["| family | variants | error | `register()` | whole model |", "|---|---|--:|---|---|"]
     for family, own in by_family(outcomes).items():
         variants = ", ".join(o.row.variant.replace("-", " ") + (" (refused)" if o.refused else "") for o in own)
@@ -189,7 +187,7 @@ def rows_of_families(outcomes: list[Outcome]) -> list[str]:
 
 
 def text(outcomes: list[Outcome], seeds: int) -> str:
-    """The part between the markers."""
+    """Returns the text between the markers."""
     families = by_family(outcomes)
     taken = sum(not o.refused for o in outcomes)
     head = (
@@ -211,13 +209,13 @@ def text(outcomes: list[Outcome], seeds: int) -> str:
     return "\n\n".join(parts)
 
 
-def write_between_markers(path: Path, words: str) -> None:
-    """Raises SystemExit unless the file has both markers, once, in order."""
+def write_between_markers(path: Path, content: str) -> None:
+    """Replaces the text between the markers. Raises SystemExit unless the file has both, once and in order."""
     old = path.read_text()
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
         raise SystemExit(f"{path}: expected {BEGIN} and, after it, {END}, once each")
     before, rest = old.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{words}\n{END}{rest.split(END)[1]}")
+    path.write_text(f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}")
 
 
 @torch.no_grad()
@@ -241,10 +239,10 @@ def main() -> None:
         Progress(total=len(wanted), done=done, label=row.family).say(row.variant)
         outcomes.append(outcome(row, range(options.seeds), decorated, calls))
     clear()
-    words = text(outcomes, options.seeds)
-    print(words)
+    content = text(outcomes, options.seeds)
+    print(content)
     if options.write:
-        write_between_markers(options.write, words)
+        write_between_markers(options.write, content)
     wrong = [o.row.name for o in outcomes if not o.refused and (not o.same or o.error is None or o.error > TOLERANCE)]
     wrong += [o.row.name for o in outcomes if o.registered is not None and o.registered > TOLERANCE]
     if wrong:

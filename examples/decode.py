@@ -1,4 +1,4 @@
-"""Decoding: what a layer costs inside a compiled model at 1 token, beside reading its experts' bytes. Needs 8 GB.
+"""Decoding: the time of a layer in a compiled model at 1 token, and the time to read its experts' bytes. Needs 8 GB.
 
 python examples/decode.py [--layers 6]
 """
@@ -23,7 +23,7 @@ TURNS = 200
 
 
 def random_weights() -> moe_fn.MoEWeights:
-    """Prepared weights of any numbers, quickly."""
+    """Returns prepared weights with arbitrary values, without drawing random numbers."""
 
     def numbers(shape: tuple[int, ...], scale: float) -> Tensor:
         count = torch.Size(shape).numel()

@@ -1,18 +1,18 @@
-"""Train and serve the tiny language model of examples/tiny_lm.py with its experts spread over ranks, on CPUs and out of
-the box.
+"""Train and serve the tiny language model of examples/tiny_lm.py with experts distributed over ranks, on CPUs.
 
     torchrun --nproc-per-node 4 examples/expert_parallel.py [--steps 30] [--tp 2 --ep 2] [--dispatch all_to_all]
-    [--compile] python examples/expert_parallel.py # one process: nothing is shared, the same losses
+                                                            [--compile]
+    python examples/expert_parallel.py                      # one process, without sharding: the same losses
 
-Ranks of ep have experts of their own, and each its own part of the batch; ranks of tp have slices of the same experts
-and the same part. Nothing wraps the model: its layers call moe_forward_with_stats with a config that says who the
-others are, and weights that are this rank's. The training step with all its collectives is one graph with --compile.
-Parameters that all ranks have stay equal by one explicit sum of their gradients in the step (no
-DistributedDataParallel); experts need none over ep, for they have seen the tokens of all its ranks.
+Ranks of ep have different experts and different parts of the batch; ranks of tp have slices of the same experts and the
+same part. Nothing wraps the model: its layers call moe_forward_with_stats with a config that describes the other ranks,
+and with the weights of this rank. With --compile the training step with all its collectives is one graph. Parameters
+that all ranks have stay equal by one explicit sum of their gradients in the step (no DistributedDataParallel);
+gradients of experts need no sum over ep, as they contain the tokens of all its ranks.
 
 A rank's loss is the mean over its part, and parts are equally long: the loss of the batch is the mean over parts, so
-every gradient is divided by their number. Rank 0 does the first steps a second time, with all weights and the whole
-batch: the losses must agree.
+every gradient is divided by their number. Rank 0 repeats the first steps with all weights and the whole batch: the
+losses must agree.
 """
 
 import argparse
@@ -57,15 +57,13 @@ from moe_fn.balance import update_correction_bias
 from moe_fn.config.local import ranks_of_experts
 from moe_fn.parallel import check_ranks_agree
 
-# steps, and how far their losses may be from one process's: sums in another order, and Adam divides by them
+# steps to compare, and the tolerance of their losses: sums are in another order, and Adam divides by them
 CHECKED, TOLERANCE = 5, 1e-4
 PROMPTS = ('The "with" statement ', "An object ", "If the exception ", "The class ")
 
 
 class Plan(NamedTuple):
-    """How this rank takes part: the layer's config, the groups whose ranks have other tokens, and which part of the
-    batch is its.
-    """
+    """The role of this rank: the layer's config, the groups whose ranks have other tokens, its part of the batch."""
 
     config: MoEConfig
     others: tuple[RankGroup, ...] = ()  # ranks with other tokens
@@ -98,11 +96,11 @@ def make_plan(args: argparse.Namespace, world: int) -> Plan:
     )
 
 
-# Model: that of tiny_lm, with a config for an argument
+# Model: that of tiny_lm, with the config as an argument
 
 
 def biased(weights: MoEWeights, bias: Tensor) -> MoEWeights:
-    """Weights with the bias that steers the choice of experts; no gradient reaches it."""
+    """Returns weights with the bias of the choice of experts, which has no gradient."""
     return dataclasses.replace(weights, router=dataclasses.replace(weights.router, correction_bias=bias))
 
 
@@ -128,7 +126,7 @@ def loss_of_batch(params: Params, config: MoEConfig, biases: Tensor, batch: Tens
 
 
 def sharded(config: MoEConfig, params: Params) -> Params:
-    """This rank's parameters: experts of its own, everything else as it is."""
+    """Returns this rank's parameters: its experts, and all others."""
     if config.parallel is None:
         return params
     return params | {
@@ -136,11 +134,11 @@ def sharded(config: MoEConfig, params: Params) -> Params:
     }
 
 
-# Training: a pure step, collectives and optimiser in it
+# Training: a pure step with collectives and optimizer
 
 
 def summed(tensors: Sequence[Tensor], groups: Sequence[RankGroup]) -> list[Tensor]:
-    """Each tensor's sum over the ranks of the groups: one collective a group for all of them."""
+    """Returns the sums of the tensors over the ranks of the groups: one collective for each group."""
     if not groups:
         return list(tensors)
     flat = torch.cat([t.flatten() for t in tensors])
@@ -150,7 +148,7 @@ def summed(tensors: Sequence[Tensor], groups: Sequence[RankGroup]) -> list[Tenso
 
 
 def is_of_experts(params: Params) -> list[bool]:
-    """Of each leaf, whether it is an expert's, which only some ranks have."""
+    """Returns for each leaf whether it belongs to experts, which only some ranks have."""
     ids = {id(t) for layer in params["layers"] for t in (layer["feed_forward"].gate_up, layer["feed_forward"].down)}
     return [id(leaf) in ids for leaf in tree_leaves(params)]
 
@@ -181,18 +179,18 @@ def train_step(
 
 @dataclasses.dataclass
 class Run:
-    """What training leaves."""
+    """The results of training."""
 
     params: Params
     biases: Tensor
     losses: list[float] = dataclasses.field(default_factory=list)
     loads: list[Tensor] = dataclasses.field(default_factory=list)
-    tokens_per_second: float = math.nan  # of all ranks together, compilation and traffic's step apart
+    tokens_per_second: float = math.nan  # of all ranks together, without compilation and the step that counts traffic
     traffic: int = 0  # bytes that this rank sends in one step
 
 
 def train(plan: Plan, params: Params, text: Tensor, args: argparse.Namespace, steps: int, compiled: bool) -> Run:
-    """The same batches for everybody; each rank takes its part."""
+    """Trains: batches are the same on all ranks, and each rank takes its part."""
     state = State(params, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
     run = Run(params, torch.zeros(len(params["layers"]), EXPERTS.num_experts))
     order = torch.Generator().manual_seed(args.seed)
@@ -205,7 +203,7 @@ def train(plan: Plan, params: Params, text: Tensor, args: argparse.Namespace, st
         ]
         inputs = (state, run.biases, batch, torch.tensor(learning_rate(step / args.steps)), torch.tensor(float(step)))
         if step == 1:
-            with Traffic(plan) as traffic:  # the eager step says what it sends; the compiled one does the same
+            with Traffic(plan) as traffic:  # counted in an eager step; the compiled one sends the same
                 eager(*inputs)
             run.traffic = traffic.sent
         start = time.perf_counter()
@@ -250,7 +248,7 @@ class Traffic(TorchDispatchMode):
 
 
 def generate(plan: Plan, run: Run, prompt: str, length: int, temperature: float = 0.7) -> str:
-    """Bytes after a prompt of this part's own. Ranks go in step: each needs the others' experts for each byte."""
+    """Returns bytes after a prompt, which differs by part. Ranks run in step, as each byte needs all experts."""
     tokens = list(prompt.rjust(24).encode())  # as long on every rank
     draws = torch.Generator().manual_seed(plan.part)  # ranks of tp draw the same
     with torch.no_grad():
@@ -261,7 +259,7 @@ def generate(plan: Plan, run: Run, prompt: str, length: int, temperature: float 
 
 
 def far_from_joined(plan: Plan, run: Run, text: Tensor) -> float:
-    """Largest difference of logits between the sharded model and the same one with all its weights in this process."""
+    """Returns the largest difference of logits between the sharded model and the same model with all weights."""
     if plan.config.parallel is None:
         return 0.0
     everybody: list[Any] = [None] * dist.get_world_size()
@@ -291,7 +289,7 @@ def row_of_rank(plan: Plan, run: Run, rank: int) -> str:
 
 
 def on_every_rank(text: str) -> list[str]:
-    """What each rank says, on all of them."""
+    """Returns the texts of all ranks, on every rank."""
     if not dist.is_initialized():
         return [text]
     found: list[Any] = [None] * dist.get_world_size()
@@ -354,11 +352,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tp", type=int, default=1, help="ranks that have slices of the same experts")
-    parser.add_argument("--ep", type=int, help="ranks that have experts of their own; default: all that tp leaves")
+    parser.add_argument("--ep", type=int, help="ranks with different experts; default: number of ranks / tp")
     parser.add_argument(
         "--dispatch", default="all_to_all", choices=["replicated", "all_gather", "all_to_all", "all_to_all_static"]
     )
-    parser.add_argument("--generate", type=int, default=40, help="bytes that each rank writes at the end")
+    parser.add_argument("--generate", type=int, default=40, help="bytes that each rank generates at the end")
     parser.add_argument(
         "--compile",
         action="store_true",

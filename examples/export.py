@@ -1,10 +1,10 @@
-"""torch.export and AOTInductor of a small model of transformers whose blocks moe_fn computes. Needs `pip install
-"moe_fn[transformers]"`.
+"""torch.export and AOTInductor of a small model of transformers with moe_fn's layers. Needs
+`pip install "moe_fn[transformers]"`.
 
     python examples/export.py [--model qwen3-moe|deepseek-v3|gpt-oss|mixtral] [--dtype float32|bfloat16]
 
-The number of tokens stays free. Each form is saved, loaded in another process that knows nothing of transformers, run
-at other lengths, and compared with the model. That process imports moe_fn, for the ops that stand in the graph are its.
+The number of tokens is dynamic. Each form is saved, loaded in another process without transformers, run at other
+lengths, and compared with the model. That process imports moe_fn, as the graph contains its ops.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from torch.export import Dim, ExportedProgram
 from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.integrations.transformers import replace_moe_blocks
 
-LENGTHS = (1, 2, 100, 256)  # none of them is the one that was traced
+LENGTHS = (1, 2, 100, 256)  # none of them is the length that was traced
 TRACED = 16
 TOKENS = Dim("tokens", min=1, max=2048)
 TURNS = 5
-NOTE = """The packages ran in another process, which imports torch and moe_fn (for the ops that the graph calls) and not
-transformers. Differences are those of logits at {lengths} tokens, beside the model, and over the RMS of its logits; ms
+NOTE = """The packages ran in another process, which imports torch and moe_fn (for the ops that the graph calls) but not
+transformers. Differences are of logits from the model's at {lengths} tokens, absolute and over the RMS of its logits; ms
 are medians of {turns} calls at {last} tokens."""
 
-# What that process runs: packages and inputs in; logits, seconds of loading and milliseconds of a call out, for each.
+# The code of that process: packages and inputs in; logits, seconds of loading and milliseconds of a call out, for each.
 RUNNER = """
 import statistics, sys, time
 import torch
@@ -76,7 +76,7 @@ class Logits(nn.Module):
 
 @dataclass(frozen=True)
 class Package:
-    """A file that holds a program, and how long it took to make."""
+    """A file with a program, and the time to make it."""
 
     name: str
     kind: str  # "export" or "aoti": how it is loaded
@@ -95,7 +95,7 @@ def random_ids(length: int, vocabulary: int) -> Tensor:
 
 
 def packages(model: nn.Module, vocabulary: int, folder: Path, progress: Progress) -> list[Package]:
-    """The exported program, strict and not, and the library that AOTInductor makes of it."""
+    """Returns the exported program, strict and non-strict, and the library that AOTInductor makes of it."""
     made = []
     for done, (name, strict) in enumerate((("torch.export, strict", True), ("torch.export", False))):
         replace(progress, done=done).say(name)
@@ -118,7 +118,7 @@ def ops_of_moe_fn(program: ExportedProgram) -> Counter[str]:
 
 
 def run_elsewhere(made: list[Package], inputs: Path, outputs: Path) -> list[tuple[list[Tensor], float, float]]:
-    """Logits, seconds of loading and milliseconds of a call, of each package, in a new process."""
+    """Returns logits, seconds of loading and milliseconds of a call of each package, measured in a new process."""
     packages = [f"{package.kind}={package.path}" for package in made]
     subprocess.run([sys.executable, "-c", RUNNER, str(inputs), str(outputs), str(TURNS), *packages], check=True)
     results: list[tuple[list[Tensor], float, float]] = torch.load(outputs)

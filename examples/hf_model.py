@@ -1,12 +1,12 @@
-"""A model of transformers before and after moe_fn: tokens per second, graphs, logits, tokens. Needs `pip install
-"moe_fn[transformers]"`.
+"""A model of transformers without and with moe_fn: tokens per second, graphs, logits, tokens. Needs
+`pip install "moe_fn[transformers]"`.
 
     python examples/hf_model.py [--model qwen3-moe|deepseek-v3|gpt-oss|mixtral] [--dtype float32|bfloat16]
     python examples/hf_model.py --checkpoint FOLDER         # any folder that transformers loads; nothing is downloaded
 
-Without a folder it makes a small random model, saves it and loads it back. Then four take turns: the model as
-transformers runs it (its default experts implementation) and with moe_fn swapped in, each eager and compiled
-(`fullgraph=True`). `--how experts` swaps the experts alone (`register`), and leaves routers and blocks to transformers.
+Without a folder it makes a small random model, saves it and loads it. Four variants are measured in turns: the model of
+transformers (with its default experts implementation) and the same with moe_fn, each eager and compiled
+(`fullgraph=True`). `--how experts` replaces only the experts (`register`); routers and blocks are transformers'.
 """
 
 import argparse
@@ -32,23 +32,23 @@ from moe_fn.bench.timing import clock_of_device, take_turns
 from moe_fn.checkpoint.progress import Progress, clear
 from moe_fn.integrations.transformers import register, replace_moe_blocks
 
-NOTE = """What is compared. Both models read the same parameters. Prefill is one call on the prompt, without a cache.
-Decode is greedy, a token at a time: eager with transformers' growing cache (what `generate` does), compiled with its
-static cache, so that one graph serves every step; the prompt is put into the cache before the clock starts. Medians of
-{turns} turns or more, the contestants alternating, prompts changing. Graphs: prefill + decode. Logits are those of a
-prompt, beside transformers eager; "same tokens" is beside transformers' own `generate`. Weights are as the checkpoint
-has them, not prepared (`moe_fn.prepare_weights`). In bfloat16 two ways to round may send a token to other experts where
-two were nearly equal: what transformers' own compiled model differs by is the measure of that."""
+NOTE = """Both models share their parameters. Prefill is one call on the prompt, without a cache. Decode is greedy, one
+token at a time: eager with transformers' growing cache (as in `generate`), compiled with its static cache, so that one
+graph serves every step; the prompt is put into the cache before the measurement. Medians of {turns} turns or more,
+with alternating contestants and changing prompts. Graphs: prefill + decode. Logits of a prompt are compared with
+transformers eager, and tokens with transformers' own `generate`. Weights are those of the checkpoint, not prepared
+(`moe_fn.prepare_weights`). In bfloat16 rounding may send a token to another expert where two are nearly equal; the
+difference of transformers' own compiled model shows how often."""
 PROMPTS = 4
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model and how it is called.
+    """A model and its functions.
 
     prefill  ids [B, T] -> logits [B, T, V]
     step     (ids [B, 1], cache, positions [1, 1]) -> next ids [B, 1]; the cache is changed
-    trouble  why it does not run compiled; "" where it does
+    trouble  the reason why it does not compile; "" if it does
     """
 
     model: Any
@@ -76,7 +76,7 @@ def next_ids(logits: Tensor) -> Tensor:
 
 
 def decoding(one: Contestant, prompt: Tensor, new: int) -> Callable[[], Tensor]:
-    """Fills a cache with the prompt; returns what appends new - 1 tokens to the one that follows it: ids [B, new]."""
+    """Fills a cache with the prompt. Returns a function that decodes new - 1 tokens after the first: ids [B, new]."""
     length = prompt.shape[1]
     config = one.model.config
     cache = (
@@ -97,17 +97,17 @@ def decoding(one: Contestant, prompt: Tensor, new: int) -> Callable[[], Tensor]:
 
 
 def compiled(one: Contestant, prompt: Tensor, new: int, backend: str) -> Contestant:
-    """The same, compiled and run once; graphs and breaks counted on the way."""
+    """Returns the contestant compiled and run once, with its counts of graphs and breaks."""
     start = time.perf_counter()
     counters.clear()
-    reset_code_state()  # so that what was dynamic for the one before is not known from the start
+    reset_code_state()  # so that sizes that were dynamic for the previous contestant start as static
     whole = partial(torch.compile, fullgraph=True, backend=backend)
     ours = replace(one, prefill=whole(one.prefill), step=whole(one.step), compiled=True)
     try:
         ours.prefill(prompt)
         of_prefill = graph_count()
         decoding(ours, prompt, new)()
-    except Exception as error:  # whatever torch or the model says: the others run on
+    except Exception as error:  # any error of torch or the model; the others are still measured
         return replace(ours, trouble=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")
     graphs = (of_prefill, graph_count() - of_prefill)
     breaks = sum(counters["graph_break"].values())
@@ -119,7 +119,7 @@ def graph_count() -> int:
 
 
 def with_moe_fn(model: Any, how: str) -> Any:
-    """A twin that shares every parameter and buffer, with moe_fn in it."""
+    """Returns a copy that shares every parameter and buffer, with moe_fn's layers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     if how == "blocks":
@@ -132,7 +132,7 @@ def with_moe_fn(model: Any, how: str) -> Any:
 
 
 def load(options: argparse.Namespace) -> Any:
-    """From the folder, or from a temporary one that a small random model was saved to."""
+    """Loads the model from the folder, or from a temporary one to which a small random model was saved."""
     if options.checkpoint:
         return transformers.AutoModelForCausalLM.from_pretrained(
             options.checkpoint, dtype=options.dtype or "auto", local_files_only=True
@@ -150,7 +150,7 @@ def load(options: argparse.Namespace) -> Any:
 def measure(
     options: argparse.Namespace, runners: dict[str, Contestant], prompts: list[Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Tokens per second (prefill, decode) of all that run."""
+    """Returns tokens per second (prefill, decode) of all contestants that run."""
     running = {name: one for name, one in runners.items() if not one.trouble}
     timer, before = clock_of_device(torch.device("cpu")).time, graph_count()
     prefills = {
@@ -203,12 +203,8 @@ def print_table(
 def options_of_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a folder with config.json and safetensors")
-    parser.add_argument(
-        "--model", choices=MODELS, default="qwen3-moe", help="the small random model, where there is no folder"
-    )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="default: float32, or what the checkpoint says"
-    )
+    parser.add_argument("--model", choices=MODELS, default="qwen3-moe", help="the small random model, without a folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, or the checkpoint's dtype")
     parser.add_argument("--how", choices=("blocks", "experts"), default="blocks")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")

@@ -1,4 +1,4 @@
-"""What batch_invariant=True costs: CPU time of a call with it over one without, taking turns, and whether bits hold.
+"""The cost of batch_invariant=True: CPU time of a call with it over one without, in turns, and whether bits are equal.
 
 python examples/invariance.py [--tokens 1,16,256,1024]
 """

@@ -1,11 +1,11 @@
-"""The experts of the demo's language model in few bits: what each format costs in bytes, in held-out loss and in time.
+"""Quantization of the experts of the demo's language model: bytes, held-out loss and time of each format.
 
     python examples/quantize.py [--model out/tiny_lm.pt] [--out out] [--steps 1600] [--adapt 200]
 
 Takes the model that `python examples/tiny_lm.py` (make demo) has trained, or trains it first. Its experts, 9 of 10 of
-all parameters, are quantized to each format in turn: rounded to the nearest code, without a look at any text. At last
-LoRA adapters are trained on the experts of 4 bits (QLoRA): gradients reach the adapters alone, and make good most of
-what the rounding cost. Prints a table, and draws the loss over the bits of a weight to `out/quantize.png`.
+all parameters, are quantized to each format in turn: rounded to the nearest code, without calibration. Finally LoRA
+adapters are trained on the experts of 4 bits (QLoRA): only the adapters have gradients, and they recover most of the
+loss of rounding. Prints a table, and draws the loss over the bits of a weight to `out/quantize.png`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Params = dict[str, Any]
 
 
 def by(scheme: Any, size: int | None = None, static: bool = False) -> ActivationQuantConfig:
-    """Inputs rounded with a scale for each token, or for each `size` numbers of one."""
+    """Returns the config of inputs rounded with a scale for each token, or for each `size` elements of a token."""
     return ActivationQuantConfig(
         scheme=scheme, granularity="group" if size else "token", group_size=size, static=static
     )
@@ -36,7 +36,7 @@ def groups(scheme: Any, size: int, **more: Any) -> QuantConfig:
     return QuantConfig(scheme=scheme, granularity="group", group_size=size, **more)
 
 
-# Experts here are 64 wide: blocks are 32 x 32 for DeepSeek's 128 x 128.
+# Experts here have 64 columns: blocks are 32 x 32 instead of DeepSeek's 128 x 128.
 FORMATS: dict[str, QuantConfig | None] = {
     "float32": None,
     "fp8, by tensor": QuantConfig(scheme="fp8_e4m3", granularity="tensor"),
@@ -72,7 +72,7 @@ class Row:
 
 
 def quantized(params: Params, quant: QuantConfig | None) -> tuple[MoEConfig, Params]:
-    """The model with its experts in a format, and their config."""
+    """Returns the config and the parameters of the model with its experts in a format."""
     if quant is None:
         return tiny_lm.EXPERTS, params
     layers = []
@@ -88,7 +88,7 @@ def size_of_experts(params: Params) -> int:
 
 
 def tokens_per_second(config: MoEConfig, params: Params, biases: Tensor, text: Tensor, seconds: float) -> float:
-    """Of the forward pass on batches of the demo's size, compiled."""
+    """Returns tokens per second of the compiled forward pass on batches of the demo's size."""
     torch._dynamo.reset()
     batches = [tiny_lm.windows(text, torch.arange(8) * tiny_lm.CONTEXT + i)[:, :-1] for i in range(16)]
     run = torch.compile(lambda tokens: tiny_lm.model(params, biases, tokens, config)[0], fullgraph=True)
@@ -121,7 +121,7 @@ def with_adapters(params: Params, adapters: list[LoRAWeights]) -> Params:
 
 
 def new_adapters(weights: MoEWeights) -> LoRAWeights:
-    """A normal, B zero: at first they change nothing."""
+    """Returns adapters with normal A and zero B, which change nothing at first."""
     experts, width, size = tiny_lm.EXPERTS.num_experts, tiny_lm.WIDTH, tiny_lm.EXPERTS.intermediate_size
     return LoRAWeights(
         gate_up_a=tiny_lm.matrix(1, experts, RANK, width),
@@ -132,7 +132,7 @@ def new_adapters(weights: MoEWeights) -> LoRAWeights:
 
 
 def adapted(params: Params, biases: Tensor, training: Tensor, held_out: Tensor, steps: int) -> float:
-    """Held-out loss of the quantized model with adapters that were trained for so many steps; nothing else moves."""
+    """Returns the held-out loss of the quantized model after training only the adapters for `steps` steps."""
     torch._dynamo.reset()
     config, small = quantized(params, FORMATS[ADAPTED])
     config = replace(config, lora=LoRAConfig(num_adapters=1, rank=RANK))
@@ -190,10 +190,13 @@ def draw(path: Path, rows: list[Row], adapted_loss: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", type=Path, default=Path("out/tiny_lm.pt"), help="what make demo left; trained if it is not there"
+        "--model",
+        type=Path,
+        default=Path("out/tiny_lm.pt"),
+        help="the model that make demo saves; trained if it does not exist",
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")
-    parser.add_argument("--steps", type=int, default=1600, help="of training, if the model is not there")
+    parser.add_argument("--steps", type=int, default=1600, help="of training, if the model does not exist")
     parser.add_argument("--adapt", type=int, default=200, help="steps of training adapters; 0: none")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing, for each format")
     args = parser.parse_args()

@@ -1,17 +1,17 @@
-"""Routing replay in reinforcement learning: what changes when the trainer takes its rollout's experts instead of
-choosing anew.
+"""Routing replay in reinforcement learning: the effect of using the rollout's experts in the trainer instead of routing
+again.
 
     python examples/replay.py [--steps 40] [--experts bfloat16|int8]
 
 A policy of four MoE layers learns to add two digits modulo 32 by policy gradients. The rollout runs in bfloat16
-(--experts int8: with experts of 8 bits as well), the trainer in float32. Their routers differ for some tokens, and each
-such token's log-probability is then that of other experts: the ratio of trainer to rollout, 1 for a policy that has not
-moved, strays, which importance sampling takes for learning. With the rollout's ids replayed (`moe_fn.route_to`), the
-ratio is left with the rounding alone.
+(--experts int8: with experts of 8 bits as well), the trainer in float32. Their routers differ for some tokens, whose
+log-probabilities are then those of other experts: the ratio of trainer to rollout, which is 1 for an unchanged policy,
+deviates, and importance sampling takes this for learning. With the rollout's ids replayed (`moe_fn.route_to`), the
+ratio deviates by rounding only.
 
 Every step is measured both ways, before its update:
 
-    routed differently   share of (token, layer) whose set of experts is another
+    routed differently   share of (token, layer) whose set of experts differs
     k3                   mean of r - 1 - log r, r = trainer's probability of the token / rollout's: an estimate of
                          KL(rollout || trainer)
     ratio                the least and the largest r
@@ -44,7 +44,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Of one batch, one way of routing."""
+    """The mismatch of trainer and rollout for one batch and one way of routing."""
 
     k3: float
     least: float
@@ -76,7 +76,7 @@ def log_probs(params: Params, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rollout(params: Params, prompts: Tensor, int8: bool) -> tuple[Tensor, list[Tensor]]:
-    """(log-probabilities [prompts, digits], ids of every layer): an engine's own precision, weights and choice."""
+    """Returns (log-probabilities [prompts, digits], ids of every layer) in the precision of the inference engine."""
     low = tree_map(lambda t: t.bfloat16(), params)
     x, ids = embedded(low, prompts), []
     for weights in low["layers"]:
@@ -87,7 +87,7 @@ def rollout(params: Params, prompts: Tensor, int8: bool) -> tuple[Tensor, list[T
 
 
 def trainer(params: Params, prompts: Tensor, replayed: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-    """The same in float32, with experts chosen anew or replayed. Either way gradients reach every router."""
+    """Returns the same in float32, with experts routed again or replayed. Every router has gradients either way."""
     x, ids = embedded(params, prompts), []
     for layer, weights in enumerate(params["layers"]):
         seen = F.rms_norm(x, x.shape[-1:])
@@ -113,8 +113,8 @@ def differently(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def learn(steps: int, int8: bool, replay: bool, show: int) -> list[tuple[float, float, Mismatch, Mismatch]]:
-    """Rewards and mismatches of every step; policy gradients with the group's mean as baseline, importance-weighted by
-    the ratio.
+    """Trains by policy gradients with the group's mean as baseline, importance-weighted by the ratio. Returns rewards
+    and mismatches of every step.
     """
     params, generator = new_params(0), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(tree_leaves(params), lr=3e-3)
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--experts", choices=("bfloat16", "int8"), default="bfloat16")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # such small layers run faster so
+    torch.set_num_threads(1)  # faster for such small layers
     start = time.perf_counter()
     print(
         f"rollout: bfloat16, experts in {options.experts}; trainer: float32; "

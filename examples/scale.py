@@ -1,29 +1,28 @@
-"""Bytes, time and memory of one layer on 8 to 2048 GPUs, on paper: for each format of dispatch, and what uneven experts
-cost.
+"""A model of bytes, time and memory of one layer on 8 to 2048 GPUs: each format of dispatch, and the cost of uneven
+experts.
 
 python examples/scale.py [--machine h100] [--gpus 8,64,512] [--network 50e9] [--zipf 0.6] [--plot scale.png]
 
-Nothing here is measured. With G GPUs in nodes of g, n = ep = the most of them that divides G and leaves each an expert,
-and G / n copies of the weights (dp); t tokens that each GPU brings, X bytes of a row, K choices, E experts of 3
-matrices H x I:
+Nothing is measured here. G GPUs in nodes of g; n = ep = the largest divisor of G that gives each GPU an expert, and
+G / n copies of the weights (dp); t tokens on each GPU, X bytes of a row, K choices, E experts of 3 matrices H x I:
 
     sent, forward     replicated          2 (n-1)/n n t X                      each GPU has the n t tokens of all
                       all_gather          (n-1) t (2 X + 12 K)
                       all_to_all          8 (n-1) + (n-1)/n t K (2 X + 8)
-                      static              (n-1) C (2 X + 8), C = t K           room for whatever comes
-                      static 2x           the same, C = 2 t K / n, at least 4  drops what an uneven router sends beyond
+                      static              (n-1) C (2 X + 8), C = t K           never drops
+                      static 2x           the same, C = 2 t K / n, at least 4  drops slots beyond C
     of it, network    all_to_all and static: a share (n - m)/(n - 1), m = min(n, g) in the node; the others are
-                      hierarchical, and a node's g GPUs share what comes from outside: a share (n/m - 1)/(n - 1)
+                      hierarchical, and a node's g GPUs share what they receive: a share (n/m - 1)/(n - 1)
     time there+back   max(sent inside / nvlink, sent outside / network) + messages * latency
     time of experts   max(2 * 3 H I * slots / flops, 3 H I * experts here * weight bytes / hbm)
-    time of shared    the same of the shared experts and t tokens; hidden behind half of the time there and back (the
-                      way there)
+    time of shared    the same of the shared experts and t tokens; overlaps with the dispatch, half of the time
+                      there+back
     layer             max(half, shared) + experts * unevenness + half, and the halves of all_to_all * unevenness
     unevenness        load of the fullest GPU over the mean, of a Zipf load p_e ~ 1/(e+1)^zipf in an order drawn at
-                      random (median of 9): experts placed linearly; "balanced": one more slot on each GPU, copies given
-                      to whoever has most for each copy, then the heaviest on the emptiest GPU (EPLB's global policy,
+                      random (median of 9): experts placed linearly; "balanced": one more slot on each GPU, each for the
+                      expert with most load for a copy, then the heaviest on the emptiest GPU (EPLB's global policy,
                       greedily)
-    memory            layers * weight bytes * (3 H I experts here + shared) + rows that come and results, t tokens at a
+    memory            layers * weight bytes * (3 H I experts here + shared) + received rows and results, t tokens at a
                       time
 """
 
@@ -38,7 +37,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One GPU and its links, as vendors state them: dense bf16, one direction. latency of a collective is a guess."""
+    """One GPU and its links, by vendors' data: dense bf16, one direction. The latency of a collective is a guess."""
 
     nvlink: float = 450e9
     network: float = 50e9
@@ -54,7 +53,7 @@ MACHINES = {"h100": Machine(hbm=3.35e12, memory=80e9), "h200": Machine(hbm=4.8e1
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What of a published model counts here; the shared experts are `shared` wide."""
+    """The sizes of a published model; `shared` is the intermediate size of its shared experts."""
 
     experts: int
     top_k: int
@@ -68,19 +67,19 @@ MODELS = {
     "deepseek-v3": Model(experts=256, top_k=8, hidden=7168, inner=2048, shared=2048, layers=58),
     "kimi-k2": Model(experts=384, top_k=8, hidden=7168, inner=2048, shared=2048, layers=60),
 }
-PHASES = {"prefill": 4096, "decode": 128}  # tokens that each GPU brings
+PHASES = {"prefill": 4096, "decode": 128}  # tokens of each GPU
 FORMATS = ("replicated", "all_gather", "all_to_all", "static", "static 2x")
 MESSAGES = {"replicated": 1, "all_gather": 4, "all_to_all": 4, "static": 3, "static 2x": 3}
 TOKEN_BYTES, WEIGHT_BYTES, ID_BYTES, ROUTING_BYTES = 2, 1, 8, 4
 
 
 def ranks_of_experts(model: Model, gpus: int) -> int:
-    """n: the largest divisor of the GPUs that leaves each an expert."""
+    """Returns n: the largest divisor of the number of GPUs that gives each an expert."""
     return max(n for n in range(1, gpus + 1) if gpus % n == 0 and n <= model.experts)
 
 
 def capacity(model: Model, name: str, n: int, tokens: int) -> int:
-    """C of the formats with blocks."""
+    """Returns C of the formats with blocks."""
     return (
         tokens * model.top_k
         if name == "static"
@@ -89,7 +88,7 @@ def capacity(model: Model, name: str, n: int, tokens: int) -> int:
 
 
 def sent(model: Model, name: str, n: int, tokens: int) -> float:
-    """Bytes that leave a GPU, forward."""
+    """Returns the bytes that a GPU sends in forward."""
     x, k = model.hidden * TOKEN_BYTES, model.top_k
     if name == "replicated":
         return 2 * (n - 1) * tokens * x
@@ -101,7 +100,7 @@ def sent(model: Model, name: str, n: int, tokens: int) -> float:
 
 
 def travel(machine: Machine, model: Model, name: str, n: int, tokens: int) -> float:
-    """Seconds there and back."""
+    """Returns the seconds of dispatch and combine."""
     if n == 1:
         return 0.0
     total, m = sent(model, name, n, tokens), min(n, machine.node)
@@ -110,13 +109,13 @@ def travel(machine: Machine, model: Model, name: str, n: int, tokens: int) -> fl
 
 
 def products(machine: Machine, model: Model, slots: float, inner: int, experts: float) -> float:
-    """Seconds of three matrices of `experts` experts on so many rows."""
+    """Returns the seconds of the products of `experts` experts with three matrices each, for `slots` rows."""
     matrices = 3 * model.hidden * inner
     return max(2 * matrices * slots / machine.flops, matrices * experts * WEIGHT_BYTES / machine.hbm)
 
 
 def uneven(loads: list[float], n: int, balanced: bool) -> float:
-    """Load of the fullest of n GPUs over the mean."""
+    """Returns the load of the fullest of n GPUs over the mean."""
     total = sum(loads)
     if not balanced:
         each, more = divmod(len(loads), n)
@@ -135,7 +134,7 @@ def uneven(loads: list[float], n: int, balanced: bool) -> float:
 
 
 def unevenness(model: Model, n: int, zipf: float, balanced: bool, draws: int = 9) -> float:
-    """The median over orders of the experts."""
+    """Returns the median of `uneven` over random orders of the experts."""
     loads, found = [1 / (e + 1) ** zipf for e in range(model.experts)], []
     for seed in range(draws):
         random.Random(seed).shuffle(loads)
@@ -144,14 +143,14 @@ def unevenness(model: Model, n: int, zipf: float, balanced: bool, draws: int = 9
 
 
 def seconds(machine: Machine, model: Model, name: str, n: int, tokens: int, factor: float, slots_here: float) -> float:
-    """Of the layer, forward."""
+    """Returns the seconds of the layer in forward."""
     half = travel(machine, model, name, n, tokens) / 2 * (factor if name == "all_to_all" else 1)
     shared = products(machine, model, tokens * (n if name == "replicated" else 1), model.shared, 1)
     return max(half, shared) + products(machine, model, tokens * model.top_k, model.inner, slots_here) * factor + half
 
 
 def memory(model: Model, name: str, n: int, tokens: int, slots_here: float) -> float:
-    """Bytes of all layers' experts, and of one layer's rows."""
+    """Returns the bytes of all layers' experts and of one layer's rows."""
     k, x = model.top_k, model.hidden * TOKEN_BYTES
     rows = {"replicated": n * tokens, "all_gather": n * tokens, "all_to_all": 2 * tokens * k}.get(
         name
@@ -163,7 +162,7 @@ def memory(model: Model, name: str, n: int, tokens: int, slots_here: float) -> f
 def table(
     machine: Machine, model: Model, tokens: int, gpus: list[int], zipf: float
 ) -> list[tuple[int, dict[str, float], str]]:
-    """Prints a table; (GPUs, microseconds by format with balanced experts, the fastest that fits) of each row."""
+    """Prints a table. Returns (GPUs, microseconds by format with balanced experts, the fastest that fits) by row."""
     print(
         "| GPUs | ep | format | MB sent | us even | us linear | us balanced | GB |\n|--:|--:|:--|--:|--:|--:|--:|--:|"
     )
@@ -187,7 +186,7 @@ def table(
                 f"{times[name]:.0f} | {size / 1e9:.0f}{'' if size <= machine.memory else ' (does not fit)'} |"
             )
         lossless = {name: time for name, time in fits.items() if name != "static 2x"}
-        # of the formats that drop nothing
+        # among the formats that drop no slots
         best = min(lossless, key=lossless.__getitem__) if lossless else "nothing fits"
         print(f"| {count} | {n} | **{best}** | | | x{linear:.2f} | x{balanced:.2f} | |")
         found.append((count, times, best))

@@ -1,4 +1,4 @@
-"""How a layer's time grows with tokens, experts and threads: a table, the worst doubling, and a picture. Needs 4 GB.
+"""Scaling of a layer's time with tokens, experts and threads: a table, the worst doubling, and a picture. Needs 4 GB.
 
 python examples/scaling.py [--threads 1,2] [--plot scaling.png]
 """
@@ -19,7 +19,7 @@ MANY_EXPERTS = [8, 16, 32, 64, 128, 256]
 
 
 def layer(experts: int) -> tuple[moe_fn.MoEConfig, moe_fn.MoEWeights]:
-    """Prepared weights of any numbers, quickly: what they are does not change the time."""
+    """Returns the config and prepared weights with arbitrary values, which do not affect the time."""
 
     def numbers(*shape: int) -> Tensor:
         count = torch.Size(shape).numel()
@@ -33,7 +33,7 @@ def layer(experts: int) -> tuple[moe_fn.MoEConfig, moe_fn.MoEWeights]:
 
 
 def milliseconds(config: moe_fn.MoEConfig, weights: moe_fn.MoEWeights, tokens: int, seconds: float) -> float:
-    """The median of calls whose routing changes."""
+    """Returns the median time of calls with changing routing."""
     x = torch.randn(tokens, HIDDEN).bfloat16()
     routings = [moe_fn.route(config, weights, torch.randn(tokens, config.num_experts)) for _ in range(8)]
     times: list[float] = []

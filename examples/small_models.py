@@ -1,12 +1,12 @@
-"""Small random models of four families, for the examples that want one without a download."""
+"""Small random models of four families, for examples that need one without a download."""
 
 from typing import Any
 
 import torch
 import transformers
 
-# What all of them say; no end token, so that generation runs to its length. Weights of a model with standard deviation
-# 0.04 neither fade nor grow at these widths.
+# Arguments of all configs; no end token, so that generation has a fixed length. With a standard deviation of 0.04 of
+# the weights, activations neither vanish nor grow at these widths.
 COMMON = {
     "hidden_size": 512,
     "num_hidden_layers": 4,
@@ -21,7 +21,7 @@ COMMON = {
 }
 # Latent attention
 MLA = {"q_lora_rank": 128, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64}
-# By name: the config's class, and its words
+# name: the config's class, and its arguments
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": (
         "Qwen3MoeConfig",
@@ -44,12 +44,10 @@ TINY = {"hidden_size": 64, "vocab_size": 128, "initializer_range": 0.12}
 
 
 def small_model(name: str, dtype: torch.dtype, tiny: bool = False, seed: int = 0) -> Any:
-    """A causal language model of the family, random in everything that has an influence: biases of experts and routers
-    too.
-    """
-    config_class, words = MODELS[name]
-    smaller = {**TINY, "num_hidden_layers": 1 + words.get("first_k_dense_replace", 0)} if tiny else {}
-    config = getattr(transformers, config_class)(**{**COMMON, **words, **smaller})
+    """Returns a causal language model of the family with random parameters, biases of experts and routers included."""
+    config_class, arguments = MODELS[name]
+    smaller = {**TINY, "num_hidden_layers": 1 + arguments.get("first_k_dense_replace", 0)} if tiny else {}
+    config = getattr(transformers, config_class)(**{**COMMON, **arguments, **smaller})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

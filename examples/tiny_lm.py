@@ -1,13 +1,14 @@
-"""Train a byte-level Mixture-of-Experts language model on two cores in about two minutes, beside a dense model of the
-same active size.
+"""Train a byte-level Mixture-of-Experts language model and a dense model of the same active size, on two cores in about
+two minutes.
 
     python examples/tiny_lm.py [--steps 1600] [--seed 0] [--out out]
 
-The text is the language reference that every Python ships (`pydoc_data.topics`). Both models see the same bytes in the
-same order, with the same optimiser and learning rate; they differ only in their feed-forward layers: one wide MLP, or
-16 narrow experts of which a token uses 2 (the same number of multiplications). The whole training step, that is loss,
-gradients and optimiser, is a pure function, compiled to one graph. Prints held-out losses, tokens per second, the load
-of the experts and a sample of text; draws `out/tiny_lm.png`, and keeps the model in `out/tiny_lm.pt` for `quantize.py`.
+The text is the language reference that is part of Python (`pydoc_data.topics`). Both models are trained on the same
+bytes in the same order, with the same optimizer and learning rate; they differ only in their feed-forward layers: one
+wide MLP, or 16 narrow experts of which a token uses 2 (the same number of multiplications). The whole training step
+(loss, gradients and optimizer) is a pure function, compiled to one graph. Prints held-out losses, tokens per second,
+the load of the experts and a sample of text; draws `out/tiny_lm.png`, and saves the model in `out/tiny_lm.pt` for
+`quantize.py`.
 """
 
 import argparse
@@ -34,13 +35,12 @@ EXPERTS = MoEConfig(
     top_k=2,
     hidden_size=WIDTH,
     intermediate_size=64,
-    # Weights of a token sum to 2: so the 2 experts start as loud as the halves of the dense MLP.
+    # Weights of a token sum to 2, so that the 2 experts start at the scale of the halves of the dense MLP.
     router=RouterConfig(correction_bias="scores", routed_scaling_factor=2.0),
 )
 DENSE_SIZE = EXPERTS.top_k * EXPERTS.intermediate_size
-# Both models learn at the rate that is good for dense: its held-out loss at 2.5, 5, 7, 10 and 14e-3 was 1.396, 1.339,
-# 1.336, 1.334 and 1.353; that of the MoE at 5, 7 and 10e-3 was 1.283, 1.276 and 1.297 (seed 0): at each of them below
-# the best of dense.
+# The rate is good for the dense model: its held-out loss at 2.5, 5, 7, 10 and 14e-3 was 1.396, 1.339, 1.336, 1.334 and
+# 1.353; that of the MoE at 5, 7 and 10e-3 was 1.283, 1.276 and 1.297 (seed 0), each below the best of dense.
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, BETAS = 7e-3, 0.05, 0.1, (0.9, 0.95)
 BALANCE_RATE = 1e-2  # ten times the usual, for a run this short
 EVALUATIONS = 10
@@ -52,9 +52,10 @@ Params = dict[str, Any]  # a pytree of tensors
 
 
 def read_text() -> bytes:
-    """The topics in sorted order.
+    """Returns the topics in sorted order.
 
-    They quote each other at length, so each paragraph is kept once: held-out text must be new.
+    Topics repeat each other's paragraphs, so each paragraph is kept once: held-out text must not be in the training
+    text.
     """
     topics = pydoc_data.topics.topics
     paragraphs = [paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")]
@@ -62,15 +63,15 @@ def read_text() -> bytes:
 
 
 def split_text(text: bytes, block: int = 4096) -> tuple[Tensor, Tensor]:
-    """(training, held out): every tenth block is held out, for the topics differ, and the last 10 % would be tables
-    about types.
+    """Returns (training, held out). Every tenth block is held out, as topics differ: the last 10 % are tables about
+    types.
     """
     blocks = [torch.tensor(list(text[start : start + block])) for start in range(0, len(text), block)]
     return torch.cat([b for i, b in enumerate(blocks) if i % 10 != 9]), torch.cat(blocks[9::10])
 
 
 def windows(text: Tensor, starts: Tensor) -> Tensor:
-    """[starts, CONTEXT + 1]: inputs are all bytes but the last, targets all but the first."""
+    """Returns [starts, CONTEXT + 1]: inputs are all bytes but the last, targets all but the first."""
     return text[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)]
 
 
@@ -82,8 +83,8 @@ def matrix(*shape: int, scale: float = 1.0) -> Tensor:
 
 
 def make_params(moe: bool) -> Params:
-    """All that the two models share is drawn first, so they start from the same numbers there."""
-    into_residual = (2 * LAYERS) ** -0.5  # 2 branches a layer add up
+    """Returns random parameters. Those that both models have are drawn first, so that they start with equal values."""
+    into_residual = (2 * LAYERS) ** -0.5  # 2 branches a layer are added
     layers = [
         {
             "attention_norm": torch.ones(WIDTH),
@@ -112,7 +113,7 @@ def make_mlp(scale: float) -> Params:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions for x [batch, heads, time, size]."""
+    """Returns x [batch, heads, time, size] with rotary position embeddings."""
     half = x.shape[-1] // 2
     angle = torch.arange(x.shape[-2]).unsqueeze(1) * 1000.0 ** (-torch.arange(half) / half)
     a, b = x.split(half, -1)
@@ -126,9 +127,9 @@ def attention(layer: Params, x: Tensor) -> Tensor:
 
 
 def feed_forward(config: MoEConfig, weights: MoEWeights | Params, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The result and the load of each expert, none in a dense layer.
+    """Returns y and the load of each expert, which is empty for a dense layer.
 
-    `bias` steers the choice of experts; no gradient reaches it.
+    `bias` is added for the choice of experts; it has no gradient.
     """
     if isinstance(weights, MoEWeights):
         weights = replace(weights, router=replace(weights.router, correction_bias=bias))
@@ -159,9 +160,7 @@ def loss_of_batch(params: Params, biases: Tensor, batch: Tensor, config: MoEConf
 
 
 class State(NamedTuple):
-    """What the optimiser (AdamW) carries from step to step: the parameters, and running means of gradients and of their
-    squares.
-    """
+    """The state of the optimizer (AdamW): parameters, and running means of gradients and of their squares."""
 
     params: Params
     mean: Params
@@ -171,7 +170,7 @@ class State(NamedTuple):
 def train_step(state: State, biases: Tensor, batch: Tensor, rate: Tensor, step: Tensor) -> tuple[State, Tensor, Tensor]:
     """(state, biases, batch) -> (state, loss, load).
 
-    Rate and step are tensors: as Python numbers they would be compiled in.
+    Rate and step are tensors, as Python numbers would be constants of the graph.
     """
     gradients, (loss, load) = torch.func.grad_and_value(loss_of_batch, has_aux=True)(state.params, biases, batch)
     mean = tree_map(lambda m, g: m.lerp(g, 1 - BETAS[0]), state.mean, gradients)
@@ -185,12 +184,12 @@ def train_step(state: State, biases: Tensor, batch: Tensor, rate: Tensor, step: 
 
 
 def learning_rate(done: float) -> float:
-    """Linear warm-up, then a cosine to zero; done goes from 0 to 1."""
+    """Returns the rate: linear warm-up, then a cosine to zero; done is the progress from 0 to 1."""
     return LEARNING_RATE * min(1.0, done / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def held_out_loss(params: Params, biases: Tensor, text: Tensor, config: MoEConfig = EXPERTS) -> float:
-    """Mean over all windows of the text; not compiled: the functions are the same."""
+    """Returns the mean loss over all windows of the text, computed eagerly by the same functions."""
     starts = torch.arange(0, len(text) - CONTEXT, CONTEXT)
     with torch.no_grad():
         losses = [
@@ -201,14 +200,14 @@ def held_out_loss(params: Params, biases: Tensor, text: Tensor, config: MoEConfi
 
 
 def save(path: Path, params: Params, biases: Tensor) -> None:
-    """The tensors of a model with experts, by their places."""
+    """Saves the tensors of a model with experts, by their pytree paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     places, _ = tree_flatten_with_path((params, biases))
     torch.save({keystr(place): leaf for place, leaf in places if isinstance(leaf, Tensor)}, path)
 
 
 def load(path: Path) -> tuple[Params, Tensor]:
-    """What `save` wrote."""
+    """Loads the parameters and biases that `save` wrote."""
     tensors = torch.load(path, weights_only=True)
     places, tree = tree_flatten_with_path((make_params(moe=True), torch.zeros(LAYERS, EXPERTS.num_experts)))
     params, biases = tree_unflatten([tensors.get(keystr(place)) for place, _ in places], tree)
@@ -217,14 +216,14 @@ def load(path: Path) -> tuple[Params, Tensor]:
 
 @dataclass
 class Run:
-    """A trained model and how it came about."""
+    """A trained model and the record of its training."""
 
     params: Params
     biases: Tensor
     losses: list[float] = field(default_factory=list)  # of each step
     loads: list[Tensor] = field(default_factory=list)  # [layers, experts] of each step
     held_out: list[tuple[int, float]] = field(default_factory=list)  # (step, loss)
-    tokens_per_second: float = math.nan  # of the training steps alone, compiled
+    tokens_per_second: float = math.nan  # of the compiled training steps only
 
     @property
     def final(self) -> float:
@@ -238,7 +237,7 @@ def train(name: str, moe: bool, training: Tensor, held_out: Tensor, steps: int, 
     params = make_params(moe)
     state = State(params, tree_map(torch.zeros_like, params), tree_map(torch.zeros_like, params))
     run = Run(params, torch.zeros(LAYERS, EXPERTS.num_experts))
-    order = torch.Generator().manual_seed(seed)  # both models see the same batches
+    order = torch.Generator().manual_seed(seed)  # both models have the same batches
     compiled = torch.compile(train_step, fullgraph=True)
     print(f"{name}: compiling the training step ...", flush=True)
     seconds = 0.0
@@ -247,7 +246,7 @@ def train(name: str, moe: bool, training: Tensor, held_out: Tensor, steps: int, 
         start = time.perf_counter()
         rate = torch.tensor(learning_rate(step / steps))
         state, loss, load = compiled(state, run.biases, batch, rate, torch.tensor(float(step)))
-        if moe:  # overloaded experts become less likely to be chosen: a pure update, apart from the gradients
+        if moe:  # overloaded experts become less likely to be chosen: a pure update without gradients
             run.biases = update_correction_bias(run.biases, load, BALANCE_RATE)  # of all layers
         if step == 1:
             graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
@@ -268,7 +267,7 @@ def train(name: str, moe: bool, training: Tensor, held_out: Tensor, steps: int, 
 
 
 def show_progress(name: str, step: int, steps: int, run: Run, seconds: float) -> None:
-    """One line that overwrites itself; where that is impossible, a line every tenth of the way."""
+    """Prints a line that overwrites itself on a terminal; otherwise a line for every tenth of the steps."""
     terminal = sys.stdout.isatty()
     if not terminal and step % max(1, steps // 10) and step < steps:
         return
@@ -287,9 +286,7 @@ def show_progress(name: str, step: int, steps: int, run: Run, seconds: float) ->
 
 
 def bigram_loss(training: Tensor, held_out: Tensor) -> float:
-    """Held-out loss of byte pairs that were counted in the training text: what a model of one byte of
-    context can do.
-    """
+    """Returns the held-out loss of byte pairs counted in the training text: a model with one byte of context."""
     counts = torch.bincount(training[:-1] * 256 + training[1:], minlength=256 * 256).view(256, 256) + 0.1
     return F.nll_loss((counts / counts.sum(1, keepdim=True)).log()[held_out[:-1]], held_out[1:]).item()
 
@@ -304,7 +301,7 @@ def sample(run: Run, prompt: str, length: int = 300, temperature: float = 0.7) -
 
 
 def size_of(params: Params, active: bool) -> int:
-    """Parameters; if active, those that one token meets: top_k of the experts."""
+    """Returns the number of parameters; if active, of those that one token uses: top_k of the experts."""
     total = sum(leaf.numel() for leaf in tree_leaves(params) if leaf is not None)
     experts = [w for layer in params["layers"] if isinstance(w := layer["feed_forward"], MoEWeights)]
     idle = 1 - EXPERTS.top_k / EXPERTS.num_experts
@@ -322,9 +319,9 @@ def print_table(moe: Run, dense: Run, bigram: float) -> None:
 
 
 def draw(path: Path, moe: Run, dense: Run, bigram: float) -> str:
-    """Two panels: the loss curves, and the load of every expert over training, layer by layer.
+    """Draws two panels: the loss curves, and the load of every expert over training in each layer.
 
-    Returns what to tell the user.
+    Returns a message for the user.
     """
     try:
         import matplotlib
@@ -389,7 +386,7 @@ def draw_load(figure: Any, all_axes: Any, run: Run) -> None:
 
 
 def smoothed(values: Tensor, width: int) -> list[float]:
-    """Mean over the last `width` values, fewer at the beginning."""
+    """Returns means over the last `width` values, fewer at the beginning."""
     sums = torch.cat([torch.zeros(1), values.cumsum(0)])
     ends = torch.arange(1, len(values) + 1)
     starts = (ends - width).clamp(min=0)
@@ -421,7 +418,7 @@ def main() -> None:
     save(args.out / "tiny_lm.pt", moe.params, moe.biases)
     print(f"\nA sample:\n\n{sample(moe, prompt)}\n")
     print(f"{draw(args.out / 'tiny_lm.png', moe, dense, bigram)}; {time.perf_counter() - start:.0f} s in all")
-    # Experts need some time to differ: the MoE leads from about step 500 on.
+    # Experts take time to specialize: the MoE is better from about step 500 on.
     assert moe.final < dense.final or args.steps < 1000, "the MoE should beat the dense model of the same active size"
 
 

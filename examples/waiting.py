@@ -1,4 +1,4 @@
-"""What a user waits for besides the products: importing, building, compiling, and each call's overhead at one token.
+"""Waiting times other than the products: importing, building, compiling, and each call's overhead at one token.
 
 python examples/waiting.py
 """
@@ -17,7 +17,7 @@ from torch._inductor import metrics
 import moe_fn
 
 IMPORT = "import time, torch; start = time.perf_counter(); import moe_fn; print(time.perf_counter() - start)"
-# so small that only overhead is left
+# so small that only overhead is measured
 CONFIG = moe_fn.MoEConfig(num_experts=128, top_k=8, hidden_size=64, intermediate_size=32)
 
 
@@ -39,7 +39,7 @@ def problem(requires_grad: bool) -> tuple[moe_fn.MoEWeights, Tensor, Tensor]:
 
 
 def compile_seconds(backward: bool) -> tuple[float, int]:
-    """Seconds of the first call of a compiled layer, nothing cached, and the kernels that Inductor generated for it."""
+    """Returns the seconds of the first call of a compiled layer without caches, and the number of its kernels."""
     torch._dynamo.reset()
     metrics.reset()
     arguments = problem(backward)
@@ -59,7 +59,7 @@ def main() -> None:
     for info in moe_fn.backends():
         print(f"back-end {info.name}: {'available' if info.available else 'not available'}; {info.reason}")
     with torch._inductor.config.patch(force_disable_caches=True):
-        torch.compile(lambda x: x + 1)(torch.ones(3))  # Inductor's own start
+        torch.compile(lambda x: x + 1)(torch.ones(3))  # start of Inductor itself
         for backward in (False, True):
             seconds, kernels = compile_seconds(backward)
             print(
