@@ -32,8 +32,8 @@ TRACED = 16
 TOKENS = Dim("tokens", min=1, max=2048)
 TURNS = 5
 NOTE = """The packages ran in another process, which imports torch and moe_fn (for the ops that the graph calls) but not
-transformers. Differences are of logits from the model's at {lengths} tokens, absolute and over the RMS of its logits; ms
-are medians of {turns} calls at {last} tokens."""
+transformers. Differences are those of logits from the model's at {lengths} tokens, absolute and over the RMS of its
+logits; ms are medians of {turns} calls at {last} tokens."""
 
 # The code of that process: packages and inputs in; logits, seconds of loading and milliseconds of a call out, for each.
 RUNNER = """
