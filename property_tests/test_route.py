@@ -1,4 +1,4 @@
-"""Laws of route, under the names that its docstring gives them."""
+"""Laws of route, with the names of the laws in its docstring."""
 
 import dataclasses
 import itertools
@@ -18,14 +18,14 @@ WILD = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 1e-30, 0.0, 
 
 
 def wild_logits(problem: MoEProblem, seed: int) -> Tensor:
-    """Logits with values that break naive scores, in some places."""
+    """Returns logits of which some have values that overflow naive scores."""
     logits, generator = logits_of(problem), torch.Generator().manual_seed(seed)
     chosen = WILD[torch.randint(len(WILD), logits.shape, generator=generator)].to(logits.dtype)
     return torch.where(torch.rand(logits.shape, generator=generator) < 0.4, chosen, logits)
 
 
 def distinct_logits(problem: MoEProblem, seed: int) -> Tensor:
-    """Every logit of a row another multiple of 1/8."""
+    """Returns logits that are distinct multiples of 1/8 in each row."""
     shape = logits_of(problem).shape
     order = torch.rand(shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
     return (order - shape[-1] // 2).to(torch.float32) / 8
@@ -49,7 +49,7 @@ def test_ids_of_a_token_are_distinct_and_in_range(problem: MoEProblem, seed: int
     assert all(len(set(row)) == len(row) for row in ids.tolist())
 
 
-# The identity score is no probability: it passes 1e30 on, and a norm of such numbers may overflow.
+# The identity score is not a probability: 1e30 passes unchanged, and a norm of such values may overflow.
 @law(
     problems(configs(scoring=st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"])), tokens=st.integers(1, 9)), SEEDS
 )
@@ -148,8 +148,8 @@ def test_groups_never_chosen_contribute_nothing(problem: MoEProblem) -> None:
         worth = [b[0] if groups.score == "max" else b[0] + b[1] for b in best]
         kept = {e // size for e in ids}
         assert len(kept) <= groups.top_k
-        # A group that beats the best of the others by more than rounding, in as many groups as are kept, is kept if it
-        # is large enough.
+        # Among as many groups as are kept, a group that exceeds the best of the others by more than rounding is kept
+        # if it is large enough.
         threshold = sorted(worth)[::-1][groups.top_k - 1]
         assert all(worth[g] >= threshold - 1e-6 for g in kept)
 

@@ -1,4 +1,4 @@
-"""examples/scale.py says of bytes what `moe_fn.parallel.traffic` says, which compile_tests hold to the graphs."""
+"""examples/scale.py has the bytes of `moe_fn.parallel.traffic`, which compile_tests compare with the graphs."""
 
 import importlib.util
 import sys

@@ -1,6 +1,6 @@
-"""What all stages have in common: dtypes, devices and one rounding, bit for bit.
+"""Dtypes, devices and roundings of all stages, compared bitwise.
 
-Mutants that tolerances let live die here.
+These tests detect mutants that pass tests with tolerances.
 """
 
 import dataclasses
@@ -48,13 +48,13 @@ def layer(**changes: Any) -> MoEConfig:
 
 
 def in_order(rows: Tensor, experts: int) -> Dispatched:
-    """Rows of one expert after the other, as many of each."""
+    """Returns rows sorted by expert, the same number for each."""
     order = torch.arange(len(rows))
     ends = torch.arange(1, experts + 1, dtype=torch.int32) * (len(rows) // experts)
     return Dispatched(rows=rows, expert_ends=ends, slot_of_row=order, row_of_slot=order)
 
 
-RICH: dict[str, dict[str, Any]] = {  # not codes: torch without CUDA cannot look at one place of a fake tensor
+RICH: dict[str, dict[str, Any]] = {  # without codes: torch without CUDA cannot index a fake tensor
     "everything around": {
         "top_k": 3,
         "router": RouterConfig(capacity=2, correction_bias="scores", logit_softcap=5.0),
@@ -75,7 +75,7 @@ RICH: dict[str, dict[str, Any]] = {  # not codes: torch without CUDA cannot look
 
 @pytest.mark.parametrize("name", RICH)
 def test_no_stage_makes_a_tensor_on_another_device(name: str) -> None:
-    """Values of fake tensors cannot be read either: no stage waits for a device."""
+    """Values of fake tensors cannot be read, so no stage waits for a device either."""
     config = layer(backend="torch", **RICH[name])
     adapters = torch.zeros(5, dtype=torch.int64) if config.lora is not None else None
     arguments = (
@@ -143,7 +143,7 @@ def test_weighted_inputs_are_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int8, torch.int16, torch.int32))
 def test_ids_may_be_of_a_dtype_that_has_no_word_for_no_expert(dtype: torch.dtype) -> None:
-    """num_experts, to which ids of no expert sort, does not fit into it."""
+    """The dtype cannot represent num_experts, the sort key of ids of no expert."""
     experts = 256 if dtype == torch.uint8 else 128
     config = layer(num_experts=experts, top_k=1)
     routing = Routing(expert_ids=torch.tensor([[experts - 1], [0], [5]], dtype=dtype), weights=torch.ones(3, 1))
@@ -179,7 +179,7 @@ def test_columns_are_those_of_the_last_dimension() -> None:
 @pytest.mark.parametrize("kind", ("identity", "constant"))
 @pytest.mark.parametrize("of_weights", (torch.float32, None))
 def test_zero_experts_are_added_in_float32(dtype: torch.dtype, kind: Any, of_weights: torch.dtype | None) -> None:
-    """The ids of 2 zero experts are 4 and 5: 6 and -1 are nobody's. Vectors of constant experts are theirs alone."""
+    """The ids of 2 zero experts are 4 and 5; 6 and -1 are ids of no expert. Each constant expert has its own vector."""
     config = layer(zero_experts=ZeroExpertsConfig(count=2, kind=kind))
     constants = random(2, 6, dtype=dtype)
     weights = MoEWeights(gate_up=torch.zeros(4, 16, 6), down=torch.zeros(4, 6, 8), constants=constants)
@@ -196,7 +196,7 @@ def test_zero_experts_are_added_in_float32(dtype: torch.dtype, kind: Any, of_wei
 @pytest.mark.parametrize("gate", ("none", "sigmoid", "router"))
 @pytest.mark.parametrize("biases", (None, "own", "float32"))
 def test_shared_experts_round_between_their_products_alone(dtype: torch.dtype, gate: Any, biases: str | None) -> None:
-    """Weights of the router are theirs only if the config says so."""
+    """Shared experts have weights of the router only if gate="router"."""
     router = RouterConfig(scoring="sigmoid")
     config = layer(router=router, shared=SharedExpertsConfig(intermediate_size=4, count=2, gate=gate))
     new = lambda *shape: random(*shape, dtype=dtype)

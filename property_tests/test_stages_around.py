@@ -1,5 +1,5 @@
-"""Norms, the latent space and the experts' network against plain torch, bit for bit in the halves: where each rounds,
-and what it reads.
+"""Norms, the latent space and the experts' network compared with plain torch, bitwise in half precision: where each
+rounds, and which tensors it reads.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from moe_fn.stages.transform import norm_for_gate, norm_output, transform_input,
 from moe_fn.testing import assert_matches, weights_for
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-EPSILON = 0.25  # large, so that it is seen
+EPSILON = 0.25  # large, so that it changes the result
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -108,7 +108,7 @@ def test_each_norm_stands_in_its_place_alone(dtype: torch.dtype, which: str) -> 
 
 
 def sorted_rows(dtype: torch.dtype) -> Dispatched:
-    """2 rows of the first expert, 3 of the last, and 2 of nobody, which hold NaN."""
+    """Returns 2 rows of the first expert, 3 of the last, and 2 of no expert, which are NaN."""
     rows = random(7, 6, dtype=dtype)
     rows[5:] = torch.nan
     order = torch.arange(7)
@@ -175,7 +175,7 @@ def test_a_norm_of_experts_needs_its_config_and_its_scales() -> None:
 @pytest.mark.parametrize("offset", (0.0, 1.0))
 @pytest.mark.parametrize("layout", ("packed", "interleaved"))
 def test_silu_with_all_its_parameters(alpha: float, limit_at: Any, offset: float, layout: str) -> None:
-    limit = None if limit_at is None else 0.6  # small, so that gates and ups of both signs meet it
+    limit = None if limit_at is None else 0.6  # small, so that gates and ups of both signs reach it
     at = {} if limit_at is None else {"limit": limit, "limit_at": limit_at}
     activation, h = ActivationConfig(function="silu", alpha=alpha, up_offset=offset, **at), 2 * random(3, 5, 8)
     gate, up = (h[..., :4], h[..., 4:]) if layout == "packed" else (h[..., ::2], h[..., 1::2])
@@ -193,7 +193,7 @@ def test_inputs_are_rounded_by_the_scale_that_is_kept_where_there_is_one(granula
     config = layer(quant=QuantConfig(scheme="int8", granularity="channel", activations=activations))
     weights, d = weights_for(config), sorted_rows(torch.float32)
     assert weights.quant is not None and (weights.quant.gate_up_input_scale is not None) == kept
-    if weights.quant.gate_up_input_scale is not None:  # another scale for every product and expert, each of them coarse
+    if weights.quant.gate_up_input_scale is not None:  # a different, coarse scale for every product and expert
         coarse = {name: 0.05 * (1 + random(3).abs()) for name in ("gate_up_input_scale", "down_input_scale")}
         weights = dataclasses.replace(weights, quant=dataclasses.replace(weights.quant, **coarse))
     x, routing = (

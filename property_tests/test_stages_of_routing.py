@@ -1,4 +1,4 @@
-"""The router's stage, bit for bit: dtypes of gate and scores, weights of shared experts, and which back-end runs."""
+"""The stage route, compared bitwise: dtypes of gate and scores, weights of shared experts, and the chosen back-end."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def weights_of(config: MoEConfig, router: RouterWeights | None, dtype: torch.dty
 
 
 class Names(TorchDispatchMode):
-    """Names of moe_fn's ops that run."""
+    """Records the names of moe_fn's ops that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_shared_experts_are_weighted_as_the_routed_ones(
 
 @pytest.mark.parametrize("capacity", (1, 2))
 def test_a_capacity_is_of_a_sequence_or_of_all_tokens(capacity: int) -> None:
-    """First choices of all tokens come before second ones; -1 takes no room."""
+    """First choices of all tokens are kept before second ones; -1 does not use capacity."""
     config = layer(num_experts=3, top_k=2, router=RouterConfig(capacity=capacity))
     logits = torch.tensor(
         [[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [2.0, 3.0, 1.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [3.0, 2.0, 1.0]]
@@ -167,10 +167,10 @@ def test_norms_of_weights_have_order_epsilon_and_minimum(order: float, epsilon: 
     chosen = torch.sigmoid(logits).gather(-1, routing.expert_ids)
     norm = (chosen.abs() ** order).sum(-1, keepdim=True) ** (1 / order) + epsilon
     assert_matches(routing.weights, chosen / norm.clamp(min=minimum))
-    nobody = moe_fn.route(
+    zero_scores = moe_fn.route(
         layer(top_k=2, router=RouterConfig(scoring="identity")), weights_of(config, None), torch.zeros(1, 6)
     )
-    assert (nobody.weights == 0).all(), "0 / 0"
+    assert (zero_scores.weights == 0).all(), "0 / 0"
 
 
 def test_masked_tokens_go_nowhere() -> None:
@@ -185,7 +185,7 @@ def test_masked_tokens_go_nowhere() -> None:
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("scale", (False, True))
 def test_the_kernel_that_routes_has_the_values_and_gradients_of_torch(bias: bool, scale: bool) -> None:
-    """Where the experts have a scale of their own, which the kernel does not know, torch routes."""
+    """torch's ops route if experts have a scale, which the kernel does not support."""
     router = RouterConfig(scoring="sigmoid", correction_bias="scores" if bias else "none", routed_scaling_factor=2.5)
     extra = RouterWeights(correction_bias=random(6) if bias else None, expert_scale=random(6) if scale else None)
     found = []
@@ -198,7 +198,7 @@ def test_the_kernel_that_routes_has_the_values_and_gradients_of_torch(bias: bool
         (routing.weights * random(4, 3)).sum().backward()
         found.append((routing.expert_ids, routing.weights.detach(), logits.grad))
         ids = routing.expert_ids
-        with torch.autograd.forward_ad.dual_level():  # the kernel has no tangents of its own: torch routes
+        with torch.autograd.forward_ad.dual_level():  # the kernel has no tangents: torch's ops route
             dual = moe_fn.route(
                 config, weights_of(config, extra), torch.autograd.forward_ad.make_dual(random(4, 6), random(6, 4).t())
             )
@@ -214,7 +214,7 @@ def test_a_mask_has_one_word_for_every_token() -> None:
 
 
 def test_weights_of_a_choice_are_of_that_choice() -> None:
-    """Not of the one that the logits would make."""
+    """The weights are those of the given ids, not of the top-k of the logits."""
     config, logits = layer(router=RouterConfig(renormalize=False)), random(4, 6)
     ids = torch.tensor([[5, 0, 3]]).expand(4, 3)
     assert_matches(weights_of_ids(config, logits, None, ids), torch.softmax(logits, -1).gather(-1, ids))

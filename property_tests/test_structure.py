@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: layers, the link between laws and tests, the public surface, sizes."""
+"""Rules of the repository: order of imports, tests of laws, the public API, sizes of files and functions, language."""
 
 import ast
 import dataclasses
@@ -22,7 +22,7 @@ PACKAGE = Path(moe_fn.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 CAMPAIGN = sorted((Path(__file__).parent / "campaign").rglob("*.py"))
 
-# Who imports whom, downwards only. A module may import those of lower numbers; stages never each other.
+# Imports are downwards only: a module may import modules of lower numbers; stages never import each other.
 LAYERS = (
     ("numerics", "torch_compat"),
     ("checks",),
@@ -41,8 +41,8 @@ LAYERS = (
     ("bench", "integrations", "checkpoint"),
     ("",),  # the package itself re-exports
 )
-# What runs on the host between steps, and reads values there: the rest of the package must leave them on the device.
-ON_HOST = ("balance/packing.py", "balance/slots.py", "parallel/sizes.py")  # the last: sizes that are data
+# Modules that run on the host between steps, and read values there: other modules must leave values on the device.
+ON_HOST = ("balance/packing.py", "balance/slots.py", "parallel/sizes.py")  # the last one has sizes that are data
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -51,7 +51,7 @@ def part_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> list[str]:
-    """Names of the moe_fn modules that a file imports, as "part" or "part.module"."""
+    """Returns names of the moe_fn modules that a file imports, as "part" or "part.module"."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moe_fn":
@@ -68,12 +68,12 @@ def test_modules_import_downwards_only(path: Path) -> None:
         other = module.split(".")[0]
         if part == "reference":
             assert other in ("reference", "config", "records"), (
-                f"the reference imports moe_fn.{module}, which it judges"
+                f"the reference imports moe_fn.{module}, which is compared with it"
             )
         elif part == "testing":
             # Random weights take their sizes from the table of weights, as the check of a call does: the reference and
             # the kernels compute with sizes of the config, so that a wrong size fails there. Which weights there are
-            # testing says by itself.
+            # testing decides itself.
             allowed = other in ("testing", "reference", "config", "records", "torch_compat")
             assert allowed or module == "weights.spec", f"testing imports moe_fn.{module}"
         elif part == "bench":
@@ -88,12 +88,12 @@ def test_modules_import_downwards_only(path: Path) -> None:
 
 
 def name_of(path: Path) -> str:
-    """A file as a module, below the package."""
+    """Returns the module name of a file, relative to the package."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
 def modules_imported_by(path: Path) -> set[str]:
-    """Modules of the package, below it, that a file imports; `from a import b` where b is a module is that module."""
+    """Returns modules of the package that a file imports; `from a import b` is a.b where b is a module."""
     modules, found = {name_of(other) for other in SOURCES}, set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moe_fn":
@@ -106,7 +106,7 @@ def modules_imported_by(path: Path) -> set[str]:
 
 def test_no_import_closes_a_circle_and_folders_stand_on_few_storeys() -> None:
     imports = {name_of(path): modules_imported_by(path) for path in SOURCES}
-    order = list(graphlib.TopologicalSorter(imports).static_order())  # CycleError names the modules of a circle
+    order = list(graphlib.TopologicalSorter(imports).static_order())  # CycleError names the modules of a cycle
     part = {module: module.split(".")[0] for module in order}
     parts: dict[str, set[str]] = {}
     for module, others in imports.items():
@@ -118,7 +118,7 @@ def test_no_import_closes_a_circle_and_folders_stand_on_few_storeys() -> None:
 
 
 def first_names_imported_by(path: Path) -> set[str]:
-    """The first name of every absolute import of a file: "torch" of `import torch.fx`."""
+    """Returns the first name of every absolute import of a file: "torch" for `import torch.fx`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -166,7 +166,7 @@ def test_only_ops_talk_to_torch_library_and_only_kernels_to_triton(path: Path) -
     )
 
 
-# A back-end's ops are made of rules in ops/ and of the stages that they stand for.
+# Ops of a back-end are made of rules in ops/ and of the stages that they replace.
 _OPS = ("ops/", "fused/", "layer/opaque.py")
 
 
@@ -179,7 +179,7 @@ def test_ops_are_defined_in_three_places_and_stages_import_no_kernels(path: Path
     assert part_of(path) != "stages" or not any(module.startswith("kernels") for module in imports_of(path))
 
 
-# Where private names of torch may stand. testing/ looks into the compiler, bench/ calls other people's products.
+# Modules that may use private names of torch. testing/ inspects the compiler, bench/ calls products of other packages.
 PRIVATE = ("torch_compat.py", "ops/define.py", "testing/graphs.py", "testing/graph_nodes.py", "bench/")
 _PRIVATE_NAME = re.compile(r"\btorch(?:\.\w+)*\._(?!_|check\b|pytree\b)\w+|distributed_c10d|forward_ad\._")
 # ops, by their schemas' names
@@ -209,7 +209,7 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def laws_in_docstrings() -> set[str]:
-    """Every sentence under "Laws" in a docstring, as the name of a test."""
+    """Returns every sentence under "Laws" in a docstring as the name of a test."""
     found = set()
     needs = {"integrations": "transformers", "families": "transformers", "checkpoint": "safetensors"}
     for path in (*SOURCES, *CAMPAIGN):
@@ -249,7 +249,7 @@ def test_files_and_functions_stay_small() -> None:
                 assert lines <= 65, f"{path.name}: {node.name} has {lines} lines"
 
 
-# Other files that may have a name of a family, and what it names there.
+# Other files that may have a name of a family, and its meaning there.
 NAMES_OF_FAMILIES = {
     "bench/models.py": "sizes of a benchmark",
     "families/tensor_names.py": "a layout of several families",
@@ -283,7 +283,7 @@ def test_the_public_surface_grows_on_purpose_only() -> None:
 
 
 def functions_in(text: str) -> dict[str, str]:
-    """Code of each function by name, without docstrings and comments."""
+    """Returns the code of each function by name, without docstrings and comments."""
     tree = _without_docstrings(ast.parse(text))
     return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
 

@@ -1,5 +1,5 @@
-"""What an import and a call may touch, which folders libraries are loaded from, and that the wheel holds what is needed
-to build them.
+"""Side effects of an import and of a call, folders from which libraries are loaded, and contents of the
+wheel, which has the sources to build them.
 """
 
 import os
@@ -16,7 +16,8 @@ from moe_fn.kernels.native.trust import is_trusted, private_folder
 PACKAGE = Path(moe_fn.__file__).parent
 AS_ROOT = os.name == "posix" and os.geteuid() == 0
 
-# Other packages are imported first: what they do is not ours. Then nothing may be written, loaded, started or reached.
+# Other packages are imported first, so that their side effects do not count. Then nothing may be written, loaded,
+# started or reached.
 QUIET = """
 import logging, os, random, signal, sys, threading, warnings
 sys.dont_write_bytecode = True  # what Python itself would write
@@ -80,9 +81,9 @@ assert os.name != "posix" or "PermissionError" in native.reason and "is world-wr
 
 
 def test_import_and_torch_backend_write_load_start_and_reach_nothing(tmp_path: Path) -> None:
-    """Neither files nor processes, sockets, libraries, devices, threads, seeds, flags.
+    """No files, processes, sockets, libraries, devices, threads, seeds and flags are changed.
 
-    Then, for a process costs seconds: a cache folder that anybody may write into is refused.
+    The same process, as each costs seconds, checks that a cache folder that all users may write to is refused.
     """
     program = "\n".join((QUIET, IMPORTS, SAME, CALL, SAME, REFUSED))
     tmp_path.chmod(0o777)
@@ -133,7 +134,7 @@ def test_a_new_folder_is_ours_to_write_and_an_open_one_is_closed(tmp_path: Path)
         match=r"a is world-writable; expected a directory of one user",
     ):
         private_folder(tmp_path / "a" / "b")
-    tmp_path.joinpath("a").chmod(0o1777)  # as /tmp: nobody removes what is another's
+    tmp_path.joinpath("a").chmod(0o1777)  # as /tmp: only the owner removes a file
     private_folder(tmp_path / "a" / "b")
 
 
@@ -149,7 +150,7 @@ def test_libraries_that_others_may_have_written_are_not_loaded(tmp_path: Path) -
         assert not is_trusted(file)
 
 
-@pytest.mark.skipif(not AS_ROOT, reason="only root gives files away")
+@pytest.mark.skipif(not AS_ROOT, reason="only root can change the owner of files")
 def test_folders_and_libraries_of_other_users_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "library.so"
     file.write_bytes(b"")

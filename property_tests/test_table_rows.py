@@ -1,4 +1,4 @@
-"""Rows of small tables; each test covers a whole table."""
+"""Rows of small tables of keys, dtypes and names; each test covers a whole table."""
 
 import importlib
 import importlib.util
@@ -37,7 +37,7 @@ from moe_fn.checkpoint.safetensors_files import BITS, INTEGERS, read_header
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("more", [0, 1])
 def test_numbers_of_every_dtype_have_the_bytes_that_safetensors_says(dtype: str, more: int, tmp_path: Path) -> None:
-    """A file of 8 numbers, or of a byte too many."""
+    """A file of 8 values, and one with an extra byte."""
     size = BITS[dtype] + more
     header = json.dumps({"w": {"dtype": dtype, "shape": [8], "data_offsets": [0, size]}}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(size)
@@ -105,7 +105,7 @@ def test_an_adapter_of_every_name_of_a_module_of_an_expert(part: str, tmp_path: 
 
 @pytest.mark.parametrize("method", _READERS)
 def test_every_method_has_a_file_that_says_it(method: str, tmp_path: Path) -> None:
-    """gpt-oss' mxfp4 in `test_checkpoint_published`; older NVFP4 files have ModelOpt's other name."""
+    """mxfp4 of gpt-oss is in `test_checkpoint_published`; older NVFP4 files have ModelOpt's other name."""
     if method == "mxfp4":
         return
     wanted = "modelopt" if method == "modelopt_fp4" else method

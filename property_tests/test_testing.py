@@ -1,4 +1,4 @@
-"""The tools of moe_fn.testing: strategies draw what they promise, and the checks fail on what is wrong."""
+"""The tools of moe_fn.testing: strategies draw the documented values, and checks fail for wrong results."""
 
 import collections
 import dataclasses
@@ -36,7 +36,7 @@ from moe_fn.testing.values import GRID_HALF, GRID_OFFSET, GRID_STEP
 from moe_fn.testing.weights import BIAS_STEP, SOFTMAX_BIAS_STEP
 from moe_fn.torch_compat import mark_tokens
 
-# Draws that are the same every time; what is asserted is about all of them together.
+# The draws are deterministic; tests assert properties of all draws together.
 _DRAWS = settings(
     max_examples=1600,
     derandomize=True,
@@ -118,7 +118,7 @@ def test_one_bad_row_among_many_is_caught(dtype: torch.dtype, factor: float) -> 
     y = some(rows=100_000)
     wrong = y.clone()
     wrong[77_777] *= factor
-    assert relative_rms(wrong, y) < TOLERANCES[dtype] or dtype != torch.bfloat16, "the row must hide in the mean"
+    assert relative_rms(wrong, y) < TOLERANCES[dtype] or dtype != torch.bfloat16, "the row must not change the mean"
     with pytest.raises(AssertionError, match=r"worst at \[77777"):
         assert_matches(wrong.to(dtype), y)
 
@@ -158,7 +158,7 @@ def test_relative_rms() -> None:
 
 
 def linear_args(count: int) -> tuple[Tensor, Tensor]:
-    """tokens of width 3, and a matrix whose first size is 3 as well: it must not be taken for tokens."""
+    """Returns tokens of width 3, and a matrix whose first size is also 3, which must not be taken for tokens."""
     return some(count, 3, torch.float32), some(3, 3, torch.float32)
 
 
@@ -328,7 +328,7 @@ def test_drawn_configs_round_trip_through_json(some_configs: list[MoEConfig]) ->
 
 
 def features(config: MoEConfig) -> Iterator[tuple[str, Any]]:
-    """(option, value) of everything that is chosen, nested configs included."""
+    """Returns (option, value) of every field, nested configs included."""
     router = config.router
     for name in OPTIONS:
         owner = router if hasattr(router, name) else config
@@ -390,7 +390,7 @@ def test_drawn_configs_hit_every_option(some_configs: list[MoEConfig]) -> None:
 
 
 def test_every_field_of_the_configs_is_drawn() -> None:
-    """A new field must get a line in OPTIONS."""
+    """A new field needs a row in OPTIONS."""
     sizes = {"num_experts", "top_k", "hidden_size", "intermediate_size", "router"}
     fields = {f.name for cls in (MoEConfig, RouterConfig) for f in dataclasses.fields(cls)}
     assert fields == set(OPTIONS) | sizes
@@ -407,7 +407,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_whatever_pair_is_valid_can_be_fixed(pair: tuple[str, str]) -> None:
-    """Fixed fields never lead to an invalid config: the rest is drawn around them, or a ValueError says that they
+    """Fixed fields never give an invalid config: other fields are drawn to fit, or a ValueError names the fields that
     contradict each other.
     """
     values: dict[str, tuple[Any, ...]] = {
@@ -571,7 +571,9 @@ def test_problems_are_adversarial(some_problems: list[MoEProblem]) -> None:
 
 
 def test_scores_tie_exactly_or_are_far_apart() -> None:
-    """The promise of values.py, over every function of one logit that configs() draws, and for top2_sum over pairs."""
+    """The property that values.py documents, for every function of a logit that configs() draws, and of pairs
+    (top2_sum).
+    """
     z = (torch.arange(-GRID_HALF, GRID_HALF + 1) * GRID_STEP + GRID_OFFSET).double()
     assert (z.to(torch.bfloat16).double() == z).all()
     assert float(torch.tensor(BIAS_STEP)) == BIAS_STEP and float(torch.tensor(SOFTMAX_BIAS_STEP)) == SOFTMAX_BIAS_STEP
@@ -579,7 +581,7 @@ def test_scores_tie_exactly_or_are_far_apart() -> None:
         scaled = z * multiplier if cap is None else cap * torch.tanh(z * multiplier / cap)
         for score in (torch.sigmoid, lambda v: torch.nn.functional.softplus(v).sqrt(), lambda v: v):
             values = score(scaled)
-            pairs = values[:, None] + values  # symmetric: (a, b) and (b, a) are the same floats
+            pairs = values[:, None] + values  # symmetric: (a, b) and (b, a) have the same sum
             sums = pairs[torch.triu_indices(17, 17).unbind()]
             exact = score(z) is z and cap is None  # sums of grid points are exact, so equal sums are equal floats
             for group, steps in ((values, 2), (sums, 4)):

@@ -1,5 +1,5 @@
-"""moe_fn.integrations.torchtitan against the published interface of torchtitan 0.3.0, stated and (where it is
-installed) real.
+"""moe_fn.integrations.torchtitan with the interface of torchtitan 0.3.0: a copy of it, and torchtitan itself
+where it is installed.
 """
 
 import copy
@@ -23,7 +23,7 @@ CLOSE = 1e-5
 
 
 def gradients_of(module: Any, *args: Any) -> tuple[Tensor, list[Tensor]]:
-    """Output, and gradients to the arguments that want one and to every parameter."""
+    """Returns the output, and gradients of the arguments that require one and of every parameter."""
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad] + list(module.parameters())
     y = module(*args)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -280,7 +280,7 @@ def test_the_statement_has_the_signatures_of_the_real_classes() -> None:
 
 @pytest.fixture
 def one_rank_mesh() -> Any:
-    """A process group of this process alone."""
+    """A process group of one process."""
     from torch.distributed.device_mesh import init_device_mesh
 
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
@@ -347,5 +347,7 @@ def test_the_real_classes_beside_grouped_experts(name: str) -> None:
     theirs, x, counts = copy.deepcopy(ours), torch.randn(24, s.dim), torch.tensor([3] * 8)
     titan.replace_grouped_experts(ours)
     assert relative_rms(ours(x, counts), said(x, counts)) <= CLOSE
-    if name == "GptOssGroupedExperts":  # the other's activation is a Triton kernel, which a CPU has not got
+    if (
+        name == "GptOssGroupedExperts"
+    ):  # the activation of the other class is a Triton kernel, which does not run on a CPU
         assert relative_rms(ours(x, counts), theirs(x, counts)) <= 2e-2

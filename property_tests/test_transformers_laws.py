@@ -1,4 +1,4 @@
-"""Laws of the integration with transformers: its own blocks are the oracle, tiny and random (`zoo`)."""
+"""Laws of the integration with transformers: tiny, random blocks of transformers (`zoo`) are the oracle."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ from moe_fn.testing.matching import relative_rms
 from shared_tests.hung_on_modules import OF_PARAMETERS, WAYS, hang, names_of
 from shared_tests.zoo import ROWS, BlockResult, BlockRow, make_block, make_input, run_block
 
-# No token-choice mixture of feed-forward experts; and transformers' nllb_moe, whose own routing is not what it says.
+# Not token-choice mixtures of feed-forward experts; and nllb_moe, whose routing in transformers is not as documented.
 REFUSED = ("jetmoe-attention", "nllb_moe-capacity", "doge-not-normalised", "doge-normalised", "vitpose_backbone-heads")
 TWO_BANKS = tuple(
     row for row in ROWS if row.takes == "modality" or (row.block == "Ernie4_5_VLMoeMoeBlock" and not row.path)
@@ -31,12 +31,12 @@ SEEDS = st.integers(0, 2**20)
 
 
 def logits_of_block(row: BlockRow, block: Any, x: Tensor, result: BlockResult) -> Tensor | None:
-    """Zaya's router is a network with a state, and gives the logits by itself."""
+    """Returns the logits of Zaya's router, a network with a state; None for other families."""
     return None if row.family != "zaya" else block.gate(x, result.router_states)[0].view(*x.shape[:2], -1)
 
 
 def compared(row: BlockRow, seed: int) -> tuple[float, bool]:
-    """Relative error of the layer against the block, and whether the same experts are chosen."""
+    """Returns the relative error of the layer against the block, and whether the same experts are chosen."""
     block, x = make_block(row, seed), make_input(row, seed + 1)
     with torch.no_grad():
         result = run_block(row, block, x)
@@ -52,7 +52,7 @@ def compared(row: BlockRow, seed: int) -> tuple[float, bool]:
 
 def same_experts(row: BlockRow, ids: Tensor, result: BlockResult) -> bool:
     theirs = result.expert_ids
-    if row.family == "zaya":  # the class that skips the experts is expert 0 with a weight of 0 there
+    if row.family == "zaya":  # in this family the class that skips the experts is expert 0 with weight 0
         ids = torch.where(result.weights == 0, 0, ids)
     return torch.equal(ids.sort(-1).values, theirs.sort(-1).values)
 
@@ -142,7 +142,7 @@ def test_hooks_and_adapters_below_a_replaced_block_take_effect_or_are_refused_by
     hang(theirs, path, way)
     try:
         expected = with_gradient(quiet, theirs, x)
-    except (AttributeError, RuntimeError):  # their own code cannot do with it
+    except (AttributeError, RuntimeError):  # their own code does not support it
         return
     try:
         if first:
@@ -166,7 +166,7 @@ def with_gradient(row: BlockRow, block: nn.Module, x: Tensor) -> tuple[Tensor, T
 
 
 def gradients(row: BlockRow, block: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of x and of every parameter that the block reads; a sum over y weighted so that no two entries count alike."""
+    """Returns the gradients of x and of every parameter that the block reads, for a loss with distinct weights."""
     x = x.clone().requires_grad_()
     parameters = {name: p.requires_grad_() for name, p in block.named_parameters() if p.is_floating_point()}
     y = run_block(row, block, x).y

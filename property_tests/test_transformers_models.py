@@ -1,6 +1,4 @@
-"""Whole models of transformers, tiny and random, blocks replaced: the same logits, tokens, and configs as their files
-say.
-"""
+"""Whole models of transformers, tiny and random, with replaced blocks: logits, tokens and configs are the same."""
 
 import json
 import re
@@ -33,7 +31,7 @@ def test_a_replaced_model_has_the_same_logits_and_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_file_says_what_the_blocks_say(name: str) -> None:
-    """Two ways to the same MoEConfig: the words of config.json, and the attributes and tensors of live modules."""
+    """The keys of config.json, and the attributes and tensors of modules, give the same MoEConfig."""
     model = make_model(name, 1)
     words = json.loads(model.config.to_json_string())
     replaced = replace_moe_blocks(model).replaced

@@ -1,5 +1,5 @@
-"""register(): experts modules of transformers compute on moe_fn what their own code computes, sentinels and gradients
-included.
+"""register(): experts modules of transformers compute the same with moe_fn as with their own code, for sentinels and
+gradients too.
 """
 
 import copy
@@ -41,14 +41,14 @@ from shared_tests.transformers_models import MODELS, make_model, make_token_ids 
 
 register()
 
-# One rounding of each dtype on either side: transformers rounds after every step, and some of its classes compute in
-# float32 only.
+# One rounding of each dtype on both sides: transformers rounds after every step, and some of its classes compute only
+# in float32.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 4e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def run(module: Any, implementation: str, given: Tokens, direction: Tensor | None = None) -> list[Tensor]:
-    """The output, and gradients to x, to the routing weights and to every parameter."""
+    """Returns the output, and gradients of x, of the routing weights and of every parameter."""
     module.config._experts_implementation = implementation
     inputs = [given.x.detach().clone().requires_grad_(), given.w.detach().clone().requires_grad_()]
     y = module(inputs[0], given.ids, inputs[1])
@@ -61,8 +61,8 @@ def run(module: Any, implementation: str, given: Tokens, direction: Tensor | Non
 
 
 def theirs(module: Any, given: Tokens, implementation: str = "eager") -> list[Tensor]:
-    """What their code computes, where slots of no expert are slots of expert 0 with weight 0: so it need not know
-    sentinels.
+    """Returns the results of their code. Slots of no expert are given as slots of expert 0 with weight 0, as
+    it need not support sentinels.
     """
     real = (given.ids >= 0) & (given.ids < module.num_experts)
     out = run(
@@ -89,7 +89,7 @@ def test_every_decorated_class_computes_what_its_own_code_does(name: str) -> Non
         given = tokens_of(module, dtype=dtype, strangers=(6, 7, 1000, -1))
         given.w[given.ids == 7] = 0.0
         assert_equal(run(module, "moe_fn", given), theirs(module, given), module)
-        assert set(module.__dict__) == before, "something is kept on the module"
+        assert set(module.__dict__) == before, "the module has a new attribute"
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -123,7 +123,7 @@ def test_numbers_of_a_gate_are_read_from_the_module_at_every_call() -> None:
         assert_equal(run(module, "moe_fn", given), run(module, "eager", given), module)
 
 
-# --- classes of somebody's own
+# --- classes outside transformers
 # -------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +189,7 @@ def test_a_gate_or_a_hook_of_one_module_alone_is_called() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_hangs_on_an_activation_counts(way: str) -> None:
-    """On the activation itself and on what it is made of: in the output, in every gradient."""
+    """Hooks and adapters on the activation, and on its parts, change the output and every gradient."""
     for name, path in (
         ("MixtralExperts", "act_fn"),
         ("Inkling2Experts", "act_fn"),
@@ -217,7 +217,7 @@ def test_rows_of_no_expert_never_reach_anybody() -> None:
         module_of("MuseSparkExperts"),
     ):
         given = tokens_of(module, dtype=module.down_proj.dtype, strangers=(6, 9, -1))
-        # a token of other ranks alone, and nobody knows what it holds
+        # a token of other ranks only, which may have any values
         given.x[2], given.ids[2], given.w[2] = torch.nan, 6, 0.0
         y, dx, dw, *rest = run(module, "moe_fn", given)
         assert all(t.isfinite().all() for t in (y, dx, dw, *rest))
@@ -266,7 +266,7 @@ def test_a_rank_with_nothing_to_do_runs_one_row_of_zeros() -> None:
 
 def test_autocast_and_mixed_dtypes_compute_as_theirs() -> None:
     for name in ("MixtralExperts", "GptOssExperts", "MuseSparkExperts"):
-        # their grouped_mm wants rows of 16 bytes
+        # their grouped_mm needs rows of 16 bytes
         module = module_of(name, intermediate_size=24, moe_intermediate_size=24)
         given = tokens_of(module)
         with torch.autocast("cpu", torch.bfloat16):
@@ -382,7 +382,7 @@ def test_modules_are_as_they_were() -> None:
 
 
 def of_model(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    """Logits, and the gradient of every parameter that has one."""
+    """Returns logits, and the gradient of every parameter that has one."""
     y = model(ids, use_cache=False).logits
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     direction = torch.arange(1, y.numel() + 1, dtype=torch.float64).cos().view(y.shape).to(y.dtype)

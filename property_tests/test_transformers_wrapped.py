@@ -1,5 +1,5 @@
-"""Replaced blocks in people's own models: hooks, adapters, offloading, shards, subclasses, options; imitated, and with
-the real tools.
+"""Replaced blocks in models with hooks, adapters, offloading, shards, subclasses and options: with imitations, and with
+the tools themselves where they are installed.
 """
 
 import copy
@@ -134,7 +134,7 @@ def test_a_class_of_somebodys_own_keeps_its_forward() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma4", "zaya"])
 def test_a_forward_of_ours_holds_its_own_module_alone(name: str) -> None:
-    """A copy of a part, as adapters make one, is then a copy of the part alone."""
+    """Adapters copy a part of a block; the copy must contain that part only."""
     block, _ = block_of(name)
     replace_moe_blocks(block)
     forwards = {path: module.forward for path, module in block.named_modules() if "forward" in vars(module)}
@@ -209,8 +209,8 @@ def test_dropout_that_is_on_is_refused_where_the_experts_cannot_be_called() -> N
 
 
 def offload(module: Any) -> None:
-    """As accelerate.hooks.add_hook_to_module with an AlignDevicesHook: its parameters are there while its
-    forward runs.
+    """Imitates accelerate.hooks.add_hook_to_module with an AlignDevicesHook: parameters are on the device
+    only during the forward.
     """
     kept = dict(module._parameters)
     for name, tensor in kept.items():
@@ -341,7 +341,7 @@ def test_real_quantized_modules(amp: bool) -> None:
 
 @pytest.fixture
 def one_rank_mesh() -> Any:
-    """A process group of this process alone."""
+    """A process group of one process."""
     from torch.distributed.device_mesh import init_device_mesh
 
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
@@ -382,7 +382,7 @@ def test_shards_of_a_part_of_a_block_are_gathered(first: bool, one_rank_mesh: An
 
 
 class Apart(nn.Module):
-    """A block whose experts are a module of their own, and whose forward reads them."""
+    """A block with experts in a separate module, whose parameters its forward reads."""
 
     config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=6)
 

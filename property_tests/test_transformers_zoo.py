@@ -1,5 +1,5 @@
-"""The zoo is the oracle of the integration's tests: its blocks are what they say, all of them matter, and no family is
-missing.
+"""Tests of the zoo, the oracle of the integration's tests: blocks are as their rows say, every tensor changes the
+output, and no family is missing.
 """
 
 import ast
@@ -21,7 +21,7 @@ from shared_tests.zoo import ROWS, TOKEN_CHOICE, BlockResult, BlockRow, make_blo
 from shared_tests.zoo.params import each_row  # noqa: E402
 
 ALL, CHOOSING = each_row(ROWS), each_row(TOKEN_CHOICE)
-# Words that a config's class reads beside its fields: older names, and an option that only `getattr` knows
+# Keys that a config class reads in addition to its fields: older names, and an option that is read with `getattr`
 EXTRA_WORDS = {
     ("longcat_flash", "router_bias"),
     ("dots3_note", "pyramid_num_routed"),
@@ -38,8 +38,8 @@ def ran(row: BlockRow, seed: int = 0) -> tuple[Any, torch.Tensor, BlockResult]:
 
 
 def parts_of(row: BlockRow, block: Any) -> dict[str, torch.Tensor]:
-    """The block's tensors that its Mixture-of-Experts output may depend on: of a gemma4 layer, not the attention nor
-    the dense MLP.
+    """Returns tensors of the block that its Mixture-of-Experts output may depend on: in a gemma4 layer,
+    without attention and the dense MLP.
     """
     tensors = dict(itertools.chain(block.named_parameters(), block.named_buffers()))
     if row.takes == "gemma_layer":
@@ -56,7 +56,7 @@ def test_a_row_builds_and_runs(row: BlockRow) -> None:
     block, x, result = ran(row)
     assert not block.training
     assert {name for name, _ in block.named_buffers()} <= set(block.state_dict()), (
-        "a buffer that is not saved is not random either"
+        "a buffer that is not saved must not be random"
     )
     assert all(tensor.dtype == torch.float32 for tensor in block.state_dict().values() if tensor.is_floating_point())
     assert result.y.shape == x.shape and result.y.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_a_router_gives_ids_and_weights(row: BlockRow) -> None:
     )
     for ids in result.expert_ids:
         assert ids.unique().numel() == ids.numel(), "a token chose an expert twice"
-    assert result.expert_ids.unique().numel() >= 4, "too few experts are used for a test to mean much"
+    assert result.expert_ids.unique().numel() >= 4, "too few experts are used"
 
 
 @ALL
@@ -91,7 +91,7 @@ def test_a_seed_decides_every_number(row: BlockRow) -> None:
         other = make_block(row, 1)
         assert not torch.equal(run_block(row, other, x).y, result.y)
     for (name, a), b in zip(block.state_dict().items(), other.state_dict().values(), strict=True):
-        assert not torch.equal(a, b), f"{name} is the same whatever the seed"
+        assert not torch.equal(a, b), f"{name} does not depend on the seed"
 
 
 @CHOOSING
@@ -108,12 +108,12 @@ def test_every_tensor_of_a_block_matters(row: BlockRow) -> None:
                 if not tensor.is_floating_point()
                 else before + 0.5 * torch.randn(before.shape).to(before)
             )
-            assert not torch.equal(run_block(row, block, x).y, result.y), f"{name} does not matter"
+            assert not torch.equal(run_block(row, block, x).y, result.y), f"{name} does not change the output"
             tensor.copy_(before)
 
 
 def experts_of(row: BlockRow, block: Any) -> dict[str, torch.Tensor]:
-    """Views [experts, ...] of the tensors that hold one slice an expert."""
+    """Returns views [experts, ...] of the tensors with one slice for each expert."""
     found = {}
     for name, tensor in block.named_parameters():
         if row.routing == "jetmoe" and re.match(r"(in|out)put_linear\.", name):
@@ -138,7 +138,7 @@ def test_an_expert_matters_to_the_tokens_that_chose_it_and_to_no_other(row: Bloc
             if row.routing == "two_banks":
                 chose &= result.modality.flatten() == banks[name.partition(".")[0]]
             if name.startswith(row.idle or " ") or (row.family == "longcat_flash" and expert >= 8):
-                # zero experts have gate and up weights in the checkpoint, and never use them
+                # zero experts have gate and up weights in the checkpoint, but do not use them
                 chose = torch.zeros_like(chose)
             before = tensor[expert].clone()
             with torch.no_grad():
@@ -158,7 +158,9 @@ PAIRS = [
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name}-{pair[1].variant}")
 def test_the_options_of_a_variant_show_in_its_output(pair: tuple[BlockRow, BlockRow]) -> None:
-    """Equal tensors, other options: other numbers, unless a row says that they are the same."""
+    """Rows with equal tensors and different options have different outputs, unless a row says that they are
+    the same.
+    """
     one, other = (ran(row)[2].y for row in pair)
     distance = (one - other).norm() / one.norm()
     if pair[0].same_numbers_as == pair[1].variant or pair[1].same_numbers_as == pair[0].variant:
@@ -169,7 +171,7 @@ def test_the_options_of_a_variant_show_in_its_output(pair: tuple[BlockRow, Block
 
 @ALL
 def test_a_row_speaks_its_configs_words(row: BlockRow) -> None:
-    """A word that the config does not know would be kept and never read."""
+    """A config class would store an unknown key and never read it."""
     config = type(make_config(row))
     words = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
     unknown = {
@@ -180,7 +182,7 @@ def test_a_row_speaks_its_configs_words(row: BlockRow) -> None:
 
 @functools.cache
 def classes_in_sources() -> dict[tuple[str, str], bool]:
-    """(family, class) of every class of a modeling file that is an MoE class by its name or decorator; True where
+    """Returns (family, class) of every class in modeling files that is an MoE class by its name or decorator; True if
     decorated.
     """
     found = {}
@@ -203,7 +205,7 @@ def test_every_family_of_transformers_is_met() -> None:
     sources = classes_in_sources()
     met = {(row.family, type(module).__name__) for row in ROWS for module in ran(row)[0].modules()}
     missing = set(sources) - met
-    assert not missing, f"no row meets {sorted(missing)}"
+    assert not missing, f"no row has {sorted(missing)}"
     if transformers.__version__.startswith("5.23."):
         assert sum(sources.values()) == 65 and len({family for family, _ in sources}) == 73
     assert {row.family for row in ROWS} == {family for family, _ in sources}
@@ -232,8 +234,8 @@ class _NoAttention(torch.nn.Module):
 
 @GEMMAS
 def test_the_branch_of_a_gemma_layer_is_what_its_forward_computes(row: BlockRow) -> None:
-    """The layer's own forward, attention aside: what its router read is x, what the norm behind the experts
-    read is y.
+    """In the layer's forward without attention, x is the input of the router, and y the input of the norm after the
+    experts.
     """
     layer = make_block(row, 0)
     layer.self_attn = _NoAttention()
@@ -274,7 +276,7 @@ def test_models_speak_their_configs_words_and_hold_experts() -> None:
     for name, row in MODELS.items():
         model = make_model(name, 0)
         words = {field.name for field in dataclasses.fields(model.config)} | set(model.config.attribute_map)
-        assert set(row.arguments) <= words, f"{name} does not know {set(row.arguments) - words}"
+        assert set(row.arguments) <= words, f"{name} has no keys {set(row.arguments) - words}"
         modules = {type(module).__name__ for module in model.modules()}
         assert any(row.block in modules for row in TOKEN_CHOICE if row.family == name), (
             f"{name} has no Mixture of Experts"

@@ -1,4 +1,4 @@
-"""The backward kernels, interpreted on the CPU: against autograd through the same layer in float64."""
+"""The Triton backward kernels, interpreted on the CPU, compared with autograd through the same layer in float64."""
 
 from typing import Any
 
@@ -120,7 +120,7 @@ def test_segment_sums_add_up_the_rows_of_each_group(
 
 
 def test_gradients_are_the_same_bits_on_every_call() -> None:
-    """No atomics: partial sums meet in one order."""
+    """There are no atomics: partial sums are added in one order."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(100, 40, generator=generator)
     starts, ends = torch.tensor([0, 30], dtype=torch.int32), torch.tensor([30, 100], dtype=torch.int32)
@@ -130,7 +130,7 @@ def test_gradients_are_the_same_bits_on_every_call() -> None:
 
 
 def test_weights_of_slots_without_an_expert_have_no_gradient() -> None:
-    """And the row before the first one, where -1 would lead, is not read."""
+    """The row before the first one, at index -1, is not read."""
     before_and_partials = torch.tensor([[torch.nan] * 3, [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     row_of_slot, out = torch.tensor([-1, 1, 0, -1], dtype=torch.int32), torch.full((4,), torch.nan)
     _sum_partials_kernel[(1,)](before_and_partials[1:], row_of_slot, out, 4, 3, BLOCK=16, WIDTH=4)

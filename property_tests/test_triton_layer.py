@@ -1,6 +1,4 @@
-"""The whole layer on the Triton back-end, under Triton's interpreter where there is no GPU: the laws of the layer, on
-its kernels.
-"""
+"""Laws of the whole layer on the Triton back-end, in Triton's interpreter if there is no GPU."""
 
 import dataclasses
 import importlib.util
@@ -25,7 +23,7 @@ if importlib.util.find_spec("triton") is None:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = settings(max_examples=10)
 FLOATS = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 as integers
-# for real where there is a GPU, and `make test-gpu` takes them along
+# on a GPU if there is one; `make test-gpu` runs them too
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
@@ -58,7 +56,7 @@ def test_gradients_equal_the_reference(problem: MoEProblem, recompute: bool) -> 
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     actual = gradients(problem, moe_fn.moe_forward, direction)
     for a, e in zip(actual, gradients(problem, moe_fn.reference.moe_forward, direction), strict=True):
-        finite = torch.isfinite(e)  # the derivative of a NaN logit is nobody's
+        finite = torch.isfinite(e)  # the derivative of a NaN logit is undefined
         assert_matches(a[finite], e[finite].to(a.dtype), tolerance=1e-5, scale=0.1)
 
 
@@ -78,7 +76,7 @@ def plain_problem(
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 40])
-@pytest.mark.parametrize("num_experts", [1, 5, 64])  # 64: one token takes the path without sorting
+@pytest.mark.parametrize("num_experts", [1, 5, 64])  # with 64 experts one token runs without sorting
 def test_kernels_equal_the_stages(tokens: int, num_experts: int) -> None:
     config, weights, x, logits = plain_problem(tokens, num_experts=num_experts, top_k=min(2, num_experts))
     routing = moe_fn.route(config, weights, logits)
@@ -166,10 +164,10 @@ def test_the_same_inputs_give_the_same_bits() -> None:
 
 
 def _dot_in_order(builder: Any, a: Any, b: Any, total: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """a @ b + total, each row of a alike: numpy's BLAS, which the interpreter takes, adds up the rows of a tile in
-    several orders.
+    """Returns a @ b + total with one order of sums for all rows of a: numpy's BLAS, which the interpreter
+    calls, sums the rows of a tile in several orders.
 
-    As numpy does, it adds up a tile before it adds the total, so that the sizes of tiles are seen in the bits.
+    Like numpy, it sums a tile before it adds the total, so that bits depend on the sizes of tiles.
     """
     product = sum(np.outer(column, row) for column, row in zip(a.data.T, b.data, strict=True))
     return type(total)(product + total.data, total.dtype.scalar)
@@ -186,7 +184,7 @@ def _dot_in_order(builder: Any, a: Any, b: Any, total: Any, input_precision: Any
 def test_batch_invariant_tokens_have_the_same_bits_in_any_batch(
     in_out: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a token alone, which would be decoded, to a batch that would get larger tiles."""
+    """Batches are from one token, which would use the small-batch kernels, to sizes that would get larger tiles."""
     if DEVICE == "cpu":
         from triton.runtime import interpreter
 
@@ -196,7 +194,7 @@ def test_batch_invariant_tokens_have_the_same_bits_in_any_batch(
 
     def run(index: torch.Tensor) -> tuple[torch.Tensor, ...]:
         one = x[index].clone().requires_grad_()
-        # without gradients few rows are decoded
+        # without gradients few rows use the small-batch kernels
         alone = moe_fn.moe_forward(config, weights, one.detach(), logits[index])
         y = moe_fn.moe_forward(config, weights, one, logits[index])
         return alone, y.detach(), torch.autograd.grad(y.square().sum(), one)[0]

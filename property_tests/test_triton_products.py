@@ -1,5 +1,5 @@
-"""The up-projection, grouped products, and the activations inside the kernels, interpreted on the CPU, against float64
-in plain torch.
+"""The Triton kernels of the up-projection, grouped products and activations, interpreted on the CPU, compared with
+float64 in plain torch.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def _tanh_kernel(x, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_activations_and_their_derivatives_are_those_of_torch(activation: ActivationConfig) -> None:
-    """At 512 places: random ones, and every pair of where a clamp or a kink is."""
+    """At 512 points: random ones, and every pair of points at a clamp or a kink."""
     generator = torch.Generator().manual_seed(0)
     special = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 7.0, -7.0, 30.0, -30.0, 90.0, -90.0])
     gate, up = (
@@ -64,7 +64,7 @@ def test_activations_and_their_derivatives_are_those_of_torch(activation: Activa
     assert h.grad is not None
     assert_matches(value, expected.detach(), tolerance=1e-6)
     assert_matches(torch.cat([d_gate, d_up]) if activation.gated else d_gate, h.grad, tolerance=1e-6)
-    near_zero = gate.abs() < 1  # large terms must not hide the small ones
+    near_zero = gate.abs() < 1  # large terms must not hide small ones
     assert_matches(value[near_zero], expected.detach()[near_zero], tolerance=1e-6)
 
 
@@ -145,7 +145,9 @@ def test_grouped_products_multiply_each_row_by_its_group(
 
 
 def test_groups_may_lie_anywhere() -> None:
-    """Given by ends and a map alone: gaps between the groups are left alone, in float64-exact whole numbers."""
+    """Groups are given by ends and a tile map: rows in gaps between groups are not written. Sums of integers
+    are exact.
+    """
     rows, weight = torch.arange(40.0).reshape(10, 4), torch.ones(2, 4, 3)
     tile_map = TileMap(torch.tensor([0, 1, -1], dtype=torch.int32), torch.tensor([1, 6, -1], dtype=torch.int32), 16)
     out = grouped_product(
@@ -156,7 +158,7 @@ def test_groups_may_lie_anywhere() -> None:
 
 
 def test_a_wide_tile_is_stored_in_pieces() -> None:
-    """256 columns: two pieces, each with its own gates and ups."""
+    """256 columns are stored in two pieces, each with its own gates and ups."""
     generator = torch.Generator().manual_seed(0)
     order = torch.arange(20, dtype=torch.int32)
     slots = SortedSlots(order, order, torch.tensor([0, 20], dtype=torch.int32), 1)

@@ -1,4 +1,6 @@
-"""The kernels with weights in codes, interpreted on the CPU, against float64 of what the codes stand for."""
+"""The Triton kernels with quantized weights, interpreted on the CPU, compared with float64 of the dequantized
+weights.
+"""
 
 import dataclasses
 from typing import Any
@@ -37,7 +39,9 @@ from moe_fn.quant.numbers import decode_e2m1, decode_e8m0
 from moe_fn.stages._activation import activate
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # in rows of no expert, which hold anything
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered"
+)  # in rows of no expert, which may have any values
 FEW, FEWER = settings(max_examples=20), settings(max_examples=8)
 FP8, GROUP = "fp8_e4m3", ActivationQuantConfig(scheme="fp8_e4m3", granularity="group", group_size=32)
 TOKEN = ActivationQuantConfig(scheme=FP8, granularity="token")
@@ -70,8 +74,8 @@ SIZES = st.sampled_from([8, 24, 32, 40, 70])
 
 @pytest.fixture(autouse=True, scope="module")
 def casts_to_fp8_that_round() -> Any:
-    """The interpreter halves values whose rounding carries into the exponent (1.94 becomes 1.0): torch casts in its
-    place.
+    """Replaces casts of the interpreter by torch's: it halves values whose rounding carries into the exponent (1.94
+    becomes 1.0).
     """
     original = interpreter.InterpreterBuilder.create_fp_to_fp
 
@@ -116,13 +120,13 @@ def test_every_code_is_its_value() -> None:
 
 
 def matrix(quant: QuantConfig, weight: torch.Tensor, halves: int) -> tuple[QuantMatrix, torch.Tensor, Codes]:
-    """As the kernels take it, and in float64."""
+    """Returns a matrix as the kernels take it, and in float64."""
     stored = encoded(quant, weight, halves)
     return matrix_of(quant, stored, halves), decoded(quant, stored, halves, torch.float64), stored
 
 
 def routing(tokens: int) -> Rows:
-    """Three experts, of which one has no token, and a slot of no expert."""
+    """Returns a routing with three experts, one of them without tokens, and a slot of no expert."""
     ids = torch.tensor([0, 2]).repeat(tokens, 1)
     ids[0, 0] = -1
     flat = torch.where(ids >= 0, ids, 3).flatten()
@@ -135,7 +139,7 @@ def routing(tokens: int) -> Rows:
 @given(
     routings(), SIZES, SIZES, st.sampled_from(ACTIVATIONS), st.sampled_from(WEIGHT_ONLY), DTYPES, *[st.booleans()] * 3
 )
-@example(routing(6), 40, 24, ACTIVATIONS[0], NVFP4, torch.float32, False, True, True)  # a global scale each
+@example(routing(6), 40, 24, ACTIVATIONS[0], NVFP4, torch.float32, False, True, True)  # a global scale for each
 @FEW
 def test_weights_alone_in_codes(
     r: Rows, hidden: int, inner: int, activation: ActivationConfig, quant: QuantConfig, dtype: Any, interleaved: bool,
@@ -171,7 +175,7 @@ def test_weights_alone_in_codes(
 def in_codes(
     a: ActivationQuantConfig, r: Rows, rows: torch.Tensor, static: torch.Tensor | None
 ) -> tuple[Left, torch.Tensor]:
-    """Rows as torch quantizes them: for the kernels, and in float64."""
+    """Returns rows quantized by torch, for the kernels and in float64."""
     per_row = (
         None if static is None else static[r.expert_of_row.clamp(0, r.num_experts - 1)][: rows.shape[0]].unsqueeze(1)
     )
@@ -194,7 +198,7 @@ each_of_both = pytest.mark.parametrize(
 @pytest.mark.parametrize("tile", [Tile(16, 32, 32, 1, 1), Tile(64, 16, 32, 1, 1)], ids=["swapped", "not swapped"])
 @each_of_both
 def test_codes_times_codes_are_exact(quant: QuantConfig, tile: Tile) -> None:
-    """Only float32 sums of exact products differ; 70 inputs leave a group that is not whole."""
+    """Products are exact, so only float32 sums differ; with 70 inputs the last group is not whole."""
     r, a = routing(9), quant.activations
     assert a is not None
     stored, wide, _ = matrix(quant, r.tensors(torch.float32)(r.num_experts, 40, 70), 1)
@@ -209,9 +213,9 @@ def test_codes_times_codes_are_exact(quant: QuantConfig, tile: Tile) -> None:
     ("activation", "keep"), [("silu", False), ("swigluoai", False), ("relu2_no_mul", False), ("silu", True)]
 )
 def test_the_layer_quantizes_both_inputs(quant: QuantConfig, activation: str, keep: bool) -> None:
-    """As torch does, step by step: its codes, products in float64, rows rounded to float16 between.
+    """Compared with torch step by step: its codes, products in float64, and rows rounded to float16 in between.
 
-    Tiles hold one group, or none.
+    Tiles have one group, or none.
     """
     r, a, config = routing(9), quant.activations, PRESETS[activation]
     assert a is not None
@@ -232,20 +236,20 @@ def test_the_layer_quantizes_both_inputs(quant: QuantConfig, activation: str, ke
     expected = torch.zeros(x.shape, dtype=torch.float64).index_add_(0, slots // 2, rows)
     assert_matches(y, expected, scale=float(expected.abs().mean()), tolerance=0.02 if a.scheme == "int8" else 0.05)
     close = (y.double() - expected).abs() <= 4e-3 * expected.abs().mean()
-    assert close.double().mean() > 0.9, "not a code that fell to the other side here and there, but many"
+    assert close.double().mean() > 0.9, "many values have another code, not only those at ties"
     assert not keep or (pre[: r.live].double() - hidden).abs().max() < 1e-2
 
 
 def rows_with_corners(columns: int) -> torch.Tensor:
     rows = torch.randn(12, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 5, 12).unsqueeze(1)
     rows[0] = 0
-    # a scale of 1, and of the next number
+    # a scale of 1, and of the next float
     rows[1, 0], rows[3] = 448.0, torch.nextafter(torch.tensor(448.0), torch.tensor(500.0))
     rows[2] = torch.arange(columns) % 17 - 8
     return rows
 
 
-@pytest.mark.parametrize("columns", [1, 32, 70, 1100])  # the last: more than a program takes at a time
+@pytest.mark.parametrize("columns", [1, 32, 70, 1100])  # the last is more than a program loads at once
 @pytest.mark.parametrize(
     "a",
     [
@@ -278,9 +282,9 @@ def test_rows_are_quantized_by_the_scales_of_their_experts(sorted_rows: bool) ->
 
 @pytest.mark.parametrize("quant", WEIGHT_ONLY, ids=lambda quant: f"{quant.scheme} {quant.granularity}")
 def test_the_stages_decode_in_the_product(quant: QuantConfig) -> None:
-    """The op of the stages, which a LoRA takes for one: a weight is never decoded as a whole. Rows of no expert are 0.
+    """The op of the stages, which layers with LoRA use, never decodes a whole weight. Rows of no expert are 0.
 
-    70 inputs: of every granularity but the whole, a second scale and a second zero point.
+    With 70 inputs every granularity except the whole tensor has a second scale and a second zero point.
     """
     r = routing(5)
     weight = r.tensors(torch.float32)(3, 24, 70)
@@ -311,7 +315,7 @@ def on_triton(quant: QuantConfig) -> st.SearchStrategy[MoEProblem]:
 def test_layers_equal_the_reference(example: MoEProblem) -> None:
     quant = example.config.quant
     assert quant is not None
-    tolerance = None if quant.activations is None else 3e-2  # a number on the other side of a tie is a step away
+    tolerance = None if quant.activations is None else 3e-2  # a value on the other side of a tie is one step off
     assert_matches(
         example.call(moe_fn.moe_forward), example.call(moe_fn.reference.moe_forward), scale=0.1, tolerance=tolerance
     )
@@ -350,7 +354,7 @@ def test_every_row_of_the_tables_gives_tiles_for_every_size() -> None:
         (BOTH[-1], "sm_80", None),
         (QuantConfig(scheme="int4", granularity="group", group_size=12), "sm_90", "powers of two"),
         (QuantConfig(scheme="int4", granularity="group", group_size=8), "sm_90", "powers of two from 16 on"),
-        (QuantConfig(scheme="int4", granularity="group", group_size=100), "sm_90", None),  # no matrix has more inputs
+        (QuantConfig(scheme="int4", granularity="group", group_size=100), "sm_90", None),  # one group a matrix
         (QuantConfig(scheme="int4", granularity="channel", activations=INT8_TOKEN), "sm_90",
         "int8 activations with int4"),
         (QuantConfig(scheme="int8", granularity="channel", zero_points=True, activations=INT8_TOKEN), "sm_90",

@@ -1,6 +1,4 @@
-"""The kernels around the grouped products, under Triton's interpreter: sorting slots, summing a token's rows, and few
-slots at once.
-"""
+"""The Triton kernels that sort slots, sum the rows of a token and compute small batches, in Triton's interpreter."""
 
 import pytest
 import torch
@@ -26,13 +24,13 @@ from moe_fn.testing import assert_matches
 from moe_fn.testing.limits import TookTooLong, at_most_cpu_seconds
 
 SEEDS = st.integers(0, 2**20)
-DTYPES = st.sampled_from([torch.float32, torch.float16])  # the interpreter cuts bfloat16 off where a GPU rounds
+DTYPES = st.sampled_from([torch.float32, torch.float16])  # the interpreter truncates bfloat16 where a GPU rounds
 SITU = ActivationConfig(function="situ", gate_cap=2.0, up_cap=1.5)
 
 
 @st.composite
 def expert_ids(draw: DrawFn, most_tokens: int = 12, most_experts: int = 70) -> tuple[Tensor, int]:
-    """Ids [T, k] of which some are no expert's, or all one expert's, and the number of experts."""
+    """Draws ids [T, k], some of no expert, or all of one expert, and the number of experts."""
     num_experts, top_k = draw(st.integers(1, most_experts)), draw(st.integers(1, 8))
     ids = st.one_of(st.integers(0, num_experts - 1), st.sampled_from([-1, num_experts, num_experts + 5, 0]))
     one = draw(st.one_of(st.none(), ids))
@@ -44,7 +42,7 @@ def expert_ids(draw: DrawFn, most_tokens: int = 12, most_experts: int = 70) -> t
 def sorted_in_torch(
     ids: Tensor, num_experts: int, tile_rows: tuple[int, ...]
 ) -> tuple[SortedSlots, tuple[TileMap, ...]]:
-    """What sort_slots must give."""
+    """Returns the expected result of sort_slots."""
     flat = ids.flatten().to(torch.int64)
     key = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     slot_of_row = key.sort(stable=True).indices
@@ -92,7 +90,7 @@ def test_many_experts_and_slots(num_tokens: int) -> None:
 
 
 def test_the_scan_goes_on_from_chunk_to_chunk() -> None:
-    """More blocks than one step of the scan takes."""
+    """There are more blocks than one step of the scan reads."""
     ids = torch.randint(0, 3, (metadata.SCAN_BLOCKS * 2 + 40,), generator=torch.Generator().manual_seed(0)).unsqueeze(1)
     assert_same_order(metadata.in_three_kernels(ids, 3, (16,), block=2), sorted_in_torch(ids, 3, (16,)))
 
@@ -139,7 +137,7 @@ def check_gather_sum(ids: Tensor, num_experts: int, hidden: int, dtype: torch.dt
         rows.double()[row.clamp(min=0)]
         * torch.where(row >= 0, weights if weighted else 1.0, 0.0).double().unsqueeze(-1)
     ).sum(1)
-    rows[int(slots.starts[-1]) :] = torch.nan  # nobody's rows and weights are not read
+    rows[int(slots.starts[-1]) :] = torch.nan  # rows and weights of no expert are not read
     weights = torch.where(row < 0, torch.nan, weights)
     actual = gather_sum(rows, slots.row_of_slot, weights if weighted else None, ids.shape[1], dtype)
     assert_matches(actual, expected.to(dtype), name="gather_sum")
@@ -154,8 +152,8 @@ def decode_problem(
     bias: bool,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Weights [E, inner, columns] by strides and their bias, NaN for experts that no slot has; both in float64 for each
-    slot's expert.
+    """Returns strided weights [E, inner, columns] and their bias, NaN for experts without slots, and both in
+    float64 for the expert of each slot.
     """
     ids, num_experts = case
     flat = ids.flatten().to(torch.int64)

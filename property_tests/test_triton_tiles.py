@@ -1,5 +1,5 @@
-"""The tile heuristics: legal, within the device, pure; and every tile they give is one that is compiled
-ahead of time.
+"""The tile heuristics: tiles are legal, fit the device, depend only on the arguments, and are compiled ahead
+of time.
 """
 
 import dataclasses
@@ -95,8 +95,8 @@ def test_more_rows_an_expert_never_make_fewer_rows_a_tile(rows: int, experts: in
 
 
 def test_the_tables_are_whole_and_in_order() -> None:
-    """Each architecture has its rows for both sizes of elements, by rising rows per expert, and the last row is for all
-    that is left.
+    """Each architecture has rows for both sizes of elements, sorted by rows per expert, and the last row has
+    no limit.
     """
     for kind in TABLES:
         for arch in ARCHITECTURES:
@@ -106,7 +106,7 @@ def test_the_tables_are_whole_and_in_order() -> None:
 
 
 def test_a_step_divides_the_sum_where_half_of_it_does() -> None:
-    """gpt-oss: 2880 is 45 x 64, and a step of 128 would mask every load."""
+    """gpt-oss has 2880 = 45 x 64, and a step of 128 would mask every load."""
     assert product_tile(512, 128, 2880, 2880, 2, "sm_90").inner == 64
     assert product_tile(512, 128, 2048, 2880, 2, "sm_90").inner == 128
 
@@ -212,7 +212,7 @@ def test_the_sweep_refuses_a_machine_without_a_gpu(capsys: pytest.CaptureFixture
 
 
 def test_the_sweep_runs_every_kernel_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it times is what it says: here on a CPU, where the numbers mean nothing."""
+    """The sweep times the kernels that it names; on a CPU the times have no meaning."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("start pytest with TRITON_INTERPRET=1")

@@ -1,4 +1,4 @@
-"""The router kernel under Triton's interpreter against moe_fn.route, over every config that it covers."""
+"""The router kernel in Triton's interpreter, compared with moe_fn.route, for every config that it supports."""
 
 import dataclasses
 import itertools
@@ -48,8 +48,8 @@ def config_of(choices: int, top_k: int, router: RouterConfig, zero_experts: int 
 
 @st.composite
 def router_configs(draw: DrawFn, most_choices: int = 70) -> MoEConfig:
-    """Configs that the kernel covers; some of scale_on="output" have zero experts in the choices only where
-    they may.
+    """Draws configs that the kernel supports; with scale_on="output" zero experts are among the choices only
+    where that is valid.
     """
     order = draw(st.sampled_from(["before_top_k", "after_top_k"]))
     bias = draw(st.sampled_from(["none", "scores", "logits"]))
@@ -77,8 +77,8 @@ def router_configs(draw: DrawFn, most_choices: int = 70) -> MoEConfig:
 
 
 def problem_of(config: MoEConfig, num_tokens: int, seed: int, wild: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Logits and correction bias on a grid of quarters, so that what is not equal is well apart, and ties
-    are plenty.
+    """Draws logits and correction bias on a grid of quarters, so that unequal values are far apart and ties
+    are frequent.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (num_tokens, config.num_choices)
@@ -95,21 +95,21 @@ def problem_of(config: MoEConfig, num_tokens: int, seed: int, wild: bool = False
 
 
 def both(config: MoEConfig, logits: Tensor, bias: Tensor | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(ids, weights) of the kernel and of route."""
+    """Returns (ids, weights) of the kernel and of route."""
     router = None if bias is None else RouterWeights(correction_bias=bias)
     size = config.num_experts
     expected = route(
         config, MoEWeights(gate_up=torch.zeros(size, 2, 1), down=torch.zeros(size, 1, 1), router=router), logits
     )
     with warnings.catch_warnings():
-        # numpy's, of NaN and infinities, which a GPU makes without a word
+        # numpy's warnings for NaN and infinities
         warnings.simplefilter("ignore", RuntimeWarning)
         actual = route_top_k(config, logits, bias)
     return actual, (expected.expert_ids, expected.weights)
 
 
 def values_for_choice(config: MoEConfig, logits: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-    """What was compared to choose the ids, groups aside: route's weights of all choices one by one, plus the bias."""
+    """Returns the values that choose the ids, without groups: route's weights of each single choice, plus the bias."""
     plain = dataclasses.replace(
         config.router, groups=None, correction_bias="none", renormalize=False, scale_on="weights"
     )
@@ -128,8 +128,8 @@ def values_for_choice(config: MoEConfig, logits: Tensor, bias: Tensor | None, id
 
 
 def assert_same_routing(config: MoEConfig, logits: Tensor, bias: Tensor | None) -> None:
-    """Ids are equal, or differ where scores do by less than 1e-6: exp is not the same to the last bit in numpy, torch
-    and a GPU.
+    """Checks that ids are equal, or differ where scores differ by less than 1e-6: the last bit of exp differs between
+    numpy, torch and a GPU.
     """
     assert router_problem(config.json, logits.dtype) is None
     (ids, weights), (expected_ids, expected_weights) = both(config, logits, bias)
@@ -154,7 +154,7 @@ def test_routing_equals_route(config: MoEConfig, num_tokens: int, seed: int) -> 
 @given(router_configs(24), st.integers(1, 9), SEEDS)
 @settings(max_examples=30)
 def test_what_is_no_number_counts_as_in_route(config: MoEConfig, num_tokens: int, seed: int) -> None:
-    # which passes 1e30 on, and a norm of such numbers overflows in some order of the sum
+    # 1e30 passes unchanged, and a norm of such values overflows for some orders of the sum
     if config.router.scoring == "identity":
         config = dataclasses.replace(config, router=dataclasses.replace(config.router, scoring="softmax"))
     logits, bias = problem_of(config, num_tokens, seed, wild=True)
@@ -217,7 +217,7 @@ def test_what_is_not_covered_is_said() -> None:
 
 
 def test_every_option_has_its_case() -> None:
-    """The plain products of options, small, so that none is left to a draw."""
+    """All combinations of options at small sizes, so that none depends on a draw."""
     scorings, orders = ("softmax", "sigmoid", "sqrtsoftplus", "identity"), ("before_top_k", "after_top_k")
     for place, (scoring, order, bias) in enumerate(itertools.product(scorings, orders, ("none", "scores", "logits"))):
         router = RouterConfig(

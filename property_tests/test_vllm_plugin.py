@@ -1,4 +1,4 @@
-"""moe_fn.integrations.vllm against the interface of vLLM 0.32.0: stated, and real where vLLM is installed."""
+"""moe_fn.integrations.vllm with the interface of vLLM 0.32.0: a copy of it, and vLLM itself where it is installed."""
 
 import dataclasses
 import importlib.metadata
@@ -43,7 +43,7 @@ def problem(
     seed: int = 0,
     hidden: int = 10,
 ) -> dict[str, Any]:
-    """Arguments of a kernel: `here` experts, ids among as many."""
+    """Returns arguments of a kernel with `here` experts, and ids among them."""
     torch.manual_seed(seed)
     intermediate = 2 * hidden
     rows = intermediate * (2 if activation.is_gated else 1)
@@ -60,7 +60,7 @@ def problem(
 
 
 def made(p: dict[str, Any], **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The experts of a problem, and its arguments."""
+    """Returns the experts object of a problem, and its arguments."""
     arguments = {name: value for name, value in p.items() if name != "biases"}
     cls, sizes = plug.experts_class(stated.HOST), (p["w1"].shape[0], p["topk_ids"].shape[1], *p["w2"].shape[1:])
     return cls(stated.moe_config(p["activation"], sizes, **options), stated.quant_config(*p["biases"])), arguments
@@ -214,7 +214,7 @@ def test_errors_say_where_what_came_and_what_was_expected() -> None:
 
 
 def fake_vllm(monkeypatch: pytest.MonkeyPatch, plugins: list[str] | None, version: str) -> None:
-    """Just enough of a `vllm` package for register() to look at."""
+    """Installs a minimal `vllm` package that register() can inspect."""
     package = types.ModuleType("vllm")
     package.envs, package.__version__ = SimpleNamespace(VLLM_PLUGINS=plugins), version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", package)
@@ -237,7 +237,7 @@ def test_a_version_that_was_not_read_keeps_its_own_experts(version: str, monkeyp
 
 @pytest.mark.parametrize("plugins", [None, [], ["another"]])
 def test_being_installed_is_no_wish(plugins: Any, monkeypatch: Any, capture: list[str]) -> None:
-    fake_vllm(monkeypatch, plugins, "0.32.0")  # has nothing that could be replaced: asking for it would warn
+    fake_vllm(monkeypatch, plugins, "0.32.0")  # there is nothing to replace, and a request would warn
     plug.register()
     assert capture == []
 
@@ -252,7 +252,7 @@ def test_without_vllm_register_says_so(monkeypatch: Any, capture: list[str]) -> 
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Warnings of the plug-in."""
+    """Captures warnings of the plug-in."""
     lines: list[str] = []
     monkeypatch.setattr(plugin._logger, "warning", lambda message, *args: lines.append(message % args))
     return lines
@@ -277,7 +277,7 @@ def test_the_statement_has_the_signatures_of_the_real_classes() -> None:
 
 
 def real_kernel(p: dict[str, Any], cls: Any, **options: Any) -> tuple[Any, Any]:
-    """vLLM's FusedMoEKernel around an experts class."""
+    """Returns vLLM's FusedMoEKernel with an experts class."""
     from vllm.model_executor.layers.fused_moe import config as c
     from vllm.model_executor.layers.fused_moe import modular_kernel
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation as RealActivation
@@ -312,7 +312,7 @@ def run_real(kernel: Any, moe: Any, p: dict[str, Any], w1: Tensor, w2: Tensor) -
     return y
 
 
-REAL = [a for a in KNOWN if a.is_gated]  # vLLM's config has the others on GPUs only
+REAL = [a for a in KNOWN if a.is_gated]  # vLLM's config has the other ones on GPUs only
 
 
 @with_vllm

@@ -1,5 +1,5 @@
-"""The table of weights against numbers written out by hand: random weights take their sizes from it, and cannot say
-whether it is right.
+"""The table of weights, compared with sizes written out by hand: random weights have the sizes of the table, and cannot
+show that it is wrong.
 """
 
 import dataclasses
@@ -141,8 +141,8 @@ def test_matrices_are_in_the_dtype_of_x_and_maps_are_integers() -> None:
 
 
 def test_slices_cut_these_dims() -> None:
-    """(dim, parts that are cut apart) of slices of the experts' intermediates; a scale of a whole matrix is every
-    slice's.
+    """(dim, number of parts that are cut separately) of slices of the experts' intermediates. All slices
+    share the scale of a whole matrix.
     """
     cuts = {"gate_up": (1, 2), "down": (2, 1), "gate_up_bias": (1, 2), "lora.gate_up_b": (2, 2), "lora.down_a": (3, 1)}
     assert {
