@@ -1,5 +1,5 @@
-"""Autograd's own transforms around an eager layer: tangents, batches of gradients, hooks, compiled autograd, and only
-what is asked for.
+"""Transforms of autograd around an eager layer: tangents, batches of gradients, hooks, compiled autograd, and
+gradients of selected inputs only.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ problems = pytest.mark.parametrize("problem", PROBLEMS)
 
 
 def by_tensors(name: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The layer as a function of its floating tensors, but for scales of codes, which have no gradients."""
+    """Returns the layer as a function of its floating tensors, without scales of codes, which have no gradients."""
     layer, args = PROBLEMS[name](dtype)
     leaves, structure = tree_flatten(args)
     fixed = {id(t) for t in tree_flatten(args[0].quant)[0]}
@@ -78,7 +78,7 @@ def by_tensors(name: str, dtype: torch.dtype) -> tuple[Callable[..., Tensor], li
 
 @problems
 def test_derivatives_of_every_mode_agree_with_finite_differences(problem: str) -> None:
-    """gradcheck: reverse and forward mode (dual tensors), and batches of both (torch's older vmap)."""
+    """gradcheck of reverse and forward mode (dual tensors), and of batches of both (torch's older vmap)."""
     function, tensors = by_tensors(problem, torch.float64)
     assert torch.autograd.gradcheck(
         function, [t.requires_grad_() for t in tensors], fast_mode=True,
@@ -88,7 +88,7 @@ def test_derivatives_of_every_mode_agree_with_finite_differences(problem: str) -
 
 @problems
 def test_dual_tensors_have_the_tangents_of_the_torch_back_end(problem: str) -> None:
-    """In float32, where the kernels of "auto" run, for each tensor alone."""
+    """In float32, where the kernels of "auto" run, for each tensor separately."""
 
     def tangents(dtype: torch.dtype) -> list[Tensor]:
         function, tensors = by_tensors(problem, dtype)
@@ -184,8 +184,8 @@ def test_hooks_may_stand_around_a_second_derivative(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "opaque", pytest.param("chunked", marks=pytest.mark.thorough)])
 def test_compiled_autograd_runs_the_backward_of_eager_layers(form: str) -> None:
-    """Two that differ in what is no tensor, too: torch knows a backward by its function, and must not run one of them
-    for the other.
+    """Two layers differ also in arguments that are not tensors: torch identifies a backward by its function,
+    and must not run the backward of the other layer.
     """
     for case in (Case("default", form), Case("gpt_oss", form)):
         args, expected = as_leaves(case.args(20)), as_leaves(case.args(20))
@@ -200,7 +200,7 @@ def test_compiled_autograd_runs_the_backward_of_eager_layers(form: str) -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The package's ops, as they run: names, and which gradients they were told to compute."""
+    """Records the package's ops that run: names, and the flags of gradients that they compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,12 +218,12 @@ class Seen(TorchDispatchMode):
         return sum(sum(needed) for _, needed in self.calls)
 
 
-# Of each tensor asked for alone: grouped products and outer products that its gradient takes.
+# Grouped products and outer products for the gradient of one tensor only.
 PRODUCTS = {"x": (2, 0), "gate_up": (1, 1), "down": (0, 1), "logits": (0, 0)}
 
 
 @pytest.mark.parametrize("form", ["plain", "chunked", "opaque", "opaque_chunked"])
-@pytest.mark.parametrize("backend", ["torch", "native"])  # the Triton op is asked by the same list as the native one
+@pytest.mark.parametrize("backend", ["torch", "native"])  # the Triton op has the same list of flags as the native one
 @pytest.mark.parametrize("wanted", PRODUCTS)
 def test_only_gradients_that_are_asked_for_are_computed(wanted: str, backend: Any, form: str) -> None:
     case = Case("default", form, backend)
@@ -247,7 +247,7 @@ def test_below_torch_func_only_gradients_that_are_asked_for_are_computed() -> No
     weights, x, logits, _ = case.args(6)
     with Seen() as seen:
         torch.func.grad(lambda down: loss_of(case.layer(replace(weights, down=down), x, logits)))(weights.down)
-    assert seen.count("grouped_matmul") == 2  # the first product again, and the gradient of what the activation gave
+    assert seen.count("grouped_matmul") == 2  # the first product again, and the gradient of the activation's output
 
 
 def test_backward_into_some_inputs_computes_theirs_alone() -> None:

@@ -1,4 +1,4 @@
-"""batch_invariant=True, compiled: one node, and the bits of eager for every number of tokens."""
+"""batch_invariant=True, compiled: one node, bitwise equal to eager for every number of tokens."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,6 +1,4 @@
-"""What one process has compiled the next one finds in torch's caches: nothing of ours keeps a model's graph out of
-them.
-"""
+"""torch's compile caches: a second process finds the graphs that the first one compiled, with any op of the package."""
 
 import json
 import os
@@ -28,7 +26,7 @@ def counts_of_a_process(folder: Path, names: tuple[str, ...]) -> dict[str, dict[
 
 
 def assert_second_process_hits(folder: Path, names: tuple[str, ...]) -> None:
-    if not traces_switching_autocast():  # torch 2.11, where autocast keeps graphs out of AOTAutograd's cache
+    if not traces_switching_autocast():  # in torch 2.11 autocast disables AOTAutograd's cache
         names = tuple(name.removeprefix("autocast ") for name in names)
     first, second = (counts_of_a_process(folder, names) for _ in range(2))
     for name in names:

@@ -24,7 +24,7 @@ from moe_fn.testing import assert_matches, weights_for
 
 
 def gradients(fn: Callable[..., Tensor], args: tuple[Any, ...]) -> Any:
-    """(value, gradients like args) with zeros where nothing flows."""
+    """Returns (value, gradients in the structure of args), with zeros for tensors without a gradient."""
     leaves = as_leaves(args)
     value = fn(*leaves)
     value.square().sum().backward()
@@ -37,7 +37,7 @@ def gradients(fn: Callable[..., Tensor], args: tuple[Any, ...]) -> Any:
 def test_checkpointing_changes_nothing_in_eager(case: Case, use_reentrant: bool) -> None:
     args = case.args(20)
     checkpointed = lambda *args: checkpoint(case.layer, *args, use_reentrant=use_reentrant)
-    if use_reentrant:  # it sees tensors that are arguments themselves, not inside a dataclass
+    if use_reentrant:  # it handles tensors that are arguments, not those inside a dataclass
         checkpointed = lambda weights, *rest: checkpoint(
             lambda *leaves: case.layer(weights_of_leaves(list(leaves[:-3])), *leaves[-3:]), *leaves_of_weights(weights),
             *rest,
@@ -55,7 +55,7 @@ def test_checkpointing_changes_nothing_compiled(case: Case) -> None:
 
 @cases(BOTH, ("plain", "chunked"), often=(("default", "plain"), ("default", "chunked")))
 def test_autocast_around_the_compiled_layer_is_that_of_eager(case: Case) -> None:
-    """Gradients too: of a product in float32 AOTAutograd traces the backward under autocast."""
+    """Gradients are equal too: AOTAutograd traces the backward of a float32 product under autocast."""
     layer = replace(case, backend="torch").layer
     args, calls = case.args(20), (layer, compiled(layer))
     in_autocast = [torch.autocast("cpu", dtype=torch.bfloat16)(call) for call in calls]
@@ -85,13 +85,13 @@ def test_autocast_is_the_same_compiled_and_keeps_the_dtype_of_x(case: Case) -> N
     actual = gradients(compiled(autocast_layer), args)
     assert expected[0].dtype == actual[0].dtype == torch.float32
     assert_matches(actual, expected, tolerance=0.0)
-    assert not torch.equal(expected[0], layer(*args))  # the experts did compute in bfloat16
+    assert not torch.equal(expected[0], layer(*args))  # the experts computed in bfloat16
     assert_matches(expected[0], layer(*args), tolerance=4e-2)
 
 
 @pytest.fixture
 def _warnings_are_errors() -> Iterator[None]:
-    torch.set_warn_always(True)  # or torch says each once in a process
+    torch.set_warn_always(True)  # otherwise torch warns once in a process
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield

@@ -1,5 +1,5 @@
-"""Wrong calls are refused with our words: ValueError in eager and plain compile; under fullgraph torch wraps what we
-say.
+"""Invalid calls raise the package's messages: ValueError in eager mode and plain compile; with fullgraph torch wraps
+them.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from moe_fn import MoEWeights
 
 @dataclass(frozen=True)
 class Wrong:
-    """How a call is spoilt, and what the error must say."""
+    """A change that makes a call invalid, and text that the error must contain."""
 
     spoil: Callable[..., tuple[Any, ...]]
     words: str
@@ -53,7 +53,7 @@ def call(form: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     return layer, Case("default").args(9)[:3]
 
 
-# Every wrong call in stages, and one in each form: the check is before the forms differ.
+# Every invalid call in stages, and one in each form: the check runs before the forms differ.
 WRONG_IN_FORMS = [
     pytest.param(name, form, marks=[pytest.mark.thorough] * (form != "plain" and name != "narrow x"))
     for form in FORMS
@@ -84,8 +84,8 @@ def test_under_fullgraph_the_error_contains_our_words(name: str, form: str) -> N
 @pytest.mark.parametrize(
     "form", ["plain", *(pytest.param(form, marks=pytest.mark.thorough) for form in FORMS if form != "plain")]
 )
-@pytest.mark.parametrize("beside", ["logits", "token_mask"])
-def test_another_number_of_tokens_is_refused_with_our_words(beside: str, form: str) -> None:
+@pytest.mark.parametrize("argument", ["logits", "token_mask"])
+def test_another_number_of_tokens_is_refused_with_our_words(argument: str, form: str) -> None:
     layer, (weights, x, logits) = call(form)
     config = Case("default", form).config
 
@@ -94,10 +94,10 @@ def test_another_number_of_tokens_is_refused_with_our_words(beside: str, form: s
 
     fn, args = (
         (layer, (weights, x, logits[1:]))
-        if beside == "logits"
+        if argument == "logits"
         else (masked, (weights, x, torch.ones(8, dtype=torch.bool)))
     )
-    with pytest.raises(ValueError, match=rf"moe_forward: {beside} is .*expected the leading dims of x, \(9, 16\)"):
+    with pytest.raises(ValueError, match=rf"moe_forward: {argument} is .*expected the leading dims of x, \(9, 16\)"):
         fn(*args)
     for fullgraph in (False, True):
         with pytest.raises(Exception, match=r"differ in their number of tokens|expected the leading dims of x"):
@@ -107,7 +107,7 @@ def test_another_number_of_tokens_is_refused_with_our_words(beside: str, form: s
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_marked_mismatch_is_an_error_never_a_result(form: str) -> None:
-    """Both counts are unbacked then: torch may say it in its own words, or while the graph runs."""
+    """Both counts are unbacked then: torch may raise its own error, or raise when the graph runs."""
     layer, (weights, x, logits) = call(form)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     moe_fn.mark_tokens(x, logits)

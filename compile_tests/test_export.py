@@ -1,4 +1,4 @@
-"""torch.export and AOTInductor: the tokens may be any number from 0, and the numbers are those of eager."""
+"""torch.export and AOTInductor: any number of tokens from 0, with the results of eager mode."""
 
 import io
 from typing import Any
@@ -19,7 +19,7 @@ RECIPES = ("default", "everything")
 
 
 class Frozen(nn.Module):
-    """Config and weights inside, as buffers: only what belongs to tokens is an argument."""
+    """Config and weights are inside, as buffers: only tensors of tokens are arguments."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def assert_same_numbers(run: Any, case: Case, tolerance: float = 0.0) -> None:
         torch.testing.assert_close(run(*args), case.layer(weights, *args), rtol=tolerance, atol=tolerance)
 
 
-# By both tracers: the stages, a scan, one op.
+# With both tracers: the stages, a scan, and one op.
 @cases(RECIPES, often=KINDS[:3])
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 def test_exported_tokens_range_from_zero_and_the_numbers_are_the_same(case: Case, strict: bool) -> None:
@@ -77,15 +77,15 @@ def test_config_and_weights_are_arguments_of_export(case: Case, strict: bool) ->
     weights, *token_args = case.args(7)
     shapes = ([], nothing_dynamic(weights), *(None if a is None else {0: TOKENS} for a in token_args))
     program = torch.export.export(Open(), (case.config, weights, *token_args), dynamic_shapes=shapes, strict=strict)
-    # Without the check of guards, whose code torch writes by replacing argument names as text: weights.gate_up is one,
-    # weights.gate_up_bias becomes "args[0]_bias", a SyntaxError (2.11 and 2.13).
+    # Without the check of guards: torch makes its code by text replacement of argument names. weights.gate_up is one,
+    # so weights.gate_up_bias becomes "args[0]_bias", a SyntaxError (2.11 and 2.13).
     run = program.module(check_guards=False)
     assert_same_numbers(lambda *args: run(case.config, weights, *args), case, 1e-6)
 
 
 def nothing_dynamic(record: Any) -> Any:
-    """dynamic_shapes of a weights record: a list with one entry per tensor that is there, a list again for nested
-    records.
+    """Returns dynamic_shapes of a weights record: a list with an entry for each tensor that is not None, and
+    a list for each nested record.
     """
     if isinstance(record, Tensor):
         return None

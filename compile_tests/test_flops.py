@@ -1,4 +1,4 @@
-"""torch.utils.flop_counter counts the products of the experts, exactly, whichever op they run in."""
+"""torch.utils.flop_counter counts the products of the experts exactly, in whichever op they run."""
 
 import subprocess
 import sys
@@ -95,8 +95,8 @@ def test_adapters_are_counted(rank: int, backend: Any) -> None:
     of_adapters = 2 * TOKENS * TOP_K * rank * (HIDDEN + 2 * INTERMEDIATE + INTERMEDIATE + HIDDEN)
     forward, y = counted(layer_of(config), replace(weights, lora=as_leaves(weights.lora)), x, logits)
     assert forward == EXPERTS + of_adapters
-    # Frozen experts have no gradients: d of what the adapters gave goes back through down, of the first one to x it
-    # does not.
+    # Frozen experts have no gradients: the gradient of the second adapter's input goes back through down, that of the
+    # first one does not go to x.
     assert counted(y.sum().backward)[0] == OF_DOWN + 2 * of_adapters - 2 * TOKENS * TOP_K * rank * HIDDEN
 
 
@@ -128,8 +128,8 @@ def test_everything_beside_the_experts_is_counted_inside_an_opaque_layer_too() -
     assert counted(plain.layer, *args)[0] == counted(opaque.layer, *args)[0] > EXPERTS * CHUNK // TOKENS
 
 
-# An application's own finder and loader. One loader serves all modules, as in frozen applications; and other finders
-# are asked by way of importlib, as by import hooks.
+# A finder and loader of an application. One loader is for all modules, as in frozen applications; and other finders
+# are called through importlib, as in import hooks.
 APPLICATION = """
 class Frozen(importlib.abc.Loader, importlib.abc.MetaPathFinder):
     loaders, busy = {}, False

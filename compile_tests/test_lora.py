@@ -1,5 +1,5 @@
-"""Adapters in the graph: one graph for every token count, no look at values, the numbers of eager; below torch.func and
-export too.
+"""Adapters in graphs: one graph for every token count, without reading values, and with the results of eager mode; with
+torch.func and export too.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def config_of(kind: str = "several", form: str = "plain", **more: Any) -> MoECon
 
 
 def args_of(config: MoEConfig, tokens: int) -> tuple[Any, ...]:
-    """(weights, x, logits, adapter_ids)."""
+    """Returns (weights, x, logits, adapter_ids)."""
     generator = torch.Generator().manual_seed(tokens)
     x, logits = (torch.randn(tokens, n, generator=generator) for n in (8, 4))
     ids = torch.randint(-1, 3, (tokens,), generator=generator)
@@ -68,8 +68,8 @@ def test_plain_compile_makes_one_graph_for_every_token_count() -> None:
 
 
 def test_adapters_are_products_and_no_loop() -> None:
-    """Two products of the experts, two of each projection's adapters, however many adapters there are; an outer product
-    for each.
+    """There are two products of the experts and two of the adapters of each projection, for any number of
+    adapters, and an outer product for each.
     """
     config = config_of(backend="torch")
     weights = tree_map(lambda t: t.requires_grad_(t.is_floating_point()), weights_for(config, bias=False))

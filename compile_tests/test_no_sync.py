@@ -1,5 +1,5 @@
-"""The layer never makes a GPU wait for the host: traced on fake CUDA tensors, and run in real CUDA graphs where there
-is a GPU.
+"""The layer has no synchronization between GPU and host: traced on fake CUDA tensors, and run in CUDA graphs
+on a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def fake() -> Iterator[FakeTensorMode]:
 
 
 def on_fake_cuda(values: Any) -> Any:
-    """Tensors of the same shapes that claim to be on a GPU.
+    """Returns fake tensors of the same shapes on a GPU.
 
     They must never require a gradient: torch would abort the process.
     """
@@ -85,7 +85,7 @@ def test_compile_sees_cuda_alone_and_no_sync(case: Case, fullgraph: bool, fake: 
 
 @cases(BOTH, ("plain",))
 def test_the_stages_and_the_blocked_kernels_together_have_no_sync(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ops are nodes that hide their kernels: here the kernels that run on a GPU stand in the graph themselves."""
+    """Nodes of ops hide their kernels: in this graph the kernels that run on a GPU are traced instead of the ops."""
     monkeypatch.setitem(GROUPED, "torch", GroupedOps(kernels.grouped_matmul, kernels.grouped_outer))
     case = replace(case, backend="torch")
     with FakeTensorMode():
@@ -99,8 +99,8 @@ def test_the_stages_and_the_blocked_kernels_together_have_no_sync(case: Case, mo
 def problem(
     tokens: int, segments: int, weight_sets: int, sizes: list[int], dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, ...]:
-    """(rows, other rows, weights, ends): `sizes` of the groups of each segment in turn; the rest of a segment is
-    nobody's.
+    """Returns (rows, other rows, weights, ends). `sizes` are of the groups of all segments in order; the
+    remaining rows of a segment are of no expert.
     """
     generator = torch.Generator().manual_seed(tokens)
     rows, other = (torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype) for width in (6, 5))
@@ -114,8 +114,8 @@ def problem(
 GROUPS = {
     "ragged": (300, 1, 1, [70, 1, 64, 65, 63, 37]),
     "with empty experts": (200, 1, 1, [0, 130, 0, 0, 70, 0]),
-    "rows of nobody": (200, 1, 1, [10, 0, 100]),
-    "all rows of nobody": (70, 1, 1, [0, 0, 0]),
+    "rows of no expert": (200, 1, 1, [10, 0, 100]),
+    "all rows of no expert": (70, 1, 1, [0, 0, 0]),
     "no rows": (0, 1, 1, [0, 0, 0]),
     "one expert": (129, 1, 1, [129]),
     "more than one lot of blocks": (64 * 70, 1, 1, [64 * 35, 64 * 35 - 1]),
@@ -142,19 +142,19 @@ def test_blocked_products_equal_the_loop_over_experts(name: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_blocked_products_never_read_rows_of_nobody(name: str) -> None:
+def test_blocked_products_never_read_rows_of_no_expert(name: str) -> None:
     tokens, segments, weight_sets, sizes = GROUPS[name]
     rows, other, weight, ends = problem(tokens, segments, weight_sets, sizes)
     step = tokens // segments
     last = ends.view(segments, -1)[:, -1].tolist()
-    nobody = torch.tensor(
+    of_no_expert = torch.tensor(
         [row >= last[min(row // max(step, 1), segments - 1)] for row in range(tokens)], dtype=torch.bool
     )
-    rows[nobody], other[nobody] = torch.nan, torch.nan
+    rows[of_no_expert], other[of_no_expert] = torch.nan, torch.nan
     blocked = kernels.blocked_matmul(rows, weight, ends, segments, weight_sets)
     for product in (blocked, kernels.grouped_matmul(rows, weight, ends, False, segments, weight_sets)):
         assert product.isfinite().all()
-        assert not product[nobody].any()
+        assert not product[of_no_expert].any()
     assert kernels.blocked_outer(rows, other, ends, segments, weight_sets).isfinite().all()
     assert kernels.grouped_outer(rows, other, ends, segments, weight_sets).isfinite().all()
 
@@ -179,7 +179,7 @@ def test_blocked_products_trace_on_cuda_without_a_sync(name: str, fake: FakeTens
 
 
 def test_the_loop_over_experts_would_be_a_sync(fake: FakeTensorMode) -> None:
-    """What these tests look for is there to be found: the kernel of the CPU reads the ends."""
+    """These tests detect a sync: the kernel of the CPU reads the ends."""
     ends = torch.empty(3, dtype=torch.int32, device="cuda")
     with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
         make_fx(lambda ends: torch.empty(ends.tolist()[0]))(ends)

@@ -1,4 +1,4 @@
-"""One graph: for every token count, forward and backward, without breaks and without a look at values."""
+"""One graph for every token count, forward and backward, without graph breaks and without reading values."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_fullgraph_makes_one_graph_for_every_token_count(case: Case) -> None:
     assert_one_graph(case.layer, case.args, TOKENS, backward=True, backend="aot_eager", forbid=ATOMICS)
 
 
-@cases(("everything",), often=[("everything", "plain")])  # in one op there is nothing where Dynamo could break
+@cases(("everything",), often=[("everything", "plain")])  # Dynamo cannot break inside one op
 def test_plain_compile_makes_one_graph_for_every_token_count(case: Case) -> None:
     assert_one_graph(case.layer, case.args, TOKENS, fullgraph=False, backward=True, backend="aot_eager", forbid=ATOMICS)
 
@@ -114,8 +114,8 @@ def test_graphs_hold_the_ops_of_their_form_and_never_read_values(case: Case, ful
 
 
 def assert_aten_and_one_kernel(case: Case, graphs: Graphs) -> None:
-    """The op of the native kernels, whose gradient is made of grouped products; without them, and with expert_norm,
-    products all over.
+    """Checks that the graph has the op of the native kernels, and its backward; without kernels, and with
+    expert_norm, it has grouped products.
     """
     if case.config.expert_norm is not None or not moe_fn.backends()[1].available:
         return assert_aten_and_grouped_products(case, graphs)
@@ -138,7 +138,7 @@ def assert_aten_and_grouped_products(case: Case, graphs: Graphs) -> None:
         return {name.removesuffix("_native"): count for name, count in ops(of).items()}
 
     assert set(grouped(graphs.dynamo)) == {"grouped_matmul", "gather_rows"}
-    # gather_rows has become index_select, which Inductor fuses
+    # gather_rows is index_select here, which Inductor fuses
     assert set(grouped(graphs.forward)) == {"grouped_matmul"}
     assert set(grouped(graphs.backward)) == {"grouped_matmul", "grouped_outer"}
     if case.recipe == "default":
@@ -147,11 +147,11 @@ def assert_aten_and_grouped_products(case: Case, graphs: Graphs) -> None:
 
 
 def assert_one_node(case: Case, graphs: Graphs) -> None:
-    """The whole layer: also what chunks are, for a scan would keep the graph out of the compile caches."""
+    """Checks that the whole layer is one op, also with chunks: a scan would disable the compile caches."""
     whole = [{name: count for name, count in ops(gm).items() if name in WHOLE_LAYER} for gm in graphs.all]
     assert whole == [{"moe_forward": 1}, {"moe_forward": 1}, {"moe_backward": 1}]
     if "opaque" in case.form:
-        assert [ops(gm) for gm in graphs.all] == whole  # and no other op of ours: even routing is inside
+        assert [ops(gm) for gm in graphs.all] == whole  # there is no other op of the package: routing is inside too
     assert torch.ops.higher_order.scan not in [node.target for node in nodes(graphs.all)]
 
 
@@ -172,7 +172,7 @@ def _shared(case: Case) -> Callable[..., Any]:
     return lambda weights, x, logits, mask: moe_fn.moe_forward_shared(config, weights, x, logits, token_mask=mask)
 
 
-# Each entry in stages; with shared_output, an op of its own, also in one op.
+# Each entry in stages; with shared_output, which has its own op, also in one op.
 OTHER_ENTRIES = [
     pytest.param(
         Case("everything", form), make, id=f"{make.__name__}-everything-{form}",
@@ -249,7 +249,7 @@ def test_leading_dimensions_stay_one_graph(form: str) -> None:
     case = Case("everything", form)
     config, counter = case.config, CompileCounterWithBackend("aot_eager")
     layer = torch.compile(case.layer, backend=counter, fullgraph=True)
-    # not 0: torch guards on the strides of [2, 0, H], which are odd, and makes one more graph
+    # not 0: torch guards on the strides of [2, 0, H], which are unusual, and makes another graph
     for length in (5, 1, 12):
         weights, x, _, mask = case.args(2 * length)
         x, mask = x.view(2, length, HIDDEN), mask.view(2, length)
@@ -262,8 +262,8 @@ def test_leading_dimensions_stay_one_graph(form: str) -> None:
 
 
 class Model(torch.nn.Module):
-    """Layers with norms, residuals and mixing of tokens by their sum; the last one has the config and weights of the
-    first.
+    """Layers with norms, residuals and mixing of tokens by their sum; the last layer has the config and weights of the
+    first one.
     """
 
     def __init__(self, configs: list[MoEConfig]) -> None:

@@ -1,5 +1,5 @@
-"""Every op of the package keeps the contract of torch.library: opcheck, a pure schema, and words that say why it
-exists.
+"""Every op of the package meets the contract of torch.library: opcheck, a pure schema, and a docstring with the reason
+why it exists.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from moe_fn.kernels.native import support as native
 from moe_fn.kernels.triton import support as gpu
 from moe_fn.records import QuantWeights, leaves_of_weights
 
-for _module in pkgutil.walk_packages(moe_fn.__path__, "moe_fn."):  # an op exists once its module is imported
+for _module in pkgutil.walk_packages(moe_fn.__path__, "moe_fn."):  # an op is defined when its module is imported
     if "integrations" not in _module.name and not _module.name.startswith(
         ("moe_fn.testing", "moe_fn.bench", "moe_fn.kernels.triton")
     ):
@@ -57,7 +57,7 @@ def ends(*values: int) -> Tensor:
 def grouped_matmul(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     r = make(0, dtype, requires_grad)
     return [
-        (r(7, 4), r(3, 4, 5), ends(2, 2, 6), False, 1, 1, False),  # an empty expert and a row of nobody
+        (r(7, 4), r(3, 4, 5), ends(2, 2, 6), False, 1, 1, False),  # an empty expert and a row of no expert
         (r(7, 4), r(3, 5, 4), ends(2, 2, 6), True, 1, 1, True),
         (r(0, 4), r(3, 4, 5), ends(0, 0, 0), False, 1, 1, False),
         (r(8, 4), r(2, 4, 5), ends(1, 4, 5, 8), False, 2, 1, True),
@@ -162,7 +162,7 @@ def whole_layer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]
         (Case("deepseek", "opaque"), 0),
     ):
         weights, x, logits, mask = case.args(tokens, dtype)
-        gate_x = x + 0.125 if logits is None else None  # under autocast: other than x
+        gate_x = x + 0.125 if logits is None else None  # under autocast: another dtype than x
         tensors = [x, logits, None, mask, None, None, None, None, gate_x, *leaves_of_weights(weights)]
         samples.append((case.config.json, *(_leaf(t, requires_grad) for t in tensors)))
     return samples
@@ -175,7 +175,7 @@ def _leaf(t: Tensor | None, requires_grad: bool) -> Tensor | None:
 def moe_backward(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
     samples = []
     for with_shared in (False, True):
-        for config, x, *rest in whole_layer(dtype, False):  # it has no derivative of its own
+        for config, x, *rest in whole_layer(dtype, False):  # it has no derivative
             needed = [t is not None and t.is_floating_point() for t in (x, *rest)]
             gradient = torch.ones_like(x)
             samples.append((gradient if with_shared else None, gradient, needed, config, x, *rest))
@@ -193,7 +193,7 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "moe_fn::grouped_outer_triton": grouped_outer,
     "moe_fn::routed_experts_triton": partial(
         routed_experts, lowest_id=0, codes=True
-    ),  # rows of no expert are left as they are in what it keeps
+    ),  # rows of no expert are not written in the saved pre-activations
     "moe_fn::routed_experts_backward_triton": routed_experts_backward,
     "moe_fn::route_top_k_triton": route_top_k,
     "moe_fn::quantized_matmul": quantized_matmul,
@@ -208,7 +208,7 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
 
 
 def refuses(name: str, dtype: torch.dtype) -> str | None:
-    """Why an op does not run here for a dtype."""
+    """Returns the reason why an op does not run here for a dtype, or None."""
     if name.endswith("_native"):
         return native.problem("cpu", dtype)
     if name.endswith("_triton"):
@@ -218,8 +218,7 @@ def refuses(name: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-# They need ranks to talk to: in real processes `test_parallel` holds their fakes, gradients and graphs to what eager
-# gives.
+# They need other ranks: `test_parallel` compares their fakes, gradients and graphs with eager mode in processes.
 COLLECTIVES = {
     f"moe_fn::{name}"
     for name in (
@@ -234,20 +233,20 @@ def test_every_op_has_samples() -> None:
     assert set(OPS) == set(SAMPLES) | COLLECTIVES, "add samples here for each new op"
 
 
-# The parts of opcheck that run an op once: its schema is true, and its fake has the sizes, dtype and strides of the
+# The parts of opcheck that run an op once: its schema is correct, and its fake has the sizes, dtype and strides of the
 # result, which a dtype or a sample can change. Tracing takes 0.2 to 2 s a sample; it and the registration of gradients
 # depend on the op.
 QUICK = ("test_schema", "test_faketensor")
 SLOW = ("test_autograd_registration", "test_aot_dispatch_dynamic")
-# In Triton's interpreter 20 s for each dtype, and the contract is the same.
+# Triton's interpreter takes 20 s for each dtype, and the contract is the same.
 IN_DTYPES = [
     (name, dtype) for dtype in DTYPES for name in SAMPLES if not name.endswith("_triton") or dtype == torch.float32
 ]
 in_dtypes = pytest.mark.parametrize(
     ("name", "dtype"), [pytest.param(name, dtype, id=f"{name}-{dtype}") for name, dtype in IN_DTYPES]
 )
-# Where the first sample does not have what changes the trace: both layouts of weights, with bias and what is kept for
-# gradients, a missing tensor, more than one segment.
+# Samples with other traces than the first one: both layouts of weights, with bias and saved pre-activations, a missing
+# tensor, more than one segment.
 TRACED = {
     "moe_fn::grouped_matmul": (0, 3), "moe_fn::grouped_outer": (0, 2), "moe_fn::routed_experts_native": (0, 2),
     "moe_fn::routed_experts_backward_native": (0, 2), "moe_fn::moe_forward": (0, 1), "moe_fn::moe_backward": (1, 3),
@@ -283,7 +282,7 @@ def test_opcheck_passes(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_ops_are_traced_where_nothing_requires_a_gradient(name: str) -> None:
-    if not name.endswith("_triton"):  # whose fakes and traces are those of the native ones
+    if not name.endswith("_triton"):  # their fakes and traces are those of the native ops
         opcheck(op_of(name), SAMPLES[name](torch.float32, False)[0], test_utils=SLOW)
 
 
@@ -319,7 +318,7 @@ def test_schemas_have_no_defaults_which_the_dispatcher_would_drop(name: str) -> 
 def test_ops_say_why_they_exist_and_what_would_remove_them(name: str) -> None:
     op, short = op_of(name), name.removeprefix("moe_fn::")
     homes = [module for module in _modules() if any(value is op for value in vars(module).values())]
-    assert homes, f"{name} is no module's attribute"
+    assert homes, f"{name} is not an attribute of a module"
     documented = [*homes, *(vars(home)[short] for home in homes if short in vars(home))]
     words = " ".join(inspect.getdoc(thing) or "" for thing in documented).lower()
     assert any(why in words for why in WHY), f"{name}: expected one of {WHY} in its docstring or its module's"

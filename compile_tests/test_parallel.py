@@ -1,6 +1,6 @@
-"""A layer that ranks share is one graph on each of them, with the numbers of eager.
+"""A layer sharded over ranks is one graph on each rank, with the results of eager mode.
 
-Two real processes (gloo) for numbers; 64 ranks of torch's fake process group, which sends nothing, for graphs alone.
+Results are of two processes (gloo); graphs are also of 64 ranks of torch's fake process group, which sends nothing.
 """
 
 import queue
@@ -37,7 +37,7 @@ def test_two_processes_make_one_graph_each_with_the_numbers_of_eager(jobs: tuple
             rank, job, result = results.get(timeout=TIMEOUT_S)
             found[(job, rank)] = result
     except queue.Empty:
-        pytest.fail(f"no word for {TIMEOUT_S} s, after {len(found)} jobs")
+        pytest.fail(f"no result for {TIMEOUT_S} s, after {len(found)} jobs")
     finally:
         for process in processes:
             process.join(timeout=20)
@@ -47,7 +47,7 @@ def test_two_processes_make_one_graph_each_with_the_numbers_of_eager(jobs: tuple
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_plain_compile_breaks_nowhere(name: str) -> None:
-    """Dynamo's part of it: graphs that are never run, for sizes that nobody sent."""
+    """Dynamo traces without breaks; the graphs are not run, as the fake group sends no sizes."""
     form, graphs = FORMATS[name], []
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
@@ -59,7 +59,7 @@ def test_plain_compile_breaks_nowhere(name: str) -> None:
         torch._dynamo.utils.counters.clear()
         torch.compile(layer_of(config), backend=backend)(leaves_of_rank(config), *tokens_of(config, 5, seed=0))
     assert (len(graphs), dict(torch._dynamo.utils.counters["graph_break"])) == (1, {})
-    assert ("moe_forward" in ops(graphs)) == form.asks  # one op, where numbers may not be read
+    assert ("moe_forward" in ops(graphs)) == form.asks  # one op, in which values may not be read
 
 
 ON_64: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
@@ -77,7 +77,7 @@ ON_64: tuple[tuple[dict[str, int], dict[str, Any]], ...] = (
 )
 
 
-# With sizes from the data, in equal parts with ranks along two dimensions, and gathered over two.
+# With sizes that depend on data, in equal parts with ranks along two dimensions, and gathered over two.
 ON_64_OFTEN = (1, 5, 6)
 
 

@@ -1,4 +1,4 @@
-"""A layer that ranks share sends the bytes that `traffic` says, and computes its shared experts while they travel."""
+"""A layer sharded over ranks sends the bytes of `traffic`, and computes its shared experts during the communication."""
 
 import dataclasses
 from collections import Counter
@@ -39,8 +39,8 @@ SHARED_PRODUCT = "aten.mm"
 
 
 def counted(gm: fx.GraphModule, config: MoEConfig, slots: int) -> Counter[tuple[str, str, int]]:
-    """(collective, group, payload's bytes) of each collective in a graph; sizes from the data are taken for evenly
-    spread slots.
+    """Returns (collective, group, bytes of the payload) of each collective in a graph, with evenly spread
+    slots for sizes that depend on data.
     """
     parallel = config.parallel
     assert parallel is not None
@@ -54,7 +54,7 @@ def counted(gm: fx.GraphModule, config: MoEConfig, slots: int) -> Counter[tuple[
         for length in value.shape:
             symbols = free_unbacked_symbols(length)
             ranks = parallel.ep.size if parallel.ep else 1
-            # else it is the most tokens
+            # otherwise it is the largest number of tokens
             each = slots // ranks if parallel.dispatch == "all_to_all" else slots // config.top_k
             size *= int(length.node.expr.xreplace(dict.fromkeys(symbols, each))) if symbols else int(length)
         group = next(
@@ -65,7 +65,9 @@ def counted(gm: fx.GraphModule, config: MoEConfig, slots: int) -> Counter[tuple[
 
 
 def said(t: Traffic, merged: dict[str, str]) -> Counter[tuple[str, str, int]]:
-    """The same of `traffic`. merged: names of groups that are one group, as sp is ep where there is nothing else."""
+    """Returns the same for `traffic`. merged: names of groups that are the same group, as sp and ep in a mesh
+    of one dim.
+    """
     return Counter((m.collective, merged.get(m.group, m.group), m.payload) for m in t.messages)
 
 
@@ -114,7 +116,7 @@ COUNTED += [
 ]
 
 
-# Each format and each layer above once, and groups that need ranks along two dimensions; the others cross them.
+# Each format and each layer above once, and groups that need ranks along two dimensions; the others are combinations.
 OFTEN = (2, 3, 5, 6, 7, 9, 11, 12, 14, 15, 16, 20, 22, 25)
 
 
@@ -151,14 +153,14 @@ def test_the_graphs_send_the_bytes_that_traffic_says(case: Any) -> None:
         found = counted(gm, config, rows * config.top_k)
         found = merge_weights(found, weights, parallel) if backward else found
         assert found == wanted, (
-            f"backward={backward}: in the graph but not said {found - wanted}, said but not there {wanted - found}"
+            f"backward={backward}: in the graph only {found - wanted}, in traffic only {wanted - found}"
         )
 
 
 def merge_weights(
     found: Counter[tuple[str, str, int]], weights: Any, parallel: ParallelConfig
 ) -> Counter[tuple[str, str, int]]:
-    """Gradients of weights travel one by one; `traffic` says them by part of the layer."""
+    """Merges gradients of weights, which are sent one by one: `traffic` has one message for each part of the layer."""
     if parallel.sp is None:
         return found
     group = "ep" if parallel.ep and parallel.ep.name == parallel.sp.name else "sp"
@@ -181,7 +183,7 @@ def test_bytes_of_a_ring_add_up() -> None:
     with fake_ranks(4, rank=1):
         config = config_of(parallel_of({"ep": 4}, {"dispatch": "all_to_all"}), experts=8)
     t = traffic(config, 8, torch.bfloat16)
-    assert t.sent == 8 * 3 + 12 * (2 * 8 + 8) + 12 * 2 * 8  # of 16 slots, 12 leave
+    assert t.sent == 8 * 3 + 12 * (2 * 8 + 8) + 12 * 2 * 8  # 12 of 16 slots are sent
     assert t.by("group") == {("ep",): t.sent}
     assert traffic(dataclasses.replace(config, parallel=None), 8, torch.bfloat16).sent == 0
 
@@ -205,8 +207,7 @@ def test_shared_experts_are_computed_while_tokens_travel(name: str) -> None:
         )
     begun, waited, products = places(graphs)
     assert len(products) == 2, products
-    # Between the beginning of the collective that carries tokens, and the first wait for it or for one that began
-    # beside it.
+    # Between the start of the collective of tokens, and the first wait for it or for a collective that started with it.
     assert any(begin < products[0] and products[1] < wait for begin, wait in zip(begun, waited, strict=True)), (
         begun,
         waited,
@@ -216,8 +217,8 @@ def test_shared_experts_are_computed_while_tokens_travel(name: str) -> None:
 
 
 def places(graphs: Graphs) -> tuple[list[int], list[int], list[int]]:
-    """Where in the forward graph collectives begin, where each is waited for, and where the shared experts' products
-    stand.
+    """Returns positions in the forward graph: starts of collectives, the wait of each, and products of shared
+    experts.
     """
     order = {node: i for i, node in enumerate(graphs.forward[0].graph.nodes)}
     begun = collectives_in(graphs.forward[0])
@@ -230,7 +231,7 @@ def places(graphs: Graphs) -> tuple[list[int], list[int], list[int]]:
 
 
 def depends_on_collectives(gm: fx.GraphModule) -> bool:
-    """Whether a product of the shared experts reads, however far back, what a collective brought."""
+    """Whether a product of the shared experts depends on the result of a collective."""
     seen = [node for node in gm.graph.nodes if name_of(node).startswith(SHARED_PRODUCT)]
     for node in seen:
         seen += [before for before in node.all_input_nodes if before not in seen]

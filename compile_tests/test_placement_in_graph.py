@@ -1,6 +1,6 @@
-"""What balances experts inside a step: ids to slots, the layer on slots, loads back to experts, the window.
+"""Balancing of experts in a step: ids to slots, the layer on slots, loads back to experts, and the window of loads.
 
-One graph, no sync.
+The step is one graph without a sync.
 """
 
 from dataclasses import replace
@@ -39,7 +39,7 @@ def args(tokens: int) -> ARGS:
 def step(
     weights: MoEWeights, placement: Placement, window: LoadWindow, x: Tensor, logits: Tensor, index: Tensor | None
 ) -> Any:
-    """The layer on physical slots, and the window with its load."""
+    """Returns the layer's output on physical slots, and the window with its load."""
     routing = moe_fn.route(LOGICAL, weights, logits)
     routing = replace(routing, expert_ids=balance.physical_ids(placement, routing.expert_ids, index))
     load = balance.logical_load(placement, balance.expert_load(routing.expert_ids, PHYSICAL.num_experts))
@@ -77,7 +77,7 @@ def test_ids_with_leading_dimensions_are_one_graph() -> None:
 
 
 def test_a_balanced_step_never_waits_for_the_device() -> None:
-    real = args(9)  # placing reads values, on the host
+    real = args(9)  # placement reads values on the host
     with FakeTensorMode():
         fake = tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"), real)
         graph = make_fx(step)(*fake)

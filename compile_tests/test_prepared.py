@@ -1,6 +1,4 @@
-"""Prepared weights are weights: they go through compile, export, AOTInductor, saving and moving; and what the native
-layer costs.
-"""
+"""Prepared weights in compile, export and AOTInductor, saved and moved; and memory and kernels of the native layer."""
 
 import io
 import subprocess
@@ -50,17 +48,17 @@ def test_one_graph_serves_every_token_count(dtype: torch.dtype) -> None:
 
 def test_gradients_reach_prepared_weights() -> None:
     plain, x, logits = weights_for(CONFIG, seed=1, bias=True), *tokens_of(9)
-    laid = moe_fn.prepare_weights(CONFIG, plain)
-    plain, laid = (tree_map(lambda t: t.clone().requires_grad_(), w) for w in (plain, laid))
-    for weights in (plain, laid):
+    packed = moe_fn.prepare_weights(CONFIG, plain)
+    plain, packed = (tree_map(lambda t: t.clone().requires_grad_(), w) for w in (plain, packed))
+    for weights in (plain, packed):
         torch.compile(layer, fullgraph=True)(weights, x, logits).square().sum().backward()
-    of_laid = moe_fn.prepare_weights(CONFIG, MoEWeights(gate_up=plain.gate_up.grad, down=plain.down.grad))
-    assert_matches(laid.gate_up.grad, of_laid.gate_up, scale=0.1)
-    assert_matches(laid.down.grad, of_laid.down, scale=0.1)
+    of_packed = moe_fn.prepare_weights(CONFIG, MoEWeights(gate_up=plain.gate_up.grad, down=plain.down.grad))
+    assert_matches(packed.gate_up.grad, of_packed.gate_up, scale=0.1)
+    assert_matches(packed.down.grad, of_packed.down, scale=0.1)
 
 
 class Frozen(nn.Module):
-    """The layer with its weights inside."""
+    """A module with the layer's weights as attributes."""
 
     def __init__(self, weights: MoEWeights) -> None:
         super().__init__()
@@ -102,13 +100,13 @@ def test_they_are_saved_moved_and_loaded_like_any_tensor() -> None:
 
 
 def test_inductor_makes_few_kernels() -> None:
-    """The layer behind given logits: scores, their keys, and weights from chosen scores; top-k and the experts are
-    calls.
+    """With given logits the layer has kernels for scores, their keys, and weights of chosen scores; top-k and
+    the experts are calls.
     """
     weights = prepared()
     torch._dynamo.reset()
     metrics.reset()
-    # from a cache none would be generated
+    # with a cache no kernel would be generated
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         torch.compile(layer, fullgraph=True)(weights, *tokens_of(9))
     assert 1 <= metrics.generated_kernel_count <= (9 if TORCH_2_11 else 5)
@@ -138,7 +136,7 @@ with torch.no_grad():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_bounded() -> None:
     folder = Path(moe_fn.__file__).parents[1]
-    # what is freed goes back to the system at once, and no later measurement finds it there
+    # freed memory is returned to the system at once, so that later measurements do not count it
     command = ["env", "MALLOC_MMAP_THRESHOLD_=65536", sys.executable, "-c", PEAK]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     few, chunked, many = map(float, run.stdout.split())

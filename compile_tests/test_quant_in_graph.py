@@ -1,5 +1,5 @@
-"""Quantized layers, and LoRA on them: one graph, the same numbers exported and ahead of time, gradients to x, router
-and adapters alone.
+"""Quantized layers, and LoRA on them: one graph, the same results exported and ahead of time, and gradients
+of x, router and adapters only.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def layer_of(name: str, lora: bool = False, **more: Any) -> tuple[MoEConfig, MoE
 
 
 def trained(weights: MoEWeights) -> MoEWeights:
-    """Adapters, router and biases require gradients; what is quantized cannot."""
+    """Returns weights whose adapters, router and biases require gradients; quantized weights cannot."""
     quant = weights.quant
     weights = torch.utils._pytree.tree_map(
         lambda t: t.detach().clone().requires_grad_(t.dtype == torch.float32), weights
@@ -136,7 +136,7 @@ def test_ahead_of_time_packages_give_the_same_numbers(tmp_path: Any) -> None:
 
 
 def test_gradients_of_adapters_on_codes_are_those_on_the_floats_that_codes_stand_for() -> None:
-    """gradcheck, in float64."""
+    """Gradients pass gradcheck in float64, and outputs are those with dequantized weights."""
     config = dataclasses.replace(
         BASE, hidden_size=4, intermediate_size=4, lora=LoRAConfig(num_adapters=1, rank=2), quant=None
     )

@@ -1,4 +1,4 @@
-"""Compiled code computes what eager computes, and the same bits every time."""
+"""Compiled layers have the results of eager mode, and the same bits in every run."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,12 +13,12 @@ from compile_tests.cases import FORMS, HIDDEN, Case, as_leaves, cases
 from moe_fn import MoEWeights
 from moe_fn.testing import assert_matches
 
-# Inductor keeps float32 between operations where eager rounds each.
+# Inductor keeps float32 between operations; eager mode rounds after each.
 INDUCTOR = {torch.float64: 1e-12, torch.bfloat16: 4e-2, torch.float16: 8e-3}  # float32: test_one_graph.py
 
 
 def run(fn: Any, args: tuple[Any, ...]) -> tuple[Tensor, Any]:
-    """(value, args with gradients in the place of tensors: zeros where nothing flows)."""
+    """Returns (value, args with gradients in the place of tensors, zeros for those without a gradient)."""
     leaves = as_leaves(args)
     y = fn(*leaves)
     seeds = torch.arange(1, y.numel() + 1, dtype=torch.float64).cos().reshape(y.shape).to(y.dtype)
@@ -48,7 +48,7 @@ def test_inductor_gives_the_numbers_of_eager(dtype: torch.dtype) -> None:
 
 
 def test_the_same_inputs_give_the_same_bits_every_time() -> None:
-    """With two threads and top_k = 4: a sum by atomics, in forward or backward, would differ between runs."""
+    """With two threads and top_k = 4, a sum with atomics in forward or backward would differ between runs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -66,7 +66,7 @@ def test_the_same_inputs_give_the_same_bits_every_time() -> None:
 
 @pytest.mark.parametrize(
     ("size", "opaque"),
-    # a last chunk that is not full; of one token each, one chunk for all, and a scan
+    # a last chunk that is not full, chunks of one token, one chunk for all, and a scan
     [(7, True), *(pytest.param(*case, marks=pytest.mark.thorough) for case in ((1, True), (100, True), (7, False)))],
 )
 def test_chunks_of_any_size_change_nothing_when_compiled(size: int, opaque: bool) -> None:
@@ -99,7 +99,7 @@ def test_gradients_have_the_dtype_shape_and_layout_of_their_weights(case: Case) 
 
 
 def strided(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same values, last two dimensions stored the other way round."""
+    """Returns the same values, with the last two dimensions in the opposite order in memory."""
 
     def turn(t: Any) -> Any:
         return t.transpose(-1, -2).contiguous().transpose(-1, -2) if isinstance(t, Tensor) and t.ndim > 1 else t

@@ -1,6 +1,4 @@
-"""torchtitan's layer with moe_fn's experts and dispatcher: one graph, forward and backward, for every
-number of rows.
-"""
+"""torchtitan's layer with moe_fn's experts and dispatcher: one graph, forward and backward, for any number of rows."""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""Tracers other than torch.compile: each takes the layer, or says what does; docs/errors.md has the words."""
+"""Tracers other than torch.compile: each traces the layer, or raises an error of docs/errors.md that names
+one that does.
+"""
 
 from typing import Any
 

@@ -23,7 +23,7 @@ from shared_tests.transformers_models import make_model, make_token_ids  # noqa:
 register()
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# what reads values on the host
+# functions that read values on the host
 READS = {"nonzero", "_local_scalar_dense", "bincount", "item", "unique_consecutive", "equal"}
 THEIRS = ("transformers", "aten._grouped_mm", "aten.bmm", "aten.histc")
 
@@ -34,7 +34,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def gradients(model: Any, y: Tensor) -> dict[str, Tensor]:
-    """Of every parameter that has one."""
+    """Returns the gradients of parameters that have one."""
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     direction = torch.arange(1, y.numel() + 1, dtype=torch.float64).cos().view(y.shape).to(y.dtype)
     found = torch.autograd.grad((y * direction).sum(), list(wanted.values()), allow_unused=True)
@@ -42,7 +42,7 @@ def gradients(model: Any, y: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same(model: Any, function: Callable[..., Any], ids: Tensor, marked: Tensor, tolerance: float) -> None:
-    """Logits, and gradients where they are on, of the compiled function are those of the model."""
+    """Checks that logits of the compiled function, and gradients if enabled, are those of the model."""
     y, wanted = logits(function, marked), logits(model, ids)
     assert_matches(y, wanted, tolerance=tolerance, name="logits")
     if not y.requires_grad:
@@ -54,7 +54,7 @@ def assert_same(model: Any, function: Callable[..., Any], ids: Tensor, marked: T
 
 
 def assert_one_model_graph(model: Any, tolerance: float, backend: str = "aot_eager") -> None:
-    """One graph, fullgraph, for batches and lengths that differ, and it computes what eager does."""
+    """Checks that fullgraph compiles one graph for different batches and lengths, with the results of eager mode."""
     torch._dynamo.reset()
     counters.clear()
     counter = CompileCounterWithBackend(backend)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_inference_is_one_graph_for_every_length(name: str) -> None:
         assert_one_model_graph(make_model(name, seed=0, experts_implementation="moe_fn"), TOLERANCES[torch.float32])
 
 
-# By the native kernels (bfloat16 as float32), and by torch's products.
+# With the native kernels (bfloat16 like float32), and with torch's products.
 @pytest.mark.parametrize(
     "dtype", [pytest.param(d, marks=[pytest.mark.thorough] * (d == torch.bfloat16), id=str(d)) for d in TOLERANCES]
 )
@@ -107,7 +107,7 @@ def test_every_dtype_is_one_graph_of_our_ops_alone(dtype: torch.dtype) -> None:
 
 
 def test_a_compiled_model_generates_the_same_tokens() -> None:
-    """The prompt at once, then tokens one by one with its keys and values."""
+    """The prompt is one call; then tokens are generated one by one with cached keys and values."""
     model = make_model("qwen3_moe", seed=0, experts_implementation="moe_fn", layers=1)
     ids = make_token_ids(5)
     expected = model.generate(ids, max_new_tokens=3, do_sample=False)
@@ -134,7 +134,7 @@ def test_inductor_computes_what_eager_does() -> None:
     one_graph(module_of("GptOssExperts"), backend="inductor")
 
 
-# A gate of its own, an activation with parameters, a gate of the usual form with other numbers; functions.
+# A custom gate, an activation with parameters, a gate of the usual form with other constants; functions.
 OWN = (
     ("own", "silu"),
     ("default", "prelu"),
@@ -150,7 +150,7 @@ def test_modules_that_compute_their_own_gate_are_one_graph(gate: str, act: str) 
 
 
 def one_graph(module: Any, backend: Any = "aot_eager") -> None:
-    """The module as a function of its parameters and of what its block hands to it, sentinels too."""
+    """Checks one graph of the module as a function of its parameters and the arguments of its block, with sentinels."""
     module.config._experts_implementation = "moe_fn"
 
     def layer(parameters: dict[str, Tensor], x: Tensor, ids: Tensor, w: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from moe_fn.testing import assert_matches
 
 BOTH = ("default", "everything")
 CHUNKED = ("chunked", "opaque_chunked")
-ONCE_ONLY = ("opaque", "opaque_chunked")  # forms without a second derivative and without forward mode
+ONCE_ONLY = ("opaque", "opaque_chunked")  # forms without second derivatives and forward mode
 
 
 def compiled(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -26,7 +26,7 @@ def compiled(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
 
 def loss_of(case: Case) -> Callable[..., Tensor]:
-    """The loss of (weights, x, logits, mask): its gradient has no two entries alike."""
+    """Returns a loss of (weights, x, logits, mask), with distinct elements in its gradient."""
     layer = case.layer
 
     def loss(weights: MoEWeights, x: Tensor, logits: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
@@ -41,7 +41,7 @@ def assert_alike(actual: Any, expected: Any) -> None:
 
 
 def asked(case: Case, argnums: Any) -> Any:
-    """Without the logits where the gate is inside."""
+    """Returns argnums without the logits if the gate is inside the layer."""
     return {2: 0, (0, 1, 2): (0, 1)}.get(argnums, argnums) if case.token_args(1)[1] is None else argnums
 
 
@@ -50,7 +50,7 @@ def assert_not_zero(found: Any) -> None:
     assert (first.gate_up if isinstance(first, MoEWeights) else first).abs().max() > 0.1
 
 
-# func.grad. With respect to the weights alone a library op wrapped in an autograd.Function gives zeros, silently.
+# func.grad with respect to weights only: a library op in an autograd.Function would silently give zeros.
 ARGNUMS = {"weights": 0, "x": 1, "logits": 2, "all": (0, 1, 2)}
 
 
@@ -70,7 +70,7 @@ def test_func_grad_is_that_of_autograd_and_never_silently_zero(case: Case, argnu
 
 
 # Compiled, as one graph: of the weights alone in stages, in chunks, in one op, and with every option; of all arguments
-# in stages and in one op. `found` above is what eager gives for the others too.
+# in stages and in one op. `found` above has the results of eager mode for the others too.
 OF_WEIGHTS = (*(("default", form) for form in FORMS), ("everything", "plain"))
 GRADS = [
     pytest.param(
@@ -93,14 +93,16 @@ def test_func_grad_is_the_same_compiled_and_never_silently_zero(case: Case, argn
     assert_not_zero(actual)
 
 
-@cases(BOTH, often=(("default", "plain"), ("default", "opaque")))  # where Dynamo may break: in stages, around the op
+@cases(
+    BOTH, often=(("default", "plain"), ("default", "opaque"))
+)  # Dynamo may break the graph in stages, and around the op
 def test_func_grad_under_plain_compile_is_the_same(case: Case) -> None:
     args = case.args(20)
     assert_alike(compiled(grad(loss_of(case)), fullgraph=False)(*args), grad(loss_of(case))(*args))
 
 
 def batch_of(case: Case, size: int = 3, tokens: int = 9) -> tuple[Any, ...]:
-    """(x, logits, mask), each with a batch dimension in front."""
+    """Returns (x, logits, mask), each with a leading batch dimension."""
     samples = [case.token_args(tokens, seed=seed) for seed in range(size)]
     return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*samples, strict=True))
 
@@ -158,7 +160,7 @@ def test_the_gradient_of_a_vmap_is_the_sum_of_gradients(case: Case) -> None:
 
 
 class Layer(nn.Module):
-    """The layer as a module: its parameters are all floating tensors of MoEWeights."""
+    """The layer as a module whose parameters are all floating tensors of MoEWeights."""
 
     def __init__(self, config: MoEConfig, weights: MoEWeights) -> None:
         super().__init__()
@@ -244,7 +246,7 @@ def test_a_second_derivative_is_right_or_says_that_there_is_none(case: Case) -> 
 
 
 def differentiable(args: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[tuple[Tensor, ...]], tuple[Any, ...]]]:
-    """(floating tensors of args, a function that puts others in their place)."""
+    """Returns (floating tensors of args, a function that replaces them)."""
     leaves, structure = torch.utils._pytree.tree_flatten(args)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

@@ -1,7 +1,8 @@
-"""What the Triton kernels take of four GPUs, without one: no spills, within shared memory, on the matrix units, and no
-more than before.
+"""Resources of the Triton kernels, compiled for four GPUs without one: no spills, shared memory within the
+limit, matrix units in use, and no more than the budgets.
 
-python -m compile_tests.test_triton_ahead_of_time --write-budgets      after a change of kernels or of their numbers
+python -m compile_tests.test_triton_ahead_of_time --write-budgets after a change of kernels or of their
+numbers
 """
 
 import inspect
@@ -19,12 +20,12 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 BUDGETS = Path(__file__).parent / "triton_budgets.json"
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# registers a thread: the assembler's choice moves by so many with a patch release, and occupancy changes in steps of 8
+# registers per thread: patch releases of the assembler differ by up to 8, and occupancy changes in steps of 8
 SLACK = 8
 
 
 def compiled(archs: tuple[str, ...], path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    """Exit status and report of the command, in a process where triton compiles and does not interpret."""
+    """Returns exit status and report of the command, in a process in which triton compiles instead of interpreting."""
     command = [
         "env",
         "-u",
@@ -44,8 +45,8 @@ def compiled(archs: tuple[str, ...], path: Path, *arguments: str) -> tuple[int, 
 
 
 def excesses(report: dict[str, Any], budgets: dict[str, Any]) -> list[str]:
-    """Where a report is worse than the budgets; registers are compared for the version of triton that the budgets are
-    from.
+    """Returns the cases of a report that exceed the budgets; registers are compared for the triton version of
+    the budgets only.
     """
     found = []
     for arch, of_arch in report["archs"].items():
@@ -75,7 +76,7 @@ def _above(row: dict[str, Any], registers: int, shared: int) -> list[str]:
 
 
 def test_kernels_that_changed_are_within_their_budgets(tmp_path: Path) -> None:
-    """Cases whose code, types or constants are not those of the budgets, and always some of each architecture."""
+    """Compiles cases with other code, types or constants than the budgets, and always some of each architecture."""
     status, report = compiled(ARCHS, tmp_path / "report.json", "--changed-since", str(BUDGETS))
     assert all(len(of_arch["cases"]) >= 3 and len(of_arch["names"]) > 150 for of_arch in report["archs"].values())
     assert excesses(report, json.loads(BUDGETS.read_text())) == []
@@ -95,7 +96,7 @@ def test_every_kernel_with_every_tile_is_within_its_budget(arch: str, part: int,
 
 
 def test_tiles_that_are_known_to_be_bad_are_reported(tmp_path: Path) -> None:
-    """Four warps hold a tile of 128 x 256 only in part, and eight stages of it are too many."""
+    """A tile of 128 x 256 spills with four warps, and exceeds shared memory with eight stages."""
     status, report = compiled(("sm_90",), tmp_path / "report.json", "--planted")
     spilled, over = (row["faults"] for row in report["archs"]["sm_90"]["cases"].values())
     assert status == 1
@@ -126,14 +127,14 @@ def test_a_digest_is_of_the_code_the_types_and_the_constants(monkeypatch: pytest
     assert digest == digest_of(next(iter(cases_of("sm_90")))) != digest_of(replace(case, warps=2 * case.warps))
     name, value = next(iter(case.constants.items()))
     assert digest_of(replace(case, constants={**case.constants, name: f"not {value}"})) != digest
-    _code.cache_clear()  # the activation is two calls away from the kernel
+    _code.cache_clear()  # the kernel calls the activation through another function
     monkeypatch.setattr(inspect, "getsource", lambda f, own=inspect.getsource: own(f).replace("tl.sigmoid", "tl.exp"))
     assert "sigmoid" in Path(activation.__file__).read_text() and digest_of(case) != digest
     _code.cache_clear()
 
 
 def write_budgets(path: Path, folder: Path) -> None:
-    """Compiles for all architectures and writes what they take, one case a line."""
+    """Compiles for all architectures and writes their resources, one case a line."""
     report = compiled(ARCHS, folder / "report.json")[1]
     faults = [
         f"{arch} {name}: {row['faults']}"

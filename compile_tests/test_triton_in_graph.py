@@ -1,5 +1,5 @@
-"""The Triton back-end in graphs: its ops are what stands there, one graph serves every token count, and no launch waits
-for the device.
+"""The Triton back-end in graphs: graphs have its ops, one graph is for every token count, and no launch waits for the
+device.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ CASES = [Case("default", backend="triton"), Case("deepseek", backend="triton"), 
 
 
 def args_of(case: Case, tokens: int) -> tuple[Any, ...]:
-    """Without scales of experts, which the router's kernel leaves to torch."""
+    """Returns arguments without scales of experts, which the router kernel does not support."""
     weights, *rest = case.args(tokens)
     router = None if weights.router is None else replace(weights.router, expert_scale=None)
     return replace(weights, router=router), *rest
@@ -68,7 +68,7 @@ def assert_one_graph_of(case: Case, backward: bool, tokens: tuple[int, ...], bac
 
 
 # The interpreter takes most of the time. Backward runs the forward too: groups and a shared expert, biases and
-# interleaved halves. Forward alone: what Inductor makes of the ops without gradients.
+# interleaved halves. Forward only: Inductor compiles the ops without gradients.
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
 def test_one_graph_serves_every_token_count_backward(case: Case) -> None:
     assert_one_graph_of(case, True, (3, 0, 1), "aot_eager")
@@ -86,7 +86,7 @@ def test_one_graph_serves_more_token_counts(case: Case, backward: bool) -> None:
 
 
 def test_an_exported_layer_gives_the_same_numbers() -> None:
-    case = CASES[0]  # in torch's guard text `gate_up` and `gate_up_bias` get mixed up
+    case = CASES[0]  # torch's guard code confuses `gate_up` and `gate_up_bias`
     layer = case.layer
 
     class Layer(nn.Module):
@@ -106,7 +106,7 @@ def test_an_expert_norm_runs_by_the_grouped_products_of_the_back_end() -> None:
 
 @contextmanager
 def launches_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """On fake CUDA tensors: every operation around the kernels runs as it would, launches are noted.
+    """Records launches on fake CUDA tensors; all operations around the kernels run.
 
     A sync would raise.
     """
@@ -137,7 +137,7 @@ def arguments(
     *tensors: Tensor, biases: tuple[Tensor | None, Tensor | None] = (None, None), quant: QuantConfig | None = None,
     scales: QuantWeights | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Of routed_experts: x, expert_ids, expert_weights, gate_up and down, and what is not usual."""
+    """Returns arguments of routed_experts: x, expert_ids, expert_weights, gate_up and down, and optional ones."""
     x, ids, w, gate_up, down = tensors
     return flat(
         RoutedExpertsArguments(
@@ -177,7 +177,7 @@ BLOCK = {"granularity": "block", "block_shape": (128, 128)}
             QuantConfig(**FP8, **BLOCK, activations=ActivationQuantConfig(**FP8, granularity="group", group_size=128)),
             6,
             7,
-        ),  # many: the first product stores codes
+        ),  # with many tokens the first product stores codes
         (QuantConfig(**FP8, granularity="tensor", activations=ActivationQuantConfig(**FP8, granularity="token")), 6, 8),
         (
             QuantConfig(

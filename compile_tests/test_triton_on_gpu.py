@@ -1,5 +1,5 @@
-"""The Triton kernels for real, with the tiles of the device: every size of tile, every dtype, forward and backward,
-against float64.
+"""The Triton kernels on a GPU, with the tiles of the device: every size of tile, every dtype, forward and backward,
+compared with float64.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from moe_fn.testing import assert_matches, weights_for
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = {  # experts, top_k, hidden, intermediate; rows per expert run through every row of the tables of tiles
+SHAPES = {  # experts, top_k, hidden, intermediate; rows per expert cover every row of the tables of tiles
     "fine": (64, 8, 512, 256),
     "coarse": (8, 2, 1024, 512),
     "odd": (16, 4, 360, 200),

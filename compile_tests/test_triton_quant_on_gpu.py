@@ -1,5 +1,5 @@
-"""Quantized experts by the Triton kernels for real, with the tiles of the device: every scheme, every place of a scale,
-all heights.
+"""Quantized experts in the Triton kernels on a GPU, with the tiles of the device: every scheme, every granularity of
+scales, and all heights of tiles.
 """
 
 from dataclasses import replace
@@ -78,7 +78,7 @@ def problem(
 
 
 def by_floats(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: moe_fn.Routing) -> Tensor:
-    """In float64, with the floats that codes stand for."""
+    """Returns the result in float64 with dequantized weights."""
     config, weights = moe_fn.dequantize_weights(config, weights, torch.float64)
     weights, x = tree_map(lambda t: t.to(torch.float64) if t.is_floating_point() else t, (weights, x))
     return moe_fn.moe_forward_routed(replace(config, backend="torch"), weights, x, routing)
@@ -97,9 +97,9 @@ def test_weights_in_codes_equal_float64(name: str, shape: str, dtype: torch.dtyp
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", BOTH)
 def test_rounded_activations_equal_the_stages(name: str, shape: str) -> None:
-    """In float32.
+    """Compared with the stages in float32.
 
-    A number on the other side of a tie is a step away, 1 of 16 of it: 3 % of them are, after bfloat16, 1 % in the sum.
+    A value on the other side of a tie differs by one step, 1/16 of it: 3 % of values do after bfloat16, 1 % in the sum.
     """
     for tokens in TOKENS[1:]:
         config, weights, x, routing = problem(shape, BOTH[name], tokens, torch.bfloat16)
@@ -119,7 +119,7 @@ def test_the_same_inputs_give_the_same_bits(name: str) -> None:
 
 
 def test_a_graph_serves_every_routing() -> None:
-    """Nothing waits for the device: captured once, replayed with another routing."""
+    """A CUDA graph, captured once, is replayed with another routing: no operation waits for the device."""
     config, weights, x, routing = problem("fine", BOTH["fp8 block x group"], 40, torch.bfloat16)
     moe_fn.moe_forward_routed(config, weights, x, routing)  # compiles
     graph = torch.cuda.CUDAGraph()
