@@ -46,8 +46,8 @@ def test_slots_of_no_expert_contribute_nothing_even_nan(case: Case) -> None:
     assert_matches(
         moe_fn.combine(config, garbage, d, dataclasses.replace(routing, weights=wild)), expected, tolerance=0.0
     )
-    nobody = ((routing.expert_ids < 0) | (routing.expert_ids >= config.num_experts)).all(-1)
-    assert (expected[nobody] == 0).all()
+    without_expert = ((routing.expert_ids < 0) | (routing.expert_ids >= config.num_experts)).all(-1)
+    assert (expected[without_expert] == 0).all()
 
 
 @law(CASES)

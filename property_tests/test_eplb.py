@@ -170,7 +170,7 @@ def test_greedy_replication_is_optimal(case: tuple[list[int], int]) -> None:
     found = max(Fraction(n, count[expert]) for expert, n in enumerate(load))
 
     def enough(share: Fraction) -> bool:
-        """Whether the slots suffice for nobody to have more than this share."""
+        """Whether the slots suffice for shares of at most this size."""
         return sum(max(1, math.ceil(n / share)) for n in load) <= len(slots)
 
     candidates = {Fraction(n, r) for n in load for r in range(1, extra + 2)} - {Fraction(0)}

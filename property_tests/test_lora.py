@@ -86,8 +86,8 @@ def test_tokens_without_an_adapter_get_the_layer_without_lora(problem: MoEProble
     adapted = flat(forward(problem.replace(adapter_ids=ids)), 1)
     plain = flat(forward(without_lora(problem)), 1)
     assert adapted is not None and plain is not None
-    nobody = ((ids < 0) | (ids >= count)).flatten()
-    assert_matches(adapted[nobody], plain[nobody], scale=0.1)
+    without_adapter = ((ids < 0) | (ids >= count)).flatten()
+    assert_matches(adapted[without_adapter], plain[without_adapter], scale=0.1)
 
 
 @quick

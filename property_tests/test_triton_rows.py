@@ -97,7 +97,7 @@ def test_the_scan_goes_on_from_chunk_to_chunk() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 5)), max_size=9), st.sampled_from([1, 4, 16]))
 def test_tiles_of_groups_are_the_groups_cut_in_tiles(groups: list[tuple[int, int]], tile_rows: int) -> None:
-    """Groups with rows of nobody's between them."""
+    """There are rows of no group between the groups."""
     ends = torch.tensor([0] + [size + gap for size, gap in groups]).cumsum(0)
     starts, ends = (
         ends[:-1].to(torch.int32),
