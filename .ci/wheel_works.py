@@ -1,4 +1,4 @@
-"""Run by try-wheel where only the wheel is installed: the README's example, the kernels built from its sources, its
+"""Tests of an installed wheel, run by try-wheel: the README's example, the kernels built from its sources, its
 metadata.
 """
 
@@ -13,7 +13,7 @@ import torch
 import moe_fn
 
 about = importlib.metadata.metadata("moe_fn")
-assert Path(moe_fn.__file__).is_relative_to(sys.prefix), f"{moe_fn.__file__} is not of the wheel"
+assert Path(moe_fn.__file__).is_relative_to(sys.prefix), f"{moe_fn.__file__} is not in the wheel's environment"
 assert about["Version"] == moe_fn.__version__ and about["License-Expression"] == "Apache-2.0"
 assert (Path(moe_fn.__file__).parent / "py.typed").exists()
 
@@ -24,7 +24,7 @@ example = next(
     if block.startswith("import torch\nimport moe_fn\n")
 )
 names: dict[str, object] = {}
-exec(example, names)  # a layer, compiled too
+exec(example, names)  # eager and compiled
 config, weights, x = names["config"], names["weights"], names["x"]
 expected = moe_fn.reference.moe_forward(config, weights, x)
 assert torch.allclose(names["y"].double(), expected, rtol=1e-4, atol=1e-4), "the example computes something else"
