@@ -262,11 +262,11 @@ def far_from_joined(plan: Plan, run: Run, text: Tensor) -> float:
     """Returns the largest difference of logits between the sharded model and the same model with all weights."""
     if plan.config.parallel is None:
         return 0.0
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, (plan.config, [layer["feed_forward"] for layer in run.params["layers"]]))
-    configs = [config for config, _ in everybody]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (plan.config, [layer["feed_forward"] for layer in run.params["layers"]]))
+    configs = [config for config, _ in gathered]
     layers = [
-        layer | {"feed_forward": join_weights(configs, [layers[number] for _, layers in everybody])}
+        layer | {"feed_forward": join_weights(configs, [layers[number] for _, layers in gathered])}
         for number, layer in enumerate(run.params["layers"])
     ]
     tokens = text[:CONTEXT].view(1, -1).roll(7 * plan.part)
