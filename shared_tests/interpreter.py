@@ -1,4 +1,4 @@
-"""Triton's interpreter with less set-up: the same kernels and the same numbers for about half of the CPU time."""
+"""Triton's interpreter with less set-up: the same kernels and results in about half of the CPU time."""
 
 import sys
 
@@ -6,22 +6,23 @@ _REPLACED = ("GridExecutor", "InterpretedFunction", "InterpreterError", "_get_np
 
 
 def set_up_once() -> None:
-    """Do once in a launch what the interpreter does for each call of a device function, where it has been imported.
+    """Patches the interpreter, if it is imported, to do its set-up once in a launch instead of in each device function.
 
-    Triton (3.7) replaces the functions of triton.language for each such call: a third of the time of a sort. For the
-    type of each tensor it makes a table of all types: a tenth. Other versions of Triton are left as they are.
+    Triton 3.7 replaces the functions of triton.language in each call of a device function, which takes a third of the
+    time of a sort, and makes a table of all types for the type of each tensor, which takes a tenth. Versions without
+    the expected names are not changed.
     """
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None or not all(hasattr(interpreter, name) for name in _REPLACED):
         return
     launch, replaced = interpreter.GridExecutor.__call__, set()
 
-    def launch_anew(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def launch_once(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         replaced.clear()
         return launch(self, *args, **kwargs)
 
     def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        module = self.fn.__module__  # its globals name what is replaced
+        module = self.fn.__module__  # its globals have the names to replace
         if module not in replaced:
             interpreter._patch_lang(self.fn)
             replaced.add(module)
@@ -30,7 +31,7 @@ def set_up_once() -> None:
         except Exception as error:
             raise interpreter.InterpreterError(repr(error)) from error
 
-    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.GridExecutor.__call__ = launch_once
     interpreter.InterpretedFunction.__call__ = call
     made, of_type = {}, interpreter._get_np_dtype
 

@@ -59,9 +59,9 @@ MOST, SAMPLED = 40, 50
 
 
 def changed(cases: list[Case], budgets: Mapping[str, Any], arch: str, number: int) -> list[Case]:
-    """Cases whose digests are not those of the budgets, at most MOST of them, and every SAMPLED-th of the others.
+    """Returns cases whose digests differ from the budgets, at most MOST of them, and every SAMPLED-th of the others.
 
-    number: of the architecture; each one takes others, so that a change of all kernels meets most cases.
+    number: of the architecture; each takes other cases, so that a change of all kernels compiles most of them.
     """
     if budgets["triton"] != triton.__version__:
         return cases[number :: max(1, len(cases) // MOST)]

@@ -8,7 +8,7 @@ from shared_tests.zoo.row import BlockRow
 
 
 def each_row(rows: Sequence[BlockRow]) -> pytest.MarkDecorator:
-    """Parametrize by `row`: the first variant of each family, and what it routes by, in make test; the others in
+    """Parametrizes a test by `row`: the first variant of each family and router in make test, the others in
     make test-thorough.
     """
     first = {(row.family, row.block, row.routing, row.takes): row for row in reversed(rows)}.values()
