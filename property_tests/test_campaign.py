@@ -35,7 +35,7 @@ UNITS = ball.UNITS[torch.float32]
 @settings(max_examples=15)
 @law(every_problem())
 def test_the_error_of_the_layer_is_within_its_bound(problem: MoEProblem) -> None:
-    """And however else it is asked for; choices of experts, logits and gradients too."""
+    """All ways to call the layer are compared, and choices of experts, logits and gradients too."""
     assert not check_problem(problem).failures
 
 

@@ -171,7 +171,7 @@ def test_several_blocks_share_a_folder(block: Block, shard_bytes: int) -> None:
 
 @given(blocks(), st.data())
 def test_ranks_may_repeat_experts(block: Block, data: st.DataObject) -> None:
-    """Redundant experts, in any order: each is a copy."""
+    """Experts may be repeated, in any order: each one is a copy."""
     experts = data.draw(st.lists(st.integers(0, block.config.num_experts - 1), min_size=1, max_size=6))
     with folder() as path:
         save_moe_weights(path, block.prefix, block.config, block.weights, layout=block.layout)

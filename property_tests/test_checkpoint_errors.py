@@ -432,7 +432,7 @@ def test_folders_without_a_checkpoint_are_named(tmp_path: Path) -> None:
 
 @given(st.data())
 def test_no_damage_to_a_file_is_a_crash(data: st.DataObject) -> None:
-    """Any bytes of the header changed, cut or put in: the same weights, or other ones of the same shapes, or a
+    """Loading after changes, removals and insertions of bytes in the header gives weights of the same shapes, or a
     ValueError.
     """
     with folder() as path:

@@ -76,8 +76,8 @@ WEIGHT_ONLY = quants(activations=False).flatmap(problems_of)
 
 @law(PROBLEMS)
 def test_quantized_layers_equal_the_reference(problem: MoEProblem) -> None:
-    """Up to the problem's own bound, which knows where float32 may round an input to the next code: no tolerance has
-    room for that.
+    """The error is within the problem's bound, which includes inputs that float32 may round to the next code; a fixed
+    tolerance does not.
     """
     y, expected = problem.call(moe_fn.moe_forward), problem.call(moe_fn.reference.moe_forward)
     assert share_of_bound(y, expected, error_bound(problem)) <= 1
@@ -131,8 +131,8 @@ def _leaf(t: Tensor) -> Tensor:
 
 @law(PROBLEMS)
 def test_gradients_pass_through_the_rounding_of_inputs(problem: MoEProblem) -> None:
-    """As those of the reference do, to which the rounding is an addend without gradient; where no code and no
-    derivative is undecided.
+    """Gradients equal those of the reference, in which the rounding is an addend without gradient. Problems
+    with an input at a tie, or at a step of a derivative, are skipped.
     """
     bound = error_bound(problem)
     if bound.tied or bound.jumps:
@@ -155,7 +155,7 @@ DTYPES = st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.fl
 def test_rows_arrive_as_the_experts_round_them(
     quant: QuantConfig, dtype: torch.dtype, seed: int, count: int, width: int
 ) -> None:
-    """Rounding what was rounded on its way to another rank is rounding once; a rank may have no rows."""
+    """Rounding rows that were rounded for the transfer to another rank changes nothing; a rank may have no rows."""
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=40, intermediate_size=20, quant=quant)
     rows = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
     codes = wire.travelling(config, dtype, weighted=True)
@@ -249,7 +249,7 @@ def test_quantizing_dequantized_weights_changes_nothing(quant: QuantConfig, seed
 
 @law(quants(activations=False), st.integers(0, 2**20))
 def test_calibration_does_not_increase_the_rounding_error(quant: QuantConfig, seed: int) -> None:
-    """Not in what was looked at: of each expert's rows, the mean square that a weight is multiplied with."""
+    """The error is weighted by the statistics of the calibration: the mean square of each expert's inputs."""
     config, weights, floats = drawn(quant, seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(9, 40, generator=generator) * torch.exp(torch.randn(40, generator=generator))

@@ -125,8 +125,8 @@ def test_gradients_of_a_replaced_block_are_its_own(row: BlockRow) -> None:
 def test_hooks_and_adapters_below_a_replaced_block_take_effect_or_are_refused_by_name(
     row: BlockRow, n: int, way: str, first: bool
 ) -> None:
-    """Values and gradients of the block as it is, with the same thing on the same module; refused only where the block
-    was ours before.
+    """Values and gradients are those of the original block with the same hook or adapter on the same module; it is an
+    error only if the block was replaced before.
     """
     quiet, x = dataclasses.replace(row, routing="none"), make_input(row, 4)
     theirs = make_block(row, 3)
