@@ -26,7 +26,7 @@ from moe_fn.kernels.native.trust import private_folder
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="processes are forked")
 AS_ROOT = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can change the user")
-NOBODY = 65534
+OTHER = 65534
 NAME = "moe_fn_plain_0123456789abcdef"
 HELD = b"what a compiler writes" * 1000
 
@@ -162,32 +162,32 @@ def test_what_root_has_built_is_for_every_user(open_path: Path) -> None:
         os.umask(old)
     subprocess.run(["chmod", "-R", "a+rX,a-w", str(folder)], check=True)  # as SECURITY.md says
     assert (
-        answer(*child(lambda: library_file(private_folder(folder), NAME, never).read_bytes() == HELD, NOBODY)) == "True"
+        answer(*child(lambda: library_file(private_folder(folder), NAME, never).read_bytes() == HELD, OTHER)) == "True"
     )
     for closed, mode in ((path, 0o500), (folder, 0o700)):
         closed.chmod(mode)
-        text = answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
-        assert f"PermissionError: user {NOBODY} may not read {closed}; expected a library that all users" in text
+        text = answer(*child(lambda: library_file(folder, NAME, build), OTHER))
+        assert f"PermissionError: user {OTHER} may not read {closed}; expected a library that all users" in text
 
 
 @AS_ROOT
 def test_a_folder_that_cannot_be_written_says_what_is_missing(open_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = private_folder(open_path / "moe_fn")
     words = (
-        f"PermissionError: {folder} has no intact {NAME}, and user {NOBODY} may not write there (Permission denied); "
+        f"PermissionError: {folder} has no intact {NAME}, and user {OTHER} may not write there (Permission denied); "
         "expected a library that was built there"
     )
-    assert words in answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
+    assert words in answer(*child(lambda: library_file(folder, NAME, build), OTHER))
     path = library_file(folder, NAME, build)
     path.write_bytes(b"")
-    assert words in answer(*child(lambda: library_file(folder, NAME, build), NOBODY))
+    assert words in answer(*child(lambda: library_file(folder, NAME, build), OTHER))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(open_path / "closed" / "folder"))
     (open_path / "closed").mkdir(mode=0o700)
-    text = answer(*child(native._folder, NOBODY))
-    assert f"user {NOBODY} may not create or enter {open_path}/closed/folder (Permission denied); expected" in text
+    text = answer(*child(native._folder, OTHER))
+    assert f"user {OTHER} may not create or enter {open_path}/closed/folder (Permission denied); expected" in text
     folder.chmod(0o775)
-    text = answer(*child(lambda: private_folder(folder), NOBODY))
-    assert f"{folder} has mode 775, and user {NOBODY} cannot change it" in text
+    text = answer(*child(lambda: private_folder(folder), OTHER))
+    assert f"{folder} has mode 775, and user {OTHER} cannot change it" in text
 
 
 def folder_with(monkeypatch: pytest.MonkeyPatch, **environment: str | None) -> Path:

@@ -345,6 +345,14 @@ def test_text_avoids_the_words_of_the_dialect(path: Path) -> None:
     assert found == [], f"{path.name}: (line, word) {found}; expected other words"
 
 
+def test_tests_avoid_the_words_of_the_dialect() -> None:
+    folders = (PACKAGE.parent / name for name in ("property_tests", "compile_tests", "shared_tests"))
+    paths = [path for folder in folders for path in sorted(folder.rglob("*.py")) if path != Path(__file__)]
+    texts = ((path.name, re.sub(r"\s+", " ", path.read_text())) for path in paths)
+    found = [(name, word) for name, text in texts for word in _DIALECT.findall(text)]
+    assert found == [], f"(file, word) {found}; expected other words"
+
+
 def glossary() -> list[str]:
     section = _page("docs/architecture.md").read_text().partition("## Glossary")[2].partition("\n## ")[0]
     return re.findall(r"^\| (\w+) \|", section, re.MULTILINE)[1:]  # without the header

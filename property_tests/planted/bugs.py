@@ -584,7 +584,7 @@ BUGS = (
         "prepared_weights_give_the_same_numbers",
         "panels are in reverse order",
         prepare.down_to_panels,
-        after(lambda weight, *a: weight.flip(3)),
+        after(lambda panels, *a: panels.flip(3)),
     ),
     PlantedBug(
         "restoring_undoes_preparing",
