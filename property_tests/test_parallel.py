@@ -46,6 +46,7 @@ def run_world(world: int, folder: Path, which: Which = "cases") -> dict[str, dic
             [
                 f"{world} ranks ended with {ends}: no word after {len(found)} cases, the last {list(found)[-1:]}",
                 *wrong[:20],
+                *(path.read_text() for path in sorted(folder.glob("*.stacks"))),
             ]
         )
         pytest.fail(words)
