@@ -15,7 +15,7 @@ QUANTIZED := "moe_fn,moe_fn plain,moe_fn eager,moe_fn unquantized,torch packed_m
 QUANTS := int8,int8-int8,int4-g32,int4-g128,int4-g32-int8,mxfp4,nvfp4,fp8,fp8-block
 GPU_MODELS := qwen3-30b-a3b,olmoe,mixtral-8x7b,gpt-oss-20b,gpt-oss-120b,deepseek-v3-32
 PYTHONS ?= python3.11 python3.12 python3.13
-MUTATED ?= $(wildcard moe_fn/stages/*.py) moe_fn/layer/compose.py moe_fn/ops/rows.py moe_fn/ops/grouped_matmul.py \
+MUTATED ?= $(wildcard moe_fn/stages/*.py) moe_fn/layer/compose.py moe_fn/fused/route.py moe_fn/ops/rows.py moe_fn/ops/grouped_matmul.py \
   moe_fn/balance/losses.py moe_fn/quant/numbers.py
 PROBLEMS ?= 20000
 WORKERS ?= 2

@@ -197,15 +197,15 @@ def check_outer(level: str, counts: list[list[int]], sets: int, extra: int, m: i
     generator = torch.Generator().manual_seed(m)
     left, right = (torch.randn(len(counts) * rows, width, generator=generator).to(dtype) for width in (m, n))
     expected = torch.zeros(sets, len(counts[0]), m, n, dtype=torch.float64)
-    of_nobody = torch.ones(len(left), dtype=torch.bool)
+    of_no_expert = torch.ones(len(left), dtype=torch.bool)
     for s, one in enumerate(counts):
         start = s * rows
         for e, count in enumerate(one):
             mine = slice(start, start + count)
             expected[s * sets // len(counts), e] += left[mine].double().mT @ right[mine].double()
-            of_nobody[mine] = False
+            of_no_expert[mine] = False
             start += count
-    left[of_nobody], right[of_nobody] = math.nan, math.nan
+    left[of_no_expert], right[of_no_expert] = math.nan, math.nan
     ops: Any = native.library(level).ops
     out = ops.grouped_outer(left, right, ends, len(counts), sets)
     assert_matches(out, expected.flatten(0, 1), scale=1.0)

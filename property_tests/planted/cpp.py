@@ -199,10 +199,10 @@ BUGS = (
     ),
     CppBug(
         SEGMENTS,
-        "the odd last row of bfloat16 pairs is read past the end",
+        "the second row of the last bfloat16 pair is left out",  # a read past the end is AddressSanitizer's to find
         "panels.h",
         "D::PER_DWORD == 2 && r + 1 < inner ? row(r + 1)",
-        "D::PER_DWORD == 2 ? row(r + 1)",
+        "D::PER_DWORD == 2 && r + 2 < inner ? row(r + 1)",
     ),
     # the forward pass
     CppBug(
