@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -162,6 +163,17 @@ def test_a_tiny_run_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "| tokens | floor | moe_fn eager | torch grouped_mm | share of floor | best other / moe_fn eager |" in out
     assert "| geomean |" in out
+
+
+def test_several_combinations_run_in_processes_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shape", SHAPE, "--tokens", "1", "--dtype", "f32,bf16", "--seconds", "0"]
+    assert main([*arguments, "--contestants", "moe_fn eager"]) == 0
+    assert "failed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("contestant", CONTESTANTS, ids=lambda contestant: contestant.name)
+def test_contestants_can_be_sent_to_another_process(contestant: Contestant) -> None:
+    assert pickle.loads(pickle.dumps(contestant)).name == contestant.name
 
 
 def test_a_wrong_contestant_is_called_wrong_and_not_timed(capsys: pytest.CaptureFixture[str]) -> None:

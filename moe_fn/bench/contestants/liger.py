@@ -3,6 +3,7 @@
 Its releases read the number of tiles on the host (`.item()`), so it cannot be captured and is timed call by call.
 """
 
+import functools
 import importlib
 
 import torch
@@ -30,5 +31,10 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
 
 
 LIGER = Contestant(
-    name="liger", installed=lambda: missing("liger_kernel"), refuses=_refuses, build=_build, copies=1, devices=GPU
+    name="liger",
+    installed=functools.partial(missing, "liger_kernel"),
+    refuses=_refuses,
+    build=_build,
+    copies=1,
+    devices=GPU,
 )

@@ -5,8 +5,7 @@ With quantized experts: with the codes, and with the decoded weights.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -19,10 +18,12 @@ from moe_fn.config import MoEConfig
 from moe_fn.records import MoEWeights
 from moe_fn.weights.quantize import dequantize_weights
 
+Changes = tuple[tuple[str, Any], ...]  # options of the config and their values; contestants are pickled
 
-def _build(problem: Problem, compiled: bool, prepared: bool, changes: Mapping[str, Any], floats: bool = False) -> Layer:
+
+def _build(problem: Problem, compiled: bool, prepared: bool, changes: Changes, floats: bool = False) -> Layer:
     config, weights = floats_of(problem) if floats else (problem.config, problem.weights)
-    config = dataclasses.replace(config, **changes)
+    config = dataclasses.replace(config, **dict(changes))
     if prepared and not problem.backward:
         weights = moe_fn.prepare_weights(config, weights)
     layer = problem.part == "layer"
@@ -59,7 +60,7 @@ def _row(
     compiled: bool,
     devices: tuple[str, ...],
     prepared: bool = True,
-    changes: Mapping[str, Any] = MappingProxyType({}),
+    changes: Changes = (),
     takes: Literal["codes", "both"] = "both",
 ) -> Contestant:
     return Contestant(
@@ -80,8 +81,10 @@ OURS: tuple[Contestant, ...] = (
     # kernels for GPUs read plain weights
     _row("moe_fn plain", compiled=True, devices=("cpu",), prepared=False),
     _row("moe_fn eager", compiled=False, devices=("cpu", "cuda")),
-    _row("moe_fn invariant", compiled=True, devices=("cpu", "cuda"), changes={"batch_invariant": True}),
-    _row("moe_fn plain invariant", compiled=True, devices=("cpu",), prepared=False, changes={"batch_invariant": True}),
-    _row("moe_fn torch", compiled=True, devices=("cuda",), changes={"backend": "torch"}),
+    _row("moe_fn invariant", compiled=True, devices=("cpu", "cuda"), changes=(("batch_invariant", True),)),
+    _row(
+        "moe_fn plain invariant", compiled=True, devices=("cpu",), prepared=False, changes=(("batch_invariant", True),)
+    ),
+    _row("moe_fn torch", compiled=True, devices=("cuda",), changes=(("backend", "torch"),)),
     _row(UNQUANTIZED, compiled=True, devices=("cpu", "cuda"), takes="codes"),
 )

@@ -1,5 +1,6 @@
 """Contestant ScatterMoE: its two products over sorted slots, as in its GLUMLP (github.com/shawntan/scattermoe)."""
 
+import functools
 import importlib
 
 import torch
@@ -33,5 +34,5 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
 
 
 SCATTERMOE = Contestant(
-    name="scattermoe", installed=lambda: missing("scattermoe"), refuses=_refuses, build=_build, devices=GPU
+    name="scattermoe", installed=functools.partial(missing, "scattermoe"), refuses=_refuses, build=_build, devices=GPU
 )

@@ -1,5 +1,6 @@
 """Contestant vLLM on GPUs: its Triton kernel fused_experts, with its tuned tiles for this GPU and shape, if any."""
 
+import functools
 import importlib
 
 import torch
@@ -39,4 +40,6 @@ def _refuses(problem: Problem, tokens: int) -> str | None:
     return refuses_of_library(problem, _ACTIVATIONS, biases=True, gradients=False)
 
 
-VLLM = Contestant(name="vllm", installed=lambda: missing("vllm"), refuses=_refuses, build=_build, copies=1, devices=GPU)
+VLLM = Contestant(
+    name="vllm", installed=functools.partial(missing, "vllm"), refuses=_refuses, build=_build, copies=1, devices=GPU
+)
