@@ -57,6 +57,34 @@ AREAS: dict[str, Area] = {
         ),
     ),
     "balance": Area(("moe_fn/balance/*.py",), _all("eplb*", "balance*", "layer", "bad_input")),
+    "layer": Area(
+        (
+            "moe_fn/layer/*.py",
+            "moe_fn/fused/*.py",
+            "moe_fn/kernels/arguments.py",
+            "moe_fn/kernels/options.py",
+            "moe_fn/kernels/*/support.py",
+        ),
+        (
+            *_all(
+                "layer",
+                "stages*",
+                "around_the_experts",
+                "change_path*",
+                "route",
+                "preparing",
+                "lora",
+                "bad_input",
+                "quant",
+                "quant_native",
+                "native_backward",
+                "parallel",
+            ),
+            "compile_tests/test_op_contracts.py",
+            "compile_tests/test_one_graph.py",
+            "compile_tests/test_contexts.py",
+        ),
+    ),
     "transformers": Area(("moe_fn/integrations/transformers/*.py",), _all("transformers_*", "bad_input")),
     "families": Area(
         ("moe_fn/families/*.py",), _all("family_*", "transformers_zoo", "checkpoint_families", "bad_input")
