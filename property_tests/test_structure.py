@@ -236,6 +236,32 @@ TABLES = {
 }
 
 
+# Files of fewer than 40 lines, and why each is not a part of another file.
+SHORT = {
+    "bench/clock.py": "what the clocks of a CPU and of a GPU have in common",
+    "bench/contestants/scatter_moe.py": "one contestant a file",
+    "checkpoint/progress.py": "loading and the benchmark show progress in one way",
+    "integrations/torchtitan/overrides.py": "a module that torchtitan imports by name",
+    "kernels/native/call.py": "ops import it, and not what builds and loads the library",
+    "kernels/torch/support.py": "one support.py a back-end",
+    "kernels/triton/call.py": "ops import it, and not Triton",
+    "numerics.py": "every folder above the config needs it",
+    "ops/dense.py": "gates, shared experts and latent spaces need it, grouped products do not",
+    "parallel/sizes.py": "all host syncs of the layer",
+    "quant/calibration.py": "a record of calibrate, below the layer, that quantize_weights reads",
+    "stages/reduce_and_trunc.py": "one stage a file",
+}
+
+
+def test_short_files_have_a_reason() -> None:
+    short = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in SOURCES
+        if len(path.read_text().splitlines()) < 40 and not path.name.startswith("__")
+    }
+    assert short == set(SHORT)
+
+
 def test_files_and_functions_stay_small() -> None:
     for path in SOURCES:
         text, is_table = path.read_text(), path.relative_to(PACKAGE).as_posix() in TABLES
