@@ -204,7 +204,7 @@ print(len(built))
 @NATIVE
 def test_threads_that_come_first_together_build_one_library(tmp_path: Path) -> None:
     path = native.active().path
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}  # noqa: TID251
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}  # noqa: TID251
     command = [sys.executable, "-c", RACE, str(path)]
     root = Path(moe_fn.__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
