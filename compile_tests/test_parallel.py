@@ -15,6 +15,7 @@ from torch import fx
 from compile_tests.fake_ranks import Echo, collectives_in, fake_ranks, id_of, layer_of, parallel_of
 from compile_tests.graphs import graphs_of, ops
 from compile_tests.rank_graphs import ALL_JOBS, FORMATS, JOBS, MOST, Job, config_of, leaves_of_rank, tokens_of, worker
+from shared_tests.ranks import started
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 TIMEOUT_S = 120
@@ -25,23 +26,15 @@ RANKS = 64
 def test_two_processes_make_one_graph_each_with_the_numbers_of_eager(jobs: tuple[Job, ...], tmp_path: Path) -> None:
     context: Any = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [
-        context.Process(target=worker, args=(rank, 2, str(tmp_path / "store"), jobs, results), daemon=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
+    arguments = [(rank, 2, str(tmp_path / "store"), jobs, results) for rank in range(2)]
     found: dict[Any, Any] = {}
-    try:
-        for _ in range(2 * len(jobs)):
-            rank, job, result = results.get(timeout=TIMEOUT_S)
-            found[(job, rank)] = result
-    except queue.Empty:
-        pytest.fail(f"no result for {TIMEOUT_S} s, after {len(found)} jobs")
-    finally:
-        for process in processes:
-            process.join(timeout=20)
-            process.kill()
+    with started(context, worker, arguments, tmp_path):
+        try:
+            for _ in range(2 * len(jobs)):
+                rank, job, result = results.get(timeout=TIMEOUT_S)
+                found[(job, rank)] = result
+        except queue.Empty:
+            pytest.fail(f"no result for {TIMEOUT_S} s, after {len(found)} jobs")
     assert {key: result for key, result in found.items() if result != (1, 0)} == {}
 
 

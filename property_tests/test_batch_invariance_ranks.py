@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks.cases import BASE
-from ranks.start import ranks_context
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -18,6 +17,7 @@ import moe_fn
 from moe_fn import MoEConfig, ParallelConfig, SharedExpertsConfig
 from moe_fn.ops import collectives
 from moe_fn.testing import weights_for
+from shared_tests.ranks import ranks_context, started
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 LAYER = dataclasses.replace(
@@ -90,17 +90,8 @@ def worker(rank: int, world: int, store: str, results: Any) -> None:
 def test_what_other_ranks_send_moves_no_bit(tmp_path: Path, world: int) -> None:
     context = ranks_context()
     results = context.Queue()
-    processes = [
-        context.Process(target=worker, args=(rank, world, str(tmp_path / "store"), results), daemon=True)
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    try:
+    arguments = [(rank, world, str(tmp_path / "store"), results) for rank in range(world)]
+    with started(context, worker, arguments, tmp_path) as processes:
         found = dict(results.get(timeout=180) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(timeout=20)
-            process.kill()
     assert [(rank, name) for rank, all_formats in found.items() for name, equal in all_formats if not equal] == []
     assert len(found) == world and all(len(all_formats) >= len(FORMATS[world]) for all_formats in found.values())

@@ -7,7 +7,8 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks.eplb import run
-from ranks.start import ranks_context
+
+from shared_tests.ranks import ranks_context
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo here")
 SECONDS = 120

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from ranks.faults import BAD, FAULTS, WORLD, rank_of_fault
-from ranks.start import ranks_context
+
+from shared_tests.ranks import ranks_context, started
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 HARD_S = 30  # after which the test kills every rank, and fails
@@ -20,23 +21,14 @@ def answers(name: str, folder: Path) -> dict[int, Answer]:
     """Returns the answer of each rank that is alive, within the hard timeout."""
     context = ranks_context()
     pipes = [context.Pipe(duplex=False) for _ in range(WORLD)]
-    processes = [
-        context.Process(target=rank_of_fault, args=(rank, name, str(folder / "store"), pipes[rank][1]), daemon=True)
-        for rank in range(WORLD)
-    ]
+    arguments = [(rank, name, str(folder / "store"), pipes[rank][1]) for rank in range(WORLD)]
     found: dict[int, Answer] = {}
-    try:
-        for process in processes:
-            process.start()
+    with started(context, rank_of_fault, arguments, folder, wait_s=0):
         for rank in range(WORLD):
             if rank != BAD and pipes[rank][0].poll(HARD_S):
                 found[rank] = pipes[rank][0].recv()
         if pipes[BAD][0].poll(0.5 if found else 0):
             found[BAD] = pipes[BAD][0].recv()
-    finally:
-        for process in processes:
-            process.kill()
-            process.join(timeout=10)
     return found
 
 

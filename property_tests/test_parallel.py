@@ -14,9 +14,9 @@ from options import options_of, there_are
 from planted.ranks import RANK_BUGS
 from ranks.cases import ALL_LAYERS, Which, cases, jobs, worker
 from ranks.layers import EXCUSED
-from ranks.start import ranks_context
 
 from moe_fn import ParallelConfig
+from shared_tests.ranks import ranks_context, started
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 TIMEOUT_S, WORD_S = 180, 10
@@ -26,35 +26,24 @@ def run_world(world: int, folder: Path, which: Which = "cases") -> dict[str, dic
     """Returns errors by case and rank."""
     context = ranks_context()
     results = context.Queue()
-    store = str(folder / "store")
-    processes = [
-        context.Process(target=worker, args=(rank, world, store, results, which), daemon=True) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    arguments = [(rank, world, str(folder / "store"), results, which) for rank in range(world)]
     found: dict[str, dict[int, str | None]] = {}
-    try:
-        for _ in range(world * len(jobs(world, which))):
-            rank, name, error = next_word(results, processes)
-            found.setdefault(name, {})[rank] = error
-    except queue.Empty:
-        ends = [process.exitcode for process in processes]
-        wrong = [
-            f"{name}, rank {rank}: {error}" for name, ranks in found.items() for rank, error in ranks.items() if error
-        ]
-        words = "\n".join(
-            [
-                f"{world} ranks ended with {ends}: no word after {len(found)} cases, the last {list(found)[-1:]}",
-                *wrong[:20],
-                *(path.read_text() for path in sorted(folder.glob("*.stacks"))),
-            ]
-        )
-        pytest.fail(words)
-    finally:
-        for process in processes:
-            process.join(timeout=20)
-            process.kill()
+    with started(context, worker, arguments, folder) as processes:
+        try:
+            for _ in range(world * len(jobs(world, which))):
+                rank, name, error = next_word(results, processes)
+                found.setdefault(name, {})[rank] = error
+        except queue.Empty:
+            ends = [process.exitcode for process in processes]
+            wrong = errors_in(found)
+            first = f"{world} ranks ended with {ends}: no word after {len(found)} cases, the last {list(found)[-1:]}"
+            pytest.fail("\n".join([first, *wrong[:20]]))
     return found
+
+
+def errors_in(found: dict[str, dict[int, str | None]]) -> list[str]:
+    """Returns the errors with the names of their cases and ranks."""
+    return [f"{name}, rank {rank}: {error}" for name, ranks in found.items() for rank, error in ranks.items() if error]
 
 
 def next_word(results: Any, processes: Any) -> Any:
@@ -75,8 +64,8 @@ _CROSSED = [pytest.param(world, "crossed", marks=pytest.mark.thorough) for world
 @pytest.mark.parametrize(("world", "which"), [(1, "cases"), (2, "cases"), (4, "cases"), *_CROSSED])
 def test_sharded_equals_unsharded(world: int, which: Which, tmp_path: Path) -> None:
     found = run_world(world, tmp_path, which)
-    wrong = {f"{name}, rank {rank}": error for name, ranks in found.items() for rank, error in ranks.items() if error}
-    assert not wrong, "\n".join(f"{place}: {error}" for place, error in list(wrong.items())[:20])
+    wrong = errors_in(found)
+    assert not wrong, "\n".join(wrong[:20])
     assert len(found) == len(jobs(world, which))
 
 

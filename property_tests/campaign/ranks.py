@@ -14,6 +14,7 @@ import moe_fn
 from campaign.drawing import DTYPES
 from campaign.measuring import Measured, compare, measured, problem_for
 from moe_fn.config import ActivationQuantConfig, MoEConfig, ParallelConfig, QuantConfig, SharedExpertsConfig
+from shared_tests.ranks import started
 
 _INT8 = QuantConfig(
     scheme="int8",
@@ -54,18 +55,9 @@ def _of_world(world: int) -> list[Measured]:
     context: Any = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=_rank, args=(rank, world, f"{folder}/store", results), daemon=True)
-            for rank in range(world)
-        ]
-        for process in ranks:
-            process.start()
-        try:
+        arguments = [(rank, world, f"{folder}/store", results) for rank in range(world)]
+        with started(context, _rank, arguments, Path(folder)) as ranks:
             found = [results.get(timeout=_PATIENCE_S) for _ in ranks]
-        finally:
-            for process in ranks:
-                process.join(timeout=20)
-                process.kill()
     keys = list(found[0])
     return [measured(what, dtype, [one for rank in found for one in rank[what, dtype]]) for what, dtype in keys]
 

@@ -4,11 +4,9 @@
 
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import importlib.util
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -467,11 +465,7 @@ def _zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 def worker(rank: int, world: int, store: str, results: Any, which: Which = "cases") -> None:
-    """Runs every job of a world on one rank, in order, and puts (name, error or None) of each into the queue.
-
-    If the process crashes, the stacks of its threads are in the file `{store}-{rank}.stacks`.
-    """
-    faulthandler.enable(os.open(f"{store}-{rank}.stacks", os.O_CREAT | os.O_WRONLY))
+    """Runs every job of a world on one rank, in order, and puts (name, error or None) of each into the queue."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
