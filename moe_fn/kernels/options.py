@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from moe_fn.config import MoEConfig, as_activation
+
 ANY: Final = None  # every value: a number that the kernels read, or an option that acts outside of them
 Known = Mapping[str, Collection[Any] | None]
 
@@ -19,8 +21,16 @@ AROUND_EXPERTS: Known = dict.fromkeys(
     )
 )  # fmt: skip
 
-# What both the C++ and the Triton kernels compute of ActivationConfig. What only one of them computes is a line in its
-# own support.py.
+# What both the C++ and the Triton kernels compute of MoEConfig and of ActivationConfig. What only one of them computes
+# is a line in its own support.py.
+FUSED_LAYER: Known = {
+    **AROUND_EXPERTS,
+    "gate_up_layout": ("packed", "interleaved"),
+    "weight_layout": ("out_in", "in_out"),
+    "batch_invariant": (False, True),
+    "activation": ANY,  # the table of the activation
+    "quant": ANY,  # the table of quantization
+}
 FUSED_ACTIVATION: Known = {
     "function": ("silu", "gelu", "gelu_tanh", "relu", "relu2", "situ"),
     "gated": (False, True),
@@ -31,6 +41,13 @@ FUSED_ACTIVATION: Known = {
     "gate_cap": ANY,
     "up_cap": ANY,
 }
+
+
+def unknown_layer_option(kernels: str, config: MoEConfig, layer: Known, activation: Known) -> str | None:
+    """The first option of a layer or of its activation that kernels do not know, in words; None if they know all."""
+    return unknown_option(kernels, config, layer) or unknown_option(
+        kernels, as_activation(config.activation), activation
+    )
 
 
 def unknown_option(kernels: str, config: Any, known: Known) -> str | None:

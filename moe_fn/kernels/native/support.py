@@ -4,24 +4,16 @@ import functools
 
 import torch
 
-from moe_fn.config import as_activation
 from moe_fn.config.moe import config_of_json
 from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.native.library import active
-from moe_fn.kernels.options import ANY, AROUND_EXPERTS, FUSED_ACTIVATION, Known, unknown_option
+from moe_fn.kernels.options import ANY, FUSED_ACTIVATION, FUSED_LAYER, Known, unknown_layer_option, unknown_option
 from moe_fn.torch_compat import constant_while_tracing
 
 DTYPES = (torch.float32, torch.bfloat16)
 _NAME = "the native kernels"
 
-EXPERTS: Known = {
-    **AROUND_EXPERTS,
-    "gate_up_layout": ("packed", "interleaved"),
-    "weight_layout": ("out_in", "in_out"),
-    "batch_invariant": (False, True),
-    "activation": ANY,  # ACTIVATION
-    "quant": ANY,  # QUANT
-}
+EXPERTS: Known = {**FUSED_LAYER}
 ACTIVATION: Known = {**FUSED_ACTIVATION}  # activation.h
 QUANT: Known = {  # quant_arguments.h
     "scheme": ("fp8_e4m3", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"),
@@ -53,9 +45,7 @@ def experts_problem(config: str) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _experts_problem(config: str) -> str | None:
-    layer = config_of_json(config)
-    activation = as_activation(layer.activation)
-    return unknown_option(_NAME, layer, EXPERTS) or unknown_option(_NAME, activation, ACTIVATION)
+    return unknown_layer_option(_NAME, config_of_json(config), EXPERTS, ACTIVATION)
 
 
 @constant_while_tracing

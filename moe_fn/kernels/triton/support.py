@@ -9,10 +9,10 @@ import math
 
 import torch
 
-from moe_fn.config import MoEConfig, as_activation
+from moe_fn.config import MoEConfig
 from moe_fn.config.moe import config_of_json
 from moe_fn.config.quant import QuantConfig, quant_of_json
-from moe_fn.kernels.options import ANY, AROUND_EXPERTS, FUSED_ACTIVATION, Known, unknown_option
+from moe_fn.kernels.options import ANY, FUSED_ACTIVATION, FUSED_LAYER, Known, unknown_layer_option, unknown_option
 from moe_fn.kernels.triton.quant.tiles import LEAST_STEP, fitting_step
 from moe_fn.kernels.triton.tiles import architecture_of
 from moe_fn.torch_compat import constant_while_tracing
@@ -25,14 +25,7 @@ STEPS = (32, 64, 128)  # inner sizes of tiles
 NO_E4M3 = ("sm_75", "sm_80", "gfx942")  # the last has another fp8, fnuz
 _NAME = "the Triton kernels"
 
-EXPERTS: Known = {
-    **AROUND_EXPERTS,
-    "gate_up_layout": ("packed", "interleaved"),
-    "weight_layout": ("out_in", "in_out"),
-    "batch_invariant": (False, True),
-    "activation": ANY,  # ACTIVATION
-    "quant": ANY,  # QUANT
-}
+EXPERTS: Known = {**FUSED_LAYER}
 ACTIVATION: Known = {**FUSED_ACTIVATION}  # activation.py
 QUANT: Known = {  # quant/codes.py
     "scheme": ("fp8_e4m3", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"),
@@ -108,9 +101,7 @@ def experts_problem(config: str) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _experts_problem(config: str) -> str | None:
-    layer = config_of_json(config)
-    activation = as_activation(layer.activation)
-    return unknown_option(_NAME, layer, EXPERTS) or unknown_option(_NAME, activation, ACTIVATION)
+    return unknown_layer_option(_NAME, config_of_json(config), EXPERTS, ACTIVATION)
 
 
 @constant_while_tracing
