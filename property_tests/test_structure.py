@@ -17,6 +17,7 @@ from test_planted_bugs import LAWS
 import moe_fn
 from moe_fn.families import FAMILIES
 from moe_fn.families.find import PARTS
+from shared_tests.sources import without_docstrings
 
 PACKAGE = Path(moe_fn.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -155,7 +156,7 @@ def test_few_files_stand_outside_of_folders() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_ops_talk_to_torch_library_and_only_kernels_to_triton(path: Path) -> None:
     text = path.read_text()
-    code = "\n".join(line for line in ast.unparse(_without_docstrings(ast.parse(text))).splitlines())
+    code = "\n".join(line for line in ast.unparse(without_docstrings(ast.parse(text))).splitlines())
     assert "torch.library." not in code or part_of(path) == "ops"
     assert not re.search(r"^\s*(import|from) triton", code, re.MULTILINE) or part_of(path) == "kernels"
     assert "os.environ" not in code
@@ -190,22 +191,8 @@ _FUNCTIONAL_COLLECTIVES = ("torch.distributed._functional_collectives", "torch.o
 def test_private_names_of_torch_stand_in_one_place(path: Path) -> None:
     if path.relative_to(PACKAGE).as_posix().startswith(PRIVATE):
         return
-    code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+    code = ast.unparse(without_docstrings(ast.parse(path.read_text())))
     assert not set(_PRIVATE_NAME.findall(code)) - set(_FUNCTIONAL_COLLECTIVES)
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value.value = ""
-            node.body = body[1:] or body
-    return tree
 
 
 def laws_in_docstrings() -> set[str]:
@@ -310,7 +297,7 @@ def test_the_public_surface_grows_on_purpose_only() -> None:
 
 def functions_in(text: str) -> dict[str, str]:
     """Returns the code of each function by name, without docstrings and comments."""
-    tree = _without_docstrings(ast.parse(text))
+    tree = without_docstrings(ast.parse(text))
     return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

@@ -10,6 +10,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from compile_tests.ahead_of_time.case import Case
+from shared_tests.sources import without_docstrings
 
 
 def digest_of(case: Case) -> str:
@@ -33,7 +34,7 @@ def _code(function: FunctionType) -> frozenset[str]:
         if current in found:
             continue
         tree = ast.parse(textwrap.dedent(inspect.getsource(current)))
-        found[current] = ast.unparse(_without_docstring(tree))
+        found[current] = ast.unparse(without_docstrings(tree))
         for name, value in _named(tree, current.__globals__):
             inner = getattr(value, "fn", value)  # of a jitted function
             if isinstance(inner, FunctionType):
@@ -54,10 +55,3 @@ def _named(tree: ast.AST, names: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             module = names.get(node.value.id)
             if isinstance(module, ModuleType) and module.__name__.split(".")[0] == "moe_fn":
                 yield f"{node.value.id}.{node.attr}", getattr(module, node.attr)
-
-
-def _without_docstring(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return tree
