@@ -11,6 +11,7 @@ from typing import get_args
 
 import pytest
 import torch
+from added_rows import clear_caches
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 from support import assert_is_the_layer
@@ -18,9 +19,9 @@ from torch import Tensor
 
 import moe_fn
 from moe_fn import ActivationConfig, MoEConfig, MoEWeights, Routing
-from moe_fn.config import as_activation, config_of_json
+from moe_fn.config import as_activation
 from moe_fn.config.activation import FUNCTIONS, PRESETS, GateFunction
-from moe_fn.fused.schema import _config_of, packed, unpacked
+from moe_fn.fused.schema import packed, unpacked
 from moe_fn.kernels import arguments
 from moe_fn.kernels.arguments import ARGUMENTS, RoutedExpertsArguments, arguments_of, flat
 from moe_fn.kernels.native import generated, library
@@ -31,15 +32,11 @@ from moe_fn.records import QuantWeights
 from moe_fn.reference import activation as reference
 from moe_fn.stages import _activation as stage
 from moe_fn.testing import MoEProblem, configs, problems, weights_for
-from moe_fn.testing.config_strategies import _activations
 
 PACKAGE = Path(moe_fn.__file__).parent
 DRAWS = settings(
     max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
-CACHED = (
-    _activations, config_of_json, _config_of, arguments._activation, native._experts_problem, triton._experts_problem,
-)  # fmt: skip
 BACKENDS = ("torch", *(["native"] if native.problem("cpu", torch.float32) is None else []))
 # The files of an activation, without parameters or with some.
 FILES = {
@@ -59,14 +56,12 @@ def softsign(monkeypatch: pytest.MonkeyPatch) -> Iterator[ActivationConfig]:
     def in_reference(a: ActivationConfig, g: Tensor) -> Tensor:
         return 0.5 * (g + a.alpha * g**2 / (1 + (a.alpha * g).abs()))
 
-    for function in CACHED:
-        function.cache_clear()
+    clear_caches()
     monkeypatch.setitem(FUNCTIONS, "softsign", ("alpha",))  # type: ignore[misc]
     monkeypatch.setitem(stage.GATE_FUNCTIONS, "softsign", in_torch)
     monkeypatch.setitem(reference.GATE_FUNCTIONS, "softsign", in_reference)
     yield ActivationConfig(function="softsign", alpha=1.5)  # type: ignore[arg-type]
-    for function in CACHED:
-        function.cache_clear()
+    clear_caches()
 
 
 def layer_of(activation: ActivationConfig, **changes: object) -> MoEConfig:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from added_rows import clear_caches
 from campaign.checking import share_of_bound
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from tools import options_page
 import moe_fn
 from moe_fn import GroupConfig, MoEConfig, QuantConfig, RouterConfig
 from moe_fn.bench.quants import expert_bytes
-from moe_fn.config import ActivationConfig, ActivationQuantConfig, config_of_json, parallel, quant, router
+from moe_fn.config import ActivationConfig, ActivationQuantConfig, parallel, quant, router
 from moe_fn.kernels.native import support as native
 from moe_fn.kernels.options import Known, unknown_option
 from moe_fn.kernels.torch import support as in_torch
@@ -40,18 +41,13 @@ DRAWS = settings(
 )
 # no shrinking
 SEARCH = settings(DRAWS, max_examples=999, phases=[Phase.generate])
-CACHED = (
-    config_of_json, quant.quant_of_json, native._experts_problem, native._quant_problem, triton._experts_problem,
-    triton._router_problem, triton.problem_on, triton.decodes, in_torch.quant_problem,
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
     """Clears the caches after a test, so that none keeps results of an added row."""
     yield
-    for function in CACHED:
-        function.cache_clear()
+    clear_caches()
 
 
 def assert_on_its_page(where: str, name: str) -> None:
@@ -129,7 +125,7 @@ def test_a_quantization_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(reference_quant.VALUES, "normal", list(NORMAL))
     one = QuantConfig(scheme="normal4", granularity="group", group_size=16)  # type: ignore[arg-type]
     assert str(in_torch.quant_problem(one.json)).startswith("quant: codes of normal; torch's products take e4m3")
-    in_torch.quant_problem.cache_clear()
+    clear_caches()
     monkeypatch.setitem(numbers.NUMBERS, "normal", number)
 
     assert in_torch.quant_problem(one.json) is None
@@ -214,8 +210,7 @@ def test_an_option_that_the_kernels_do_not_list_runs_by_stages(
 ) -> None:  # fmt: skip
     layer = MoEConfig(num_experts=3, top_k=2, hidden_size=8, intermediate_size=8, **config)
     problem = MoEProblem(config=layer, weights=weights_for(layer), x=torch.randn(5, 8), logits=torch.randn(5, 3))
-    for function in CACHED:
-        function.cache_clear()
+    clear_caches()
     monkeypatch.setitem(table, option, left)
     found = native.experts_problem(layer.json)
     if layer.quant is not None:
