@@ -11,7 +11,7 @@ from moe_fn.numerics import accumulation_dtype
 from moe_fn.quant import numbers
 from moe_fn.quant.numbers import NUMBERS, Number, decode_e8m0, encode_e8m0, one_if_zero, pack_halves, unpack_halves
 from moe_fn.quant.tiles import WHOLE, Tile, by_tile, expand_tiles
-from moe_fn.records import MoEWeights
+from moe_fn.records import MoEWeights, QuantWeights
 
 NAMES = ("gate_up", "down")
 
@@ -28,12 +28,16 @@ class Codes:
 
 def codes_of(weights: MoEWeights, name: str) -> Codes:
     """The codes, scales and zero points of gate_up or down."""
-    quant = weights.quant
+    return with_scales(getattr(weights, name), weights.quant, name)
+
+
+def with_scales(codes: Tensor, quant: QuantWeights | None, name: str) -> Codes:
+    """The codes of gate_up or down with its scales and zero points."""
     scale = None if quant is None else getattr(quant, f"{name}_scale")
     if quant is None or scale is None:
         raise ValueError(f"weights.quant.{name}_scale is None; expected a tensor, since config.quant is given")
     return Codes(
-        codes=getattr(weights, name),
+        codes=codes,
         scale=scale,
         zero_point=getattr(quant, f"{name}_zero_point"),
         global_scale=getattr(quant, f"{name}_global_scale"),

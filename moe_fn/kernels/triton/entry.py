@@ -15,7 +15,7 @@ from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer, quantiz
 from moe_fn.kernels.triton.layer import Problem, backward, forward
 from moe_fn.kernels.triton.quant import layer
 from moe_fn.kernels.triton.quant.matrix import matrix_of
-from moe_fn.quant.codes import Codes
+from moe_fn.quant.codes import with_scales
 
 __all__ = [
     "grouped_matmul",
@@ -74,21 +74,9 @@ def _quant_problem(arguments: RoutedExpertsArguments) -> layer.QuantProblem:
     quant = quant_of_json(arguments.quant)
     tensors: Any = arguments.quant_weights  # there with codes
     halves = 1 if arguments.interleaved else arguments.activation.gate_up_parts
-    gate_up = Codes(
-        codes=arguments.gate_up,
-        scale=tensors.gate_up_scale,
-        zero_point=tensors.gate_up_zero_point,
-        global_scale=tensors.gate_up_global_scale,
-    )
-    down = Codes(
-        codes=arguments.down,
-        scale=tensors.down_scale,
-        zero_point=tensors.down_zero_point,
-        global_scale=tensors.down_global_scale,
-    )
     return layer.QuantProblem(
-        gate_up=matrix_of(quant, gate_up, halves),
-        down=matrix_of(quant, down, 1),
+        gate_up=matrix_of(quant, with_scales(arguments.gate_up, tensors, "gate_up"), halves),
+        down=matrix_of(quant, with_scales(arguments.down, tensors, "down"), 1),
         rounding=quant.activations,
         gate_up_input_scale=tensors.gate_up_input_scale,
         down_input_scale=tensors.down_input_scale,
