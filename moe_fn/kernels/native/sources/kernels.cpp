@@ -11,7 +11,7 @@ float Bias::at(int64_t expert, int64_t i) const {
 
 namespace {
 
-Plan plan_of_groups(const Groups& g, int rows_of_chunk) {
+Plan plan_of_groups(const Groups& g, int rows_of_chunk, int rows_of_block) {
   Plan plan;
   const int64_t experts = g.count / g.segments, rows_of_segment = g.rows / g.segments, sets = g.weight_sets;
   for (int64_t set = 0; set < sets; set++)
@@ -22,7 +22,7 @@ Plan plan_of_groups(const Groups& g, int rows_of_chunk) {
         const int64_t group = s * experts + e;
         for (int64_t r = e ? g.ends[group - 1] : s * rows_of_segment; r < g.ends[group]; r++) plan.source.push_back(r);
       }
-      plan.add(set * experts + e, start, int64_t(plan.source.size()), rows_of_chunk);
+      plan.add(set * experts + e, start, int64_t(plan.source.size()), rows_of_chunk, rows_of_block);
     }
   return plan;
 }
@@ -34,7 +34,7 @@ void routed_experts(const Pool& pool, const RoutedExperts& q) {
   with_type(q.type, [&](auto d) {
     using D = decltype(d);
     if (!q.tokens) return;
-    const Plan plan = plan_of_routing(q, chunk_rows(q.gate_up));
+    const Plan plan = plan_of_routing(q, chunk_rows(q.gate_up), ROWS_OF<D>);
     const int width = hidden_width(q);
     const int padded = round_up(std::max(width / D::PER_DWORD, q.down.steps()), CHUNK);
     const int64_t rows = int64_t(plan.source.size());
@@ -50,7 +50,7 @@ void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight&
   with_type(type, [&](auto d) {
     using D = decltype(d);
     using Element = typename D::Element;
-    const Plan plan = plan_of_groups(groups, chunk_rows(weight));
+    const Plan plan = plan_of_groups(groups, chunk_rows(weight), ROWS_OF<D>);
     Element* to = static_cast<Element*>(out);
     const int64_t n = weight.columns;
     // Rows without a group are 0.
@@ -73,9 +73,10 @@ void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight&
 
 void grouped_outer(const Pool& pool, Type type, const void* left, int64_t m, const void* right, int64_t n, const Groups& groups, void* out) {
   with_type(type, [&](auto d) {
-    const Plan plan = plan_of_groups(groups, 1 << 30);
+    using D = decltype(d);
+    const Plan plan = plan_of_groups(groups, 1 << 30, ROWS_OF<D>);
     const std::vector<int64_t> starts = starts_of_plan(plan, groups.count / groups.segments * groups.weight_sets);
-    outer_products<decltype(d)>(pool, {left, m, plan.source.data()}, {right, n, plan.source.data()}, starts, out);
+    outer_products<D>(pool, {left, m, plan.source.data()}, {right, n, plan.source.data()}, starts, out);
   });
 }
 
@@ -102,15 +103,15 @@ double tile_rate(const Pool& pool, Type type, int64_t repeats) {
     using D = decltype(d);
     auto start = std::chrono::steady_clock::now();
     pool([&](int) {
-      Buffer a = buffer(BLOCKS * MAX_ROWS * STEPS), b = buffer(STEPS * PANEL), c = buffer(MAX_ROWS * PANEL);
-      std::memset(a.get(), 0, BLOCKS * MAX_ROWS * STEPS * 4);
+      Buffer a = buffer(BLOCKS * ROWS_OF<D> * STEPS), b = buffer(STEPS * PANEL), c = buffer(ROWS_OF<D> * PANEL);
+      std::memset(a.get(), 0, BLOCKS * ROWS_OF<D> * STEPS * 4);
       std::memset(b.get(), 0, STEPS * PANEL * 4);
       for (int64_t i = 0; i < repeats; i++)
         for (int block = 0; block < BLOCKS; block++)
-          tiles<D>.of[MAX_ROWS](a.get() + int64_t(block) * MAX_ROWS * STEPS, b.get(), STEPS, c.get(), false, nullptr, 0);
+          tiles<D>.of[ROWS_OF<D>](a.get() + int64_t(block) * ROWS_OF<D> * STEPS, b.get(), STEPS, c.get(), false, nullptr, 0);
     });
     seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    seconds /= 2.0 * MAX_ROWS * PANEL * STEPS * D::PER_DWORD * BLOCKS * double(repeats) * pool.workers;
+    seconds /= 2.0 * ROWS_OF<D> * PANEL * STEPS * D::PER_DWORD * BLOCKS * double(repeats) * pool.workers;
   });
   return 1e-9 / seconds;
 }

@@ -47,7 +47,7 @@ void store_pre(const Columns& to, const float* tile, const float* bias, typename
   }
 }
 
-inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block = MAX_ROWS) {
+inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block) {
   Plan plan;
   const int64_t slots = q.tokens * q.top_k;
   auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(q.experts); };
@@ -183,7 +183,7 @@ void outer_products(const Pool& pool, const Side& left, const Side& right, const
   const int most = round_up(int((most_rows + D::PER_DWORD - 1) / D::PER_DWORD), CHUNK);
   const Weight shape{nullptr, 0, n, 0, int(sizeof(Element)), false, false, false, false};
   // Both sides are laid once a task: `rows` of the left one at a time (256 KB, in L2), a group of panels of the right one (4 MB).
-  const int rows = std::clamp(256 * 256 / std::max(most, 1) / MAX_ROWS, 1, 16) * MAX_ROWS;
+  const int rows = std::clamp(256 * 256 / std::max(most, 1) / ROWS_OF<D>, 1, 16) * ROWS_OF<D>;
   const int panels_at_once = int(std::clamp<int64_t>((4 << 20) / (int64_t(std::max(most, 1)) * PANEL * 4), 1, std::max(shape.panels(), 1)));
   const int64_t parts = std::clamp<int64_t>((8 * pool.workers + experts - 1) / std::max<int64_t>(experts, 1), 1, std::max<int64_t>((m + rows - 1) / rows, 1));
   std::vector<OuterTask> tasks;
@@ -193,7 +193,7 @@ void outer_products(const Pool& pool, const Side& left, const Side& right, const
         tasks.push_back({e, m * part / parts, m * (part + 1) / parts, p, std::min(p + panels_at_once, shape.panels())});
   std::atomic<int64_t> counter{0};
   pool([&](int) {
-    Buffer packed = buffer(int64_t(rows) * most), panels = buffer(int64_t(panels_at_once) * most * PANEL), sum = buffer(MAX_ROWS * PANEL);
+    Buffer packed = buffer(int64_t(rows) * most), panels = buffer(int64_t(panels_at_once) * most * PANEL), sum = buffer(ROWS_OF<D> * PANEL);
     for (int64_t t = counter++; t < int64_t(tasks.size()); t = counter++) {
       const OuterTask& task = tasks[t];
       Element* result = to + task.expert * m * n;
@@ -214,12 +214,12 @@ void outer_products(const Pool& pool, const Side& left, const Side& right, const
       }
       for (int64_t i0 = task.first; i0 < task.last; i0 += rows) {
         const int here = int(std::min<int64_t>(rows, task.last - i0));
-        for (int i = 0; i < here; i += MAX_ROWS)
-          pack_columns<D>(left_row, inner, m, i0 + i, std::min(MAX_ROWS, here - i), padded, packed.get() + int64_t(i) * padded);
+        for (int i = 0; i < here; i += ROWS_OF<D>)
+          pack_columns<D>(left_row, inner, m, i0 + i, std::min(ROWS_OF<D>, here - i), padded, packed.get() + int64_t(i) * padded);
         for (int p = task.first_panel; p < task.last_panel; p++) {
           const float* panel = panels.get() + int64_t(p - task.first_panel) * steps * PANEL;
-          for (int i = 0; i < here; i += MAX_ROWS) {
-            const int count = std::min(MAX_ROWS, here - i);
+          for (int i = 0; i < here; i += ROWS_OF<D>) {
+            const int count = std::min(ROWS_OF<D>, here - i);
             for (int k = 0; k < steps; k += BLOCK_STEPS)
               tiles<D>.of[count](packed.get() + int64_t(i) * padded + int64_t(k) * count, panel + int64_t(k) * PANEL, std::min(BLOCK_STEPS, steps - k), sum.get(), k > 0,
                                  nullptr, 0);

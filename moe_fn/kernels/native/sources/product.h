@@ -46,7 +46,7 @@ struct Plan {
   std::vector<Chunk> chunks;
   int most_rows = 0;  // the largest number of rows of a chunk
 
-  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows, int block_rows = MAX_ROWS) {
+  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows, int block_rows) {
     const int64_t n = end - start;
     if (n <= 0) return;
     const int64_t nb = (n + block_rows - 1) / block_rows, per = std::max(1, chunk_rows / block_rows), nc = (nb + per - 1) / per;

@@ -123,5 +123,8 @@ struct BF16 {
   static inline vec load(const uint16_t* p) { return widen(p); }
   static inline void store(uint16_t* p, vec v) { narrow(p, v); }
 };
+// Rows of a full block of packed rows, the largest number that `tiles` takes.
+template <class D>
+constexpr int ROWS_OF = MAX_ROWS;
 
 }  // namespace moe_fn

@@ -50,10 +50,10 @@ void tile(const float* a, const float* b, int steps, float* c, bool add, const c
 using Tile = void (*)(const float*, const float*, int, float*, bool, const char*, int);
 template <class D>
 struct Tiles {  // indexed by the number of rows
-  Tile of[MAX_ROWS + 1] = {};
+  Tile of[ROWS_OF<D> + 1] = {};
   template <int... R>
   constexpr void fill(std::integer_sequence<int, R...>) { ((of[R + 1] = tile<D, R + 1>), ...); }
-  constexpr Tiles() { fill(std::make_integer_sequence<int, MAX_ROWS>{}); }
+  constexpr Tiles() { fill(std::make_integer_sequence<int, ROWS_OF<D>>{}); }
 };
 template <class D>
 static constexpr Tiles<D> tiles{};  // not inline: a process that loads two levels would use the first one's tiles for both
