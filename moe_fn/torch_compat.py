@@ -194,3 +194,13 @@ def is_fake(tensor: Tensor) -> bool:
 def cpu_has(instructions: str) -> bool:
     """Whether this CPU has "avx512" or "avx2"."""
     return bool({"avx512": torch.cpu._is_avx512_supported, "avx2": torch.cpu._is_avx2_supported}[instructions]())
+
+
+def may_use_tiles() -> bool:
+    """Whether this CPU has AMX tiles for bfloat16 and int8, and the system lets this process use them.
+
+    On Linux a process asks the system once; its answer holds for all threads, also those that run already, and for
+    forked processes. It may refuse: in some sandboxes, or if a thread's stack for signals is too small for tiles.
+    """
+    has = torch.cpu.get_capabilities()
+    return all(has.get(f"amx_{name}") for name in ("tile", "bf16", "int8")) and bool(torch.cpu._init_amx())

@@ -25,6 +25,7 @@ from moe_fn.weights.prepare import to_panels
 
 LEVELS = list(native.LEVELS)
 RUNNABLE = LEVELS[LEVELS.index(native.best_level()) :] if native.active().problem is None else []
+RUNNABLE += [native.EMULATED_AMX] if RUNNABLE else []
 ACTIVATIONS: list[Any] = ["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "relu2_no_mul", "gelu_no_mul", "relu"]
 ACTIVATIONS.append(ActivationConfig(function="situ", gate_cap=3.0, up_cap=2.0))
 # limits within the range of values

@@ -1,10 +1,13 @@
 """Every bug planted in the C++ kernels is detected by the test that it names."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
+from planted import tiles
 from planted.cpp import BUGS, CppBug
+from test_native_amx import COMPILED
 from tools.cpp_changes import Workshop, judged
 
 from moe_fn.kernels.native import library as native
@@ -13,18 +16,27 @@ pytestmark = [
     pytest.mark.thorough,
     pytest.mark.skipif(native.active().problem is not None, reason="no native kernels here"),
 ]
+ALL = [bug for bug in (*BUGS, *tiles.BUGS) if COMPILED or bug.level != "amx"]
 
 
 @pytest.fixture(scope="module")
-def workshop() -> Iterator[Workshop]:
-    with Workshop() as made:
-        assert judged(made.library(None), sorted({bug.test for bug in BUGS})) == ("survived", "")
-        yield made
+def workshop_of() -> Iterator[Callable[[str], Workshop]]:
+    made: dict[str, Workshop] = {}
+    with ExitStack() as open_ones:
+
+        def workshop(level: str) -> Workshop:
+            if level not in made:
+                made[level] = open_ones.enter_context(Workshop(level))
+                tests = sorted({bug.test for bug in ALL if bug.level == level})
+                assert judged(made[level].library(None), tests) == ("survived", "")
+            return made[level]
+
+        yield workshop
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.test.partition('.')[2]}: {bug.what}")
-def test_the_test_kills_the_bug(workshop: Workshop, bug: CppBug) -> None:
-    library = workshop.library(bug.change)
+@pytest.mark.parametrize("bug", ALL, ids=lambda bug: f"{bug.test.partition('.')[2]}: {bug.what}")
+def test_the_test_kills_the_bug(workshop_of: Callable[[str], Workshop], bug: CppBug) -> None:
+    library = workshop_of(bug.level).library(bug.change)
     verdict, by = judged(library, [bug.test])
     shutil.rmtree(library.parent)
     assert verdict == "killed" and "TypeError" not in by and "loading" not in by, by

@@ -6,20 +6,21 @@ Each is compiled, so only `make test-thorough` runs them.
 from dataclasses import dataclass
 
 from tools.copied_tree import place_of
-from tools.cpp_changes import Change
+from tools.cpp_changes import LEVEL, Change
 
 from moe_fn.kernels.native import library as native
 
 
 @dataclass(frozen=True)
 class CppBug:
-    """`old`, which occurs once in `file`, is replaced by `new`; then `test`, "module.function", must fail."""
+    """`old`, which occurs once in `file`, is replaced by `new`; then `test`, "module.function", fails at `level`."""
 
     test: str
     what: str
     file: str
     old: str
     new: str
+    level: str = LEVEL
 
     @property
     def change(self) -> Change:
@@ -75,8 +76,8 @@ BUGS = (
         MANY,
         "chunks of rows are planned for one direction only",
         "backward.cpp",
-        "std::min(chunk_rows(q.gate_up), chunk_rows(q.gate_up.flipped()))",
-        "chunk_rows(q.gate_up)",
+        "std::min(chunk_rows<D>(q.gate_up), chunk_rows<D>(q.gate_up.flipped()))",
+        "chunk_rows<D>(q.gate_up)",
     ),
     CppBug(
         GRADIENTS,
@@ -237,7 +238,7 @@ BUGS = (
         FEW,
         "a strip is read past the end of the weights",
         "stream.h",
-        "if ((row + ROWS - 1) * pitch + c + STRIP <= end) {",
+        "if ((row + ROWS - 1) * pitch + c + STRIP<D> <= end) {",
         "if (true) {",
     ),
     CppBug(PRODUCTS, "outputs of padding rows are not cleared", "kernels.cpp", "clear(groups.rows);", ""),

@@ -35,6 +35,8 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
     "stream.h": _FLOATS,
     "panels.h": _FLOATS,
     "tile.h": _FLOATS,
+    "amx.h": _FLOATS,
+    "emulated_amx.h": _FLOATS,
     "activation.h": _FLOATS,
     "simd.h": _FLOATS,
     "forward.h": ("kernels",),
@@ -46,7 +48,7 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
     "codes.h": ("quantized", "binding"),
     "decode.h": ("quantized",),
 }
-LEVEL = "avx2" if native.best_level().startswith("avx") else "plain"  # the quickest to compile that has vectors
+LEVEL = "plain" if native.best_level() == "plain" else "avx2"  # the quickest to compile that has vectors
 NAME = "mutant"  # the level's name for the tests, and of its ops
 # CPU seconds for the tests of a mutant, which may loop forever; the limit of elapsed time is ten times as long
 SECONDS = 200
@@ -131,7 +133,7 @@ class Workshop:
         return {file: _branches((native.SOURCES / file).read_text(), seen[file]) for file in UNITS_OF}
 
     def _flags(self) -> list[str]:
-        flags = [flag for flag in native.FLAGS if flag != "-O3"] + ["-O1", "-w", "-fPIC", *native.LEVELS[self.level]]
+        flags = [flag for flag in native.FLAGS if flag != "-O3"] + ["-O1", "-w", "-fPIC", *native.flags_of(self.level)]
         return [*flags, f"-DNAME=moe_fn_{NAME}", "-I..", *(f"-I{path}" for path in cpp_extension.include_paths())]
 
     def _compile(self, sources: str, units: Sequence[str]) -> None:

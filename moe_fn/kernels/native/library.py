@@ -26,19 +26,23 @@ from torch import Tensor
 from moe_fn.kernels.native import generated
 from moe_fn.kernels.native.building import library_file
 from moe_fn.kernels.native.trust import private_folder, user
-from moe_fn.torch_compat import cpu_has
+from moe_fn.torch_compat import cpu_has, may_use_tiles
 
 SOURCES = Path(__file__).parent / "sources"
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
 # Compiler flags of each level, best first. VBMI decodes fp8; of the CPUs with bfloat16 products only Cooper Lake lacks
 # it. "plain" is the compiler's default target (SSE2 on x86-64, NEON on Arm).
 LEVELS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"),
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    "avx512_bf16": _AVX512_BF16,
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "plain": (),
 }
+# A level for tests, on every machine: the sources of "amx" with the tile instructions as plain loops (emulated_amx.h).
+EMULATED_AMX = "amx_emulated"
 # -g0: Python's default flags add debug symbols, which take half of the compile time and nine tenths of the file.
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-g0")
 
@@ -83,13 +87,25 @@ class Probes:
 
 @functools.cache
 def best_level() -> str:
-    """The best level that this CPU supports."""
+    """The best level that this CPU and the system support."""
+    level = _best_without_amx()
+    return "amx" if level == "avx512_bf16" and may_use_tiles() else level
+
+
+def _best_without_amx() -> str:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "plain"
     if cpu_has("avx512"):
         more = torch.cpu.get_capabilities()
         return "avx512_bf16" if all(more.get(f"avx512_{name}") for name in ("bf16", "vnni", "vbmi")) else "avx512"
     return "avx2" if cpu_has("avx2") else "plain"
+
+
+def flags_of(level: str) -> tuple[str, ...]:
+    """A level's compiler flags. The emulated level has those of the best level without tiles."""
+    if level == EMULATED_AMX:
+        return (*LEVELS[_best_without_amx()], "-DMOE_FN_EMULATED_AMX")
+    return LEVELS[level]
 
 
 def library(level: str) -> Library:
@@ -146,7 +162,7 @@ def _fingerprint(level: str) -> str:
             f"no C++ sources at {SOURCES}; expected a directory (zip files and most frozen applications have none)"
         )
     libc = "".join(platform.libc_ver())  # machines and containers may share a folder
-    text = [torch.__version__, sys.platform, platform.machine(), libc, level, *LEVELS[level], *FLAGS]
+    text = [torch.__version__, sys.platform, platform.machine(), libc, level, *flags_of(level), *FLAGS]
     text += [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
     text.append(generated.header())
     return hashlib.sha256("\0".join(text).encode()).hexdigest()[:16]
@@ -202,7 +218,7 @@ def _build(level: str, name: str, path: Path) -> None:
         include_dirs=[str(path.parent), *cpp_extension.include_paths()],
         library_dirs=cpp_extension.library_paths(),
         libraries=["c10", "torch", "torch_cpu"],
-        extra_compile_args=[*FLAGS, f"-DNAME=moe_fn_{level}", *LEVELS[level]],
+        extra_compile_args=[*FLAGS, f"-DNAME=moe_fn_{level}", *flags_of(level)],
         extra_link_args=["-fopenmp"],
         language="c++",
     )

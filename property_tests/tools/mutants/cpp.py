@@ -72,7 +72,7 @@ SAME: dict[str, tuple[tuple[str, str], ...]] = {
         ("kernels.h", "tasks = "),
         ("kernels.h", "per = (panels"),
         ("product.h", "groups = "),
-        ("product.h", "return std::max(2 * MAX_ROWS, (w.prepared"),
+        ("product.h", "return std::max(2 * ROWS_OF<D>, (w.prepared"),
         ("stream.h", "int per = int(std::clamp"),
         ("quantized.h", "512 * 256 / row_dwords"),
     ),

@@ -130,7 +130,7 @@ void routed_experts_backward(const Pool& pool, const RoutedExperts& q, const Rou
   with_type(q.type, [&](auto d) {
     using D = decltype(d);
     using Element = typename D::Element;
-    const Plan plan = plan_of_routing(q, std::min(chunk_rows(q.gate_up), chunk_rows(q.gate_up.flipped())), ROWS_OF<D>);
+    const Plan plan = plan_of_routing(q, std::min(chunk_rows<D>(q.gate_up), chunk_rows<D>(q.gate_up.flipped())), ROWS_OF<D>, ROWS_TOGETHER<D>);
     const std::vector<int64_t> starts = starts_of_plan(plan, q.experts);
     const int64_t rows = int64_t(plan.source.size()), width = q.gate_up.columns, inner = q.down.inner;
     const int panels = int((inner + PANEL - 1) / PANEL);

@@ -11,7 +11,7 @@ float Bias::at(int64_t expert, int64_t i) const {
 
 namespace {
 
-Plan plan_of_groups(const Groups& g, int rows_of_chunk, int rows_of_block) {
+Plan plan_of_groups(const Groups& g, int rows_of_chunk, int rows_of_block, int rows_together) {
   Plan plan;
   const int64_t experts = g.count / g.segments, rows_of_segment = g.rows / g.segments, sets = g.weight_sets;
   for (int64_t set = 0; set < sets; set++)
@@ -22,7 +22,7 @@ Plan plan_of_groups(const Groups& g, int rows_of_chunk, int rows_of_block) {
         const int64_t group = s * experts + e;
         for (int64_t r = e ? g.ends[group - 1] : s * rows_of_segment; r < g.ends[group]; r++) plan.source.push_back(r);
       }
-      plan.add(set * experts + e, start, int64_t(plan.source.size()), rows_of_chunk, rows_of_block);
+      plan.add(set * experts + e, start, int64_t(plan.source.size()), rows_of_chunk, rows_of_block, rows_together);
     }
   return plan;
 }
@@ -34,7 +34,7 @@ void routed_experts(const Pool& pool, const RoutedExperts& q) {
   with_type(q.type, [&](auto d) {
     using D = decltype(d);
     if (!q.tokens) return;
-    const Plan plan = plan_of_routing(q, chunk_rows(q.gate_up), ROWS_OF<D>);
+    const Plan plan = plan_of_routing(q, chunk_rows<D>(q.gate_up), ROWS_OF<D>, ROWS_TOGETHER<D>);
     const int width = hidden_width(q);
     const int padded = round_up(std::max(width / D::PER_DWORD, q.down.steps()), CHUNK);
     const int64_t rows = int64_t(plan.source.size());
@@ -50,7 +50,7 @@ void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight&
   with_type(type, [&](auto d) {
     using D = decltype(d);
     using Element = typename D::Element;
-    const Plan plan = plan_of_groups(groups, chunk_rows(weight), ROWS_OF<D>);
+    const Plan plan = plan_of_groups(groups, chunk_rows<D>(weight), ROWS_OF<D>, ROWS_TOGETHER<D>);
     Element* to = static_cast<Element*>(out);
     const int64_t n = weight.columns;
     // Rows without a group are 0.
@@ -74,7 +74,7 @@ void grouped_matmul(const Pool& pool, Type type, const void* rows, const Weight&
 void grouped_outer(const Pool& pool, Type type, const void* left, int64_t m, const void* right, int64_t n, const Groups& groups, void* out) {
   with_type(type, [&](auto d) {
     using D = decltype(d);
-    const Plan plan = plan_of_groups(groups, 1 << 30, ROWS_OF<D>);
+    const Plan plan = plan_of_groups(groups, 1 << 30, ROWS_OF<D>, ROWS_TOGETHER<D>);
     const std::vector<int64_t> starts = starts_of_plan(plan, groups.count / groups.segments * groups.weight_sets);
     outer_products<D>(pool, {left, m, plan.source.data()}, {right, n, plan.source.data()}, starts, out);
   });
@@ -98,11 +98,12 @@ int64_t read_bytes(const Pool& pool, const void* data, int64_t bytes) {
 
 double tile_rate(const Pool& pool, Type type, int64_t repeats) {
   double seconds = 0;
-  constexpr int STEPS = 512, BLOCKS = 8;  // 224 KB of rows, 64 KB of panel
+  constexpr int STEPS = 512, BLOCKS = 8;  // 224 KB of rows (512 KB with tiles), 64 KB of panel
   with_type(type, [&](auto d) {
     using D = decltype(d);
     auto start = std::chrono::steady_clock::now();
     pool([&](int) {
+      [[maybe_unused]] const Region<D> region;
       Buffer a = buffer(BLOCKS * ROWS_OF<D> * STEPS), b = buffer(STEPS * PANEL), c = buffer(ROWS_OF<D> * PANEL);
       std::memset(a.get(), 0, BLOCKS * ROWS_OF<D> * STEPS * 4);
       std::memset(b.get(), 0, STEPS * PANEL * 4);

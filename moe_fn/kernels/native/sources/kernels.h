@@ -47,7 +47,7 @@ void store_pre(const Columns& to, const float* tile, const float* bias, typename
   }
 }
 
-inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block) {
+inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block, int rows_together) {
   Plan plan;
   const int64_t slots = q.tokens * q.top_k;
   auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(q.experts); };
@@ -67,7 +67,7 @@ inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_
         plan.weight[slot] = q.expert_weights[i];
         plan.slot[slot] = i;
       }
-  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk, rows_of_block);
+  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk, rows_of_block, rows_together);
   return plan;
 }
 
@@ -87,6 +87,7 @@ void second_product(const Pool& pool, const Plan& plan, const float* weights, co
   const int64_t sums_size = M::sums_floats(w, plan.most_rows, per + 1);
   std::atomic<int> counter{0};
   pool([&](int) {
+    [[maybe_unused]] const typename M::Region region;
     Buffer all = buffer(q.tokens * ldo), sums = buffer(sums_size), scratch = buffer(M::scratch_floats(w));
     float* y = all.get();
     for (int task = counter++, following; task < tasks; task = following) {
@@ -193,6 +194,7 @@ void outer_products(const Pool& pool, const Side& left, const Side& right, const
         tasks.push_back({e, m * part / parts, m * (part + 1) / parts, p, std::min(p + panels_at_once, shape.panels())});
   std::atomic<int64_t> counter{0};
   pool([&](int) {
+    [[maybe_unused]] const Region<D> region;
     Buffer packed = buffer(int64_t(rows) * most), panels = buffer(int64_t(panels_at_once) * most * PANEL), sum = buffer(ROWS_OF<D> * PANEL);
     for (int64_t t = counter++; t < int64_t(tasks.size()); t = counter++) {
       const OuterTask& task = tasks[t];

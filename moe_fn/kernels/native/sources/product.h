@@ -22,10 +22,11 @@ struct Pool {
 };
 
 // Memory for one call, in huge pages from 4 MB on: page faults of small pages cost as much as the weighted sum (30-60 MB at 1024 tokens).
+// 1 KB more than asked for: a tile (amx.h) reads up to 15 packed rows of 64 bytes past the last one.
 struct Free { void operator()(void* p) const { std::free(p); } };
 using Buffer = std::unique_ptr<float[], Free>;
 static inline Buffer buffer(int64_t floats) {
-  const size_t bytes = (size_t(std::max<int64_t>(floats, 1)) * 4 + 127) / 64 * 64, large = size_t(1) << 21;
+  const size_t bytes = (size_t(std::max<int64_t>(floats, 0)) * 4 + 1024 + 63) / 64 * 64, large = size_t(1) << 21;
   const bool huge = bytes >= 2 * large;
   void* p = std::aligned_alloc(huge ? large : 64, huge ? (bytes + large - 1) / large * large : bytes);
   if (!p) throw std::bad_alloc();
@@ -35,8 +36,6 @@ static inline Buffer buffer(int64_t floats) {
   return Buffer(static_cast<float*>(p));
 }
 
-static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
 struct Chunk { int64_t expert, start; int first_block, last_block, rows; };  // consecutive row blocks of one expert that fit in L2 together
 struct Plan {
   std::vector<int64_t> source;  // row in x of each sorted slot
@@ -44,40 +43,49 @@ struct Plan {
   std::vector<int64_t> slot;    // index in [tokens, top_k] of each sorted slot
   std::vector<RowBlock> blocks;
   std::vector<Chunk> chunks;
-  int most_rows = 0;  // the largest number of rows of a chunk
+  int most_rows = 0;  // the largest number of rows of a chunk, of which `together` take as long as one
 
-  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows, int block_rows) {
+  void add(int64_t expert, int64_t start, int64_t end, int chunk_rows, int block_rows, int together) {
     const int64_t n = end - start;
     if (n <= 0) return;
     const int64_t nb = (n + block_rows - 1) / block_rows, per = std::max(1, chunk_rows / block_rows), nc = (nb + per - 1) / per;
+    const int64_t units = (n + together - 1) / together;  // blocks have equal numbers of units, or one less
     for (int64_t c = 0, b = 0; c < nc; c++) {
       Chunk chunk{expert, start, int(blocks.size()), 0, 0};
       for (const int64_t last = nb * (c + 1) / nc; b < last; b++) {
-        const int rows = int(n / nb + (b < n % nb));
+        const int rows = int(std::min(end - start, (units / nb + (b < units % nb)) * together));
         blocks.push_back({start, rows});
         start += rows;
       }
       chunk.last_block = int(blocks.size());
       chunk.rows = int(start - chunk.start);
-      most_rows = std::max(most_rows, chunk.rows);
+      most_rows = std::max(most_rows, round_up(chunk.rows, together));
       chunks.push_back(chunk);
     }
   }
 };
 
 static inline int padded_steps(const Weight& w) { return round_up(w.steps(), CHUNK); }
+// The longest inner dimension that is one block, in steps. A block of steps sums from zero, for float32's accuracy; tiles do without (amx.h),
+// and a longer block has their rows, a panel and the next one in the 2 MB of L2 of CPUs with AMX.
+template <class D>
+static inline int one_block(const Weight& w) { return TILED<D> && w.prepared ? 2048 : 768; }
 // Steps of a block of the inner dimension; it depends on the matrix only, so that the order of sums does not depend on the batch.
-static inline int block_steps(int steps) {
-  if (steps <= 768) return steps;
-  const int blocks = (steps + 511) / 512;
+template <class D>
+static inline int block_steps(const Weight& w) {
+  const int steps = w.steps(), most = one_block<D>(w), wanted = most == 768 ? 512 : most;
+  if (steps <= most) return steps;
+  const int blocks = (steps + wanted - 1) / wanted;
   return round_up((steps + blocks - 1) / blocks, CHUNK);
 }
+template <class D>
 static inline int64_t scratch_floats(const Weight& w) {
-  return w.prepared ? 0 : std::max(int64_t(block_steps(w.steps())) * PANEL * (w.transposed ? 1 : PANELS_AT_ONCE), stream_floats(w));
+  return w.prepared ? 0 : std::max(int64_t(block_steps<D>(w)) * PANEL * (w.transposed ? 1 : PANELS_AT_ONCE), stream_floats<D>(w));
 }
+template <class D>
 static inline int chunk_rows(const Weight& w) {  // 512 KB of packed rows, half of L2
-  if (w.invariant && !w.prepared && !w.transposed) return STREAM_UNTIL;  // all chunks use `stream`
-  return std::max(2 * MAX_ROWS, (w.prepared ? 1 : 2) * 512 * 256 / std::min(w.steps(), 768));
+  if (w.invariant && !w.prepared && !w.transposed && !TILED<D>) return STREAM_UNTIL;  // all chunks use `stream`
+  return std::max(2 * ROWS_OF<D>, (w.prepared && !TILED<D> ? 1 : 2) * 512 * 256 / std::min(w.steps(), one_block<D>(w)));
 }
 
 // Multiplies one chunk by panels [first, last). rows(b) are the packed rows of block b; before(panel, b) is called before a tile's last step
@@ -86,7 +94,7 @@ static inline int chunk_rows(const Weight& w) {  // 512 KB of packed rows, half 
 template <class D, class Rows, class Before, class Epilogue>
 inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<D>& panels, int first, int last, const float* next, float* sums,
                      float* scratch, Before before, Epilogue epilogue) {
-  const int steps = panels.w.steps(), block = block_steps(steps);
+  const int steps = panels.w.steps(), block = block_steps<D>(panels.w);
   const int64_t start = blocks[0].start, total = blocks[count - 1].start + blocks[count - 1].rows - start;
   if (panels.suits_dots(total)) {
     for (int p = first; p < last; p++) {
@@ -99,9 +107,10 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
     }
     return;
   }
-  if (suits_stream(panels.w, total)) return stream<D>(blocks, count, total, rows, panels, first, last, sums, scratch, before, epilogue);
+  if (suits_stream<D>(panels.w, total)) return stream<D>(blocks, count, total, rows, panels, first, last, sums, scratch, before, epilogue);
   // Loop over panels outside and blocks of steps inside if there is one block (of steps or of rows); otherwise the reverse: rows stay in L2.
   const bool panels_outside = block == steps || (count == 1 && panels.at_once() == 1);
+  const int64_t padded_rows = round_up(int(total), ROWS_TOGETHER<D>);
   const int per = (8 + count - 1) / count;  // lines to prefetch per 4 steps of one tile
   auto one = [&](int p, int k) {
     const int steps_here = std::min(block, steps - k);
@@ -117,7 +126,7 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
     for (int i = 0; i < count; i++) {
       const int64_t line = int64_t(i) * (steps_here / 4) * per;
       const bool on = ahead && line < 2 * steps_here;
-      float* c = panels_outside ? sums : sums + (int64_t(p - first) * total + blocks[i].start - start) * PANEL;
+      float* c = panels_outside ? sums : sums + (int64_t(p - first) * padded_rows + blocks[i].start - start) * PANEL;
       if (final) before(p, i);
       tiles<D>.of[blocks[i].rows](rows(i) + int64_t(k) * blocks[i].rows, b, steps_here, c, k > 0, (const char*)ahead + line * 64, on ? per : 0);
       if (final) epilogue(p, i, c);
@@ -135,11 +144,12 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
 // The multiplication that by_rows and second_product use, for float weights; quantized.h has that of quantized weights.
 template <class D>
 struct Floats {
+  using Region = moe_fn::Region<D>;
   static int row_dwords(const Weight& w) { return padded_steps(w); }  // size of a packed row
   static int64_t row_bytes(const Weight& w) { return w.inner * w.element; }  // size of a row of x
-  static bool in_blocks(const Weight& w) { return block_steps(w.steps()) != w.steps(); }  // then sums of all panels of a task are kept
+  static bool in_blocks(const Weight& w) { return block_steps<D>(w) != w.steps(); }  // then sums of all panels of a task are kept
   static int64_t sums_floats(const Weight& w, int rows, int panels) { return int64_t(rows) * PANEL * (in_blocks(w) ? panels : 1); }
-  static int64_t scratch_floats(const Weight& w) { return moe_fn::scratch_floats(w); }
+  static int64_t scratch_floats(const Weight& w) { return moe_fn::scratch_floats<D>(w); }
   static void run(const RowBlock* blocks, int count, auto rows, const Weight& w, int64_t expert, int first, int last, const float* next, float* sums,
                   float* scratch, auto before, auto epilogue) {
     multiply<D>(blocks, count, rows, Panels<D>(w, expert), first, last, next, sums, scratch, before, epilogue);
@@ -184,6 +194,7 @@ void by_rows(const Pool& pool, const Plan& plan, const void* x, const Weight& w,
   std::atomic<int64_t> counter{0};
   const int64_t tasks = int64_t(chunks) * groups;
   pool([&](int) {
+    [[maybe_unused]] const typename M::Region region;
     Buffer rows = buffer(rows_size), sums = buffer(sums_size), scratch = buffer(scratch_size);
     int64_t have = -1;
     for (int64_t task = counter++, following; task < tasks; task = following) {

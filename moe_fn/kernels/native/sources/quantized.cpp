@@ -8,7 +8,7 @@ namespace {
 template <class D, class C>
 void experts_of(const Pool& pool, const RoutedExperts& q) {
   using M = Quantized<C>;
-  const Plan plan = plan_of_routing(q, M::chunk_rows(q.gate_up), BLOCK_ROWS);
+  const Plan plan = plan_of_routing(q, M::chunk_rows(q.gate_up), BLOCK_ROWS, 1);
   const int64_t rows = int64_t(plan.source.size());
   const RowShape<C> x_shape(q.gate_up), hidden_shape(q.down);
   const int padded = round_up(hidden_width(q) / D::PER_DWORD, CHUNK);

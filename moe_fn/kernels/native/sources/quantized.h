@@ -190,6 +190,7 @@ static constexpr QuantizedTiles<C> quantized_tiles{};
 // The multiplication that by_rows and second_product use for codes C, like Floats for float weights.
 template <class C>
 struct Quantized {
+  using Region = NoRegion;
   static int row_dwords(const Weight& w) { return RowShape<C>(w).all(); }
   static int64_t row_bytes(const Weight& w) { return int64_t(row_dwords(w)) * 4; }
   static bool in_blocks(const Weight&) { return false; }

@@ -20,6 +20,8 @@ constexpr int PANEL = 32;              // columns of a panel of weights
 constexpr int NV = PANEL / WIDTH;      // vectors of a panel
 constexpr int CHUNK = 16;              // consecutive steps of a row in packed rows
 
+static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
 typedef float vec __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t veci __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t vech __attribute__((vector_size(WIDTH * 2)));
@@ -123,8 +125,21 @@ struct BF16 {
   static inline vec load(const uint16_t* p) { return widen(p); }
   static inline void store(uint16_t* p, vec v) { narrow(p, v); }
 };
-// Rows of a full block of packed rows, the largest number that `tiles` takes.
+
+// Whether products of D run on AMX tiles (amx.h); rows of a full block of packed rows, the largest number that `tiles` takes; and how many of
+// them take as long as one.
+#if defined(MOE_FN_EMULATED_AMX) || (defined(__AMX_TILE__) && defined(__AMX_BF16__))
+#define MOE_FN_AMX
+#endif
 template <class D>
-constexpr int ROWS_OF = MAX_ROWS;
+constexpr bool TILED = false;
+#if defined(MOE_FN_AMX)
+template <>
+constexpr bool TILED<BF16> = true;
+#endif
+template <class D>
+constexpr int ROWS_OF = TILED<D> ? 32 : MAX_ROWS;
+template <class D>
+constexpr int ROWS_TOGETHER = TILED<D> ? 16 : 1;
 
 }  // namespace moe_fn

@@ -3,9 +3,13 @@
 //   a panel        [steps][32 columns] dwords
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
+#if defined(MOE_FN_AMX)
+#include "amx.h"
+#endif
 
 namespace moe_fn {
 
@@ -52,11 +56,27 @@ template <class D>
 struct Tiles {  // indexed by the number of rows
   Tile of[ROWS_OF<D> + 1] = {};
   template <int... R>
-  constexpr void fill(std::integer_sequence<int, R...>) { ((of[R + 1] = tile<D, R + 1>), ...); }
+  constexpr void fill(std::integer_sequence<int, R...>) {
+#if defined(MOE_FN_AMX)
+    if constexpr (TILED<D>) ((of[R + 1] = amx_tile<R + 1>), ...);
+    else
+#endif
+      ((of[R + 1] = tile<D, R + 1>), ...);
+  }
   constexpr Tiles() { fill(std::make_integer_sequence<int, ROWS_OF<D>>{}); }
 };
 template <class D>
 static constexpr Tiles<D> tiles{};  // not inline: a process that loads two levels would use the first one's tiles for both
+
+// What a worker holds while it calls `tiles`.
+struct NoRegion {};
+#if defined(MOE_FN_AMX)
+template <class D>
+using Region = std::conditional_t<TILED<D>, TileRegion, NoRegion>;
+#else
+template <class D>
+using Region = NoRegion;
+#endif
 
 // C[rows][32] from weights stored with each column's dwords contiguous, for so few rows that packing a panel would cost more. column(c) is the
 // first byte of column c, or null; every column has `bytes` bytes. The next 16 dwords of packed rows are `ahead` dwords further.
