@@ -16,6 +16,7 @@ from campaign.numerics import numerics
 from campaign.ranks import measure_ranks
 from campaign.report import as_json, report
 from campaign.running import about, lines_of, run
+from moe_fn.kernels.native import library as native
 
 _MEASURED = "measured.json"
 
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command. Returns 1 if a problem failed."""
     options = _parser().parse_args(arguments)
     if options.command == "run":
-        lines = run(options.out, options.problems, options.seed, options.workers, options.seconds)
+        lines = run(options.out, options.problems, options.seed, options.workers, options.seconds, options.level)
         bad = [line for line in lines if line.failures]
         print(f"{len(lines)} problems of {options.problems}, {len(bad)} failed")
         for line in bad:
@@ -72,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     running.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     running.add_argument("--seconds", type=float, default=None, help="stop after so long; the next run goes on")
+    levels = (*native.LEVELS, native.EMULATED_AMX)
+    running.add_argument("--level", choices=levels, default=None, help="of the C++ kernels; default this CPU's best")
     reporting = commands.add_parser(
         "report", help="write campaign.md, campaign.json and numerics.md of a folder's lines"
     )
