@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_native import call
 from test_native_backward import Case
+from test_quant_native import NAME, QUANTS
+from test_quant_native import problem as quantized_problem
 from tools.trapped_tiles import Trapped, trapped_tiles
 from torch import Tensor
 
+import moe_fn
+from moe_fn.config import QuantConfig
 from moe_fn.fused.schema import packed
 from moe_fn.kernels.arguments import flat
 from moe_fn.kernels.native import library as native
@@ -141,3 +146,16 @@ def test_denormals_are_zero(level: str) -> None:
         with tiles():
             out = ops.grouped_matmul(rows, weight, torch.tensor([1], dtype=torch.int32), True, 1, 1, False)
         assert out.item() == expected, (x, w)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not COMPILED, reason="needs a CPU with AMX or AVX-512 for bfloat16")
+@pytest.mark.parametrize("quant", [quant for quant in QUANTS if quant.activations is not None], ids=NAME)
+def test_emulated_and_compiled_tiles_of_bytes_have_the_same_bits(quant: QuantConfig) -> None:
+    for size, tokens in (((3, 2, 64, 48), 50), ((1, 1, 800, 20), 33)):
+        config, weights, x, routing = quantized_problem(quant, size, tokens, "silu", False, torch.bfloat16)
+        for w in (weights, moe_fn.prepare_weights(config, weights)):
+            expected = call(native.EMULATED_AMX, config, w, x, routing)
+            with tiles():
+                found = call("amx", config, w, x, routing)
+            assert equal_bits(found, expected)

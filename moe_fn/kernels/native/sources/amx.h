@@ -1,4 +1,4 @@
-// Products of bfloat16 pairs on AMX tiles: 16 rows x 16 columns of sums and 16 steps at once. An A operand is 16 packed rows, which are 64
+// Products on AMX tiles, of bfloat16 pairs or of four bytes: 16 rows x 16 columns of sums and 16 steps at once. An A operand is 16 packed rows, which are 64
 // bytes apart, a B operand is half of a panel's 16 steps, which are 128 bytes apart, so both are loaded from the layouts of all levels.
 //
 // A product instruction starts its sums from zero and adds them to C at its end, and loading and storing C rounds nothing. So the bits of a
@@ -39,8 +39,26 @@ class TileRegion {
 // The compiler must not move or drop a write to memory that a tile is loaded from: GCC 12's _tile_loadd does not say that it reads memory.
 static inline void written() { asm volatile("" ::: "memory"); }
 
+// The four products of two tiles of A and two of B, one for each tile of C.
+template <class D>
+struct TileProducts;
+template <>
+struct TileProducts<BF16> {
+  static inline void upper_left() { _tile_dpbf16ps(0, 4, 6); }
+  static inline void upper_right() { _tile_dpbf16ps(1, 4, 7); }
+  static inline void lower_left() { _tile_dpbf16ps(2, 5, 6); }
+  static inline void lower_right() { _tile_dpbf16ps(3, 5, 7); }
+};
+template <>
+struct TileProducts<Int8> {  // signed rows, unsigned weights, as in Int8::mac; C is int32
+  static inline void upper_left() { _tile_dpbsud(0, 4, 6); }
+  static inline void upper_right() { _tile_dpbsud(1, 4, 7); }
+  static inline void lower_left() { _tile_dpbsud(2, 5, 6); }
+  static inline void lower_right() { _tile_dpbsud(3, 5, 7); }
+};
+
 // As `tile` (tile.h), with C of ROWS rounded up to 16 rows.
-template <int ROWS>
+template <class D, int ROWS>
 void amx_tile(const float* a, const float* b, int steps, float* c, bool add, const char* ahead, int lines) {
   constexpr bool TWO = ROWS > 16;  // 2 x 2 tiles of C, otherwise 1 x 2
   constexpr int PITCH = PANEL * 4, SECOND = PANEL / 2, LOWER = 16 * PANEL;
@@ -64,12 +82,12 @@ void amx_tile(const float* a, const float* b, int steps, float* c, bool add, con
     _tile_loadd(6, w, PITCH);
     _tile_loadd(4, x, 64);
     _tile_loadd(7, w + SECOND, PITCH);
-    _tile_dpbf16ps(0, 4, 6);
+    TileProducts<D>::upper_left();
     if constexpr (TWO) _tile_loadd(5, x + 16 * CHUNK, 64);
-    _tile_dpbf16ps(1, 4, 7);
+    TileProducts<D>::upper_right();
     if constexpr (TWO) {
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      TileProducts<D>::lower_left();
+      TileProducts<D>::lower_right();
     }
   };
   for (int chunk = steps / CHUNK; chunk > 0; chunk--, a += ROWS * CHUNK, b += CHUNK * PANEL) {

@@ -17,6 +17,7 @@
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#undef _tile_dpbsud
 
 namespace moe_fn {
 namespace emulated {
@@ -85,6 +86,17 @@ static inline void _tile_dpbf16ps(int to, int left, int right) {
     for (int n = 0; n < columns; n++) c[n] = sum(flushed(c[n]), sum(temporary[0][n], temporary[1][n]));
     std::memcpy(tiles.data[to][m], c, sizeof c);
   }
+}
+// TDPBSUD: signed bytes on the left, unsigned ones on the right; sums wrap around.
+static inline void _tile_dpbsud(int to, int left, int right) {
+  using namespace emulated;
+  for (int m = 0; m < tiles.rows[to]; m++)
+    for (int k = 0; k < tiles.bytes_of_row[left] / 4; k++)
+      for (int byte = 0; byte < 32; byte += 8) {
+        const int32_t x = int8_t(tiles.data[left][m][k] >> byte);
+        for (int n = 0; n < tiles.bytes_of_row[to] / 4; n++)
+          tiles.data[to][m][n] += uint32_t(x * int32_t(tiles.data[right][k][n] >> byte & 255));
+      }
 }
 
 }  // namespace moe_fn

@@ -47,7 +47,9 @@ void store_pre(const Columns& to, const float* tile, const float* bias, typename
   }
 }
 
-inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block, int rows_together) {
+// add(plan, expert, start, end) divides an expert's rows.
+template <class Add>
+Plan plan_of_routing(const RoutedExperts& q, Add add) {
   Plan plan;
   const int64_t slots = q.tokens * q.top_k;
   auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(q.experts); };
@@ -67,8 +69,12 @@ inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_
         plan.weight[slot] = q.expert_weights[i];
         plan.slot[slot] = i;
       }
-  for (int64_t e = 0; e < q.experts; e++) plan.add(e, at[e], at[e + 1], rows_of_chunk, rows_of_block, rows_together);
+  for (int64_t e = 0; e < q.experts; e++) add(plan, e, at[e], at[e + 1]);
   return plan;
+}
+inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block, int rows_together) {
+  return plan_of_routing(
+      q, [&](Plan& plan, int64_t expert, int64_t start, int64_t end) { plan.add(expert, start, end, rows_of_chunk, rows_of_block, rows_together); });
 }
 
 // Second product and weighted sum: a task owns output columns and goes through all experts in order, so there is no combine pass, no

@@ -8,7 +8,12 @@ namespace {
 template <class D, class C>
 void experts_of(const Pool& pool, const RoutedExperts& q) {
   using M = Quantized<C>;
-  const Plan plan = plan_of_routing(q, M::chunk_rows(q.gate_up), BLOCK_ROWS, 1);
+  const int chunk = M::chunk_rows(q.gate_up);
+  const bool tiled = M::suits_tiles(q.gate_up) && M::suits_tiles(q.down);
+  const Plan plan = plan_of_routing(q, [&](Plan& plan, int64_t expert, int64_t start, int64_t end) {
+    if (tiled && end - start >= ROWS_TOGETHER<Int8>) plan.add(expert, start, end, chunk, ROWS_OF<Int8>, ROWS_TOGETHER<Int8>);
+    else plan.add(expert, start, end, chunk, BLOCK_ROWS, 1);
+  });
   const int64_t rows = int64_t(plan.source.size());
   const RowShape<C> x_shape(q.gate_up), hidden_shape(q.down);
   const int padded = round_up(hidden_width(q) / D::PER_DWORD, CHUNK);

@@ -187,25 +187,70 @@ struct QuantizedTiles {  // indexed by the number of rows
 template <class C>
 static constexpr QuantizedTiles<C> quantized_tiles{};
 
+#if defined(MOE_FN_AMX)
+// A chunk of many int8 rows times one panel: the panel is decoded once, and spans are multiplied by tiles. scratch: the decoded panel, then the
+// sums of a span.
+template <class C, class Before, class Epilogue>
+void tiled(const RowBlock* blocks, int count, auto rows, const Weight& w, const C& code, const char* panel, const char* ahead, const PanelScales& scales,
+           float* sums, float* scratch, Before before, Epilogue epilogue) {
+  const Codes& q = *w.codes;
+  const RowShape<C> shape(w);
+  const bool corrected = q.corrected(RowShape<C>::BF16_ROWS);
+  float* of_span = scratch + int64_t(w.steps()) * C::PER * PANEL;
+  for (const Span& span : q.spans) decode(code, span, panel, ahead, scratch + int64_t(span.first) * C::PER * PANEL);
+  for (int b = 0; b < count; b++) {
+    before(b);
+    const int n = blocks[b].rows;
+    const float* extra = rows(b) + int64_t(shape.dwords) * n;
+    for (int i = 0; i < int(q.spans.size()); i++) {
+      const Span& span = q.spans[i];
+      const int first = span.first * C::PER;
+      tiles<Int8>.of[n](rows(b) + int64_t(first) * n, scratch + int64_t(first) * PANEL, span.count * C::PER, of_span, false, nullptr, 0);
+      const float* sums_of_x = extra + int64_t(1 + i) / CHUNK * n * CHUNK + (1 + i) % CHUNK;
+      const bool last = i + 1 == int(q.spans.size());
+      for (int r = 0; r < n; r++)
+        for (int v = 0; v < NV; v++) {
+          float* to = sums + r * PANEL + v * WIDTH;
+          const veci sum = (veci)load(of_span + r * PANEL + v * WIDTH);
+          const vec total = scaled(i ? load(to) : vec{}, sum, scales, span.tile, v, corrected, corrected ? sums_of_x[r * CHUNK] : 0.f);
+          store(to, last ? total * extra[r * CHUNK] : total);
+        }
+    }
+    epilogue(b);
+  }
+}
+#endif
+
 // The multiplication that by_rows and second_product use for codes C, like Floats for float weights.
 template <class C>
 struct Quantized {
-  using Region = NoRegion;
+  static constexpr bool TILES = TILED<Int8> && std::is_same_v<typename C::Dot, Int8>;
+  using Region = std::conditional_t<TILES, moe_fn::Region<Int8>, NoRegion>;
   static int row_dwords(const Weight& w) { return RowShape<C>(w).all(); }
   static int64_t row_bytes(const Weight& w) { return int64_t(row_dwords(w)) * 4; }
   static bool in_blocks(const Weight&) { return false; }
   static int chunk_rows(const Weight& w) { return std::max(2 * MAX_ROWS, 512 * 256 / row_dwords(w)); }  // 512 KB of packed rows
   static int64_t sums_floats(const Weight&, int rows, int) { return int64_t(rows) * PANEL; }
-  static int64_t decoded_floats() { return int64_t(SPAN_INPUTS) / C::INPUTS * C::PER * PANEL; }
+  // Tiles take 16 dwords, so that shorter spans would be multiplied with zeros. Sums of a span are integers, so a row's bits are the same
+  // with and without tiles.
+  static bool suits_tiles(const Weight& w) {
+    if (!TILES) return false;
+    for (const Span& span : w.codes->spans)
+      if (span.first * C::PER % CHUNK || (span.count * C::PER % CHUNK && span.first + span.count != w.steps())) return false;
+    return true;
+  }
+  static int64_t decoded_floats(const Weight& w) {  // a span, or a panel and the sums of a span
+    return TILES ? (int64_t(w.steps()) * C::PER + ROWS_OF<Int8>) * PANEL : int64_t(SPAN_INPUTS) / C::INPUTS * C::PER * PANEL;
+  }
   static int64_t scratch_floats(const Weight& w) {
-    return decoded_floats() + 2 * w.codes->in_tiles * PANEL + (w.prepared ? 0 : int64_t(w.steps()) * PANEL);
+    return decoded_floats(w) + 2 * w.codes->in_tiles * PANEL + (w.prepared ? 0 : int64_t(w.steps()) * PANEL);
   }
   static void run(const RowBlock* blocks, int count, auto rows, const Weight& w, int64_t expert, int first, int last, const float* next, float* sums,
                   float* scratch, auto before, auto epilogue) {
     const Codes& q = *w.codes;
     const C code(q);
     const int dwords = RowShape<C>(w).dwords;
-    float* scale = scratch + decoded_floats();
+    float* scale = scratch + decoded_floats(w);
     float *correction = scale + q.in_tiles * PANEL, *laid = correction + q.in_tiles * PANEL;
     const PanelScales scales{scale, correction};
     constexpr bool bf16 = RowShape<C>::BF16_ROWS;
@@ -219,6 +264,12 @@ struct Quantized {
         lay_transposed(w, w.data + expert * w.expert_bytes, columns_of(w, p), 0, w.steps(), laid);
       }
       panel_scales(w, expert, p, bf16, scale, correction);
+      if constexpr (TILES) {
+        if (blocks[0].rows > FEW_ROWS) {
+          tiled(blocks, count, rows, w, code, panel, ahead, scales, sums, scratch, [&](int b) { before(p, b); }, [&](int b) { epilogue(p, b, sums); });
+          continue;
+        }
+      }
       if (WIDTH == 16 || count == 1) {  // decoding is hidden behind the products, which use other ports
         for (int b = 0; b < count; b++) {
           before(p, b);

@@ -126,6 +126,7 @@ struct BF16 {
   static inline void store(uint16_t* p, vec v) { narrow(p, v); }
 };
 
+struct Int8;  // decode.h
 // Whether products of D run on AMX tiles (amx.h); rows of a full block of packed rows, the largest number that `tiles` takes; and how many of
 // them take as long as one.
 #if defined(MOE_FN_EMULATED_AMX) || (defined(__AMX_TILE__) && defined(__AMX_BF16__))
@@ -136,6 +137,8 @@ constexpr bool TILED = false;
 #if defined(MOE_FN_AMX)
 template <>
 constexpr bool TILED<BF16> = true;
+template <>
+constexpr bool TILED<Int8> = true;
 #endif
 template <class D>
 constexpr int ROWS_OF = TILED<D> ? 32 : MAX_ROWS;

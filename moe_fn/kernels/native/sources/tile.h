@@ -58,7 +58,7 @@ struct Tiles {  // indexed by the number of rows
   template <int... R>
   constexpr void fill(std::integer_sequence<int, R...>) {
 #if defined(MOE_FN_AMX)
-    if constexpr (TILED<D>) ((of[R + 1] = amx_tile<R + 1>), ...);
+    if constexpr (TILED<D>) ((of[R + 1] = amx_tile<D, R + 1>), ...);
     else
 #endif
       ((of[R + 1] = tile<D, R + 1>), ...);
