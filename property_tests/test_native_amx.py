@@ -159,3 +159,14 @@ def test_emulated_and_compiled_tiles_of_bytes_have_the_same_bits(quant: QuantCon
             with tiles():
                 found = call("amx", config, w, x, routing)
             assert equal_bits(found, expected)
+
+
+@pytest.mark.parametrize("lacking", [None, "amx_tile", "amx_bf16", "amx_int8", "avx512_vbmi", "permission"])
+def test_the_level_needs_the_cpu_and_the_system(monkeypatch: pytest.MonkeyPatch, lacking: str | None) -> None:
+    names = ("amx_tile", "amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_vbmi")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: name != lacking for name in names})
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: lacking != "permission")
+    level = {None: "amx", "avx512_vbmi": "avx512"}.get(lacking, "avx512_bf16")
+    assert native.best_level.__wrapped__() == level

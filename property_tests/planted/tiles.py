@@ -5,12 +5,13 @@ or at the one whose tile instructions are trapped.
 from functools import partial
 
 from moe_fn.kernels.native import library as native
-from planted.cpp import OUTER, CppBug
+from planted.cpp import CODES, OUTER, CppBug
 
-BITS, PREPARED, DENORMALS = (
+BITS, PREPARED, DENORMALS, SAME_TOKEN = (
     "test_native_amx.test_bits_of_a_row_do_not_depend_on_other_rows_or_the_layout_of_weights",
     "test_native_amx.test_prepared_and_plain_weights_have_the_same_bits",
     "test_native_amx.test_denormals_are_zero",
+    "test_quant_native.test_the_bits_of_a_token_do_not_depend_on_the_others",
 )
 Emulated = partial(CppBug, level=native.EMULATED_AMX)
 Compiled = partial(CppBug, level="amx")
@@ -99,6 +100,27 @@ BUGS = (
         "emulated_amx.h",
         "return std::fabs(x) < SMALLEST ? std::copysign(0.f, x) : x; }",
         "return x; }",
+    ),
+    Emulated(
+        SAME_TOKEN,
+        "bytes of every span are multiplied with the first one's weights",
+        "quantized.h",
+        "scratch + int64_t(first) * PANEL, span.count",
+        "scratch, span.count",
+    ),
+    Emulated(
+        SAME_TOKEN,
+        "sums of x of the first span correct every span of bytes",
+        "quantized.h",
+        "extra + int64_t(1 + i) / CHUNK * n * CHUNK + (1 + i) % CHUNK;",
+        "extra + 1;",
+    ),
+    Emulated(
+        CODES,
+        "spans shorter than a tile are multiplied by tiles",
+        "quantized.h",
+        "for (const Span& span : w.codes->spans)",
+        "for (const Span& span : {Span{0, 0, 0}})",
     ),
     Compiled(
         BITS,
