@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from moe_fn.torch_compat import check_same_size
+from moe_fn.torch_compat import check_same_size, constant_while_tracing
 
 LARGEST = 2**63 - 1  # torch holds sizes, counts and ranks in int64
 
@@ -94,9 +94,18 @@ _KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
 def check_dtype(where: str, name: str, value: Tensor, kind: str) -> None:
     """Raises ValueError unless the value is a Tensor with a dtype of this kind: "float", "bool" or "integer"."""
     check_kind(where, name, value, Tensor)
-    wanted, fits = _KINDS[kind]
-    if not fits(value.dtype):
-        raise ValueError(f"{where}: {name} is {value.dtype}; expected {wanted}")
+    if not _is_of_kind(value.dtype, kind):
+        raise ValueError(f"{where}: {name} is {value.dtype}; expected {_name_of_kind(kind)}")
+
+
+@constant_while_tracing
+def _is_of_kind(dtype: torch.dtype, kind: str) -> bool:
+    return _KINDS[kind][1](dtype)
+
+
+@constant_while_tracing
+def _name_of_kind(kind: str) -> str:
+    return _KINDS[kind][0]
 
 
 def checked_integers(where: str, name: str, value: Tensor) -> Tensor:

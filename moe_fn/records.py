@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_fn.torch_compat import constant_while_tracing
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterWeights:
@@ -191,6 +193,13 @@ def _names(record: type) -> tuple[str, ...]:
 # Field names of each nested record of MoEWeights; None: the field is a tensor.
 _PARTS = {name: _names(NESTED_WEIGHTS[name]) if name in NESTED_WEIGHTS else None for name in _names(MoEWeights)}
 
+
+
+@constant_while_tracing
+def _parts() -> tuple[tuple[str, tuple[str, ...] | None], ...]:
+    return tuple(_PARTS.items())
+
+
 # Paths of all tensors of MoEWeights, in the order of the ops' arguments: ("gate_up",), ..., ("router", "gate"), ...
 WEIGHT_PATHS: tuple[Path, ...] = tuple(
     path
@@ -202,7 +211,7 @@ WEIGHT_PATHS: tuple[Path, ...] = tuple(
 def leaves_of_weights(weights: MoEWeights) -> list[Tensor | None]:
     """Returns the tensors in the order of WEIGHT_PATHS, None for absent ones."""
     leaves: list[Tensor | None] = []
-    for name, parts in _PARTS.items():
+    for name, parts in _parts():
         value = getattr(weights, name)
         if parts is None:
             leaves.append(value)

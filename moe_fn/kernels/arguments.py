@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_fn.config import ActivationConfig
 from moe_fn.records import QuantWeights
+from moe_fn.torch_compat import constant_while_tracing
 
 Differentiable = Annotated[Tensor, "differentiable"]
 
@@ -83,7 +84,12 @@ DIFFERENTIABLE = tuple(name for name, argument in ARGUMENTS.items() if argument.
 
 _QUANT_WEIGHTS = RoutedExpertsArguments._fields.index("quant_weights")
 _AFTER = _QUANT_WEIGHTS + len(QUANT_WEIGHTS)  # the first argument behind them
-_FLOATS = (None,) * len(QUANT_WEIGHTS)
+
+
+@constant_while_tracing
+def _floats() -> tuple[None, ...]:
+    return (None,) * len(QUANT_WEIGHTS)
+
 
 
 def flat(arguments: RoutedExpertsArguments) -> tuple[Any, ...]:
@@ -91,7 +97,7 @@ def flat(arguments: RoutedExpertsArguments) -> tuple[Any, ...]:
     codes = arguments.quant_weights
     return (
         *arguments[:_QUANT_WEIGHTS],
-        *(_FLOATS if codes is None else [getattr(codes, name) for name in QUANT_WEIGHTS]),
+        *(_floats() if codes is None else [getattr(codes, name) for name in QUANT_WEIGHTS]),
         *arguments[_QUANT_WEIGHTS + 1 : -1],
         *arguments.activation.values,
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moe_fn.checks import check_dtype, check_kind, sizes_of
 from moe_fn.config import MoEConfig
 from moe_fn.records import NESTED_WEIGHTS, WEIGHT_PATHS, LoRAWeights, MoEWeights, Path, Shape, leaves_of_weights
+from moe_fn.torch_compat import constant_while_tracing
 from moe_fn.weights.axes import ANY
 from moe_fn.weights.shapes import MATRICES, Expected, expected_prepared, expected_weights, is_prepared
 from moe_fn.weights.spec import EXPERT_DIMS, EXPERT_PATHS
@@ -24,9 +25,9 @@ def check_layer(where: str, config: Any, weights: Any) -> Leaves:
     """Checks the types of config, weights and tensors; returns the tensors in the order of WEIGHT_PATHS."""
     check_config(where, config)
     check_kind(where, "weights", weights, MoEWeights)
-    for name, kind in NESTED_WEIGHTS.items():
+    for name in _nested():
         if getattr(weights, name) is not None:
-            check_kind(where, f"weights.{name}", getattr(weights, name), kind)
+            check_kind(where, f"weights.{name}", getattr(weights, name), NESTED_WEIGHTS[name])
     for name in ("gate_up", "down"):
         check_kind(where, f"weights.{name}", getattr(weights, name), Tensor)
     leaves = leaves_of_weights(weights)
@@ -34,6 +35,11 @@ def check_layer(where: str, config: Any, weights: Any) -> Leaves:
         if leaf is not None and type(leaf) is not Tensor and type(leaf) is not nn.Parameter:
             check_kind(where, f"weights.{'.'.join(WEIGHT_PATHS[place])}", leaf, Tensor)
     return leaves
+
+
+@constant_while_tracing
+def _nested() -> tuple[str, ...]:
+    return tuple(NESTED_WEIGHTS)
 
 
 def check_weights(where: str, config: MoEConfig, weights: MoEWeights, x: Tensor, any_dtype: bool = False) -> None:
