@@ -132,8 +132,8 @@ BUGS = (
         GRADIENTS,
         "interleaved gates and ups are stored as packed",
         "backward.cpp",
-        "q.gate_up.interleaved ? Pair{2 * i, 2 * i + 1} : Pair",
-        "Pair",
+        "gated && q.gate_up.interleaved, int64_t(panel)",
+        "false, int64_t(panel)",
     ),
     CppBug(
         GRADIENTS,

@@ -5,10 +5,6 @@
 namespace moe_fn {
 namespace {
 
-// Indices of the gate and up that belong to activated column i in a row of the first product.
-struct Pair { int64_t gate, up; };
-Pair pair_of(const RoutedExperts& q, int64_t inner, int64_t i) { return q.gate_up.interleaved ? Pair{2 * i, 2 * i + 1} : Pair{i, inner + i}; }
-
 // The first product, with its bias, as rows of D's elements in the order of the weights' columns.
 template <class D>
 void hidden_again(const Pool& pool, const Plan& plan, const RoutedExperts& q, typename D::Element* hidden) {
@@ -21,54 +17,76 @@ void hidden_again(const Pool& pool, const Plan& plan, const RoutedExperts& q, ty
   });
 }
 
+// 32 gates and 32 ups of a panel in a row of pre-activations: two runs of elements, or one in which they alternate. The last panel of a
+// row has fewer, which go through a copy.
+template <class D>
+struct GatesAndUps {
+  using Element = typename D::Element;
+  const bool gated, interleaved;
+  const int64_t first, inner;  // the panel's first activated column; activated columns
+  const int count;
+  int64_t run() const { return interleaved ? 2 * count : count; }
+  int64_t start(int i) const { return interleaved ? 2 * first : first + i * inner; }
+  template <class From, class To>
+  void copy(From from, To to) const {
+    for (int i = 0; i < (gated && !interleaved ? 2 : 1); i++) std::memcpy(to(i), from(i), size_t(run()) * sizeof(Element));
+  }
+  bool whole() const { return count == PANEL; }
+  // f(v, gates, ups) -> their gradients, for vectors v of the panel.
+  template <class F>
+  void each(const Element* row, Element* d_row, F f) const {
+    Element given[2 * PANEL] = {}, found[2 * PANEL];
+    if (!whole()) copy([&](int i) { return row + start(i); }, [&](int i) { return given + i * PANEL; });
+    const Element *g = whole() ? row + start(0) : given, *u = whole() ? row + start(1) : given + PANEL;
+    Element *d_g = whole() ? d_row + start(0) : found, *d_u = whole() ? d_row + start(1) : found + PANEL;
+    for (int v = 0; v < PANEL; v += WIDTH) {
+      if (interleaved) {
+        const vec a = D::load(g + 2 * v), b = D::load(g + 2 * v + WIDTH);
+        const auto [to_gate, to_up] = f(v, even(a, b), odd(a, b));
+        D::store(d_g + 2 * v, low(to_gate, to_up)), D::store(d_g + 2 * v + WIDTH, high(to_gate, to_up));
+      } else {
+        const auto [to_gate, to_up] = f(v, D::load(g + v), gated ? D::load(u + v) : vec{});
+        D::store(d_g + v, to_gate);
+        if (gated) D::store(d_u + v, to_up);
+      }
+    }
+    if (!whole()) copy([&](int i) { return found + i * PANEL; }, [&](int i) { return d_row + start(i); });
+  }
+};
+
 // d a = down.T g. Its epilogue computes d hidden from the pre-activations `pre` (which may be the same memory), the weighted activations
 // `scaled`, and `dots`, the sums of a * d a over each panel.
 template <class D>
 void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* gradient, const typename D::Element* pre,
                         typename D::Element* d_hidden, typename D::Element* scaled, float* dots) {
-  using Element = typename D::Element;
+  struct Pair { vec to_gate, to_up; };
   const int64_t inner = q.down.inner, width = q.gate_up.columns;
   const Weight flipped = q.down.flipped();
   const int panels = flipped.panels();
+  const bool gated = q.activation.gated;
   by_rows<D>(pool, plan, gradient, flipped, [&](const Chunk&, int panel, const RowBlock& block, const float* tile) {
-    const int64_t first = int64_t(panel) * PANEL;
-    const int count = columns_here(inner, panel);
+    const GatesAndUps<D> columns{gated, gated && q.gate_up.interleaved, int64_t(panel) * PANEL, inner, columns_here(inner, panel)};
     for (int r = 0; r < block.rows; r++, tile += PANEL) {
       const int64_t slot = block.start + r;
-      const Element* given = pre + slot * width;
-      Element* row = d_hidden + slot * width;
-      float g[PANEL] = {}, u[PANEL] = {}, d_g[PANEL], d_u[PANEL], a[PANEL];
-      for (int i = 0; i < count; i++) {
-        const Pair at = q.activation.gated ? pair_of(q, inner, first + i) : Pair{first + i, 0};
-        g[i] = widen_one(given[at.gate]);
-        if (q.activation.gated) u[i] = widen_one(given[at.up]);
-      }
+      float a[PANEL];
       vec sum{};
       const vec weight = splat(plan.weight[slot]);
-      for (int v = 0; v < PANEL; v += WIDTH) {
+      columns.each(pre + slot * width, d_hidden + slot * width, [&](int v, vec g, vec u) {
         const vec d_a = load(tile + v);
         Slopes s;
-        if (q.activation.gated) {
-          s = activation_slopes(q.activation, load(g + v), load(u + v));
+        if (gated) {
+          s = activation_slopes(q.activation, g, u);
         } else {
-          const Slope f = gate_slope(q.activation, load(g + v));
+          const Slope f = gate_slope(q.activation, g);
           s = {f.value, f.slope, vec{}};
         }
         sum += d_a * s.value;
         store(a + v, weight * s.value);
-        store(d_g + v, weight * d_a * s.to_gate);
-        store(d_u + v, weight * d_a * s.to_up);
-      }
+        return Pair{weight * d_a * s.to_gate, weight * d_a * s.to_up};
+      });
       float total = 0;
       for (int i = 0; i < WIDTH; i++) total += sum[i];
       dots[slot * panels + panel] = total;
-      Element out[2][PANEL];
-      for (int v = 0; v < PANEL; v += WIDTH) D::store(out[0] + v, load(d_g + v)), D::store(out[1] + v, load(d_u + v));
-      for (int i = 0; i < count; i++) {
-        const Pair at = q.activation.gated ? pair_of(q, inner, first + i) : Pair{first + i, 0};
-        row[at.gate] = out[0][i];
-        if (q.activation.gated) row[at.up] = out[1][i];
-      }
       store_panel<D>(scaled + slot * inner, inner, panel, a);
     }
   });

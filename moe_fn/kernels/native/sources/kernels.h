@@ -148,13 +148,7 @@ void pack_columns(Row row, int64_t inner, int64_t width, int64_t start, int coun
       if (start + i0 + WIDTH <= width) {  // a whole vector of columns lies in the row, though not all of it is asked for
         vec x[WIDTH];
         for (int s = 0; s < WIDTH; s++) x[s] = one(s0 + s) ? step_of_rows<D>(one(s0 + s) + i0, two(s0 + s) ? two(s0 + s) + i0 : nullptr) : vec{};
-        if (here == WIDTH) {
-          transpose(x, to + i0 * CHUNK, CHUNK);
-        } else {
-          float all[WIDTH * WIDTH];
-          transpose(x, all, WIDTH);
-          for (int i = 0; i < here; i++) store(to + (i0 + i) * CHUNK, load(all + i * WIDTH));
-        }
+        transpose(x, to + i0 * CHUNK, CHUNK, here);
       } else {
         for (int s = 0; s < WIDTH; s++)
           for (int i = 0; i < here; i++)

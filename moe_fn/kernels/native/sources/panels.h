@@ -45,8 +45,8 @@ static inline Columns columns_of(const Weight& w, int panel) {
   return {{first, pairs + first}, 1, {n, n}};
 }
 
-// out[j * ldo + i] = x[i][j] for WIDTH x WIDTH dwords; x is overwritten.
-static inline void transpose(vec* x, float* out, int64_t ldo) {
+// out[j * ldo + i] = x[i][j] for WIDTH x WIDTH dwords, of which the first `count` j are stored; x is overwritten.
+static inline void transpose(vec* x, float* out, int64_t ldo, int count = WIDTH) {
   vec y[WIDTH];
 #pragma GCC unroll 4
   for (int stage = 1; stage < WIDTH; stage *= 2) {
@@ -56,7 +56,8 @@ static inline void transpose(vec* x, float* out, int64_t ldo) {
     for (int i = 0; i < WIDTH; i++) x[i] = y[i];
   }
 #pragma GCC unroll 16
-  for (int j = 0; j < WIDTH; j++) store(out + j * ldo, x[j]);
+  for (int j = 0; j < WIDTH; j++)
+    if (j < count) store(out + j * ldo, x[j]);
 }
 
 // Packs steps [first, first + count) of one panel from [columns, inner] weights: a transposition of dwords.
@@ -138,10 +139,24 @@ inline void lay_step(const char* one, const char* two, const Columns& from, floa
 constexpr int PANELS_AT_ONCE = 4;
 template <class D, class Row>
 inline void lay_rows(const Columns* from, int panels, int64_t inner, Row row, int first, int count, float* out) {
+  bool adjacent = true;  // 32 columns of each panel, and the panels, follow each other in memory: true of all but gated and last ones
+  for (int p = 0; p < panels; p++)
+    adjacent &= from[p].stride == 1 && from[p].count[1] == PANEL / 2 && from[p].start[1] == from[p].start[0] + PANEL / 2 && from[p].start[0] == from[0].start[0] + p * PANEL;
   for (int s = 0; s < count; s++) {
     const int64_t r = (int64_t(first) + s) * D::PER_DWORD;
     const char *one = row(r), *two = D::PER_DWORD == 2 && r + 1 < inner ? row(r + 1) : nullptr;
-    for (int p = 0; p < panels; p++) lay_step<D>(one, two, from[p], out + (int64_t(p) * count + s) * PANEL);
+    if (adjacent) {
+      const auto *x = (const typename D::Element*)one + from[0].start[0], *y = two ? (const typename D::Element*)two + from[0].start[0] : nullptr;
+      for (int p = 0; p < panels; p++)
+        for (int c = 0; c < PANEL; c += 2 * WIDTH) {
+          vec both[2];
+          D::step(x + p * PANEL + c, y ? y + p * PANEL + c : nullptr, both);
+          float* to = out + (int64_t(p) * count + s) * PANEL + c;
+          store(to, both[0]), store(to + WIDTH, both[1]);
+        }
+    } else {
+      for (int p = 0; p < panels; p++) lay_step<D>(one, two, from[p], out + (int64_t(p) * count + s) * PANEL);
+    }
   }
 }
 

@@ -91,22 +91,36 @@ struct F32 {
   static inline vec dot(vec sum, vec a, vec b) { return sum + a * b; }
   // A step's weights of 2 * WIDTH columns from one row of weights, or from two consecutive rows.
   static inline void two_rows(const float* one, const float*, Split* out) { out[0] = {load(one)}, out[1] = {load(one + WIDTH)}; }
+  // A step's dwords of 2 * WIDTH columns, from vectors of one row or of two consecutive rows.
+  static inline void step(const float* one, const float*, vec* out) { out[0] = moe_fn::load(one), out[1] = moe_fn::load(one + WIDTH); }
   static inline vec load(const float* p) { return moe_fn::load(p); }
   static inline void store(float* p, vec v) { moe_fn::store(p, v); }
 };
 struct BF16 {
   using Element = uint16_t;
   static constexpr int PER_DWORD = 2;
+  static inline void dwords(vec one, vec two, vec* out) {
+#if defined(__AVX512F__)
+    typedef uint16_t halves __attribute__((vector_size(WIDTH * 4)));
+    const halves a = (halves)one, b = (halves)two;
+    out[0] = (vec)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
+    out[1] = (vec)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+#else
+    const veci a = (veci)one, b = (veci)two, high_half = splat_int(int32_t(0xffff0000));
+    const vec even_columns = (vec)((a & 0xffff) | (b << 16)), odd_columns = (vec)(((a >> 16) & 0xffff) | (b & high_half));
+    out[0] = low(even_columns, odd_columns), out[1] = high(even_columns, odd_columns);
+#endif
+  }
+  static inline void step(const uint16_t* one, const uint16_t* two, vec* out) { dwords(moe_fn::load(one), two ? moe_fn::load(two) : vec{}, out); }
 #if defined(__AVX512BF16__)
   struct Split { vec all; };
   static inline Split split(vec b) { return {b}; }
   static inline vec mac(vec sum, const float* a, Split b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat_at(a), (__m512bh)b.all); }
   static inline vec dot(vec sum, vec a, vec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
   static inline void two_rows(const uint16_t* one, const uint16_t* two, Split* out) {
-    typedef uint16_t pairs __attribute__((vector_size(WIDTH * 4)));
-    const pairs a = (pairs)moe_fn::load(one), b = (pairs)moe_fn::load(two);
-    out[0] = {(vec)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47)};
-    out[1] = {(vec)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63)};
+    vec both[2];
+    dwords(moe_fn::load(one), moe_fn::load(two), both);
+    out[0] = {both[0]}, out[1] = {both[1]};
   }
 #else
   struct Split { vec first, second; };
