@@ -21,10 +21,10 @@ import moe_fn
 from compile_tests.cases import Case
 from moe_fn.config import QuantConfig, RouterConfig
 from moe_fn.config.activation import PRESETS
-from moe_fn.kernels.arguments import RoutedExpertsArguments, flat
+from moe_fn.kernels.arguments import ARGUMENTS, DIFFERENTIABLE, RoutedExpertsArguments, flat
 from moe_fn.kernels.native import support as native
 from moe_fn.kernels.triton import support as gpu
-from moe_fn.records import QuantWeights, leaves_of_weights
+from moe_fn.records import LoRAWeights, QuantWeights, leaves_of_weights
 
 for _module in pkgutil.walk_packages(moe_fn.__path__, "moe_fn."):  # an op is defined when its module is imported
     if "integrations" not in _module.name and not _module.name.startswith(
@@ -76,7 +76,7 @@ def grouped_outer(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ..
 
 
 def routed_experts(
-    dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1, codes: bool = False
+    dtype: torch.dtype, requires_grad: bool, lowest_id: int = -1, codes: bool = False, adapters: bool = False
 ) -> list[tuple[Any, ...]]:
     r, samples = make(3, dtype, requires_grad), []
     for tokens, transposed, biased, name in (
@@ -95,6 +95,8 @@ def routed_experts(
             gate_up_bias=r(3, 6) if biased else None,
             down_bias=r(3, 4) if biased else None,
             quant_weights=None,
+            adapter_ids=None,
+            lora=None,
             intermediate_size=3,
             transposed=transposed,
             interleaved=biased,
@@ -108,13 +110,18 @@ def routed_experts(
         weights = torch.arange(72, dtype=torch.int8).view(3, 6, 4), torch.arange(36, dtype=torch.int8).view(3, 4, 3)
         scales = QuantWeights(gate_up_scale=torch.rand(3, 6, 1) / 100, down_scale=torch.rand(3, 4, 1) / 100)
         samples.append(samples[0]._replace(gate_up=weights[0], down=weights[1], quant_weights=scales, quant=quant))
+    if adapters:
+        of_gate_up = {"gate_up_a": r(2, 3, 1, 4), "gate_up_b": r(2, 3, 6, 1)}
+        lora = LoRAWeights(**of_gate_up, down_a=r(2, 3, 1, 3), down_b=r(2, 1, 4, 1))
+        samples.append(samples[0]._replace(adapter_ids=torch.tensor([1, 0, -1, 1, 2]), lora=lora))
     return [(*flat(arguments), requires_grad) for arguments in samples]
 
 
-def routed_experts_backward(dtype: torch.dtype, requires_grad: bool) -> list[tuple[Any, ...]]:
+def routed_experts_backward(dtype: torch.dtype, requires_grad: bool, adapters: bool = False) -> list[tuple[Any, ...]]:
     samples = []
-    for x, *rest, _ in routed_experts(dtype, requires_grad):
-        needed = [True, True, True, True, rest[4] is not None, rest[5] is not None]
+    for x, *rest, _ in routed_experts(dtype, requires_grad, adapters=adapters):
+        given = dict(zip(ARGUMENTS, (x, *rest), strict=True))
+        needed = [given[name] is not None for name in DIFFERENTIABLE]
         samples.append((torch.ones_like(x).requires_grad_(requires_grad), needed, x.new_empty(0), x, *rest))
     return samples
 
@@ -187,8 +194,8 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
     "moe_fn::grouped_outer": grouped_outer,
     "moe_fn::grouped_matmul_native": grouped_matmul,
     "moe_fn::grouped_outer_native": grouped_outer,
-    "moe_fn::routed_experts_native": routed_experts,
-    "moe_fn::routed_experts_backward_native": routed_experts_backward,
+    "moe_fn::routed_experts_native": partial(routed_experts, adapters=True),
+    "moe_fn::routed_experts_backward_native": partial(routed_experts_backward, adapters=True),
     "moe_fn::grouped_matmul_triton": grouped_matmul,
     "moe_fn::grouped_outer_triton": grouped_outer,
     "moe_fn::routed_experts_triton": partial(

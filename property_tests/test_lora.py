@@ -249,7 +249,6 @@ WRONG: dict[str, Any] = {
     "LoRAConfig.rank is 0": lambda: LoRAConfig(rank=0),
     "LoRAConfig.experts is 'some'": lambda: LoRAConfig(experts="some"),  # type: ignore[arg-type]
     "MoEConfig.lora is 3": lambda: dataclasses.replace(CONFIG, lora=3),
-    "recompute=True with lora": lambda: call(dataclasses.replace(CONFIG, recompute=True)),
     "merge_lora: the layer has no adapters": lambda: moe_fn.merge_lora(dataclasses.replace(CONFIG, lora=None), WEIGHTS),
     "merge_lora: adapter is 2": lambda: moe_fn.merge_lora(CONFIG, WEIGHTS, 2),
     "weights.down is torch.int8, quantized": lambda: moe_fn.merge_lora(

@@ -18,7 +18,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights, Routing
 from moe_fn.config import ActivationConfig, as_activation
 from moe_fn.fused.schema import packed
-from moe_fn.kernels.arguments import flat
+from moe_fn.kernels.arguments import DIFFERENTIABLE, flat
 from moe_fn.kernels.native import library as native
 from moe_fn.testing import assert_matches
 from moe_fn.weights.prepare import to_panels
@@ -229,7 +229,7 @@ def test_wrong_shapes_raise_in_words() -> None:
     )
     for gradient, arguments in ((x[:2], plain), (x[:, :3], plain), (x.double(), plain), (x, prepared)):
         with pytest.raises(ValueError, match=r"gradient is .*; expected that of x, and plain weights"):
-            ops.routed_experts_backward(gradient, [True] * 6, x.new_empty(0), *arguments)
+            ops.routed_experts_backward(gradient, [True] * len(DIFFERENTIABLE), x.new_empty(0), *arguments)
 
 
 WITHOUT_COMPILER = """

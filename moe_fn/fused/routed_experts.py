@@ -74,8 +74,6 @@ def _why_unfused(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Rou
     """
     if config.expert_norm is not None:  # it needs whole rows before the sum
         return "an expert_norm"
-    if config.lora is not None:  # adapters need another order of rows
-        return "lora"
     if in_forward_mode():
         return "forward mode"
     problem = EXPERTS_PROBLEMS[backend](config.json)
@@ -134,7 +132,7 @@ def weighted_slots(
 def _arguments(config: MoEConfig, weights: MoEWeights, x: Tensor, routing: Routing) -> tuple[Any, ...]:
     """The op's arguments, with `keep`."""
     ids, w = routing.expert_ids, routing.weights
-    return *flat(packed(config, weights, x, ids, w)), _keeps(config, weights, x, w)
+    return *flat(packed(config, weights, x, ids, w, routing.adapter_ids)), _keeps(config, weights, x, w)
 
 
 def _keeps(config: MoEConfig, weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
@@ -145,7 +143,9 @@ def _keeps(config: MoEConfig, weights: MoEWeights, x: Tensor, w: Tensor) -> bool
 
 
 def _differentiates(weights: MoEWeights, x: Tensor, w: Tensor) -> bool:
-    inputs = (x, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
+    lora = weights.lora
+    adapters = () if lora is None else (lora.gate_up_a, lora.gate_up_b, lora.down_a, lora.down_b)
+    inputs = (x, w, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias, *adapters)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
@@ -159,8 +159,9 @@ def _backward(
     """Gradients of all tensors, from the arguments and pre: by `op`, or below torch.func's transforms by ops that
     batch.
     """
-    arguments, needed_of = arguments_of(args[:-1]), dict(zip(ARGUMENTS, needed, strict=False))
-    wanted = [bool(needed_of[name]) and getattr(arguments, name) is not None for name in DIFFERENTIABLE]
+    arguments = arguments_of(args[:-1])
+    given, needed_of = (dict(zip(ARGUMENTS, values, strict=False)) for values in (args, needed))
+    wanted = [bool(needed_of[name]) and given[name] is not None for name in DIFFERENTIABLE]
     config, weights, x, _ = unpacked(arguments)
     plain = _restore_weights(config, weights)
     plain = plain if config.quant is None else dequantize_weights(config, plain, x.dtype)[1]
@@ -181,6 +182,8 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
     d a = down[e].T @ g;  d w = a . d a + down_bias . g; d h = activation'(h) * w * d a; d x = sum of gate_up[e].T @ d h
     """
     config, weights, x, routing = unpacked(arguments_of(args))
+    if config.lora is not None:
+        return _gradients_of_stages(gradient, wanted, args)
     ops, wide, transposed = GROUPED[backend], accumulation_dtype(x.dtype), config.weight_layout == "out_in"
     arithmetic = ARITHMETIC[config.batch_invariant]
     product = functools.partial(ops.matmul, invariant=config.batch_invariant)
@@ -229,7 +232,20 @@ def _gradients(backend: str, gradient: Tensor, wanted: list[bool], pre: Tensor, 
         outer(g, (a * w).to(x.dtype)) if wanted[3] else none(),
         sums(d_hidden, torch.ones_like(w), weights.gate_up_bias) if wanted[4] else none(),
         sums(g, w, weights.down_bias) if wanted[5] else none(),
+        *(none() for _ in wanted[6:]),  # of adapters, which this layer does not have
     )
+
+
+def _gradients_of_stages(gradient: Tensor, wanted: list[bool], args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The same by differentiating the stages, for layers with adapters."""
+    names = [name for name, want in zip(DIFFERENTIABLE, wanted, strict=True) if want]
+    places = [list(ARGUMENTS).index(name) for name in names]
+
+    def function(*moved: Tensor) -> Tensor:
+        return dispatch_experts_combine(*unpacked(arguments_of(_with(list(args), places, moved))))
+
+    of = dict(zip(names, vjp(function, *(args[place] for place in places))[1](gradient), strict=True))
+    return tuple(of[name] if name in of else gradient.new_empty(0) for name in DIFFERENTIABLE)
 
 
 def _second_backward(

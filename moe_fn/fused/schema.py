@@ -4,15 +4,17 @@ import functools
 
 from torch import Tensor
 
-from moe_fn.config import ActivationConfig, MoEConfig, as_activation
+from moe_fn.config import ActivationConfig, LoRAConfig, MoEConfig, as_activation
 from moe_fn.config.parts import padding_experts
 from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.arguments import RoutedExpertsArguments
 from moe_fn.numerics import accumulation_dtype
-from moe_fn.records import MoEWeights, Routing
+from moe_fn.records import LoRAWeights, MoEWeights, Routing
 
 
-def packed(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor) -> RoutedExpertsArguments:
+def packed(
+    config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Tensor, adapter_ids: Tensor | None = None
+) -> RoutedExpertsArguments:
     """The arguments of the op."""
     return RoutedExpertsArguments(
         x=x,
@@ -23,6 +25,8 @@ def packed(config: MoEConfig, weights: MoEWeights, x: Tensor, ids: Tensor, w: Te
         gate_up_bias=_readable(weights.gate_up_bias, x),
         down_bias=_readable(weights.down_bias, x),
         quant_weights=None if config.quant is None else weights.quant,
+        adapter_ids=adapter_ids,
+        lora=weights.lora,
         intermediate_size=config.intermediate_size,
         transposed=config.weight_layout == "out_in",
         interleaved=config.gate_up_layout == "interleaved",
@@ -57,6 +61,7 @@ def unpacked(arguments: RoutedExpertsArguments) -> tuple[MoEConfig, MoEWeights, 
         quant=a.quant,
         invariant=a.invariant,
         activation=a.activation,
+        adapters=_adapters(a.lora),
     )
     weights = MoEWeights(
         gate_up=a.gate_up,
@@ -64,8 +69,15 @@ def unpacked(arguments: RoutedExpertsArguments) -> tuple[MoEConfig, MoEWeights, 
         gate_up_bias=a.gate_up_bias,
         down_bias=a.down_bias,
         quant=a.quant_weights,
+        lora=a.lora,
     )
-    return config, weights, a.x, Routing(expert_ids=a.expert_ids, weights=a.expert_weights)
+    return config, weights, a.x, Routing(expert_ids=a.expert_ids, weights=a.expert_weights, adapter_ids=a.adapter_ids)
+
+
+def _adapters(lora: LoRAWeights | None) -> int:
+    """The number of adapters."""
+    a = None if lora is None else lora.gate_up_a if lora.gate_up_a is not None else lora.down_a
+    return 0 if a is None else int(a.shape[0])
 
 
 @functools.lru_cache
@@ -80,6 +92,7 @@ def _config_of(
     quant: str,
     invariant: bool,
     activation: ActivationConfig,
+    adapters: int,
 ) -> MoEConfig:
     """The config, as far as the op's arguments say it."""
     return MoEConfig(
@@ -93,4 +106,5 @@ def _config_of(
         weight_layout="out_in" if transposed else "in_out",
         quant=quant_of_json(quant) if quant else None,
         batch_invariant=invariant,
+        lora=LoRAConfig(num_adapters=adapters) if adapters else None,  # stages read sizes from the tensors
     )

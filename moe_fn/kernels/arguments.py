@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from torch import Tensor
 
 from moe_fn.config import ActivationConfig
-from moe_fn.records import QuantWeights
+from moe_fn.records import LoRAWeights, QuantWeights
 from moe_fn.torch_compat import constant_while_tracing
 
 Differentiable = Annotated[Tensor, "differentiable"]
@@ -30,6 +30,8 @@ class RoutedExpertsArguments(NamedTuple):
     gate_up_bias: Differentiable | None  # in the dtype of x, or in the one that it accumulates in
     down_bias: Differentiable | None
     quant_weights: QuantWeights | None  # None: weights are floats
+    adapter_ids: Tensor | None  # [T] integers; None: adapter 0, if there are any
+    lora: Annotated[LoRAWeights, "differentiable"] | None
     intermediate_size: int
     transposed: bool  # weights are laid out [E, out, in]
     interleaved: bool  # columns of gate_up
@@ -70,47 +72,69 @@ def _fields(record: type) -> dict[str, Argument]:
     """The fields of a record; those of a record inside it in its place."""
     found: dict[str, Argument] = {}
     for name, hint in get_type_hints(record, include_extras=True).items():
-        kinds = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
-        found |= _fields(kinds[0]) if kinds else {name: _argument(hint)}  # type: ignore[arg-type]
+        inside, differentiable = _record(hint)
+        if inside is None:
+            found[name] = _argument(hint)
+        else:
+            found |= {n: dataclasses.replace(a, differentiable=differentiable) for n, a in _fields(inside).items()}
     return found
+
+
+def _record(hint: Any) -> tuple[type | None, bool]:
+    """The record of a type hint, or None, and whether its tensors have gradients."""
+    for kind in (hint, *get_args(hint)):
+        annotated = get_origin(kind) is Annotated
+        inside = get_args(kind)[0] if annotated else kind
+        if dataclasses.is_dataclass(inside):
+            return inside, annotated  # type: ignore[return-value]
+    return None, False
 
 
 ARGUMENTS = _fields(RoutedExpertsArguments)
 ACTIVATION = tuple(_fields(ActivationConfig))
-QUANT_WEIGHTS = tuple(_fields(QuantWeights))
 SCHEMA = ", ".join(f"{argument.schema} {name}" for name, argument in ARGUMENTS.items())
 TENSORS = tuple(name for name, argument in ARGUMENTS.items() if argument.type == "Tensor")
 DIFFERENTIABLE = tuple(name for name, argument in ARGUMENTS.items() if argument.differentiable)
 
-_QUANT_WEIGHTS = RoutedExpertsArguments._fields.index("quant_weights")
-_AFTER = _QUANT_WEIGHTS + len(QUANT_WEIGHTS)  # the first argument behind them
+# Of each field of RoutedExpertsArguments: the record in its place and the record's fields, or None for an argument.
+_RECORDS: tuple[tuple[type, tuple[str, ...]] | None, ...] = tuple(
+    None if (record := _record(hint)[0]) is None else (record, tuple(_fields(record)))
+    for hint in get_type_hints(RoutedExpertsArguments, include_extras=True).values()
+)
 
 
 @constant_while_tracing
-def _floats() -> tuple[None, ...]:
-    return (None,) * len(QUANT_WEIGHTS)
-
+def _fields_of_records() -> tuple[tuple[str, ...] | None, ...]:
+    return tuple(None if record is None else record[1] for record in _RECORDS)
 
 
 def flat(arguments: RoutedExpertsArguments) -> tuple[Any, ...]:
     """The arguments as the op takes them, in the order of its schema."""
-    codes = arguments.quant_weights
-    return (
-        *arguments[:_QUANT_WEIGHTS],
-        *(_floats() if codes is None else [getattr(codes, name) for name in QUANT_WEIGHTS]),
-        *arguments[_QUANT_WEIGHTS + 1 : -1],
-        *arguments.activation.values,
-    )
+    leaves: list[Any] = []
+    for value, fields in zip(arguments, _fields_of_records(), strict=True):
+        if fields is None:
+            leaves.append(value)
+        elif value is None:
+            leaves += [None] * len(fields)
+        else:
+            leaves += [getattr(value, name) for name in fields]
+    return tuple(leaves)
 
 
 def arguments_of(args: Sequence[Any]) -> RoutedExpertsArguments:
     """The record of arguments that `flat` made."""
-    leaves, activation = args[_QUANT_WEIGHTS:_AFTER], len(args) - len(ACTIVATION)
-    codes = None
-    if any(leaf is not None for leaf in leaves):
-        codes = QuantWeights(**dict(zip(QUANT_WEIGHTS, leaves, strict=True)))
-    scalars = args[_AFTER:activation]
-    return RoutedExpertsArguments._make([*args[:_QUANT_WEIGHTS], codes, *scalars, _activation(*args[activation:])])
+    leaves, values = iter(args), list[Any]()
+    for record in _RECORDS:
+        if record is None:
+            values.append(next(leaves))
+            continue
+        kind, parts = record[0], tuple(next(leaves) for _ in record[1])
+        if kind is ActivationConfig:
+            values.append(_activation(*parts))
+        else:
+            given = any(part is not None for part in parts)
+            values.append(kind(**dict(zip(record[1], parts, strict=True))) if given else None)
+    return RoutedExpertsArguments._make(values)
 
 
 @functools.lru_cache

@@ -3,10 +3,12 @@ K] by [K, N], nothing for other operations.
 
     grouped_matmul, quantized_matmul     2 * rows * K * N
     grouped_outer                        2 * rows * M * N
-    routed_experts                       2 * slots * H * (C + I),  C = 2 * I, or I where the activation is not gated
+    routed_experts                       2 * slots * H * (C + I),  C = 2 * I, or I where the activation is not gated;
+                                         2 * slots * (2 * H + C + I) * rank for adapters
     routed_experts_backward              2 * slots * H * I, the gradient of the activation's output; and if needed
                                          2 * slots * H * C for x, the same for gate_up, 2 * slots * H * I for down;
-                                         2 * slots * H * C where the first product was not saved
+                                         2 * slots * H * C where the first product was not saved; of adapters
+                                         products with A again, those back through B and A, and gradients of A and B
     moe_forward, moe_backward            sum over the products inside
 
 `rows` and `slots` count those with an expert, which are read from the values of ids: on a GPU this is a host sync.

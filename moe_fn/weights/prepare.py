@@ -60,8 +60,8 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
     config = config.own
     _check("prepare_weights", config, weights)
     computed = weights.gate_up if config.quant is None else weights.gate_up.new_empty(0, dtype=torch.float32)
-    if backend_of(config, computed) != "native" or is_prepared(weights.gate_up) or config.lora is not None:
-        return weights  # LoRA runs as stages, which read plain weights
+    if backend_of(config, computed) != "native" or is_prepared(weights.gate_up):
+        return weights
     quant = weights.quant
     if config.quant is not None:
         sizes = config.expert_hidden_size, config.intermediate_size

@@ -23,13 +23,16 @@ from moe_fn.kernels.native import generated
 from moe_fn.kernels.native import library as native
 from tools.child_process import exit_code, silence
 
-UNITS = ("backward", "kernels", "quantized", "binding")
+UNITS = ("backward", "kernels", "lora", "quantized", "binding")
 # Units to compile again for a changed file. For shared headers only those of floats, which contain all that the tests
 # of floats run.
 _FLOATS = ("backward", "kernels")
 UNITS_OF: dict[str, tuple[str, ...]] = {
     "backward.cpp": ("backward",),
     "kernels.cpp": ("kernels",),
+    "lora.cpp": ("lora",),
+    "lora.h": (*_FLOATS, "lora"),
+    "lora_backward.h": ("backward",),
     "kernels.h": _FLOATS,
     "product.h": _FLOATS,
     "stream.h": _FLOATS,

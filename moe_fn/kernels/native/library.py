@@ -214,7 +214,7 @@ def _build(level: str, name: str, path: Path) -> None:
     (path.parent / generated.NAME).write_text(generated.header())
     extension = Extension(
         name,
-        [str(SOURCES / file) for file in ("kernels.cpp", "quantized.cpp", "backward.cpp", "binding.cpp")],
+        [str(SOURCES / file) for file in ("kernels.cpp", "quantized.cpp", "backward.cpp", "lora.cpp", "binding.cpp")],
         include_dirs=[str(path.parent), *cpp_extension.include_paths()],
         library_dirs=cpp_extension.library_paths(),
         libraries=["c10", "torch", "torch_cpu"],

@@ -13,7 +13,7 @@ from moe_fn.torch_compat import constant_while_tracing
 DTYPES = (torch.float32, torch.bfloat16)
 _NAME = "the native kernels"
 
-EXPERTS: Known = {**FUSED_LAYER}
+EXPERTS: Known = {**FUSED_LAYER, "lora": ANY}
 ACTIVATION: Known = {**FUSED_ACTIVATION}  # activation.h
 QUANT: Known = {  # quant_arguments.h
     "scheme": ("fp8_e4m3", "int8", "int4", "mxfp4", "mxfp8", "nvfp4"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_fn.config import MoEConfig
 from moe_fn.config.quant import quant_of_json
-from moe_fn.kernels.arguments import DIFFERENTIABLE, RoutedExpertsArguments, arguments_of
+from moe_fn.kernels.arguments import ARGUMENTS, DIFFERENTIABLE, RoutedExpertsArguments, arguments_of
 from moe_fn.kernels.triton import top_k
 from moe_fn.kernels.triton.grouped import grouped_matmul, grouped_outer, quantized_matmul
 from moe_fn.kernels.triton.layer import Problem, backward, forward
@@ -43,11 +43,12 @@ def routed_experts(*args: Any) -> tuple[Tensor, Tensor]:
 def routed_experts_backward(gradient: Tensor, needed: list[bool], pre: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """moe_fn::routed_experts_backward_triton; weights are floats."""
     arguments = arguments_of(args)
-    found = backward(_problem(arguments), gradient, pre, tuple(needed), transposed=arguments.transposed)
-    likes = (getattr(arguments, name) for name in DIFFERENTIABLE)
+    of_layer = tuple(needed[:6])  # the others are of adapters, which these kernels refuse
+    found = backward(_problem(arguments), gradient, pre, of_layer, transposed=arguments.transposed)
+    of, given = dict(zip(DIFFERENTIABLE, found, strict=False)), dict(zip(ARGUMENTS, args, strict=True))
     return tuple(
-        gradient.new_empty(0) if g is None or like is None else g.to(like.dtype)
-        for g, like in zip(found, likes, strict=True)
+        gradient.new_empty(0) if (g := of.get(name)) is None or given[name] is None else g.to(given[name].dtype)
+        for name in DIFFERENTIABLE
     )
 
 

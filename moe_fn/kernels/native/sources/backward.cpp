@@ -1,15 +1,16 @@
 // Gradients of routed_experts: the activation's derivatives in the epilogue of the product with down, and outer products. The first product
 // is recomputed if the forward did not save it (2/9 of the FLOPs of all products); no [rows, hidden] tensor is allocated.
-#include "kernels.h"
+#include "lora_backward.h"
 
 namespace moe_fn {
 namespace {
 
 // The first product, with its bias, as rows of D's elements in the order of the weights' columns.
 template <class D>
-void hidden_again(const Pool& pool, const Plan& plan, const RoutedExperts& q, typename D::Element* hidden) {
+void hidden_again(const Pool& pool, const Plan& plan, const RoutedExperts& q, typename D::Element* hidden, const Added<D>& added) {
   const int64_t width = q.gate_up.columns;
-  by_rows<D>(pool, plan, q.x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, const float* tile) {
+  by_rows<D>(pool, plan, q.x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, float* tile) {
+    added(block, panel, tile);
     float bias[PANEL];
     const bool biased = panel_bias(q.gate_up_bias, q.gate_up, chunk.expert, panel, bias);
     const Columns to = columns_of(q.gate_up, panel);
@@ -58,13 +59,14 @@ struct GatesAndUps {
 // `scaled`, and `dots`, the sums of a * d a over each panel.
 template <class D>
 void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* gradient, const typename D::Element* pre,
-                        typename D::Element* d_hidden, typename D::Element* scaled, float* dots) {
+                        typename D::Element* d_hidden, typename D::Element* scaled, float* dots, const Added<D>& added) {
   struct Pair { vec to_gate, to_up; };
   const int64_t inner = q.down.inner, width = q.gate_up.columns;
   const Weight flipped = q.down.flipped();
   const int panels = flipped.panels();
   const bool gated = q.activation.gated;
-  by_rows<D>(pool, plan, gradient, flipped, [&](const Chunk&, int panel, const RowBlock& block, const float* tile) {
+  by_rows<D>(pool, plan, gradient, flipped, [&](const Chunk&, int panel, const RowBlock& block, float* tile) {
+    added(block, panel, tile);
     const GatesAndUps<D> columns{gated, gated && q.gate_up.interleaved, int64_t(panel) * PANEL, inner, columns_here(inner, panel)};
     for (int r = 0; r < block.rows; r++, tile += PANEL) {
       const int64_t slot = block.start + r;
@@ -94,7 +96,7 @@ void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts&
 
 // d x: second_product with d hidden instead of hidden rows, gate_up instead of down, and without routing weights.
 template <class D>
-void gradient_of_x(const Pool& pool, const Plan& plan, const RoutedExperts& q, const typename D::Element* d_hidden, void* out) {
+void gradient_of_x(const Pool& pool, const Plan& plan, const RoutedExperts& q, const typename D::Element* d_hidden, void* out, const Added<D>& added) {
   RoutedExperts back = q;
   back.down = q.gate_up.flipped();
   back.down_bias = {nullptr, Type::f32, 0};
@@ -107,7 +109,7 @@ void gradient_of_x(const Pool& pool, const Plan& plan, const RoutedExperts& q, c
     for (size_t c = counter++; c < plan.chunks.size(); c = counter++)
       pack_rows<D>(plan, plan.chunks[c], nullptr, d_hidden, back.down.inner * back.down.element, padded, packed.get() + plan.chunks[c].start * padded);
   });
-  second_product<D>(pool, plan, nullptr, back, packed.get(), padded);
+  second_product<D>(pool, plan, nullptr, back, packed.get(), padded, added);
 }
 
 template <class D>
@@ -155,10 +157,12 @@ void routed_experts_backward(const Pool& pool, const RoutedExperts& q, const Rou
     auto elements = [](int64_t n) { return buffer((n * int64_t(sizeof(Element)) + 3) / 4); };
     Buffer hidden = elements(rows * width), scaled = elements(rows * inner), dots = buffer(rows * panels);
     Element *h = (Element*)hidden.get(), *a = (Element*)scaled.get();
-    if (!to.pre) hidden_again<D>(pool, plan, q, h);
-    through_activation<D>(pool, plan, q, to.gradient, to.pre ? static_cast<const Element*>(to.pre) : h, h, a, dots.get());
+    GradientsOfAdapters<D> adapters(pool, plan, q, to);
+    if (!to.pre) hidden_again<D>(pool, plan, q, h, adapters.of_x());
+    through_activation<D>(pool, plan, q, to.gradient, to.pre ? static_cast<const Element*>(to.pre) : h, h, a, dots.get(), adapters.back_from_gradient());
     small_gradients<D>(pool, plan, q, to, starts, h, dots.get(), panels);
-    if (to.x) gradient_of_x<D>(pool, plan, q, h, to.x);
+    if (to.x) gradient_of_x<D>(pool, plan, q, h, to.x, adapters.back_from_hidden(h));
+    adapters.store(h, a);
     const Side x{q.x, q.hidden_in, plan.source.data()}, g{to.gradient, q.hidden_out, plan.source.data()}, d_h{h, width, nullptr}, s{a, inner, nullptr};
     const bool out_in = q.gate_up.transposed;
     if (to.gate_up) outer_products<D>(pool, out_in ? d_h : x, out_in ? x : d_h, starts, to.gate_up);

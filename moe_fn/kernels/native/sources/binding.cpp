@@ -52,6 +52,20 @@ Bias bias_of(const optional<Tensor>& t, int64_t experts, int64_t size) {
   TORCH_CHECK_VALUE(t->dim() == 2 && t->size(0) == experts && t->size(1) == size && t->is_contiguous(), "moe_fn: bias is ", t->sizes(), "; expected ", experts, " by ", size);
   return {t->const_data_ptr(), type_of(*t), size};
 }
+// One product's adapters: A [adapters, experts or 1, rank, inputs], B [adapters, experts or 1, outputs, rank].
+LowRank low_rank_of(const optional<Tensor>& a, const optional<Tensor>& b, int64_t adapters, int64_t experts, const Weight& w, const Tensor& x) {
+  if (!a && !b) return {};
+  TORCH_CHECK_VALUE(a && b, "moe_fn: an adapter has one of A and B; expected both or none");
+  auto fits = [&](const Tensor& t) { return t.dim() == 4 && t.size(0) == adapters && (t.size(1) == 1 || t.size(1) == experts) && t.scalar_type() == x.scalar_type(); };
+  TORCH_CHECK_VALUE(fits(*a) && fits(*b) && a->size(3) == w.inner && b->size(2) == w.columns && a->size(2) == b->size(3) && a->size(2) > 0, "moe_fn: adapters are ", a->sizes(), " and ",
+                    b->sizes(), "; expected ", adapters, " by ", experts, " or 1 by the rank by ", w.inner, ", and by ", w.columns, " by the rank, in ", x.scalar_type());
+  auto factor = [&](const Tensor& t, bool gated) {
+    Weight of{static_cast<const char*>(t.const_data_ptr()), t.size(2) * t.size(3) * int64_t(t.element_size()), t.size(2), t.size(3), int(t.element_size()), false, true, gated, gated && w.interleaved};
+    of.invariant = w.invariant;
+    return Factor{of, t.size(1) == experts ? 1 : experts};
+  };
+  return {factor(*a, false), factor(*b, w.gated)};
+}
 // The place of a word among those of an enum (WORDS).
 int64_t place_of(c10::string_view word, const char* words, const char* parameter) {
   std::string_view left(words);
@@ -97,14 +111,15 @@ Tensor elementwise_op(const Tensor& x_, c10::string_view function) {
 // The arguments of routed_experts, contiguous and checked; the tensors live as long as the problem that points into them.
 struct Call {
   Tensor x, ids, weights, gate_up, down;
-  optional<Tensor> gate_up_bias, down_bias;
+  optional<Tensor> gate_up_bias, down_bias, adapter_ids, gate_up_a, gate_up_b, down_a, down_b;
   RoutedExperts problem;
   QuantTensors beside;
   std::unique_ptr<Codes> gate_up_codes, down_codes;
 };
 Call call_of(ARGUMENTS) {
   auto dense = [](const optional<Tensor>& t) { return t ? optional<Tensor>(t->contiguous()) : optional<Tensor>(); };
-  Call c{x.contiguous(), expert_ids.to(at::kLong).contiguous(), expert_weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias), {}, {}, {}, {}};
+  Call c{x.contiguous(), expert_ids.to(at::kLong).contiguous(), expert_weights.to(at::kFloat).contiguous(), gate_up.contiguous(), down.contiguous(), dense(gate_up_bias), dense(down_bias),
+         adapter_ids ? optional<Tensor>(adapter_ids->to(at::kLong).contiguous()) : optional<Tensor>(), dense(gate_up_a), dense(gate_up_b), dense(down_a), dense(down_b), {}, {}, {}, {}};
   TORCH_CHECK_VALUE(x.dim() == 2 && expert_ids.dim() == 2 && expert_ids.size(0) == x.size(0) && expert_ids.sizes() == expert_weights.sizes(), "moe_fn: x is ", x.sizes(),
                     ", expert_ids ", expert_ids.sizes(), ", expert_weights ", expert_weights.sizes(), "; expected [tokens, hidden] and twice [tokens, top_k]");
   const bool floats = quant.empty();
@@ -122,6 +137,14 @@ Call call_of(ARGUMENTS) {
                bias_of(c.down_bias, experts, hidden),
                ACTIVATION};
   c.problem.gate_up.invariant = c.problem.down.invariant = invariant;
+  if (const optional<Tensor>& any = gate_up_a ? gate_up_a : down_a) {
+    c.problem.adapters = any->dim() ? any->size(0) : 0;
+    TORCH_CHECK_VALUE(c.problem.adapters == 1 || adapter_ids, "moe_fn: ", c.problem.adapters, " adapters without adapter_ids");
+    TORCH_CHECK_VALUE(!adapter_ids || (adapter_ids->dim() == 1 && adapter_ids->size(0) == x.size(0)), "moe_fn: adapter_ids is ", adapter_ids ? adapter_ids->sizes() : x.sizes(), "; expected ", x.size(0), " ids");
+    c.problem.adapter_ids = c.adapter_ids ? c.adapter_ids->const_data_ptr<int64_t>() : nullptr;
+  }
+  c.problem.gate_up_lora = low_rank_of(c.gate_up_a, c.gate_up_b, c.problem.adapters, experts, c.problem.gate_up, x);
+  c.problem.down_lora = low_rank_of(c.down_a, c.down_b, c.problem.adapters, experts, c.problem.down, x);
   if (!floats) {
     TORCH_CHECK_VALUE(gate_up_scale && down_scale, "moe_fn: quantized weights without scales");
     c.beside = {dense(gate_up_scale), dense(down_scale), dense(gate_up_zero_point), dense(down_zero_point), dense(gate_up_global_scale), dense(down_global_scale)};
@@ -146,8 +169,8 @@ std::tuple<Tensor, Tensor> run(Call c, const Tensor& x, const Tensor& ids, bool 
 }
 std::tuple<Tensor, Tensor> routed_experts_op(ARGUMENTS, bool keep) { return run(call_of(PASSED), x, expert_ids, keep); }
 
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, const Tensor& pre_, ARGUMENTS) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Gradients routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, const Tensor& pre_, ARGUMENTS) {
   TORCH_CHECK_VALUE(quant.empty(), "moe_fn: weights of the backward pass are codes, ", quant, "; expected floats");
   Call c = call_of(PASSED);
   const Tensor gradient = gradient_.contiguous(), pre = pre_.contiguous();
@@ -162,12 +185,14 @@ Six routed_experts_backward_op(const Tensor& gradient_, c10::List<bool> needed, 
   };
   Tensor d_x = make(0, x, false), d_w = make(1, expert_weights, true), d_gate_up = make(2, gate_up, false), d_down = make(3, down, false);
   Tensor d_gate_up_bias = make(4, gate_up_bias, true), d_down_bias = make(5, down_bias, true);
+  Tensor d_gate_up_a = make(6, gate_up_a, false), d_gate_up_b = make(7, gate_up_b, false), d_down_a = make(8, down_a, false), d_down_b = make(9, down_b, false);
   auto wanted = [](const Tensor& t) { return t.dim() > 1 ? t.mutable_data_ptr() : nullptr; };
   auto floats = [&](const Tensor& t) { return static_cast<float*>(wanted(t)); };
   moe_fn::routed_experts_backward(
-      pool(), c.problem, {gradient.const_data_ptr(), kept ? pre.const_data_ptr() : nullptr, wanted(d_x), wanted(d_gate_up), wanted(d_down), floats(d_w), floats(d_gate_up_bias), floats(d_down_bias)});
+      pool(), c.problem, {gradient.const_data_ptr(), kept ? pre.const_data_ptr() : nullptr, wanted(d_x), wanted(d_gate_up), wanted(d_down), floats(d_w), floats(d_gate_up_bias), floats(d_down_bias),
+                  wanted(d_gate_up_a), wanted(d_gate_up_b), wanted(d_down_a), wanted(d_down_b)});
   auto as = [](const Tensor& t, const optional<Tensor>& like) { return like && t.dim() > 1 ? t.to(like->scalar_type()) : t; };
-  return {d_x, as(d_w, expert_weights), d_gate_up, d_down, as(d_gate_up_bias, gate_up_bias), as(d_down_bias, down_bias)};
+  return {d_x, as(d_w, expert_weights), d_gate_up, d_down, as(d_gate_up_bias, gate_up_bias), as(d_down_bias, down_bias), d_gate_up_a, d_gate_up_b, d_down_a, d_down_b};
 }
 
 Groups groups_of(const Tensor& ends, int64_t rows, int64_t segments, int64_t weight_sets) {

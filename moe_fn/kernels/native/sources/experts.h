@@ -14,6 +14,15 @@ struct Bias {  // [experts, size], or no data
   float at(int64_t expert, int64_t i) const;
 };
 
+// One matrix of low-rank adapters: [adapters, experts, ...], or [adapters, 1, ...] where experts share it.
+struct Factor {
+  Weight weight{};  // no data: this product has no adapters
+  int64_t experts_sharing = 1;
+  const char* at(int64_t pair) const { return weight.data + pair / experts_sharing * weight.expert_bytes; }  // pair: adapter * experts + expert
+  Factor flipped() const { return {weight.data ? weight.flipped() : Weight{}, experts_sharing}; }
+};
+struct LowRank { Factor a, b; };  // A is [rank, inputs], B [outputs, rank]
+
 struct RoutedExperts {
   Type type;
   int64_t tokens, top_k, experts, hidden_in, hidden_out;
@@ -24,6 +33,9 @@ struct RoutedExperts {
   Weight gate_up, down;
   Bias gate_up_bias, down_bias;
   Activation activation;
+  int64_t adapters = 0;                  // 0: none
+  const int64_t* adapter_ids = nullptr;  // [tokens], an id out of range is no adapter; null: adapter 0
+  LowRank gate_up_lora, down_lora;
 };
 void routed_experts(const Pool& pool, const RoutedExperts& problem);
 void quantized_experts(const Pool& pool, const RoutedExperts& problem);  // weights with codes
@@ -34,6 +46,7 @@ struct RoutedGradients {
   const void *gradient, *pre;
   void *x, *gate_up, *down;
   float *expert_weights, *gate_up_bias, *down_bias;
+  void *gate_up_a, *gate_up_b, *down_a, *down_b;
 };
 void routed_experts_backward(const Pool& pool, const RoutedExperts& problem, const RoutedGradients& gradients);
 

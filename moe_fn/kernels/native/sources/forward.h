@@ -1,6 +1,6 @@
 // The first product of the forward pass, for float and quantized weights.
 #pragma once
-#include "kernels.h"
+#include "lora.h"
 
 namespace moe_fn {
 
@@ -16,9 +16,10 @@ void clear_pre(const RoutedExperts& q, int64_t rows) {  // rows without an exper
 
 // First product and activation: writes hidden rows, packed for the second product.
 template <class D, class M = Floats<D>>
-void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* x, float* hidden, int padded) {
+void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* x, float* hidden, int padded, const Added<D>& added) {
   const int per_panel = q.activation.gated ? PANEL / 2 : PANEL;
-  by_rows<D, M>(pool, plan, x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, const float* tile) {
+  by_rows<D, M>(pool, plan, x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, float* tile) {
+    added(block, panel, tile);
     float bias[PANEL];
     const bool biased = panel_bias(q.gate_up_bias, q.gate_up, chunk.expert, panel, bias);
     const Columns from = columns_of(q.gate_up, panel);

@@ -41,8 +41,9 @@ void routed_experts(const Pool& pool, const RoutedExperts& q) {
     Buffer hidden = buffer(rows * padded);
     if (width / D::PER_DWORD < padded) std::memset(hidden.get(), 0, size_t(rows) * padded * 4);
     clear_pre<D>(q, rows);
-    first_product<D>(pool, plan, q, q.x, hidden.get(), padded);
-    second_product<D>(pool, plan, plan.weight.data(), q, hidden.get(), padded);
+    const Adapted adapted = adapted_rows(q, plan, ROWS_OF<D>);
+    first_product<D>(pool, plan, q, q.x, hidden.get(), padded, adapters_of_x<D>(pool, adapted, q));
+    second_product<D>(pool, plan, plan.weight.data(), q, hidden.get(), padded, adapters_of_hidden<D>(pool, adapted, q, hidden.get(), padded));
   });
 }
 

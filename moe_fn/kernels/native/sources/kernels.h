@@ -51,25 +51,30 @@ void store_pre(const Columns& to, const float* tile, const float* bias, typename
 template <class Add>
 Plan plan_of_routing(const RoutedExperts& q, Add add) {
   Plan plan;
-  const int64_t slots = q.tokens * q.top_k;
+  const int64_t kinds = q.adapters ? q.adapters + 1 : 1;  // rows of an expert are sorted by adapter, those without one last
   auto valid = [&](int64_t id) { return uint64_t(id) < uint64_t(q.experts); };
-  std::vector<int64_t> at(q.experts + 1, 0);
-  for (int64_t i = 0; i < slots; i++)
-    if (valid(q.expert_ids[i])) at[q.expert_ids[i] + 1]++;
-  for (int64_t e = 0; e < q.experts; e++) at[e + 1] += at[e];
-  plan.source.resize(at[q.experts]);
-  plan.weight.resize(at[q.experts]);
-  plan.slot.resize(at[q.experts]);
+  auto kind_of = [&](int64_t t) { return q.adapters && q.adapter_ids ? int64_t(std::min(uint64_t(q.adapter_ids[t]), uint64_t(q.adapters))) : 0; };
+  std::vector<int64_t> at(q.experts * kinds + 1, 0);
+  for (int64_t t = 0, i = 0; t < q.tokens; t++)
+    for (int64_t j = 0; j < q.top_k; j++, i++)
+      if (valid(q.expert_ids[i])) at[q.expert_ids[i] * kinds + kind_of(t) + 1]++;
+  for (int64_t e = 0; e < q.experts * kinds; e++) at[e + 1] += at[e];
+  const int64_t rows = at.back();
+  plan.source.resize(rows);
+  plan.weight.resize(rows);
+  plan.slot.resize(rows);
+  plan.adapter.resize(q.adapters ? rows : 0);
   std::vector<int64_t> to(at.begin(), at.end() - 1);
   for (int64_t t = 0, i = 0; t < q.tokens; t++)
     for (int64_t j = 0; j < q.top_k; j++, i++)
       if (valid(q.expert_ids[i])) {
-        const int64_t slot = to[q.expert_ids[i]]++;
+        const int64_t slot = to[q.expert_ids[i] * kinds + kind_of(t)]++;
         plan.source[slot] = t;
         plan.weight[slot] = q.expert_weights[i];
         plan.slot[slot] = i;
+        if (q.adapters) plan.adapter[slot] = kind_of(t);
       }
-  for (int64_t e = 0; e < q.experts; e++) add(plan, e, at[e], at[e + 1]);
+  for (int64_t e = 0; e < q.experts; e++) add(plan, e, at[e * kinds], at[(e + 1) * kinds]);
   return plan;
 }
 inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_of_block, int rows_together) {
@@ -79,8 +84,9 @@ inline Plan plan_of_routing(const RoutedExperts& q, int rows_of_chunk, int rows_
 
 // Second product and weighted sum: a task owns output columns and goes through all experts in order, so there is no combine pass, no
 // buffer of rows x hidden, and one order of every sum. weights: of the sorted slots; null: 1.
-template <class D, class M = Floats<D>>
-void second_product(const Pool& pool, const Plan& plan, const float* weights, const RoutedExperts& q, const float* hidden, int padded) {
+// added(block, panel, tile) adds low-rank products to a tile (lora.h).
+template <class D, class M = Floats<D>, class Add>
+void second_product(const Pool& pool, const Plan& plan, const float* weights, const RoutedExperts& q, const float* hidden, int padded, const Add& added) {
   using Element = typename D::Element;
   const Weight& w = q.down;
   const int panels = w.panels(), workers = pool.workers, chunks = int(plan.chunks.size());
@@ -114,7 +120,8 @@ void second_product(const Pool& pool, const Plan& plan, const float* weights, co
               for (int r = 0; r < blocks[b].rows; r++)
                 for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch((const char*)place(p, blocks[b], r) + line, 1, 3);
             },
-            [&](int p, int b, const float* tile) {
+            [&](int p, int b, float* tile) {
+              added(blocks[b], p, tile);
               float bias[PANEL];
               const bool biased = panel_bias(q.down_bias, w, chunk.expert, p, bias);
               for (int r = 0; r < blocks[b].rows; r++, tile += PANEL) {

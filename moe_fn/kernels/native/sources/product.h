@@ -41,6 +41,7 @@ struct Plan {
   std::vector<int64_t> source;  // row in x of each sorted slot
   std::vector<float> weight;    // routing weight of each sorted slot
   std::vector<int64_t> slot;    // index in [tokens, top_k] of each sorted slot
+  std::vector<int64_t> adapter;  // of each sorted slot; empty without adapters
   std::vector<RowBlock> blocks;
   std::vector<Chunk> chunks;
   int most_rows = 0;  // the largest number of rows of a chunk, of which `together` take as long as one
@@ -210,7 +211,7 @@ void by_rows(const Pool& pool, const Plan& plan, const void* x, const Weight& w,
       M::run(
           blocks, chunk.last_block - chunk.first_block, [&](int b) { return rows.get() + (blocks[b].start - chunk.start) * padded; },
           w, chunk.expert, first, last, next, sums.get(), scratch.get(), [](int, int) {},
-          [&](int p, int b, const float* c) { epilogue(chunk, p, blocks[b], c); });
+          [&](int p, int b, float* c) { epilogue(chunk, p, blocks[b], c); });
     }
   });
 }

@@ -21,10 +21,12 @@ void experts_of(const Pool& pool, const RoutedExperts& q) {
   code_rows<C, D>(pool, q.gate_up, q.x, q.tokens, x.get());
   Buffer hidden = buffer(rows * padded);
   clear_pre<D>(q, rows);
-  first_product<D, M>(pool, plan, q, x.get(), hidden.get(), padded);
+  const Adapted adapted = adapted_rows(q, plan, ROWS_OF<D>);
+  first_product<D, M>(pool, plan, q, x.get(), hidden.get(), padded, adapters_of_x<D>(pool, adapted, q));
+  const Added<D> added = adapters_of_hidden<D>(pool, adapted, q, hidden.get(), padded);
   Buffer coded = buffer(rows * hidden_shape.all());
   code_blocks<C, D>(pool, q.down, plan.blocks, hidden.get(), padded, coded.get());
-  second_product<D, M>(pool, plan, plan.weight.data(), q, coded.get(), hidden_shape.all());
+  second_product<D, M>(pool, plan, plan.weight.data(), q, coded.get(), hidden_shape.all(), added);
 }
 
 template <class D, class Dot>

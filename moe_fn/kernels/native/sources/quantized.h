@@ -225,7 +225,7 @@ void tiled(const RowBlock* blocks, int count, auto rows, const Weight& w, const 
 template <class C>
 struct Quantized {
   static constexpr bool TILES = TILED<Int8> && std::is_same_v<typename C::Dot, Int8>;
-  using Region = std::conditional_t<TILES, moe_fn::Region<Int8>, NoRegion>;
+  using Region = moe_fn::Region<BF16>;  // adapters are in bfloat16 tiles where codes are not
   static int row_dwords(const Weight& w) { return RowShape<C>(w).all(); }
   static int64_t row_bytes(const Weight& w) { return int64_t(row_dwords(w)) * 4; }
   static bool in_blocks(const Weight&) { return false; }

@@ -89,6 +89,11 @@ void dot(const float* a, int64_t ahead, Column column, int64_t bytes, float* c) 
   vec lanes[ROWS][PANEL];
   const int64_t whole = bytes / (CHUNK * 4);
   for (int c0 = 0; c0 < PANEL; c0 += DOT_COLUMNS) {
+    if (!column(c0)) {  // nor are the columns after it
+      for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < DOT_COLUMNS; j++) lanes[r][c0 + j] = vec{};
+      continue;
+    }
     vec sum[ROWS][DOT_COLUMNS];
     const char* w[DOT_COLUMNS];
     for (int j = 0; j < DOT_COLUMNS; j++) {
