@@ -150,7 +150,7 @@ CASES = (
     Case(40, 32, kind="outer_shared", dtype=torch.bfloat16, invariant=True),
     Case(20, 5, size=(33, 17), dtype=torch.bfloat16, only="gate_up"),
     Case(20, 3, size=(130, 90), only="down", invariant=True, layout="in_out"),
-    Case(30, 150, adapters=2),  # a rank that is laid in several parts
+    Case(30, 150, adapters=2),  # a rank that is stored in several parts
     Case(700, 3, experts=1, adapters=2, dtype=torch.bfloat16),  # more rows than a block, than dots and streams take
     Case(9, 1, size=(1, 1)),
 )
