@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import on_every
 from test_native import ACTIVATIONS, DTYPES, RUNNABLE, call
@@ -107,6 +107,9 @@ def test_every_level_equals_the_reference(
 @pytest.mark.parametrize("level", RUNNABLE)
 @settings(max_examples=25)
 @given(st.sampled_from(QUANTS), st.integers(1, 60), st.integers(0, 2**20), DTYPES)
+# int8 rows on tiles: spans that are shorter than a tile, and spans of whole tiles with corrections; 50 rows are 4 tiles
+@example(QUANTS[2], 50, 40, torch.bfloat16)
+@example(QUANTS[9], 50, 40, torch.bfloat16)
 def test_the_bits_of_a_token_do_not_depend_on_the_others(
     level: str, quant: QuantConfig, tokens: int, seed: int, dtype: torch.dtype
 ) -> None:

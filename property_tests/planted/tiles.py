@@ -5,7 +5,7 @@ or at the one whose tile instructions are trapped.
 from functools import partial
 
 from moe_fn.kernels.native import library as native
-from planted.cpp import CODES, OUTER, CppBug
+from planted.cpp import OUTER, CppBug
 
 BITS, PREPARED, DENORMALS, SAME_TOKEN = (
     "test_native_amx.test_bits_of_a_row_do_not_depend_on_other_rows_or_the_layout_of_weights",
@@ -116,7 +116,7 @@ BUGS = (
         "extra + 1;",
     ),
     Emulated(
-        CODES,
+        SAME_TOKEN,
         "spans shorter than a tile are multiplied by tiles",
         "quantized.h",
         "for (const Span& span : w.codes->spans)",
