@@ -14,7 +14,7 @@ from test_native import call
 from test_native_backward import Case
 from test_quant_native import NAME, QUANTS
 from test_quant_native import problem as quantized_problem
-from tools.trapped_tiles import Trapped, trapped_tiles
+from tools.trapped_tiles import Trapped, tiles_in_use, trapped_tiles
 from torch import Tensor
 
 import moe_fn
@@ -39,6 +39,7 @@ def tiles() -> Iterator[Trapped | None]:
     """Executes tile instructions; they must be those that a CPU accepts, and leave no configuration behind."""
     if not TRAPPED:
         yield None
+        assert native.best_level() != "amx" or not tiles_in_use(), "tiles are not released"
         return
     with trapped_tiles() as trapped:
         yield trapped

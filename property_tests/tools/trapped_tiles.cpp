@@ -253,6 +253,12 @@ void tiles_clear() {
   for (auto& n : counts) n = 0;
 }
 long tiles_count(int kind) { return counts[kind]; }
+// On a CPU with AMX: whether this thread has a configuration, which XGETBV tells by state components that are not in their initial state.
+int tiles_in_use() {
+  unsigned low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(1));
+  return low >> 17 & 3;
+}
 int tiles_configured() {  // threads
   int n = 0;
   for (const Thread& t : threads) n += t.palette != 0;

@@ -47,6 +47,11 @@ def trapped_tiles() -> Iterator[Trapped]:
         handler.tiles_remove()
 
 
+def tiles_in_use() -> bool:
+    """Whether the calling thread of a CPU with AMX has a configuration of tiles."""
+    return bool(_handler().tiles_in_use())
+
+
 @functools.cache
 def _handler() -> ctypes.CDLL:
     source = Path(__file__).with_suffix(".cpp")

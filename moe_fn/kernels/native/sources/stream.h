@@ -53,9 +53,11 @@ inline void strip(const typename D::Element* w, int64_t pitch, const typename D:
   if constexpr (TILED<D>) {
     alignas(64) float panel[STEPS * PANEL];
     for (int i = 0; i < STEPS; i++) {
-      for (int v = 0; v < PANEL; v += WIDTH) {
-        const auto* one = w + i * D::PER_DWORD * pitch + v;
-        store(panel + i * PANEL + v, step_of_rows<D>(one, one + pitch));
+      for (int c = 0; c < PANEL; c += 2 * WIDTH) {
+        const auto* one = w + i * D::PER_DWORD * pitch + c;
+        vec both[2];
+        D::step(one, one + (D::PER_DWORD - 1) * pitch, both);
+        store(panel + i * PANEL + c, both[0]), store(panel + i * PANEL + c + WIDTH, both[1]);
       }
       prefetch_ahead<D>(ahead, pitch_ahead, i);
     }
