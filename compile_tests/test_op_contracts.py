@@ -202,6 +202,7 @@ SAMPLES: dict[str, Callable[[torch.dtype, bool], list[tuple[Any, ...]]]] = {
         routed_experts, lowest_id=0, codes=True
     ),  # rows of no expert are not written in the saved pre-activations
     "moe_fn::routed_experts_backward_triton": routed_experts_backward,
+    "moe_fn::route_top_k_native": route_top_k,
     "moe_fn::route_top_k_triton": route_top_k,
     "moe_fn::quantized_matmul": quantized_matmul,
     "moe_fn::quantized_matmul_native": quantized_matmul,
@@ -257,7 +258,7 @@ in_dtypes = pytest.mark.parametrize(
 TRACED = {
     "moe_fn::grouped_matmul": (0, 3), "moe_fn::grouped_outer": (0, 2), "moe_fn::routed_experts_native": (0, 2),
     "moe_fn::routed_experts_backward_native": (0, 2), "moe_fn::moe_forward": (0, 1), "moe_fn::moe_backward": (1, 3),
-    "moe_fn::route_top_k_triton": (0, 1), "moe_fn::quantized_matmul": (0, 3),
+    "moe_fn::route_top_k_native": (0, 1), "moe_fn::route_top_k_triton": (0, 1), "moe_fn::quantized_matmul": (0, 3),
 }  # fmt: skip
 
 

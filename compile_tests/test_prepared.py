@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,17 +100,19 @@ def test_they_are_saved_moved_and_loaded_like_any_tensor() -> None:
     assert_matches(layer(again, *tokens_of(5)), layer(expected, *tokens_of(5)), tolerance=0.0)
 
 
-def test_inductor_makes_few_kernels() -> None:
-    """With given logits the layer has kernels for scores, their keys, and weights of chosen scores; top-k and
-    the experts are calls.
+@pytest.mark.parametrize("scale", (False, True))
+def test_inductor_makes_few_kernels(scale: bool) -> None:
+    """With given logits the router and the experts are calls. Where experts have a scale torch's ops route: kernels
+    for scores, their keys, and weights of chosen scores.
     """
-    weights = prepared()
+    weights = prepared() if scale else replace(prepared(), router=None)
     torch._dynamo.reset()
     metrics.reset()
     # with a cache no kernel would be generated
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         torch.compile(layer, fullgraph=True)(weights, *tokens_of(9))
-    assert 1 <= metrics.generated_kernel_count <= (9 if TORCH_2_11 else 5)
+    most = (9 if TORCH_2_11 else 5) if scale else 0
+    assert min(most, 1) <= metrics.generated_kernel_count <= most
 
 
 PEAK = """

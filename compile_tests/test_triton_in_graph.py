@@ -244,6 +244,6 @@ def test_the_router_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     config = replace(Case("deepseek").config)
     with launches_counted(monkeypatch) as launched:
-        ids, weights = entry.route_top_k(cuda(7, 8), cuda(8, dtype=torch.float32), config)
+        weights, ids = entry.route_top_k(cuda(7, 8), cuda(8, dtype=torch.float32), config.json)
         assert ids.shape == weights.shape == (7, 2)
     assert len(launched) == 1

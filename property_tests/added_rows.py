@@ -11,8 +11,8 @@ from moe_fn.testing.config_strategies import _activations
 
 CACHED = (
     _activations, config_of_json, quant_of_json, _config_of, arguments._activation, in_torch.quant_problem,
-    native._experts_problem, native._quant_problem, triton._experts_problem, triton._router_problem, triton.problem_on,
-    triton.decodes,
+    native._experts_problem, native._quant_problem, native._router_problem, triton._experts_problem,
+    triton._router_problem, triton.problem_on, triton.decodes,
 )  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def assert_on_its_page(where: str, name: str) -> None:
 
 
 def test_a_scoring_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """3 files; a fourth and a fifth where Triton's router is to compute it."""
+    """3 files; 4 more where the routers of kernels are to compute it."""
     monkeypatch.setitem(router.SCORINGS, "arctan", True)
     monkeypatch.setitem(stage_scores.SCORES, "arctan", lambda m, z: torch.atan(z) / math.pi + 0.5)
     monkeypatch.setitem(reference_scores.SCORES, "arctan", lambda z: 0.5 + torch.atan(z) / math.pi)
@@ -72,6 +72,7 @@ def test_a_scoring_function(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # type: ignore[arg-type]
     words = "RouterConfig.scoring='arctan'; the Triton kernels take 'softmax' or 'sigmoid'"
     assert str(triton.router_problem(config.json, torch.float32)).startswith(words)
+    assert str(native.router_problem(config.json, torch.float32)).startswith(words.replace("Triton", "native"))
     assert native.experts_problem(config.json) is None and triton.experts_problem(config.json) is None
 
     fixed = {"scoring": "arctan", "groups": None, "correction_bias": "none"}  # some sums of scores nearly tie
@@ -233,7 +234,10 @@ def test_a_field_that_no_table_lists_must_have_its_default() -> None:
 
 PACKAGE = Path(moe_fn.__file__).parent
 SCORING = {"config/router.py", "stages/_scores.py", "reference/scores.py"}
-SCORING_IN_KERNELS = {"kernels/triton/support.py", "kernels/triton/top_k.py"}
+SCORING_IN_KERNELS = {
+    "kernels/options.py", "kernels/native/sources/router.h", "kernels/native/sources/router.cpp",
+    "kernels/triton/top_k.py",
+}  # fmt: skip
 SCHEME = {
     "config/quant.py", "kernels/native/support.py", "kernels/native/sources/quant_arguments.h",
     "kernels/triton/support.py",

@@ -20,6 +20,8 @@ TESTS = (
     "test_native_backward.test_outer_products_of_segments",
     "test_native.test_few_and_many_rows_of_weights_kept_in_out",
     "test_native.test_grouped_products_of_every_level",
+    "test_native_router.test_bits_are_those_of_the_stages",
+    "test_native_router.test_sizes_at_the_edges_and_rows_of_several_threads",
 )
 RUN = (
     "import conftest, sys; from pathlib import Path; from tools.cpp_changes import run; "

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from planted import tiles
-from planted.cpp import BUGS, CppBug
+from planted import cpp, cpp_router, tiles
+from planted.cpp import CppBug
 from test_native_amx import COMPILED
 from tools.cpp_changes import Workshop, judged
 
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.thorough,
     pytest.mark.skipif(native.active().problem is not None, reason="no native kernels here"),
 ]
-ALL = [bug for bug in (*BUGS, *tiles.BUGS) if COMPILED or bug.level != "amx"]
+ALL = [bug for bug in (*cpp.BUGS, *cpp_router.BUGS, *tiles.BUGS) if COMPILED or bug.level != "amx"]
 
 
 @pytest.fixture(scope="module")

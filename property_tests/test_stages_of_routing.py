@@ -12,6 +12,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, RouterWeights, Routing, SharedExpertsConfig, reference
 from moe_fn.config import ZeroExpertsConfig
 from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native import support as on_cpu
 from moe_fn.kernels.triton import support as gpu
 from moe_fn.stages._scores import scores_of_logits
 from moe_fn.stages.route import router_logits, weights_of_ids
@@ -181,24 +182,26 @@ def test_masked_tokens_go_nowhere() -> None:
     assert torch.isfinite(routing.weights).all() and (routing.weights[1] == 0).all()
 
 
-@pytest.mark.skipif(gpu.problem("cpu", torch.float32) is not None, reason="Triton's interpreter does not run here")
+@pytest.mark.parametrize("kernels", ("native", "triton"))
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("scale", (False, True))
-def test_the_kernel_that_routes_has_the_values_and_gradients_of_torch(bias: bool, scale: bool) -> None:
-    """torch's ops route if experts have a scale, which the kernel does not support."""
+def test_the_kernels_that_route_have_the_values_and_gradients_of_torch(kernels: str, bias: bool, scale: bool) -> None:
+    """torch's ops route if experts have a scale, which the kernels do not support."""
+    if reason := {"native": on_cpu, "triton": gpu}[kernels].problem("cpu", torch.float32):
+        pytest.skip(reason)
     router = RouterConfig(scoring="sigmoid", correction_bias="scores" if bias else "none", routed_scaling_factor=2.5)
     extra = RouterWeights(correction_bias=random(6) if bias else None, expert_scale=random(6) if scale else None)
     found = []
-    for backend in ("torch", "triton"):
+    for backend in ("torch", kernels):
         config, logits = layer(router=router, backend=backend), random(4, 6).requires_grad_()
         with Names() as names:
             routing = moe_fn.route(config, weights_of(config, extra), logits)
-        assert any("route_top_k" in name for name in names.seen) == (backend == "triton" and not scale)
+        assert any("route_top_k" in name for name in names.seen) == (backend == kernels and not scale)
         assert routing.shared_weights is None
         (routing.weights * random(4, 3)).sum().backward()
         found.append((routing.expert_ids, routing.weights.detach(), logits.grad))
         ids = routing.expert_ids
-        with torch.autograd.forward_ad.dual_level():  # the kernel has no tangents: torch's ops route
+        with torch.autograd.forward_ad.dual_level():  # the kernels have no tangents: torch's ops route
             dual = moe_fn.route(
                 config, weights_of(config, extra), torch.autograd.forward_ad.make_dual(random(4, 6), random(6, 4).t())
             )

@@ -3,12 +3,19 @@
 Why an op: `moe_fn.ops.route_top_k`.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moe_fn.backends import runs
-from moe_fn.config import MoEConfig
-from moe_fn.kernels.triton.support import router_problem
+from moe_fn.config import MoEConfig, config_of_json
+from moe_fn.kernels.native import call as native
+from moe_fn.kernels.native import support as on_cpu
+from moe_fn.kernels.triton import call as gpu
+from moe_fn.kernels.triton import support as on_gpu
+from moe_fn.ops.define import Kernel
 from moe_fn.ops.route_top_k import define_route_top_k
 from moe_fn.records import MoEWeights, RouterWeights, Routing
 from moe_fn.stages._checks import check_routing_inputs
@@ -80,9 +87,10 @@ def _route(
     extra = weights.router or RouterWeights()
     if token_mask is not None:
         logits = torch.where(token_mask.unsqueeze(-1), logits, 0)
-    if _by_op(config, extra, logits):
+    op = _op_of(config, extra, logits)
+    if op is not None:
         check_draft_export("route_top_k")
-        chosen, ids = route_top_k_op(logits, extra.correction_bias, config.json)
+        chosen, ids = op(logits, extra.correction_bias, config.json)
         routing = Routing(expert_ids=ids, weights=chosen)
     else:
         routing = choose_experts(config, extra, logits, token_ids)
@@ -91,14 +99,26 @@ def _route(
     return routing if capacity is None else within_capacity(config, routing, capacity, leading)
 
 
-def _by_op(config: MoEConfig, extra: RouterWeights, logits: Tensor) -> bool:
-    """Whether the op computes this call. It has no scales of experts and no forward mode."""
-    return (
-        runs("triton", config, logits)
-        and extra.expert_scale is None
-        and router_problem(config.json, logits.dtype) is None
-        and not in_forward_mode()
-    )
+def _op_of(config: MoEConfig, extra: RouterWeights, logits: Tensor) -> Kernel | None:
+    """The op that computes this call, if there is one. An op has no scales of experts and no forward mode."""
+    if extra.expert_scale is not None or in_forward_mode():
+        return None
+    for backend, op in BY_OP.items():
+        if runs(backend, config, logits) and ROUTER_PROBLEMS[backend](config.json, logits.dtype) is None:
+            return op
+    return None
 
 
-route_top_k_op = define_route_top_k(weights_of_ids)
+def _in_torch(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[Tensor, Tensor]:
+    routing = choose_experts(config_of_json(config), RouterWeights(correction_bias=correction_bias), logits, None)
+    return routing.weights.to(torch.float32), routing.expert_ids
+
+
+native_op = define_route_top_k("native", functools.partial(native.run, "route_top_k", _in_torch), weights_of_ids)
+triton_op = define_route_top_k("triton", functools.partial(gpu.run, "route_top_k"), weights_of_ids)
+
+BY_OP: dict[str, Kernel] = {"native": native_op, "triton": triton_op}
+ROUTER_PROBLEMS: dict[str, Callable[[str, torch.dtype], str | None]] = {
+    "native": on_cpu.router_problem,
+    "triton": on_gpu.router_problem,
+}

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+import torch
+
 from moe_fn.config import MoEConfig, as_activation
 
 ANY: Final = None  # every value: a number that the kernels read, or an option that acts outside of them
@@ -41,6 +43,48 @@ FUSED_ACTIVATION: Known = {
     "gate_cap": ANY,
     "up_cap": ANY,
 }
+# What both compute of RouterConfig and of GroupConfig.
+FUSED_ROUTER: Known = {
+    "scoring": ("softmax", "sigmoid", "sqrtsoftplus", "identity"),
+    "scoring_order": ("before_top_k", "after_top_k"),
+    "selection": ("top_k",),
+    "correction_bias": ("none", "scores", "logits"),
+    "groups": ANY,  # the table of groups
+    "renormalize": (False, True),
+    "renormalize_epsilon": ANY,
+    "renormalize_minimum": ANY,
+    "renormalize_order": (1.0, 2.0),
+    "routed_scaling_factor": ANY,
+    "scale_on": ("weights", "output", "output_float16_safe"),
+    "logit_multiplier": ANY,
+    "logit_softcap": ANY,
+    # options of what comes before or after ids and weights
+    **dict.fromkeys(("weight_on", "capacity", "gate_dtype", "gate_input", "score_dtype"), ANY),
+}
+FUSED_GROUPS: Known = {
+    "count": ANY,
+    "top_k": ANY,
+    "score": ("max", "top2_sum"),
+    "fill": ("-inf", "zero"),
+    "limit": ("groups",),
+}
+
+
+def router_problem(
+    kernels: str, config: MoEConfig, dtype: torch.dtype, dtypes: Collection[torch.dtype], router: Known, groups: Known
+) -> str | None:
+    """Why kernels with these tables do not route logits of dtype, in words; None if they do."""
+    wrong = unknown_option(kernels, config.router, router)
+    if wrong is None and config.router.groups is not None:
+        wrong = unknown_option(kernels, config.router.groups, groups)
+    if wrong is not None:
+        return wrong
+    score_dtype = config.router.score_dtype
+    if dtype not in dtypes or (score_dtype != "float32" and dtype != torch.float32):
+        return f"scores of {dtype} logits in score_dtype={score_dtype!r}; {kernels} compute in float32"
+    if config.num_logits != config.num_choices:
+        return f"weights of shared experts; {kernels} take logits of the routed experts alone"
+    return None
 
 
 def unknown_layer_option(kernels: str, config: MoEConfig, layer: Known, activation: Known) -> str | None:

@@ -1,7 +1,8 @@
 """Router as one op, for back-ends with a kernel that computes scores, choice and weights.
 
-Why an op: top-k is a sort, which Inductor cannot generate; composed of torch's ops the router takes a dozen launches,
-as long as a layer's products at 1 token. Obsolete when Inductor generates top-k with a prologue and an epilogue.
+Why an op: top-k is a sort, which Inductor cannot generate; composed of torch's ops the router takes a dozen launches on
+a GPU, as long as a layer's products at 1 token, and up to 9 calls on a CPU. Obsolete when Inductor generates top-k with
+a prologue and an epilogue.
 """
 
 from collections.abc import Callable
@@ -11,15 +12,9 @@ import torch
 from torch import Tensor
 
 from moe_fn.config import MoEConfig, config_of_json
-from moe_fn.kernels.triton import call as gpu
 from moe_fn.ops.define import Kernel, batch_to_front, define_op, vjp
 
 WeightsOfIds = Callable[[MoEConfig, Tensor, Tensor | None, Tensor], Tensor]
-
-
-def _kernel(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[Tensor, Tensor]:
-    ids, weights = gpu.run("route_top_k", logits, correction_bias, config_of_json(config))
-    return weights, ids
 
 
 def _fake(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[Tensor, Tensor]:
@@ -27,9 +22,9 @@ def _fake(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
 
 
-def define_route_top_k(weights_of_ids: WeightsOfIds) -> Kernel:
-    """Defines the op: logits [T, E], correction_bias [E] or None, config as JSON -> weights [T, k] float32, ids [T, k]
-    int64.
+def define_route_top_k(backend: str, kernel: Kernel, weights_of_ids: WeightsOfIds) -> Kernel:
+    """Defines the op of a back-end: logits [T, E], correction_bias [E] or None, config as JSON -> weights [T, k]
+    float32, ids [T, k] int64.
 
     `weights_of_ids` computes the weights of given ids in torch; its gradient is the op's. The op has no forward mode;
     torch's own ops do.
@@ -50,8 +45,8 @@ def define_route_top_k(weights_of_ids: WeightsOfIds) -> Kernel:
         return tuple(o.unflatten(0, batched.shape[:2]) for o in out), (0, 0)
 
     op = define_op(
-        "route_top_k_triton(Tensor logits, Tensor? correction_bias, str config) -> (Tensor, Tensor)",
-        kernel=_kernel,
+        f"route_top_k_{backend}(Tensor logits, Tensor? correction_bias, str config) -> (Tensor, Tensor)",
+        kernel=kernel,
         fake=_fake,
         vmap=vmap,
         backward=backward,

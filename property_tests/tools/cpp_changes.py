@@ -23,7 +23,6 @@ from moe_fn.kernels.native import generated
 from moe_fn.kernels.native import library as native
 from tools.child_process import exit_code, silence
 
-UNITS = ("backward", "kernels", "lora", "quantized", "binding")
 # Units to compile again for a changed file. For shared headers only those of floats, which contain all that the tests
 # of floats run.
 _FLOATS = ("backward", "kernels")
@@ -43,6 +42,9 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
     "activation.h": _FLOATS,
     "simd.h": _FLOATS,
     "forward.h": ("kernels",),
+    "router.cpp": ("router",),
+    "router.h": ("router", "binding"),
+    "router_arguments.h": ("binding",),
     "binding.cpp": ("binding",),
     "quant_arguments.h": ("binding",),
     "quantized.cpp": ("quantized",),
@@ -86,7 +88,7 @@ class Workshop:
     def __enter__(self) -> "Workshop":
         shutil.copytree(native.SOURCES, self.folder / "sources")
         (self.folder / generated.NAME).write_text(generated.header())
-        self._compile("sources", UNITS)
+        self._compile("sources", native.UNITS)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,14 +115,14 @@ class Workshop:
         compiled = {path.stem for path in library.parent.glob("*.o")}
         if not all(map(same, compiled)):
             return False
-        others = [unit for unit in UNITS if unit not in compiled]
+        others = [unit for unit in native.UNITS if unit not in compiled]
         self._compile(library.parent.name, others)
         return all(map(same, others))
 
     def lines(self) -> dict[str, set[int]]:
         """The lines (from 0) of each file that the level compiles, without preprocessor branches of other levels."""
         seen: dict[str, set[int]] = defaultdict(set)
-        for unit in UNITS:
+        for unit in native.UNITS:
             command = [*_compiler(), *self._flags(), "-E", f"{unit}.cpp"]
             said = subprocess.run(
                 command, check=True, capture_output=True, text=True, cwd=self.folder / "sources"
@@ -148,7 +150,7 @@ class Workshop:
     def _linked(self, sources: str, units: Sequence[str]) -> Path:
         """Links the library; changed objects first, as the linker takes an inline function's first definition."""
         objects = [self.folder / sources / f"{unit}.o" for unit in units]
-        objects += [self.folder / "sources" / f"{unit}.o" for unit in UNITS if unit not in units]
+        objects += [self.folder / "sources" / f"{unit}.o" for unit in native.UNITS if unit not in units]
         path = self.folder / sources / "mutant.so"
         libraries = [
             *(f"-L{folder}" for folder in cpp_extension.library_paths()),

@@ -41,7 +41,7 @@ def _member_type(name: str, argument: Argument) -> str:
 
 def _value(name: str, argument: Argument) -> str:
     if argument.type == "str":
-        return f'{_enum(name)}(place_of({name}, {_enum(name)}_words, "{name}"))'
+        return f'{_enum(name)}(place_of({name}, {_enum(name)}_words, "activation {name}"))'
     return name if argument.type == "bool" else f"number({name})"
 
 

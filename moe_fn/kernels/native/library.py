@@ -29,6 +29,7 @@ from moe_fn.kernels.native.trust import private_folder, user
 from moe_fn.torch_compat import cpu_has, may_use_tiles
 
 SOURCES = Path(__file__).parent / "sources"
+UNITS = ("backward", "kernels", "lora", "quantized", "router", "binding")  # the translation units of `sources/`
 
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
@@ -61,7 +62,7 @@ class Library:
 
     @property
     def ops(self) -> object:
-        """Its ops: routed_experts, grouped_matmul, grouped_outer, read, gemm."""
+        """Its ops: routed_experts, grouped_matmul, grouped_outer, route_top_k, read, gemm."""
         return getattr(torch.ops, f"moe_fn_{self.level}")
 
 
@@ -214,7 +215,7 @@ def _build(level: str, name: str, path: Path) -> None:
     (path.parent / generated.NAME).write_text(generated.header())
     extension = Extension(
         name,
-        [str(SOURCES / file) for file in ("kernels.cpp", "quantized.cpp", "backward.cpp", "lora.cpp", "binding.cpp")],
+        [str(SOURCES / f"{unit}.cpp") for unit in UNITS],
         include_dirs=[str(path.parent), *cpp_extension.include_paths()],
         library_dirs=cpp_extension.library_paths(),
         libraries=["c10", "torch", "torch_cpu"],

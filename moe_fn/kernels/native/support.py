@@ -6,8 +6,18 @@ import torch
 
 from moe_fn.config.moe import config_of_json
 from moe_fn.config.quant import quant_of_json
+from moe_fn.kernels import options
 from moe_fn.kernels.native.library import active
-from moe_fn.kernels.options import ANY, FUSED_ACTIVATION, FUSED_LAYER, Known, unknown_layer_option, unknown_option
+from moe_fn.kernels.options import (
+    ANY,
+    FUSED_ACTIVATION,
+    FUSED_GROUPS,
+    FUSED_LAYER,
+    FUSED_ROUTER,
+    Known,
+    unknown_layer_option,
+    unknown_option,
+)
 from moe_fn.torch_compat import constant_while_tracing
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -24,6 +34,8 @@ QUANT: Known = {  # quant_arguments.h
     "activations": ANY,  # ROUNDING
 }
 ROUNDING: Known = {"scheme": ("int8",), "granularity": ("token",)}
+ROUTER: Known = {**FUSED_ROUTER}  # router.cpp
+GROUPS: Known = {**FUSED_GROUPS}
 
 
 def problem(device: str, dtype: torch.dtype) -> str | None:
@@ -70,3 +82,18 @@ def _quant_problem(text: str, inputs: int) -> str | None:
             "the native kernels take int8, computed for a token"
         )
     return None
+
+
+@constant_while_tracing
+def router_problem(config: str, dtype: torch.dtype) -> str | None:
+    """Why route_top_k does not compute the ids and weights of a config (`MoEConfig.json`) for logits of dtype; None if
+    it does.
+
+    What `weights.router.expert_scale` does comes between the norm and the scale: the kernel does not compute it.
+    """
+    return _router_problem(config, dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _router_problem(config: str, dtype: torch.dtype) -> str | None:
+    return options.router_problem(_NAME, config_of_json(config), dtype, DTYPES, ROUTER, GROUPS)

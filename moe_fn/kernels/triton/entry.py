@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_fn.config import MoEConfig
+from moe_fn.config import config_of_json
 from moe_fn.config.quant import quant_of_json
 from moe_fn.kernels.arguments import ARGUMENTS, DIFFERENTIABLE, RoutedExpertsArguments, arguments_of
 from moe_fn.kernels.triton import top_k
@@ -27,9 +27,10 @@ __all__ = [
 ]
 
 
-def route_top_k(logits: Tensor, correction_bias: Tensor | None, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """moe_fn::route_top_k_triton, its config parsed; ids and weights."""
-    return top_k.route_top_k(config, logits, correction_bias)
+def route_top_k(logits: Tensor, correction_bias: Tensor | None, config: str) -> tuple[Tensor, Tensor]:
+    """moe_fn::route_top_k_triton: weights and ids."""
+    ids, weights = top_k.route_top_k(config_of_json(config), logits, correction_bias)
+    return weights, ids
 
 
 def routed_experts(*args: Any) -> tuple[Tensor, Tensor]:

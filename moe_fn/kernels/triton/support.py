@@ -12,7 +12,17 @@ import torch
 from moe_fn.config import MoEConfig
 from moe_fn.config.moe import config_of_json
 from moe_fn.config.quant import QuantConfig, quant_of_json
-from moe_fn.kernels.options import ANY, FUSED_ACTIVATION, FUSED_LAYER, Known, unknown_layer_option, unknown_option
+from moe_fn.kernels import options
+from moe_fn.kernels.options import (
+    ANY,
+    FUSED_ACTIVATION,
+    FUSED_GROUPS,
+    FUSED_LAYER,
+    FUSED_ROUTER,
+    Known,
+    unknown_layer_option,
+    unknown_option,
+)
 from moe_fn.kernels.triton.quant.tiles import LEAST_STEP, fitting_step
 from moe_fn.kernels.triton.tiles import architecture_of
 from moe_fn.torch_compat import constant_while_tracing
@@ -42,30 +52,8 @@ ROUNDING: Known = {  # quant/inputs.py
     "static": (False, True),
     "power_of_two_scales": (False, True),
 }
-ROUTER: Known = {  # top_k.py
-    "scoring": ("softmax", "sigmoid", "sqrtsoftplus", "identity"),
-    "scoring_order": ("before_top_k", "after_top_k"),
-    "selection": ("top_k",),
-    "correction_bias": ("none", "scores", "logits"),
-    "groups": ANY,  # GROUPS
-    "renormalize": (False, True),
-    "renormalize_epsilon": ANY,
-    "renormalize_minimum": ANY,
-    "renormalize_order": (1.0, 2.0),
-    "routed_scaling_factor": ANY,
-    "scale_on": ("weights", "output", "output_float16_safe"),
-    "logit_multiplier": ANY,
-    "logit_softcap": ANY,
-    # options of what comes before or after ids and weights
-    **dict.fromkeys(("weight_on", "capacity", "gate_dtype", "gate_input", "score_dtype"), ANY),
-}
-GROUPS: Known = {
-    "count": range(1, MOST_GROUPS + 1),
-    "top_k": ANY,
-    "score": ("max", "top2_sum"),
-    "fill": ("-inf", "zero"),
-    "limit": ("groups",),
-}
+ROUTER: Known = {**FUSED_ROUTER}  # top_k.py
+GROUPS: Known = {**FUSED_GROUPS, "count": range(1, MOST_GROUPS + 1)}
 
 
 def problem(device: str, dtype: torch.dtype) -> str | None:
@@ -180,17 +168,10 @@ def router_problem(config: str, dtype: torch.dtype) -> str | None:
 @functools.lru_cache(maxsize=1024)
 def _router_problem(config: str, dtype: torch.dtype) -> str | None:
     layer = config_of_json(config)
-    router, lanes = layer.router, math.prod(lanes_of(layer))
-    wrong = unknown_option(_NAME, router, ROUTER)
-    if wrong is None and router.groups is not None:
-        wrong = unknown_option(_NAME, router.groups, GROUPS)
-    if wrong is not None:
+    wrong, lanes = options.router_problem(_NAME, layer, dtype, DTYPES, ROUTER, GROUPS), math.prod(lanes_of(layer))
+    if wrong is not None or lanes <= LANES:
         return wrong
-    if dtype not in DTYPES or (router.score_dtype != "float32" and dtype != torch.float32):
-        return f"scores of {dtype} logits in score_dtype={router.score_dtype!r}; the Triton kernels compute in float32"
-    if layer.num_logits != layer.num_choices:
-        return "weights of shared experts; the Triton kernels take logits of the routed experts alone"
-    return None if lanes <= LANES else f"{lanes} lanes for {layer.num_choices} experts; the Triton kernels take {LANES}"
+    return f"{lanes} lanes for {layer.num_choices} experts; the Triton kernels take {LANES}"
 
 
 def lanes_of(config: MoEConfig) -> tuple[int, int]:

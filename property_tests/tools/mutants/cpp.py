@@ -53,8 +53,15 @@ CODES = (
     "test_quant_native.test_the_bits_of_a_token_do_not_depend_on_the_others",
     "test_quant_native.test_missing_values_stay_in_their_rows",
 )
+ROUTER = (
+    "test_native_router.test_bits_are_those_of_the_stages",
+    "test_native_router.test_every_option_at_sizes_of_models",
+    "test_native_router.test_any_logits_of_any_dtype_and_stride",
+    "test_native_router.test_sizes_at_the_edges_and_rows_of_several_threads",
+)
 REFUSALS = (
     "test_native.test_wrong_shapes_raise_in_words",
+    "test_native_router.test_wrong_arguments_raise_in_words",
     "test_quant_native.test_what_the_kernels_do_not_take_runs_by_stages_and_says_why",
 )
 # Not mutated: prefetches, allocation of pages, and functions that only the benchmark calls.
@@ -173,7 +180,7 @@ def run(found: Path, files: list[str], every: int) -> None:
     found.parent.mkdir(parents=True, exist_ok=True)
     known = {json.loads(line)["id"] for line in found.read_text().splitlines()} if found.exists() else set()
     with Workshop() as workshop:
-        assert judged(workshop.library(None), (*FLOATS, *CODES, *REFUSALS)) == ("survived", "")
+        assert judged(workshop.library(None), (*FLOATS, *CODES, *ROUTER, *REFUSALS)) == ("survived", "")
         compiled = workshop.lines()
         todo = {id_of(change): (change, words) for file in files for change, words in mutants_of(file, compiled[file])}
         for name in sorted(todo):  # by hash, not by file: a run that ends early has a sample of all files
@@ -202,12 +209,17 @@ def _verdict(workshop: Workshop, change: Change) -> tuple[str, str]:
     if workshop.makes_no_difference(library):
         shutil.rmtree(library.parent)
         return "same", ""
-    units = UNITS_OF[change.file]
-    verdict = judged(
-        library, CODES if "quantized" in units else (*FLOATS, *CODES, *REFUSALS) if "binding" in units else FLOATS
-    )
+    verdict = judged(library, _tests_of(UNITS_OF[change.file]))
     shutil.rmtree(library.parent)
     return verdict
+
+
+def _tests_of(units: tuple[str, ...]) -> tuple[str, ...]:
+    if "quantized" in units:
+        return CODES
+    if "router" in units:
+        return ROUTER
+    return (*FLOATS, *CODES, *ROUTER, *REFUSALS) if "binding" in units else FLOATS
 
 
 def report(found: Path) -> str:

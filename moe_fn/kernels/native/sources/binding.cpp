@@ -9,6 +9,7 @@
 
 #include "experts.h"
 #include "quant_arguments.h"
+#include "router_arguments.h"
 
 namespace {
 using at::Tensor;
@@ -65,16 +66,6 @@ LowRank low_rank_of(const optional<Tensor>& a, const optional<Tensor>& b, int64_
     return Factor{of, t.size(1) == experts ? 1 : experts};
   };
   return {factor(*a, false), factor(*b, w.gated)};
-}
-// The place of a word among those of an enum (WORDS).
-int64_t place_of(c10::string_view word, const char* words, const char* parameter) {
-  std::string_view left(words);
-  for (int64_t place = 0;; place++) {
-    const size_t end = left.find(", ");
-    if (left.substr(0, end) == std::string_view(word.data(), word.size())) return place;
-    TORCH_CHECK_VALUE(end != left.npos, "moe_fn: activation ", parameter, " is ", word, "; expected one of ", words);
-    left.remove_prefix(end + 2);
-  }
 }
 float number(double value) { return float(value); }
 float number(optional<double> value) { return float(value.value_or(std::numeric_limits<double>::infinity())); }
@@ -231,6 +222,29 @@ Tensor grouped_outer_op(const Tensor& left_, const Tensor& right_, const Tensor&
   return out;
 }
 
+std::tuple<Tensor, Tensor> route_top_k_op(const Tensor& logits_, const optional<Tensor>& bias_, c10::string_view config) {
+  TORCH_CHECK_VALUE(logits_.dim() == 2, "moe_fn: logits are ", logits_.sizes(), "; expected [tokens, experts]");
+  const Tensor logits = logits_.stride(1) == 1 ? logits_ : logits_.contiguous();
+  const optional<Tensor> bias = bias_ ? optional<Tensor>(bias_->to(at::kFloat).contiguous()) : optional<Tensor>();
+  Router router = router_of(std::string_view(config.data(), config.size()));
+  const int64_t tokens = logits.size(0), n = router.choices = logits.size(1), size = n / std::max<int64_t>(router.groups, 1);
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == n), "moe_fn: correction_bias is ", bias->sizes(), "; expected ", n);
+  // Memory safety: fewer choices than top_k would be a search without an end.
+  TORCH_CHECK_VALUE(router.top_k > 0 && router.top_k <= router.kept * size && router.kept <= router.groups && size * router.groups == n, "moe_fn: logits are ", logits.sizes(),
+                    "; expected at least ", router.top_k, " experts in ", router.kept, " of ", router.groups, " equal groups");
+  Tensor ids = at::empty({tokens, router.top_k}, logits.options().dtype(at::kLong)), weights = at::empty({tokens, router.top_k}, logits.options().dtype(at::kFloat));
+  const bool bf16 = type_of(logits) == Type::bf16;
+  const char* from = static_cast<const char*>(logits.const_data_ptr());
+  int64_t* to_ids = ids.mutable_data_ptr<int64_t>();
+  float* to_weights = weights.mutable_data_ptr<float>();
+  // Rows of 16384 logits take as long as it takes to wake a thread, several times.
+  at::parallel_for(0, tokens, std::max<int64_t>(1, 16384 / n), [&](int64_t first, int64_t last) {
+    route_rows(router, from + first * logits.stride(0) * logits.element_size(), bf16, logits.stride(0), last - first, bias ? bias->const_data_ptr<float>() : nullptr,
+               to_ids + first * router.top_k, to_weights + first * router.top_k);
+  });
+  return {weights, ids};
+}
+
 Tensor empty_like_op(const Tensor& t) { return empty(t.sizes(), t.options()); }
 
 int64_t read_op(const Tensor& t, int64_t first_byte, int64_t num_bytes) {
@@ -246,6 +260,7 @@ void install() {  // once, whatever thread comes first
     library.impl("routed_experts_backward_native", &routed_experts_backward_op);
     library.impl("grouped_matmul_native", &grouped_matmul_op);
     library.impl("grouped_outer_native", &grouped_outer_op);
+    library.impl("route_top_k_native", &route_top_k_op);
     return true;
   }();
   (void)done;
@@ -257,6 +272,7 @@ TORCH_LIBRARY_FRAGMENT(NAME, m) {  // schemas follow from the functions' types
   m.def("routed_experts_backward", &routed_experts_backward_op);
   m.def("grouped_matmul", &grouped_matmul_op);
   m.def("grouped_outer", &grouped_outer_op);
+  m.def("route_top_k", &route_top_k_op);
   m.def("elementwise", &elementwise_op);
   m.def("empty_like", &empty_like_op);
   m.def("read", &read_op);
