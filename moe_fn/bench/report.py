@@ -75,6 +75,20 @@ def geomean(values: list[float | None]) -> float | None:
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
+def machine_line(about: dict[str, Any]) -> str:
+    """A line with the CPU or GPU, the level of each contestant that has one, versions, commit and date."""
+    where = about["gpu"] or f"{about['cpu']}, {about['cores']} cores, {' '.join(_notable(about['cpu_features']))}"
+    levels = ", ".join(f"{name} {level}" for name, level in (about["levels"] or {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    made = f"Commit {about['commit']}, {about['date']}." if about["commit"] else f"{about['date']}."
+    return " ".join((f"{where}.", *([f"Levels: {levels}."] if levels else ()), f"Versions: {versions}.", made))
+
+
+def _notable(features: list[str]) -> list[str]:
+    """The instructions that choose between kernels: products of bfloat16, float16 and int8, and tiles."""
+    return [name for name in features if name == "avx2" or name.endswith(("_f", "_bf16", "_fp16", "vnni", "tile"))]
+
+
 def markdown(results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: dict[str, str]) -> str:
     """A table for each result, geometric means, and absent contestants with reasons."""
     blocks = [_table(result, gemm_rate(result, results), rows) for result in results]

@@ -30,9 +30,15 @@ def clock_of_device(device: torch.device) -> Clock:
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[int], Run]], timer: Timer, seconds: float, inputs: int
+    runs: Mapping[str, Callable[[int], Run]],
+    timer: Timer,
+    seconds: float,
+    inputs: int,
+    rests: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Milliseconds of every turn by name. runs[name](turn) returns, untimed, the call of that turn.
+
+    rests: milliseconds to wait after a call of that name, while its threads are still active.
 
     Every contestant runs once per turn, since the speed of a shared machine changes from second to second; the order
     rotates, since each contestant changes the cache for the next. Runs for `seconds`, and at least TURNS turns.
@@ -47,6 +53,8 @@ def take_turns(
             name = names[(place + turn) % len(names)]
             run = runs[name](turn)
             times[name].append(timer(run))
+            if rests and name in rests:
+                time.sleep(rests[name] / 1e3)
         turn += 1
     return {name: tuple(values) for name, values in times.items()}
 

@@ -2,11 +2,13 @@
 
 from moe_fn.bench.contestants.entry import Contestant
 from moe_fn.bench.contestants.ggml_kernels import GGML
+from moe_fn.bench.contestants.kt_kernel import KT_KERNEL
 from moe_fn.bench.contestants.liger import LIGER
 from moe_fn.bench.contestants.onnx_runtime import ONNX_RUNTIME
 from moe_fn.bench.contestants.ours import OURS
 from moe_fn.bench.contestants.packed_mm import PACKED_MM
 from moe_fn.bench.contestants.scatter_moe import SCATTERMOE
+from moe_fn.bench.contestants.sglang_cpu import SGLANG_CPU
 from moe_fn.bench.contestants.torch_grouped import TORCH_GROUPED
 from moe_fn.bench.contestants.transformers_experts import TRANSFORMERS
 from moe_fn.bench.contestants.triton_kernels import TRITON_KERNELS
@@ -14,7 +16,7 @@ from moe_fn.bench.contestants.vllm_cpu import VLLM_CPU
 from moe_fn.bench.contestants.vllm_triton import VLLM
 from moe_fn.bench.contestants.zen import ZENTORCH
 
-ON_CPU = (PACKED_MM, ONNX_RUNTIME, VLLM_CPU, ZENTORCH, GGML)
+ON_CPU = (PACKED_MM, ONNX_RUNTIME, *VLLM_CPU, SGLANG_CPU, KT_KERNEL, ZENTORCH, GGML)
 ON_GPU = (VLLM, TRITON_KERNELS, LIGER, SCATTERMOE)
 CONTESTANTS: tuple[Contestant, ...] = (*OURS, *TRANSFORMERS, *TORCH_GROUPED, *ON_CPU, *ON_GPU)
 

@@ -24,10 +24,12 @@ class Layer:
 
     bind    prepares an input, untimed, and returns the call that computes y [T, H]
     leaves  the tensors to differentiate, besides x
+    rest_ms  how long its threads keep waiting actively after a call; the next contestant is called after that
     """
 
     bind: Callable[[TokenInput], Run]
     leaves: tuple[Tensor, ...] = ()
+    rest_ms: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,8 @@ class Contestant:
     takes      whether it takes part with float experts, with quantized ones, or with both
     copies     the number of extra copies of the weights in memory
     copies_of_floats  the number of copies of decoded weights
+    package    the distribution that has it, which may depend on other versions of torch than the one here
+    level      what it runs on this CPU: an instruction set, or a library that is compiled for one
     """
 
     name: str
@@ -52,6 +56,8 @@ class Contestant:
     copies_of_floats: int = 0
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    package: str | None = None
+    level: Callable[[], str] | None = None
 
 
 def takes_part(row: Contestant, quant: QuantConfig | None) -> bool:

@@ -1,4 +1,5 @@
-"""Arguments of ONNX Runtime's op com.microsoft.QMoE, by its schema; its CPU kernel supports integer codes only (1.31).
+"""Arguments of ONNX Runtime's op com.microsoft.QMoE, by its schema; its CPU kernel supports integer codes only (1.32),
+and ignores quant_type.
 
     gate_up  [E, 2 I, H * bits / 8] uint8, down [E, H, I * bits / 8] uint8: codes with zero 2^(bits - 1); of two 4-bit
              codes in a byte, the even input is in the low half

@@ -174,4 +174,5 @@ ONNX_RUNTIME = Contestant(
     takes="both",
     copies=2,  # interleaved, and packed by the session
     devices=("cpu",),
+    package="onnxruntime",
 )

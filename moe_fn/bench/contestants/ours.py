@@ -15,6 +15,7 @@ import moe_fn
 from moe_fn.bench.contestants.entry import UNQUANTIZED, Contestant, Layer, Run, always_installed, trained_leaves
 from moe_fn.bench.problem import Problem, TokenInput, config_of_one, weights_of_experts
 from moe_fn.config import MoEConfig
+from moe_fn.kernels.native import library
 from moe_fn.records import MoEWeights
 from moe_fn.weights.quantize import dequantize_weights
 
@@ -55,6 +56,11 @@ def _refuses(problem: Problem, tokens: int, plain: bool) -> str | None:
     return None if not plain or not problem.backward else "is moe_fn: gradients are of plain weights"
 
 
+def _level() -> str:
+    found = library.active()
+    return found.level if found.problem is None else "no kernels, torch's products"
+
+
 def _row(
     name: str,
     compiled: bool,
@@ -73,6 +79,7 @@ def _row(
         copies_of_floats=2 if takes == "codes" else 0,
         ours=True,
         devices=devices,
+        level=_level,
     )
 
 

@@ -118,6 +118,7 @@ def _row(name: str, implementation: str, compiled: bool) -> Contestant:
         installed=functools.partial(missing, "transformers"),
         refuses=functools.partial(_refuses, implementation=implementation),
         build=functools.partial(_build, implementation=implementation, compiled=compiled),
+        package="transformers",
     )
 
 

@@ -108,4 +108,5 @@ ZENTORCH = Contestant(
     takes="both",
     copies=2,  # its own copy, and for float32 the library's cache
     devices=("cpu",),
+    package="zentorch",
 )
