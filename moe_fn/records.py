@@ -194,7 +194,6 @@ def _names(record: type) -> tuple[str, ...]:
 _PARTS = {name: _names(NESTED_WEIGHTS[name]) if name in NESTED_WEIGHTS else None for name in _names(MoEWeights)}
 
 
-
 @constant_while_tracing
 def _parts() -> tuple[tuple[str, tuple[str, ...] | None], ...]:
     return tuple(_PARTS.items())
