@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_native_lora
 import torch
 from test_native import call
 from test_native_backward import Case
@@ -20,7 +21,7 @@ from torch import Tensor
 import moe_fn
 from moe_fn.config import QuantConfig
 from moe_fn.fused.schema import packed
-from moe_fn.kernels.arguments import flat
+from moe_fn.kernels.arguments import DIFFERENTIABLE, flat
 from moe_fn.kernels.native import library as native
 from moe_fn.testing import assert_matches
 from moe_fn.weights.prepare import to_panels
@@ -67,7 +68,7 @@ def outputs(level: str, case: Case, prepared: bool) -> tuple[Tensor, ...]:
     y, pre = ops.routed_experts(*arguments, True)
     if prepared:
         return y, pre
-    return y, pre, *ops.routed_experts_backward(gradient, [True] * 6, pre, *arguments)
+    return y, pre, *ops.routed_experts_backward(gradient, [True] * len(DIFFERENTIABLE), pre, *arguments)
 
 
 # Rows of an expert: below and above one and two tiles, a chunk of `stream` and a block. Inner dimensions: below, at and
@@ -93,6 +94,23 @@ def test_emulated_and_compiled_tiles_have_the_same_bits(case: Case, prepared: bo
     assert all(equal_bits(f, e) for f, e in zip(found, expected, strict=True))
     if trapped is not None:
         assert trapped.count("products") > 0 and trapped.count("configurations") == trapped.count("releases") > 0
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not COMPILED, reason="needs a CPU with AMX or AVX-512 for bfloat16")
+@pytest.mark.parametrize(("tokens", "rank"), [(60, 5), (9, 40)])
+def test_emulated_and_compiled_tiles_of_adapters_have_the_same_bits(tokens: int, rank: int) -> None:
+    config, weights, x, routing = test_native_lora.Case(tokens, rank, dtype=torch.bfloat16).made()
+    arguments = test_native_lora.arguments(config, weights, x, routing)
+
+    def found(level: str) -> tuple[Tensor, ...]:
+        ops: Any = native.library(level).ops
+        y, pre = ops.routed_experts(*arguments, True)
+        return y, pre, *ops.routed_experts_backward(torch.ones_like(y), [True] * len(DIFFERENTIABLE), pre, *arguments)
+
+    expected = found(native.EMULATED_AMX)
+    with tiles():
+        assert all(equal_bits(*pair) for pair in zip(found("amx"), expected, strict=True))
 
 
 @pytest.mark.parametrize("level", LEVELS)
