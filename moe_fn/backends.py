@@ -55,7 +55,7 @@ def backends() -> tuple[BackendInfo, ...]:
             devices=("cpu",),
             chosen_by_auto_on=("cpu",) if chosen else (),
             reason=problem
-            or f"C++ kernels for float32 and bfloat16, instruction-set level {found.level}, in {found.path}",
+            or f"C++ kernels for float32, bfloat16 and float16, instruction-set level {found.level}, in {found.path}",
         ),
         BackendInfo(
             name="triton",

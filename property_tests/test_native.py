@@ -20,6 +20,7 @@ from moe_fn.config import ActivationConfig, as_activation
 from moe_fn.fused.schema import packed
 from moe_fn.kernels.arguments import DIFFERENTIABLE, flat
 from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native import support
 from moe_fn.testing import assert_matches
 from moe_fn.weights.prepare import to_panels
 
@@ -30,7 +31,7 @@ ACTIVATIONS: list[Any] = ["silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep"
 ACTIVATIONS.append(ActivationConfig(function="situ", gate_cap=3.0, up_cap=2.0))
 # limits within the range of values
 ACTIVATIONS += [ActivationConfig(function="silu", limit=0.5, limit_at=at) for at in ("input", "output")]
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+DTYPES = st.sampled_from(support.DTYPES)
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
 
@@ -99,7 +100,7 @@ def test_every_level_equals_the_reference(
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", support.DTYPES)
 @pytest.mark.parametrize(
     ("activation", "gate_up_layout"), [("silu", "packed"), ("silu", "interleaved"), ("relu2_no_mul", "packed")]
 )
@@ -162,6 +163,32 @@ def test_grouped_products_of_every_level(
 
 
 @pytest.mark.parametrize("level", RUNNABLE)
+def test_every_float16_is_read_and_products_are_rounded_to_nearest(level: str) -> None:
+    """Products of two float16 are exact in float32: all float16 times a few, with ties, subnormals and infinities."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)[:, None]
+    others = torch.tensor([1.0, 1 + 2.0**-10, 0.75, 2.0**-9, 2.0**-20, 40000.0], dtype=torch.float16)
+    expected = (every.float() * others.float()).half()
+    ends = torch.tensor([len(every)], dtype=torch.int32)
+    ops: Any = native.library(level).ops
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # flushing is a thread's own
+        for flushed in (False, True):
+            torch.set_flush_denormal(flushed)
+            out = [
+                ops.grouped_matmul(every, others.view(1, *at), ends, at[0] == 6, 1, 1, False) for at in ((1, 6), (6, 1))
+            ]
+            torch.set_flush_denormal(False)
+            assert all(
+                torch.equal(o.nan_to_num(7.0, math.inf, -math.inf), expected.nan_to_num(7.0, math.inf, -math.inf))
+                for o in out
+            )
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("level", RUNNABLE)
 def test_infinite_and_missing_values_stay_in_their_rows(level: str) -> None:
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=33, intermediate_size=17)
     weights, x, routing = problem(config, 20, torch.float32, 0)
@@ -174,7 +201,7 @@ def test_infinite_and_missing_values_stay_in_their_rows(level: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", support.DTYPES)
 def test_thread_counts_do_not_change_the_numbers_beyond_rounding(layout: Any, dtype: torch.dtype) -> None:
     config = MoEConfig(num_experts=6, top_k=2, hidden_size=96, intermediate_size=64, weight_layout=layout)
     weights, x, routing = problem(config, 50, dtype, 1)
@@ -261,7 +288,7 @@ def test_without_a_compiler_torch_runs_and_says_why(tmp_path: Path) -> None:
     assert f"{half} is damaged" in run.stderr
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", support.DTYPES, ids=str)
 @pytest.mark.parametrize("of_biases", (torch.float16, torch.bfloat16, torch.float64), ids=str)
 def test_biases_are_numbers_in_any_float_dtype(of_biases: torch.dtype, dtype: torch.dtype) -> None:
     config = MoEConfig(num_experts=4, top_k=2, hidden_size=8, intermediate_size=6, backend="native")

@@ -19,6 +19,7 @@ from moe_fn.config import as_activation
 from moe_fn.fused.schema import packed
 from moe_fn.kernels.arguments import DIFFERENTIABLE, flat
 from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native import support
 from moe_fn.reference.activation import activate
 from moe_fn.testing import MoEProblem, assert_matches, configs, problems
 
@@ -143,8 +144,8 @@ def check(level: str, case: Case) -> None:
 
 @pytest.mark.parametrize("level", RUNNABLE)
 def test_gradients_of_more_rows_than_a_block_or_a_chunk(level: str) -> None:
-    layouts, dtypes = ["out_in", "in_out"], [torch.float32, torch.bfloat16]
-    for counts, layout, dtype, invariant, kept in product(MANY, layouts, dtypes, [True, False], [True, False]):
+    layouts = ["out_in", "in_out"]
+    for counts, layout, dtype, invariant, kept in product(MANY, layouts, support.DTYPES, [True, False], [True, False]):
         check(level, Case(counts, 33, 17, dtype, layout, kept=kept, invariant=invariant))
 
 
@@ -216,7 +217,7 @@ def check_outer(level: str, counts: list[list[int]], sets: int, extra: int, m: i
 
 @pytest.mark.parametrize("level", RUNNABLE)
 def test_outer_products_of_many_rows(level: str) -> None:
-    for counts, dtype, (m, n) in product(MANY, [torch.float32, torch.bfloat16], [(33, 17), (5, 70)]):
+    for counts, dtype, (m, n) in product(MANY, support.DTYPES, [(33, 17), (5, 70)]):
         check_outer(level, [counts], 1, 3, m, n, dtype)
     check_outer(level, [[2000, 0]], 1, 0, 5, 600, torch.float32)  # panels in two groups, also of an expert without rows
 

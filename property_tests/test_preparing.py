@@ -14,6 +14,7 @@ import moe_fn
 from moe_fn import MoEConfig, MoEWeights, QuantConfig, Routing
 from moe_fn.fused import routed_experts
 from moe_fn.kernels.native import library as native
+from moe_fn.kernels.native.support import DTYPES
 from moe_fn.layer import call
 from moe_fn.testing import assert_matches, configs, weights_for
 from moe_fn.weights.prepare import convert_experts
@@ -24,9 +25,8 @@ pytestmark = pytest.mark.skipif(not NATIVE, reason="no native kernels here")
 PLAIN = configs(
     expert_norm=None, shared=None, latent=None, zero_experts=None, opaque=False, chunk_tokens=None, backend="auto"
 )
-CASES = st.tuples(
-    PLAIN, st.integers(0, 40), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**20)
-)
+CASES = st.tuples(PLAIN, st.integers(0, 40), st.booleans(), st.sampled_from(DTYPES), st.integers(0, 2**20))
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 Case = tuple[MoEConfig, int, bool, torch.dtype, int]
 
 
@@ -67,7 +67,7 @@ def test_restoring_undoes_preparing(case: Case) -> None:
 @law(CASES)
 def test_converting_prepared_weights_is_preparing_converted_ones(case: Case) -> None:
     config, weights, _, _ = problem_of(case)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         converted = convert_experts(config, moe_fn.prepare_weights(config, weights), dtype)
         by_hand = moe_fn.prepare_weights(
             config,
@@ -95,7 +95,7 @@ def test_autocast_reads_prepared_weights_and_codes_as_they_are() -> None:
         assert torch.equal(*ys)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])  # the kernels compute in the first dtype only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_of_prepared_weights_in_another_dtype_is_that_of_plain_ones(dtype: torch.dtype) -> None:
     config = MoEConfig(num_experts=4, top_k=2, hidden_size=33, intermediate_size=47)
     weights, x = weights_for(config), torch.randn(5, 33, generator=torch.Generator().manual_seed(0))
@@ -132,10 +132,8 @@ def test_the_fused_kernel_equals_the_stages(case: Case) -> None:
     for actual, expected in zip(
         run(routed_experts.by_native_op, config), run(routed_experts.dispatch_experts_combine, staged), strict=True
     ):
-        # The gradient of the routing weights is as accurate as x; in bfloat16 both sides are rounded.
-        assert_matches(
-            actual.to(x.dtype), expected.to(x.dtype), tolerance=2e-2 if x.dtype == torch.bfloat16 else 4e-6, scale=1.0
-        )
+        # The gradient of the routing weights is as accurate as x; in bfloat16 and float16 both sides are rounded.
+        assert_matches(actual.to(x.dtype), expected.to(x.dtype), tolerance=TOLERANCE[x.dtype], scale=1.0)
 
 
 def test_the_input_is_left_alone_and_what_cannot_be_laid_comes_back() -> None:
@@ -144,9 +142,8 @@ def test_the_input_is_left_alone_and_what_cannot_be_laid_comes_back() -> None:
     before = weights.gate_up.clone()
     moe_fn.prepare_weights(config, weights)
     assert torch.equal(weights.gate_up, before)
-    for dtype in (torch.float64, torch.float16):
-        other = dataclasses.replace(weights, gate_up=weights.gate_up.to(dtype), down=weights.down.to(dtype))
-        assert moe_fn.prepare_weights(config, other) is other
+    wide = dataclasses.replace(weights, gate_up=weights.gate_up.double(), down=weights.down.double())
+    assert moe_fn.prepare_weights(config, wide) is wide
     assert moe_fn.prepare_weights(dataclasses.replace(config, backend="torch"), weights) is weights
 
 

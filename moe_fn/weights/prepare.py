@@ -30,10 +30,10 @@ def prepare_weights(config: MoEConfig, weights: MoEWeights) -> MoEWeights:
 
         gate_up [E, out, in], down [E, out, in]  ->  [E, panels, steps, 32 * d]:  panel of 32 outputs, step of d inputs
 
-    with d = 1 for float32 and 2 for bfloat16 (32 bits), outputs and inputs padded with zeros; a panel of a gated
-    gate_up has 16 gates, then their 16 ups. Codes of 8 and 4 bits have 4 bytes of a column in a step; their scales and
-    zero points become [E, panels, tiles of inputs, 32], one for each column. For other devices, dtypes and back-ends
-    the weights are returned unchanged.
+    with d = 1 for float32 and 2 for bfloat16 and float16 (32 bits), outputs and inputs padded with zeros; a panel of a
+    gated gate_up has 16 gates, then their 16 ups. Codes of 8 and 4 bits have 4 bytes of a column in a step; their
+    scales and zero points become [E, panels, tiles of inputs, 32], one for each column. For other devices, dtypes and
+    back-ends the weights are returned unchanged.
 
     Prepare weights for inference: with plain weights every call makes the panels again. Prepared weights are ordinary
     tensors for compile, export, AOTInductor, `.to(device)`, safetensors and gradients. Autocast uses weights that are

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import moe_fn
+from moe_fn.kernels.native import support
 from moe_fn.testing import MoEProblem
 
 
@@ -102,11 +103,7 @@ def _invariant(problem: MoEProblem) -> bool:
 
 
 def _has_panels(problem: MoEProblem) -> bool:
-    return (
-        problem.x.dtype in (torch.float32, torch.bfloat16)
-        and problem.config.backend == "auto"
-        and problem.config.lora is None
-    )
+    return problem.x.dtype in support.DTYPES and problem.config.backend == "auto" and problem.config.lora is None
 
 
 LAWS: dict[str, Law] = {

@@ -43,6 +43,7 @@ FORWARD, FEW = (
     "test_native.test_every_level_equals_the_reference",
     "test_native.test_few_and_many_rows_of_weights_kept_in_out",
 )
+HALVES = "test_native.test_every_float16_is_read_and_products_are_rounded_to_nearest"
 REFUSED = "test_native.test_wrong_shapes_raise_in_words"
 PRODUCTS, CODES = (
     "test_native.test_grouped_products_of_every_level",
@@ -240,6 +241,20 @@ BUGS = (
         "stream.h",
         "if ((row + ROWS - 1) * pitch + c + STRIP<D> <= end) {",
         "if (true) {",
+    ),
+    CppBug(
+        HALVES,
+        "float16 is rounded towards zero",
+        "simd.h",
+        "_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)",
+        "_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_ZERO)",
+    ),
+    CppBug(
+        PRODUCTS,
+        "the second of a pair of float16 is the first of the row",
+        "simd.h",
+        "splat(pair[1]) * b.second",
+        "splat(pair[0]) * b.second",
     ),
     CppBug(PRODUCTS, "outputs of padding rows are not cleared", "kernels.cpp", "clear(groups.rows);", ""),
     CppBug(

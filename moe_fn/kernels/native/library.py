@@ -31,7 +31,7 @@ from moe_fn.torch_compat import cpu_has, may_use_tiles
 SOURCES = Path(__file__).parent / "sources"
 UNITS = ("backward", "kernels", "lora", "quantized", "router", "binding")  # the translation units of `sources/`
 
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 _AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
 # Compiler flags of each level, best first. VBMI decodes fp8; of the CPUs with bfloat16 products only Cooper Lake lacks
 # it. "plain" is the compiler's default target (SSE2 on x86-64, NEON on Arm).
@@ -39,7 +39,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512_bf16": _AVX512_BF16,
     "avx512": _AVX512,
-    "avx2": ("-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),  # every CPU with AVX2 has F16C
     "plain": (),
 }
 # A level for tests, on every machine: the sources of "amx" with the tile instructions as plain loops (emulated_amx.h).
@@ -83,7 +83,7 @@ class Probes:
 
     def gemm(self, dtype: torch.dtype, repeats: int) -> float:
         """GFLOP/s of all threads in the kernels' inner loop, with operands in cache."""
-        return float(self.library.ops.gemm(dtype == torch.bfloat16, repeats))  # type: ignore[attr-defined]
+        return float(self.library.ops.gemm(torch.empty(0, dtype=dtype), repeats))  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from moe_fn.kernels.options import (
 )
 from moe_fn.torch_compat import constant_while_tracing
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = "the native kernels"
 
 EXPERTS: Known = {**FUSED_LAYER, "lora": ANY}
@@ -43,7 +43,7 @@ def problem(device: str, dtype: torch.dtype) -> str | None:
     if device != "cpu":
         return f"the native kernels run on the CPU, not on {device}"
     if dtype not in DTYPES:
-        return f"the native kernels compute in float32 and bfloat16, not in {dtype}"
+        return f"the native kernels compute in float32, bfloat16 and float16, not in {dtype}"
     return active().problem
 
 

@@ -35,8 +35,13 @@ Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return t;
 }
 Type type_of(const Tensor& t) {
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16, "moe_fn: dtype is ", t.scalar_type(), "; expected float32 or bfloat16");
-  return t.scalar_type() == at::kFloat ? Type::f32 : Type::bf16;
+  switch (t.scalar_type()) {
+    case at::kFloat: return Type::f32;
+    case at::kBFloat16: return Type::bf16;
+    case at::kHalf: return Type::f16;
+    default: break;
+  }
+  TORCH_CHECK_VALUE(false, "moe_fn: dtype is ", t.scalar_type(), "; expected float32, bfloat16 or float16");
 }
 Weight weight_of(const Tensor& t, int64_t columns, int64_t inner, bool transposed, bool gated, bool interleaved, int per_byte = 1) {
   Weight w{static_cast<const char*>(t.const_data_ptr()), 0, columns, inner, int(t.element_size()), t.dim() == 4, transposed, gated, interleaved};
@@ -224,7 +229,7 @@ Tensor grouped_outer_op(const Tensor& left_, const Tensor& right_, const Tensor&
 
 std::tuple<Tensor, Tensor> route_top_k_op(const Tensor& logits_, const optional<Tensor>& bias_, c10::string_view config) {
   TORCH_CHECK_VALUE(logits_.dim() == 2, "moe_fn: logits are ", logits_.sizes(), "; expected [tokens, experts]");
-  const Tensor logits = logits_.stride(1) == 1 ? logits_ : logits_.contiguous();
+  const Tensor wide = logits_.scalar_type() == at::kHalf ? logits_.to(at::kFloat) : logits_, logits = wide.stride(1) == 1 ? wide : wide.contiguous();
   const optional<Tensor> bias = bias_ ? optional<Tensor>(bias_->to(at::kFloat).contiguous()) : optional<Tensor>();
   Router router = router_of(std::string_view(config.data(), config.size()));
   const int64_t tokens = logits.size(0), n = router.choices = logits.size(1), size = n / std::max<int64_t>(router.groups, 1);
@@ -251,7 +256,7 @@ int64_t read_op(const Tensor& t, int64_t first_byte, int64_t num_bytes) {
   TORCH_CHECK_VALUE(first_byte >= 0 && num_bytes >= 0 && first_byte + num_bytes <= int64_t(t.nbytes()), "moe_fn: bytes ", first_byte, " to ", first_byte + num_bytes, " of ", t.nbytes());
   return read_bytes(pool(), static_cast<const char*>(t.const_data_ptr()) + first_byte, num_bytes);
 }
-double gemm_op(bool bf16, int64_t repeats) { return tile_rate(pool(), bf16 ? Type::bf16 : Type::f32, repeats); }
+double gemm_op(const Tensor& like, int64_t repeats) { return tile_rate(pool(), type_of(like), repeats); }
 
 void install() {  // once, whatever thread comes first
   static const bool done = [] {

@@ -16,6 +16,7 @@ struct RowShape {
   }
   static constexpr bool int8() { return std::is_same_v<typename C::Dot, Int8>; }
   int all() const { return dwords + extra; }
+  int64_t inputs() const { return int64_t(dwords) * C::Dot::PER_DWORD; }
 };
 
 // Address of chunk i of a row that is contiguous, or is one of several packed rows.
@@ -43,7 +44,7 @@ static inline void permute(const void* from, void* to) {
   }
 }
 
-// Converts one row of `inner` elements of type D to a coded row.
+// Converts one row of `inner` elements of type D to a coded row; one of float16 to float32.
 template <class C, class D>
 inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
   using Element = typename D::Element;
@@ -56,16 +57,15 @@ inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
     if (there > 0) std::memcpy(out, from.chunk(i), there * sizeof(Element));
   };
   alignas(64) Element elements[PER_CHUNK];
-  if (!shape.extra) {
+  if (std::is_same_v<typename C::Dot, D> && !shape.extra) {
     for (int i = 0; i < shape.dwords / CHUNK; i++) {
       chunk_of(i, elements);
       for (int part = 0; part < 4; part++) permute<C>((const char*)elements + part * 16, (char*)to.chunk(i) + part * 16);
     }
     return;
   }
-  const int inputs = shape.dwords * C::Dot::PER_DWORD;
   veci largest{};
-  for (int i = 0; i < inputs / PER_CHUNK; i++) {
+  for (int i = 0; i * PER_CHUNK < shape.inputs(); i++) {
     chunk_of(i, elements);
     for (int c = 0; c < PER_CHUNK; c += WIDTH) {
       const vec x = D::load(elements + c);
@@ -98,12 +98,14 @@ inline void code_row(const Weight& w, Strided from, Strided to, float* values) {
     }
   } else {
     for (int i = 0; i < shape.dwords / CHUNK; i++) {
-      alignas(64) Element now[PER_CHUNK];
-      for (int c = 0; c < PER_CHUNK; c += WIDTH) D::store(now + c, load(values + i * PER_CHUNK + c));
+      using Dot = typename C::Dot;
+      constexpr int OF_CHUNK = CHUNK * Dot::PER_DWORD;
+      alignas(64) typename Dot::Element now[OF_CHUNK];
+      for (int c = 0; c < OF_CHUNK; c += WIDTH) Dot::store(now + c, load(values + i * OF_CHUNK + c));
       for (int part = 0; part < 4; part++) permute<C>((const char*)now + part * 16, (char*)to.chunk(i) + part * 16);
     }
   }
-  for (int s = 0; s < int(q.spans.size()); s++) {
+  for (int s = 0; shape.extra && s < int(q.spans.size()); s++) {
     const float *x = values + q.spans[s].first * C::INPUTS, *end = x + q.spans[s].count * C::INPUTS;
     vec sum{};
     for (; x + WIDTH <= end; x += WIDTH) sum += load(x);
@@ -126,7 +128,7 @@ inline void code_rows(const Pool& pool, const Weight& w, const void* x, int64_t 
   const RowShape<C> shape(w);
   const int64_t row_bytes = w.inner * int64_t(sizeof(typename D::Element));
   auto some = [&](int64_t first, int64_t last) {
-    Buffer values = buffer(int64_t(shape.dwords) * C::Dot::PER_DWORD);
+    Buffer values = buffer(shape.inputs() + CHUNK);  // a whole chunk of float16 at its end
     for (int64_t r = first; r < last; r++)
       code_row<C, D>(w, {(float*)(static_cast<const char*>(x) + r * row_bytes), CHUNK}, {out + r * shape.all(), CHUNK}, values.get());
   };
@@ -138,7 +140,7 @@ template <class C, class D>
 inline void code_blocks(const Pool& pool, const Weight& w, const std::vector<RowBlock>& blocks, const float* rows, int padded, float* out) {
   const RowShape<C> shape(w);
   auto some = [&](int64_t first, int64_t last) {
-    Buffer values = buffer(int64_t(shape.dwords) * C::Dot::PER_DWORD);
+    Buffer values = buffer(shape.inputs() + CHUNK);  // a whole chunk of float16 at its end
     for (int64_t b = first; b < last; b++)
       for (int r = 0; r < blocks[b].rows; r++) {
         const int64_t stride = int64_t(blocks[b].rows) * CHUNK;

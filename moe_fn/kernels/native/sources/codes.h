@@ -54,12 +54,6 @@ static inline vec small_float(veci magnitude, veci not_a_number) {
 static inline vec with_sign(vec magnitude, veci code, int place) {
   return (vec)((veci)magnitude | ((code << (31 - place)) & splat_int(INT32_MIN)));
 }
-template <class T>
-static inline veci integers(const T* p) {
-  typedef T lanes __attribute__((vector_size(WIDTH * sizeof(T))));
-  lanes v; std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, veci);
-}
 static inline vec e4m3(veci code) {
   const veci m = code & 0x7f;
   return with_sign(small_float<3, 7>(m, m == 0x7f), code, 7);
@@ -70,10 +64,7 @@ static inline vec scales_at(ScaleType type, const void* p) {  // WIDTH consecuti
   switch (type) {
     case ScaleType::f32: return load(p);
     case ScaleType::bf16: return widen((const uint16_t*)p);
-    case ScaleType::f16: {
-      const veci code = integers((const uint16_t*)p), m = code & 0x7fff;
-      return with_sign(small_float<10, 15>(m, m >= 0x7c00), code, 15);
-    }
+    case ScaleType::f16: return widen((const Half*)p);
     case ScaleType::e8m0: {
       const veci s = integers((const uint8_t*)p);
       return select(s == 0, (vec)splat_int(0x00400000), select(s == 255, (vec)splat_int(0x7fc00000), (vec)(s << 23)));

@@ -6,7 +6,7 @@
 
 namespace moe_fn {
 
-enum class Type { f32, bf16 };
+enum class Type { f32, bf16, f16 };
 struct Bias {  // [experts, size], or no data
   const void* data;
   Type type;

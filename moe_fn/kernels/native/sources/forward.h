@@ -34,7 +34,7 @@ void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, c
         if (q.activation.gated) {
           D::store(element, activate(q.activation, g, u));
           // Columns past the last one would be NaN for infinite x, and NaN times the zero weight of padding is NaN.
-          for (int i = std::max(there - c, 0); i < WIDTH; i++) element[i] = 0;
+          for (int i = std::max(there - c, 0); i < WIDTH; i++) element[i] = {};
         } else {
           D::store(element, gate_function(q.activation, g));
           // In float32 the second half of 32 columns is the next chunk of 16 dwords.

@@ -5,8 +5,7 @@
 namespace moe_fn {
 
 float Bias::at(int64_t expert, int64_t i) const {
-  const int64_t at = expert * size + i;
-  return type == Type::f32 ? static_cast<const float*>(data)[at] : widen_one(static_cast<const uint16_t*>(data)[at]);
+  return with_type(type, [&](auto d) { return widen_one(static_cast<const typename decltype(d)::Element*>(data)[expert * size + i]); });
 }
 
 namespace {

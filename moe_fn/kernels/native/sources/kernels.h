@@ -5,7 +5,7 @@
 namespace moe_fn {
 
 template <class F>
-void with_type(Type type, F f) { type == Type::f32 ? f(F32{}) : f(BF16{}); }
+auto with_type(Type type, F f) { return type == Type::f32 ? f(F32{}) : type == Type::bf16 ? f(BF16{}) : f(F16{}); }
 
 // The bias of the 32 columns of a panel; false if there is none.
 inline bool panel_bias(const Bias& bias, const Weight& w, int64_t expert, int panel, float* out) {

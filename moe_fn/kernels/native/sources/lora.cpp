@@ -100,5 +100,6 @@ Added<D> low_rank(const Pool& pool, const Adapted& rows, const Factor& a, const 
 }
 template Added<F32> low_rank<F32>(const Pool&, const Adapted&, const Factor&, const Factor&, const GivenRows&, float*);
 template Added<BF16> low_rank<BF16>(const Pool&, const Adapted&, const Factor&, const Factor&, const GivenRows&, uint16_t*);
+template Added<F16> low_rank<F16>(const Pool&, const Adapted&, const Factor&, const Factor&, const GivenRows&, Half*);
 
 }  // namespace moe_fn

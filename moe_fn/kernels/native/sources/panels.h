@@ -89,14 +89,14 @@ static inline void lay_transposed(const Weight& w, const char* matrix, const Col
     }
 }
 
-// WIDTH dwords of one step from rows of weights: `one` is the row of the step, `two` the next one (bfloat16 pairs) or null.
+// WIDTH dwords of one step from rows of weights: `one` is the row of the step, `two` the next one (of pairs) or null.
 template <class D>
 inline vec step_of_rows(const typename D::Element* one, const typename D::Element* two) {
   if constexpr (D::PER_DWORD == 1) {
     return load(one);
   } else {
-    const vec hi = two ? D::load(two) : vec{};
-    return (vec)((veci)hi | (((veci)D::load(one) >> 16) & 0xffff));
+    const veci low = integers((const uint16_t*)one);
+    return (vec)(two ? low | (integers((const uint16_t*)two) << 16) : low);
   }
 }
 template <class D>

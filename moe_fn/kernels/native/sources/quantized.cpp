@@ -46,7 +46,8 @@ void quantized_experts(const Pool& pool, const RoutedExperts& q) {
   if (!q.tokens) return;
   with_type(q.type, [&](auto d) {
     using D = decltype(d);
-    q.gate_up.codes->int8_rows ? with_scheme<D, Int8>(pool, q) : with_scheme<D, D>(pool, q);
+    using Dot = std::conditional_t<WIDENED<D> == 1, D, F32>;
+    q.gate_up.codes->int8_rows ? with_scheme<D, Int8>(pool, q) : with_scheme<D, Dot>(pool, q);
   });
 }
 

@@ -1,9 +1,10 @@
 // Vectors of one instruction-set level, in the compilers' vector types, so that one source serves every level. The compiler flags (LEVELS in
 // library.py) choose the level: AVX-512 with or without bfloat16 products, AVX2, or the compiler's default target.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -59,6 +60,14 @@ static inline vec even(vec a, vec b) { return __builtin_shufflevector(a, b, 0, 2
 static inline vec odd(vec a, vec b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
 #endif
 
+// Integers of 8 or 16 bits without a sign, in lanes.
+template <class T>
+static inline veci integers(const T* p) {
+  typedef T lanes __attribute__((vector_size(WIDTH * sizeof(T))));
+  lanes v; std::memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, veci);
+}
+
 // bfloat16 <-> float32, rounded to nearest, ties to even; NaN stays NaN.
 static inline vec widen(const uint16_t* p) {
   vech h; std::memcpy(&h, p, sizeof h);
@@ -80,8 +89,48 @@ static inline void narrow(uint16_t* p, vec v) {
 #endif
 }
 
-// Operations on dwords of a product's inner dimension: one float32, or a pair of bfloat16. "mac" adds the product of a broadcast dword and a
-// vector of dwords to sums; "dot" adds the products of two vectors of dwords lane by lane.
+// float16 <-> float32, in the same way. Subnormals are kept, also while the CPU flushes those of float32 to zero; 65520 and more are infinite.
+struct Half { uint16_t bits; };
+#if defined(__AVX512F__)  // "maskz" of all lanes: GCC 12 warns of the undefined lanes of the others
+static inline vec widen_half(vech h) { return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
+static inline vech narrow_half(vec v) { return (vech)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+static inline vec widen_half(vech h) { return (vec)_mm256_cvtph_ps((__m128i)h); }
+static inline vech narrow_half(vec v) { return (vech)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+static inline vec widen_code(veci code) {
+  const veci m = code & 0x7fff, shifted = m << 13;
+  const vec normal = (vec)(shifted + ((127 - 15) << 23)), subnormal = __builtin_convertvector(m, vec) * 0x1p-24f;
+  const vec finite = select(m < 0x0400, subnormal, normal);
+  return (vec)((veci)select(m >= 0x7c00, (vec)(shifted | 0x7f800000), finite) | ((code & 0x8000) << 16));
+}
+static inline vec widen_half(vech h) { return widen_code(__builtin_convertvector(h, veci)); }
+static inline vech narrow_half(vec v) {
+  const veci u = (veci)v & 0x7fffffff, sign = ((veci)v >> 16) & 0x8000;
+  // Adding 0.5 rounds a number below 2^-14 at the 24th place after the point, and leaves the code in the low bits.
+  const veci subnormal = (veci)((vec)u + 0.5f) - 0x3f000000;
+  const veci normal = (u - ((127 - 15) << 23) + 0xfff + ((u >> 13) & 1)) >> 13;
+  const veci infinite_or_nan = (veci)select(u > 0x7f800000, (vec)splat_int(0x7e00), (vec)splat_int(0x7c00));
+  const veci finite = (veci)select(u < 0x38800000, (vec)subnormal, (vec)normal);
+  return __builtin_convertvector((veci)select(u >= 0x47800000, (vec)infinite_or_nan, (vec)finite) | sign, vech);
+}
+#endif
+static inline vec widen(const Half* p) {
+  vech h; std::memcpy(&h, p, sizeof h);
+  return widen_half(h);
+}
+static inline float widen_one(Half h) {
+  vech all{};
+  all[0] = h.bits;
+  return widen_half(all)[0];
+}
+static inline void narrow(Half* p, vec v) {
+  const vech h = narrow_half(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// Operations on dwords of a product's inner dimension: one float32, or a pair of bfloat16 or float16. "mac" adds the product of a broadcast
+// dword and a vector of dwords to sums; "dot" adds the products of two vectors of dwords lane by lane.
 struct F32 {
   using Element = float;
   static constexpr int PER_DWORD = 1;
@@ -139,6 +188,58 @@ struct BF16 {
   static inline vec load(const uint16_t* p) { return widen(p); }
   static inline void store(uint16_t* p, vec v) { narrow(p, v); }
 };
+// float32 products of pairs that are widened. A row's dwords are widened once, and not in every broadcast: "mac" takes a pair of float32.
+struct F16 {
+  using Element = Half;
+  static constexpr int PER_DWORD = 2;
+  struct Split { vec first, second; };
+  static inline Split split(vec b) {
+#if defined(__F16C__)
+    typedef uint16_t pairs __attribute__((vector_size(WIDTH * 4)));
+    const pairs p = (pairs)b;
+#if defined(__AVX512F__)
+    const pairs apart = __builtin_shufflevector(p, p, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    const pairs apart = __builtin_shufflevector(p, p, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+    vech x[2];
+    std::memcpy(x, &apart, sizeof apart);
+    return {widen_half(x[0]), widen_half(x[1])};
+#else
+    return {widen_code((veci)b & 0xffff), widen_code(((veci)b >> 16) & 0xffff)};
+#endif
+  }
+  static inline vec mac(vec sum, const float* pair, Split b) { return sum + splat(pair[0]) * b.first + splat(pair[1]) * b.second; }
+  static inline vec dot(vec sum, vec a, vec b) {  // lanes of the first half of each vector, then of the second: no shuffles
+    vech x[2], y[2];
+    std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b);
+    return sum + widen_half(x[0]) * widen_half(y[0]) + widen_half(x[1]) * widen_half(y[1]);
+  }
+  static inline void step(const Half* one, const Half* two, vec* out) { BF16::step((const uint16_t*)one, (const uint16_t*)two, out); }
+  static inline void two_rows(const Half* one, const Half* two, Split* out) {
+    out[0] = {widen(one), widen(two)}, out[1] = {widen(one + WIDTH), widen(two + WIDTH)};
+  }
+  static inline vec load(const Half* p) { return widen(p); }
+  static inline void store(Half* p, vec v) { narrow(p, v); }
+};
+// Floats that "mac" reads for a dword of a row.
+template <class D>
+constexpr int WIDENED = 1;
+template <>
+constexpr int WIDENED<F16> = 2;
+// Dwords of a row, as "mac" reads them: where they lie, or widened in `out`, which holds a whole vector at least.
+template <class D, int DWORDS>
+static inline const float* for_mac(const float* row, float* out) {
+  if constexpr (WIDENED<D> == 1) {
+    return row;
+  } else {
+    typename D::Element from[std::max(2 * DWORDS, WIDTH)] = {};
+    std::memcpy(from, row, 4 * DWORDS);
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * DWORDS; i += WIDTH) store(out + i, D::load(from + i));
+    return out;
+  }
+}
 
 struct Int8;  // decode.h
 // Whether products of D run on AMX tiles (amx.h); rows of a full block of packed rows, the largest number that `tiles` takes; and how many of

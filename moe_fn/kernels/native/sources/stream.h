@@ -75,9 +75,11 @@ inline void strip(const typename D::Element* w, int64_t pitch, const typename D:
   for (int b = 0; b < count; b++) {
     const float* x = rows(b) + int64_t(k / CHUNK) * blocks[b].rows * CHUNK + k % CHUNK;
     for (int r = 0; r < blocks[b].rows; r++, x += CHUNK, c += STRIP<D>) {
+      alignas(64) float widened[std::max(STEPS * WIDENED<D>, WIDTH)];
+      const float* y = for_mac<D, STEPS>(x, widened);
       vec one{}, two{};
 #pragma GCC unroll 8
-      for (int i = 0; i < STEPS; i++) one = D::mac(one, x + i, s[i][0]), two = D::mac(two, x + i, s[i][1]);
+      for (int i = 0; i < STEPS; i++) one = D::mac(one, y + i * WIDENED<D>, s[i][0]), two = D::mac(two, y + i * WIDENED<D>, s[i][1]);
       store(c, load(c) + one);
       store(c + WIDTH, load(c + WIDTH) + two);
     }

@@ -22,6 +22,14 @@ void tile(const float* a, const float* b, int steps, float* c, bool add, const c
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) sum[r][v] = vec{};
+  constexpr int PITCH = CHUNK * WIDENED<D>;
+  alignas(64) float widened[WIDENED<D> > 1 ? ROWS * PITCH : 1];
+  auto chunk_of_rows = [&](const float* x) __attribute__((always_inline)) {
+    if constexpr (WIDENED<D> == 1) return x;
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) for_mac<D, CHUNK>(x + r * CHUNK, widened + r * PITCH);
+    return (const float*)widened;
+  };
   auto step = [&](const float* x, const float* w) __attribute__((always_inline)) {
     typename D::Split s[NV];
 #pragma GCC unroll 8
@@ -29,18 +37,22 @@ void tile(const float* a, const float* b, int steps, float* c, bool add, const c
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) sum[r][v] = D::mac(sum[r][v], x + r * CHUNK, s[v]);
+      for (int v = 0; v < NV; v++) sum[r][v] = D::mac(sum[r][v], x + r * PITCH, s[v]);
   };
   for (int chunk = steps / CHUNK; chunk > 0; chunk--) {
+    const float* x = chunk_of_rows(a);
     for (int q = 0; q < 4; q++) {
       for (int i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 4
-      for (int s = 0; s < 4; s++) step(a + s, b + s * PANEL);
-      a += 4, b += 4 * PANEL;
+      for (int s = 0; s < 4; s++) step(x + s * WIDENED<D>, b + s * PANEL);
+      x += 4 * WIDENED<D>, b += 4 * PANEL;
     }
-    a += (ROWS - 1) * CHUNK;
+    a += ROWS * CHUNK;
   }
-  for (int s = steps % CHUNK; s > 0; s--, a++, b += PANEL) step(a, b);
+  if (const int rest = steps % CHUNK) {
+    const float* x = chunk_of_rows(a);
+    for (int s = 0; s < rest; s++, x += WIDENED<D>, b += PANEL) step(x, b);
+  }
   // Sums of a block of steps start from zero and are added to earlier ones: a single chain of 7168 products would lose accuracy in float32.
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
