@@ -10,8 +10,9 @@ gated. "or" means the larger one.
         chunks        3 T H s, or 2 T H s + one chunk         x with a spare row, results of chunks, their concatenation
         opaque chunks T H s + one chunk
     native, step      2 R I s saved (recompute: 0) + T H s + the backward pass, which is
-                      5 R I s + T H s + Y, or                 gradient of hidden rows, weighted activations, packed
-                      3 R I s + T H s + 3 E H I s             rows of that gradient, gradients
+                      3 R I s + E H I s, or                 gradient of hidden rows, weighted activations, d down
+                      2 R I s + T H s + Y + 3 E H I s       gradient of hidden rows, gradients; packed rows of the first
+                                                            (2 R I s more unless 2 I s is a multiple of 64 bytes)
         chunks        4 T H s + 3 E H I f + the step of a chunk, or 4 T H s + 3 E H I (2 f + s), or 5 T H s + 3 E H I f
         opaque chunks T H (s + f) + 3 E H I f + the step of a chunk      sums of gradients have f bytes per element
     stages, forward   R H s + 4 R I f,  or 2 R H (s + f) + T H s
@@ -73,7 +74,7 @@ def step_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int =
     >>> config = MoEConfig(num_experts=8, top_k=4, hidden_size=256, intermediate_size=512, backend="native",
     ...     recompute=True)
     >>> step_peak(config, 8192, torch.float32) / 1e6
-    359.661568
+    225.44384
     """
     _check(config, tokens)
     if config.quant is not None or (config.chunk_tokens is not None and config.backend == "torch"):
@@ -93,8 +94,10 @@ def step_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int =
         )
         return rows * _INDICES + whole + max(of_sum, of_activation)
     kept = 0 if config.recompute else 2 * rows * inner * size
-    both = 3 * rows * inner * size + rows * _up(inner, PANEL) // PANEL * 4 + 2 * whole + rows * _INDICES
-    return kept + both + max(rows * _rounded(2 * inner * size) + _sums(config, tokens, threads), weights)
+    of_hidden = 2 * rows * inner * size
+    base = kept + of_hidden + rows * _up(inner, PANEL) // PANEL * 4 + 2 * whole + rows * _INDICES
+    packed = 0 if _rounded(2 * inner * size) == 2 * inner * size else rows * _rounded(2 * inner * size)
+    return base + max(of_hidden // 2 + weights // 3, weights + _sums(config, tokens, threads) + packed)
 
 
 def _step_in_chunks(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int) -> int:

@@ -84,8 +84,8 @@ BUGS = (
         GRADIENTS,
         "the gradient of down_bias is not weighted",
         "backward.cpp",
-        "of_down[i] += plan.weight[slot] * ",
-        "of_down[i] += ",
+        "weight = plan.weight.data();",
+        "weight = nullptr;",
     ),
     CppBug(
         GRADIENTS,

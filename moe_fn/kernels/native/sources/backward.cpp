@@ -94,51 +94,87 @@ void through_activation(const Pool& pool, const Plan& plan, const RoutedExperts&
   });
 }
 
-// d x: second_product with d hidden instead of hidden rows, gate_up instead of down, and without routing weights.
+// d x: second_product with d hidden instead of hidden rows, gate_up instead of down, and without routing weights. d hidden becomes packed
+// rows, block by block in its own memory: fresh memory of its size would cost as much as packing it.
 template <class D>
-void gradient_of_x(const Pool& pool, const Plan& plan, const RoutedExperts& q, const typename D::Element* d_hidden, void* out, const Added<D>& added) {
+void gradient_of_x(const Pool& pool, const Plan& plan, const RoutedExperts& q, float* d_hidden, void* out, const Added<D>& added) {
   RoutedExperts back = q;
   back.down = q.gate_up.flipped();
   back.down_bias = {nullptr, Type::f32, 0};
   back.out = out;
   back.hidden_out = q.hidden_in;
   const int padded = padded_steps(back.down);
-  Buffer packed = buffer(int64_t(plan.source.size()) * padded);
+  const int64_t row = back.down.row_bytes();
+  Buffer apart;
+  if (row < padded * 4) apart = buffer(int64_t(plan.source.size()) * padded);  // a packed row is longer
+  float* packed = apart ? apart.get() : d_hidden;
   std::atomic<size_t> counter{0};
   pool([&](int) {
-    for (size_t c = counter++; c < plan.chunks.size(); c = counter++)
-      pack_rows<D>(plan, plan.chunks[c], nullptr, d_hidden, back.down.inner * back.down.element, padded, packed.get() + plan.chunks[c].start * padded);
+    Buffer block = buffer(ROWS_OF<D> * padded);
+    for (size_t b = counter++; b < plan.blocks.size(); b = counter++) {
+      const RowBlock& rows = plan.blocks[b];
+      pack_rows<D>(plan, {0, rows.start, int(b), int(b) + 1, rows.rows}, nullptr, d_hidden, row, padded, block.get());
+      std::memcpy(packed + rows.start * padded, block.get(), size_t(rows.rows) * padded * 4);
+    }
   });
-  second_product<D>(pool, plan, nullptr, back, packed.get(), padded, added);
+  second_product<D>(pool, plan, nullptr, back, packed, padded, added);
 }
 
+// out = sums over rows row(slot), first <= slot < end, of their elements, times weight[slot] if there is one.
+template <class D, class Row>
+void sum_rows(Row row, int64_t first, int64_t end, const float* weight, int64_t columns, float* out) {
+  std::memset(out, 0, size_t(columns) * 4);
+  for (int64_t slot = first; slot < end; slot++) {
+    const typename D::Element* from = row(slot);
+    const float w = weight ? weight[slot] : 1.f;
+    int64_t i = 0;
+    for (; i + WIDTH <= columns; i += WIDTH) store(out + i, load(out + i) + splat(w) * D::load(from + i));
+    for (; i < columns; i++) out[i] += w * widen_one(from[i]);
+  }
+}
+
+template <class D>
+float dot_of_floats(const typename D::Element* row, const float* with, int64_t count) {
+  vec lanes{};
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) lanes += D::load(row + i) * load(with + i);
+  float sum = 0;
+  for (; i < count; i++) sum += widen_one(row[i]) * with[i];
+  for (int lane = 0; lane < WIDTH; lane++) sum += lanes[lane];
+  return sum;
+}
+
+// Gradients of biases and routing weights. A task has some columns of an expert's bias, or the routing weights of its slots.
 template <class D>
 void small_gradients(const Pool& pool, const Plan& plan, const RoutedExperts& q, const RoutedGradients& to, const std::vector<int64_t>& starts,
                      const typename D::Element* d_hidden, const float* dots, int panels) {
   using Element = typename D::Element;
+  constexpr int64_t COLUMNS = 512;
   const int64_t hidden = q.hidden_out, width = q.gate_up.columns;
   const Element* g = static_cast<const Element*>(to.gradient);
   if (to.expert_weights) std::memset(to.expert_weights, 0, size_t(q.tokens) * q.top_k * 4);
+  const int64_t of_gate_up = to.gate_up_bias ? (width + COLUMNS - 1) / COLUMNS : 0, of_down = to.down_bias ? (hidden + COLUMNS - 1) / COLUMNS : 0;
+  const int64_t parts = of_gate_up + of_down + (to.expert_weights ? 1 : 0);
   std::atomic<int64_t> counter{0};
   pool([&](int) {
-    for (int64_t e = counter++; e < q.experts; e = counter++) {
-      float* of_gate_up = to.gate_up_bias ? to.gate_up_bias + e * width : nullptr;
-      float* of_down = to.down_bias ? to.down_bias + e * hidden : nullptr;
-      if (of_gate_up) std::memset(of_gate_up, 0, size_t(width) * 4);
-      if (of_down) std::memset(of_down, 0, size_t(hidden) * 4);
-      for (int64_t slot = starts[e]; slot < starts[e + 1]; slot++) {
-        const Element* row = g + plan.source[slot] * hidden;
-        if (to.expert_weights) {
+    for (int64_t task = counter++; task < q.experts * parts; task = counter++) {
+      const int64_t e = task / parts, part = task % parts, first = starts[e], end = starts[e + 1];
+      if (part < of_gate_up) {
+        const int64_t c = part * COLUMNS;
+        sum_rows<D>([&](int64_t slot) { return d_hidden + slot * width + c; }, first, end, nullptr, std::min(COLUMNS, width - c), to.gate_up_bias + e * width + c);
+      } else if (part < of_gate_up + of_down) {
+        const int64_t c = (part - of_gate_up) * COLUMNS;
+        const float* weight = plan.weight.data();
+        sum_rows<D>([&](int64_t slot) { return g + plan.source[slot] * hidden + c; }, first, end, weight, std::min(COLUMNS, hidden - c), to.down_bias + e * hidden + c);
+      } else {
+        std::vector<float> bias(q.down_bias.data ? hidden : 0);
+        for (int64_t i = 0; i < int64_t(bias.size()); i++) bias[i] = q.down_bias.at(e, i);
+        for (int64_t slot = first; slot < end; slot++) {
           float sum = 0;
           for (int p = 0; p < panels; p++) sum += dots[slot * panels + p];
-          if (q.down_bias.data)
-            for (int64_t i = 0; i < hidden; i++) sum += widen_one(row[i]) * q.down_bias.at(e, i);
+          if (q.down_bias.data) sum += dot_of_floats<D>(g + plan.source[slot] * hidden, bias.data(), hidden);
           to.expert_weights[plan.slot[slot]] = sum;
         }
-        if (of_down)
-          for (int64_t i = 0; i < hidden; i++) of_down[i] += plan.weight[slot] * widen_one(row[i]);
-        if (of_gate_up)
-          for (int64_t i = 0; i < width; i++) of_gate_up[i] += widen_one(d_hidden[slot * width + i]);
       }
     }
   });
@@ -161,12 +197,14 @@ void routed_experts_backward(const Pool& pool, const RoutedExperts& q, const Rou
     if (!to.pre) hidden_again<D>(pool, plan, q, h, adapters.of_x());
     through_activation<D>(pool, plan, q, to.gradient, to.pre ? static_cast<const Element*>(to.pre) : h, h, a, dots.get(), adapters.back_from_gradient());
     small_gradients<D>(pool, plan, q, to, starts, h, dots.get(), panels);
-    if (to.x) gradient_of_x<D>(pool, plan, q, h, to.x, adapters.back_from_hidden(h));
+    const Added<D> of_adapters = to.x ? adapters.back_from_hidden(h) : Added<D>{};
     adapters.store(h, a);
     const Side x{q.x, q.hidden_in, plan.source.data()}, g{to.gradient, q.hidden_out, plan.source.data()}, d_h{h, width, nullptr}, s{a, inner, nullptr};
     const bool out_in = q.gate_up.transposed;
-    if (to.gate_up) outer_products<D>(pool, out_in ? d_h : x, out_in ? x : d_h, starts, to.gate_up);
     if (to.down) outer_products<D>(pool, out_in ? g : s, out_in ? s : g, starts, to.down);
+    scaled.reset();
+    if (to.gate_up) outer_products<D>(pool, out_in ? d_h : x, out_in ? x : d_h, starts, to.gate_up);
+    if (to.x) gradient_of_x<D>(pool, plan, q, hidden.get(), to.x, of_adapters);  // the last, for it packs d hidden in place
   });
 }
 

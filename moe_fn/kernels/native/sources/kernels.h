@@ -142,25 +142,38 @@ void second_product(const Pool& pool, const Plan& plan, const float* weights, co
   });
 }
 
-// Columns [start, start + count) of rows row(0 .. inner), `width` wide, as packed rows of one block: the left side of an outer product.
+// Columns [start, start + count) of rows row(0 .. inner), `width` wide, as packed rows of blocks of ROWS_OF<D>: the left side of an outer
+// product. Vectors begin at multiples of WIDTH, though not all of the first and last one is asked for.
 template <class D, class Row>
 void pack_columns(Row row, int64_t inner, int64_t width, int64_t start, int count, int padded, float* out) {
   using Element = typename D::Element;
-  auto one = [&](int s) { const int64_t r = int64_t(s) * D::PER_DWORD; return r < inner ? (const Element*)row(r) + start : nullptr; };
-  auto two = [&](int s) { const int64_t r = int64_t(s) * D::PER_DWORD + 1; return D::PER_DWORD == 2 && r < inner ? (const Element*)row(r) + start : nullptr; };
+  constexpr int BLOCK = ROWS_OF<D>;
+  int64_t places[16 * BLOCK], apart[16 * BLOCK];  // of a column's first chunk, and from one of its chunks to the next
+  for (int i = 0; i < count; i++) {
+    const int block = i / BLOCK, rows = std::min(BLOCK, count - block * BLOCK);
+    places[i] = int64_t(block) * BLOCK * padded + (i - block * BLOCK) * CHUNK;
+    apart[i] = int64_t(rows) * CHUNK;
+  }
   for (int s0 = 0; s0 < padded; s0 += WIDTH) {
-    float* to = out + int64_t(s0 / CHUNK) * count * CHUNK + s0 % CHUNK;
-    for (int i0 = 0; i0 < count; i0 += WIDTH) {
-      const int here = std::min(WIDTH, count - i0);
-      if (start + i0 + WIDTH <= width) {  // a whole vector of columns lies in the row, though not all of it is asked for
+    const Element *one[WIDTH], *two[WIDTH];
+    for (int s = 0; s < WIDTH; s++) {
+      const int64_t r = int64_t(s0 + s) * D::PER_DWORD;
+      one[s] = r < inner ? (const Element*)row(r) : nullptr;
+      two[s] = D::PER_DWORD == 2 && r + 1 < inner ? (const Element*)row(r + 1) : nullptr;
+    }
+    for (int64_t c0 = start / WIDTH * WIDTH; c0 < start + count; c0 += WIDTH) {
+      float all[WIDTH * WIDTH];
+      if (c0 + WIDTH <= width) {
         vec x[WIDTH];
-        for (int s = 0; s < WIDTH; s++) x[s] = one(s0 + s) ? step_of_rows<D>(one(s0 + s) + i0, two(s0 + s) ? two(s0 + s) + i0 : nullptr) : vec{};
-        transpose(x, to + i0 * CHUNK, CHUNK, here);
+        for (int s = 0; s < WIDTH; s++) x[s] = one[s] ? step_of_rows<D>(one[s] + c0, two[s] ? two[s] + c0 : nullptr) : vec{};
+        transpose(x, all, WIDTH);
       } else {
         for (int s = 0; s < WIDTH; s++)
-          for (int i = 0; i < here; i++)
-            to[(i0 + i) * CHUNK + s] = one(s0 + s) ? dword_of_rows<D>(one(s0 + s) + i0 + i, two(s0 + s) ? two(s0 + s) + i0 + i : nullptr) : 0.f;
+          for (int64_t c = c0; c < width; c++) all[(c - c0) * WIDTH + s] = one[s] ? dword_of_rows<D>(one[s] + c, two[s] ? two[s] + c : nullptr) : 0.f;
       }
+      const int64_t end = std::min(c0 + WIDTH, start + count);
+      for (int64_t c = std::max(c0, start); c < end; c++)
+        store(out + places[c - start] + s0 / CHUNK * apart[c - start] + s0 % CHUNK, load(all + (c - c0) * WIDTH));
     }
   }
 }
@@ -223,8 +236,7 @@ void outer_products(const Pool& pool, const Side& left, const Side& right, const
       }
       for (int64_t i0 = task.first; i0 < task.last; i0 += rows) {
         const int here = int(std::min<int64_t>(rows, task.last - i0));
-        for (int i = 0; i < here; i += ROWS_OF<D>)
-          pack_columns<D>(left_row, inner, m, i0 + i, std::min(ROWS_OF<D>, here - i), padded, packed.get() + int64_t(i) * padded);
+        pack_columns<D>(left_row, inner, m, i0, here, padded, packed.get());
         for (int p = task.first_panel; p < task.last_panel; p++) {
           const float* panel = panels.get() + int64_t(p - task.first_panel) * steps * PANEL;
           for (int i = 0; i < here; i += ROWS_OF<D>) {

@@ -45,8 +45,8 @@ static inline Columns columns_of(const Weight& w, int panel) {
   return {{first, pairs + first}, 1, {n, n}};
 }
 
-// out[j * ldo + i] = x[i][j] for WIDTH x WIDTH dwords, of which the first `count` j are stored; x is overwritten.
-static inline void transpose(vec* x, float* out, int64_t ldo, int count = WIDTH) {
+// out[j * ldo + i] = x[i][j] for WIDTH x WIDTH dwords; x is overwritten.
+static inline void transpose(vec* x, float* out, int64_t ldo) {
   vec y[WIDTH];
 #pragma GCC unroll 4
   for (int stage = 1; stage < WIDTH; stage *= 2) {
@@ -56,8 +56,7 @@ static inline void transpose(vec* x, float* out, int64_t ldo, int count = WIDTH)
     for (int i = 0; i < WIDTH; i++) x[i] = y[i];
   }
 #pragma GCC unroll 16
-  for (int j = 0; j < WIDTH; j++)
-    if (j < count) store(out + j * ldo, x[j]);
+  for (int j = 0; j < WIDTH; j++) store(out + j * ldo, x[j]);
 }
 
 // Packs steps [first, first + count) of one panel from [columns, inner] weights: a transposition of dwords.
