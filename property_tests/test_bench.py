@@ -302,6 +302,31 @@ def test_the_best_rate_of_the_run_counts_and_ratios_are_against_it() -> None:
     assert "share of floor 0.50, best other / ours 1.50" in markdown(results, rows, {})
 
 
+def test_lost_cells_come_first() -> None:
+    def cell(tokens: int, times: dict[str, float]) -> Cell:
+        outcomes = {row.name: Outcome(status="refused") for row in rows}
+        outcomes |= {name: Outcome(status="timed", median_ms=time) for name, time in times.items()}
+        return Cell(tokens=tokens, distinct_experts=2, bytes=1e6, read_ms=1.0, flops=2e9, outcomes=outcomes)
+
+    rows = contestants_of_names("moe_fn,moe_fn eager,zentorch,torch grouped_mm,transformers eager")
+    cells = (
+        cell(1, {"moe_fn": 4.0, "moe_fn eager": 2.0, "zentorch": 1.0, "torch grouped_mm": 9.0}),
+        cell(2, {"moe_fn": 4.0, "moe_fn eager": 3.9, "zentorch": 1.0, "torch grouped_mm": 3.9}),
+        cell(3, {"moe_fn": 4.0, "moe_fn eager": 4.0, "torch grouped_mm": 1.0, "transformers eager": 3.0}),
+    )
+    result = Result(combination=combination(), gemm_gflops={"torch.mm": (500.0,)}, read_with="", cells=cells)
+    where = "E8-k2-H64-I32, f32, 1 thread, experts, forward"
+    lines = (
+        f"- 0.25: {where}, 3 tokens: moe_fn 4.000 ms, torch grouped_mm 1.000 ms",
+        f"- 0.25: {where}, 3 tokens: moe_fn eager 4.000 ms, torch grouped_mm 1.000 ms",
+        f"- 0.50: {where}, 1 token: moe_fn 4.000 ms, moe_fn eager 2.000 ms",
+    )
+    text = markdown((result,), rows, {})
+    assert text.startswith("### Slower than plain torch or another path of moe_fn\n\n" + "\n".join(lines) + "\n\n### ")
+    won = dataclasses.replace(result, cells=(cell(4, {"moe_fn": 4.0, "zentorch": 1.0}),))
+    assert markdown((won,), rows, {}).startswith(f"### {where}")
+
+
 def test_quantized_experts_have_a_line_of_their_own_and_their_own_probes() -> None:
     times = {"moe_fn eager": 4.0, UNQUANTIZED: 10.0, "ggml": 6.0}
     outcomes = {name: Outcome(status="timed", median_ms=time) for name, time in times.items()}

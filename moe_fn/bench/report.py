@@ -19,6 +19,8 @@ class Style:
     tflops: bool
 
 
+LOST = 0.95  # a time over another one that is a loss: two runs of one contestant differ by up to 5 %
+
 STYLES = {"cpu": Style(digits=3, tflops=False), "cuda": Style(digits=4, tflops=True)}
 
 
@@ -89,9 +91,40 @@ def _notable(features: list[str]) -> list[str]:
     return [name for name in features if name == "avx2" or name.endswith(("_f", "_bf16", "_fp16", "vnni", "tile"))]
 
 
+def losses(results: tuple[Result, ...], rows: tuple[Contestant, ...]) -> tuple[tuple[float, str], ...]:
+    """(faster time over slower, what lost) of cells where "auto" takes the slower way, worst first: each contestant of
+    moe_fn against plain torch, and the first of them against its other paths.
+    """
+    found = []
+    for result in results:
+        for cell in result.cells:
+            times = {
+                row: t
+                for row in rows
+                if (t := cell.outcomes[row.name].median_ms if row.name in cell.outcomes else None)
+            }
+            ours = [row for row in times if row.ours]
+            of_torch = min((row for row in times if _is_torch(row)), key=lambda row: times[row], default=None)
+            pairs = [(row, of_torch) for row in ours if of_torch is not None] + [(ours[0], row) for row in ours[1:]]
+            for row, other in pairs:
+                if (ratio := times[other] / times[row]) < LOST:
+                    where = f"{title(result)}, {cell.tokens} token{'s' if cell.tokens > 1 else ''}"
+                    found.append(
+                        (ratio, f"{where}: {row.name} {times[row]:.3f} ms, {other.name} {times[other]:.3f} ms")
+                    )
+    return tuple(sorted(found))
+
+
+def _is_torch(row: Contestant) -> bool:
+    """Whether the contestant is torch's own ops, by its name's first word."""
+    return row.name.split()[0] in ("torch", "transformers")
+
+
 def markdown(results: tuple[Result, ...], rows: tuple[Contestant, ...], absent: dict[str, str]) -> str:
-    """A table for each result, geometric means, and absent contestants with reasons."""
-    blocks = [_table(result, gemm_rate(result, results), rows) for result in results]
+    """The cells that are lost, a table for each result, geometric means, and absent contestants with reasons."""
+    lost = [f"- {ratio:.2f}: {what}" for ratio, what in losses(results, rows)]
+    blocks = ["### Slower than plain torch or another path of moe_fn\n\n" + "\n".join(lost)] if lost else []
+    blocks += [_table(result, gemm_rate(result, results), rows) for result in results]
     summaries = [summary(cell, gemm_rate(result, results), rows) for result in results for cell in result.cells]
     if len(results) > 1:
         share, ratio = (geomean([one[key] for one in summaries]) for key in ("share_of_floor", "best_other_over_ours"))
