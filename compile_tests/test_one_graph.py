@@ -25,6 +25,7 @@ from compile_tests.cases import (
 )
 from compile_tests.graphs import Graphs, graphs_of, new_sizes, nodes, ops, reading_values
 from moe_fn import MoEConfig, MoEWeights, RouterConfig, Routing
+from moe_fn.kernels.native.support import router_problem
 from moe_fn.testing import assert_matches, assert_one_graph, count_graphs, weights_for
 
 TOKENS = (3, 0, 1, 2, 7, 64, 65)
@@ -119,11 +120,18 @@ def assert_aten_and_one_kernel(case: Case, graphs: Graphs) -> None:
     """
     if case.config.expert_norm is not None or not moe_fn.backends()[1].available:
         return assert_aten_and_grouped_products(case, graphs)
-    gate = {"grouped_matmul_native": 1} if case.recipe in GATE_INSIDE else {}
-    assert ops(graphs.dynamo) == ops(graphs.forward) == {"routed_experts_native": 1} | gate
+    more = {"grouped_matmul_native": 1} if case.recipe in GATE_INSIDE else {}
+    more |= {"route_top_k_native": 1} if _routed_by_op(case) else {}
+    assert ops(graphs.dynamo) == ops(graphs.forward) == {"routed_experts_native": 1} | more
     assert ops(graphs.backward)["routed_experts_backward_native"] == 1
     if case.recipe == "default":
         assert ops(graphs.backward) == {"routed_experts_backward_native": 1}
+
+
+def _routed_by_op(case: Case) -> bool:
+    router = case.args(9)[0].router
+    scaled = router is not None and router.expert_scale is not None
+    return not scaled and router_problem(case.config.json, torch.float32) is None
 
 
 @cases(("default", "deepseek"), ("plain",), often=[("default", "plain")])
@@ -135,7 +143,8 @@ def test_the_torch_back_end_is_aten_and_grouped_products(case: Case) -> None:
 
 def assert_aten_and_grouped_products(case: Case, graphs: Graphs) -> None:
     def grouped(of: Any) -> dict[str, int]:
-        return {name.removesuffix("_native"): count for name, count in ops(of).items()}
+        found = {name.removesuffix("_native"): count for name, count in ops(of).items()}
+        return {name: count for name, count in found.items() if name != "route_top_k"}
 
     assert set(grouped(graphs.dynamo)) == {"grouped_matmul", "gather_rows"}
     # gather_rows is index_select here, which Inductor fuses

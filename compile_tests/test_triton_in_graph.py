@@ -17,7 +17,7 @@ from compile_tests.cases import Case, as_leaves
 from compile_tests.graphs import graphs_of, ops
 from moe_fn import ActivationQuantConfig, MoEWeights, QuantConfig
 from moe_fn.config.activation import PRESETS
-from moe_fn.kernels.arguments import RoutedExpertsArguments, flat
+from moe_fn.kernels.arguments import DIFFERENTIABLE, RoutedExpertsArguments, flat
 from moe_fn.kernels.triton import support as gpu
 from moe_fn.records import QuantWeights
 from moe_fn.testing import assert_matches, assert_one_graph
@@ -142,7 +142,8 @@ def arguments(
     return flat(
         RoutedExpertsArguments(
             x=x, expert_ids=ids, expert_weights=w, gate_up=gate_up, down=down, gate_up_bias=biases[0],
-            down_bias=biases[1], quant_weights=scales, intermediate_size=down.shape[2], transposed=True,
+            down_bias=biases[1], quant_weights=scales, adapter_ids=None, lora=None,
+            intermediate_size=down.shape[2], transposed=True,
             interleaved=False, quant="" if quant is None else quant.json, invariant=False, activation=PRESETS["silu"],
         )
     )  # fmt: skip
@@ -222,8 +223,10 @@ def test_a_backward_has_no_sync(kept: bool, monkeypatch: pytest.MonkeyPatch) -> 
         )
         biases = cuda(16, 128), cuda(16, 32)
         pre = cuda(200, 128) if kept else cuda(0)
-        found = entry.routed_experts_backward(cuda(100, 32), [True] * 6, pre, *arguments(*args, biases=biases))
-        assert [g.shape for g in found] == [a.shape for a in (args[0], *args[2:], *biases)]
+        needed = [True] * len(DIFFERENTIABLE)
+        found = entry.routed_experts_backward(cuda(100, 32), needed, pre, *arguments(*args, biases=biases))
+        given = (args[0], *args[2:], *biases)
+        assert [g.shape for g in found] == [*(a.shape for a in given), *[(0,)] * (len(needed) - len(given))]
         assert all(g.device.type == "cuda" for g in found)
     assert ("_up_kernel" in launched) != kept
 

@@ -48,7 +48,10 @@ def test_routing_to_its_own_choice_gives_the_routing(problem: MoEProblem, seed: 
         found.append((routing, torch.zeros_like(logits) if gradient is None else gradient))
     (own, of_logits), (again, of_logits_again) = found
     assert again.weights.dtype == own.weights.dtype and again.expert_ids.dtype == own.expert_ids.dtype
-    assert torch.equal(again.expert_ids, own.expert_ids) and torch.equal(again.weights, own.weights)
+    assert torch.equal(again.expert_ids, own.expert_ids)
+    # The op that routes on a CPU has the bits of a batch-invariant softmax; replayed weights come from the stage.
+    tolerance = 0.0 if problem.config.batch_invariant else 1e-6
+    torch.testing.assert_close(again.weights, own.weights, rtol=tolerance, atol=0.0)
     assert own.shared_weights is None or torch.equal(again.shared_weights, own.shared_weights)  # type: ignore[arg-type]
     real = real_tokens(problem)
     assert torch.equal(of_logits_again[real], of_logits[real])
