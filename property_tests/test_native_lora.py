@@ -164,7 +164,7 @@ CASES = (
         Case,
         tokens=st.integers(0, 40),
         rank=st.sampled_from([1, 2, 4, 7, 8, 16, 33]),
-        size=st.sampled_from([(33, 17), (64, 48), (130, 90), (1, 1)]),
+        size=st.sampled_from([(33, 17), (64, 48), (130, 90), (9, 3)]),
         adapters=st.integers(1, 4),
         kind=st.sampled_from(["each", "shared", "outer_shared"]),
         only=st.sampled_from(["", "", "gate_up", "down"]),
