@@ -19,7 +19,7 @@ from moe_fn.fused.schema import packed
 from moe_fn.kernels.arguments import DIFFERENTIABLE, flat
 from moe_fn.kernels.native import library as native
 from moe_fn.reference.activation import activate
-from moe_fn.testing import assert_matches, weights_for
+from moe_fn.testing import TOLERANCES, assert_matches, weights_for
 from moe_fn.weights.prepare import to_panels
 
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="no native kernels here")
@@ -115,10 +115,15 @@ def check(level: str, case: Case) -> None:
     tensors = {"x": x, "expert_weights": routing.weights, **plain, **lora}
     wide = {n: None if t is None else t.double().requires_grad_() for n, t in tensors.items()}
     expected = in_float64(config, wide, wide["x"], wide["expert_weights"], routing, pre)  # type: ignore[arg-type]
-    assert_matches(y, expected, scale=1.0, name="y")
+    # Products with A are rounded to the dtype, so that a gradient has four roundings in a row; with one token and
+    # rank 1 they all have one sign.
+    tolerance = {dtype: (1 if dtype == torch.float32 else 2) * t for dtype, t in TOLERANCES.items()}
+    assert_matches(y, expected, tolerance=tolerance, scale=1.0, name="y")
     gate_up, down = to_panels(config, weights.gate_up, weights.down)
     prepared = arguments(config, replace(weights, gate_up=gate_up, down=down), x, routing)
-    assert_matches(ops.routed_experts(*prepared, False)[0], expected, scale=1.0, name="y of prepared weights")
+    assert_matches(
+        ops.routed_experts(*prepared, False)[0], expected, tolerance=tolerance, scale=1.0, name="y of prepared"
+    )
     if case.invariant:
         for few in (slice(0, 1), slice(1, 8), slice(2, None)):
             ids = None if routing.adapter_ids is None else routing.adapter_ids[few]
@@ -139,7 +144,7 @@ def check(level: str, case: Case) -> None:
             e = torch.zeros(t.shape, dtype=torch.float64) if e is None else e
             scale = {"x": 1, "expert_weights": case.size[0]}.get(name, max(case.tokens, 1)) ** 0.5
             assert d.dtype == t.dtype
-            assert_matches(d.to(case.dtype), e, scale=scale, name=f"d {name}")  # products with A and B are rounded
+            assert_matches(d.to(case.dtype), e, tolerance=tolerance, scale=scale, name=f"d {name}")
 
 
 CASES = (
