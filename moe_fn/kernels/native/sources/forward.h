@@ -18,12 +18,19 @@ void clear_pre(const RoutedExperts& q, int64_t rows) {  // rows without an exper
 template <class D, class M = Floats<D>>
 void first_product(const Pool& pool, const Plan& plan, const RoutedExperts& q, const void* x, float* hidden, int padded, const Added<D>& added) {
   const int per_panel = q.activation.gated ? PANEL / 2 : PANEL;
+  const bool plain = is_swiglu(q.activation) && !q.pre && !q.gate_up_bias.data;
   by_rows<D, M>(pool, plan, x, q.gate_up, [&](const Chunk& chunk, int panel, const RowBlock& block, float* tile) {
     added(block, panel, tile);
     float bias[PANEL];
     const bool biased = panel_bias(q.gate_up_bias, q.gate_up, chunk.expert, panel, bias);
     const Columns from = columns_of(q.gate_up, panel);
     const int dword = panel * per_panel / D::PER_DWORD, there = from.count[0];
+    if (plain && there == PANEL / 2) {
+      float* to = hidden + block.start * padded + int64_t(dword / CHUNK) * block.rows * CHUNK + dword % CHUNK;
+      for (int r = 0; r < block.rows; r++, tile += PANEL, to += CHUNK)
+        for (int c = 0; c < PANEL / 2; c += WIDTH) D::store((typename D::Element*)to + c, swiglu(load(tile + c), load(tile + PANEL / 2 + c)));
+      return;
+    }
     for (int r = 0; r < block.rows; r++, tile += PANEL) {
       if (q.pre) store_pre<D>(from, tile, biased ? bias : nullptr, static_cast<typename D::Element*>(q.pre) + (block.start + r) * q.gate_up.columns);
       float* to = hidden + block.start * padded + int64_t(dword / CHUNK) * block.rows * CHUNK + r * CHUNK + dword % CHUNK;

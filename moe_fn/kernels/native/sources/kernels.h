@@ -90,12 +90,12 @@ void second_product(const Pool& pool, const Plan& plan, const float* weights, co
   using Element = typename D::Element;
   const Weight& w = q.down;
   const int panels = w.panels(), workers = pool.workers, chunks = int(plan.chunks.size());
-  int per = std::clamp(panels / (workers * 2), 1, 8);
-  int tasks = (panels + per - 1) / per;
-  tasks = std::min(panels, round_up(tasks, workers));
-  per = (panels + tasks - 1) / tasks;
-  auto from = [&](int task) { return int(int64_t(panels) * task / tasks); };
-  const int ldo = per * PANEL;
+  // Tasks become smaller towards the end, so that workers finish together: each goes through the hidden rows once, so not too small.
+  const int per = std::clamp(panels / (workers * 2), 1, 8), least = std::min(per, q.tokens > 64 ? 4 : 1);
+  std::vector<int> from{0};
+  while (from.back() < panels) from.push_back(std::min(panels, from.back() + std::clamp((panels - from.back()) / (workers * 2), least, per)));
+  const int tasks = int(from.size()) - 1;
+  const int ldo = per * PANEL, steps_ahead = std::min(padded, block_steps<D>(w));
   const int64_t sums_size = M::sums_floats(w, plan.most_rows, per + 1);
   std::atomic<int> counter{0};
   pool([&](int) {
@@ -104,19 +104,21 @@ void second_product(const Pool& pool, const Plan& plan, const float* weights, co
     float* y = all.get();
     for (int task = counter++, following; task < tasks; task = following) {
       following = counter++;
-      const int first = from(task), last = from(task + 1);
+      const int first = from[task], last = from[task + 1];
       std::memset(y, 0, size_t(q.tokens) * ldo * 4);
       for (int c = 0; c < chunks; c++) {
         const Chunk& chunk = plan.chunks[c];
         const float* next = nullptr;
         if (w.prepared && c + 1 < chunks) next = panel_at(w, plan.chunks[c + 1].expert, first);
-        else if (w.prepared && following < tasks) next = panel_at(w, plan.chunks[0].expert, from(following));
+        else if (w.prepared && following < tasks) next = panel_at(w, plan.chunks[0].expert, from[following]);
         const RowBlock* blocks = plan.blocks.data() + chunk.first_block;
+        const int blocks_here = chunk.last_block - chunk.first_block, blocks_ahead = c + 1 < chunks ? plan.chunks[c + 1].last_block - chunk.last_block : 0;
         auto place = [&](int p, const RowBlock& block, int r) { return y + plan.source[block.start + r] * ldo + (p - first) * PANEL; };
         M::run(
             blocks, chunk.last_block - chunk.first_block, [&](int b) { return hidden + blocks[b].start * padded; }, w, chunk.expert, first, last,
             next, sums.get(), scratch.get(),
             [&](int p, int b) {
+              if (b < blocks_ahead) prefetch_share(hidden + blocks[b + blocks_here].start * padded, int64_t(blocks[b + blocks_here].rows) * steps_ahead, p - first, last - first);
               for (int r = 0; r < blocks[b].rows; r++)
                 for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch((const char*)place(p, blocks[b], r) + line, 1, 3);
             },

@@ -89,6 +89,13 @@ static inline int chunk_rows(const Weight& w) {  // 512 KB of packed rows, half 
   return std::max(2 * ROWS_OF<D>, (w.prepared && !TILED<D> ? 1 : 2) * 512 * 256 / std::min(w.steps(), one_block<D>(w)));
 }
 
+// Prefetches the part-th of `parts` shares of packed rows: the rows that follow are read once from memory, while the panels of these ones are
+// multiplied, and then from L2.
+static inline void prefetch_share(const float* rows, int64_t floats, int part, int parts) {
+  const int64_t lines = floats / CHUNK;
+  for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; i++) __builtin_prefetch(rows + i * CHUNK, 0, 2);
+}
+
 // Multiplies one chunk by panels [first, last). rows(b) are the packed rows of block b; before(panel, b) is called before a tile's last step
 // block, epilogue(panel, b, tile) after it. `next` is the memory read after this call, or null. sums: rows x 32 floats, times the number of
 // panels if the steps are divided into blocks.
@@ -113,6 +120,7 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
   const bool panels_outside = block == steps || (count == 1 && panels.at_once() == 1);
   const int64_t padded_rows = round_up(int(total), ROWS_TOGETHER<D>);
   const int per = (8 + count - 1) / count;  // lines to prefetch per 4 steps of one tile
+  const bool rows_ahead = panels.w.prepared && !panels_outside;
   auto one = [&](int p, int k) {
     const int steps_here = std::min(block, steps - k);
     const bool final = k + steps_here == steps;
@@ -129,6 +137,7 @@ inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<
       const bool on = ahead && line < 2 * steps_here;
       float* c = panels_outside ? sums : sums + (int64_t(p - first) * padded_rows + blocks[i].start - start) * PANEL;
       if (final) before(p, i);
+      else if (rows_ahead) prefetch_share(rows(i) + int64_t(k + steps_here) * blocks[i].rows, blocks[i].rows * std::min(block, steps - k - steps_here), p - first, last - first);
       tiles<D>.of[blocks[i].rows](rows(i) + int64_t(k) * blocks[i].rows, b, steps_here, c, k > 0, (const char*)ahead + line * 64, on ? per : 0);
       if (final) epilogue(p, i, c);
     }
