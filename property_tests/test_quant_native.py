@@ -74,12 +74,12 @@ def problem(
 
 @pytest.mark.parametrize("level", RUNNABLE)
 @settings(max_examples=30)
-@on_every(QUANTS, lambda quant: (quant, (3, 3, 64, 48), 13, "silu", False, torch.float32))
+@on_every(QUANTS, lambda quant: (quant, (3, 3, 64, 48), 32, "silu", False, torch.float32))  # 22, 22 and 28 rows
 @on_every(ACTIVATIONS, lambda activation: (QUANTS[6], (5, 2, 34, 18), 13, activation, True, torch.bfloat16))
 @given(
     st.sampled_from(QUANTS),
     st.sampled_from(SIZES),
-    st.sampled_from([0, 1, 3, 13, 17, 30]),
+    st.sampled_from([0, 1, 3, 13, 17, 60]),
     st.sampled_from(ACTIVATIONS),
     st.booleans(),
     DTYPES,
@@ -114,6 +114,7 @@ def test_the_bits_of_a_token_do_not_depend_on_the_others(
     level: str, quant: QuantConfig, tokens: int, seed: int, dtype: torch.dtype
 ) -> None:
     config, weights, x, routing = problem(quant, (1, 1, 272, 40), tokens, "silu", False, dtype)
+    config = dataclasses.replace(config, batch_invariant=True)
     routing = dataclasses.replace(routing, expert_ids=torch.zeros_like(routing.expert_ids))
     prepared = moe_fn.prepare_weights(config, weights)
     one = seed % tokens
@@ -127,13 +128,13 @@ def test_the_bits_of_a_token_do_not_depend_on_the_others(
 @pytest.mark.parametrize("level", RUNNABLE)
 @pytest.mark.parametrize("quant", QUANTS, ids=NAME)
 def test_missing_values_stay_in_their_rows(level: str, quant: QuantConfig) -> None:
-    config, weights, x, routing = problem(quant, (2, 1, 66, 34), 20, "silu", False, torch.float32)
+    config, weights, x, routing = problem(quant, (2, 1, 66, 34), 60, "silu", False, torch.float32)
     routing = dataclasses.replace(routing, expert_ids=routing.expert_ids.clamp(min=0))
     clean = call(level, config, weights, x, routing)
     spoiled = x.clone()
     spoiled[3], spoiled[7, 5] = math.nan, math.inf
     out = call(level, config, weights, spoiled, routing)
-    rest = [t for t in range(20) if t not in (3, 7)]
+    rest = [t for t in range(60) if t not in (3, 7)]
     assert torch.equal(out[rest], clean[rest])
     assert out[3].isnan().all()
 

@@ -261,9 +261,11 @@ BUGS = (
         CODES,
         "zero points are ignored",
         "codes.h",
-        "zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat",
-        "splat",
+        "zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : symmetric",
+        "symmetric",
     ),
+    CppBug(CODES, "decoded weights ignore zero points", "decoded.h", "if (ZERO) x = x - zero[u];", ""),
+    CppBug(CODES, "sums of decoded weights have no scale", "decoded.h", "if (scales) DecodedPanels", "if (false) DecodedPanels"),
     # errors
     CppBug(
         REFUSED,

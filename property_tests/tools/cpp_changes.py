@@ -49,6 +49,7 @@ UNITS_OF: dict[str, tuple[str, ...]] = {
     "quant_arguments.h": ("binding",),
     "quantized.cpp": ("quantized",),
     "quantized.h": ("quantized",),
+    "decoded.h": ("quantized",),
     "coded_rows.h": ("quantized",),
     "codes.h": ("quantized", "binding"),
     "decode.h": ("quantized",),

@@ -135,17 +135,16 @@ inline void code_rows(const Pool& pool, const Weight& w, const void* x, int64_t 
   in_parts(pool, rows, some);
 }
 
-// Converts packed rows of a plan's blocks, `padded` floats each, to packed coded rows.
+// Converts packed rows of a plan's blocks, `padded` floats each, to packed coded rows in their place; not of blocks with decoded weights.
 template <class C, class D>
-inline void code_blocks(const Pool& pool, const Weight& w, const std::vector<RowBlock>& blocks, const float* rows, int padded, float* out) {
+inline void code_blocks(const Pool& pool, const Weight& w, const std::vector<RowBlock>& blocks, float* rows, int padded) {
   const RowShape<C> shape(w);
   auto some = [&](int64_t first, int64_t last) {
     Buffer values = buffer(shape.inputs() + CHUNK);  // a whole chunk of float16 at its end
     for (int64_t b = first; b < last; b++)
-      for (int r = 0; r < blocks[b].rows; r++) {
-        const int64_t stride = int64_t(blocks[b].rows) * CHUNK;
-        code_row<C, D>(w, {const_cast<float*>(rows) + blocks[b].start * padded + r * CHUNK, stride}, {out + blocks[b].start * shape.all() + r * CHUNK, stride},
-                       values.get());
+      for (int r = 0; r < blocks[b].rows && !blocks[b].decoded; r++) {
+        const Strided row{rows + blocks[b].start * padded + r * CHUNK, int64_t(blocks[b].rows) * CHUNK};
+        code_row<C, D>(w, row, row, values.get());
       }
   };
   in_parts(pool, int64_t(blocks.size()), some);

@@ -32,6 +32,8 @@ struct Codes {
   float offset(bool bf16) const { return int8_rows ? 0.f : scheme == Scheme::int4 ? (bf16 ? 16.f : -8.f) : scheme == Scheme::int8 ? -128.f : 0.f; }
   float unit() const { return scheme == Scheme::int8 && !int8_rows ? 0x1p-24f : 1.f; }  // of an operand
   float symmetric_zero() const { return scheme == Scheme::int4 ? 8.f : scheme == Scheme::int8 ? 128.f : 0.f; }
+  // Of decoded weights: one scale of a column multiplies sums; codes, or codes times the other scales, are exact in bfloat16.
+  bool scales_sums() const { return !zero && (in_tiles == 1 || (scheme == Scheme::e2m1 && (scale_type == ScaleType::e8m0 || scale_type == ScaleType::e4m3))); }
   bool corrected(bool bf16) const { return zero || offset(bf16) + symmetric_zero() != 0; }
 
   void make_spans(int steps) {
@@ -56,10 +58,10 @@ static inline vec with_sign(vec magnitude, veci code, int place) {
 }
 static inline vec e4m3(veci code) {
   const veci m = code & 0x7f;
-  return with_sign(small_float<3, 7>(m, m == 0x7f), code, 7);
+  const vec normal = (vec)((m << 20) + splat_int(120 << 23)), finite = m < 8 ? 2.f * normal - 0x1p-6f : normal;
+  return with_sign(m == 0x7f ? (vec)splat_int(0x7fc00000) : finite, code, 7);
 }
 
-static inline int size_of(ScaleType type) { return type == ScaleType::f32 ? 4 : type == ScaleType::bf16 || type == ScaleType::f16 ? 2 : 1; }
 static inline vec scales_at(ScaleType type, const void* p) {  // WIDTH consecutive scales
   switch (type) {
     case ScaleType::f32: return load(p);
@@ -67,54 +69,88 @@ static inline vec scales_at(ScaleType type, const void* p) {  // WIDTH consecuti
     case ScaleType::f16: return widen((const Half*)p);
     case ScaleType::e8m0: {
       const veci s = integers((const uint8_t*)p);
-      return select(s == 0, (vec)splat_int(0x00400000), select(s == 255, (vec)splat_int(0x7fc00000), (vec)(s << 23)));
+      return (vec)(s == 0 ? splat_int(0x00400000) : s == 255 ? splat_int(0x7fc00000) : s << 23);
     }
     case ScaleType::e4m3: return e4m3(integers((const uint8_t*)p));
   }
   return vec{};
 }
 
-// Scales of a panel's columns, 32 for each tile along the inner dimension, and the corrections: a sum gets correction * (sum of x) before
-// it is scaled.
+// Where the scales and zero points of a panel's columns are: 32 for each tile along the inner dimension.
+struct TilesOfPanel {
+  const Weight& w;
+  const Codes& q;
+  int64_t first;        // of prepared weights
+  int64_t row[PANEL];   // of each column, of plain weights
+  float global[PANEL];  // the scales above those of the tiles
+  TilesOfPanel(const Weight& w, int64_t expert, int panel) : w(w), q(*w.codes), first((expert * w.panels() + panel) * w.codes->in_tiles * PANEL) {
+    if (w.prepared && !q.global_scale) return;
+    const Columns from = columns_of(w, panel);
+    const int64_t of_half = w.columns / q.halves;
+    for (int c = 0; c < PANEL; c++) {
+      const int half = c / (PANEL / 2), i = c % (PANEL / 2);
+      const int64_t column = i < from.count[half] ? from.start[half] + int64_t(i) * from.stride : 0;
+      const int64_t of = q.halves == 1 ? 0 : column / of_half;
+      if (q.global_scale) global[c] = q.global_scale[expert * q.halves + of];
+      if (!w.prepared) row[c] = expert * q.out_tiles + of * (q.out_tiles / q.halves) + (column - of * of_half) / q.tile_out;
+    }
+  }
+  // some(t, v, scales, zero points) of WIDTH columns each, for tiles [from, to).
+  template <class Some>
+  void read(int64_t from, int64_t to, Some some) const {
+    switch (q.scale_type) {
+      case ScaleType::f32: return read<ScaleType::f32>(from, to, some);
+      case ScaleType::bf16: return read<ScaleType::bf16>(from, to, some);
+      case ScaleType::f16: return read<ScaleType::f16>(from, to, some);
+      case ScaleType::e8m0: return read<ScaleType::e8m0>(from, to, some);
+      case ScaleType::e4m3: return read<ScaleType::e4m3>(from, to, some);
+    }
+  }
+
+ private:
+  template <ScaleType TYPE, class Some>
+  void read(int64_t from, int64_t to, Some some) const {
+    constexpr int size = TYPE == ScaleType::f32 ? 4 : TYPE == ScaleType::bf16 || TYPE == ScaleType::f16 ? 2 : 1;
+    const int64_t next = w.prepared ? q.in_tiles * PANEL * size : 0;
+    const vec symmetric = splat(q.symmetric_zero());
+    for (int64_t t = from; t < to; t++) {
+      char raw[PANEL * 4];
+      uint8_t zeros[PANEL];
+      const char* scales = static_cast<const char*>(q.scale) + (first + t * PANEL) * size;
+      const uint8_t* zero = q.zero ? q.zero + first + t * PANEL : nullptr;
+      if (next) {
+        for (int line = 0; line < PANEL * size; line += 64) __builtin_prefetch(scales + next + line, 0, 2);  // of the next panel
+      } else {
+        for (int c = 0; c < PANEL; c++) {
+          std::memcpy(raw + c * size, static_cast<const char*>(q.scale) + (row[c] * q.in_tiles + t) * size, size);
+          if (zero) zeros[c] = q.zero[row[c] * q.in_tiles + t];
+        }
+        scales = raw;
+        zero = zero ? zeros : nullptr;
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) some(t, v, scales_at(TYPE, scales + v * WIDTH * size), zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : symmetric);
+    }
+  }
+};
+
+// Scales of all tiles of a panel, and the corrections: a sum gets correction * (sum of x) before it is scaled. Without zero points all tiles
+// have the same correction, which is stored once.
 static inline void panel_scales(const Weight& w, int64_t expert, int panel, bool bf16, float* scale, float* correction) {
   const Codes& q = *w.codes;
-  const bool corrected = q.corrected(bf16);
+  const TilesOfPanel tiles(w, expert, panel);
   const float offset = q.offset(bf16), unit = q.unit();
-  const int size = size_of(q.scale_type);
-  const Columns from = columns_of(w, panel);
-  float global[PANEL];
-  int64_t row[PANEL];
-  const int64_t of_half = w.columns / q.halves;
-  for (int c = 0; c < PANEL; c++) {
-    const int half = c / (PANEL / 2), i = c % (PANEL / 2);
-    const int64_t column = i < from.count[half] ? from.start[half] + int64_t(i) * from.stride : 0;
-    if (q.global_scale) global[c] = q.global_scale[expert * q.halves + column / of_half];
-    if (!w.prepared) row[c] = expert * q.out_tiles + column / of_half * (q.out_tiles / q.halves) + column % of_half / q.tile_out;
-  }
-  const int64_t first = (expert * w.panels() + panel) * q.in_tiles * PANEL;
-  for (int64_t t = 0; t < q.in_tiles; t++, scale += PANEL, correction += PANEL) {
-    char raw[PANEL * 4];
-    uint8_t zeros[PANEL];
-    const char* scales = static_cast<const char*>(q.scale) + (first + t * PANEL) * size;
-    const uint8_t* zero = q.zero ? q.zero + first + t * PANEL : nullptr;
-    if (w.prepared) {
-      for (int line = 0; line < PANEL * size; line += 64) __builtin_prefetch(scales + q.in_tiles * PANEL * size + line, 0, 2);  // of the next panel
-    } else {
-      for (int c = 0; c < PANEL; c++) {
-        std::memcpy(raw + c * size, static_cast<const char*>(q.scale) + (row[c] * q.in_tiles + t) * size, size);
-        if (zero) zeros[c] = q.zero[row[c] * q.in_tiles + t];
-      }
-      scales = raw;
-      zero = zero ? zeros : nullptr;
-    }
-    for (int v = 0; v < NV; v++) {
-      const vec s = scales_at(q.scale_type, scales + v * WIDTH * size);
-      store(scale + v * WIDTH, (q.global_scale ? s * load(global + v * WIDTH) : s) * unit);
-      if (!corrected) continue;
-      const vec z = zero ? __builtin_convertvector(integers(zero + v * WIDTH), vec) : splat(q.symmetric_zero());
-      store(correction + v * WIDTH, -(z + offset) / unit);
-    }
-  }
+  auto some = [&]<bool ZERO, bool GLOBAL>() {
+    tiles.read(0, q.in_tiles, [=, &tiles](int64_t t, int v, vec s, vec z) __attribute__((always_inline)) {
+      const int64_t at = t * PANEL + v * WIDTH;
+      store(scale + at, (GLOBAL ? s * load(tiles.global + v * WIDTH) : s) * unit);
+      if (ZERO) store(correction + at, -(z + offset) / unit);
+    });
+  };
+  if (q.zero) q.global_scale ? some.template operator()<true, true>() : some.template operator()<true, false>();
+  else q.global_scale ? some.template operator()<false, true>() : some.template operator()<false, false>();
+  if (!q.zero)
+    for (int v = 0; v < NV; v++) store(correction + v * WIDTH, splat(-(q.symmetric_zero() + offset) / unit));
 }
 
 }  // namespace moe_fn

@@ -100,7 +100,7 @@ struct Bytes {
   static vec value(veci top) { return FLOATS ? e4m3(top >> 24) : __builtin_convertvector(top, vec); }
   Open open(veci w) const {
     w ^= flip;
-    if constexpr (std::is_same_v<D, Int8>) {
+    if constexpr (std::is_same_v<D, Int8> || (std::is_same_v<D, F32> && !FLOATS)) {
       return {w, w};
     } else {
 #if defined(__AVX512VBMI__)
@@ -119,6 +119,7 @@ struct Bytes {
   }
   vec part(Open w, int j) const {
     if constexpr (!std::is_same_v<D, F32>) return (vec)(j ? w.odd : w.even);
+    if constexpr (!FLOATS) return value((w.even << (24 - 8 * j)) & splat_int(int32_t(0xff000000)));
     const veci pair = j % 2 ? w.odd : w.even;
     return (vec)(j < 2 ? pair << 16 : pair & splat_int(int32_t(0xffff0000)));
   }

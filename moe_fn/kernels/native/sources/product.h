@@ -99,8 +99,8 @@ static inline void prefetch_share(const float* rows, int64_t floats, int part, i
 // Multiplies one chunk by panels [first, last). rows(b) are the packed rows of block b; before(panel, b) is called before a tile's last step
 // block, epilogue(panel, b, tile) after it. `next` is the memory read after this call, or null. sums: rows x 32 floats, times the number of
 // panels if the steps are divided into blocks.
-template <class D, class Rows, class Before, class Epilogue>
-inline void multiply(const RowBlock* blocks, int count, Rows rows, const Panels<D>& panels, int first, int last, const float* next, float* sums,
+template <class D, class P, class Rows, class Before, class Epilogue>
+inline void multiply(const RowBlock* blocks, int count, Rows rows, const P& panels, int first, int last, const float* next, float* sums,
                      float* scratch, Before before, Epilogue epilogue) {
   const int steps = panels.w.steps(), block = block_steps<D>(panels.w);
   const int64_t start = blocks[0].start, total = blocks[count - 1].start + blocks[count - 1].rows - start;

@@ -2,7 +2,7 @@
 // then   total += (sum + correction[column] * (sum of x)) * scale[column]
 // Weights are decoded in registers and used immediately by up to 12 rows (6 without bfloat16 products). With vectors shorter than AVX-512's,
 // several blocks of rows share a span of a panel that is decoded to memory. Both add in the same order, so a token's bits do not depend on
-// the batch.
+// the batch. Experts with many rows are multiplied by decoded.h instead, unless the config is batch_invariant.
 #pragma once
 #include "coded_rows.h"
 
@@ -16,16 +16,17 @@ constexpr int FEW_ROWS = WIDTH == 16 ? 6 : MAX_ROWS;  // a pair of bfloat16 take
 constexpr int BLOCK_ROWS = WIDTH == 16 ? FEW_ROWS : MAX_ROWS;
 
 // A panel's scales and corrections.
-struct PanelScales { const float *scale, *correction; };
+struct PanelScales { const float *scale, *correction; int pitch; };  // pitch: between the corrections of two tiles
 
 template <class Sum>
 static inline vec scaled(vec total, Sum sum, const PanelScales& s, int tile, int v, bool corrected, float sum_of_x) {
   vec x = to_float(sum);
-  if (corrected) x = x + load(s.correction + tile * PANEL + v * WIDTH) * sum_of_x;
+  if (corrected) x = x + load(s.correction + tile * s.pitch + v * WIDTH) * sum_of_x;
   return total + x * load(s.scale + tile * PANEL + v * WIDTH);
 }
 
-// c[ROWS][32] = rows times one panel. One or two rows process several spans at a time, because a single chain of sums is latency-bound.
+// c[ROWS][32] = rows times one panel. Few rows of 4-bit codes process two spans at a time, because a single chain of sums is latency-bound. Four
+// at a time are faster in cache, but as many streams from memory are slower: 0.61 instead of 0.84 of the read rate (1 row, 2 cores of a Zen 5).
 template <class C, int ROWS>
 void few(const Weight& w, const C& code, const float* a, const char* b, const PanelScales& scales, float* c, int64_t ahead) {
   using D = typename C::Dot;
@@ -38,6 +39,7 @@ void few(const Weight& w, const C& code, const float* a, const char* b, const Pa
   vec total[ROWS][NV] = {};
   const Span* spans = q.spans.data();
   const int count = int(q.spans.size());
+  const char* next = b + ahead;  // in the order of memory, not of the products
   int at = 0;
   auto some = [&]<int SPANS>(std::integral_constant<int, SPANS>) __attribute__((always_inline)) {
     Sum sum[SPANS][ROWS][NV] = {};
@@ -51,7 +53,8 @@ void few(const Weight& w, const C& code, const float* a, const char* b, const Pa
     auto step = [&](int s, int i) __attribute__((always_inline)) {
       const char* w = from[s] + i * (PANEL * 4);
 #pragma GCC unroll 2
-      for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(w + ahead + line, 0, 2);
+      for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(next + line, 0, 2);
+      next += PANEL * 4;
       typename C::Open open[NV];
 #pragma GCC unroll 8
       for (int v = 0; v < NV; v++) open[v] = here.open((veci)load(w + v * WIDTH * 4));
@@ -107,9 +110,7 @@ void few(const Weight& w, const C& code, const float* a, const char* b, const Pa
     return true;
   };
   while (at < count) {
-    if constexpr (WIDTH == 16 && ROWS == 1)
-      if (alike(4)) { some(std::integral_constant<int, 4>{}); continue; }
-    if constexpr (WIDTH == 16 && ROWS <= 3)
+    if constexpr (WIDTH == 16 && ROWS <= 3 && C::INPUTS == 8)
       if (alike(2)) { some(std::integral_constant<int, 2>{}); continue; }
     some(std::integral_constant<int, 1>{});
   }
@@ -252,7 +253,7 @@ struct Quantized {
     const int dwords = RowShape<C>(w).dwords;
     float* scale = scratch + decoded_floats(w);
     float *correction = scale + q.in_tiles * PANEL, *laid = correction + q.in_tiles * PANEL;
-    const PanelScales scales{scale, correction};
+    const PanelScales scales{scale, correction, q.zero ? PANEL : 0};
     constexpr bool bf16 = RowShape<C>::BF16_ROWS;
     const bool corrected = q.corrected(bf16);
     for (int p = first; p < last; p++) {

@@ -5,7 +5,11 @@
 
 namespace moe_fn {
 
-struct RowBlock { int64_t start; int rows; };  // sorted slots [start, start + rows)
+struct RowBlock {  // sorted slots [start, start + rows)
+  int64_t start;
+  int rows;
+  bool decoded = false;  // quantized weights are decoded to floats before they are multiplied
+};
 
 constexpr int STREAM_UNTIL = 64;        // rows of an expert; with more rows packing panels pays off
 constexpr int STREAM_FLOATS = 16 << 10;  // sums: 64 KB, at worst in L2
