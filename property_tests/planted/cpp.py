@@ -265,7 +265,13 @@ BUGS = (
         "symmetric",
     ),
     CppBug(CODES, "decoded weights ignore zero points", "decoded.h", "if (ZERO) x = x - zero[u];", ""),
-    CppBug(CODES, "sums of decoded weights have no scale", "decoded.h", "if (scales) DecodedPanels", "if (false) DecodedPanels"),
+    CppBug(
+        CODES,
+        "sums of decoded weights have no scale",
+        "decoded.h",
+        "if (scales) DecodedPanels",
+        "if (false) DecodedPanels",
+    ),  # fmt: skip
     # errors
     CppBug(
         REFUSED,
