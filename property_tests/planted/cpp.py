@@ -271,7 +271,7 @@ BUGS = (
         "decoded.h",
         "if (scales) DecodedPanels",
         "if (false) DecodedPanels",
-    ),  # fmt: skip
+    ),
     # errors
     CppBug(
         REFUSED,
