@@ -5,8 +5,9 @@ one (4), Y bytes of the threads' sums, f for each token and some columns. Withou
 gated. "or" means the larger one.
 
     native, forward   R I s + T H s + Y                       hidden rows, the result
-        codes         R I s + T H s more                      rows in the layout for decoded weights; s = 1 where inputs
-                                                              are rounded
+        codes         R I s + T H s + (Y or T H c)            hidden rows with the scales and sums of some schemes; rows
+                                                              of x as operands of codes: c is 1 where inputs are
+                                                              rounded, otherwise s
         chunks        3 T H s, or 2 T H s + one chunk         x with a spare row, results of chunks, their concatenation
         opaque chunks T H s + one chunk
     native, step      2 R I s saved (recompute: 0) + T H s + the backward pass, which is
@@ -56,12 +57,11 @@ def forward_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: in
         activation = rows * hidden * size + 4 * rows * inner * wide
         combination = 2 * rows * hidden * (size + wide) + tokens * hidden * size
         return rows * _INDICES + max(activation, combination)
-    result = tokens * hidden * size + _sums(config, tokens, threads) + rows * _INDICES
-    return (
-        result
-        + rows * _rounded(inner * size)
-        + (0 if config.quant is None else _coded(config, config.quant, tokens, dtype))
-    )
+    result, sums = tokens * hidden * size + rows * _INDICES, _sums(config, tokens, threads)
+    if config.quant is None:
+        return result + sums + rows * _rounded(inner * size)
+    of_x, of_hidden = (_coded_row(config.quant, inputs, dtype) for inputs in (hidden, inner))
+    return result + max(sums, tokens * of_x) + rows * max(of_hidden, _rounded(inner * size))
 
 
 def step_peak(config: MoEConfig, tokens: int, dtype: torch.dtype, threads: int = 1) -> int:
@@ -167,16 +167,12 @@ def _sums(config: MoEConfig, tokens: int, threads: int) -> int:
     return threads * tokens * _up(panels, tasks) // tasks * PANEL * 4
 
 
-def _coded(config: MoEConfig, quant: QuantConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of rows of x and hidden rows in the layout for decoded weights, as int8 where inputs are rounded, with the
-    scales and sums that some schemes need.
+def _coded_row(quant: QuantConfig, inputs: int, dtype: torch.dtype) -> int:
+    """Bytes of a row as operands of products with codes, as int8 where inputs are rounded, with the scales and sums
+    that some schemes need.
     """
     as_bytes = quant.activations is not None
     has_sums = as_bytes or quant.zero_points or (quant.scheme == "int4" and dtype == torch.bfloat16)
-
-    def row(inputs: int) -> int:
-        tile = quant.tile[1] or inputs
-        spans = _up(inputs, tile) // tile
-        return _rounded(inputs * (1 if as_bytes else dtype.itemsize)) + (_rounded(4 * (1 + spans)) if has_sums else 0)
-
-    return tokens * row(config.hidden_size) + tokens * config.top_k * row(config.intermediate_size)
+    tile = quant.tile[1] or inputs
+    spans = _up(inputs, tile) // tile
+    return _rounded(inputs * (1 if as_bytes else dtype.itemsize)) + (_rounded(4 * (1 + spans)) if has_sums else 0)

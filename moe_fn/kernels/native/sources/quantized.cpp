@@ -4,15 +4,8 @@
 namespace moe_fn {
 namespace {
 
-// The chunks of a plan whose weights are decoded, or the others.
-Plan part_of(const Plan& plan, bool decoded) {
-  Plan part = plan;
-  std::erase_if(part.chunks, [&](const Chunk& chunk) { return plan.blocks[chunk.first_block].decoded != decoded; });
-  return part;
-}
-
-// C: the codes as operands of products, F: as float32 in their order. Experts with many rows get decoded weights, unless a row's bits must not depend on the
-// number of rows.
+// C: the codes as operands of products, F: as float32 in their order. Experts with many rows get decoded weights, unless a row's bits must not
+// depend on the number of rows.
 template <class D, class C, class F>
 void experts_of(const Pool& pool, const RoutedExperts& q) {
   using Coded = Quantized<C>;
@@ -20,7 +13,7 @@ void experts_of(const Pool& pool, const RoutedExperts& q) {
   const bool decodes = CAN_DECODE && !q.gate_up.invariant;
   const bool tiled = Coded::suits_tiles(q.gate_up) && Coded::suits_tiles(q.down);
   const int chunk = Coded::chunk_rows(q.gate_up), chunk_of_decoded = chunk_rows<D>(as_floats<D>(q.gate_up));
-  const Plan plan = plan_of_routing(q, [&](Plan& plan, int64_t expert, int64_t start, int64_t end) {
+  Plan plan = plan_of_routing(q, [&](Plan& plan, int64_t expert, int64_t start, int64_t end) {
     const bool many = decodes && end - start >= DECODED_FROM;
     const size_t first = plan.blocks.size();
     if (many) plan.add(expert, start, end, chunk_of_decoded, ROWS_OF<D>, ROWS_TOGETHER<D>);
@@ -37,14 +30,21 @@ void experts_of(const Pool& pool, const RoutedExperts& q) {
   if (width / D::PER_DWORD % CHUNK) std::memset(hidden.get(), 0, size_t(rows) * padded * 4);  // tiles multiply whole chunks
   const Adapted adapted = adapted_rows(q, plan, ROWS_OF<D>);
   const auto to_x = adapters_of_x<D>(pool, adapted, q);
-  const Plan few = part_of(plan, false);
-  if (!few.chunks.empty()) {
+  // Adapters know a block by its place in the plan, so only its chunks are exchanged.
+  const std::vector<Chunk> all = plan.chunks;
+  auto only = [&](bool decoded) {
+    plan.chunks = all;
+    std::erase_if(plan.chunks, [&](const Chunk& chunk) { return plan.blocks[chunk.first_block].decoded != decoded; });
+    return !plan.chunks.empty();
+  };
+  if (only(false)) {
     Buffer x = buffer(q.tokens * x_shape.all());
     code_rows<C, D>(pool, q.gate_up, q.x, q.tokens, x.get());
-    first_product<D, Coded>(pool, few, q, x.get(), hidden.get(), padded, to_x);
+    first_product<D, Coded>(pool, plan, q, x.get(), hidden.get(), padded, to_x);
   }
   if constexpr (CAN_DECODE)
-    if (few.chunks.size() < plan.chunks.size()) first_product<D, Decoded<D, F>>(pool, part_of(plan, true), q, q.x, hidden.get(), padded, to_x);
+    if (only(true)) first_product<D, Decoded<D, F>>(pool, plan, q, q.x, hidden.get(), padded, to_x);
+  plan.chunks = all;
   const Added<D> added = adapters_of_hidden<D>(pool, adapted, q, hidden.get(), padded);
   code_blocks<C, D>(pool, q.down, plan.blocks, hidden.get(), padded);
   using Second = std::conditional_t<CAN_DECODE, Either<Coded, Decoded<D, F>>, Coded>;
